@@ -1,0 +1,8 @@
+"""Cache job: python cache_scripts/cache_text_encoder.py toml/tinyflux.toml [--dry_run] [--shard i/n]"""
+
+import sys
+
+from musubi_tuner.caching.command import main
+
+if __name__ == "__main__":
+    sys.exit(main("text"))

@@ -1,0 +1,57 @@
+"""The commands of the cache jobs: ``python cache_scripts/cache_latents.py CONFIG [options]`` and its two siblings."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from musubi_tuner.caching.status import needed_kinds
+from musubi_tuner.config import load_config
+from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
+from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+
+_SUBJECT = {
+    "latents": "Encode the images of a run into latents.",
+    "text": "Encode the captions of a run with T5 and CLIP.",
+    "experts": "Run the teachers over the items of a run and keep their features.",
+}
+
+
+def main(kind: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one cache job and return its exit code."""
+    return run_command(lambda: _main(kind, sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(kind: str, arguments: Sequence[str]) -> int:
+    from musubi_tuner.runner.parent import die_with_parent
+
+    parser = Parser(
+        description=f"{_SUBJECT[kind]} Files that are up to date are left alone; an interrupted job continues.",
+        epilog="settings of the run file, also as options:\n" + settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="run file (TOML)")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="do part I of N, on several machines")
+    parser.add_argument("--dry_run", action="store_true", help="only say what is due")
+    own = {"--shard", "--dry_run", "--help"}
+    passed, overrides = split_overrides(arguments, own)
+    options = parser.parse_args(passed)
+    die_with_parent()
+    exit_on_terminate()
+    config = load_config(options.config, overrides)
+    for finding in config.findings:
+        if finding.level == "warning":
+            print(f"warning: {finding}", file=sys.stderr)
+    if kind not in needed_kinds(config):
+        raise ConfigError(f"{options.config}: needs no {kind} cache (experts.enable_lune and enable_sol are false)")
+    from musubi_tuner.caching.job import JobOptions, parse_shard
+
+    job_options = JobOptions(parse_shard(options.shard), options.dry_run)
+    if config.cache.run == "never" and not options.dry_run:
+        print(f'{kind}: cache.run is "never", nothing is encoded')
+        return EXIT_OK
+    from musubi_tuner.caching.jobs import JOBS
+    from musubi_tuner.device import set_threads
+
+    set_threads(config.run.threads, 1)
+    family = config.spec.load("checkpoint_options")(config)
+    return JOBS[kind](config, job_options, family)

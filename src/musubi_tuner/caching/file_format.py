@@ -1,0 +1,153 @@
+"""Names, keys and headers of cache files. All are safetensors; this module reads them without torch.
+
+    latents  {stem}_{W:04d}x{H:04d}_{code}.safetensors      W, H: original image size
+    text     {stem}_{code}_te.safetensors
+    experts  {stem}_{code}_experts.safetensors
+
+A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents (F = 1, sizes in latent cells), ``name_{dtype}`` otherwise; keys
+that end in ``_mask`` carry no dtype. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
+Naming follows musubi-tuner.
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import CacheError
+
+FORMAT_VERSION = "1.0.1"
+KINDS = ("latents", "text", "experts")
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Safetensors dtype -> torch name."""
+_MAX_HEADER = 100 << 20
+
+
+def cache_path(item: Item, kind: str, code: str) -> Path:
+    """Where the cache file of an item lies."""
+    width, height = item.size
+    name = {
+        "latents": f"{item.stem}_{width:04d}x{height:04d}_{code}",
+        "text": f"{item.stem}_{code}_te",
+        "experts": f"{item.stem}_{code}_experts",
+    }[kind]
+    return item.cache_directory / f"{name}.safetensors"
+
+
+def kind_of(name: str, code: str) -> str | None:
+    """Which kind of cache file a name is for this architecture; None if it is not one."""
+    if not name.endswith(".safetensors"):
+        return None
+    stem = name.removesuffix(".safetensors")
+    if stem.endswith(f"_{code}_te"):
+        return "text"
+    if stem.endswith(f"_{code}_experts"):
+        return "experts"
+    return "latents" if re.fullmatch(rf".+_\d{{4,}}x\d{{4,}}_{re.escape(code)}", stem) else None
+
+
+def plain_name(key: str) -> str:
+    """Name of a tensor without its suffixes: ``latents_1x96x64_float32`` -> ``latents``."""
+    key = key.removeprefix("varlen_")
+    if key.endswith("_mask"):
+        return key
+    for dtype in sorted(DTYPES.values(), key=len, reverse=True):
+        if key.endswith(f"_{dtype}"):
+            key = key.removesuffix(f"_{dtype}")
+            break
+    else:
+        return key
+    if key.startswith("latents_"):
+        key = re.sub(r"_(\d+x)?\d+x\d+$", "", key)
+    return key
+
+
+def latents_key(shape: tuple[int, ...], dtype: str) -> str:
+    """Key of image latents [C, H, W]."""
+    return f"latents_1x{shape[-2]}x{shape[-1]}_{dtype}"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: torch name. start, end: byte offsets from the beginning of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Header of a cache file: its tensors by key, and its metadata."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What made the file; None for a file of another program."""
+        try:
+            value = json.loads(self.metadata["fingerprint"])
+        except (KeyError, json.JSONDecodeError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+def read_header(path: Path) -> Header:
+    """Read a header and check that the file is as long as it says.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CacheError: if it is cut short or not a safetensors file.
+    """
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        if len(beginning) < 8:
+            raise CacheError(f"{path}: is cut short ({len(beginning)} bytes); delete it and run the cache job again")
+        (length,) = struct.unpack("<Q", beginning)
+        if length > _MAX_HEADER:
+            raise CacheError(f"{path}: is not a safetensors file")
+        raw = file.read(length)
+        size = file.seek(0, 2)
+    try:
+        if len(raw) < length:
+            raise ValueError("header cut short")
+        content = json.loads(raw)
+        metadata = content.pop("__metadata__", {})
+        begin = 8 + length
+        tensors = {
+            key: TensorEntry(
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                begin + entry["data_offsets"][0],
+                begin + entry["data_offsets"][1],
+            )
+            for key, entry in content.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{path}: has a broken header; delete it and run the cache job again") from error
+    expected = max((entry.end for entry in tensors.values()), default=begin)
+    if size != expected:
+        raise CacheError(f"{path}: has {size} bytes, its header says {expected}; delete it and run the cache job again")
+    return Header(tensors, metadata)

@@ -1,0 +1,201 @@
+"""What made a cache file, and whether it is what this run would make. Torch-free.
+
+A fingerprint is a flat JSON object in the file's header. Reading names the first difference. The image is compared by
+size and modification time, and by the hash of its bytes where these differ: touching a file does not make it stale.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, read_header
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.sources import Item
+from musubi_tuner.encoders.locate import Source, hash_file, identity, source
+from musubi_tuner.errors import CacheError
+
+Fingerprint = dict[str, Any]
+_WORDS = {
+    "format": "the cache format",
+    "bucket": "the bucket",
+    "resized": "the size before the crop",
+    "crop": "the crop",
+    "vae": "the autoencoder",
+    "t5": "the T5 encoder",
+    "clip": "the CLIP encoder",
+    "t5_tokenizer": "the T5 tokenizer",
+    "clip_tokenizer": "the CLIP tokenizer",
+    "unet": "the teacher's U-Net",
+    "lune": "the Lune weights",
+    "sol": "the Sol weights",
+    "expert_vae": "the teacher's autoencoder",
+    "latent_mode": "cache.latent_mode",
+    "seed": "the seed",
+    "t5_max_tokens": "model.t5_max_tokens",
+    "storage": "cache.dtype",
+    "precision": "the encoder's precision",
+}
+
+
+@dataclass(frozen=True)
+class EncoderSources:
+    """The encoders a run needs, by role; absent roles are not used."""
+
+    sources: dict[str, Source]
+
+    def paths(self, *, download: bool) -> dict[str, Path | None]:
+        """Local path of every role."""
+        return {role: found.resolve(download=download) for role, found in self.sources.items()}
+
+
+def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
+    """The encoders of one kind of cache."""
+    roles: dict[str, str] = {}
+    if kind == "latents":
+        roles = {"vae": "model.vae_path"}
+    elif kind == "text":
+        roles = {"t5": "model.t5_path", "clip": "model.clip_path", "t5_tokenizer": "model.t5_tokenizer",
+                 "clip_tokenizer": "model.clip_tokenizer"}  # fmt: skip
+    elif kind == "experts":
+        roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
+        if config.experts.enable_lune:
+            roles["lune"] = "experts.lune"
+        if config.experts.enable_sol:
+            roles["sol"] = "experts.sol"
+        if config.experts.vae is not None:
+            roles["expert_vae"] = "experts.vae"
+    found = {}
+    for role, key in roles.items():
+        text = config.get(key)
+        if text is not None:
+            revision = config.model.revision if key == "model.path" else None
+            found[role] = source(key, text, config.locate(text), revision)
+    return EncoderSources(found)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What every file of one kind must state, and what is added per item.
+
+    Attributes:
+        shared: the part common to all items; None if an encoder is not at hand, so that nothing can be verified.
+        options: resolved options of the family (expert_input and the like).
+    """
+
+    kind: str
+    shared: Fingerprint | None
+    options: dict[str, Any]
+
+    def of(self, item: Item) -> Fingerprint:
+        """The fingerprint of an item, without its image."""
+        assert self.shared is not None
+        own: Fingerprint = {}
+        if self.kind == "latents":
+            own = {
+                "bucket": list(item.bucket),
+                "resized": list(item.placement.resized),
+                "crop": list(item.placement.crop),
+            }
+        else:
+            own = {"caption": item.caption}
+        own["item"] = item.id
+        return {**self.shared, **own}
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether the content of the image decides."""
+        return self.kind == "latents" or self.options.get("expert_input") == "noised_image"
+
+
+def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, download: bool) -> Expectation:
+    """Fingerprint of one kind under a config.
+
+    Args:
+        options: of the family, with ``auto`` resolved.
+        download: fetch encoders from the hub; otherwise a missing one leaves `Expectation.shared` empty.
+    """
+    paths = encoder_sources(config, kind).paths(download=download)
+    own = options if kind == "experts" else {}
+    if any(path is None for path in paths.values()):
+        return Expectation(kind, None, own)
+    shared: Fingerprint = {"format": FORMAT_VERSION, "architecture": config.spec.full_name}
+    if kind == "experts" and own.get("expert_input") != "noised_image":
+        paths.pop("expert_vae", None)
+    shared.update({role: identity(path) for role, path in paths.items() if path is not None})
+    cache, experts = config.cache, config.experts
+    shared["storage"] = cache.dtype
+    if kind == "latents":
+        shared |= {
+            "latent_mode": cache.latent_mode,
+            "seed": cache.seed if cache.latent_mode == "sample" else None,
+            "latent_shift": config.spec.latent_shift,
+            "precision": config.model.vae_dtype,
+            "tiling": cache.vae_tiling,
+        }
+    elif kind == "text":
+        shared |= {"t5_max_tokens": config.model.t5_max_tokens, "precision": config.model.text_dtype}
+    else:
+        shared |= {
+            "lune_enabled": experts.enable_lune,
+            "sol_enabled": experts.enable_sol,
+            "expert_input": own["expert_input"],
+            "expert_time": own["expert_time"],
+            "resolution": experts.resolution,
+            "time_buckets": experts.time_buckets,
+            "seed": experts.seed,
+            "precision": experts.dtype,
+        }
+    return Expectation(kind, shared, own)
+
+
+def image_state(path: Path, *, with_hash: bool) -> Fingerprint:
+    """Size and modification time of an image, and the hash of its bytes."""
+    status = path.stat()
+    state: Fingerprint = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if with_hash:
+        state["sha256"] = hash_file(path)
+    return state
+
+
+def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
+    """The first thing in which a cached fingerprint differs from the expected one, in words; None if nothing does."""
+    for key, value in expected.items():
+        found = stored.get(key)
+        if found != value:
+            name = _WORDS.get(key, key)
+            return f"{name} was {_short(found)}, now {_short(value)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def stale_reason(item: Item, expected: Expectation, code: str, *, by_name: bool = False) -> str | None:
+    """Why the cache file of an item must be made again; None if it is fresh.
+
+    Args:
+        by_name: accept any complete file of the right name, whatever made it.
+    """
+    path = cache_path(item, expected.kind, code)
+    try:
+        header = read_header(path)
+    except FileNotFoundError:
+        return "missing"
+    except CacheError as error:
+        return str(error)
+    if by_name:
+        return None
+    if expected.shared is None:
+        return "its encoder is not downloaded yet, so it cannot be checked"
+    stored = header.fingerprint
+    if stored is None:
+        return "it does not say what made it (no fingerprint)"
+    reason = difference(stored, expected.of(item))
+    if reason is None and expected.needs_image:
+        known = stored.get("image") or {}
+        now = image_state(item.path, with_hash=False)
+        if {key: known.get(key) for key in now} != now and known.get("sha256") != hash_file(item.path):
+            reason = "the image has changed"
+    return reason

@@ -1,0 +1,265 @@
+"""The frame of every cache job: what is due, in which batches, written how.
+
+The items of a bucket, sorted, are cut into a fixed partition of batches, whatever exists already: a batch with a due
+item is computed whole, and only the due files are written. So a file has the same content whether it was made in the
+first run, after an interruption, or on another machine with ``--shard i/n`` (shards are made of whole batches).
+
+A broken image is reported and the others go on; the job then ends with exit code 1. Files appear complete or not at
+all. Nothing is ever deleted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musubi_tuner import __version__
+from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path
+from musubi_tuner.caching.fingerprint import image_state
+from musubi_tuner.caching.status import KindStatus, examine
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, UserError
+from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, replace_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Encoded = dict[str, "Tensor"]
+
+
+@dataclass
+class JobOptions:
+    """What the command line of a job adds to the config.
+
+    Attributes:
+        shard: (i, n), i from 1: do the i-th of n parts. dry_run: only say what is due.
+    """
+
+    shard: tuple[int, int] = (1, 1)
+    dry_run: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a job did."""
+
+    encoded: int = 0
+    skipped: int = 0
+    orphans: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``i/n``.
+
+    Raises:
+        ConfigError: unless 1 <= i <= n.
+    """
+    first, slash, second = text.partition("/")
+    if slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second):
+        return int(first), int(second)
+    raise ConfigError(f"--shard is {text!r}, expected i/n with 1 <= i <= n, such as 2/4")
+
+
+def make_batches(items: Sequence[Item], size: int, by_bucket: bool) -> list[list[Item]]:
+    """The fixed partition: sorted items, cut into batches of ``size``; ``by_bucket`` keeps buckets apart."""
+    groups: dict[str, list[Item]] = {}
+    for item in sorted(items, key=lambda item: item.key):
+        groups.setdefault(str(item.bucket) if by_bucket else "", []).append(item)
+    return [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
+
+
+Encoder = Callable[[list[Item], list[Any]], list[Encoded]]
+
+
+@dataclass
+class Job:
+    """One kind of cache.
+
+    Attributes:
+        open: loads the encoders and returns the function that encodes a batch from items and what `read` returned.
+        read: per item, in threads, ahead of the encoder; raises UserError for a broken file.
+        metadata: header entries per item, beside the common ones.
+    """
+
+    kind: str
+    batch_size: int
+    by_bucket: bool
+    open: Callable[[KindStatus], Encoder]
+    read: Callable[[Item], Any] | None = None
+    metadata: Callable[[Item], dict[str, str]] = lambda item: {}
+
+
+def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: dict[str, Any]) -> int:
+    """Do a job and print its summary line.
+
+    Returns:
+        0, or 1 if an item failed.
+
+    Raises:
+        CacheError: if another process writes to the same cache directory.
+    """
+    found = scan(config.datasets, config.spec.code)
+    for note in found.notes:
+        print(f"note: {note}")
+    with ExitStack() as stack:
+        if not options.dry_run:
+            for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
+                # Shards may share a folder: each locks its own name.
+                name = f".lock_{job.kind}_{options.shard[0]}of{options.shard[1]}"
+                stack.enter_context(folder_lock(folder, partial(_busy, folder), name))
+        status = examine(config, found.items, job.kind, family_options, download=True)
+        batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
+        mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
+        outcome = Outcome(
+            skipped=sum(item.key not in status.due for batch in batches for item in batch), orphans=len(status.orphans)
+        )
+        if options.dry_run:
+            due = sum(item.key in status.due for batch in mine for item in batch)
+            print(f"{job.kind}: would encode {due}, up to date {outcome.skipped}")
+            for reason, count in status.reasons:
+                print(f"  {count} x {reason}")
+            return EXIT_OK
+        if mine:
+            if options.shard == (1, 1):
+                for folder in {
+                    item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()
+                }:
+                    remove_leftovers(folder)
+            _encode(config, job, status, mine, outcome)
+    return _summary(job.kind, outcome)
+
+
+def _busy(folder: Path, holder: str) -> CacheError:
+    return CacheError(f"{folder}: {holder} is writing caches here; wait for it, or use --shard i/n on each")
+
+
+def _summary(kind: str, outcome: Outcome) -> int:
+    for text in outcome.failed[:10]:
+        print(f"failed: {text}", file=sys.stderr)
+    if len(outcome.failed) > 10:
+        print(f"... and {len(outcome.failed) - 10} more", file=sys.stderr)
+    line = f"{kind}: encoded {outcome.encoded}, up to date {outcome.skipped}, failed {len(outcome.failed)}"
+    if outcome.orphans:
+        line += f", {outcome.orphans} files belong to no item (python -m musubi_tuner.caching gc removes them)"
+    print(line)
+    return EXIT_FAILED if outcome.failed else EXIT_OK
+
+
+def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome) -> None:
+    from tqdm import tqdm
+
+    encode = job.open(status)
+    due = sum(item.key in status.due for batch in batches for item in batch)
+    with tqdm(total=due, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
+        for batch, inputs in _read_ahead(batches, job.read, config.cache.workers):
+            good = [(item, value) for item, value in zip(batch, inputs) if not isinstance(value, UserError)]
+            outcome.failed += [str(value) for value in inputs if isinstance(value, UserError)]
+            if good:
+                encoded = encode([item for item, _ in good], [value for _, value in good])
+                written = _write_batch(config, job, status, [item for item, _ in good], encoded, outcome)
+                outcome.encoded += written
+                bar.update(written)
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def _read_ahead(
+    batches: list[list[Item]], read: Callable[[Item], Any] | None, workers: int
+) -> Iterator[tuple[list[Item], list[Any]]]:
+    """Batches with their inputs, in order; a few batches are read ahead in threads."""
+    if read is None:
+        yield from ((batch, [None] * len(batch)) for batch in batches)
+        return
+
+    def attempt(item: Item) -> Any:
+        try:
+            return read(item)
+        except UserError as error:
+            return error
+
+    if workers == 0:
+        yield from ((batch, [attempt(item) for item in batch]) for batch in batches)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[tuple[list[Item], list[Future[Any]]]] = []
+        for batch in batches:
+            waiting.append((batch, [pool.submit(attempt, item) for item in batch]))
+            if len(waiting) > 2:
+                first, futures = waiting.pop(0)
+                yield first, [future.result() for future in futures]
+        for first, futures in waiting:
+            yield first, [future.result() for future in futures]
+
+
+def _write_batch(
+    config: RunConfig, job: Job, status: KindStatus, items: list[Item], encoded: Iterable[Encoded], outcome: Outcome
+) -> int:
+    """Write the due files of a batch; readers recognise a file that a power cut shortened by its length."""
+    import torch
+    from safetensors.torch import save_file
+
+    written = 0
+    for item, tensors in zip(items, encoded):
+        if item.key not in status.due:
+            continue
+        bad = [
+            key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        ]
+        if bad and config.cache.nan_policy == "error":
+            outcome.failed.append(
+                f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
+            )
+            continue
+        if bad:
+            print(
+                f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr
+            )
+            tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
+        fingerprint = status.expected.of(item)
+        if status.expected.needs_image:
+            fingerprint["image"] = image_state(item.path, with_hash=True)
+        metadata = {
+            "architecture": config.spec.full_name,
+            "format_version": FORMAT_VERSION,
+            "code_version": __version__,
+            "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
+            **job.metadata(item),
+        }
+        target = cache_path(item, job.kind, config.spec.code)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        replace_file(target, partial(save_file, contiguous, metadata=metadata), sync=False)
+        written += 1
+    fault_point(f"cache.{job.kind}.batch")
+    return written
+
+
+def storage_dtype(config: RunConfig, default: str) -> "Any":
+    """Precision in which a kind is stored."""
+    import torch
+
+    return getattr(torch, default if config.cache.dtype == "auto" else config.cache.dtype)
+
+
+def store(tensor: "Tensor", dtype: "Any") -> "Tensor":
+    """Cast to the storage precision.
+
+    Raises:
+        CacheError: if a finite value overflows.
+    """
+    import torch
+
+    cast = tensor.to(dtype)
+    if torch.isfinite(tensor).all() and not torch.isfinite(cast).all():
+        raise CacheError(
+            f'a value of {tensor.abs().max().item():.4g} does not fit into {dtype}; use cache.dtype = "float32" or "bfloat16"'
+        )
+    return cast

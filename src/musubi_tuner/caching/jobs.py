@@ -1,0 +1,260 @@
+"""The three cache jobs: latents, text, experts. Each encodes items through `job.run_job`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.caching.file_format import latents_key
+from musubi_tuner.caching.fingerprint import encoder_sources
+from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
+from musubi_tuner.caching.status import KindStatus
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.images import open_image, resize_crop, to_array
+from musubi_tuner.data.sources import Item
+from musubi_tuner.device import choose_device, encoder_dtype
+from musubi_tuner.randomness import normal
+
+
+def image_tensor(item: Item) -> Tensor:
+    """The picture at its bucket, [3, H, W] in [-1, 1]."""
+    array = to_array(resize_crop(open_image(item.path), item.placement))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
+    """Encode images into latents [C, H / 8, W / 8]."""
+
+    def open_encoder(status: KindStatus) -> Encoder:
+        from musubi_tuner.encoders.autoencoder import load_autoencoder
+
+        spec, device = config.spec, choose_device(config.run.device)
+        path = encoder_sources(config, "latents").paths(download=True)["vae"]
+        assert path is not None
+        dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
+        vae = load_autoencoder(path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=device)
+        vae.set_tiling(config.cache.vae_tiling)
+        stored = storage_dtype(config, "float32")
+        print(f"latents: {path} in {dtype} on {device}")
+
+        def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
+            batch = torch.stack(pixels)
+            noise = None
+            if config.cache.latent_mode == "sample":
+                shape = (vae.channels, batch.shape[2] // vae.factor, batch.shape[3] // vae.factor)
+                noise = torch.stack([normal(shape, config.cache.seed, "latent", item.id, 0) for item in items])
+            latents = vae.encode(batch, noise, spec.latent_shift).cpu()
+            name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."))
+            return [{name: store(latent, stored)} for latent in latents]
+
+        return encode
+
+    def metadata(item: Item) -> dict[str, str]:
+        (width, height), (bucket_width, bucket_height) = item.size, item.bucket
+        return {
+            "width": str(width),
+            "height": str(height),
+            "bucket_width": str(bucket_width),
+            "bucket_height": str(bucket_height),
+            "vae_shift_applied": str(config.spec.latent_shift).lower(),
+        }
+
+    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, image_tensor, metadata)
+    return run_job(config, job, options, family)
+
+
+def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
+    """Encode captions with T5 and CLIP."""
+    truncated = 0
+
+    def open_encoder(status: KindStatus) -> Encoder:
+        device = choose_device(config.run.device)
+        encoders = TextEncoders(config, device)
+        stored = storage_dtype(config, "bfloat16")
+        suffix = str(stored).removeprefix("torch.")
+        print(f"text: T5 and CLIP in {encoders.dtype} on {device}")
+
+        def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
+            nonlocal truncated
+            encoded = encoders.encode([item.caption for item in items])
+            truncated += encoders.truncated
+            return [
+                {
+                    f"t5_vec_{suffix}": store(encoded["t5_vec"][row], stored),
+                    "t5_mask": encoded["t5_mask"][row],
+                    f"clip_l_pooler_{suffix}": store(encoded["clip_l_pooler"][row], stored),
+                }
+                for row in range(len(items))
+            ]
+
+        return encode
+
+    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=_caption_metadata)
+    code = run_job(config, job, options, family)
+    if truncated:
+        print(f"note: {truncated} captions are longer than the encoders take and were cut")
+    return code
+
+
+def _caption_metadata(item: Item) -> dict[str, str]:
+    return {"caption1": item.caption}
+
+
+class TextEncoders:
+    """T5 and CLIP of a run, loaded once."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        from musubi_tuner.encoders.text import load_clip, load_t5
+
+        paths = encoder_sources(config, "text").paths(download=True)
+        assert paths["t5"] is not None and paths["clip"] is not None
+        self.dtype = encoder_dtype(config.model.text_dtype, device, gpu="bfloat16")
+        self.t5 = load_t5(
+            paths["t5"],
+            paths.get("t5_tokenizer"),
+            config.spec.t5_tokenizer,
+            max_tokens=config.model.t5_max_tokens,
+            dtype=self.dtype,
+            device=device,
+        )
+        self.clip = load_clip(
+            paths["clip"], paths.get("clip_tokenizer"), config.spec.clip_tokenizer, dtype=self.dtype, device=device
+        )
+        self.truncated = 0
+
+    def encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """``t5_vec`` [B, L, J], ``t5_mask`` [B, L], ``clip_l_pooler`` [B, P]."""
+        t5, clip = self.t5.encode(texts), self.clip.encode(texts)
+        self.truncated = t5.truncated
+        assert clip.pooled is not None
+        return {"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled}
+
+
+def time_buckets(count: int) -> Tensor:
+    """Centres of ``count`` equal slices of [0, 1]: 0.05, 0.15, ..., 0.95 for ten."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5).div(count).float()
+
+
+def teacher_grid(item: Item, resolution: int, keep_aspect: bool) -> tuple[int, int]:
+    """Rows and columns of the teacher's latent: the item's aspect at about resolution^2 pixels, sides multiples of 64.
+
+    Without ``keep_aspect`` a square.
+    """
+    if not keep_aspect:
+        return resolution // 8, resolution // 8
+    width, height = item.bucket
+    factor = resolution / (width * height) ** 0.5
+    rows, columns = (max(64, round(side * factor / 64) * 64) // 8 for side in (height, width))
+    return rows, columns
+
+
+def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
+    """Run the teachers at every time bucket and keep their features."""
+    experts = config.experts
+    sees_image = family["expert_input"] == "noised_image"
+
+    def read(item: Item) -> Tensor | None:
+        if not sees_image:
+            return None
+        from musubi_tuner.data.buckets import place
+
+        rows, columns = teacher_grid(item, experts.resolution, keep_aspect=True)
+        image = resize_crop(open_image(item.path), place(item.size, (columns * 8, rows * 8)))
+        return torch.from_numpy(to_array(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def open_encoder(status: KindStatus) -> Encoder:
+        from musubi_tuner.encoders.autoencoder import load_autoencoder
+        from musubi_tuner.encoders.teachers import load_teacher
+        from musubi_tuner.encoders.text import load_clip
+        from musubi_tuner.errors import CheckpointError
+
+        device = choose_device(config.run.device)
+        dtype = encoder_dtype(experts.dtype, device, gpu="float16")
+        paths = encoder_sources(config, "experts").paths(download=True)
+        assert paths["unet"] is not None and paths["clip"] is not None
+        clip = load_clip(
+            paths["clip"], paths.get("clip_tokenizer"), config.spec.clip_tokenizer, dtype=dtype, device=device
+        )
+        wanted = {"lune": experts.enable_lune, "sol": experts.enable_sol}
+        teachers = []
+        names = [name for name, enabled in wanted.items() if enabled]
+        if len(names) == 2 and paths.get("lune") == paths.get("sol"):
+            teachers.append(
+                (load_teacher(paths["unet"], paths.get("lune"), name="lune", dtype=dtype, device=device), names)
+            )
+        else:
+            for name in names:
+                teacher = load_teacher(paths["unet"], paths.get(name), name=name, dtype=dtype, device=device)
+                teachers.append((teacher, [name]))
+        wide = int(teachers[0][0].unet.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
+        if wide != clip.width:
+            raise CheckpointError(
+                f"experts.unet: expects text of width {wide}, but model.clip_path gives {clip.width}; SD1.5 belongs to CLIP-L"
+            )
+        vae = None
+        if sees_image:
+            assert paths["expert_vae"] is not None
+            vae = load_autoencoder(
+                paths["expert_vae"], channels=4, dtype=torch.float32, device=device, key="experts.vae"
+            )
+        grid = time_buckets(experts.time_buckets)
+        stored = storage_dtype(config, "float32")
+        suffix = str(stored).removeprefix("torch.")
+        print(f"experts: {', '.join(names)} in {dtype} on {device}, input {family['expert_input']}, "
+              f"time {family['expert_time']}")  # fmt: skip
+
+        def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
+            features = _teacher_features(items, pixels, clip, teachers, vae, grid, family, config)
+            return [
+                {"t_buckets_float32": grid}
+                | {f"{name}_{suffix}": store(value[row], stored) for name, value in features.items()}
+                for row in range(len(items))
+            ]
+
+        return encode
+
+    def metadata(item: Item) -> dict[str, str]:
+        return {**_caption_metadata(item), "time_convention": "data_at_1", "seed": str(experts.seed)}
+
+    job = Job("experts", config.cache.experts_batch_size, True, open_encoder, read, metadata)
+    return run_job(config, job, options, family)
+
+
+def _teacher_features(
+    items: list[Item],
+    pixels: list[Any],
+    clip: Any,
+    teachers: list[tuple[Any, list[str]]],
+    vae: Any,
+    grid: Tensor,
+    family: dict[str, Any],
+    config: RunConfig,
+) -> dict[str, Tensor]:
+    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher."""
+    text = clip.encode([item.caption for item in items])
+    times = len(grid)
+    images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
+    rows, columns = teacher_grid(items[0], config.experts.resolution, keep_aspect=images is not None)
+    noise = torch.stack(
+        [
+            normal((4, rows, columns), config.experts.seed, "teacher", item.id, 0, bucket)
+            for item in items
+            for bucket in range(times)
+        ]
+    )
+    t = grid.repeat(len(items))
+    latents = noise
+    if images is not None:
+        mix = t.view(-1, 1, 1, 1)
+        latents = (1 - mix) * noise + mix * images.repeat_interleave(times, dim=0)
+    timestep = 1000 * (1 - t if family["expert_time"] == "aligned" else t)
+    states = text.states.repeat_interleave(times, dim=0)
+    mask = text.mask.repeat_interleave(times, dim=0)
+    found: dict[str, Tensor] = {}
+    for teacher, names in teachers:
+        features = teacher.features(latents, timestep, states, mask, lune="lune" in names, sol="sol" in names)
+        found.update({name: value.unflatten(0, (len(items), times)) for name, value in features.items()})
+    return found
+
+
+JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}

@@ -1,0 +1,70 @@
+"""Which cache files are due. Torch-free: this is what the plan shows before anything heavy is loaded."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
+from musubi_tuner.caching.fingerprint import Expectation, expectation, stale_reason
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.sources import Item
+
+
+def needed_kinds(config: RunConfig) -> list[str]:
+    """Kinds of cache that a run trains from."""
+    teachers = config.spec.expert_keys and (config.experts.enable_lune or config.experts.enable_sol)
+    return [kind for kind in KINDS if kind != "experts" or teachers]
+
+
+@dataclass
+class KindStatus:
+    """State of one kind of cache.
+
+    Attributes:
+        due: item -> why its file must be made. fresh: how many need nothing.
+        orphans: complete files that belong to no item of the datasets.
+    """
+
+    kind: str
+    expected: Expectation
+    due: dict[str, str] = field(default_factory=dict)
+    fresh: int = 0
+    orphans: list[Path] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why files are due, most frequent first, at most three."""
+        return Counter(self.due.values()).most_common(3)
+
+
+def examine(
+    config: RunConfig, items: list[Item], kind: str, options: dict[str, Any], *, download: bool = False
+) -> KindStatus:
+    """Compare the cache files of one kind with what this config would make."""
+    code = config.spec.code
+    status = KindStatus(kind, expectation(config, kind, options, download=download))
+    by_name = config.cache.skip_existing == "name"
+    for item in items:
+        reason = "cache.run is always" if config.cache.run == "always" else None
+        reason = reason or stale_reason(item, status.expected, code, by_name=by_name)
+        if reason is None:
+            status.fresh += 1
+        else:
+            status.due[item.key] = reason
+    status.orphans = find_orphans(items, kind, code, [dataset.cache_directory for dataset in config.datasets])
+    return status
+
+
+def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> list[Path]:
+    """Cache files of one kind that belong to no item, below the cache directories."""
+    wanted = {cache_path(item, kind, code).resolve() for item in items}
+    folders = {root.resolve() for root in roots} | {item.cache_directory.resolve() for item in items}
+    found = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and kind_of(path.name, code) == kind and path not in wanted
+    ]
+    return sorted(found)

@@ -1,0 +1,117 @@
+"""Command-line options of every command that takes a run file, generated from the schema. Torch-free.
+
+``--name value`` for flat names, ``--set section.key=value`` for all keys. Hyphens and underscores are the same. A bare
+``--flag`` means true and ``--no_flag`` false.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from musubi_tuner.config.diagnostics import did_you_mean
+from musubi_tuner.config.load import parse_value
+from musubi_tuner.config.schema import Parameter, flat_names, parameters, section_classes
+from musubi_tuner.errors import ConfigError
+
+
+def format_default(parameter: Parameter) -> str:
+    """Default of a setting as TOML, or a word."""
+    if parameter.required:
+        return "required"
+    value = parameter.field.get_default(call_default_factory=True)
+    if value is None:
+        return "absent"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def settings_help() -> str:
+    """All settings by table: flag, type, default and sentence."""
+    by_key: dict[str, list[str]] = {}
+    for name, parameter in flat_names().items():
+        by_key.setdefault(parameter.key, []).append(f"--{name}")
+    lines = []
+    section = None
+    for parameter in parameters():
+        if parameter.section != section:
+            section = parameter.section
+            lines.append(f"\n[{section}]  {section_classes()[section].__doc__}" if section else "\ntop level")
+        flags = ", ".join(by_key.get(parameter.key, [f"--set {parameter.key}=..."]))
+        lines.append(f"  {parameter.name}  ({parameter.type_name}; default {format_default(parameter)})  {flags}")
+        lines.append(f"      {parameter.help}")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose mistakes are our errors, with a suggestion."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}\nusage: {self.format_usage().removeprefix('usage: ').strip()}")
+
+
+def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate a command's own options from settings.
+
+    Args:
+        own: option names of the command, with their dashes; they and everything positional are passed on.
+
+    Returns:
+        The arguments for the command's parser, and overrides by dotted key, typed.
+
+    Raises:
+        ConfigError: for an unknown option or a missing value.
+    """
+    flat = flat_names()
+    keys = {parameter.key: parameter for parameter in parameters()}
+    passed: list[str] = []
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            passed.append(word)
+            continue
+        option, equals, attached = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if f"--{name}" in own:
+            passed.append(f"--{name}{equals}{attached}")
+            continue
+        if name == "set":
+            if not equals:
+                attached = _value(word, rest)
+            key, sign, text = attached.partition("=")
+            if not sign:
+                raise ConfigError(f"--set {attached}: expected --set section.key=value")
+            overrides[key] = _parse_key(key, text, keys)
+            continue
+        negative = name.startswith("no_") and name not in flat
+        parameter = flat.get(name.removeprefix("no_") if negative else name)
+        if parameter is None:
+            known = [*flat, *(option_name[2:] for option_name in own)]
+            raise ConfigError(f"unknown option --{name}.{did_you_mean(name, known)} See --help")
+        is_bool = parameter.field.annotation is bool
+        if negative and not is_bool:
+            raise ConfigError(f"--{name}: {parameter.key} is not true or false")
+        if is_bool and not equals and not (rest and rest[0] in ("true", "false")):
+            overrides[parameter.key] = not negative
+            continue
+        overrides[parameter.key] = parse_value(parameter, attached if equals else _value(word, rest))
+    return passed, overrides
+
+
+def _value(option: str, rest: list[str]) -> str:
+    if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+        raise ConfigError(f"{option}: a value is missing")
+    return rest.pop(0)
+
+
+def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
+    import tomllib
+
+    if key in keys:
+        return parse_value(keys[key], text)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

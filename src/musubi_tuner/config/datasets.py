@@ -1,0 +1,245 @@
+"""The musubi dataset file: `[general]` and `[[datasets]]`, alone or inside a run file. Torch-free.
+
+Values are looked up in the dataset, then in [general], then in the family's defaults. Source keys and
+`cache_directory` are never inherited.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
+
+MissingCaption = Literal["error", "skip", "empty", "stem"]
+
+_SHARED: dict[str, str] = {
+    "resolution": "resolution",
+    "enable_bucket": "bool",
+    "bucket_no_upscale": "bool",
+    "caption_extension": "text",
+    "batch_size": "count",
+    "num_repeats": "count",
+    "missing_caption": "missing_caption",
+    "recursive": "bool",
+}
+_DATASET_ONLY: dict[str, str] = {
+    "image_directory": "text",
+    "image_jsonl_file": "text",
+    "cache_directory": "text",
+}
+_IGNORED = {"fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"}
+_REFUSED = {
+    "control_directory": "control images are for editing models; this architecture takes none",
+    "multiple_target": "layered targets are for another architecture",
+    "no_resize_control": "control images are for editing models; this architecture takes none",
+    "control_resolution": "control images are for editing models; this architecture takes none",
+    "flux_kontext_no_resize_control": "control images are for editing models; this architecture takes none",
+    "qwen_image_edit_no_resize_control": "control images are for editing models; this architecture takes none",
+    "qwen_image_edit_control_resolution": "control images are for editing models; this architecture takes none",
+    "mask_directory": "loss masks are not built yet",
+    "alpha_mask": "loss masks are not built yet",
+}
+_VIDEO = {
+    "video_directory",
+    "video_jsonl_file",
+    "target_frames",
+    "frame_extraction",
+    "frame_stride",
+    "frame_sample",
+    "max_frames",
+    "source_fps",
+}
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One resolved `[[datasets]]` entry.
+
+    Attributes:
+        name: how messages call it, "datasets[0]".
+        image_directory, image_jsonl_file: exactly one is set.
+        cache_directory: where cache files go; the image directory if not given.
+        resolution: (width, height) in pixels; the area when buckets are on.
+        caption_extension: with its dot.
+        batch_size: images per micro-batch and process.
+    """
+
+    name: str
+    image_directory: Path | None
+    image_jsonl_file: Path | None
+    cache_directory: Path
+    resolution: tuple[int, int]
+    enable_bucket: bool
+    bucket_no_upscale: bool
+    caption_extension: str
+    batch_size: int
+    num_repeats: int
+    missing_caption: MissingCaption
+    recursive: bool
+
+
+def _check_value(kind: str, value: Any) -> str | None:
+    """What is wrong with a value of that kind, or None."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    match kind:
+        case "bool" if not isinstance(value, bool):
+            return f"is {value!r}, expected true or false"
+        case "text" if not isinstance(value, str) or not value:
+            return f"is {value!r}, expected a text"
+        case "count" if not is_int or value < 1:
+            return f"is {value!r}, expected a whole number of at least 1"
+        case "missing_caption" if value not in get_args(MissingCaption):
+            return f"is {value!r}, expected one of {', '.join(get_args(MissingCaption))}"
+        case "resolution":
+            sides = [value] if is_int else value
+            whole = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
+            if not whole or len(sides) not in (1, 2) or (isinstance(value, list) and len(value) != 2):
+                return f"is {value!r}, expected one whole number or [width, height]"
+            if min(sides) < 1:
+                return f"is {value!r}, sides must be at least 1"
+    return None
+
+
+def _check_table(table: Any, where: str, allowed: Mapping[str, str], problems: list[Diagnostic]) -> dict[str, Any]:
+    """Collect the usable values of one table; everything else becomes a diagnostic."""
+    if not isinstance(table, dict):
+        problems.append(Diagnostic("error", where, f"is {table!r}, expected a table"))
+        return {}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        place = f"{where}.{key}"
+        if key in allowed:
+            wrong = _check_value(allowed[key], value)
+            if wrong:
+                problems.append(Diagnostic("error", place, wrong))
+            else:
+                values[key] = value
+        elif key in _DATASET_ONLY:
+            problems.append(Diagnostic("error", place, "belongs into [[datasets]]; it is not inherited"))
+        elif key in _IGNORED:
+            problems.append(Diagnostic("warning", place, "belongs to another architecture and has no effect"))
+        elif key in _VIDEO:
+            problems.append(Diagnostic("error", place, "this architecture trains on images only"))
+        elif key in _REFUSED:
+            problems.append(Diagnostic("error", place, f"is not supported: {_REFUSED[key]}; remove the key"))
+        else:
+            problems.append(Diagnostic("error", place, f"unknown key.{did_you_mean(key, allowed)}"))
+    return values
+
+
+def resolve_datasets(
+    tables: Mapping[str, Any], defaults: Mapping[str, Any], step: int, locate: Any
+) -> tuple[list[DatasetConfig], list[Diagnostic]]:
+    """Check and resolve the two tables.
+
+    Args:
+        tables: may hold ``general`` and ``datasets``.
+        defaults: the family's defaults for the shared keys.
+        step: sides of a single bucket must be multiples of this many pixels.
+        locate: turns a path of the file into a `Path`.
+
+    Returns:
+        The usable datasets and all findings.
+    """
+    problems: list[Diagnostic] = []
+    general = _check_table(tables.get("general", {}), "general", _SHARED, problems)
+    entries = tables.get("datasets", [])
+    if isinstance(entries, dict):
+        problems.append(Diagnostic("error", "datasets", "is a table; write [[datasets]] with two brackets"))
+        entries = []
+    if not isinstance(entries, list) or not entries:
+        problems.append(
+            Diagnostic(
+                "error", "datasets", "no dataset given; add [[datasets]] with image_directory or image_jsonl_file"
+            )
+        )
+        entries = []
+    datasets: list[DatasetConfig] = []
+    for index, entry in enumerate(entries):
+        where = f"datasets[{index}]"
+        own = _check_table(entry, where, _SHARED | _DATASET_ONLY, problems)
+        values = {**defaults, **general, **own}
+        dataset = _resolve_one(where, own, values, step, locate, problems)
+        if dataset:
+            datasets.append(dataset)
+    problems.extend(_shared_caches(datasets))
+    return datasets, problems
+
+
+def _resolve_one(
+    where: str, own: dict[str, Any], values: dict[str, Any], step: int, locate: Any, problems: list[Diagnostic]
+) -> DatasetConfig | None:
+    sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
+    before = len(problems)
+    if not sources:
+        problems.append(Diagnostic("error", where, "needs image_directory or image_jsonl_file"))
+    elif len(sources) == 2:
+        problems.append(Diagnostic("error", where, "has image_directory and image_jsonl_file; keep one"))
+    if "image_jsonl_file" in own and "cache_directory" not in own:
+        problems.append(Diagnostic("error", f"{where}.cache_directory", "is required with image_jsonl_file"))
+    if not str(values["caption_extension"]).startswith("."):
+        problems.append(
+            Diagnostic(
+                "error", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it begins with a dot"
+            )
+        )
+    resolution = values["resolution"]
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if not values["enable_bucket"] and (width % step or height % step):
+        near = [[side - side % step or step, side - side % step + step] for side in (width, height)]
+        problems.append(
+            Diagnostic(
+                "error",
+                f"{where}.resolution",
+                f"is {width}x{height}; without buckets both sides must be multiples of {step}: "
+                f"width {near[0][0]} or {near[0][1]}, height {near[1][0]} or {near[1][1]}",
+            )
+        )
+    if values["enable_bucket"]:
+        smallest = int((width * height) ** 0.5) // 2
+        if smallest < step:
+            problems.append(
+                Diagnostic(
+                    "error",
+                    f"{where}.resolution",
+                    f"is {width}x{height}; the smallest bucket side would be 0. "
+                    f"Use at least {2 * step}x{2 * step}, or enable_bucket = false",
+                )
+            )
+    if len(problems) > before:
+        return None
+    directory: Path | None = locate(own["image_directory"]) if "image_directory" in own else None
+    cache: Path | None = locate(own["cache_directory"]) if "cache_directory" in own else directory
+    assert cache is not None  # a JSONL source without cache_directory was refused above
+    return DatasetConfig(
+        name=where,
+        image_directory=directory,
+        image_jsonl_file=locate(own["image_jsonl_file"]) if "image_jsonl_file" in own else None,
+        cache_directory=cache,
+        resolution=(width, height),
+        enable_bucket=values["enable_bucket"],
+        bucket_no_upscale=values["bucket_no_upscale"],
+        caption_extension=values["caption_extension"],
+        batch_size=values["batch_size"],
+        num_repeats=values["num_repeats"],
+        missing_caption=values["missing_caption"],
+        recursive=values["recursive"],
+    )
+
+
+def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:
+    seen: dict[Path, str] = {}
+    problems = []
+    for dataset in datasets:
+        folder = dataset.cache_directory.resolve()
+        if folder in seen:
+            problems.append(
+                Diagnostic(
+                    "error",
+                    f"{dataset.name}.cache_directory",
+                    f"is {folder}, which {seen[folder]} uses too; give each dataset its own",
+                )
+            )
+        seen.setdefault(folder, dataset.name)
+    return problems

@@ -1,0 +1,342 @@
+"""From a run file and command-line overrides to an immutable, fully resolved config. Torch-free.
+
+Later wins: schema defaults, the family's defaults, the file, the command line. The origin of every value is kept.
+Everything that is wrong is collected and raised as one `ConfigError`.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import PrivateAttr, ValidationError
+
+from musubi_tuner.config.datasets import DatasetConfig, resolve_datasets
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, format_problems
+from musubi_tuner.config.paths import locate
+from musubi_tuner.config.schema import SECTION_ALIASES, Parameter, RunFile, flat_names, parameters, section_classes
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import ModelSpec
+
+DATA_TABLES = ("general", "datasets")
+Overrides = Mapping[str, Any]
+
+
+class RunConfig(RunFile):
+    """A checked run file: its sections as attributes, and what was derived from them."""
+
+    _path: Path = PrivateAttr()
+    _spec: ModelSpec = PrivateAttr()
+    _datasets: list[DatasetConfig] = PrivateAttr(default_factory=list)
+    _tables: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """The run file."""
+        return self._path
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model family."""
+        return self._spec
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """The resolved datasets, in order."""
+        return self._datasets
+
+    @property
+    def dataset_tables(self) -> dict[str, Any]:
+        """[general] and [[datasets]] as they were written."""
+        return self._tables
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Dotted key -> default, arch, file or cli."""
+        return self._origins
+
+    @property
+    def findings(self) -> list[Diagnostic]:
+        """Warnings and notes found while loading."""
+        return self._findings
+
+    def set_keys(self) -> list[str]:
+        """Keys that a person set, in the file or on the command line."""
+        return [key for key, origin in self._origins.items() if origin in ("file", "cli")]
+
+    def get(self, key: str) -> Any:
+        """Value of a dotted key."""
+        section, _, name = key.rpartition(".")
+        owner = getattr(self, section) if section else self
+        return None if owner is None else getattr(owner, {"from": "from_"}.get(name, name))
+
+    def locate(self, text: str) -> Path:
+        """A path of the file, found as `paths.locate` says."""
+        return locate(text, self._path)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.output_dir).expanduser()
+
+
+def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConfig:
+    """Read, resolve and check a run file.
+
+    Args:
+        path: the TOML file.
+        overrides: dotted keys or flat names -> values, already typed; they win over the file.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    path = Path(path)
+    document = read_toml(path)
+    problems: list[Diagnostic] = []
+    _refuse_flat(path, document)
+    tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
+    origins: dict[str, str] = {}
+    values = _collect(document, overrides or {}, origins, problems)
+    spec = _find_family(values, problems)
+    if spec:
+        _apply_defaults(values, spec, origins)
+    config = _validate(values, origins, spec, problems)
+    datasets: list[DatasetConfig] = []
+    # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
+    tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
+    if spec:
+        datasets, found = resolve_datasets(
+            tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path)
+        )
+        problems += found
+    if config is not None and spec is not None:
+        config._path, config._spec, config._datasets = path, spec, datasets
+        config._tables, config._origins = tables, origins
+        from musubi_tuner.config.rules import validate
+
+        problems += validate(config)
+    errors = [problem for problem in problems if problem.level == "error"]
+    if errors or config is None:
+        raise ConfigError(format_problems(str(path), errors))
+    config._findings = [problem for problem in problems if problem.level != "error"]
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: if it is missing or not TOML; names the line, and single quotes for Windows paths.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run `python train.py` to list the run files here") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        advice = ""
+        if "\\" in text and ("escape" in str(error) or "hex" in str(error)):
+            advice = "; in double quotes a backslash begins an escape: write Windows paths in 'single quotes'"
+        raise ConfigError(f"{path}: not valid TOML: {error}{advice}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+
+
+def _refuse_flat(path: Path, document: dict[str, Any]) -> None:
+    if not {"schema_version", "run", "model"} & set(document):
+        raise ConfigError(
+            f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. Flat musubi or kohya "
+            "option files are not read yet; toml/tinyflux.toml shows the form expected here"
+        )
+
+
+def _collect(
+    document: dict[str, Any], overrides: Overrides, origins: dict[str, str], problems: list[Diagnostic]
+) -> dict[str, Any]:
+    """Merge file and overrides into one tree, noting origins."""
+    for alias, name in SECTION_ALIASES.items():
+        if alias in document:
+            if name in document:
+                problems.append(Diagnostic("error", alias, f"is another spelling of [{name}]; keep one"))
+            document[name] = document.pop(alias)
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in section_classes() and isinstance(value, dict):
+            values[key] = dict(value)
+            origins.update({f"{key}.{name}": "file" for name in value})
+        else:
+            values[key] = value
+            origins[key] = "file"
+    known = {parameter.key: parameter for parameter in parameters()}
+    flat = flat_names()
+    for key, value in overrides.items():
+        parameter = known.get(key) or flat.get(key)
+        if parameter is None:
+            if not key.startswith("model.geometry."):
+                names = [*known, *flat]
+                problems.append(Diagnostic("error", key, f"unknown key.{did_you_mean(key, names)}"))
+                continue
+            values.setdefault("model", {}).setdefault("geometry", {})[key.removeprefix("model.geometry.")] = value
+            origins["model.geometry"] = "cli"
+            continue
+        target = values
+        if parameter.section:
+            if not isinstance(values.get(parameter.section, {}), dict):
+                continue
+            target = values.setdefault(parameter.section, {})
+        target[parameter.name] = value
+        origins[parameter.key] = "cli"
+    return values
+
+
+def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpec | None:
+    from musubi_tuner.models.registry import MODELS, RESERVED
+
+    model = values.get("model")
+    arch = model.get("arch") if isinstance(model, dict) else None
+    if not isinstance(arch, str):
+        return None
+    if arch in MODELS:
+        return MODELS[arch]
+    known = [name for code in MODELS for name in (code, MODELS[code].full_name)]
+    reason = RESERVED.get(arch, f"is not a model family.{did_you_mean(arch, known)}")
+    problems.append(Diagnostic("error", "model.arch", f"'{arch}': {reason} Supported: {', '.join(known)}"))
+    return None
+
+
+def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, str]) -> None:
+    for key, value in spec.defaults.items():
+        section, name = key.split(".")
+        table = values.setdefault(section, {})
+        if isinstance(table, dict) and name not in table:
+            table[name] = value
+            origins[key] = "arch"
+
+
+def _validate(
+    values: dict[str, Any], origins: dict[str, str], spec: ModelSpec | None, problems: list[Diagnostic]
+) -> RunConfig | None:
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            problems.append(_explain(item, spec))
+        return None
+    for parameter in parameters():
+        origins.setdefault(parameter.key, "default")
+    return config
+
+
+def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
+    """One pydantic finding in our words."""
+    location = [str(part) for part in item["loc"] if not str(part).startswith(("list[", "function-"))]
+    by_key = {parameter.key: parameter for parameter in parameters()}
+    key = ".".join(location[:2])
+    parameter = by_key.get(key)
+    if item["type"] == "missing":
+        return Diagnostic("error", key, f"is required. {parameter.help if parameter else ''}".strip())
+    if item["type"] == "extra_forbidden":
+        return Diagnostic("error", ".".join(location), _unknown_key(location, item["input"], spec))
+    value = "***" if parameter and parameter.extra("secret") else repr(item["input"])
+    if parameter is None:
+        return Diagnostic("error", key, f"is {value}, expected a table")
+    return Diagnostic("error", key, f"is {value}, expected {_expected(parameter)}{_suggest(parameter, item['input'])}")
+
+
+def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str:
+    name = location[-1]
+    if spec and name in spec.foreign_keys:
+        return spec.foreign_keys[name](value)
+    if len(location) == 1:
+        tables = [*section_classes(), "general", "datasets", "schema_version", "dataset_config"]
+        kind = "table" if isinstance(value, dict) else "key"
+        extra = f" It is written [{flat.section}] {flat.name}." if (flat := flat_names().get(name)) else ""
+        return f"unknown {kind}.{did_you_mean(name, tables)}{extra}"
+    own = [parameter.name for parameter in parameters() if parameter.section == location[0]]
+    hint = did_you_mean(name, own)
+    flat = flat_names().get(name)
+    if flat and not hint:
+        hint = f" It is written [{flat.section}] {flat.name}."
+    if not hint:
+        elsewhere = [p.key for p in parameters() if p.name == name]
+        hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(name, flat_names())
+    return f"unknown key.{hint}"
+
+
+def _expected(parameter: Parameter) -> str:
+    text = parameter.type_name
+    limits = []
+    for constraint in parameter.field.metadata:
+        for name, words in (
+            ("ge", "at least"),
+            ("gt", "above"),
+            ("le", "at most"),
+            ("lt", "below"),
+            ("multiple_of", "a multiple of"),
+            ("min_length", "length at least"),
+            ("max_length", "length at most"),
+            ("pattern", "matching"),
+        ):
+            limit = getattr(constraint, name, None)
+            if limit is not None:
+                limits.append(f"{words} {limit}")
+    words = {"int": "a whole number", "float": "a number", "text": "a text"}.get(text, text)
+    return f"{words} {' and '.join(limits)}".strip()
+
+
+def _suggest(parameter: Parameter, value: Any) -> str:
+    annotation = parameter.field.annotation
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        return "." + did_you_mean(value, [str(choice) for choice in get_args(annotation)])
+    return ""
+
+
+def _dataset_tables(
+    dataset_config: Any, tables: dict[str, Any], path: Path, problems: list[Diagnostic]
+) -> dict[str, Any]:
+    """The [general] and [[datasets]] tables, from the run file or from the file it names."""
+    if not isinstance(dataset_config, str):
+        return tables
+    if tables:
+        problems.append(
+            Diagnostic(
+                "error", "dataset_config", "is set, but the run file has its own [general] or [[datasets]]; keep one"
+            )
+        )
+        return tables
+    source = locate(dataset_config, path)
+    try:
+        document = read_toml(source)
+    except ConfigError as error:
+        problems.append(Diagnostic("error", "dataset_config", str(error)))
+        return {}
+    for key in document:
+        if key not in DATA_TABLES:
+            problems.append(
+                Diagnostic("error", f"{source}: {key}", f"unknown table or key.{did_you_mean(key, DATA_TABLES)}")
+            )
+    return {key: document[key] for key in DATA_TABLES if key in document}
+
+
+def parse_value(parameter: Parameter, text: str) -> Any:
+    """Read a command-line value as the type of its setting; the schema then checks it like a file's value."""
+    annotation = parameter.field.annotation
+    kinds = {part for part in (annotation, *get_args(annotation)) if isinstance(part, type)}
+    literal = get_origin(annotation) is Literal
+    if text == "none" and type(None) in kinds:
+        return None
+    if literal and any(isinstance(choice, str) for choice in get_args(annotation)):
+        return text
+    if str in kinds and get_origin(annotation) is not list and not text.startswith("["):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,179 @@
+"""Static rules between settings. Torch-free; rules about devices and files are labelled passes of their own."""
+
+import os
+from pathlib import Path
+
+from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.load import RunConfig
+from musubi_tuner.config.paths import is_hub_id
+from musubi_tuner.config.schema import parameters
+
+
+def validate(config: RunConfig) -> list[Diagnostic]:
+    """Everything that can be known about a config without torch: rules, then files."""
+    return [*_needs(config), *_no_effect(config), *_family(config), *_files(config)]
+
+
+def _error(key: str, message: str) -> Diagnostic:
+    return Diagnostic("error", key, message)
+
+
+def _needs(config: RunConfig) -> list[Diagnostic]:
+    """Settings that require or exclude each other."""
+    found: list[Diagnostic] = []
+    model, train, objective = config.model, config.train, config.objective
+    if model.init == "checkpoint" and model.path is None:
+        found.append(_error("model.path", 'is required; or set init = "scratch" to train a new model'))
+    if model.init == "scratch" and model.path is not None:
+        found.append(_error("model.path", 'is set, but init = "scratch" starts from random weights; remove one'))
+    if model.init == "checkpoint" and model.geometry:
+        found.append(_error("model.geometry", 'is read from the checkpoint; remove the table, or set init = "scratch"'))
+    if train.max_steps is None and train.max_epochs is None:
+        found.append(_error("train.max_steps", "is missing, and max_epochs too; give one of them"))
+    if train.max_steps is not None and config.scheduler.warmup_steps > train.max_steps:
+        found.append(
+            _error(
+                "scheduler.warmup_steps",
+                f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {train.max_steps}; "
+                "the learning rate would never be reached",
+            )
+        )
+    if config.scheduler.min_lr > config.optimizer.lr:
+        found.append(
+            _error("scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}")
+        )
+    for index, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            found.append(_error("optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
+    if objective.timestep_stratified and objective.timestep_sampling != "uniform":
+        found.append(_error("objective.timestep_stratified", 'needs timestep_sampling = "uniform"'))
+    if train.mixed_precision == "fp16" and config.run.device == "cpu":
+        found.append(_error("train.mixed_precision", '"fp16" needs a GPU; use "bf16" or "no" on a CPU'))
+    if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
+        found.append(Diagnostic("warning", "cache.dtype", "float16 caches lose precision that a float32 run could use"))
+    if config.distributed.num_processes > 1 and config.run.device == "mps":
+        found.append(_error("distributed.num_processes", "several processes need CUDA or a CPU, not mps"))
+    if config.sample.prompts is not None:
+        if not (config.sample.every_steps or config.sample.every_epochs or config.sample.at_first):
+            found.append(
+                Diagnostic(
+                    "warning", "sample.prompts", "are given, but no sample.every_steps, every_epochs or at_first"
+                )
+            )
+        for name in ("width", "height"):
+            value, step = getattr(config.sample, name), config.spec.pixel_step
+            if value and value % step:
+                found.append(
+                    _error(
+                        f"sample.{name}",
+                        f"is {value}, expected a multiple of {step}: {value - value % step} or "
+                        f"{value - value % step + step}",
+                    )
+                )
+    if config.hub.repo_id is not None and not is_hub_id(config.hub.repo_id):
+        found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
+    return found
+
+
+def _no_effect(config: RunConfig) -> list[Diagnostic]:
+    """Settings that a person wrote and that cannot act."""
+    huber = config.objective.loss == "huber" or (config.objective.lune_mode == "huber" and config.experts.enable_lune)
+    uniform = config.objective.timestep_sampling == "uniform"
+    silent: list[tuple[bool, tuple[str, ...], str]] = [
+        (uniform, ("objective.logit_mean", "objective.logit_std"), 'objective.timestep_sampling is "uniform"'),
+        (not huber, ("objective.huber_delta",), "no loss is huber"),
+        (
+            not config.objective.min_snr_gamma or config.objective.min_snr_form == "none",
+            ("objective.min_snr_form", "objective.min_snr_gamma"),
+            "the min-SNR weight is off",
+        ),
+        (not config.ema.enabled, ("ema.decay", "ema.warmup"), "ema.enabled is false"),
+        (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
+        (config.scheduler.type == "constant", ("scheduler.min_lr",), 'scheduler.type is "constant"'),
+        (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
+        (
+            config.sample.prompts is None,
+            tuple(p.key for p in parameters() if p.section == "sample" and p.name != "prompts"),
+            "sample.prompts is absent",
+        ),
+        (
+            config.hub.repo_id is None,
+            tuple(p.key for p in parameters() if p.section == "hub" and p.name != "repo_id"),
+            "hub.repo_id is absent",
+        ),
+        (
+            config.distributed.num_processes == 1,
+            ("distributed.main_process_port",),
+            "distributed.num_processes is 1",
+        ),
+        (
+            not (config.save.every_steps or config.save.every_epochs),
+            ("save.keep_last_steps", "save.keep_last_epochs"),
+            "nothing is saved on the way",
+        ),
+    ]
+    written = set(config.set_keys())
+    off = {"objective.min_snr_gamma"} if config.objective.min_snr_gamma in (0, None) else set()
+    if config.objective.min_snr_form == "none":
+        off.add("objective.min_snr_form")
+    return [
+        Diagnostic("warning", key, f"has no effect because {reason}")
+        for condition, keys, reason in silent
+        if condition
+        for key in keys
+        if key in written - off
+    ]
+
+
+def _family(config: RunConfig) -> list[Diagnostic]:
+    spec = config.spec
+    found = [
+        _error(key, f"does not apply to {spec.title}: {reason}")
+        for key, reason in spec.not_applicable.items()
+        if key in config.set_keys()
+    ]
+    return found + (spec.check(config) if spec.check else [])
+
+
+def _files(config: RunConfig) -> list[Diagnostic]:
+    """Files that must exist, and a place to write to."""
+    found: list[Diagnostic] = []
+    # The demo makes its own files before anything reads them.
+    inputs = [] if config.demo else ["model.path", "model.vae_path", "model.clip_path", "model.t5_path",
+                                     "model.clip_tokenizer", "model.t5_tokenizer", "experts.unet", "experts.vae",
+                                     "experts.lune", "experts.sol"]  # fmt: skip
+    for key in inputs:
+        text = config.get(key)
+        if text is not None and not is_hub_id(text) and not config.locate(text).exists():
+            found.append(_error(key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)"))
+    needed = {"model.vae_path": "images", "model.clip_path": "captions", "model.t5_path": "captions"}
+    for key, what in needed.items():
+        if config.get(key) is None and config.cache.run != "never":
+            found.append(_error(key, f"is needed to encode {what}"))
+    prompts = config.sample.prompts
+    if isinstance(prompts, str) and not config.locate(prompts).is_file():
+        found.append(_error("sample.prompts", f"{prompts}: no such file; give a text file, or a list of prompts"))
+    for dataset in config.datasets:
+        if config.demo or config.cache.run == "never":
+            break
+        folder, listing = dataset.image_directory, dataset.image_jsonl_file
+        if folder is not None and not folder.is_dir():
+            found.append(_error(f"{dataset.name}.image_directory", f"{folder}: no such folder"))
+        if listing is not None and not listing.is_file():
+            found.append(_error(f"{dataset.name}.image_jsonl_file", f"{listing}: no such file"))
+    problem = unwritable(config.output_dir)
+    if problem:
+        found.append(_error("run.output_dir", problem))
+    return found
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why files cannot be written below ``folder`` (which need not exist yet), or None."""
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            if not place.is_dir():
+                return f"{place} is a file, expected a folder"
+            if not os.access(place, os.W_OK | os.X_OK):
+                return f"{place}: no permission to write; choose another folder"
+            return None
+    return None

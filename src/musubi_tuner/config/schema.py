@@ -1,0 +1,482 @@
+"""Every setting of a run file, declared once.
+
+A class is a TOML table, a field is a key. The type, range, default and the one sentence of help written here make
+the TOML check, the command line, `--help`, `docs/config.md` and the resolved config; nothing is declared twice.
+
+A field's extra facts (see `param`):
+    flat      names accepted on the command line as ``--name``, beside the key's own last part where that is unique
+    resume    "fixed": a run that continues must keep the value; "free": it may change between starts
+    secret    never printed, stored or logged
+    families  applicability and default by family come from ``models/<family>/options.py``, not from here
+
+An absent optional value means off. Torch-free.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+SCHEMA_VERSION = 1
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AutoDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    flat: tuple[str, ...] = (),
+    resume: Literal["fixed", "free"] = "fixed",
+    secret: bool = False,
+    path: bool = False,
+    **constraints: Any,
+) -> Any:
+    """One setting: its default (``...`` = required), its sentence, and pydantic constraints such as ge and le."""
+    extra: Any = {"flat": list(flat), "resume": resume, "secret": secret, "path": path}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+class Section(BaseModel):
+    """Base of all tables: immutable, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    """What the run is called, where it writes, and what makes it repeatable."""
+
+    name: str = param(
+        ..., "Name of the run; every output file begins with it.", flat=("output_name",), pattern=r"^[\w.\- ]+$"
+    )
+    output_dir: str = param(..., "Folder for checkpoints, states, samples and logs.", path=True, resume="free")
+    seed: int = param(42, "Seed of order, noise, times and dropout.", flat=("seed",), ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda", "mps"] = param("auto", "Where to compute; auto takes a GPU if there is one.")
+    threads: int | None = param(
+        None, "CPU threads per process; absent = cores divided by processes.", ge=1, le=1024, resume="free"
+    )
+    strict: bool = param(
+        False, "Refuse to resume when library versions, CPU type, threads or processes changed.", resume="free"
+    )
+
+
+class ModelSection(Section):
+    """Which model is trained, and the frozen networks around it."""
+
+    arch: str = param(..., "Code or full name of the model family.", flat=("architecture",))
+    init: Literal["checkpoint", "scratch"] = param(
+        "checkpoint", "Start from `path`, or from random weights of the shape in [model.geometry]."
+    )
+    path: str | None = param(
+        None, "Checkpoint: a file, a folder, or `owner/repo[:subfolder or file]` on the hub.", flat=("dit",), path=True
+    )
+    weights: Literal["model", "ema"] = param("model", "Which weights of the checkpoint to start from.")
+    revision: str | None = param(None, "Branch, tag or commit for hub ids; absent = main.")
+    geometry: dict[str, Any] = param({}, "Shape of a new model: the fields of its config.json.")
+    init_scheme: Literal["reference", "adaln_zero"] = param(
+        "reference",
+        "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
+    )
+    rope_freqs: Literal["checkpoint", "exact"] = param(
+        "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
+    )
+    vae_path: str | None = param(None, "Autoencoder: a file, a folder or a hub id.", flat=("vae", "ae"), path=True)
+    clip_path: str | None = param(
+        None, "CLIP-L text model: a file, a folder or a hub id.", flat=("clip_l_path",), path=True
+    )
+    t5_path: str | None = param(None, "T5 encoder: a file, a folder or a hub id.", path=True)
+    clip_tokenizer: str | None = param(
+        None, "CLIP tokenizer folder or hub id; absent = beside the encoder, then its published id.", path=True
+    )
+    t5_tokenizer: str | None = param(
+        None, "T5 tokenizer folder or hub id; absent = beside the encoder, then its published id.", path=True
+    )
+    t5_max_tokens: int = param(128, "Text is padded or cut to this many T5 tokens.", ge=1, le=512)
+    t5_attn_mask: bool = param(False, "Hide padding tokens from pooling and attention; the published model does not.")
+    vae_dtype: AutoDtype = param("auto", "Precision of the autoencoder; auto = float32.")
+    text_dtype: AutoDtype = param("auto", "Precision of the text encoders; auto = bfloat16 on a GPU, float32 on a CPU.")
+
+
+class ExpertsSection(Section):
+    """The SD1.5 teachers whose features are distilled; used while caching, then only their cache files."""
+
+    enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
+    enable_sol: bool = param(True, "Cache and distil Sol, the attention statistics and map.")
+    unet: str | None = param(None, "SD1.5 U-Net: a folder, a file or a hub id.", path=True)
+    vae: str | None = param(None, 'SD1.5 autoencoder, needed by `expert_input = "noised_image"`.', path=True)
+    lune: str | None = param(
+        None, "Lune weights laid over the U-Net: a path or `owner/repo:file`; absent = the U-Net as it is.", path=True
+    )
+    sol: str | None = param(
+        None, "Sol weights laid over the U-Net: a path or `owner/repo:file`; absent = the U-Net as it is.", path=True
+    )
+    expert_input: Literal["auto", "random", "noised_image"] = param(
+        "auto",
+        "What the teacher sees: noise only (published) or the noised image. auto = as the checkpoint was trained, "
+        "published with a checkpoint that does not say, noised_image for a new model.",
+    )
+    expert_time: Literal["auto", "reference", "aligned"] = param(
+        "auto",
+        "Teacher time for a data fraction t: reference 1000 t (published), aligned 1000 (1 - t), SD's own direction. "
+        "auto as for expert_input.",
+    )
+    sol_spatial_norm: Literal["auto", "sum", "mean", "max"] = param(
+        "auto",
+        "Scale of the Sol map in training: sums to 1 (published), mean 1, or maximum 1. auto as for expert_input.",
+    )
+    resolution: int = param(512, "Area of the teacher's picture is about this squared.", ge=64, le=2048, multiple_of=64)
+    time_buckets: int = param(10, "Number of evenly spaced times per item.", ge=1, le=100)
+    seed: int = param(42, "Seed of the teacher's noise.", ge=0, lt=2**32)
+    dtype: AutoDtype = param("auto", "Precision of the teachers; auto = float16 on a GPU, float32 on a CPU.")
+
+
+class CacheSection(Section):
+    """The separate jobs that encode images and captions once."""
+
+    run: Literal["auto", "always", "never"] = param(
+        "auto",
+        "auto encodes what is missing or stale, always encodes everything, never only reports.",
+        resume="free",
+    )
+    skip_existing: Literal["fingerprint", "name"] = param(
+        "fingerprint",
+        "What counts as up to date: a matching fingerprint, or (unsafe) any file of the right name.",
+        flat=("skip_existing",),
+        resume="free",
+    )
+    dtype: AutoDtype = param(
+        "auto", "Storage precision; auto = latents float32, text bfloat16, experts float32. float16 refuses overflow."
+    )
+    latent_mode: Literal["sample", "mean"] = param(
+        "sample", "Take a seeded sample of the autoencoder's posterior, or its mean."
+    )
+    seed: int = param(0, "Seed of the posterior sample.", ge=0, lt=2**32)
+    latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024)
+    text_batch_size: int = param(16, "Captions encoded together.", ge=1, le=4096)
+    experts_batch_size: int = param(1, "Items per teacher batch; each goes through at every time bucket.", ge=1, le=256)
+    workers: int = param(2, "Threads that read and resize images.", ge=0, le=64, resume="free")
+    vae_tiling: bool = param(
+        False, "Encode and decode large images in overlapping tiles (less memory, seams possible)."
+    )
+    nan_policy: Literal["error", "zero"] = param("error", "What to do with values that are not finite.")
+
+
+class OptimizerSection(Section):
+    """The update rule."""
+
+    type: Literal["AdamW", "AdamW8bit", "Adafactor"] = param(
+        "AdamW", "AdamW of torch, 8-bit AdamW of bitsandbytes, or Adafactor of transformers.", flat=("optimizer_type",)
+    )
+    lr: float = param(1e-4, "Learning rate after warm-up.", flat=("learning_rate",), ge=0, le=10)
+    weight_decay: float = param(0.01, "Decoupled weight decay.", ge=0, le=10)
+    betas: list[float] = param([0.9, 0.999], "Decay of the first and second moment.", min_length=2, max_length=2)
+    eps: float = param(1e-8, "Added to the denominator.", gt=0, le=1)
+    decay_all: bool = param(
+        False, "Decay every parameter as published; otherwise norms, biases, gates and scalars are left alone."
+    )
+
+
+class SchedulerSection(Section):
+    """The learning rate over updates."""
+
+    type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
+    warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0)
+    warmup_type: Literal["linear", "cosine"] = param("linear", "Shape of the warm-up.")
+    min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10)
+
+
+class ObjectiveSection(Section):
+    """What is learned: times, loss, weights, and what is dropped on the way."""
+
+    timestep_sampling: Literal["logit_normal", "uniform"] = param(
+        "logit_normal", "Density of the training times before the shift."
+    )
+    logit_mean: float = param(0.0, "Mean under the sigmoid of logit_normal.", ge=-10, le=10)
+    logit_std: float = param(1.0, "Standard deviation under the sigmoid of logit_normal.", gt=0, le=10)
+    shift: float = param(
+        3.0, "Bends training and sampling times; above 1 towards the end the family states in docs.", gt=0, le=100
+    )
+    timestep_stratified: bool = param(
+        False, "Spread the times of one update evenly; needs timestep_sampling = uniform."
+    )
+    loss: Literal["l2", "huber"] = param("l2", "Element-wise loss.", flat=("loss_type",))
+    huber_delta: float = param(0.1, "Where huber turns from square to linear.", gt=0, le=10)
+    min_snr_gamma: float | None = param(5.0, "Cap of the min-SNR weight; 0 = off.", ge=0, le=1000)
+    min_snr_form: Literal["published", "x0", "vpred", "none"] = param(
+        "published", "Formula of the min-SNR weight; see flow/weighting.py."
+    )
+    spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
+    text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
+    lune_weight: float = param(0.1, "Weight of the Lune distillation loss.", ge=0, le=100)
+    lune_warmup_steps: int = param(1000, "Updates until the Lune weight is reached.", ge=0)
+    lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
+        "cosine", "Distance between predicted and real Lune features."
+    )
+    lune_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1)
+    sol_weight: float = param(0.05, "Weight of the Sol distillation loss.", ge=0, le=100)
+    sol_warmup_steps: int = param(2000, "Updates until the Sol weight is reached.", ge=0)
+    sol_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1)
+    teacher_dropout_mode: Literal["sample", "batch"] = param(
+        "sample", "One coin per sample, or one per micro-batch as published."
+    )
+    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still pay the distillation loss.")
+    drop_experts_with_text: bool = param(
+        True, "Samples without text also lose the teacher features, which were made from the text."
+    )
+
+
+class TrainSection(Section):
+    """Length, precision and batching."""
+
+    max_steps: int | None = param(
+        None, "Updates to train; or give max_epochs.", flat=("max_train_steps",), ge=1, resume="free"
+    )
+    max_epochs: int | None = param(
+        None, "Passes over the data; with max_steps too, whichever ends first.", flat=("max_train_epochs",), ge=1,
+        resume="free",
+    )  # fmt: skip
+    grad_accum_steps: int = param(
+        1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536
+    )
+    max_grad_norm: float = param(1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = param(
+        "bf16", "Precision of the computation; weights, losses and optimizer stay float32."
+    )
+    on_nonfinite: Literal["stop", "skip"] = param(
+        "stop", "A loss or gradient that is not finite stops the run, or skips the update.", resume="free"
+    )
+    max_skipped_updates: int = param(
+        20, "With on_nonfinite = skip: stop after this many in a row.", ge=1, resume="free"
+    )
+    loader_workers: int = param(
+        0, "Processes that read cache files.", flat=("max_data_loader_n_workers",), ge=0, le=64, resume="free"
+    )
+
+
+class MemorySection(Section):
+    """Trading time for memory."""
+
+    gradient_checkpointing: bool = param(False, "Recompute each block in the backward pass.", resume="free")
+
+
+class DistributedSection(Section):
+    """How many processes train; also written [accelerate]."""
+
+    num_processes: int = param(1, "Processes on this machine; more than one goes through accelerate.", ge=1, le=1024)
+    main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
+                                          resume="free")  # fmt: skip
+    timeout_minutes: int = param(30, "How long a process waits for the others.", ge=1, resume="free")
+
+
+class EmaSection(Section):
+    """A moving average of the weights, saved beside them and used for samples."""
+
+    enabled: bool = param(True, "Keep the average.")
+    decay: float = param(0.9999, "Share of the old average kept at every update.", ge=0, lt=1)
+    warmup: bool = param(False, "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates.")
+
+
+class SaveSection(Section):
+    """Checkpoints on the way; the final one is always written."""
+
+    every_steps: int | None = param(
+        5000, "Save every so many updates; 0 = off.", flat=("save_every_n_steps",), ge=0, resume="free"
+    )
+    every_epochs: int | None = param(
+        None, "Save every so many epochs; 0 = off.", flat=("save_every_n_epochs",), ge=0, resume="free"
+    )
+    keep_last_steps: int | None = param(3, "Newest step checkpoints kept; 0 = all.", ge=0, resume="free")
+    keep_last_epochs: int | None = param(3, "Newest epoch checkpoints kept; 0 = all.", ge=0, resume="free")
+    dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
+                         flat=("save_precision",), resume="free")  # fmt: skip
+    state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
+    release: bool = param(True, "End with a folder that from_pretrained loads.", resume="free")
+
+
+class SampleSection(Section):
+    """Pictures drawn while training."""
+
+    prompts: list[str] | str | None = param(
+        None, "Prompts, or a text file with one per line; absent = no samples.", flat=("sample_prompts",), resume="free"
+    )
+    every_steps: int | None = param(
+        None, "Draw every so many updates; 0 = off.", flat=("sample_every_n_steps",), ge=0, resume="free"
+    )
+    every_epochs: int | None = param(
+        None, "Draw every so many epochs; 0 = off.", flat=("sample_every_n_epochs",), ge=0, resume="free"
+    )
+    at_first: bool = param(False, "Draw once before the first update.", flat=("sample_at_first",), resume="free")
+    width: int | None = param(None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free")
+    height: int | None = param(None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free")
+    steps: int = param(28, "Solver steps.", flat=("sample_steps",), ge=1, le=1000, resume="free")
+    guidance: float = param(5.0, "Classifier-free guidance; 1 = off.", ge=1, le=100, resume="free")
+    negative_prompt: str | None = param(
+        None, "What to avoid; absent = the trained null condition, which differs from an empty text.", resume="free"
+    )
+    solver: Literal["euler", "heun"] = param("euler", "Solver of the sampling equation.", resume="free")
+    seed: int = param(42, "Image i is drawn from seed + i.", flat=("sample_seed",), ge=0, lt=2**32, resume="free")
+    use_ema: bool = param(True, "Draw with the averaged weights.", resume="free")
+
+
+class LogSection(Section):
+    """What is written down while training."""
+
+    every_steps: int = param(10, "Updates between log lines.", flat=("log_every",), ge=1, resume="free")
+    tensorboard: bool = param(True, "Write TensorBoard events to `logs/`.", resume="free")
+
+
+class HubSection(Section):
+    """Upload of checkpoints to a repository on the hub; never stops the training."""
+
+    repo_id: str | None = param(None, "Repository `owner/name`; absent = no upload.", flat=("huggingface_repo_id",),
+                                resume="free")  # fmt: skip
+    run_name: str | None = param(None, "Folder below checkpoint_runs/; absent = the run's name.", resume="free")
+    private: bool = param(True, "Visibility of a repository that has to be created.", resume="free")
+    token: str | None = param(None, "Access token; better left to the HF_TOKEN variable.", flat=("huggingface_token",),
+                              secret=True, resume="free")  # fmt: skip
+    timeout_seconds: int = param(600, "An upload that takes longer is given up.", ge=1, resume="free")
+
+
+class ResumeSection(Section):
+    """How a run continues."""
+
+    from_: str = param(
+        "auto",
+        "auto = the newest good state of this run, or a new start; none = always start over; or the path of a state.",
+        flat=("resume",),
+        alias="from",
+        resume="free",
+    )
+
+
+class DemoSection(Section):
+    """The built-in demo: makes its own pictures and encoders, and scores what the model draws."""
+
+    folder: str = param(..., "Where the demo's pictures, captions and encoders are made.", path=True)
+    pictures: int = param(1536, "Training pictures to draw.", ge=1, le=1_000_000)
+    size: int = param(64, "Side of a picture in pixels.", ge=32, le=1024, multiple_of=16)
+    held_out: int = param(24, "Combinations of shape, colour, place and background never trained.", ge=0, le=100)
+    seed: int = param(0, "Seed of the pictures.", ge=0, lt=2**32)
+    score_prompts: int = param(120, "Prompts scored at the end; half are held-out combinations.", ge=1, le=100_000,
+                               resume="free")  # fmt: skip
+    score_seed: int = param(1234, "Seed of the noise used for scoring.", ge=0, lt=2**32, resume="free")
+
+
+class RunFile(Section):
+    """A whole run file. `[general]` and `[[datasets]]` are checked by config/datasets.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    schema_version: Literal[1] = param(SCHEMA_VERSION, "Version of this format.")
+    dataset_config: str | None = param(
+        None, "TOML file with [general] and [[datasets]]; or write these tables here.", path=True
+    )
+    run: RunSection
+    model: ModelSection
+    experts: ExpertsSection = ExpertsSection()
+    cache: CacheSection = CacheSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
+    distributed: DistributedSection = DistributedSection()
+    ema: EmaSection = EmaSection()
+    save: SaveSection = SaveSection()
+    sample: SampleSection = SampleSection()
+    log: LogSection = LogSection()
+    hub: HubSection = HubSection()
+    resume: ResumeSection = ResumeSection()
+    demo: DemoSection | None = None
+
+
+SECTION_ALIASES = {"accelerate": "distributed"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting, as the generators of help, flags and documentation see it."""
+
+    section: str
+    name: str
+    field: FieldInfo
+
+    @property
+    def key(self) -> str:
+        """Dotted TOML path."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    def extra(self, name: str) -> Any:
+        """A fact given to `param`."""
+        assert isinstance(self.field.json_schema_extra, dict)
+        return self.field.json_schema_extra[name]
+
+    @property
+    def help(self) -> str:
+        """Its sentence."""
+        return self.field.description or ""
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.field.is_required()
+
+    @property
+    def type_name(self) -> str:
+        """Type as a person would write it: "int", "one of a, b", "list of float"."""
+        return _type_name(self.field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is list:
+        return "list of " + _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is dict:
+        return "table"
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if parts:
+        return " or ".join(_type_name(part) for part in parts)
+    return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
+
+
+def section_classes() -> dict[str, type[Section]]:
+    """TOML table name -> its class, in order."""
+    tables: dict[str, type[Section]] = {}
+    for name, field in RunFile.model_fields.items():
+        classes = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type)]
+        for candidate in classes:
+            if issubclass(candidate, Section):
+                tables[name] = candidate
+    return tables
+
+
+def parameters() -> Iterator[Parameter]:
+    """All settings in the order of the file."""
+    tables = section_classes()
+    for name, field in RunFile.model_fields.items():
+        if name not in tables:
+            yield Parameter("", name, field)
+    for section, cls in tables.items():
+        for name, field in cls.model_fields.items():
+            yield Parameter(section, field.alias or name, field)
+
+
+def flat_names() -> dict[str, Parameter]:
+    """Command-line names -> settings: the flat aliases, and the last part of every key where it is unique."""
+    everything = list(parameters())
+    names: dict[str, Parameter] = {}
+    for parameter in everything:
+        for alias in parameter.extra("flat"):
+            assert alias not in names, alias
+            names[alias] = parameter
+    counts: dict[str, int] = {}
+    for parameter in everything:
+        counts[parameter.name] = counts.get(parameter.name, 0) + 1
+    for parameter in everything:
+        if counts[parameter.name] == 1:
+            names.setdefault(parameter.name, parameter)
+    return names

@@ -1,0 +1,41 @@
+"""The resolved config as a run file that can be given back, with the origin of every value. Torch-free."""
+
+from typing import Any
+
+import tomli_w
+
+from musubi_tuner.config.load import RunConfig
+from musubi_tuner.config.schema import parameters, section_classes
+
+
+def resolved_toml(config: RunConfig) -> str:
+    """All settings as TOML; absent values and secrets are left out."""
+    lines = [f"# Resolved from {config.path.name}; a comment names the origin of a value that is not the default."]
+    by_section: dict[str, list[str]] = {}
+    for parameter in parameters():
+        value = config.get(parameter.key)
+        if value is None or parameter.extra("secret") or parameter.key == "dataset_config":
+            continue
+        origin = config.origins.get(parameter.key, "default")
+        text = tomli_w.dumps({parameter.name: value}).rstrip()
+        if isinstance(value, dict):
+            text = "\n".join(tomli_w.dumps({key: item}).rstrip() for key, item in value.items())
+            by_section.setdefault(f"{parameter.section}.{parameter.name}", []).extend(text.splitlines() if text else [])
+            continue
+        if origin != "default":
+            text = text + f"  # {origin}" if "\n" not in text else f"# {origin}\n{text}"
+        by_section.setdefault(parameter.section, []).append(text)
+    lines += by_section.pop("", [])
+    for section in section_classes():
+        own = by_section.get(section)
+        if own and config.get(section) is not None:
+            lines += ["", f"[{section}]", *own]
+        lines += [
+            line
+            for name, entries in by_section.items()
+            if name.startswith(f"{section}.") and entries
+            for line in ("", f"[{name}]", *entries)
+        ]
+    tables: dict[str, Any] = config.dataset_tables
+    text = tomli_w.dumps(tables)
+    return "\n".join(lines) + "\n\n" + text

@@ -1,0 +1,1 @@
+"""From image folders to micro-batches: sources, captions, buckets, epoch plan, dataset."""

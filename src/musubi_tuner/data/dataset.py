@@ -1,0 +1,143 @@
+"""Cache files as micro-batches. Every tensor is read into memory of its own, never mapped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from musubi_tuner.caching.file_format import TensorEntry
+from musubi_tuner.caching.index import CachedFile, open_items
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import CacheError
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        latents: [B, C, H, W] float32. tensors: everything else by plain name, stacked.
+        valid: name -> [B] boolean, false where an item has no such tensor (its row is zero).
+        items: ids, for messages. presentations: running numbers in the epoch, the key of random draws.
+    """
+
+    latents: Tensor
+    tensors: dict[str, Tensor]
+    valid: dict[str, Tensor]
+    items: list[str]
+    presentations: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            move(self.latents),
+            {name: move(tensor) for name, tensor in self.tensors.items()},
+            {name: move(tensor) for name, tensor in self.valid.items()},
+            self.items,
+            self.presentations,
+        )
+
+
+class CachedDataset(Dataset[Batch]):
+    """Reads micro-batches from cache files.
+
+    Args:
+        items: of all datasets; code: architecture code of the files.
+
+    Raises:
+        CacheError: if files are missing or broken, or latents have another size than their bucket.
+    """
+
+    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str]) -> None:
+        roots = {str(index): dataset.cache_directory for index, dataset in enumerate(config.datasets)}
+        self.items = list(items)
+        self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, kinds, config.spec.code)
+        self._check_sizes(config.spec.vae_factor, config.spec.latent_channels)
+
+    def _check_sizes(self, factor: int, channels: int) -> None:
+        wrong = []
+        for item, files in zip(self.items, self.files):
+            width, height = item.bucket
+            expected = (channels, height // factor, width // factor)
+            found = files["latents"].tensors["latents"].shape
+            if found != expected:
+                wrong.append(f"{item.id}: latents {list(found)}, this run needs {list(expected)}")
+        if wrong:
+            shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+            raise CacheError(
+                "latents were cached with other settings; run the latents job again\n  " + "\n  ".join(shown)
+            )
+
+    def plan_items(self) -> list[PlanItem]:
+        """What `plan_epoch` needs to know."""
+        return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
+
+    def __getitem__(self, batch: MicroBatch) -> Batch:
+        rows = [self._read(index) for index in batch.items]
+        names = sorted({name for row in rows for name in row} - {"latents"})
+        tensors, valid = {}, {}
+        for name in names:
+            like = next(row[name] for row in rows if name in row)
+            tensors[name] = torch.stack([row.get(name, torch.zeros_like(like)) for row in rows])
+            valid[name] = torch.tensor([name in row for row in rows])
+        return Batch(
+            torch.stack([row["latents"] for row in rows]).float(),
+            tensors,
+            valid,
+            [self.items[index].id for index in batch.items],
+            batch.presentations,
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for cached in self.files[index].values():
+            try:
+                with cached.path.open("rb") as file:
+                    for name, entry in cached.tensors.items():
+                        tensors[name] = read_tensor(file, entry)
+            except (OSError, EOFError) as error:
+                raise CacheError(f"{cached.path}: changed or removed while training ({error})") from error
+        return tensors
+
+
+def read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
+    """Read one tensor of a cache file into fresh memory.
+
+    Raises:
+        EOFError: if the file is shorter than its entry says.
+    """
+    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+    size = entry.end - entry.start
+    if size:
+        file.seek(entry.start)
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+        if file.readinto(view) != size:  # type: ignore[attr-defined]  # buffered readers have readinto
+            raise EOFError("file is too short")
+    return tensor
+
+
+class PlannedBatches(Dataset[Any]):
+    """The batches of one rank's share of an epoch, by position; what loader workers iterate over."""
+
+    def __init__(self, dataset: CachedDataset, batches: Sequence[MicroBatch]) -> None:
+        self.dataset, self.batches = dataset, list(batches)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.dataset[self.batches[position]]
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -1,0 +1,47 @@
+"""Which device and precision a setting means."""
+
+import os
+from typing import TYPE_CHECKING
+
+from musubi_tuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(setting: str) -> "torch.device":
+    """The device of `run.device`; under a launcher each process takes the GPU of its rank.
+
+    Raises:
+        ConfigError: if a device was asked for that is not there.
+    """
+    import torch
+
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if setting == "cuda" and not cuda:
+        raise ConfigError(
+            'run.device is "cuda", but this torch sees no GPU; use "auto" or "cpu", or install a CUDA build'
+        )
+    if setting == "mps" and not mps:
+        raise ConfigError('run.device is "mps", but this machine has none; use "auto" or "cpu"')
+    if setting == "cuda" or (setting == "auto" and cuda):
+        return torch.device("cuda", index)
+    return torch.device("mps" if setting == "mps" or (setting == "auto" and mps) else "cpu")
+
+
+def encoder_dtype(setting: str, device: "torch.device", gpu: str) -> "torch.dtype":
+    """Precision of a frozen network: as set, else ``gpu`` on a GPU and float32 on a CPU."""
+    import torch
+
+    name = setting if setting != "auto" else gpu if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def set_threads(threads: int | None, processes: int) -> int:
+    """Set the CPU threads of this process alike for every form of launch, and return them."""
+    import torch
+
+    count = threads or max(1, (os.cpu_count() or 1) // max(1, processes))
+    torch.set_num_threads(count)
+    return count

@@ -1,0 +1,1 @@
+"""Frozen networks used while caching and sampling: autoencoders, text encoders, teachers."""

@@ -1,0 +1,169 @@
+"""Where the files of an encoder are: a local file, a folder, or a repository on the hub. Torch-free.
+
+A hub id is ``owner/repo``, ``owner/repo:subfolder`` or ``owner/repo:path/file.safetensors``. `identity` hashes the
+content of the files, so that a cache knows which weights made it; hashes are remembered in the user's cache folder
+by path, size and modification time.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
+from musubi_tuner.errors import CheckpointError
+
+_HUB_PATTERNS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "*-of-*.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An encoder as the config names it.
+
+    Attributes:
+        key: config key, for messages.
+        text: what the key holds.
+        path: local file or folder; None for a hub id.
+    """
+
+    key: str
+    text: str
+    path: Path | None
+    revision: str | None = None
+
+    def resolve(self, *, download: bool = True) -> Path | None:
+        """The local file or folder; a hub id is downloaded, or looked up in the local cache.
+
+        Returns:
+            None only for a hub id that is not in the local cache, with ``download`` false.
+
+        Raises:
+            CheckpointError: if it does not exist or cannot be fetched.
+        """
+        if self.path is not None:
+            if not self.path.exists():
+                raise CheckpointError(f"{self.key}: {self.text}: no such file or folder")
+            return self.path
+        return _from_hub(self, download)
+
+
+def source(key: str, text: str, local: Path, revision: str | None = None) -> Source:
+    """Describe an encoder; ``local`` is where a path would be."""
+    return Source(key, text, None if is_hub_id(text) else local, revision)
+
+
+def _from_hub(wanted: Source, download: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, inner = wanted.text.partition(":")
+    is_file = inner.endswith(WEIGHT_SUFFIXES)
+    folder = inner.rpartition("/")[0] if is_file else inner.strip("/")
+    patterns = [inner, f"{inner.rpartition('.')[0]}.json"] if is_file else list(_HUB_PATTERNS)
+    if folder and not is_file:
+        patterns = [f"{folder}/{pattern}" for pattern in patterns]
+    where = f"{wanted.key}: {repo} (revision {wanted.revision or 'main'})"
+    try:
+        snapshot = Path(
+            snapshot_download(repo, revision=wanted.revision, allow_patterns=patterns, local_files_only=not download)
+        )
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{where}: access is gated. Accept the licence at https://huggingface.co/{repo} and put your token into HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{where}: no such revision on the hub") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{where}: no such repository on the hub, or it is private (put your token into HF_TOKEN)"
+        ) from None
+    except LocalEntryNotFoundError:
+        if not download:
+            return None
+        raise CheckpointError(
+            f"{where}: not in the local cache, and the hub cannot be reached. Connect once, or download the files and give "
+            "their folder"
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{where}: the hub answered: {error}") from error
+    found = snapshot / inner if inner else snapshot
+    if not found.exists():
+        if not download:
+            return None
+        raise CheckpointError(f"{where}: has no {'file' if is_file else 'folder'} {inner}")
+    return found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that decide what an encoder computes: weights, configs and tokenizer data, sorted by name."""
+    if path.is_file():
+        siblings = [path.with_suffix(".json"), path.with_name("config.json")]
+        return [path, *[sibling for sibling in siblings if sibling.is_file()][:1]]
+    suffixes = (*WEIGHT_SUFFIXES, ".json", ".txt", ".model")
+    return sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(suffixes) and p.name != "README.txt")
+
+
+def identity(path: Path) -> str:
+    """16 hex digits that change when any weight, config or tokenizer file of an encoder changes."""
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        # The name of a single weight file is free; names inside a folder have a meaning.
+        digest.update(f"{file.name if path.is_dir() else ''}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def user_cache_folder() -> Path:
+    """Where hashes are remembered: MUSUBI_CACHE_HOME, or the system's folder for caches."""
+    own = os.environ.get("MUSUBI_CACHE_HOME")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return Path(base or Path.home() / ".cache") / "musubi_tuner"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; large files are hashed once and remembered by path, size and modification time."""
+    path = path.resolve()
+    status = path.stat()
+    if status.st_size < 1 << 20:
+        return hash_file(path)
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:24]
+    memory = user_cache_folder() / "hashes" / f"{name}.json"
+    known = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    try:
+        stored = json.loads(memory.read_text(encoding="utf-8"))
+        if {key: stored.get(key) for key in known} == known:
+            return str(stored["sha256"])
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError):
+        pass  # not remembered, or not readable: hash it again
+    digest = hash_file(path)
+    from musubi_tuner.files import write_json
+
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {**known, "sha256": digest})
+    except OSError as error:
+        import logging
+
+        logging.getLogger(__name__).warning("cannot remember file hashes in %s (%s)", memory.parent, error.strerror)
+    return digest
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,236 @@
+"""The two text encoders: T5 (one state per token) and CLIP-L (states and one pooled vector), with their tokenizers.
+
+Files: a single safetensors file with the published key names (with or without prefixes), or a folder in the Hugging
+Face layout. Tokenizers come from a folder (the encoder's own, a `tokenizer` folder beside it, or the one given) or
+from the hub. Geometry of a single file: header, else a json beside it, else the published model if all shapes agree.
+
+Facts: T5 is fed padded to a fixed length with its attention mask; CLIP is padded to its 77 positions and pooled at the
+first end-of-text token of the final-normed states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
+from musubi_tuner.errors import CheckpointError
+
+CLIP_L_CONFIG: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+T5_BASE_CONFIG: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "relative_attention_num_buckets": 32,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+}
+"""google/flan-t5-base; T5 v1.1 base has the same shapes."""
+
+_CLIP_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+@dataclass
+class TextStates:
+    """Encoded texts.
+
+    Attributes:
+        states: [B, L, D] float32. mask: [B, L] int64, 1 for real tokens.
+        pooled: [B, D] float32, CLIP only. truncated: how many texts lost tokens.
+    """
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor | None
+    truncated: int
+
+
+class TextEncoder:
+    """A frozen text encoder with its tokenizer."""
+
+    def __init__(self, module: Any, tokenizer: Any, max_tokens: int, pooled: bool) -> None:
+        self.module, self.tokenizer, self.max_tokens, self.has_pooled = module, tokenizer, max_tokens, pooled
+
+    @property
+    def width(self) -> int:
+        """Size of a token's state."""
+        return int(self.module.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> TextStates:
+        """Encode texts, padded and cut to `max_tokens`."""
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        lengths = [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
+        device = next(self.module.parameters()).device
+        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        states = self.module(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        pooled = None
+        if self.has_pooled:
+            first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+            pooled = states[torch.arange(len(ids), device=device), first_end].cpu()
+        return TextStates(states.cpu(), mask.cpu(), pooled, sum(length > self.max_tokens for length in lengths))
+
+
+def find_tokenizer(encoder: Path, given: Path | str | None, fallback: str) -> Path | str:
+    """The tokenizer folder or hub id of an encoder: as given, else beside the weights, else the published id."""
+    if given is not None:
+        return given
+    folder = encoder if encoder.is_dir() else encoder.parent
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if any((place / name).is_file() for name in _TOKENIZER_FILES):
+            return place
+    return fallback
+
+
+def load_tokenizer(place: Path | str, vocabulary: int, key: str) -> Any:
+    """Load a fast tokenizer offline from a folder, or from the hub.
+
+    Raises:
+        CheckpointError: if it cannot be read, or does not belong to an encoder of that vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{key}: no tokenizer at {place} ({reason}); give its folder") from error
+    if not 8 <= len(tokenizer) <= vocabulary:
+        raise CheckpointError(
+            f"{key}: the tokenizer at {place} knows {len(tokenizer)} tokens, the encoder {vocabulary}; they do not belong "
+            "together"
+        )
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{key}: the tokenizer at {place} has no padding token")
+    return tokenizer
+
+
+def load_clip(
+    path: Path, tokenizer: Path | str | None, fallback: str, *, dtype: torch.dtype, device: torch.device | str
+) -> TextEncoder:
+    """Load a CLIP text model.
+
+    Raises:
+        CheckpointError: for a T5 file, a file of another shape, or a tokenizer that does not fit.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tensors, config, file = read_source(path)
+    what = f"model.clip_path: {file}"
+    if any(".SelfAttention." in key for key in tensors):
+        raise CheckpointError(f"{what}: is a T5 encoder, expected CLIP-L; are clip_path and t5_path swapped?")
+    text = _strip_prefix(tensors, "text_model.")
+    if not any(key.startswith("encoder.layers.") for key in text):
+        raise CheckpointError(f"{what}: holds no CLIP text model (first key: {next(iter(tensors))})")
+    text = {
+        key: tensor
+        for key, tensor in text.items()
+        if not key.endswith(_CLIP_IGNORED) and not key.startswith(("vision_model.", "visual_projection."))
+    }
+    if config is not None and "text_config" in config:
+        config = config["text_config"]
+
+    def build(values: dict[str, Any]) -> Any:
+        known = {key: value for key, value in values.items() if key not in ("architectures", "_class_name", "dtype")}
+        return on_meta(lambda: CLIPTextModel(CLIPTextConfig(**known)))
+
+    if config is None:
+        config = CLIP_L_CONFIG
+        if not fits(build(config), _to_module_names(build(config), text)):
+            raise CheckpointError(
+                f"{what}: has no config in its header or beside it, and is not the published CLIP-L. Put its config.json "
+                "beside the file"
+            )
+    module = build(config)
+    materialize(module, _to_module_names(module, text), f"{what}: is not this CLIP text model", dtype, device)
+    place = find_tokenizer(path, tokenizer, fallback)
+    loaded = load_tokenizer(place, module.config.vocab_size, "model.clip_tokenizer")
+    return TextEncoder(module, loaded, module.config.max_position_embeddings, pooled=True)
+
+
+def _strip_prefix(tensors: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
+    """Keys after the last ``marker`` where a file has it (``text_encoders.clip_l.transformer.text_model.`` and the like)."""
+    if not any(marker in key for key in tensors):
+        return tensors
+    return {key.split(marker, 1)[1] if marker in key else key: tensor for key, tensor in tensors.items()}
+
+
+def _to_module_names(module: Any, text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the ``text_model.`` level where the installed transformers version still has it."""
+    prefix = "text_model." if any(key.startswith("text_model.") for key in module.state_dict()) else ""
+    return {prefix + key: tensor for key, tensor in text.items()}
+
+
+def load_t5(
+    path: Path,
+    tokenizer: Path | str | None,
+    fallback: str,
+    *,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> TextEncoder:
+    """Load a T5 encoder.
+
+    Raises:
+        CheckpointError: for a CLIP file, a file of another shape, or a tokenizer that does not fit.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    tensors, config, file = read_source(path)
+    what = f"model.t5_path: {file}"
+    if any("self_attn" in key or "text_model." in key for key in tensors):
+        raise CheckpointError(f"{what}: is a CLIP text model, expected T5; are clip_path and t5_path swapped?")
+    text = _t5_keys(tensors)
+    if not any(key.startswith("encoder.block.") for key in text):
+        raise CheckpointError(f"{what}: holds no T5 encoder (first key: {next(iter(tensors))})")
+
+    def build(values: dict[str, Any]) -> Any:
+        known = {key: value for key, value in values.items() if key not in ("architectures", "_class_name", "dtype")}
+        return on_meta(lambda: T5EncoderModel(T5Config(**known)))
+
+    if config is None:
+        config = T5_BASE_CONFIG
+        if not fits(build(config), text):
+            raise CheckpointError(
+                f"{what}: has no config in its header or beside it, and is not the published flan-T5-base. Put its "
+                "config.json beside the file"
+            )
+    module = build(config)
+    own = set(module.state_dict())
+    materialize(
+        module, {key: t for key, t in text.items() if key in own}, f"{what}: is not this T5 encoder", dtype, device
+    )
+    module.tie_weights()
+    place = find_tokenizer(path, tokenizer, fallback)
+    loaded = load_tokenizer(place, module.config.vocab_size, "model.t5_tokenizer")
+    return TextEncoder(module, loaded, max_tokens, pooled=False)
+
+
+def _t5_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Encoder keys without outer prefixes; both names of the embedding matrix are filled in."""
+    marker = next((key[: key.index("encoder.block.")] for key in tensors if "encoder.block." in key), "")
+    text = {key.removeprefix(marker): tensor for key, tensor in tensors.items()}
+    embedding = text.get("shared.weight", text.get("encoder.embed_tokens.weight"))
+    if embedding is not None:
+        text["shared.weight"] = text["encoder.embed_tokens.weight"] = embedding
+    return {key: tensor for key, tensor in text.items() if not key.startswith(("decoder.", "lm_head.", "spiece_model"))}

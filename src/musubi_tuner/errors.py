@@ -1,0 +1,102 @@
+"""Errors that a user can cause, and the exit codes of every command.
+
+A message says where (file or TOML key), what was found, what was expected and what to do. Each class
+derives from the built-in exception that a caller of the library would expect. Commands run their body
+through `run_command`, which prints such an error without a traceback.
+
+    0 done    1 failed while working    2 wrong input    130 Ctrl-C    143 SIGTERM
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPT = 130
+EXIT_TERMINATE = 143
+
+
+class UserError(Exception):
+    """Base of everything a user can mend; printed without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(UserError, ValueError):
+    """Something in a TOML file or on the command line is wrong."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+class DataError(UserError, ValueError):
+    """Images, captions or metadata files are not usable."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+class CacheError(UserError, RuntimeError):
+    """A cache file is missing, stale or broken."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A model file or a saved state cannot be used."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training had to stop."""
+
+
+class Interrupted(UserError):
+    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating-system error: the file, the reason, and what to do about a full or read-only disk."""
+    import errno
+
+    advice = {
+        errno.ENOSPC: "free some space or point the key at another disk, then run the same command again",
+        errno.EACCES: "check the permissions of the folder",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EDQUOT: "your quota on this disk is used up",
+    }.get(error.errno or 0)
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    return f"{where}{reason}" + (f"; {advice}" if advice else "")
+
+
+def run_command(body: Callable[[], int | None]) -> int:
+    """Run a command's body and turn its outcome into an exit code, with no traceback for a user's mistake."""
+    try:
+        return body() or EXIT_OK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPT
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): nothing to report, and nobody to report it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def exit_on_terminate() -> None:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that temporary files are removed on the way out."""
+
+    def terminate(signum: int, frame: object) -> None:
+        raise Interrupted(signum, "terminated; run the same command again to continue")
+
+    signal.signal(signal.SIGTERM, terminate)

@@ -1,0 +1,61 @@
+"""Pure maths on tensors: interpolation, times, weights, losses, solvers. Imports torch and nothing of ours above it."""
+
+from musubi_tuner.flow.interpolation import (
+    interpolate,
+    linear_lookup,
+    noise_from_v,
+    noise_from_velocity,
+    pack_pixels,
+    unpack_pixels,
+    v_from_noise,
+    v_target,
+    vp_interpolate,
+    x0_from_noise,
+    x0_from_v,
+    x0_from_velocity,
+)
+from musubi_tuner.flow.losses import (
+    distillation_loss,
+    drop_conditioning,
+    huber_loss,
+    mask_weight,
+    spatial_weight,
+    squared_error,
+)
+from musubi_tuner.flow.solvers import SOLVERS, euler, guide, heun, solve
+from musubi_tuner.flow.timesteps import flux_shift, flux_unshift, sample_timesteps, stratify, uniform_between
+from musubi_tuner.flow.weighting import MIN_SNR_FORMS, min_snr_weight, ramp
+
+__all__ = [
+    "MIN_SNR_FORMS",
+    "SOLVERS",
+    "distillation_loss",
+    "drop_conditioning",
+    "euler",
+    "flux_shift",
+    "flux_unshift",
+    "guide",
+    "heun",
+    "huber_loss",
+    "interpolate",
+    "linear_lookup",
+    "mask_weight",
+    "min_snr_weight",
+    "noise_from_v",
+    "noise_from_velocity",
+    "pack_pixels",
+    "ramp",
+    "sample_timesteps",
+    "solve",
+    "spatial_weight",
+    "squared_error",
+    "stratify",
+    "uniform_between",
+    "unpack_pixels",
+    "v_from_noise",
+    "v_target",
+    "vp_interpolate",
+    "x0_from_noise",
+    "x0_from_v",
+    "x0_from_velocity",
+]

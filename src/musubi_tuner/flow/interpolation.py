@@ -1,0 +1,128 @@
+"""Straight lines between an image and noise, and conversions between prediction types.
+
+    noisy = (1 - sigma) * x0 + sigma * noise          velocity = noise - x0
+
+sigma is the noise fraction: 0 is the image, 1 is pure noise. The line is from Liu et al. 2022
+(arXiv:2209.03003), in the direction of FLUX.1. A family that counts time from noise to data passes
+``sigma = 1 - t`` and negates the velocity; that belongs to its ``process.py``.
+
+The variance-preserving helpers take ``alpha``, the signal power (alpha-bar of DDPM): v-prediction is
+from Salimans and Ho 2022 (arXiv:2202.00512), appendix D.
+
+Pure functions: no random numbers, no device moves, no model. Arithmetic is in float32.
+"""
+
+import torch
+from torch import Tensor
+
+
+def per_sample(value_B: Tensor, like: Tensor) -> Tensor:
+    """View one float32 value per sample so that it broadcasts over the trailing axes of ``like`` [B, ...].
+
+    Raises:
+        ValueError: if ``value_B`` does not hold one value per sample.
+    """
+    if value_B.shape != like.shape[:1]:
+        raise ValueError(f"got {tuple(value_B.shape)} values, expected ({len(like)},): one value per sample")
+    return value_B.float().view(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
+    """Mix an image with noise at one noise level per image.
+
+    Args:
+        x0: clean latents [B, ...], already scaled for the model.
+        noise: standard normal, same shape.
+        sigma_B: noise fraction in [0, 1], [B].
+
+    Returns:
+        Noisy latents in the dtype of ``x0``, mixed in float32 (bfloat16 would round sigma 0.999 to 1).
+
+    Raises:
+        ValueError: if ``sigma_B`` does not hold one value per image.
+    """
+    sigma = per_sample(sigma_B, x0)
+    return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
+
+
+def x0_from_velocity(noisy: Tensor, velocity: Tensor, sigma_B: Tensor) -> Tensor:
+    """Clean latents from noisy ones and ``velocity = noise - x0``: ``x0 = noisy - sigma * velocity``."""
+    return (noisy.float() - per_sample(sigma_B, noisy) * velocity.float()).to(noisy.dtype)
+
+
+def noise_from_velocity(noisy: Tensor, velocity: Tensor, sigma_B: Tensor) -> Tensor:
+    """Noise from noisy latents and ``velocity = noise - x0``: ``noise = noisy + (1 - sigma) * velocity``."""
+    return (noisy.float() + (1 - per_sample(sigma_B, noisy)) * velocity.float()).to(noisy.dtype)
+
+
+def _signal_and_noise(alpha_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    alpha = per_sample(alpha_B, like)
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def vp_interpolate(x0: Tensor, noise: Tensor, alpha_B: Tensor) -> Tensor:
+    """Variance-preserving mix ``sqrt(alpha) * x0 + sqrt(1 - alpha) * noise``."""
+    signal, spread = _signal_and_noise(alpha_B, x0)
+    return signal * x0 + spread * noise
+
+
+def v_target(x0: Tensor, noise: Tensor, alpha_B: Tensor) -> Tensor:
+    """v-prediction target ``sqrt(alpha) * noise - sqrt(1 - alpha) * x0``."""
+    signal, spread = _signal_and_noise(alpha_B, x0)
+    return signal * noise - spread * x0
+
+
+def x0_from_v(noisy: Tensor, v: Tensor, alpha_B: Tensor) -> Tensor:
+    """Clean latents from a v-prediction."""
+    signal, spread = _signal_and_noise(alpha_B, noisy)
+    return signal * noisy - spread * v
+
+
+def noise_from_v(noisy: Tensor, v: Tensor, alpha_B: Tensor) -> Tensor:
+    """Noise from a v-prediction; the v -> epsilon conversion."""
+    signal, spread = _signal_and_noise(alpha_B, noisy)
+    return spread * noisy + signal * v
+
+
+def x0_from_noise(noisy: Tensor, noise: Tensor, alpha_B: Tensor) -> Tensor:
+    """Clean latents from an epsilon prediction: ``(noisy - sqrt(1 - alpha) * noise) / sqrt(alpha)``."""
+    signal, spread = _signal_and_noise(alpha_B, noisy)
+    return (noisy - spread * noise) / signal
+
+
+def v_from_noise(noisy: Tensor, noise: Tensor, alpha_B: Tensor) -> Tensor:
+    """v from an epsilon prediction, by way of the clean latents."""
+    return v_target(x0_from_noise(noisy, noise, alpha_B), noise, alpha_B)
+
+
+def pack_pixels(latents_BCHW: Tensor) -> Tensor:
+    """Latents [B, C, H, W] to one token per latent pixel [B, H*W, C], row by row."""
+    return latents_BCHW.flatten(2).transpose(1, 2)
+
+
+def unpack_pixels(tokens_BNC: Tensor, height: int, width: int) -> Tensor:
+    """Tokens [B, H*W, C] back to latents [B, C, H, W]."""
+    batch, _, channels = tokens_BNC.shape
+    return tokens_BNC.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def linear_lookup(values_BTd: Tensor, grid_T: Tensor, t_B: Tensor) -> Tensor:
+    """Interpolate tabulated values at one time per sample.
+
+    Args:
+        values_BTd: [B, T, ...] one table per sample.
+        grid_T: ascending times of the table; need not be evenly spaced.
+        t_B: [B]; times outside the grid take the end value.
+
+    Returns:
+        [B, ...] float32, ``(1 - a) * left + a * right``.
+    """
+    grid = grid_T.float()
+    t = t_B.float().clamp(grid[0], grid[-1])
+    if len(grid) == 1:
+        return values_BTd[:, 0].float()
+    low = (torch.searchsorted(grid, t, right=True) - 1).clamp(0, len(grid) - 2)
+    rows = torch.arange(len(t), device=values_BTd.device)
+    left, right = values_BTd[rows, low].float(), values_BTd[rows, low + 1].float()
+    a = per_sample((t - grid[low]) / (grid[low + 1] - grid[low]), left)
+    return (1 - a) * left + a * right

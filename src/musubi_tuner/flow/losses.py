@@ -1,0 +1,72 @@
+"""Element-wise losses and the weights laid over them. Everything is computed and returned in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DISTILLATION_MODES = ("cosine", "huber", "soft", "hard", "mse")
+
+
+def huber_loss(prediction: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
+    """Element-wise Huber loss ``0.5 q^2 + delta (a - q)`` with ``a = |prediction - target|``, ``q = min(a, delta)``."""
+    distance = (prediction.float() - target.float()).abs()
+    capped = distance.clamp(max=delta)
+    return 0.5 * capped.square() + delta * (distance - capped)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Element-wise squared error."""
+    return (prediction.float() - target.float()).square()
+
+
+def spatial_weight(map_BSS: Tensor, height: int, width: int) -> Tensor:
+    """Resize an importance map to the latent grid and divide it by its own mean.
+
+    Args:
+        map_BSS: [B, S, S], non-negative.
+        height, width: latent size.
+
+    Returns:
+        [B, height, width], mean about 1 per sample.
+    """
+    resized = F.interpolate(map_BSS.float()[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+    return resized / (resized.mean(dim=(1, 2), keepdim=True) + 1e-6)
+
+
+def mask_weight(mask_BHW: Tensor, foreground: float = 2.0, background: float = 0.5) -> Tensor:
+    """Weight of each latent pixel from a soft mask in [0, 1]: ``mask * foreground + (1 - mask) * background``."""
+    mask = mask_BHW.float()
+    return mask * foreground + (1 - mask) * background
+
+
+def distillation_loss(prediction_BE: Tensor, target_BE: Tensor, mode: str = "cosine", delta: float = 0.1) -> Tensor:
+    """Distance of predicted teacher features from the real ones, one value per sample.
+
+    Args:
+        prediction_BE, target_BE: [B, E].
+        mode: ``cosine`` 1 - cosine similarity; ``huber`` mean Huber loss; ``soft`` mean squared error / 100;
+            ``hard`` (or ``mse``) mean squared error.
+        delta: Huber threshold.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    prediction, target = prediction_BE.float(), target_BE.float()
+    if mode == "cosine":
+        return 1 - (F.normalize(prediction, dim=-1, eps=1e-12) * F.normalize(target, dim=-1, eps=1e-12)).sum(-1)
+    if mode == "huber":
+        return huber_loss(prediction, target, delta).mean(-1)
+    if mode == "soft":
+        return squared_error(prediction, target).mean(-1) / 100
+    if mode in ("hard", "mse"):
+        return squared_error(prediction, target).mean(-1)
+    raise ValueError(f"unknown distillation mode '{mode}'; known: {', '.join(DISTILLATION_MODES)}")
+
+
+def drop_conditioning(conditioning: Tensor, keep_B: Tensor) -> Tensor:
+    """Zero the rows of a conditioning tensor [B, ...] whose ``keep_B`` is false, keeping its dtype."""
+    keep = keep_B.to(conditioning.device).view(-1, *[1] * (conditioning.ndim - 1))
+    return torch.where(keep, conditioning, torch.zeros((), dtype=conditioning.dtype, device=conditioning.device))

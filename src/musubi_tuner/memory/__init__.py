@@ -1,0 +1,1 @@
+"""Memory tricks: they wrap a model from outside and are unknown to it."""

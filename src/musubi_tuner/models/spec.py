@@ -1,0 +1,128 @@
+"""What the framework knows of a model family. Torch-free; heavy parts are dotted names resolved on use."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from musubi_tuner.config import RunConfig
+    from musubi_tuner.config.diagnostics import Diagnostic
+
+
+def resolve(dotted: str) -> Any:
+    """Import ``package.module:name`` and return the object."""
+    module, name = dotted.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All the trainer knows about one model family.
+
+    Attributes:
+        code: short name in cache file names; full_name: in cache metadata and configs.
+        pixel_step: image sides are multiples of this. vae_factor: pixels per latent cell.
+        latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
+        sample_size: default side of a drawn picture in pixels.
+        expert_keys: names of the teacher tensors in an experts cache; empty = no such job.
+        defaults: dotted config key -> value where the family differs from the schema.
+        dataset_defaults: shared dataset key -> value.
+        not_applicable: dotted config key -> why setting it is an error for this family.
+        foreign_keys: unknown key of other trainers -> what to write instead.
+        check: static rules of the family, torch-free: config -> findings.
+        geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
+        module: package with ``build(geometry)`` (meta device), ``initialize(model, scheme, generator)``,
+            ``load_model(...)``, ``make_process(config, model)``, ``make_conditioning(config)``, ``step_flops(...)``.
+        block_lists: attribute names of homogeneous block lists, in call order.
+    """
+
+    code: str
+    full_name: str
+    title: str
+    modelspec_architecture: str
+    pixel_step: int
+    vae_factor: int
+    latent_channels: int
+    latent_shift: bool
+    sample_size: int
+    t5_tokenizer: str
+    clip_tokenizer: str
+    expert_keys: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    dataset_defaults: Mapping[str, Any] = field(default_factory=dict)
+    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    foreign_keys: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
+    check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
+    geometry: str
+    module: str
+    block_lists: tuple[str, ...]
+
+    def load(self, name: str) -> Any:
+        """An object of the family's package; imports torch."""
+        return getattr(importlib.import_module(self.module), name)
+
+    def geometry_class(self) -> Any:
+        """The torch-free geometry dataclass."""
+        return resolve(self.geometry)
+
+
+@dataclass
+class LossTerm:
+    """One named part of the loss.
+
+    Attributes:
+        per_sample_B: float32 [B]; samples without this term hold 0.
+        weight: factor in the total.
+    """
+
+    per_sample_B: "Tensor"
+    weight: float
+
+
+class Process(Protocol):
+    """How a family adds noise, what it predicts, and in which direction its time runs.
+
+    ``time`` is the family's own time in [0, 1], float32. Draws are keyed random numbers made by the trainer, one row
+    per sample: `uniforms` names the uniform draws that the family wants beside noise and time.
+    """
+
+    uniforms: tuple[str, ...]
+    time_draw: str
+    """``normal`` or ``uniform``: what `time` expects."""
+
+    def time(self, draws_B: "Tensor") -> "Tensor":
+        """Training times from random draws, [B]."""
+
+    def sigma(self, time_B: "Tensor") -> "Tensor":
+        """Noise fraction at a time: the unit of logs and loss statistics."""
+
+    def add_noise(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
+        """Noisy latents, float32."""
+
+    def target(self, x0: "Tensor", noise: "Tensor") -> "Tensor":
+        """What the model should predict."""
+
+    def conditioning(self, batch: Any, time_B: "Tensor", uniforms: "dict[str, Tensor]") -> "dict[str, Any]":
+        """Model inputs of one micro-batch after dropout and teacher lookup."""
+
+    def predict(
+        self, model: "nn.Module", noisy: "Tensor", time_B: "Tensor", inputs: "dict[str, Any]"
+    ) -> "tuple[Tensor, dict[str, Any]]":
+        """One model call: prediction in the layout of the latents, and what else the losses need."""
+
+    def losses(
+        self,
+        prediction: "Tensor",
+        target: "Tensor",
+        time_B: "Tensor",
+        inputs: "dict[str, Any]",
+        extra: "dict[str, Any]",
+        update: int,
+    ) -> "dict[str, LossTerm]":
+        """Named loss terms; ``main`` is always among them."""
+
+    def sampling_times(self, steps: int) -> list[float]:
+        """Times from noise to image, steps + 1 values in the family's direction."""

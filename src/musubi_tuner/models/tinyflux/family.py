@@ -1,0 +1,92 @@
+"""What the trainer, the sampler and the cache jobs ask of the TinyFlux family."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.checkpoints import WeightFile
+from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
+from musubi_tuner.models.tinyflux.options import resolve_experts
+from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
+from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
+
+
+def open_checkpoint(config: RunConfig) -> WeightFile | None:
+    """The checkpoint that a run starts from; None for a new model."""
+    if config.model.init == "scratch":
+        return None
+    assert config.model.path is not None
+    source = str(config.locate(config.model.path))
+    return load_checkpoint(source, ema=config.model.weights == "ema", revision=config.model.revision)
+
+
+def checkpoint_options(config: RunConfig) -> dict[str, Any]:
+    """Options that training records and caching obeys: how the teachers are run, and whether padding is hidden."""
+    file = None
+    if config.model.init == "checkpoint" and "auto" in (
+        config.experts.expert_input,
+        config.experts.expert_time,
+        config.experts.sol_spatial_norm,
+    ):
+        file = open_checkpoint(config)
+    recorded = options_of(file) if file else {}
+    return {**resolve_experts(config, recorded), "t5_attn_mask": config.model.t5_attn_mask}
+
+
+def geometry_of(config: RunConfig) -> TinyFluxConfig:
+    """Shape of the model that a run trains."""
+    if config.model.init == "scratch":
+        return TinyFluxConfig.from_dict(config.model.geometry)
+    file = open_checkpoint(config)
+    assert file is not None
+    return checkpoint_geometry(file)
+
+
+@dataclass
+class Trainee:
+    """A model ready to be trained: float32 masters in storage of their own."""
+
+    model: TinyFluxDeep
+    geometry: TinyFluxConfig
+    options: dict[str, Any]
+
+
+def load_for_training(config: RunConfig) -> Trainee:
+    """Load or create the model of a run.
+
+    Raises:
+        CheckpointError: if the checkpoint holds another model.
+        ConfigError: if the run uses a teacher that the model has no part for.
+    """
+    file = open_checkpoint(config)
+    if file is None:
+        geometry = geometry_of(config)
+        model = build(geometry).to_empty(device="cpu")
+        initialize(model, config.model.init_scheme, torch.Generator().manual_seed(config.run.seed))
+    else:
+        model = load_model(file, rope_freqs=config.model.rope_freqs)
+        geometry = model.config
+    for enabled, built, name in (
+        (config.experts.enable_lune, geometry.use_lune_expert, "lune"),
+        (config.experts.enable_sol, geometry.use_sol_prior, "sol"),
+    ):
+        if enabled and not built:
+            raise ConfigError(
+                f"experts.enable_{name} is true, but the checkpoint {config.model.path} was built without that part; "
+                f"set experts.enable_{name} = false"
+            )
+    options = {
+        **resolve_experts(config, options_of(file) if file else {}),
+        "t5_attn_mask": config.model.t5_attn_mask,
+    }
+    return Trainee(model, geometry, options)
+
+
+def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
+    """The process of a run."""
+    teachers = TeacherSettings(config.experts.enable_lune, config.experts.enable_sol, options["sol_spatial_norm"])
+    return TinyFluxProcess(config.objective, teachers, text_mask=options["t5_attn_mask"])

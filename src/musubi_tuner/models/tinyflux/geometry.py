@@ -1,0 +1,130 @@
+"""The shape of a TinyFlux-Deep v4.2 model, and its `config.json`. Torch-free.
+
+`config.json` is a flat object of exactly these fields (``axes_dims_rope`` a list), optionally with one object
+``_metadata``. Reading ignores unknown keys and keys that start with an underscore; older spellings are mapped.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+LEGACY_NAMES = {
+    "use_expert_predictor": "use_lune_expert",
+    "expert_dim": "lune_expert_dim",
+    "expert_hidden_dim": "lune_hidden_dim",
+    "expert_dropout": "lune_dropout",
+}
+"""Field names of v3 and v4.1 configs; the current name wins when both are present."""
+
+
+@dataclass(frozen=True)
+class TinyFluxConfig:
+    """Geometry of a TinyFlux model; the defaults are the published 245 M parameter model.
+
+    Raises:
+        ValueError: naming the numbers, if they do not fit together.
+    """
+
+    hidden_size: int = 512
+    num_attention_heads: int = 4
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    patch_size: int = 1
+    joint_attention_dim: int = 768
+    pooled_projection_dim: int = 768
+    num_double_layers: int = 15
+    num_single_layers: int = 25
+    mlp_ratio: float = 4.0
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    use_lune_expert: bool = True
+    lune_expert_dim: int = 1280
+    lune_hidden_dim: int = 512
+    lune_dropout: float = 0.1
+    freeze_lune: bool = False
+    use_sol_prior: bool = True
+    sol_spatial_size: int = 8
+    sol_hidden_dim: int = 256
+    sol_geometric_weight: float = 0.7
+    freeze_sol: bool = False
+    use_t5_vec: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        counts = [
+            field.name
+            for field in fields(self)
+            if field.type is int and field.name not in ("num_double_layers", "num_single_layers")
+        ]
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in ("num_double_layers", "num_single_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
+        if self.patch_size != 1:
+            raise ValueError(
+                f"patch_size is {self.patch_size}; TinyFlux has one token per latent pixel, so only 1 works"
+            )
+        if self.hidden_size != self.num_attention_heads * self.attention_head_dim:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x "
+                f"attention_head_dim {self.attention_head_dim} = {self.num_attention_heads * self.attention_head_dim}"
+            )
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or any(width < 2 or width % 2 for width in axes):
+            raise ValueError(f"axes_dims_rope is {list(axes)}, it must be three even numbers of at least 2")
+        if sum(axes) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {list(axes)} sums to {sum(axes)}, it must be attention_head_dim {self.attention_head_dim}"
+            )
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, it must be positive")
+        if not 0 <= self.sol_geometric_weight <= 1:
+            raise ValueError(f"sol_geometric_weight is {self.sol_geometric_weight}, it must lie in [0, 1]")
+        if not 0 <= self.lune_dropout < 1:
+            raise ValueError(f"lune_dropout is {self.lune_dropout}, it must lie in [0, 1)")
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the hidden layer of every block MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a `config.json` object; unknown and underscored keys are ignored, legacy names are mapped."""
+        known = {field.name for field in fields(cls)}
+        current = {name: value for name, value in values.items() if name in known}
+        for old, new in LEGACY_NAMES.items():
+            if old in values:
+                current.setdefault(new, values[old])
+        return cls(**current)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, fields in order."""
+        return {**asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """Read a `config.json`.
+
+        Raises:
+            ValueError: if the file is not a JSON object, or its numbers do not fit together.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_json(self, metadata: dict[str, Any] | None = None) -> str:
+        """Text of a `config.json`, with ``metadata`` under ``_metadata`` if given."""
+        values = self.to_dict()
+        if metadata:
+            values["_metadata"] = metadata
+        return json.dumps(values, indent=2) + "\n"

@@ -1,0 +1,497 @@
+"""TinyFlux-Deep v4.2: a small flow transformer of double-stream and single-stream blocks.
+
+    img, txt = img_in(latent tokens), txt_in(T5 states)
+    vec      = time + blend(CLIP pooled, pooled T5) + Lune signal
+    double blocks: text and image keep their own weights and attend to text + image
+    single blocks: one sequence [text, image], attention then MLP
+    velocity = final_linear(RMSNorm(img))
+
+Time t counts from 0 (noise) to 1 (image) and enters the embedding as it is; the output is ``x0 - noise``.
+Sol sharpens or softens attention (temperature) and modulates image queries and keys (spatial map).
+
+Guarantees: float32 numbers equal the published code (tests/golden). Whatever the compute dtype, timestep
+embedding, rotary angles, softmax of the T5 pool, Sol's geometric terms, temperature and modulation are float32.
+Loading, time sampling and memory handling live elsewhere.
+
+Shape letters: B batch, N image tokens, L text tokens, T = L + N, C latent channels, D hidden, A heads, d head width.
+Source: the published TinyFlux-Deep v4.2 (MIT), rewritten from its description.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+from musubi_tuner.models.tinyflux.sol import LunePredictor, SolPrior, attention_temperature, modulation, upsample_map
+
+TIME_WIDTH = 256
+"""Width of the sinusoidal time embedding."""
+ROPE_BASE = 10000.0
+
+
+def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Position of every latent pixel, row by row: (0, row, column), [height * width, 3] int64."""
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1)
+
+
+def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:
+    """Numbered text positions (i, 0, 0), [length, 3] float32; the published model does not use them."""
+    ids = torch.zeros(length, 3, device=device)
+    ids[:, 0] = torch.arange(length, device=device)
+    return ids
+
+
+def timestep_embedding(t_B: Tensor) -> Tensor:
+    """Sines, then cosines, of t at 128 frequencies from 1 down to 1/10000, [B, 256] float32.
+
+    The exponent is divided by 127, and t is not scaled: the fastest phase turns by one radian over all of [0, 1].
+    """
+    half = TIME_WIDTH // 2
+    frequencies = torch.exp(torch.arange(half, device=t_B.device, dtype=torch.float32) * (-math.log(1e4) / (half - 1)))
+    angles = t_B.float()[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of the rotary position embedding, one group of frequencies per axis of the ids.
+
+    The frequencies are persistent buffers, part of the published state dict, and stay float32 whatever
+    ``.to(dtype)`` the model is given.
+    """
+
+    def __init__(self, axes: tuple[int, int, int]) -> None:
+        super().__init__()
+        for axis, width in enumerate(axes):
+            self.register_buffer(f"freqs_{axis}", rotary_frequencies(width))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = (moved if buffer.is_meta else buffer.to(moved.device)).float()
+        return self
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [tokens, d/2] float32 for ids [tokens, 3]."""
+        frequencies = [getattr(self, f"freqs_{axis}") for axis in range(3)]
+        with torch.autocast(ids.device.type, enabled=False):
+            angles = torch.cat([ids[:, axis, None].float() * freqs for axis, freqs in enumerate(frequencies)], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(width: int) -> Tensor:
+    """``10000^(-2k / width)`` for k < width / 2, float32."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / ROPE_BASE**exponents
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent pairs of the last axis of x [B, A, tokens, d] in float32; dtype of x is kept."""
+    cos, sin = rope
+    pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` with eps 1e-6; the root mean square is float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return (x.float() * scale).to(x.dtype) * self.weight
+
+
+class AdaLayerNorm(nn.Module):
+    """RMSNorm with shift and scale from the conditioning vector, and the gates that go with it."""
+
+    def __init__(self, width: int, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.linear = nn.Linear(width, chunks * width)
+        self.norm = RMSNorm(width)
+
+    def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, ...]:
+        """Return the modulated x and the remaining chunks, each [B, 1, D]."""
+        shift, scale, *rest = self.linear(F.silu(vec)).unsqueeze(1).chunk(self.chunks, dim=-1)
+        return self.norm(x) * (1 + scale) + shift, *rest
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh approximation), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, 3 A d] to query, key, value, each [B, A, T, d]."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """Softmax attention with logits ``q k / (sqrt(d) temperature)``; returns [B, T, A d]."""
+    if temperature is not None:
+        q = (q.float() / temperature).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2).flatten(2)
+
+
+def modulate_heads(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply queries or keys [B, A, N, d] by a float32 factor per token, keeping their dtype."""
+    return (x.float() * factor).to(x.dtype)
+
+
+class BlockInputs:
+    """What every block of one forward pass shares.
+
+    Attributes:
+        rope_img: cosines and sines of the image tokens. rope_all: of text and image, for single blocks.
+        map_B1N: Sol's importance map at latent resolution, or None.
+        temperature: [B, 1, 1, 1], or None.
+        key_mask: [B, 1, 1, L + N] boolean, true = may be attended to, or None.
+    """
+
+    def __init__(
+        self,
+        rope_img: tuple[Tensor, Tensor],
+        rope_all: tuple[Tensor, Tensor],
+        map_B1N: Tensor | None,
+        temperature: Tensor | None,
+        key_mask: Tensor | None,
+    ) -> None:
+        self.rope_img, self.rope_all = rope_img, rope_all
+        self.map_B1N, self.temperature, self.key_mask = map_B1N, temperature, key_mask
+
+
+class DoubleAttention(nn.Module):
+    """Attention of two streams with own projections over the keys of both."""
+
+    def __init__(self, config: TinyFluxConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.attention_head_dim
+        self.txt_qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.img_qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.txt_out = nn.Linear(inner, config.hidden_size, bias=False)
+        self.img_out = nn.Linear(inner, config.hidden_size, bias=False)
+        if config.use_sol_prior:
+            self.spatial_to_mod = nn.Conv2d(1, self.heads, kernel_size=1)
+
+    def forward(self, txt: Tensor, img: Tensor, shared: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Return the attention outputs of text and image. Temperature acts on image queries only."""
+        txt_q, txt_k, txt_v = split_heads(self.txt_qkv(txt), self.heads)
+        img_q, img_k, img_v = split_heads(self.img_qkv(img), self.heads)
+        img_q, img_k = rotate(img_q, shared.rope_img), rotate(img_k, shared.rope_img)
+        if shared.map_B1N is not None:
+            factor = modulation(self.spatial_to_mod, shared.map_B1N)
+            img_q, img_k = modulate_heads(img_q, factor), modulate_heads(img_k, factor)
+        k, v = torch.cat((txt_k, img_k), dim=2), torch.cat((txt_v, img_v), dim=2)
+        txt_attn = attend(txt_q, k, v, None, shared.key_mask)
+        img_attn = attend(img_q, k, v, shared.temperature, shared.key_mask)
+        return self.txt_out(txt_attn), self.img_out(img_attn)
+
+
+class DoubleBlock(nn.Module):
+    """Joint attention and one MLP per stream, all gated by the conditioning vector."""
+
+    def __init__(self, config: TinyFluxConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.mlp_hidden
+        self.img_norm1, self.txt_norm1 = AdaLayerNorm(width, 6), AdaLayerNorm(width, 6)
+        self.attn = DoubleAttention(config)
+        self.img_norm2, self.txt_norm2 = RMSNorm(width), RMSNorm(width)
+        self.img_mlp, self.txt_mlp = MLP(width, hidden), MLP(width, hidden)
+
+    def forward(self, txt: Tensor, img: Tensor, vec: Tensor, shared: BlockInputs) -> tuple[Tensor, Tensor]:
+        """[B, L, D], [B, N, D] -> the same."""
+        txt_in, txt_gate, txt_shift, txt_scale, txt_mlp_gate = self.txt_norm1(txt, vec)
+        img_in, img_gate, img_shift, img_scale, img_mlp_gate = self.img_norm1(img, vec)
+        txt_attn, img_attn = self.attn(txt_in, img_in, shared)
+        txt = txt + txt_gate * txt_attn
+        img = img + img_gate * img_attn
+        txt = txt + txt_mlp_gate * self.txt_mlp(self.txt_norm2(txt) * (1 + txt_scale) + txt_shift)
+        img = img + img_mlp_gate * self.img_mlp(self.img_norm2(img) * (1 + img_scale) + img_shift)
+        return txt, img
+
+
+class SingleAttention(nn.Module):
+    """Self-attention over text and image in one sequence."""
+
+    def __init__(self, config: TinyFluxConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.attention_head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        if config.use_sol_prior:
+            self.spatial_to_mod = nn.Conv2d(1, self.heads, kernel_size=1)
+
+    def forward(self, x: Tensor, shared: BlockInputs) -> Tensor:
+        """Temperature acts on every token here, text included; the map on image tokens only."""
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        q, k = rotate(q, shared.rope_all), rotate(k, shared.rope_all)
+        if shared.map_B1N is not None:
+            factor = modulation(self.spatial_to_mod, shared.map_B1N)
+            factor = F.pad(factor, (0, 0, x.shape[1] - factor.shape[2], 0), value=1.0)
+            q, k = modulate_heads(q, factor), modulate_heads(k, factor)
+        return self.out_proj(attend(q, k, v, shared.temperature, shared.key_mask))
+
+
+class SingleBlock(nn.Module):
+    """Gated attention, then a plain MLP (in sequence, unlike FLUX's parallel single block)."""
+
+    def __init__(self, config: TinyFluxConfig) -> None:
+        super().__init__()
+        self.norm = AdaLayerNorm(config.hidden_size, 3)
+        self.attn = SingleAttention(config)
+        self.mlp = MLP(config.hidden_size, config.mlp_hidden)
+        self.norm2 = RMSNorm(config.hidden_size)
+
+    def forward(self, x: Tensor, vec: Tensor, shared: BlockInputs) -> Tensor:
+        """[B, L + N, D] -> the same."""
+        normed, gate = self.norm(x, vec)
+        x = x + gate * self.attn(normed, shared)
+        return x + self.mlp(self.norm2(x))
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of t through two Linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """[B] -> [B, D] in the dtype of the weights."""
+        return self.mlp(timestep_embedding(t_B).to(next(self.mlp.parameters()).dtype))
+
+
+class TinyFluxDeep(nn.Module):
+    """The denoiser; see the module text for its equation and `forward` for its inputs."""
+
+    rope: RotaryEmbedding
+
+    def __init__(self, config: TinyFluxConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or TinyFluxConfig()
+        width = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, width)
+        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.time_in = TimeEmbedder(width)
+        self.vector_in = nn.Sequential(nn.SiLU(), nn.Linear(config.pooled_projection_dim, width))
+        if config.use_t5_vec:
+            self.t5_pool = nn.Sequential(
+                nn.Linear(config.joint_attention_dim, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            self.text_balance = nn.Parameter(torch.zeros(()))
+        if config.use_lune_expert:
+            self.lune_predictor = LunePredictor(config).requires_grad_(not config.freeze_lune)
+        if config.use_sol_prior:
+            self.sol_prior = SolPrior(config)
+            if config.freeze_sol:
+                self.sol_prior.requires_grad_(False)
+        self.rope = RotaryEmbedding(config.axes_dims_rope)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.final_norm = RMSNorm(width)
+        self.final_linear = nn.Linear(width, config.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, to which all inputs but the time are cast."""
+        return self.img_in.weight.dtype
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        lune_features: Tensor | None = None,
+        sol_stats: Tensor | None = None,
+        sol_spatial: Tensor | None = None,
+        return_expert_pred: bool = False,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        lune_mask: Tensor | None = None,
+        sol_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Any:
+        """Predict the velocity ``x0 - noise``.
+
+        Args:
+            hidden_states: noisy latent tokens [B, N, C], row by row.
+            encoder_hidden_states: T5 states [B, L, J].
+            pooled_projections: CLIP pooled text [B, P].
+            timestep: t in [0, 1], 0 = noise, [B]; float32 is kept as float32.
+            img_ids: [N, 3] or [B, N, 3] (row 0 serves all); built from height and width when absent.
+            txt_ids: [L, 3] or [B, L, 3]; absent = all zero. Acts in single blocks only.
+            lune_features: teacher features [B, E]. sol_stats: [B, 3]. sol_spatial: [B, S, S].
+            return_expert_pred: return the pair (velocity, experts).
+            height, width: latent size; absent = read from img_ids, else the square root of N.
+            lune_mask, sol_mask: [B] boolean, true where the teacher features are real; absent = everywhere.
+            text_mask: [B, L] boolean, true for real text tokens; absent = padding takes part, as published.
+
+        Returns:
+            Velocity [B, N, C]; with ``return_expert_pred`` also a dictionary with ``lune`` {expert_signal, expert_pred,
+            expert_used} or None, ``sol`` {temperature, spatial_importance, pred_stats, pred_spatial} or None, and
+            the flat aliases ``lune_pred``, ``sol_stats_pred``, ``sol_spatial_pred``.
+
+        Raises:
+            ValueError: if the latent size is unknown or does not match the number of tokens.
+        """
+        tokens, t = hidden_states.shape[1], timestep.float()
+        height, width = latent_size(tokens, img_ids, height, width)
+        if img_ids is None:
+            img_ids = image_ids(height, width, hidden_states.device)
+        elif img_ids.ndim == 3:
+            img_ids = img_ids[0]
+        t5 = encoder_hidden_states.to(self.dtype)
+        pooled = pooled_projections.to(self.dtype)
+        img, txt = self.img_in(hidden_states.to(self.dtype)), self.txt_in(t5)
+
+        time_emb = self.time_in(t)
+        vec = time_emb + self._text_vector(t5, pooled, text_mask)
+        lune, sol = None, None
+        if self.config.use_lune_expert:
+            features = None if lune_features is None else lune_features.to(self.dtype)
+            signal, guess = self.lune_predictor(time_emb, pooled, features, lune_mask)
+            vec = vec + signal
+            used = "predicted" if features is None else "real" if lune_mask is None else "mixed"
+            lune = {"expert_signal": signal, "expert_pred": guess, "expert_used": used}
+        if self.config.use_sol_prior:
+            stats = None if sol_stats is None else sol_stats.to(self.dtype)
+            spatial = None if sol_spatial is None else sol_spatial.to(self.dtype)
+            sol = self.sol_prior(time_emb, pooled, t, stats, spatial, sol_mask)
+
+        shared = self._block_inputs(img_ids, txt_ids, txt.shape[1], sol, height, width, text_mask)
+        for block in self.double_blocks:
+            txt, img = block(txt, img, vec, shared)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec, shared)
+        velocity = self.final_linear(self.final_norm(x[:, txt.shape[1] :]))
+        if not return_expert_pred:
+            return velocity
+        return velocity, {
+            "lune": lune,
+            "sol": sol,
+            "lune_pred": lune and lune["expert_pred"],
+            "sol_stats_pred": sol and sol["pred_stats"],
+            "sol_spatial_pred": sol and sol["pred_spatial"],
+        }
+
+    def _text_vector(self, t5: Tensor, pooled: Tensor, text_mask: Tensor | None) -> Tensor:
+        clip_vec = self.vector_in(pooled)
+        if not self.config.use_t5_vec:
+            return clip_vec
+        balance = torch.sigmoid(self.text_balance)
+        return balance * clip_vec + (1 - balance) * self.t5_pool(pool_text(t5, text_mask))
+
+    def _block_inputs(
+        self,
+        img_ids: Tensor,
+        txt_ids: Tensor | None,
+        text_tokens: int,
+        sol: dict[str, Tensor] | None,
+        height: int,
+        width: int,
+        text_mask: Tensor | None,
+    ) -> BlockInputs:
+        if txt_ids is None:
+            txt_ids = img_ids.new_zeros(text_tokens, 3)
+        elif txt_ids.ndim == 3:
+            txt_ids = txt_ids[0]
+        cos, sin = self.rope(torch.cat((txt_ids.float(), img_ids.float())))
+        key_mask = None
+        if text_mask is not None:
+            key_mask = F.pad(text_mask.bool(), (0, len(img_ids)), value=True)[:, None, None, :]
+        return BlockInputs(
+            rope_img=(cos[text_tokens:], sin[text_tokens:]),
+            rope_all=(cos, sin),
+            map_B1N=None if sol is None else upsample_map(sol["spatial_importance"], height, width),
+            temperature=None if sol is None else attention_temperature(sol["temperature"]),
+            key_mask=key_mask,
+        )
+
+
+def pool_text(t5_BLJ: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    """Sum of T5 states weighted by the softmax of their own means, [B, J]; without a mask padding takes part."""
+    logits = t5_BLJ.float().mean(-1)
+    if text_mask is not None:
+        logits = logits.masked_fill(~text_mask.bool(), float("-inf"))
+    weights = torch.softmax(logits, dim=-1)
+    return (weights.unsqueeze(-1) * t5_BLJ.float()).sum(1).to(t5_BLJ.dtype)
+
+
+def latent_size(tokens: int, img_ids: Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+    """Rows and columns of the latent: as given, else from the ids, else a square.
+
+    Reading the ids synchronises with the device, so the trainer and the sampler pass the size.
+
+    Raises:
+        ValueError: if the size does not match the number of tokens, or cannot be known.
+    """
+    if height is None or width is None:
+        if img_ids is not None:
+            ids = img_ids[0] if img_ids.ndim == 3 else img_ids
+            height, width = (int(value) + 1 for value in ids[:, 1:].amax(0).tolist())
+        else:
+            height = width = math.isqrt(tokens)
+            if height * width != tokens:
+                raise ValueError(f"{tokens} image tokens are not a square; pass height and width, or img_ids")
+    if height * width != tokens:
+        raise ValueError(f"latent size {height}x{width} has {height * width} tokens, got {tokens}")
+    return height, width
+
+
+def initialize(model: TinyFluxDeep, scheme: str = "reference", generator: torch.Generator | None = None) -> None:
+    """Fill a new model with start values, in place.
+
+    ``reference``: every Linear Xavier-uniform with zero bias (the AdaLN projections too), as the published code ends
+    up doing; the final Linear's weight, the spatial modulation, ``text_balance`` and ``expert_gate`` zero; norms one.
+    ``adaln_zero``: the same with zero AdaLN projections, so that every block starts as the identity
+    (Peebles and Xie 2022, arXiv:2212.09748).
+
+    Raises:
+        ValueError: for an unknown scheme.
+    """
+    if scheme not in ("reference", "adaln_zero"):
+        raise ValueError(f"unknown init scheme '{scheme}'; known: reference, adaln_zero")
+    fresh = TinyFluxDeep(model.config)
+    with torch.no_grad():
+        for name, module in fresh.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+                if scheme == "adaln_zero" and name.endswith(("norm1.linear", "norm.linear")):
+                    module.weight.zero_()
+            elif isinstance(module, nn.Conv2d):
+                module.weight.zero_()
+                assert module.bias is not None
+                module.bias.zero_()
+        fresh.final_linear.weight.zero_()
+    model.load_state_dict(fresh.state_dict(), assign=any(p.is_meta for p in model.parameters()))
+    trainable = {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])

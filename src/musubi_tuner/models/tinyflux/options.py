@@ -1,0 +1,148 @@
+"""Facts, defaults and rules of the TinyFlux family. Torch-free."""
+
+from typing import TYPE_CHECKING, Any
+
+from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
+
+HUB_ID = "AbstractPhil/tinyflux-deep"
+OTHER_HUB_ID = "AbstractPhil/tiny-flux-deep"
+"""Spelling used elsewhere; suggested when the first is not found."""
+LATENT_SCALE = 0.3611
+"""Of the FLUX autoencoder; TinyFlux leaves its shift of 0.1159 out."""
+
+
+def _flux_shift_key(value: Any) -> str:
+    equivalent = (
+        f"objective.shift = {1 / value:.6g}" if isinstance(value, int | float) and value > 0 else "objective.shift"
+    )
+    return (
+        "is FLUX's shift, which pushes towards noise; TinyFlux counts time from noise to data, where the same factor "
+        f"pushes the other way. Write {equivalent} instead"
+    )
+
+
+def resolve_experts(config: "RunConfig", checkpoint: dict[str, Any] | None = None) -> dict[str, str]:
+    """What ``auto`` means for expert_input, expert_time and sol_spatial_norm.
+
+    Args:
+        checkpoint: options recorded in the checkpoint that training starts from, if it has any.
+
+    Returns:
+        The three keys with their final values: as set, else as the checkpoint records, else the published
+        ones when a checkpoint is continued, else the corrected ones.
+    """
+    published = {"expert_input": "random", "expert_time": "reference", "sol_spatial_norm": "sum"}
+    corrected = {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"}
+    base = corrected if config.model.init == "scratch" else published
+    resolved = {}
+    for key in base:
+        value = getattr(config.experts, key)
+        resolved[key] = value if value != "auto" else (checkpoint or {}).get(key, base[key])
+    return resolved
+
+
+def check(config: "RunConfig") -> list[Diagnostic]:
+    """Static rules of this family."""
+    found: list[Diagnostic] = []
+    experts, model = config.experts, config.model
+    teachers = experts.enable_lune or experts.enable_sol
+    if teachers and experts.unet is None and config.cache.run != "never":
+        found.append(
+            Diagnostic(
+                "error",
+                "experts.unet",
+                "is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and "
+                "enable_sol = false to train without teachers",
+            )
+        )
+    if teachers and resolve_experts(config)["expert_input"] == "noised_image" and experts.vae is None:
+        found.append(
+            Diagnostic(
+                "error",
+                "experts.vae",
+                'is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 autoencoder, '
+                'or set expert_input = "random"',
+            )
+        )
+    if model.init == "scratch":
+        from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+
+        known = TinyFluxConfig().to_dict()
+        for key in model.geometry:
+            if key not in known:
+                from musubi_tuner.config.diagnostics import did_you_mean
+
+                found.append(Diagnostic("error", f"model.geometry.{key}", f"unknown key.{did_you_mean(key, known)}"))
+        if not any(key not in known for key in model.geometry):
+            try:
+                geometry = TinyFluxConfig.from_dict(model.geometry)
+            except (TypeError, ValueError) as error:
+                found.append(Diagnostic("error", "model.geometry", str(error)))
+            else:
+                for enabled, built, name in (
+                    (experts.enable_lune, geometry.use_lune_expert, "lune"),
+                    (experts.enable_sol, geometry.use_sol_prior, "sol"),
+                ):
+                    if enabled and not built:
+                        switch = {"lune": "use_lune_expert", "sol": "use_sol_prior"}[name]
+                        found.append(
+                            Diagnostic(
+                                "error",
+                                f"experts.enable_{name}",
+                                f"is true, but model.geometry.{switch} is false; the model could not use the features",
+                            )
+                        )
+    if config.objective.spatial_weighting and not experts.enable_sol:
+        found.append(
+            Diagnostic("error", "objective.spatial_weighting", "needs Sol's map, but experts.enable_sol is false")
+        )
+    for name, enabled in (("lune", experts.enable_lune), ("sol", experts.enable_sol)):
+        if not enabled:
+            found += [
+                Diagnostic("warning", key, f"has no effect because experts.enable_{name} is false")
+                for key in config.set_keys()
+                if key.startswith(f"objective.{name}_") or key == f"experts.{name}"
+            ]
+    return found
+
+
+SPEC = ModelSpec(
+    code="tf",
+    full_name="tinyflux",
+    title="TinyFlux-Deep",
+    modelspec_architecture="TinyFlux",
+    pixel_step=16,
+    vae_factor=8,
+    latent_channels=16,
+    latent_shift=False,
+    sample_size=512,
+    t5_tokenizer="google/flan-t5-base",
+    clip_tokenizer="openai/clip-vit-large-patch14",
+    expert_keys=("lune_features", "sol_stats", "sol_spatial"),
+    defaults={
+        "optimizer.betas": [0.9, 0.95],
+        "scheduler.warmup_steps": 1000,
+        "log.every_steps": 100,
+        "sample.every_steps": 2000,
+        "save.every_epochs": 1,
+    },
+    dataset_defaults={
+        "resolution": 512,
+        "enable_bucket": True,
+        "bucket_no_upscale": False,
+        "caption_extension": ".txt",
+        "batch_size": 1,
+        "num_repeats": 1,
+        "missing_caption": "error",
+        "recursive": False,
+    },
+    foreign_keys={"discrete_flow_shift": _flux_shift_key, "flux_shift": _flux_shift_key},
+    check=check,
+    geometry="musubi_tuner.models.tinyflux.geometry:TinyFluxConfig",
+    module="musubi_tuner.models.tinyflux",
+    block_lists=("double_blocks", "single_blocks"),
+)

@@ -1,0 +1,215 @@
+"""TinyFlux's process: the only place that knows which way its time runs.
+
+    t = 0 is noise, t = 1 the image          noisy = (1 - t) * noise + t * x0          target = x0 - noise
+
+In the noise fraction that `flow` speaks, sigma = 1 - t. The shift bends t, so a shift above 1 moves training and
+sampling towards clean images, the opposite of FLUX.
+
+Beside the main loss there are two distillation terms, present where a sample has teacher features:
+Lune (predicted against real mid-block features) and Sol (attention statistics and map).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.flow import (
+    distillation_loss,
+    drop_conditioning,
+    flux_shift,
+    huber_loss,
+    interpolate,
+    linear_lookup,
+    min_snr_weight,
+    pack_pixels,
+    ramp,
+    sample_timesteps,
+    spatial_weight,
+    squared_error,
+    unpack_pixels,
+)
+from musubi_tuner.models.spec import LossTerm
+
+SOL_MEAN_CAP = 4.0
+"""With sol_spatial_norm = "mean", a map value is at most this many times the mean."""
+
+
+def scale_sol_map(map_BSS: Tensor, norm: str) -> Tensor:
+    """Bring a teacher map that sums to 1 to the scale that training uses.
+
+    ``sum`` leaves it (published); ``mean`` makes its mean 1, capped at 4; ``max`` makes its maximum 1, the range of
+    the predicted and the geometric map it is blended with.
+
+    Raises:
+        ValueError: for an unknown norm.
+    """
+    if norm == "sum":
+        return map_BSS
+    if norm == "mean":
+        return (map_BSS * map_BSS[0].numel()).clamp(max=SOL_MEAN_CAP)
+    if norm == "max":
+        return map_BSS / map_BSS.amax(dim=(1, 2), keepdim=True).clamp(min=1e-8)
+    raise ValueError(f"unknown sol_spatial_norm '{norm}'; known: sum, mean, max")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Which teachers a run uses and how; see the keys of the same name in [objective] and [experts]."""
+
+    lune: bool
+    sol: bool
+    sol_spatial_norm: str
+
+
+class TinyFluxProcess:
+    """Times, noise, target, conditioning and losses of TinyFlux."""
+
+    uniforms = ("text_dropout", "lune_dropout", "sol_dropout")
+
+    def __init__(self, objective: ObjectiveSection, teachers: TeacherSettings, text_mask: bool = False) -> None:
+        self.objective, self.teachers, self.text_mask = objective, teachers, text_mask
+        self.time_draw = "normal" if objective.timestep_sampling == "logit_normal" else "uniform"
+
+    def time(self, draws_B: Tensor) -> Tensor:
+        """t from one normal or uniform draw per sample (`time_draw`), float32 in [1e-4, 1 - 1e-4]."""
+        settings = self.objective
+        return sample_timesteps(
+            draws_B,
+            settings.timestep_sampling,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            shift=settings.shift,
+        )
+
+    def sigma(self, time_B: Tensor) -> Tensor:
+        """Noise fraction 1 - t."""
+        return 1 - time_B
+
+    def add_noise(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
+        """``(1 - t) * noise + t * x0`` in float32."""
+        return interpolate(x0.float(), noise.float(), self.sigma(time_B))
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """``x0 - noise``, float32."""
+        return x0.float() - noise.float()
+
+    def conditioning(self, batch: Any, time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
+        """Text after dropout, and teacher features looked up at t, each with the mask of the samples that have them."""
+        settings = self.objective
+        keep_text = uniforms["text_dropout"] >= settings.text_dropout
+        inputs: dict[str, Any] = {
+            "t5": drop_conditioning(batch.tensors["t5_vec"], keep_text),
+            "clip": drop_conditioning(batch.tensors["clip_l_pooler"], keep_text),
+        }
+        if self.text_mask:
+            inputs["text_mask"] = batch.tensors["t5_mask"].bool()
+        if self.teachers.lune and "lune_features" in batch.tensors:
+            features = linear_lookup(batch.tensors["lune_features"], batch.tensors["t_buckets"][0], time_B)
+            inputs["lune"] = self._teacher(
+                {"features": features}, batch.valid["lune_features"], uniforms["lune_dropout"],
+                settings.lune_teacher_dropout, keep_text,
+            )  # fmt: skip
+        if self.teachers.sol and "sol_stats" in batch.tensors:
+            grid = batch.tensors["t_buckets"][0]
+            maps = linear_lookup(batch.tensors["sol_spatial"], grid, time_B)
+            target = {
+                "stats": linear_lookup(batch.tensors["sol_stats"], grid, time_B),
+                "spatial": scale_sol_map(maps, self.teachers.sol_spatial_norm),
+            }
+            inputs["sol"] = self._teacher(
+                target, batch.valid["sol_stats"], uniforms["sol_dropout"], settings.sol_teacher_dropout, keep_text
+            )
+        return inputs
+
+    def _teacher(
+        self, target: dict[str, Tensor], valid_B: Tensor, coin_B: Tensor, dropout: float, keep_text_B: Tensor
+    ) -> dict[str, Tensor]:
+        """Add to the targets which samples feed them to the model and which pay the distillation loss."""
+        settings = self.objective
+        if settings.teacher_dropout_mode == "batch":
+            coin_B = coin_B[:1].expand_as(coin_B)
+        kept = coin_B >= dropout
+        if settings.drop_experts_with_text:
+            # Without text the features, made from the text, would leak the condition into the unconditional branch.
+            valid_B = valid_B & keep_text_B
+        feed = valid_B & kept
+        return {**target, "feed": feed, "distil": valid_B if settings.distill_on_dropped else feed}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, time_B: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Velocity in the layout of the latents [B, C, H, W], and the model's guesses of the teacher features."""
+        height, width = noisy.shape[-2:]
+        lune, sol = inputs.get("lune"), inputs.get("sol")
+        velocity, experts = model(
+            pack_pixels(noisy),
+            inputs["t5"],
+            inputs["clip"],
+            time_B,
+            lune_features=lune and lune["features"],
+            sol_stats=sol and sol["stats"],
+            sol_spatial=sol and sol["spatial"],
+            return_expert_pred=True,
+            height=height,
+            width=width,
+            lune_mask=lune and lune["feed"],
+            sol_mask=sol and sol["feed"],
+            text_mask=inputs.get("text_mask"),
+        )
+        return unpack_pixels(velocity, height, width), experts
+
+    def losses(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        time_B: Tensor,
+        inputs: dict[str, Any],
+        extra: dict[str, Any],
+        update: int,
+    ) -> dict[str, LossTerm]:
+        """``main``, and ``lune`` and ``sol`` where the batch has teacher features."""
+        settings = self.objective
+        error = (
+            huber_loss(prediction, target, settings.huber_delta)
+            if settings.loss == "huber"
+            else squared_error(prediction, target)
+        )
+        sol, lune = inputs.get("sol"), inputs.get("lune")
+        if settings.spatial_weighting and sol is not None:
+            weights = spatial_weight(sol["spatial"], *target.shape[-2:])
+            weights = torch.where(sol["distil"].view(-1, 1, 1), weights, torch.ones_like(weights))
+            error = error * weights[:, None]
+        main = error.flatten(1).mean(1)
+        if settings.min_snr_gamma:
+            main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
+        terms = {"main": LossTerm(main, 1.0)}
+        if lune is not None:
+            loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode)
+            weight = ramp(update, settings.lune_warmup_steps, settings.lune_weight)
+            terms["lune"] = LossTerm(torch.where(lune["distil"], loss, torch.zeros_like(loss)), weight)
+        if sol is not None:
+            loss = sol_loss(extra["sol_stats_pred"], sol["stats"], extra["sol_spatial_pred"], sol["spatial"])
+            weight = ramp(update, settings.sol_warmup_steps, settings.sol_weight)
+            terms["sol"] = LossTerm(torch.where(sol["distil"], loss, torch.zeros_like(loss)), weight)
+        return terms
+
+    def sampling_times(self, steps: int) -> list[float]:
+        """``shift(k / steps)`` for k = 0 .. steps: from noise (0) to the image (1)."""
+        return flux_shift(torch.linspace(0, 1, steps + 1, dtype=torch.float64), self.objective.shift).tolist()
+
+
+def sol_loss(
+    pred_stats_B3: Tensor,
+    stats_B3: Tensor,
+    pred_spatial_BSS: Tensor,
+    spatial_BSS: Tensor,
+    stats_weight: float = 1.0,
+    spatial_weight: float = 1.0,
+) -> Tensor:
+    """Mean squared error of statistics plus that of the map, per sample [B]."""
+    stats = squared_error(pred_stats_B3, stats_B3).mean(1)
+    spatial = squared_error(pred_spatial_BSS, spatial_BSS).flatten(1).mean(1)
+    return stats_weight * stats + spatial_weight * spatial

@@ -1,0 +1,252 @@
+"""The command behind `train.py`: check everything, print the plan, run the due stages as children, train.
+
+Run again = continue: a run goes on from its newest good state, a finished one says so, a changed config is refused with
+the list of differences.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
+from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.errors import EXIT_OK, CacheError, ConfigError, run_command
+from musubi_tuner.runner.parent import die_with_parent
+
+_DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
+Run the same command again to continue."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        description=_DESCRIPTION,
+        epilog="settings of the run file, also as options:\n" + settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", help="run file (TOML); without it the run files here are listed")
+    parser.add_argument("--plan", "--dry_run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--fresh", action="store_true", help="start anew in a new folder beside run.output_dir")
+    parser.add_argument("--cache_only", action="store_true", help="stop after the cache jobs")
+    parser.add_argument("--skip_cache", action="store_true", help="trust the caches as they are")
+    return parser
+
+
+def _main(arguments: Sequence[str]) -> int:
+    own = {"--plan", "--dry_run", "--fresh", "--cache_only", "--skip_cache", "--help"}
+    passed, overrides = split_overrides(arguments, own)
+    parser = _parser()
+    options = parser.parse_args(passed)
+    refuse_upstream()
+    if options.config is None:
+        return list_run_files()
+    die_with_parent()
+    config = load_config(options.config, overrides)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        report(config.findings)
+    if launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return train_launched(config, launched, skip_cache=options.skip_cache)
+    if options.fresh:
+        folder = fresh_folder(config.output_dir)
+        overrides["run.output_dir"] = str(folder)
+        config = load_config(options.config, overrides)
+        print(f"starting anew in {folder}")
+    return Runner(config, options, overrides).run()
+
+
+def report(findings: list[Diagnostic]) -> None:
+    """Print warnings and notes."""
+    for finding in findings:
+        print(f"{finding.level}: {finding}", file=sys.stderr)
+
+
+def refuse_upstream() -> None:
+    """Stop if the upstream package of the same import name is installed beside ours.
+
+    Raises:
+        ConfigError: saying which to remove.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        other = distribution("musubi-tuner")
+    except PackageNotFoundError:
+        return
+    raise ConfigError(
+        f"musubi-tuner {other.version} is installed too; both packages are imported as musubi_tuner. Use a virtual "
+        "environment of its own for this one, or run: pip uninstall musubi-tuner"
+    )
+
+
+def list_run_files() -> int:
+    """What to do without a config: the run files in ./toml, and the demo."""
+    files = sorted(Path("toml").glob("*.toml"))
+    print("usage: python train.py RUN_FILE [options]   (--help lists them)\n")
+    for path in files:
+        first = path.read_text(encoding="utf-8").splitlines()[:1]
+        print(f"  {path.as_posix():<32} {first[0].lstrip('# ') if first else ''}")
+    if not files:
+        print("  no run files in ./toml; run this in the project's folder")
+    print("\nNew here? `python train.py toml/demo.toml` trains a small model on pictures it draws itself, in minutes.")
+    return EXIT_OK
+
+
+def fresh_folder(folder: Path) -> Path:
+    """The first of folder-2, folder-3, ... that does not exist; the folder itself if it is new."""
+    if not folder.exists():
+        return folder
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+class Runner:
+    """Plan, stages, training of one start of `train.py` that is not under a launcher."""
+
+    def __init__(self, config: RunConfig, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+        self.config, self.options, self.overrides = config, options, overrides
+        self.processes = config.distributed.num_processes
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        config, options = self.config, self.options
+        if config.demo is not None:
+            code = self._prepare_demo()
+            if code or (options.plan and not self._demo_is_ready()):
+                return code
+        from musubi_tuner.runner.plan import describe, make_plan
+
+        encode = config.cache.run != "never" and not options.skip_cache
+        plan = make_plan(config, self.processes, download=encode and not options.plan)
+        for note in plan.found.notes:
+            print(f"note: {note}")
+        print(describe(config, plan, self.processes), flush=True)
+        if options.plan:
+            return EXIT_OK
+        if self._finished(plan.steps.total_updates):
+            return EXIT_OK
+        if plan.due and encode:
+            for kind in plan.due:
+                code = self._stage(["-m", "musubi_tuner.caching", kind])
+                if code:
+                    return code
+        elif plan.due and not options.skip_cache:
+            self._refuse_due(plan.due)
+        if options.cache_only:
+            return EXIT_OK
+        code = self._train(plan.found.items)
+        if code == EXIT_OK and config.demo is not None:
+            code = self._stage(["-m", "musubi_tuner.demo.score"])
+        return code
+
+    def _stage(self, arguments: list[str], environment: dict[str, str] | None = None) -> int:
+        from musubi_tuner.runner.stages import override_arguments, run_child
+
+        return run_child([*arguments, str(self.config.path), *override_arguments(self.overrides)], environment)
+
+    def _demo_is_ready(self) -> bool:
+        from musubi_tuner.demo.recipe import is_ready
+
+        return is_ready(self.config)
+
+    def _prepare_demo(self) -> int:
+        if self._demo_is_ready():
+            return EXIT_OK
+        if self.options.plan:
+            print("the demo first draws its pictures and makes its encoders; the plan follows then")
+            return EXIT_OK
+        return self._stage(["-m", "musubi_tuner.demo.prepare"])
+
+    def _refuse_due(self, due: list[str]) -> None:
+        jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.path}" for kind in due)
+        raise CacheError(f'caches are not complete, and cache.run is "never"; run: {jobs}')
+
+    def _finished(self, total: int) -> bool:
+        from musubi_tuner.training.checkpoint import CheckpointList
+
+        final = CheckpointList.read(self.config.output_dir, self.config.run.name).entries.get("final")
+        if final is None or final.step < total or self.config.resume.from_ != "auto":
+            return False
+        self._check_same_config(final.state)
+        print(
+            f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps to "
+            "train on, or use --fresh to start anew"
+        )
+        return True
+
+    def _check_same_config(self, state: str) -> None:
+        """A finished run with another config is a mistake too."""
+        from musubi_tuner.training.checkpoint import compare_config, read_values
+        from musubi_tuner.training.trainer import fixed_settings
+
+        if not state:
+            return
+        differences = compare_config(read_values(self.config.output_dir / state)["config"], fixed_settings(self.config))
+        if differences:
+            raise ConfigError(
+                f"run.output_dir {self.config.output_dir}: holds a finished run with another config. Use --fresh to start "
+                "anew in a new folder, or take the changes back:\n  " + "\n  ".join(differences)
+            )
+
+    def _train(self, items: list[Any]) -> int:
+        if self.processes > 1:
+            return self._launch()
+        from musubi_tuner.training.trainer import train
+
+        train(self.config, items)
+        return EXIT_OK
+
+    def _launch(self) -> int:
+        """Train in several processes through accelerate."""
+        import socket
+
+        port = self.config.distributed.main_process_port
+        if port is None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(self.processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", str(port), "--module", "musubi_tuner.runner"]
+        environment = {}
+        if not self._has_gpu():
+            environment["ACCELERATE_USE_CPU"] = "true"
+        return self._stage([*launcher, "--skip_cache"], environment)
+
+    def _has_gpu(self) -> bool:
+        from musubi_tuner.device import choose_device
+
+        return choose_device(self.config.run.device).type == "cuda"
+
+
+def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> int:
+    """Train as one process of `accelerate launch`: nothing is encoded here, a due stage is an error."""
+    from musubi_tuner.data.sources import scan
+
+    if skip_cache:
+        items = scan(config.datasets, config.spec.code).items
+    else:
+        from musubi_tuner.runner.plan import describe, make_plan
+
+        plan = make_plan(config, processes, download=False)
+        if plan.due:
+            jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.path}" for kind in plan.due)
+            raise CacheError(f"caches are not complete, and nothing is encoded under a launcher; run:\n  {jobs}")
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(config, plan, processes), flush=True)
+        items = plan.found.items
+    from musubi_tuner.training.trainer import train
+
+    train(config, items)
+    return EXIT_OK

@@ -1,0 +1,80 @@
+"""The plan: what a run would do, printed before it does anything."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
+from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.data.sources import Found, scan
+
+
+@dataclass
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        found: items of the data sets. status: by kind of cache. steps: length of the run.
+    """
+
+    found: Found
+    status: dict[str, KindStatus]
+    steps: Steps
+
+    @property
+    def due(self) -> list[str]:
+        """Kinds of cache with files to make, in order."""
+        return [kind for kind, status in self.status.items() if status.due]
+
+
+def make_plan(config: RunConfig, processes: int, *, download: bool) -> Plan:
+    """Look at the data and the caches; data errors come before torch is imported."""
+    found = scan(config.datasets, config.spec.code)
+    buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
+    for item in found.items:
+        buckets[item.bucket, item.batch_size] += item.num_repeats
+    steps = calculate_steps(
+        [(count, size) for (_, size), count in buckets.items()],
+        num_processes=processes,
+        grad_accum_steps=config.train.grad_accum_steps,
+        max_steps=config.train.max_steps,
+        max_epochs=config.train.max_epochs,
+    )
+    options: dict[str, Any] = {}
+    kinds = needed_kinds(config)
+    if "experts" in kinds:
+        options = config.spec.load("checkpoint_options")(config)
+    status = {kind: examine(config, found.items, kind, options, download=download) for kind in kinds}
+    return Plan(found, status, steps)
+
+
+def describe(config: RunConfig, plan: Plan, processes: int) -> str:
+    """The plan as text."""
+    steps, train = plan.steps, config.train
+    buckets = Counter(item.bucket for item in plan.found.items)
+    shown = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(buckets.items())[:6])
+    more = f", and {len(buckets) - 6} more" if len(buckets) > 6 else ""
+    start = f"from {config.model.path}" if config.model.init == "checkpoint" else "from random weights"
+    lines = [
+        f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}",
+        f"  data     {len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}",
+    ]
+    for kind, status in plan.status.items():
+        text = f"{status.fresh} up to date, {len(status.due)} to make"
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
+        lines.append(f"  {kind:<8} {text}" + (f" ({reasons})" if reasons else ""))
+        if status.orphans:
+            lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
+    correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
+    lines += [
+        f"  train    {steps.total_updates} updates, {steps.epochs} epochs of {steps.updates_per_epoch} updates{correction}",
+        f"           update = {processes} process(es) x {train.grad_accum_steps} micro-batch(es), "
+        f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update",
+    ]
+    saves = []
+    if config.save.every_steps:
+        saves.append(f"every {config.save.every_steps} updates (newest {config.save.keep_last_steps or 'all'} kept)")
+    if config.save.every_epochs:
+        saves.append(f"every {config.save.every_epochs} epoch(s) (newest {config.save.keep_last_epochs or 'all'} kept)")
+    lines.append(f"  save     {', '.join([*saves, 'at the end'])} into {config.output_dir}")
+    return "\n".join(lines)

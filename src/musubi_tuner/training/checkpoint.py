@@ -1,0 +1,230 @@
+"""Checkpoints and resumable states of a run folder.
+
+    <name>.safetensors  <name>_ema.safetensors                 weights for other programs, in save.dtype
+    <name>-step00001000.safetensors  <name>-000004.safetensors the same on the way
+    <name>-step00001000-state/  <name>-state/                  everything needed to continue, float32:
+        model  ema  optimizer .safetensors, state.json, manifest.json (sha256 of the others)
+    checkpoints.json                                           names (final, step_1000, epoch_4) -> files
+    config.json                                                geometry and options of the model
+
+A state is written beside, flushed and renamed; reading verifies the manifest. Only files listed in checkpoints.json
+are ever removed.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from musubi_tuner.encoders.locate import hash_file
+from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.files import TEMPORARY_PREFIX, fault_point, replace_file, sync_path, temporary_path, write_json
+
+logger = logging.getLogger(__name__)
+STATE_FORMAT = 1
+LIST_FILE = "checkpoints.json"
+
+
+@dataclass
+class Entry:
+    """One checkpoint: file names relative to the run folder, absent parts empty."""
+
+    step: int
+    epoch: int
+    kind: str
+    model: str = ""
+    ema: str = ""
+    state: str = ""
+
+
+@dataclass
+class CheckpointList:
+    """The checkpoints of a run folder, oldest first."""
+
+    folder: Path
+    run: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, run: str) -> "CheckpointList":
+        """Read the list; an absent file is an empty list.
+
+        Raises:
+            ConfigError: if the folder belongs to a run of another name.
+            CheckpointError: if the list cannot be read.
+        """
+        path = folder / LIST_FILE
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            entries = {name: Entry(**values) for name, values in stored["checkpoints"].items()}
+            owner = stored["run"]
+        except FileNotFoundError:
+            return cls(folder, run)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); move it away, or use --fresh") from error
+        if owner != run:
+            raise ConfigError(
+                f"run.output_dir {folder}: holds the run '{owner}', this run is called '{run}'; choose another folder"
+            )
+        return cls(folder, run, entries)
+
+    def write(self) -> None:
+        """Replace the file."""
+        entries = {name: vars(entry) for name, entry in self.entries.items()}
+        write_json(self.folder / LIST_FILE, {"run": self.run, "checkpoints": entries})
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Append a checkpoint and write the list."""
+        self.entries.pop(name, None)
+        self.entries[name] = entry
+        self.write()
+
+    def prune(self, kind: str, keep: int | None) -> None:
+        """Remove all but the newest ``keep`` checkpoints of a kind; None or 0 keeps all."""
+        names = [name for name, entry in self.entries.items() if entry.kind == kind]
+        surplus = sorted(names, key=lambda name: self.entries[name].step)[: -keep if keep else 0] if keep else []
+        if not surplus:
+            return
+        removed = [self.entries.pop(name) for name in surplus]
+        self.write()
+        used = {getattr(e, part) for e in self.entries.values() for part in ("model", "ema", "state")}
+        for entry in removed:
+            for part in (entry.model, entry.ema, entry.state):
+                if part and part not in used:
+                    _remove(self.folder / part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # Renamed first, so that a state that is being removed never looks like a good one.
+        grave = temporary_path(path)
+        path.replace(grave)
+        shutil.rmtree(grave)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> None:
+    """Write a weight file; floating tensors of at least one axis are cast to ``dtype``."""
+    wanted = getattr(torch, dtype)
+    cast = {
+        key: (t.detach().to("cpu", wanted) if t.is_floating_point() and t.ndim else t.detach().cpu()).contiguous()
+        for key, t in tensors.items()
+    }
+    replace_file(path, partial(save_file, cast, metadata=metadata))
+
+
+@dataclass
+class TrainingState:
+    """Everything that must survive a restart, on the CPU.
+
+    Attributes:
+        model, ema, optimizer: tensors by name. values: plain data (step, epoch, position, counters, config, environment).
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def write_state(folder: Path, state: TrainingState) -> None:
+    """Write a state folder completely or not at all; an older one of the same name is replaced."""
+    beside = temporary_path(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
+        for name, tensors in parts.items():
+            if tensors:
+                contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(contiguous, beside / f"{name}.safetensors")
+                fault_point(f"state.{name}")
+        (beside / "state.json").write_text(json.dumps({"format": STATE_FORMAT, **state.values}), encoding="utf-8")
+        hashes = {path.name: hash_file(path) for path in sorted(beside.iterdir())}
+        (beside / "manifest.json").write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+        for path in beside.iterdir():
+            sync_path(path)
+        sync_path(beside)
+        fault_point("state.written")
+        if folder.exists():
+            _remove(folder)
+        beside.replace(folder)
+        sync_path(folder.parent)
+        fault_point("state.renamed")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """Verify a state folder and read its plain data.
+
+    Raises:
+        CheckpointError: if a file is missing, changed or of another format.
+    """
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if hash_file(folder / name) != expected:
+                raise CheckpointError(f"{folder}: {name} does not match its manifest")
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if values["format"] != STATE_FORMAT:
+            raise CheckpointError(f"{folder}: is of format {values['format']}, this version reads {STATE_FORMAT}")
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: is not a complete state ({type(error).__name__}: {error})") from error
+    return values
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one part of a state, in memory of their own; an absent part is empty."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        return {}
+    with safe_open(str(path), "pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def find_states(folder: Path, run: str) -> list[tuple[int, Path]]:
+    """Complete-looking states of a run, newest first, as (step, folder)."""
+    found = []
+    for path in folder.glob(f"{_glob_escape(run)}*-state"):
+        if path.name.startswith(TEMPORARY_PREFIX) or not path.is_dir():
+            continue
+        try:
+            found.append((int(json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]), path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is not a readable state (%s); it is left alone", path, error)
+    return sorted(found, key=lambda pair: (-pair[0], pair[1].name))
+
+
+def _glob_escape(text: str) -> str:
+    import glob
+
+    return glob.escape(text)
+
+
+def newest_good_state(folder: Path, run: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state whose manifest holds; broken ones are named aloud and passed over."""
+    for _, path in find_states(folder, run):
+        try:
+            return path, read_values(path)
+        except CheckpointError as error:
+            logger.warning("%s; trying an older state", error)
+    return None
+
+
+def compare_config(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Settings in which a run that wants to continue differs from what it began as."""
+    return [
+        f"{key} was {stored.get(key)!r}, now {current.get(key)!r}"
+        for key in sorted(set(stored) | set(current))
+        if stored.get(key) != current.get(key)
+    ]

@@ -1,0 +1,83 @@
+"""Drawing from a finished or half-finished run, or from any checkpoint, outside of training."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from musubi_tuner.caching.jobs import TextEncoders
+from musubi_tuner.config import RunConfig
+from musubi_tuner.device import choose_device, set_threads
+from musubi_tuner.encoders.autoencoder import Autoencoder
+from musubi_tuner.models.spec import Process
+from musubi_tuner.training.sampling import SampleSettings, decode_images, draw, encode_prompts
+from musubi_tuner.training.trainer import AUTOCAST, load_vae, sample_settings
+
+
+@dataclass
+class Generator:
+    """A model with what it needs to draw pictures from texts."""
+
+    config: RunConfig
+    model: torch.nn.Module
+    process: Process
+    encoders: TextEncoders
+    vae: Autoencoder
+    device: torch.device
+    use_mask: bool
+
+    @classmethod
+    def from_run(cls, config: RunConfig, checkpoint: str | None = None, *, ema: bool = True) -> "Generator":
+        """Load a checkpoint for drawing with the encoders and the objective of a run file.
+
+        Args:
+            checkpoint: file, folder, ``folder:name`` or hub id; absent = the run's own output folder.
+            ema: take the averaged weights.
+
+        Raises:
+            CheckpointError: if a file is missing or does not fit.
+        """
+        set_threads(config.run.threads, 1)
+        device = choose_device(config.run.device)
+        spec = config.spec
+        file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
+        model = spec.load("load_model")(file).to(device)
+        options = {
+            "sol_spatial_norm": "sum",
+            "t5_attn_mask": config.model.t5_attn_mask,
+            **spec.load("options_of")(file),
+        }
+        process = spec.load("make_process")(config, options)
+        encoders, vae = TextEncoders(config, device), load_vae(config, device)
+        return cls(config, model, process, encoders, vae, device, bool(options["t5_attn_mask"]))
+
+    def settings(self, **changes: Any) -> SampleSettings:
+        """[sample] of the run file, with changes."""
+        return SampleSettings(**{**vars(sample_settings(self.config)), **changes})
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        settings: SampleSettings,
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> list[np.ndarray]:
+        """Pictures [H, W, 3] uint8, one per prompt; picture i is drawn from seed + i."""
+        encoded = encode_prompts(self.encoders.encode, prompts, settings.negative)
+        spec = self.config.spec
+        latents = draw(
+            self.model,
+            self.process,
+            spec,
+            encoded,
+            settings,
+            use_mask=self.use_mask,
+            device=self.device,
+            autocast=AUTOCAST[self.config.train.mixed_precision],
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return decode_images(self.vae, latents, spec.latent_shift)

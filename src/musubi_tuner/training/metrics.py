@@ -1,0 +1,118 @@
+"""What is written down while training: console lines, metrics.jsonl and TensorBoard, with one vocabulary of tags.
+
+    loss/total  loss/main  loss/<term>     means over the updates since the last line
+    train/lr  train/grad_norm  train/epoch
+
+A line of metrics.jsonl keeps wall-clock values apart, under "clock": everything else of a resumed run equals that of
+an undisturbed one. The state stores the file's length, and resuming cuts the file there.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+def format_seconds(seconds: float) -> str:
+    """42s, 3m05s, 2h07m, 3d04h."""
+    whole = int(seconds)
+    for limit, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= limit:
+            return f"{whole // limit}{unit}{whole % limit // below:02d}{small}"
+    return f"{whole}s"
+
+
+class Metrics:
+    """Writer of one run; used by the main process only.
+
+    Args:
+        folder: run folder. step: updates already done; later lines of an interrupted attempt are cut off.
+        length: bytes of metrics.jsonl that belong to the state resumed from.
+    """
+
+    def __init__(self, folder: Path, *, step: int, total: int, length: int, tensorboard: bool) -> None:
+        self.path = folder / FILE
+        self.total = total
+        self.path.touch()
+        os.truncate(self.path, min(length, self.path.stat().st_size))
+        self.writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "logs"), purge_step=step + 1 if step else None)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True)
+        self._mark = time.perf_counter()
+        self._images = 0
+        self._step = step
+
+    def advance(self, images: int) -> None:
+        """Count an update of so many images."""
+        self._images += images
+        self.bar.update(1)
+
+    def log(self, step: int, values: dict[str, float], *, peak_gib: float | None) -> None:
+        """Write one line everywhere.
+
+        Args:
+            values: by tag; must not depend on the clock.
+            peak_gib: peak memory of the device, or None on a CPU.
+        """
+        now = time.perf_counter()
+        seconds = max(now - self._mark, 1e-9)
+        rate = self._images / seconds
+        left = (self.total - step) * seconds / max(step - self._step, 1)
+        self._mark, self._images, self._step = now, 0, step
+        clock = {"images_per_second": round(rate, 3), "seconds_left": round(left, 1), "wall": round(time.time(), 3)}
+        if peak_gib is not None:
+            clock["peak_gib"] = round(peak_gib, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values, "clock": clock}) + "\n")
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+            self.writer.add_scalar("train/images_per_second", rate, step)
+        parts = [
+            f"step {step}/{self.total}",
+            f"loss {values['loss/total']:.4f}",
+            *(f"{tag.removeprefix('loss/')} {value:.4f}" for tag, value in values.items()
+              if tag.startswith("loss/") and tag not in ("loss/total", "loss/main")),
+            f"lr {values['train/lr']:.2e}",
+            f"grad norm {values['train/grad_norm']:.3f}",
+            f"{rate:.1f} images/s",
+            f"{format_seconds(left)} left",
+        ]  # fmt: skip
+        if peak_gib is not None:
+            parts.append(f"{peak_gib:.1f} GiB")
+        self.say("  ".join(parts))
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        tqdm.write(text)
+
+    def image(self, tag: str, array: Any, step: int) -> None:
+        """Show a picture [H, W, 3] in TensorBoard."""
+        if self.writer:
+            self.writer.add_image(tag, array, step, dataformats="HWC")
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size
+
+    def flush(self) -> None:
+        """Put everything on the disk before a state refers to it."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the bar and the event file."""
+        self.bar.close()
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,125 @@
+"""Optimizers, their parameter groups, and their state as named tensors.
+
+Weight decay acts on matrices and kernels; norms, biases, gates and scalars (fewer than two axes) are left alone unless
+``decay_all``. State is stored per parameter name with its dtypes, never pickled.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.errors import CheckpointError, ConfigError
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def trainable(model: nn.Module) -> NamedParameters:
+    """Names and parameters that receive gradients, in order.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    found = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not found:
+        raise ConfigError("nothing is trainable: every parameter of the model is frozen")
+    return found
+
+
+def parameter_groups(parameters: NamedParameters, settings: OptimizerSection) -> list[dict[str, Any]]:
+    """Groups with and without weight decay; an empty group is left out. ``names`` goes along for the state."""
+    if settings.decay_all:
+        split = [(parameters, settings.weight_decay)]
+    else:
+        matrices = [(name, p) for name, p in parameters if p.ndim >= 2]
+        rest = [(name, p) for name, p in parameters if p.ndim < 2]
+        split = [(matrices, settings.weight_decay), (rest, 0.0)]
+    return [
+        {
+            "params": [p for _, p in group],
+            "names": [name for name, _ in group],
+            "weight_decay": decay,
+            "lr": settings.lr,
+        }
+        for group, decay in split
+        if group
+    ]
+
+
+def build_optimizer(parameters: NamedParameters, settings: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer of a run.
+
+    Raises:
+        ConfigError: if its package is not installed.
+    """
+    groups = parameter_groups(parameters, settings)
+    betas = (settings.betas[0], settings.betas[1])
+    on_gpu = parameters[0][1].device.type == "cuda"
+    if settings.type == "AdamW":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=on_gpu or None)
+    if settings.type == "AdamW8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError(f'optimizer.type = "AdamW8bit" needs bitsandbytes ({error}); or use "AdamW"') from error
+        return AdamW8bit(groups, lr=settings.lr, betas=betas, eps=settings.eps)
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=settings.lr, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["names"]]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """State as tensors by ``parameter/entry`` and as plain values by parameter and entry."""
+    names = _names(optimizer)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        name = names[index]
+        values[name] = {}
+        for entry, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{entry}"] = value.detach()
+            elif value is None or isinstance(value, bool | int | float | str):
+                values[name][entry] = value
+            else:
+                raise CheckpointError(f"optimizer state {name}/{entry} is a {type(value).__name__}; it cannot be saved")
+    return tensors, values
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, dict[str, Any]]
+) -> None:
+    """Restore what `optimizer_state` returned.
+
+    Raises:
+        CheckpointError: if the state belongs to other parameters.
+    """
+    names = _names(optimizer)
+    foreign = sorted(set(values) - set(names))
+    if foreign:
+        raise CheckpointError(f"the optimizer state has {len(foreign)} unknown parameters ({', '.join(foreign[:3])})")
+    by_name: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in values.items()}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        by_name[name][entry] = tensor
+    own = optimizer.state_dict()
+    own["state"] = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
+    optimizer.load_state_dict(own)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients to at most ``max_norm`` (0 = leave them) and return their norm before that, float32 scalar."""
+    gradients = [p for p in parameters if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(gradients, max_norm or float("inf"))

@@ -1,0 +1,752 @@
+"""The training loop.
+
+    for every update: forward and backward its micro-batches -> clip -> check finite -> step -> EMA -> count
+                      -> log / sample / save if due
+
+An update is processes x accumulation consecutive micro-batches of the epoch's plan; its loss is the sum over its samples
+divided by their number. Randomness is keyed by what it is for, so nothing random has to be saved: a state holds
+weights, averages, optimizer tensors and a position.
+
+The model goes through accelerate for data parallelism; order, schedule and precision stay ours.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from musubi_tuner import __version__
+from musubi_tuner.caching.status import needed_kinds
+from musubi_tuner.config import RunConfig, calculate_steps
+from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
+from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
+from musubi_tuner.data.sources import Item
+from musubi_tuner.device import choose_device, set_threads
+from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, write_text
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.randomness import seed_layers
+from musubi_tuner.training.checkpoint import (
+    CheckpointList,
+    Entry,
+    TrainingState,
+    compare_config,
+    newest_good_state,
+    read_tensors,
+    read_values,
+    save_weights,
+    write_state,
+)
+from musubi_tuner.training.ema import EMA, unwrap
+from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.optimizers import (
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    trainable,
+)
+from musubi_tuner.training.sampling import (
+    EncodedPrompts,
+    SampleSettings,
+    decode_images,
+    draw,
+    encode_prompts,
+    read_prompts,
+    save_samples,
+)
+from musubi_tuner.training.schedulers import make_schedule
+from musubi_tuner.training.step import make_draws, stratified_draws, training_step
+
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        step: updates done. epoch: from 0. update: updates done in this epoch.
+        images: samples seen. skipped_in_a_row: updates that were not finite.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    update: int = 0
+    images: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings that a run which continues must keep, as plain JSON values."""
+    found = {
+        p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
+    }
+    return json.loads(json.dumps(found))
+
+
+def data_digest(items: list[Item]) -> str:
+    """Changes when images, captions, buckets, repeats or batch sizes of a run change."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+    return digest.hexdigest()[:16]
+
+
+def environment(config: RunConfig, threads: int, processes: int, device: torch.device) -> dict[str, Any]:
+    """What bit-exact repetition depends on beside the config."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "torch": torch.__version__,
+        "device": name,
+        "threads": threads,
+        "processes": processes,
+        "precision": config.train.mixed_precision,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()
+
+
+class StopRequest:
+    """Signals while training: the first lets the update finish and be saved, the second ends the program at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+
+
+class Trainer:
+    """One run in one process of it."""
+
+    def __init__(self, config: RunConfig, items: list[Item]) -> None:
+        self.config = config
+        self.stop = StopRequest()
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.processes = self.accelerator.num_processes
+        threads = set_threads(config.run.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.environment = environment(config, threads, self.processes, self.device)
+        self.data_digest = data_digest(items)
+        self.folder, self.name = config.output_dir, config.run.name
+        self.dataset = CachedDataset(config, items, needed_kinds(config))
+        self.plan_items = self.dataset.plan_items()
+        self.steps = count_steps(config, items, self.processes)
+        self.total = self.steps.total_updates
+        self.position = Position()
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Load the model and everything around it, and continue where a state left off."""
+        config = self.config
+        self.prompts, self.vae = self._prepare_samples()
+        trainee = config.spec.load("load_for_training")(config)
+        self.geometry, self.options = trainee.geometry, trainee.options
+        self.process = config.spec.load("make_process")(config, self.options)
+        bare = trainee.model.to(self.device)
+        bare.train()
+        self.parameters = trainable(bare)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer)
+        self.ema = EMA(bare, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
+        self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
+        self.autocast = AUTOCAST[config.train.mixed_precision]
+        self.schedule = make_schedule(
+            config.scheduler.type,
+            lr=config.optimizer.lr,
+            min_lr=config.scheduler.min_lr,
+            warmup_steps=config.scheduler.warmup_steps,
+            warmup_type=config.scheduler.warmup_type,
+            total_steps=self.total,
+        )
+        self.window: dict[str, Tensor] = {}
+        self.window_updates = 0
+        metrics_length = self._resume(bare)
+        if config.memory.gradient_checkpointing:
+            checkpoint_blocks(bare, config.spec.block_lists)
+        self.model = self.accelerator.prepare(bare) if self.processes > 1 else bare
+        self.metrics = None
+        if self.main:
+            write_text(self.folder / "config.json", self.geometry.to_json({"options": self.options}))
+            write_text(self.folder / f"{self.name}.config.toml", resolved_toml(config))
+            self.metrics = Metrics(
+                self.folder,
+                step=self.position.step,
+                total=self.total,
+                length=metrics_length,
+                tensorboard=config.log.tensorboard,
+            )
+        self.uploader = None
+        if self.main and config.hub.repo_id is not None:
+            from musubi_tuner.training.hub import HubUploader
+
+            self.uploader = HubUploader(config.hub, self.name)
+
+    def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
+        """Encode the sample prompts and load the autoencoder, before the model needs the memory."""
+        settings = self.config.sample
+        if settings.prompts is None or not self.main:
+            return None, None
+        from musubi_tuner.caching.jobs import TextEncoders
+
+        prompts = settings.prompts
+        texts = read_prompts(self.config.locate(prompts)) if isinstance(prompts, str) else prompts
+        if not texts:
+            raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
+        encoders = TextEncoders(self.config, self.device)
+        encoded = encode_prompts(encoders.encode, texts, settings.negative_prompt)
+        return encoded, load_vae(self.config, self.device)
+
+    # -- states --------------------------------------------------------------------------------------------------
+
+    def _resume(self, bare: torch.nn.Module) -> int:
+        """Restore a state if there is one; returns the length of metrics.jsonl that belongs to it."""
+        found = self._find_state()
+        if found is None:
+            return 0
+        path, values = found
+        self._check_state(path, values)
+        missing, unexpected = bare.load_state_dict(read_tensors(path, "model"), strict=False)
+        if missing or unexpected:
+            raise CheckpointError(f"{path}: belongs to another model ({(missing + unexpected)[0]})")
+        load_optimizer_state(self.optimizer, read_tensors(path, "optimizer"), values["optimizer"])
+        if self.ema:
+            self.ema.load_shadow(read_tensors(path, "ema"))
+            self.ema.updates = values["ema_updates"]
+        if self.scaler and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+        self.position = Position(**values["position"])
+        if self.position.update >= self.steps.updates_per_epoch:
+            self.position.epoch, self.position.update = self.position.epoch + 1, 0
+        self.window = {
+            name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
+            for name, value in values["window"].items()
+        }
+        self.window_updates = values["window_updates"]
+        if self.main:
+            print(f"continuing from {path.name}: step {self.position.step} of {self.total}")
+        return int(values["metrics_bytes"])
+
+    @property
+    def _sum_device(self) -> torch.device:
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    def _find_state(self) -> tuple[Path, dict[str, Any]] | None:
+        wanted = self.config.resume.from_
+        if wanted == "none":
+            return None
+        if wanted == "auto":
+            return newest_good_state(self.folder, self.name)
+        path = self.config.locate(wanted)
+        if not path.is_dir():
+            raise ConfigError(
+                f"resume.from: {wanted}: no such state folder; give auto, none, or a folder ending in -state"
+            )
+        return path, read_values(path)
+
+    def _check_state(self, path: Path, values: dict[str, Any]) -> None:
+        differences = compare_config(values["config"], fixed_settings(self.config))
+        if values["data"] != self.data_digest:
+            differences.append("the data set has other images, captions, buckets or batch sizes")
+        if differences:
+            raise ConfigError(
+                f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
+                "\n  " + "\n  ".join(differences)
+            )
+        changed = compare_config(values["environment"], self.environment)
+        if changed:
+            text = "this run continues under other conditions, so it may differ in the last bits: " + "; ".join(changed)
+            if self.config.run.strict:
+                raise ConfigError(f"run.strict: {text}")
+            if self.main:
+                print(f"warning: {text}")
+        if self.position.step > self.total:
+            raise ConfigError(f"{path}: is at step {self.position.step}, but train.max_steps is {self.total}")
+
+    def _state(self) -> TrainingState:
+        bare = unwrap(self.model)
+        tensors, scalars = optimizer_state(self.optimizer)
+        assert self.metrics is not None
+        self.metrics.flush()
+        return TrainingState(
+            model=bare.state_dict(),
+            ema=self.ema.shadow if self.ema else {},
+            optimizer=tensors,
+            values={
+                "step": self.position.step,
+                "position": vars(self.position),
+                "optimizer": scalars,
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "scaler": self.scaler.state_dict() if self.scaler else None,
+                "window": {name: value.item() for name, value in self.window.items()},
+                "window_updates": self.window_updates,
+                "metrics_bytes": self.metrics.length,
+                "config": fixed_settings(self.config),
+                "data": self.data_digest,
+                "environment": self.environment,
+                "code_version": __version__,
+            },
+        )
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or to the first stop signal.
+
+        Raises:
+            Interrupted: after saving, when a signal asked to stop.
+            TrainingError: when a loss or gradient is not finite.
+        """
+        try:
+            if self.config.sample.at_first and self.position.step == 0:
+                self._sample()
+            finished = self.position.step >= self.total
+            while not finished:
+                finished = self._epoch()
+                self.position.epoch, self.position.update = self.position.epoch + 1, 0
+            self._finish()
+        finally:
+            if self.metrics:
+                self.metrics.close()
+            if self.uploader:
+                self.uploader.close()
+
+    def _epoch(self) -> bool:
+        """Run what is left of an epoch; true when the run is complete."""
+        config, position = self.config, self.position
+        planned = plan_epoch(self.plan_items, config.run.seed, position.epoch)
+        updates = updates_of_epoch(
+            planned,
+            num_processes=self.processes,
+            grad_accum_steps=config.train.grad_accum_steps,
+            rank=self.accelerator.process_index,
+        )[position.update :]
+        updates = updates[: self.total - position.step]
+        batches = self._batches(updates)
+        for update in updates:
+            self._update(update, batches)
+            is_last = position.step >= self.total
+            epoch_ends = position.update == self.steps.updates_per_epoch
+            if self._log_due(is_last):
+                self._log()
+            if self._due(config.sample.every_steps, config.sample.every_epochs, epoch_ends):
+                self._sample()
+            stopping = self._stop_signal()
+            if is_last:
+                return True
+            self._save_if_due(epoch_ends, stopping)
+            fault_point("train.update")
+            if stopping:
+                raise Interrupted(
+                    stopping, f"stopped after step {position.step}; run the same command again to continue"
+                )
+        return False
+
+    def _batches(self, updates: list[Update]) -> Iterator[Batch]:
+        """This rank's micro-batches in order, read ahead by loader workers if there are any."""
+        mine = [batch for update in updates for _, batch in self._work_of(update)]
+        source = PlannedBatches(self.dataset, mine)
+        workers = self.config.train.loader_workers
+        if workers == 0:
+            return (source[index] for index in range(len(source)))
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Batch] = DataLoader(
+            source, batch_size=None, shuffle=False, num_workers=workers, multiprocessing_context="spawn"
+        )
+        return iter(loader)
+
+    def _work_of(self, update: Update) -> list[tuple[int | None, MicroBatch]]:
+        """Micro-batches that this rank runs, with their index in the update.
+
+        A rank without work still takes part in the gradient exchange: it runs one micro-batch with weight 0, marked by
+        the index None.
+        """
+        work: list[tuple[int | None, MicroBatch]] = [
+            (index, batch) for index, batch in update.share if batch is not None
+        ]
+        if self.processes > 1 and not work:
+            work.append((None, update.micro_batches[0]))
+        return work
+
+    def _update(self, update: Update, batches: Iterator[Batch]) -> None:
+        config, position = self.config, self.position
+        set_learning_rate(self.optimizer, config.optimizer.lr * self.schedule(position.step))
+        strata = None
+        if config.objective.timestep_stratified:
+            strata = stratified_draws(update.micro_batches, config.run.seed, position.epoch, position.step)
+        work = self._work_of(update)
+        sums: dict[str, Tensor] = {}
+        seen: list[str] = []
+        for number, (index, planned) in enumerate(work):
+            batch = next(batches).to(self.device)
+            draws = make_draws(
+                self.process,
+                tuple(batch.latents.shape[1:]),
+                planned,
+                config.run.seed,
+                position.epoch,
+                strata[index] if strata is not None and index is not None else None,
+            ).to(self.device)
+            seed_layers(config.run.seed, "layers", position.step, -1 if index is None else index)
+            is_last = number == len(work) - 1
+            hold = contextlib.nullcontext() if is_last or self.processes == 1 else self.accelerator.no_sync(self.model)
+            with hold:
+                with torch.autocast(
+                    self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+                ):
+                    output = training_step(self.model, self.process, batch, draws, position.step)
+                # Data parallelism averages over ranks; the loss is a sum over them.
+                weight = 0.0 if index is None else self.processes / update.samples
+                loss = output.loss * weight
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
+            seen += batch.items if index is not None else []
+            for name, value in output.terms.items():
+                # A rank without work of its own still names the terms, so that all ranks reduce the same ones.
+                sums.setdefault(name, torch.zeros((), device=self.device))
+                if index is not None:
+                    sums[name] = sums[name] + value
+        self._step(update, sums, seen)
+
+    def _step(self, update: Update, sums: dict[str, Tensor], seen: list[str]) -> None:
+        """Clip, check, step, average, count."""
+        position = self.position
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients([p for _, p in self.parameters], self.config.train.max_grad_norm)
+        finite = bool(torch.isfinite(norm))  # gradients are equal on all ranks here, so all ranks agree
+        if finite or self.scaler:
+            if self.scaler:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            position.skipped_in_a_row = 0
+            if self.ema:
+                self.ema.update(self.model)
+            for name, value in sums.items():
+                self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
+            self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
+            self.window_updates += 1
+        else:
+            self._not_finite(seen)
+        position.step += 1
+        position.update += 1
+        position.images += update.samples
+        if self.metrics:
+            self.metrics.advance(update.samples)
+
+    def _accumulate(self, tag: str, value: Tensor) -> None:
+        self.window[tag] = self.window[tag] + value if tag in self.window else value
+
+    def _not_finite(self, seen: list[str]) -> None:
+        """A gradient that is not finite: stop, or skip the update.
+
+        fp16 finds its loss scale by overflowing now and then, so a few such updates in a row are normal there.
+        """
+        position, train = self.position, self.config.train
+        position.skipped += 1
+        position.skipped_in_a_row += 1
+        where = f"step {position.step + 1}: the gradient is not finite (items {', '.join(seen[:8])})"
+        if self.scaler is None and train.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{where}. Nothing was changed by it. Lower optimizer.lr, look at these items, or set "
+                'train.on_nonfinite = "skip"'
+            )
+        if position.skipped_in_a_row >= train.max_skipped_updates:
+            raise TrainingError(f"{where}; {position.skipped_in_a_row} updates in a row were skipped, giving up")
+        if self.main and self.metrics:
+            self.metrics.say(f"warning: {where}; the update is skipped")
+
+    def _stop_signal(self) -> int:
+        """Number of the signal that asked to stop, agreed on by all ranks; 0 = none."""
+        if self.processes == 1:
+            return self.stop.signum
+        asked = torch.tensor([self.stop.signum], device=self.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return int(asked.item())
+
+    # -- what happens between updates ----------------------------------------------------------------------------
+
+    def _due(self, every_steps: int | None, every_epochs: int | None, epoch_ends: bool) -> bool:
+        by_step = bool(every_steps) and self.position.step % (every_steps or 1) == 0
+        by_epoch = bool(every_epochs) and epoch_ends and (self.position.epoch + 1) % (every_epochs or 1) == 0
+        return by_step or by_epoch
+
+    def _log_due(self, is_last: bool) -> bool:
+        return is_last or self.position.step % self.config.log.every_steps == 0
+
+    def _log(self) -> None:
+        """Reduce the window over ranks and write it."""
+        if self.window_updates == 0:
+            return
+        tags = sorted(self.window)
+        totals = torch.stack([self.window[tag] for tag in tags])
+        if self.processes > 1:
+            # Every rank knows the loss of its own samples; the gradient norm is the same everywhere.
+            shares = torch.tensor([1.0 / self.processes if tag.startswith("train/") else 1.0 for tag in tags])
+            totals = totals.float() * shares.to(totals.device)
+            torch.distributed.all_reduce(totals)
+        if self.metrics:
+            means = {tag: value / self.window_updates for tag, value in zip(tags, totals.tolist())}
+            ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
+            ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
+            lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
+            values = {
+                **ordered,
+                "train/lr": lr,
+                "train/grad_norm": means["train/grad_norm"],
+                "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
+                "train/images": self.position.images,
+                "train/skipped": self.position.skipped,
+            }
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+            self.metrics.log(self.position.step, values, peak_gib=peak)
+        self.window, self.window_updates = {}, 0
+
+    def _sample(self) -> None:
+        """Draw the sample prompts on the main process; the others wait."""
+        if self.prompts is not None and self.metrics is not None:
+            settings = sample_settings(self.config)
+            bare = unwrap(self.model)
+            use_ema = self.config.sample.use_ema and self.ema is not None and self.ema.updates > 0
+            with self.ema.applied(bare) if use_ema and self.ema else contextlib.nullcontext():
+                latents = draw(
+                    bare,
+                    self.process,
+                    self.config.spec,
+                    self.prompts,
+                    settings,
+                    use_mask=self.options.get("t5_attn_mask", False),
+                    device=self.device,
+                    autocast=self.autocast,
+                )
+            pictures = decode_images(self.vae, latents, self.config.spec.latent_shift)
+            folder = self.folder / "sample"
+            sheet = save_samples(folder, self.name, self.position.step, self.prompts.prompts, pictures, settings)
+            self.metrics.image("samples", sheet, self.position.step)
+            self.metrics.say(f"step {self.position.step}: drew {len(pictures)} samples into {folder}")
+        self.accelerator.wait_for_everyone()
+
+    def _save_if_due(self, epoch_ends: bool, stopping: int) -> None:
+        save, step = self.config.save, self.position.step
+        by_step = bool(save.every_steps) and step % (save.every_steps or 1) == 0
+        by_epoch = bool(save.every_epochs) and epoch_ends and (self.position.epoch + 1) % (save.every_epochs or 1) == 0
+        if not (by_step or by_epoch or stopping):
+            return
+        if self.main:
+            if by_step or stopping:
+                self._save(f"step_{step}", "step", f"{self.name}-step{step:08d}", force_state=bool(stopping))
+            if by_epoch:
+                epoch = self.position.epoch + 1
+                self._save(f"epoch_{epoch}", "epoch", f"{self.name}-{epoch:06d}")
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, entry_name: str, kind: str, stem: str, force_state: bool = False) -> Entry:
+        """Write weights, averages and state under one stem, and list them."""
+        config, position = self.config, self.position
+        entry = Entry(position.step, position.epoch + 1, kind, model=f"{stem}.safetensors")
+        save_weights(
+            self.folder / entry.model, unwrap(self.model).state_dict(), config.save.dtype, self._metadata("model")
+        )
+        if self.ema:
+            entry.ema = f"{stem}_ema.safetensors"
+            save_weights(self.folder / entry.ema, self.ema.shadow, config.save.dtype, self._metadata("ema"))
+        if config.save.state or force_state:
+            entry.state = f"{stem}-state"
+            write_state(self.folder / entry.state, self._state())
+        checkpoints = CheckpointList.read(self.folder, self.name)
+        checkpoints.add(entry_name, entry)
+        fault_point("checkpoint.listed")
+        checkpoints.prune("step", config.save.keep_last_steps)
+        checkpoints.prune("epoch", config.save.keep_last_epochs)
+        if self.metrics:
+            self.metrics.say(f"step {position.step}: saved {entry.model}")
+        if self.uploader:
+            files = [self.folder / part for part in (entry.model, entry.ema) if part]
+            files += [self.folder / "config.json", self.folder / f"{self.name}.config.toml"]
+            self.uploader.upload(f"Checkpoint step {position.step}", files)
+        return entry
+
+    def _metadata(self, weights: str) -> dict[str, str]:
+        """Header of a weight file."""
+        spec = self.config.spec
+        return {
+            "format": "pt",
+            "architecture": spec.full_name,
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": spec.modelspec_architecture,
+            "modelspec.title": self.name,
+            "config_json": json.dumps(self.geometry.to_dict()),
+            "options_json": json.dumps(self.options),
+            "weights": weights,
+            "step": str(self.position.step),
+            "epoch": str(self.position.epoch + 1),
+            "code_version": __version__,
+        }
+
+    def _finish(self) -> None:
+        """The final checkpoint and the release folder."""
+        if self.main:
+            entry = self._save("final", "final", self.name)
+            if self.config.save.release:
+                release = write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
+                if self.uploader:
+                    root = {path.name: path for path in sorted(release.iterdir())}
+                    self.uploader.upload("Release", [], to_root=root)
+        self.accelerator.wait_for_everyone()
+
+
+def load_vae(config: RunConfig, device: torch.device) -> Any:
+    """The run's autoencoder, for decoding."""
+    from musubi_tuner.caching.fingerprint import encoder_sources
+    from musubi_tuner.device import encoder_dtype
+    from musubi_tuner.encoders.autoencoder import load_autoencoder
+
+    path = encoder_sources(config, "latents").paths(download=True).get("vae")
+    if path is None:
+        raise ConfigError("model.vae_path: is needed to decode samples")
+    dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
+    spec = config.spec
+    vae = load_autoencoder(path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=device)
+    vae.set_tiling(config.cache.vae_tiling)
+    return vae
+
+
+def sample_settings(config: RunConfig) -> SampleSettings:
+    """How [sample] draws, with the family's picture size where none is given."""
+    sample, side = config.sample, config.spec.sample_size
+    return SampleSettings(
+        width=sample.width or side,
+        height=sample.height or side,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        solver=sample.solver,
+        seed=sample.seed,
+        negative=sample.negative_prompt,
+    )
+
+
+def count_steps(config: RunConfig, items: list[Item], processes: int) -> Any:
+    """Length of a run, from the real buckets."""
+    buckets: dict[tuple[Any, int], int] = {}
+    for item in items:
+        key = (item.bucket, item.batch_size)
+        buckets[key] = buckets.get(key, 0) + item.num_repeats
+    return calculate_steps(
+        [(count, size) for (_, size), count in buckets.items()],
+        num_processes=processes,
+        grad_accum_steps=config.train.grad_accum_steps,
+        max_steps=config.train.max_steps,
+        max_epochs=config.train.max_epochs,
+    )
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The process group of a run.
+
+    Raises:
+        ConfigError: if the launcher started several processes that would not train together, or fp16 has no GPU.
+    """
+    from datetime import timedelta
+
+    device = choose_device(config.run.device)
+    if config.train.mixed_precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            'train.mixed_precision = "fp16" needs a CUDA GPU, and this run is on the CPU; use "bf16" or "no"'
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes)),
+        ],
+    )
+    if launched > 1 and accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: they would train apart and "
+            f"overwrite each other. Set [distributed] num_processes = {launched} and run `python train.py`, or on a CPU "
+            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+        )
+    if config.distributed.num_processes > 1 and accelerator.num_processes != config.distributed.num_processes:
+        raise ConfigError(
+            f"distributed.num_processes is {config.distributed.num_processes}, but {accelerator.num_processes} processes run"
+        )
+    return accelerator
+
+
+def write_release(folder: Path, name: str, entry: Entry, config: RunConfig, images: int) -> Path:
+    """A folder that from_pretrained loads: weights, averages, config and a short model card."""
+    import shutil
+
+    from musubi_tuner.files import replace_file
+
+    release = folder / "release"
+    release.mkdir(exist_ok=True)
+    pairs = {"model.safetensors": entry.model, "ema.safetensors": entry.ema, "config.json": "config.json"}
+    for target, origin in pairs.items():
+        if origin:
+            replace_file(release / target, lambda path, o=origin: shutil.copyfile(folder / o, path) and None)  # type: ignore[misc]
+    card = f"""---
+library_name: musubi-tinyflux
+---
+# {name}
+
+{config.spec.title} trained for {entry.step} updates on {images} images per epoch with musubi-tinyflux {__version__}.
+
+`model.safetensors` holds the trained weights, `ema.safetensors` their moving average, `config.json` the geometry and the
+options of training.
+"""
+    write_text(release / "README.md", card)
+    return release
+
+
+def train(config: RunConfig, items: list[Item]) -> None:
+    """Train a run whose caches are complete, alone or as one process of several."""
+    trainer = Trainer(config, items)
+    folder = config.output_dir
+    with contextlib.ExitStack() as stack:
+        if trainer.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(
+                folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"))
+            )
+            remove_leftovers(folder)
+            CheckpointList.read(folder, config.run.name)
+        trainer.accelerator.wait_for_everyone()
+        trainer.build()
+        trainer.run()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.processes > 1:
+        torch.distributed.destroy_process_group()

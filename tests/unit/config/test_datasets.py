@@ -1,0 +1,318 @@
+"""The dataset tables: lookup of values, and every mistake that is refused before anything is encoded."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.config.datasets import DatasetConfig
+
+Load = Callable[..., RunConfig]
+Problems = Callable[..., list[str]]
+
+IMAGES = '[[datasets]]\nimage_directory = "images"\n'
+
+
+def only(config: RunConfig) -> DatasetConfig:
+    (dataset,) = config.datasets
+    return dataset
+
+
+# Lookup
+
+
+def test_dataset_takes_the_defaults_of_the_family(load: Load) -> None:
+    assert only(load()) == DatasetConfig(
+        name="datasets[0]",
+        image_directory=Path("images"),
+        image_jsonl_file=None,
+        cache_directory=Path("images"),
+        resolution=(512, 512),
+        enable_bucket=True,
+        bucket_no_upscale=False,
+        caption_extension=".txt",
+        batch_size=1,
+        num_repeats=1,
+        missing_caption="error",
+        recursive=False,
+    )
+
+
+def test_value_is_looked_up_in_the_dataset_then_in_general_then_in_the_defaults(load: Load) -> None:
+    dataset = only(load(data=f"[general]\nresolution = [256, 512]\nbatch_size = 2\n{IMAGES}batch_size = 3\n"))
+    assert (dataset.batch_size, dataset.resolution, dataset.num_repeats) == (3, (256, 512), 1)
+
+
+def test_general_does_not_leak_from_one_dataset_into_another(load: Load, project: Path) -> None:
+    (project / "more").mkdir()
+    data = f'{IMAGES}num_repeats = 5\n[[datasets]]\nimage_directory = "more"\n'
+    assert [dataset.num_repeats for dataset in load(data=data).datasets] == [5, 1]
+
+
+def test_one_number_means_a_square(load: Load) -> None:
+    assert only(load(data=f"{IMAGES}resolution = 640\n")).resolution == (640, 640)
+
+
+def test_listing_with_a_cache_folder(load: Load, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    dataset = only(load(data='[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'))
+    assert dataset.image_directory is None
+    assert (dataset.image_jsonl_file, dataset.cache_directory) == (Path("list.jsonl"), Path("cache"))
+
+
+def test_brackets_in_the_cache_path_are_kept_as_they_are(load: Load) -> None:
+    dataset = only(load(data=f'{IMAGES}cache_directory = "cache [512]/*?"\n'))
+    assert dataset.cache_directory == Path("cache [512]/*?")
+
+
+@pytest.mark.parametrize("choice", ["error", "skip", "empty", "stem"])
+def test_every_choice_for_missing_captions_is_accepted(choice: str, load: Load) -> None:
+    assert only(load(data=f'{IMAGES}missing_caption = "{choice}"\n')).missing_caption == choice
+
+
+def test_tables_are_kept_as_they_were_written(load: Load) -> None:
+    config = load(data=f"[general]\nbatch_size = 2\n{IMAGES}")
+    assert config.dataset_tables == {"general": {"batch_size": 2}, "datasets": [{"image_directory": "images"}]}
+
+
+def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
+    assert len(fields(DatasetConfig)) == 12
+    assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("resolution = [1, 2, 3]", "resolution: is [1, 2, 3], expected one whole number or [width, height]"),
+        ("resolution = [512]", "resolution: is [512], expected one whole number or [width, height]"),
+        ("resolution = []", "resolution: is [], expected one whole number or [width, height]"),
+        ('resolution = "512"', "resolution: is '512', expected one whole number or [width, height]"),
+        ("resolution = 512.0", "resolution: is 512.0, expected one whole number or [width, height]"),
+        ("resolution = true", "resolution: is True, expected one whole number or [width, height]"),
+        ("resolution = [true, 512]", "resolution: is [True, 512], expected one whole number or [width, height]"),
+        ("resolution = [-5, 0]", "resolution: is [-5, 0], sides must be at least 1"),
+        ("resolution = 0", "resolution: is 0, sides must be at least 1"),
+        ("batch_size = -1", "batch_size: is -1, expected a whole number of at least 1"),
+        ("batch_size = true", "batch_size: is True, expected a whole number of at least 1"),
+        ("batch_size = 1.0", "batch_size: is 1.0, expected a whole number of at least 1"),
+        ("num_repeats = 0", "num_repeats: is 0, expected a whole number of at least 1"),
+        ("num_repeats = false", "num_repeats: is False, expected a whole number of at least 1"),
+        ("enable_bucket = 1", "enable_bucket: is 1, expected true or false"),
+        ('bucket_no_upscale = "yes"', "bucket_no_upscale: is 'yes', expected true or false"),
+        ("recursive = 0", "recursive: is 0, expected true or false"),
+        ("caption_extension = 3", "caption_extension: is 3, expected a text"),
+        ('caption_extension = ""', "caption_extension: is '', expected a text"),
+        ('missing_caption = "skp"', "missing_caption: is 'skp', expected one of error, skip, empty, stem"),
+        ("cache_directory = 3", "cache_directory: is 3, expected a text"),
+    ],
+)
+def test_wrong_value_of_a_dataset(line: str, message: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{line}\n") == [f"datasets[0].{message}"]
+
+
+def test_wrong_value_in_general_is_reported_there_once(problems: Problems) -> None:
+    assert problems(data=f"[general]\nbatch_size = true\n{IMAGES}") == [
+        "general.batch_size: is True, expected a whole number of at least 1"
+    ]
+
+
+@pytest.mark.parametrize("where", ["general", "dataset"])
+def test_caption_extension_needs_its_dot(where: str, problems: Problems) -> None:
+    line = 'caption_extension = "txt"\n'
+    data = f"[general]\n{line}{IMAGES}" if where == "general" else f"{IMAGES}{line}"
+    assert problems(data=data) == ["datasets[0].caption_extension: is 'txt', it begins with a dot"]
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("captoin_extension", "unknown key. Did you mean 'caption_extension'?"),
+        ("image_directry", "unknown key. Did you mean 'image_directory'?"),
+        ("learning_rate", "unknown key."),
+    ],
+)
+def test_unknown_key_of_a_dataset(key: str, message: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{key} = 1\n") == [f"datasets[0].{key}: {message}"]
+
+
+def test_unknown_key_of_general(problems: Problems) -> None:
+    assert problems(data=f"[general]\nresolutoin = 512\n{IMAGES}") == [
+        "general.resolutoin: unknown key. Did you mean 'resolution'?"
+    ]
+
+
+@pytest.mark.parametrize("key", ["image_directory", "image_jsonl_file", "cache_directory"])
+def test_key_that_is_not_inherited_is_refused_in_general(key: str, problems: Problems) -> None:
+    assert problems(data=f'[general]\n{key} = "images"\n{IMAGES}') == [
+        f"general.{key}: belongs into [[datasets]]; it is not inherited"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "video_directory",
+        "video_jsonl_file",
+        "target_frames",
+        "frame_extraction",
+        "frame_stride",
+        "frame_sample",
+        "max_frames",
+        "source_fps",
+    ],
+)
+def test_video_is_refused(key: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{key} = 1\n") == [f"datasets[0].{key}: this architecture trains on images only"]
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("control_directory", "control images are for editing models; this architecture takes none"),
+        ("no_resize_control", "control images are for editing models; this architecture takes none"),
+        ("control_resolution", "control images are for editing models; this architecture takes none"),
+        ("flux_kontext_no_resize_control", "control images are for editing models; this architecture takes none"),
+        ("qwen_image_edit_no_resize_control", "control images are for editing models; this architecture takes none"),
+        ("qwen_image_edit_control_resolution", "control images are for editing models; this architecture takes none"),
+        ("multiple_target", "layered targets are for another architecture"),
+        ("mask_directory", "loss masks are not built yet"),
+        ("alpha_mask", "loss masks are not built yet"),
+    ],
+)
+def test_key_that_is_not_supported_is_refused_with_its_reason(key: str, reason: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{key} = 1\n") == [f"datasets[0].{key}: is not supported: {reason}; remove the key"]
+
+
+@pytest.mark.parametrize("key", ["fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"])
+def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warnings_of: Callable[..., list[str]]) -> None:
+    assert warnings_of(data=f"{IMAGES}{key} = 1\n") == [
+        f"datasets[0].{key}: belongs to another architecture and has no effect"
+    ]
+
+
+# Sources
+
+
+def test_dataset_without_a_source(problems: Problems) -> None:
+    assert problems(data="[[datasets]]\nresolution = 512\n") == [
+        "datasets[0]: needs image_directory or image_jsonl_file"
+    ]
+
+
+def test_dataset_with_two_sources(problems: Problems) -> None:
+    data = f'{IMAGES}image_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
+    assert problems(data=data) == ["datasets[0]: has image_directory and image_jsonl_file; keep one"]
+
+
+def test_listing_without_a_cache_folder(problems: Problems) -> None:
+    assert problems(data='[[datasets]]\nimage_jsonl_file = "list.jsonl"\n') == [
+        "datasets[0].cache_directory: is required with image_jsonl_file"
+    ]
+
+
+@pytest.mark.parametrize("data", ["", "[general]\nbatch_size = 2\n", "datasets = []\n"])
+def test_no_dataset_at_all(data: str, problems: Problems) -> None:
+    # The last case is written above all tables, where a bare key belongs to the top.
+    changes = {"top": data, "data": ""} if data.startswith("datasets") else {"data": data}
+    assert problems(**changes) == [
+        "datasets: no dataset given; add [[datasets]] with image_directory or image_jsonl_file"
+    ]
+
+
+def test_single_brackets_are_explained(problems: Problems) -> None:
+    found = problems(data='[datasets]\nimage_directory = "images"\n')
+    assert found == ["datasets: is a table; write [[datasets]] with two brackets"]
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ("general = 3", "general: is 3, expected a table"),
+        ('datasets = ["images"]', "datasets[0]: is 'images', expected a table"),
+    ],
+)
+def test_table_that_is_none(top: str, message: str, problems: Problems) -> None:
+    data = "" if top.startswith("datasets") else IMAGES
+    assert problems(top=top, data=data)[0] == message
+
+
+# Cache folders
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        '[[datasets]]\nimage_directory = "images"\n',
+        '[[datasets]]\nimage_directory = "./images/"\n',
+        '[[datasets]]\nimage_directory = "images/../images"\n',
+        '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "images"\n',
+        '[[datasets]]\nimage_directory = "link"\n',
+    ],
+)
+def test_two_datasets_may_not_share_a_cache_folder(second: str, problems: Problems, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    (project / "link").symlink_to(project / "images")
+    assert problems(data=IMAGES + second) == [
+        f"datasets[1].cache_directory: is {project / 'images'}, which datasets[0] uses too; give each dataset its own"
+    ]
+
+
+def test_one_folder_twice_with_a_cache_folder_each(load: Load) -> None:
+    config = load(data=f'{IMAGES}cache_directory = "a"\n{IMAGES}cache_directory = "b"\n')
+    assert [str(dataset.cache_directory) for dataset in config.datasets] == ["a", "b"]
+
+
+# Resolutions
+
+
+@pytest.mark.parametrize(
+    ("resolution", "size", "proposal"),
+    [
+        ("[500, 300]", "500x300", "width 496 or 512, height 288 or 304"),
+        ("1000", "1000x1000", "width 992 or 1008, height 992 or 1008"),
+    ],
+)
+def test_single_bucket_must_be_a_multiple_of_the_step(
+    resolution: str, size: str, proposal: str, problems: Problems
+) -> None:
+    assert problems(data=f"{IMAGES}enable_bucket = false\nresolution = {resolution}\n") == [
+        f"datasets[0].resolution: is {size}; without buckets both sides must be multiples of 16: {proposal}"
+    ]
+
+
+def test_proposed_sides_are_never_zero_nor_said_twice_nor_given_for_a_good_side(problems: Problems) -> None:
+    (message,) = problems(data=f"{IMAGES}enable_bucket = false\nresolution = [10, 512]\n")
+    assert "width 0" not in message
+    assert "16 or 16" not in message
+    assert "528" not in message
+
+
+def test_uneven_resolution_is_an_area_when_buckets_are_on(load: Load) -> None:
+    assert only(load(data=f"{IMAGES}resolution = [500, 300]\n")).resolution == (500, 300)
+
+
+@pytest.mark.parametrize("resolution", ["16", "31", "[1, 1000]"])
+def test_resolution_without_a_single_bucket(resolution: str, problems: Problems) -> None:
+    (message,) = problems(data=f"{IMAGES}resolution = {resolution}\n")
+    size = {"16": "16x16", "31": "31x31", "[1, 1000]": "1x1000"}[resolution]
+    assert message == (
+        f"datasets[0].resolution: is {size}; the smallest bucket side would be 0. Use at least 32x32, or "
+        "enable_bucket = false"
+    )
+
+
+def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
+    assert only(load(data=f"{IMAGES}resolution = 32\n")).resolution == (32, 32)
+
+
+def test_no_upscale_without_buckets_has_no_effect_and_says_so(warnings_of: Callable[..., list[str]]) -> None:
+    (message,) = warnings_of(data=f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true\n")
+    assert message.startswith("datasets[0].bucket_no_upscale: has no effect")

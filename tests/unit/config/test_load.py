@@ -1,0 +1,576 @@
+"""Reading a run file: what is accepted, where values come from, and what is said about mistakes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.load import parse_value
+from musubi_tuner.config.paths import is_hub_id, locate
+from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.errors import ConfigError
+
+Write = Callable[..., Path]
+Load = Callable[..., RunConfig]
+Problems = Callable[..., list[str]]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value)
+
+
+def refusal_of(content: str, folder: Path) -> str:
+    path = folder / "run.toml"
+    path.write_text(content, encoding="utf-8")
+    return refusal(path)
+
+
+# A good file
+
+
+def test_good_file_loads_without_findings(load: Load, project: Path) -> None:
+    config = load()
+    assert config.findings == []
+    assert config.path == project / "run.toml"
+    assert (config.run.name, config.train.max_steps, config.spec.code) == ("cat", 2000, "tf")
+    assert [dataset.name for dataset in config.datasets] == ["datasets[0]"]
+
+
+def test_full_name_of_a_family_finds_it_too(load: Load) -> None:
+    assert load(model='arch = "tinyflux"').spec.code == "tf"
+
+
+def test_config_cannot_be_changed(load: Load) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load().train.max_steps = 3
+
+
+def test_whole_number_is_accepted_for_a_number(load: Load) -> None:
+    lr = load(optimizer="lr = 1").optimizer.lr
+    assert lr == 1.0
+    assert isinstance(lr, float)
+
+
+def test_dataset_tables_may_come_from_a_file(load: Load, project: Path) -> None:
+    (project / "data.toml").write_text('[[datasets]]\nimage_directory = "images"\nbatch_size = 3\n', encoding="utf-8")
+    config = load(top='dataset_config = "data.toml"', data="")
+    assert [dataset.batch_size for dataset in config.datasets] == [3]
+
+
+def test_accelerate_is_another_name_of_distributed(load: Load) -> None:
+    config = load(accelerate="num_processes = 2")
+    assert config.distributed.num_processes == 2
+    assert config.origins["distributed.num_processes"] == "file"
+
+
+def test_every_default_satisfies_its_own_limits() -> None:
+    classes = section_classes()
+    for parameter in parameters():
+        if parameter.section and not parameter.required:
+            field = parameter.field
+            value = field.get_default(call_default_factory=True)
+            required = {p.name: "x" for p in parameters() if p.section == parameter.section and p.required}
+            section = classes[parameter.section].model_validate({**required, parameter.name: value})
+            assert section.model_dump(by_alias=True)[parameter.name] == value, parameter.key
+
+
+def test_every_setting_has_one_sentence_of_help() -> None:
+    for parameter in parameters():
+        assert parameter.help.endswith("."), parameter.key
+
+
+# Origins and overrides
+
+
+def test_origins_tell_default_family_file_and_command_line_apart(load: Load) -> None:
+    config = load({"run.seed": 5}, optimizer="lr = 0.5")
+    assert {key: config.origins[key] for key in ("run.seed", "optimizer.lr", "optimizer.betas", "ema.decay")} == {
+        "run.seed": "cli",
+        "optimizer.lr": "file",
+        "optimizer.betas": "arch",
+        "ema.decay": "default",
+    }
+    assert {"run.seed", "optimizer.lr"} <= set(config.set_keys())
+    assert not {"optimizer.betas", "ema.decay"} & set(config.set_keys())
+
+
+def test_every_setting_has_an_origin_and_a_value(load: Load) -> None:
+    config = load(demo='folder = "demo"')
+    values = config.model_dump(by_alias=True)
+    for parameter in parameters():
+        assert config.origins[parameter.key] in ("default", "arch", "file", "cli")
+        table = values[parameter.section] if parameter.section else values
+        assert config.get(parameter.key) == table[parameter.name]
+
+
+def test_value_of_an_absent_table_is_none(load: Load) -> None:
+    assert load().get("demo.folder") is None
+
+
+def test_family_default_is_used_and_the_file_wins_over_it(load: Load) -> None:
+    assert load().optimizer.betas == [0.9, 0.95]
+    assert load(optimizer="betas = [0.8, 0.9]").optimizer.betas == [0.8, 0.9]
+
+
+def test_command_line_wins_over_the_file_by_dotted_key_and_by_flat_name(load: Load) -> None:
+    assert load({"train.max_steps": 3000}).train.max_steps == 3000
+    assert load({"max_train_steps": 3000}).train.max_steps == 3000
+    assert load({"max_steps": 3000}).origins["train.max_steps"] == "cli"
+
+
+def test_override_of_a_renamed_field_reaches_it(load: Load) -> None:
+    config = load({"resume": "none"})
+    assert config.resume.from_ == "none"
+    assert config.get("resume.from") == "none"
+
+
+def test_override_may_set_one_field_of_the_geometry(load: Load) -> None:
+    config = load(
+        {"model.geometry.num_double_layers": 2, "experts.vae": "vae.safetensors"},
+        model='init = "scratch"\ngeometry = {num_single_layers = 3}',
+        without=("model.path",),
+    )
+    assert config.model.geometry == {"num_single_layers": 3, "num_double_layers": 2}
+    assert config.origins["model.geometry"] == "cli"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("max_train_stepz", "max_train_stepz: unknown key. Did you mean 'max_train_steps'?"),
+        ("train.max_step", "train.max_step: unknown key. Did you mean 'train.max_steps'?"),
+        ("zzz", "zzz: unknown key."),
+    ],
+)
+def test_unknown_override_is_named(key: str, message: str, problems: Problems) -> None:
+    assert problems({key: 7}) == [message]
+
+
+def test_override_of_a_wrong_type_is_named(problems: Problems) -> None:
+    assert problems({"max_train_steps": "seven"}) == ["train.max_steps: is 'seven', expected a whole number at least 1"]
+
+
+@pytest.mark.parametrize("line", ["geometry = 4", "geometry = []"])
+def test_override_of_a_geometry_that_is_no_table(line: str, problems: Problems) -> None:
+    found = problems({"model.geometry.hidden_size": 64}, model=line)
+    assert [text.partition(":")[0] for text in found] == ["model.geometry"]
+
+
+def test_override_of_a_section_that_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("run = 3\nmodel = 4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="model: is 4, expected a table"):
+        load_config(path, {"model.geometry.hidden_size": 64, "run.seed": 1})
+
+
+def setting(key: str) -> Any:
+    return next(parameter for parameter in parameters() if parameter.key == key)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.max_steps", "10", 10),
+        ("train.max_steps", "none", None),
+        ("train.max_steps", "ten", "ten"),
+        ("optimizer.lr", "1e-4", 1e-4),
+        ("optimizer.betas", "[0.9, 0.99]", [0.9, 0.99]),
+        ("ema.enabled", "false", False),
+        ("ema.enabled", "False", "False"),
+        ("run.name", "7", "7"),
+        ("optimizer.type", "AdamW", "AdamW"),
+        ("sample.prompts", "prompts.txt", "prompts.txt"),
+        ("sample.prompts", '["a cat", "a dog"]', ["a cat", "a dog"]),
+        ("schema_version", "1", 1),
+    ],
+)
+def test_command_line_text_is_read_as_the_type_of_its_setting(key: str, text: str, value: Any) -> None:
+    parsed = parse_value(setting(key), text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_flat_name_belongs_to_one_setting_only() -> None:
+    names = flat_names()
+    assert names["max_train_steps"].key == "train.max_steps"
+    assert names["learning_rate"].key == "optimizer.lr"
+    # Several tables have a key called seed, and claim it for the run's; nobody claims every_steps.
+    assert names["seed"].key == "run.seed"
+    assert names["sample_seed"].key == "sample.seed"
+    assert "every_steps" not in names
+
+
+def test_flat_resolution_is_not_the_one_of_the_teachers() -> None:
+    assert "experts.resolution" not in [setting.key for name, setting in flat_names().items() if name == "resolution"]
+
+
+# Mistakes in keys
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "message"),
+    [
+        ("train", "max_stepz = 3", "train.max_stepz: unknown key. Did you mean 'max_steps'?"),
+        ("train", "max_train_steps = 3", "train.max_train_steps: unknown key. Did you mean 'max_steps'?"),
+        (
+            "optimizer",
+            "max_train_steps = 3",
+            "optimizer.max_train_steps: unknown key. It is written [train] max_steps.",
+        ),
+        ("train", "learning_rate = 1e-3", "train.learning_rate: unknown key. It is written [optimizer] lr."),
+        ("train", "betas = [0.9, 0.9]", "train.betas: unknown key. It is written [optimizer] betas."),
+        ("train", "qqq = 3", "train.qqq: unknown key."),
+        ("demo", 'folder = "d"\nsiz = 64', "demo.siz: unknown key. Did you mean 'size'?"),
+    ],
+)
+def test_unknown_key_of_a_section(table: str, line: str, message: str, problems: Problems) -> None:
+    assert problems(**{table: line}) == [message]
+
+
+@pytest.mark.parametrize("key", ["batch_size", "num_repeats", "resolution", "caption_extension"])
+def test_key_about_items_is_sent_to_the_dataset_tables(key: str, problems: Problems) -> None:
+    (message,) = problems(train=f"{key} = 4")
+    assert "Did you mean" not in message
+    assert "[general]" in message
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ("max_train_steps = 3", "max_train_steps: unknown key. It is written [train] max_steps."),
+        ("tran = {max_steps = 3}", "tran: unknown table. Did you mean 'train'?"),
+        ("qqq = 3", "qqq: unknown key."),
+    ],
+)
+def test_unknown_name_at_the_top(top: str, message: str, problems: Problems) -> None:
+    assert problems(top=top) == [message]
+
+
+def test_letter_doubled_in_any_key_is_recognised(write: Write) -> None:
+    unrecognised = []
+    for parameter in parameters():
+        name = parameter.name
+        if not parameter.section or parameter.section == "demo" or len(name) < 4:
+            continue
+        middle = len(name) // 2
+        mistyped = name[: middle + 1] + name[middle:]
+        message = refusal(write(**{parameter.section: f"{mistyped} = 1"}))
+        if f"{parameter.section}.{mistyped}: unknown key. Did you mean '{name}'?" not in message:
+            unrecognised.append(parameter.key)
+    assert unrecognised == []
+
+
+def test_both_names_of_one_section_are_one_error(problems: Problems) -> None:
+    assert problems(accelerate="num_processes = 2", distributed="num_processes = 2") == [
+        "accelerate: is another spelling of [distributed]; keep one"
+    ]
+
+
+def test_mistyped_key_under_the_other_name_of_a_section(problems: Problems) -> None:
+    assert problems(accelerate="num_processs = 2") == [
+        "distributed.num_processs: unknown key. Did you mean 'num_processes'?"
+    ]
+
+
+@pytest.mark.parametrize("line", ["discrete_flow_shift = 3", "discrete_flow_shift = 3.0", "flux_shift = 3"])
+@pytest.mark.parametrize("table", ["objective", "train", "sample"])
+def test_shift_of_flux_prints_the_equivalent_of_the_family(table: str, line: str, problems: Problems) -> None:
+    assert problems(**{table: line}) == [
+        f"{table}.{line.partition(' ')[0]}: is FLUX's shift, which pushes towards noise; TinyFlux counts time "
+        "from noise to data, where the same factor pushes the other way. Write objective.shift = 0.333333 instead"
+    ]
+
+
+def test_shift_of_flux_at_the_top_or_on_the_command_line_prints_the_equivalent_too(problems: Problems) -> None:
+    for found in (problems(top="discrete_flow_shift = 3"), problems({"discrete_flow_shift": 3})):
+        assert len(found) == 1
+        assert found[0].startswith("discrete_flow_shift: is FLUX's shift")
+        assert found[0].endswith("Write objective.shift = 0.333333 instead")
+
+
+def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Problems) -> None:
+    (message,) = problems(objective="discrete_flow_shift = 0")
+    assert message.endswith("Write objective.shift instead")
+
+
+# Mistakes in values
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "message"),
+    [
+        ("run", 'seed = "4"', "run.seed: is '4', expected a whole number at least 0 and below 4294967296"),
+        ("run", "seed = true", "run.seed: is True, expected a whole number at least 0 and below 4294967296"),
+        ("run", "seed = 4.0", "run.seed: is 4.0, expected a whole number at least 0 and below 4294967296"),
+        ("run", "seed = -1", "run.seed: is -1, expected a whole number at least 0 and below 4294967296"),
+        ("run", "name = 3", "run.name: is 3, expected a text matching ^[\\w.\\- ]+$"),
+        ("run", 'name = "a/b"', "run.name: is 'a/b', expected a text matching ^[\\w.\\- ]+$"),
+        ("run", 'strict = "yes"', "run.strict: is 'yes', expected true or false"),
+        ("run", "strict = 1", "run.strict: is 1, expected true or false"),
+        ("optimizer", "lr = true", "optimizer.lr: is True, expected a number at least 0 and at most 10"),
+        ("optimizer", 'lr = "1e-4"', "optimizer.lr: is '1e-4', expected a number at least 0 and at most 10"),
+        ("optimizer", "lr = nan", "optimizer.lr: is nan, expected a number at least 0 and at most 10"),
+        ("optimizer", "lr = inf", "optimizer.lr: is inf, expected a number at least 0 and at most 10"),
+        ("objective", "shift = 0", "objective.shift: is 0, expected a number above 0 and at most 100"),
+        ("objective", "shift = nan", "objective.shift: is nan, expected a number above 0 and at most 100"),
+        ("ema", "decay = 1.0", "ema.decay: is 1.0, expected a number at least 0 and below 1"),
+        ("experts", "resolution = 500", "experts.resolution: is 500, expected a whole number at least 64 and at most "
+                                        "2048 and a multiple of 64"),
+        ("train", "max_steps = 0", "train.max_steps: is 0, expected a whole number at least 1"),
+        ("model", "geometry = 4", "model.geometry: is 4, expected table"),
+        ("optimizer", "betas = [0.9]", "optimizer.betas: is [0.9], expected list of float length at least 2 and length "
+                                       "at most 2"),
+        ("optimizer", 'betas = ["a", 0.9]', "optimizer.betas: is 'a', expected list of float length at least 2 and "
+                                            "length at most 2"),
+        ("hub", "token = 3", "hub.token: is ***, expected a text"),
+        ("optimizer", 'type = "adamw"', "optimizer.type: is 'adamw', expected one of AdamW, AdamW8bit, Adafactor. "
+                                        "Did you mean 'AdamW'?"),
+        ("objective", 'loss = "l1"', "objective.loss: is 'l1', expected one of l2, huber."),
+        ("objective", "loss = 2", "objective.loss: is 2, expected one of l2, huber"),
+        ("sample", "prompts = 3", "sample.prompts: is 3, expected list of text or text"),
+        ("sample", 'prompts = ["a", 3]', "sample.prompts: is 3, expected list of text or text"),
+    ],
+)  # fmt: skip
+def test_wrong_value(table: str, line: str, message: str, problems: Problems) -> None:
+    assert problems(**{table: line}) == [message]
+
+
+def test_secret_value_is_never_printed(problems: Problems) -> None:
+    for line in ('token = ["hf_abc"]', 'tokn = "hf_abc"'):
+        assert not any("hf_abc" in message for message in problems(hub=line))
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ("run.name", "run.name: is required. Name of the run; every output file begins with it."),
+        ("run.output_dir", "run.output_dir: is required. Folder for checkpoints, states, samples and logs."),
+        ("model.arch", "model.arch: is required. Code or full name of the model family."),
+    ],
+)
+def test_missing_required_key(remove: str, message: str, problems: Problems) -> None:
+    assert problems(without=(remove,)) == [message]
+
+
+def test_missing_required_table(tmp_path: Path) -> None:
+    message = refusal_of('schema_version = 1\n[model]\narch = "tf"\n', tmp_path)
+    assert "\n  run: is required." in message
+
+
+def test_section_that_is_no_table(tmp_path: Path) -> None:
+    message = refusal_of("run = 3\nmodel = 4\n", tmp_path)
+    assert message.endswith("2 problems\n  run: is 3, expected a table\n  model: is 4, expected a table")
+
+
+@pytest.mark.parametrize("version", ["2", '"1"', "0", "true"])
+def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
+    message = refusal_of(f'schema_version = {version}\n[run]\nname = "a"\n[model]\narch = "tf"\n', tmp_path)
+    assert "schema_version: is " in message
+    assert "Did you mean" not in message
+
+
+# The family
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("tinyfluxx", "'tinyfluxx': is not a model family. Did you mean 'tinyflux'? Supported: tf, tinyflux"),
+        ("sdxl", "'sdxl': is not a model family. Supported: tf, tinyflux"),
+        ("fd", "'fd': FLUX.1-dev LoRA training is planned and not built yet. Supported: tf, tinyflux"),
+        ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux"),
+    ],
+)
+def test_unknown_or_reserved_family(arch: str, message: str, problems: Problems) -> None:
+    assert problems(model=f'arch = "{arch}"') == [f"model.arch: {message}"]
+
+
+@pytest.mark.parametrize(("arch", "reason"), [("flux_dev", "FLUX.1-dev"), ("fluxflow", "FluxFlow")])
+def test_full_name_of_a_reserved_family_gets_its_reason_too(arch: str, reason: str, problems: Problems) -> None:
+    assert reason in problems(model=f'arch = "{arch}"')[0]
+
+
+def test_family_that_is_no_text(problems: Problems) -> None:
+    assert problems(model="arch = 3") == ["model.arch: is 3, expected a text"]
+
+
+# Several problems
+
+
+def test_all_problems_are_reported_together_with_those_of_the_datasets(problems: Problems) -> None:
+    found = problems(
+        run='seed = "a"',
+        train="max_stepz = 3",
+        top="qqq = 1",
+        data='[general]\nbatch_size = true\n[[datasets]]\nimage_directry = "images"\n',
+    )
+    assert sorted(found) == [
+        "datasets[0].image_directry: unknown key. Did you mean 'image_directory'?",
+        "datasets[0]: needs image_directory or image_jsonl_file",
+        "general.batch_size: is True, expected a whole number of at least 1",
+        "qqq: unknown key.",
+        "run.seed: is 'a', expected a whole number at least 0 and below 4294967296",
+        "train.max_stepz: unknown key. Did you mean 'max_steps'?",
+    ]
+
+
+def test_problems_between_settings_are_reported_with_those_of_the_datasets(problems: Problems) -> None:
+    found = problems(without=("model.path",), data="[[datasets]]\n")
+    assert found == [
+        "datasets[0]: needs image_directory or image_jsonl_file",
+        'model.path: is required; or set init = "scratch" to train a new model',
+    ]
+
+
+# Files that cannot be read
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone.toml"
+    assert refusal(path) == f"{path}: no such file; run `python train.py` to list the run files here"
+
+
+def test_folder_instead_of_a_file(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: is a folder, expected a TOML file"
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"# ok\n\xff\xfe")
+    assert refusal(path) == f"{path}: is not UTF-8 text (invalid start byte at byte 5)"
+
+
+def test_file_that_is_not_toml_names_the_line(tmp_path: Path) -> None:
+    message = refusal_of("[run]\nname =\n", tmp_path)
+    assert message == f"{tmp_path / 'run.toml'}: not valid TOML: Invalid value (at line 2, column 7)"
+
+
+@pytest.mark.parametrize("path", ["C:\\models\\tf", "C:\\users\\me", "D:\\x"])
+def test_windows_path_in_double_quotes_gets_advice(path: str, tmp_path: Path) -> None:
+    message = refusal_of(f'[model]\npath = "{path}"\n', tmp_path)
+    assert "not valid TOML: " in message
+    assert message.endswith("; in double quotes a backslash begins an escape: write Windows paths in 'single quotes'")
+
+
+def test_windows_path_in_single_quotes_is_read(load: Load) -> None:
+    assert load(cache='run = "never"', model="vae_path = 'a/b'").model.vae_path == "a/b"
+
+
+def test_nesting_without_end_is_not_toml(tmp_path: Path) -> None:
+    message = refusal_of("a = " + "[" * 100_000, tmp_path)
+    assert message == f"{tmp_path / 'run.toml'}: not valid TOML: nested too deeply"
+
+
+def test_flat_option_file_is_refused(tmp_path: Path) -> None:
+    assert refusal_of('dit = "model.safetensors"\nmax_train_steps = 100\n', tmp_path) == (
+        f"{tmp_path / 'run.toml'}: has neither schema_version nor [run] nor [model], so it is not a run file. Flat "
+        "musubi or kohya option files are not read yet; toml/tinyflux.toml shows the form expected here"
+    )
+
+
+# dataset_config
+
+
+def test_dataset_config_and_own_tables_exclude_each_other(problems: Problems) -> None:
+    assert problems(top='dataset_config = "data.toml"') == [
+        "dataset_config: is set, but the run file has its own [general] or [[datasets]]; keep one"
+    ]
+
+
+def test_dataset_config_that_is_missing_is_the_only_problem(problems: Problems, project: Path) -> None:
+    (message,) = problems(top='dataset_config = "data.toml"', data="")
+    assert message.startswith("dataset_config: data.toml: no such file")
+
+
+def test_dataset_config_that_is_not_toml_names_the_line(problems: Problems, project: Path) -> None:
+    (project / "data.toml").write_text("[[datasets]\n", encoding="utf-8")
+    assert problems(top='dataset_config = "data.toml"', data="")[0].startswith(
+        "dataset_config: data.toml: not valid TOML: "
+    )
+
+
+def test_unknown_table_of_a_dataset_config(problems: Problems, project: Path) -> None:
+    (project / "data.toml").write_text('[generall]\n[[datasets]]\nimage_directory = "images"\n', encoding="utf-8")
+    assert problems(top='dataset_config = "data.toml"', data="") == [
+        "data.toml: generall: unknown table or key. Did you mean 'general'?"
+    ]
+
+
+def test_dataset_config_that_is_no_text(problems: Problems) -> None:
+    assert problems(top="dataset_config = 3") == ["dataset_config: is 3, expected a text"]
+
+
+# Paths
+
+
+def test_relative_path_means_the_current_directory_then_the_project(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "project" / "toml").mkdir(parents=True)
+    (tmp_path / "project" / "only_there").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    config_path = tmp_path / "project" / "toml" / "run.toml"
+    assert locate("only_there", config_path) == tmp_path / "project" / "only_there"
+    (tmp_path / "here" / "only_there").touch()
+    assert locate("only_there", config_path) == Path("only_there")
+    assert locate("nowhere", config_path) == Path("nowhere")
+    assert locate(str(tmp_path / "gone"), config_path) == tmp_path / "gone"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("owner/name", True),
+        ("owner/name:sub/folder", True),
+        ("owner/name:file.safetensors", True),
+        ("owner/name.safetensors", False),
+        ("a/b/c", False),
+        ("./owner/name", False),
+        ("/owner/name", False),
+        ("name", False),
+        ("C:\\models\\x", False),
+    ],
+)
+def test_hub_id_is_told_from_a_path(text: str, expected: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id(text) is expected
+
+
+def test_existing_path_is_no_hub_id(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").mkdir()
+    assert not is_hub_id("owner/name")
+
+
+# No torch
+
+HEAVY = {
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "huggingface_hub",
+    "PIL",
+    "matplotlib",
+}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import musubi_tuner.config", "from musubi_tuner.config import load_config; load_config('run.toml')"],
+    ids=["import", "load"],
+)
+def test_config_needs_no_heavy_library(code: str, write: Write) -> None:
+    folder = write().parent
+    report = f"import sys; {code}; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY!r}))"
+    done = subprocess.run([sys.executable, "-c", report], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

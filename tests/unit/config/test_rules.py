@@ -1,0 +1,414 @@
+"""Rules between settings: what must be given together, what excludes each other, and what has no effect."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner.config import RunConfig, validate
+from musubi_tuner.config.diagnostics import Diagnostic, format_problems
+from musubi_tuner.config.rules import unwritable
+from musubi_tuner.models.tinyflux.options import resolve_experts
+
+Load = Callable[..., RunConfig]
+Problems = Callable[..., list[str]]
+WarningsOf = Callable[..., list[str]]
+
+SCRATCH = 'init = "scratch"'
+NEW_MODEL = {"without": ("model.path",), "experts": 'vae = "vae.safetensors"'}
+"""What a new model needs beside ``init``: no checkpoint, and the teachers' autoencoder."""
+
+
+def test_validating_a_good_config_finds_nothing(load: Load) -> None:
+    assert validate(load()) == []
+
+
+def test_diagnostic_begins_with_its_key() -> None:
+    assert str(Diagnostic("error", "run.name", "is wrong")) == "run.name: is wrong"
+    assert str(Diagnostic("error", "", "is wrong")) == "is wrong"
+
+
+def test_problems_are_counted_and_indented() -> None:
+    one, two = Diagnostic("error", "a", "x"), Diagnostic("error", "b", "y")
+    assert format_problems("f.toml", [one]) == "f.toml: 1 problem\n  a: x"
+    assert format_problems("f.toml", [one, two]) == "f.toml: 2 problems\n  a: x\n  b: y"
+
+
+# Settings that require or exclude each other
+
+
+def test_checkpoint_needs_a_path(problems: Problems) -> None:
+    assert problems(without=("model.path",)) == [
+        'model.path: is required; or set init = "scratch" to train a new model'
+    ]
+
+
+def test_new_model_excludes_a_path(problems: Problems) -> None:
+    assert problems(model=SCRATCH, experts='vae = "vae.safetensors"') == [
+        'model.path: is set, but init = "scratch" starts from random weights; remove one'
+    ]
+
+
+def test_checkpoint_excludes_a_geometry(problems: Problems) -> None:
+    assert problems(model="geometry = {num_double_layers = 2}") == [
+        'model.geometry: is read from the checkpoint; remove the table, or set init = "scratch"'
+    ]
+
+
+def test_budget_is_required(problems: Problems) -> None:
+    assert problems(without=("train.max_steps",)) == [
+        "train.max_steps: is missing, and max_epochs too; give one of them"
+    ]
+
+
+def test_epochs_are_a_budget(load: Load) -> None:
+    assert load(train="max_epochs = 3", without=("train.max_steps",)).train.max_steps is None
+
+
+def test_warmup_longer_than_the_run(problems: Problems, load: Load) -> None:
+    assert problems(scheduler="warmup_steps = 2001") == [
+        "scheduler.warmup_steps: is 2001, longer than train.max_steps = 2000; the learning rate would never be reached"
+    ]
+    assert load(scheduler="warmup_steps = 2000").scheduler.warmup_steps == 2000
+
+
+def test_least_learning_rate_above_the_learning_rate(problems: Problems) -> None:
+    assert problems(optimizer="lr = 1e-4", scheduler="min_lr = 0.001") == [
+        "scheduler.min_lr: is 0.001, above optimizer.lr = 0.0001"
+    ]
+
+
+@pytest.mark.parametrize("beta", ["1.0", "-0.1", "nan"])
+def test_betas_lie_below_one(beta: str, problems: Problems) -> None:
+    assert problems(optimizer=f"betas = [0.9, {beta}]") == [
+        f"optimizer.betas: value 1 is {beta}, expected at least 0 and below 1"
+    ]
+
+
+def test_strata_need_uniform_times(problems: Problems, load: Load) -> None:
+    assert problems(objective="timestep_stratified = true") == [
+        'objective.timestep_stratified: needs timestep_sampling = "uniform"'
+    ]
+    assert load(objective='timestep_stratified = true\ntimestep_sampling = "uniform"').findings == []
+
+
+def test_fp16_needs_a_gpu(problems: Problems) -> None:
+    assert problems(run='device = "cpu"', train='mixed_precision = "fp16"') == [
+        'train.mixed_precision: "fp16" needs a GPU; use "bf16" or "no" on a CPU'
+    ]
+
+
+def test_several_processes_do_not_run_on_mps(problems: Problems) -> None:
+    assert problems(run='device = "mps"', distributed="num_processes = 2") == [
+        "distributed.num_processes: several processes need CUDA or a CPU, not mps"
+    ]
+
+
+def test_half_precision_caches_in_a_float32_run(warnings_of: WarningsOf) -> None:
+    assert warnings_of(cache='dtype = "float16"', train='mixed_precision = "no"') == [
+        "cache.dtype: float16 caches lose precision that a float32 run could use"
+    ]
+
+
+def test_prompts_that_are_never_drawn(warnings_of: WarningsOf) -> None:
+    assert warnings_of(sample='prompts = ["a cat"]\nevery_steps = 0') == [
+        "sample.prompts: are given, but no sample.every_steps, every_epochs or at_first"
+    ]
+
+
+@pytest.mark.parametrize(
+    "when", ["every_steps = 10", "every_steps = 0\nevery_epochs = 1", "every_steps = 0\nat_first = true"]
+)
+def test_prompts_that_are_drawn(when: str, warnings_of: WarningsOf) -> None:
+    assert warnings_of(sample=f'prompts = ["a cat"]\n{when}') == []
+
+
+def test_sides_of_samples_are_multiples_of_the_step(problems: Problems) -> None:
+    assert problems(sample='prompts = ["a cat"]\nwidth = 500\nheight = 24') == [
+        "sample.width: is 500, expected a multiple of 16: 496 or 512",
+        "sample.height: is 24, expected a multiple of 16: 16 or 32",
+    ]
+
+
+@pytest.mark.parametrize("repo", ["cat", "a/b/c", "owner/cat:folder", "./owner"])
+def test_upload_needs_a_repository_id(repo: str, problems: Problems) -> None:
+    assert problems(hub=f'repo_id = "{repo}"') == [f"hub.repo_id: is '{repo}', expected owner/name"]
+
+
+def test_repository_id_may_be_the_name_of_a_local_folder_too(load: Load, project: Path) -> None:
+    (project / "owner" / "cat").mkdir(parents=True)
+    assert load(hub='repo_id = "owner/cat"').hub.repo_id == "owner/cat"
+
+
+# Settings without effect
+
+
+def no_effect(key: str, reason: str) -> str:
+    return f"{key}: has no effect because {reason}"
+
+
+UNIFORM = 'objective.timestep_sampling is "uniform"'
+NO_PROMPTS, NO_REPO, NOT_SAVED = "sample.prompts is absent", "hub.repo_id is absent", "nothing is saved on the way"
+NO_WARMUP, ONE_PROCESS = "scheduler.warmup_steps is 0", "distributed.num_processes is 1"
+SNR_OFF, EMA_OFF = "the min-SNR weight is off", "ema.enabled is false"
+NO_UPLOAD_LINES = 'run_name = "x"\nprivate = false\ntoken = "t"\ntimeout_seconds = 5'
+NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_last_epochs = 2"
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"objective": 'timestep_sampling = "uniform"\nlogit_mean = 0.1\nlogit_std = 2.0'},
+         {"objective.logit_mean": UNIFORM, "objective.logit_std": UNIFORM}),
+        ({"objective": "huber_delta = 0.2"}, {"objective.huber_delta": "no loss is huber"}),
+        ({"objective": 'min_snr_gamma = 0\nmin_snr_form = "x0"'}, {"objective.min_snr_form": SNR_OFF}),
+        ({"objective": 'min_snr_gamma = 3\nmin_snr_form = "none"'}, {"objective.min_snr_gamma": SNR_OFF}),
+        ({"ema": "enabled = false\ndecay = 0.9\nwarmup = true"}, {"ema.decay": EMA_OFF, "ema.warmup": EMA_OFF}),
+        ({"scheduler": 'warmup_steps = 0\nwarmup_type = "cosine"'}, {"scheduler.warmup_type": NO_WARMUP}),
+        ({"scheduler": 'type = "constant"\nmin_lr = 1e-6'}, {"scheduler.min_lr": 'scheduler.type is "constant"'}),
+        ({"optimizer": 'type = "Adafactor"\nbetas = [0.9, 0.9]\neps = 1e-6'},
+         {"optimizer.betas": "Adafactor has its own", "optimizer.eps": "Adafactor has its own"}),
+        ({"sample": "every_steps = 5\nsteps = 3\nguidance = 2.0"},
+         {"sample.every_steps": NO_PROMPTS, "sample.steps": NO_PROMPTS, "sample.guidance": NO_PROMPTS}),
+        ({"hub": NO_UPLOAD_LINES},
+         {"hub.run_name": NO_REPO, "hub.private": NO_REPO, "hub.token": NO_REPO, "hub.timeout_seconds": NO_REPO}),
+        ({"distributed": "main_process_port = 29500"}, {"distributed.main_process_port": ONE_PROCESS}),
+        ({"save": NO_SAVE_LINES}, {"save.keep_last_steps": NOT_SAVED, "save.keep_last_epochs": NOT_SAVED}),
+    ],
+)  # fmt: skip
+def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str], warnings_of: WarningsOf) -> None:
+    assert sorted(warnings_of(**tables)) == sorted(no_effect(key, reason) for key, reason in expected.items())
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"objective": 'loss = "huber"\nhuber_delta = 0.2'},
+        {"objective": 'lune_mode = "huber"\nhuber_delta = 0.2'},
+        {"objective": "min_snr_gamma = 0"},
+        {"objective": 'min_snr_form = "none"'},
+        {"objective": 'min_snr_gamma = 0\nmin_snr_form = "none"'},
+        {"ema": "enabled = false"},
+        {"scheduler": "warmup_steps = 0"},
+        {"scheduler": 'type = "constant"'},
+        {"optimizer": 'type = "Adafactor"'},
+        {"save": "every_steps = 0\nevery_epochs = 0"},
+        {"distributed": "num_processes = 2\nmain_process_port = 29500"},
+    ],
+)
+def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
+    tables: dict[str, str], warnings_of: WarningsOf
+) -> None:
+    assert warnings_of(**tables) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model": 'init_scheme = "adaln_zero"'}, "model.init_scheme"),
+        ({**NEW_MODEL, "model": f'{SCRATCH}\nrope_freqs = "exact"'}, "model.rope_freqs"),
+        ({**NEW_MODEL, "model": f'{SCRATCH}\nweights = "ema"'}, "model.weights"),
+        ({**NEW_MODEL, "model": f'{SCRATCH}\nrevision = "v1"'}, "model.revision"),
+        ({"train": "max_skipped_updates = 3"}, "train.max_skipped_updates"),
+        ({"ema": "enabled = false", "sample": 'prompts = ["a cat"]\nuse_ema = true'}, "sample.use_ema"),
+        ({"save": "every_steps = 0\nkeep_last_steps = 2"}, "save.keep_last_steps"),
+        ({"save": "every_epochs = 0\nkeep_last_epochs = 2"}, "save.keep_last_epochs"),
+        ({"experts": 'enable_lune = false\nenable_sol = false\nexpert_time = "aligned"'}, "experts.expert_time"),
+    ],
+)
+def test_setting_that_nothing_reads_is_warned_of(changes: dict[str, str], key: str, warnings_of: WarningsOf) -> None:
+    (message,) = warnings_of(**changes)
+    assert message.startswith(f"{key}: has no effect because ")
+
+
+def test_default_of_the_family_is_not_blamed_on_the_user(warnings_of: WarningsOf) -> None:
+    # The family sets sample.every_steps, save.every_epochs and betas; none of them was written here.
+    assert warnings_of(optimizer='type = "Adafactor"', save="every_steps = 0\nevery_epochs = 0") == []
+
+
+def test_override_without_effect_is_warned_of(load: Load) -> None:
+    assert [str(finding) for finding in load({"objective.huber_delta": 0.2}).findings] == [
+        no_effect("objective.huber_delta", "no loss is huber")
+    ]
+
+
+# Rules of the family
+
+
+def test_teachers_need_their_unet(problems: Problems) -> None:
+    assert problems(without=("experts.unet",)) == [
+        "experts.unet: is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and "
+        "enable_sol = false to train without teachers"
+    ]
+
+
+def test_without_teachers_no_unet_is_needed(load: Load) -> None:
+    config = load(without=("experts.unet",), experts="enable_lune = false\nenable_sol = false")
+    assert config.findings == []
+
+
+def test_with_finished_caches_no_unet_is_needed(load: Load) -> None:
+    assert load(without=("experts.unet",), cache='run = "never"').findings == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"experts": 'expert_input = "noised_image"'}, {"model": SCRATCH, "without": ("model.path",)}],
+    ids=["asked for", "new model"],
+)
+def test_noised_image_needs_the_autoencoder_of_the_teachers(changes: dict[str, str], problems: Problems) -> None:
+    assert problems(**changes) == [
+        'experts.vae: is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 '
+        'autoencoder, or set expert_input = "random"'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ("{hidden_sise = 3}", "model.geometry.hidden_sise: unknown key. Did you mean 'hidden_size'?"),
+        ("{_metadata = {}}", "model.geometry._metadata: unknown key."),
+        (
+            "{hidden_size = 3}",
+            "model.geometry: hidden_size 3 is not num_attention_heads 4 x attention_head_dim 128 = 512",
+        ),
+        ("{sol_geometric_weight = 2.0}", "model.geometry: sol_geometric_weight is 2.0, it must lie in [0, 1]"),
+    ],
+)
+def test_geometry_of_a_new_model_is_checked(geometry: str, message: str, problems: Problems) -> None:
+    assert problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {geometry}") == [message]
+
+
+@pytest.mark.parametrize("entry", ['hidden_size = "512"', "axes_dims_rope = 128", 'use_sol_prior = "no"'])
+def test_geometry_value_of_a_wrong_type_names_its_field(entry: str, problems: Problems) -> None:
+    (message,) = problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {{{entry}}}")
+    assert message.startswith("model.geometry")
+    assert entry.partition(" ")[0] in message
+
+
+def test_teacher_without_its_part_of_the_model(problems: Problems) -> None:
+    geometry = "{use_lune_expert = false, use_sol_prior = false}"
+    assert problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {geometry}") == [
+        f"experts.{teacher}: is true, but model.geometry.{part} is false; the model could not use the features"
+        for teacher, part in (("enable_lune", "use_lune_expert"), ("enable_sol", "use_sol_prior"))
+    ]
+
+
+def test_spatial_weighting_needs_sol(problems: Problems) -> None:
+    assert problems(experts="enable_sol = false", objective="spatial_weighting = true") == [
+        "objective.spatial_weighting: needs Sol's map, but experts.enable_sol is false"
+    ]
+
+
+def test_settings_of_a_teacher_that_is_off(warnings_of: WarningsOf) -> None:
+    found = warnings_of(
+        experts='enable_lune = false\nenable_sol = false\nlune = "unet.safetensors"',
+        objective='lune_weight = 0.3\nlune_mode = "huber"\nsol_warmup_steps = 5\nhuber_delta = 0.2',
+    )
+    lune, sol = "experts.enable_lune is false", "experts.enable_sol is false"
+    assert sorted(found) == sorted(
+        [
+            no_effect("experts.lune", lune),
+            no_effect("objective.lune_weight", lune),
+            no_effect("objective.lune_mode", lune),
+            no_effect("objective.sol_warmup_steps", sol),
+            no_effect("objective.huber_delta", "no loss is huber"),
+        ]
+    )
+
+
+PUBLISHED = {"expert_input": "random", "expert_time": "reference", "sol_spatial_norm": "sum"}
+CORRECTED = {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"}
+
+
+def test_auto_teachers_are_published_with_a_checkpoint_and_corrected_for_a_new_model(load: Load) -> None:
+    assert resolve_experts(load()) == PUBLISHED
+    assert resolve_experts(load(**NEW_MODEL, model=SCRATCH)) == CORRECTED
+
+
+def test_auto_teachers_follow_the_record_of_the_checkpoint_and_a_setting_wins(load: Load) -> None:
+    config = load(experts='sol_spatial_norm = "mean"')
+    assert resolve_experts(config, CORRECTED) == {**CORRECTED, "sol_spatial_norm": "mean"}
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("model", "path"),
+        ("model", "vae_path"),
+        ("model", "clip_path"),
+        ("model", "t5_path"),
+        ("model", "clip_tokenizer"),
+        ("model", "t5_tokenizer"),
+        ("experts", "unet"),
+        ("experts", "vae"),
+        ("experts", "lune"),
+        ("experts", "sol"),
+    ],
+)
+def test_missing_file_is_named_with_its_key(table: str, name: str, problems: Problems, project: Path) -> None:
+    assert problems(**{table: f'{name} = "gone.safetensors"'}) == [
+        f"{table}.{name}: gone.safetensors: no such file or folder (looked in {project} and the project)"
+    ]
+
+
+def test_hub_id_is_not_looked_for_on_the_disk(load: Load) -> None:
+    assert load(model='path = "owner/name"\nvae_path = "owner/name:vae"').findings == []
+
+
+def test_encoders_are_needed_for_caching(problems: Problems, load: Load) -> None:
+    without = ("model.vae_path", "model.clip_path", "model.t5_path")
+    assert problems(without=without) == [
+        "model.vae_path: is needed to encode images",
+        "model.clip_path: is needed to encode captions",
+        "model.t5_path: is needed to encode captions",
+    ]
+    assert load(without=without, cache='run = "never"').findings == []
+
+
+def test_missing_prompt_file(problems: Problems, project: Path, load: Load) -> None:
+    assert problems(sample='prompts = "prompts.txt"') == [
+        "sample.prompts: prompts.txt: no such file; give a text file, or a list of prompts"
+    ]
+    (project / "prompts.txt").touch()
+    assert load(sample='prompts = "prompts.txt"').sample.prompts == "prompts.txt"
+
+
+def test_missing_images_and_listing(problems: Problems) -> None:
+    data = (
+        '[[datasets]]\nimage_directory = "gone"\n'
+        '[[datasets]]\nimage_jsonl_file = "gone.jsonl"\ncache_directory = "cache"\n'
+    )
+    assert problems(data=data) == [
+        "datasets[0].image_directory: gone: no such folder",
+        "datasets[1].image_jsonl_file: gone.jsonl: no such file",
+    ]
+
+
+def test_files_that_the_demo_will_make_need_not_exist_yet(load: Load) -> None:
+    model = "\n".join(f'{name} = "demo/{name}"' for name in ("path", "vae_path", "clip_path", "t5_path"))
+    data = '[[datasets]]\nimage_directory = "demo/images"\n'
+    assert load(model=model, demo='folder = "demo"', data=data).findings == []
+
+
+def test_output_folder_below_a_file(problems: Problems, project: Path) -> None:
+    (project / "out").touch()
+    assert problems(run='output_dir = "out/cat"') == [f"run.output_dir: {project / 'out'} is a file, expected a folder"]
+
+
+def test_output_folder_need_not_exist(load: Load, project: Path) -> None:
+    assert load(run='output_dir = "not/yet/there"').findings == []
+    assert not (project / "not").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_output_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        assert unwritable(tmp_path / "new") == f"{tmp_path}: no permission to write; choose another folder"
+    finally:
+        tmp_path.chmod(0o700)
