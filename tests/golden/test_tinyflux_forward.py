@@ -154,3 +154,13 @@ def test_pool_without_padding_ignores_masked_rows(golden: dict[str, Tensor]) -> 
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[:, 4:] = False
     torch.testing.assert_close(pool_text(states, mask), pool_text(states[:, :4]))
+
+
+@pytest.mark.parametrize("case", ["all_given", "experts_disabled_nonsquare"])
+def test_fused_attention_gives_the_same_outputs(
+    case: str, golden: dict[str, Tensor], metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("musubi_tuner.models.tinyflux.model.EXPLICIT_ATTENTION_TOKENS", 0)
+    changes, given, suffix = CASES[case]
+    velocity, _ = run(build(golden, metadata, changes), golden, given, suffix)
+    assert_close(velocity, golden[f"out.{case}.velocity"])

@@ -13,7 +13,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 
 MissingCaption = Literal["error", "skip", "empty", "stem"]
 
-_SHARED: dict[str, str] = {
+SHARED_KEYS: dict[str, str] = {
     "resolution": "resolution",
     "enable_bucket": "bool",
     "bucket_no_upscale": "bool",
@@ -143,12 +143,12 @@ def resolve_datasets(
         The usable datasets and all findings.
     """
     problems: list[Diagnostic] = []
-    general = _check_table(tables.get("general", {}), "general", _SHARED, problems)
+    general = _check_table(tables.get("general", {}), "general", SHARED_KEYS, problems)
     entries = tables.get("datasets", [])
     if isinstance(entries, dict):
         problems.append(Diagnostic("error", "datasets", "is a table; write [[datasets]] with two brackets"))
         entries = []
-    if not isinstance(entries, list) or not entries:
+    elif not isinstance(entries, list) or not entries:
         problems.append(
             Diagnostic(
                 "error", "datasets", "no dataset given; add [[datasets]] with image_directory or image_jsonl_file"
@@ -158,7 +158,7 @@ def resolve_datasets(
     datasets: list[DatasetConfig] = []
     for index, entry in enumerate(entries):
         where = f"datasets[{index}]"
-        own = _check_table(entry, where, _SHARED | _DATASET_ONLY, problems)
+        own = _check_table(entry, where, SHARED_KEYS | _DATASET_ONLY, problems)
         values = {**defaults, **general, **own}
         dataset = _resolve_one(where, own, values, step, locate, problems)
         if dataset:
@@ -171,7 +171,7 @@ def _resolve_one(
     where: str, own: dict[str, Any], values: dict[str, Any], step: int, locate: Any, problems: list[Diagnostic]
 ) -> DatasetConfig | None:
     sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
-    before = len(problems)
+    before = sum(problem.level == "error" for problem in problems)
     if not sources:
         problems.append(Diagnostic("error", where, "needs image_directory or image_jsonl_file"))
     elif len(sources) == 2:
@@ -187,14 +187,19 @@ def _resolve_one(
     resolution = values["resolution"]
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     if not values["enable_bucket"] and (width % step or height % step):
-        near = [[side - side % step or step, side - side % step + step] for side in (width, height)]
+        near = ", ".join(
+            _near(name, side, step) for name, side in (("width", width), ("height", height)) if side % step
+        )
         problems.append(
             Diagnostic(
                 "error",
                 f"{where}.resolution",
-                f"is {width}x{height}; without buckets both sides must be multiples of {step}: "
-                f"width {near[0][0]} or {near[0][1]}, height {near[1][0]} or {near[1][1]}",
+                f"is {width}x{height}; without buckets both sides must be multiples of {step}: {near}",
             )
+        )
+    if own.get("bucket_no_upscale") and not values["enable_bucket"]:
+        problems.append(
+            Diagnostic("warning", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false")
         )
     if values["enable_bucket"]:
         smallest = int((width * height) ** 0.5) // 2
@@ -207,7 +212,7 @@ def _resolve_one(
                     f"Use at least {2 * step}x{2 * step}, or enable_bucket = false",
                 )
             )
-    if len(problems) > before:
+    if sum(problem.level == "error" for problem in problems) > before:
         return None
     directory: Path | None = locate(own["image_directory"]) if "image_directory" in own else None
     cache: Path | None = locate(own["cache_directory"]) if "cache_directory" in own else directory
@@ -226,6 +231,12 @@ def _resolve_one(
         missing_caption=values["missing_caption"],
         recursive=values["recursive"],
     )
+
+
+def _near(name: str, side: int, step: int) -> str:
+    """The multiples of the step around a side, in words."""
+    below, above = side - side % step, side - side % step + step
+    return f"{name} {below} or {above}" if below else f"{name} {above}"
 
 
 def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:

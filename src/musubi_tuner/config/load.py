@@ -11,10 +11,18 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import PrivateAttr, ValidationError
 
-from musubi_tuner.config.datasets import DatasetConfig, resolve_datasets
+from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, format_problems
 from musubi_tuner.config.paths import locate
-from musubi_tuner.config.schema import SECTION_ALIASES, Parameter, RunFile, flat_names, parameters, section_classes
+from musubi_tuner.config.schema import (
+    SECTION_ALIASES,
+    Parameter,
+    RunFile,
+    Section,
+    flat_names,
+    parameters,
+    section_classes,
+)
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
 
@@ -96,6 +104,8 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     document = read_toml(path)
     problems: list[Diagnostic] = []
     _refuse_flat(path, document)
+    if document.get("schema_version") is True:  # true counts as 1 in Python
+        problems.append(Diagnostic("error", "schema_version", "is True, expected 1"))
     tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
     origins: dict[str, str] = {}
     values = _collect(document, overrides or {}, origins, problems)
@@ -105,8 +115,9 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     config = _validate(values, origins, spec, problems)
     datasets: list[DatasetConfig] = []
     # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
+    before = len(problems)
     tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
-    if spec:
+    if spec and len(problems) == before:
         datasets, found = resolve_datasets(
             tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path)
         )
@@ -160,7 +171,7 @@ def _refuse_flat(path: Path, document: dict[str, Any]) -> None:
 def _collect(
     document: dict[str, Any], overrides: Overrides, origins: dict[str, str], problems: list[Diagnostic]
 ) -> dict[str, Any]:
-    """Merge file and overrides into one tree, noting origins."""
+    """Merge file and overrides into one tree, noting origins; unknown overrides are left under their own name."""
     for alias, name in SECTION_ALIASES.items():
         if alias in document:
             if name in document:
@@ -176,14 +187,22 @@ def _collect(
             origins[key] = "file"
     known = {parameter.key: parameter for parameter in parameters()}
     flat = flat_names()
+    overridden: dict[str, Any] = {}
     for key, value in overrides.items():
         parameter = known.get(key) or flat.get(key)
         if parameter is None:
             if not key.startswith("model.geometry."):
-                names = [*known, *flat]
-                problems.append(Diagnostic("error", key, f"unknown key.{did_you_mean(key, names)}"))
+                if not any(key.rpartition(".")[2] in names for names in _foreign_keys()):
+                    names = [*known, *flat]
+                    problems.append(Diagnostic("error", key, f"unknown key.{did_you_mean(key, names)}"))
+                else:
+                    overridden[key] = value
                 continue
-            values.setdefault("model", {}).setdefault("geometry", {})[key.removeprefix("model.geometry.")] = value
+            model = values.setdefault("model", {})
+            geometry = model.setdefault("geometry", {}) if isinstance(model, dict) else None
+            if isinstance(geometry, dict):
+                geometry = model["geometry"] = dict(geometry)
+                geometry[key.removeprefix("model.geometry.")] = value
             origins["model.geometry"] = "cli"
             continue
         target = values
@@ -193,7 +212,19 @@ def _collect(
             target = values.setdefault(parameter.section, {})
         target[parameter.name] = value
         origins[parameter.key] = "cli"
+    for key, value in overridden.items():
+        section, _, name = key.rpartition(".")
+        table = values.setdefault(section, {}) if section in section_classes() else values
+        if isinstance(table, dict):
+            table[name if table is not values else key] = value
     return values
+
+
+def _foreign_keys() -> list[Mapping[str, Any]]:
+    """Keys of other trainers that a family explains."""
+    from musubi_tuner.models.registry import MODELS
+
+    return [MODELS[code].foreign_keys for code in MODELS]
 
 
 def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpec | None:
@@ -206,7 +237,7 @@ def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpe
     if arch in MODELS:
         return MODELS[arch]
     known = [name for code in MODELS for name in (code, MODELS[code].full_name)]
-    reason = RESERVED.get(arch, f"is not a model family.{did_you_mean(arch, known)}")
+    reason = f"{RESERVED[arch]}." if arch in RESERVED else f"is not a model family.{did_you_mean(arch, known)}"
     problems.append(Diagnostic("error", "model.arch", f"'{arch}': {reason} Supported: {', '.join(known)}"))
     return None
 
@@ -227,7 +258,9 @@ def _validate(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            problems.append(_explain(item, spec))
+            problem = _explain(item, spec)
+            if problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
+                problems.append(problem)
         return None
     for parameter in parameters():
         origins.setdefault(parameter.key, "default")
@@ -244,9 +277,9 @@ def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
         return Diagnostic("error", key, f"is required. {parameter.help if parameter else ''}".strip())
     if item["type"] == "extra_forbidden":
         return Diagnostic("error", ".".join(location), _unknown_key(location, item["input"], spec))
-    value = "***" if parameter and parameter.extra("secret") else repr(item["input"])
     if parameter is None:
-        return Diagnostic("error", key, f"is {value}, expected a table")
+        return Diagnostic("error", key, f"is {item['input']!r}, expected a table")
+    value = "***" if parameter.extra("secret") else repr(item["input"])
     return Diagnostic("error", key, f"is {value}, expected {_expected(parameter)}{_suggest(parameter, item['input'])}")
 
 
@@ -254,6 +287,8 @@ def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str
     name = location[-1]
     if spec and name in spec.foreign_keys:
         return spec.foreign_keys[name](value)
+    if name in SHARED_KEYS and name not in section_classes().get(location[0], Section).model_fields:
+        return "unknown key. It is about items, so it belongs into [general] or [[datasets]]."
     if len(location) == 1:
         tables = [*section_classes(), "general", "datasets", "schema_version", "dataset_config"]
         kind = "table" if isinstance(value, dict) else "key"
@@ -293,7 +328,7 @@ def _expected(parameter: Parameter) -> str:
 
 def _suggest(parameter: Parameter, value: Any) -> str:
     annotation = parameter.field.annotation
-    if get_origin(annotation) is Literal and isinstance(value, str):
+    if get_origin(annotation) is Literal and isinstance(value, str) and isinstance(get_args(annotation)[0], str):
         return "." + did_you_mean(value, [str(choice) for choice in get_args(annotation)])
     return ""
 

@@ -21,6 +21,11 @@ def locate(text: str, config_path: Path) -> Path:
     return project / path if (project / path).exists() else path
 
 
+def is_repository(text: str) -> bool:
+    """Whether a text has the form ``owner/name``."""
+    return ":" not in text and _HUB_ID.fullmatch(text) is not None
+
+
 def is_hub_id(text: str) -> bool:
     """Whether a text can only mean ``owner/name`` or ``owner/name:file`` on the hub, not a local path.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.load import RunConfig
-from musubi_tuner.config.paths import is_hub_id
+from musubi_tuner.config.paths import is_hub_id, is_repository
 from musubi_tuner.config.schema import parameters
 
 
@@ -70,7 +70,7 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
                         f"{value - value % step + step}",
                     )
                 )
-    if config.hub.repo_id is not None and not is_hub_id(config.hub.repo_id):
+    if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
     return found
 
@@ -78,6 +78,10 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
 def _no_effect(config: RunConfig) -> list[Diagnostic]:
     """Settings that a person wrote and that cannot act."""
     huber = config.objective.loss == "huber" or (config.objective.lune_mode == "huber" and config.experts.enable_lune)
+    nothing = "nothing is saved on the way"
+    no_steps = "save.every_steps is off" if config.save.every_epochs else nothing
+    no_epochs = "save.every_epochs is off" if config.save.every_steps else nothing
+    teacher_keys = ("expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype")
     uniform = config.objective.timestep_sampling == "uniform"
     silent: list[tuple[bool, tuple[str, ...], str]] = [
         (uniform, ("objective.logit_mean", "objective.logit_std"), 'objective.timestep_sampling is "uniform"'),
@@ -88,6 +92,21 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             "the min-SNR weight is off",
         ),
         (not config.ema.enabled, ("ema.decay", "ema.warmup"), "ema.enabled is false"),
+        (config.model.init == "checkpoint", ("model.init_scheme",), 'model.init is "checkpoint"'),
+        (
+            config.model.init == "scratch",
+            ("model.rope_freqs", "model.weights", "model.revision"),
+            'model.init is "scratch"',
+        ),
+        (config.train.on_nonfinite == "stop", ("train.max_skipped_updates",), 'train.on_nonfinite is "stop"'),
+        (not config.ema.enabled, ("sample.use_ema",), "ema.enabled is false"),
+        (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
+        (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
+        (
+            not (config.experts.enable_lune or config.experts.enable_sol),
+            tuple(f"experts.{name}" for name in teacher_keys),
+            "both teachers are off",
+        ),
         (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
         (config.scheduler.type == "constant", ("scheduler.min_lr",), 'scheduler.type is "constant"'),
         (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
@@ -105,11 +124,6 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             config.distributed.num_processes == 1,
             ("distributed.main_process_port",),
             "distributed.num_processes is 1",
-        ),
-        (
-            not (config.save.every_steps or config.save.every_epochs),
-            ("save.keep_last_steps", "save.keep_last_epochs"),
-            "nothing is saved on the way",
         ),
     ]
     written = set(config.set_keys())

@@ -393,6 +393,12 @@ class RunFile(Section):
     demo: DemoSection | None = None
 
 
+AMBIGUOUS = {
+    "resolution", "size", "width", "height", "steps", "warmup", "enabled", "run", "path", "weights", "unet", "release",
+    "state", "private", "token", "folder", "pictures", "guidance", "loss", "workers", "geometry", "lune", "sol", "solver",
+}  # fmt: skip
+"""Last parts of keys that are no option names of their own: alone they would say too little, or mean something else."""
+
 SECTION_ALIASES = {"accelerate": "distributed"}
 
 
@@ -432,7 +438,8 @@ class Parameter:
 
 def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+        choices = ", ".join(str(choice) for choice in get_args(annotation))
+        return f"one of {choices}" if len(get_args(annotation)) > 1 else choices
     if get_origin(annotation) is list:
         return "list of " + _type_name(get_args(annotation)[0])
     if get_origin(annotation) is dict:
@@ -477,6 +484,6 @@ def flat_names() -> dict[str, Parameter]:
     for parameter in everything:
         counts[parameter.name] = counts.get(parameter.name, 0) + 1
     for parameter in everything:
-        if counts[parameter.name] == 1:
+        if counts[parameter.name] == 1 and parameter.name not in AMBIGUOUS:
             names.setdefault(parameter.name, parameter)
     return names

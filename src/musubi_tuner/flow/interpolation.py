@@ -116,7 +116,14 @@ def linear_lookup(values_BTd: Tensor, grid_T: Tensor, t_B: Tensor) -> Tensor:
 
     Returns:
         [B, ...] float32, ``(1 - a) * left + a * right``.
+
+    Raises:
+        ValueError: if the numbers of samples or of table entries do not agree.
     """
+    if t_B.shape != values_BTd.shape[:1]:
+        raise ValueError(f"got {tuple(t_B.shape)} times, expected ({len(values_BTd)},): one value per sample")
+    if grid_T.shape != values_BTd.shape[1:2]:
+        raise ValueError(f"the grid has {tuple(grid_T.shape)} times, the tables {values_BTd.shape[1]} entries")
     grid = grid_T.float()
     t = t_B.float().clamp(grid[0], grid[-1])
     if len(grid) == 1:

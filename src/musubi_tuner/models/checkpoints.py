@@ -75,7 +75,8 @@ def find_weights(
         return _in_folder(path, ema, ema_file)
     folder, colon, name = text.rpartition(":")
     if colon and Path(folder).expanduser().is_dir():
-        return _named(Path(folder).expanduser(), name, ema)
+        named = _named(Path(folder).expanduser(), name, ema and ema_file is None)
+        return _ema_twin(named, ema_file) if ema_file else named
     if is_hub_id(text):
         return _on_hub(text, ema, ema_file, revision, other_spelling)
     raise CheckpointError(f"{text}: file not found, and not a hub id of the form owner/name")
@@ -143,8 +144,10 @@ def _reference_names(folder: Path, ema: bool) -> Path | None:
 def _named(folder: Path, name: str | None, ema: bool) -> Path:
     """A checkpoint of a run folder by name, through its checkpoints.json."""
     try:
-        entries = json.loads((folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        entries = dict(json.loads((folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"])
+        if not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("an entry is not an object")
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{folder}: has no readable checkpoints.json, so '{name}' cannot be looked up; name a file"
         ) from None
@@ -154,7 +157,7 @@ def _named(folder: Path, name: str | None, ema: bool) -> Path:
         raise CheckpointError(f"{folder}: no checkpoint '{name}'; it has {', '.join(entries) or 'none'}")
     file = entries[name].get("ema" if ema else "model")
     if not file:
-        raise CheckpointError(f"{folder}: checkpoint '{name}' has no averaged weights")
+        raise CheckpointError(f"{folder}: checkpoint '{name}' has no {'averaged ' if ema else ''}weights")
     if not (folder / file).is_file():
         raise CheckpointError(f"{folder / file}: listed in checkpoints.json, but not there")
     return folder / file
@@ -265,14 +268,30 @@ def read_weights(path: Path) -> WeightFile:
         for name in (f"{path.stem.removesuffix('_ema')}.json", *CONFIG_FILES):
             sibling = path.with_name(name)
             if sibling.is_file():
-                try:
-                    found.config = json.loads(sibling.read_text(encoding="utf-8"))
-                except json.JSONDecodeError as error:
-                    raise CheckpointError(f"{sibling}: not a JSON file ({error})") from error
+                found.config = read_json_object(sibling)
+                recorded = as_object(found.config.get("_metadata", {}), f"{sibling}: _metadata")
+                found.options = found.options or as_object(recorded.get("options", {}), f"{sibling}: options")
                 break
-    if not found.options and found.config:
-        found.options = dict(found.config.get("_metadata", {}).get("options", {}))
     return found
+
+
+def as_object(value: Any, what: str) -> dict[str, Any]:
+    """A dictionary, or a `CheckpointError` that says what was found instead."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} is {value!r}, expected a JSON object")
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if the file is not JSON, or holds something else than an object.
+    """
+    try:
+        return as_object(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a JSON file ({error})") from error
 
 
 def strip_wrappers(key: str) -> str:
@@ -293,25 +312,33 @@ def _read_safetensors(path: Path) -> WeightFile:
         raise CheckpointError(
             f"{path}: not a complete safetensors file ({error}); copy or download it again"
         ) from error
-    config, options = None, {}
     try:
         config = json.loads(metadata["config_json"]) if "config_json" in metadata else None
         options = json.loads(metadata.get("options_json", "{}"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: its header holds broken JSON ({error})") from error
+    if config is not None:
+        as_object(config, f"{path}: config_json of its header")
+    as_object(options, f"{path}: options_json of its header")
     return WeightFile(path, tensors, metadata, config, options)
 
 
 def _read_pickle(path: Path) -> WeightFile:
     import pickle
+    import struct
     import zipfile
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: cannot be read as plain weights ({str(error).splitlines()[0]}). Files that need code to unpickle "
-            "are not opened; convert it to safetensors"
+            f"{path}: cannot be read as plain weights (not a torch file, or more than tensors in it). Files that need code to "
+            "unpickle are not opened; convert it to safetensors"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, IndexError, KeyError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as plain weights (not a complete torch file); copy or download it again, or convert it to "
+            "safetensors"
         ) from error
     config = None
     if isinstance(loaded, dict):
@@ -344,7 +371,7 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, option
     shapes = [
         f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
         for key in own
-        if key in tensors and tensors[key].shape != own[key].shape and tensors[key].numel() != own[key].numel()
+        if key in tensors and not _same_shape(tensors[key], own[key])
     ]
     problems = list(_list_problem("missing", missing, len(own)))
     problems += _list_problem("unexpected", unexpected, len(tensors))
@@ -355,6 +382,11 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, option
         for key, tensor in own.items():
             if key in tensors:
                 tensor.copy_(tensors[key].view(tensor.shape) if tensors[key].shape != tensor.shape else tensors[key])
+
+
+def _same_shape(found: Tensor, expected: Tensor) -> bool:
+    """Equal shapes; a single number may be written with or without an axis."""
+    return found.shape == expected.shape or (found.numel() == 1 and expected.numel() == 1)
 
 
 def _list_problem(kind: str, entries: list[str], total: int) -> Iterator[str]:

@@ -14,9 +14,11 @@ FAMILIES: dict[str, str] = {
 
 RESERVED: dict[str, str] = {
     "fd": "FLUX.1-dev LoRA training is planned and not built yet",
+    "flux_dev": "FLUX.1-dev LoRA training is planned and not built yet",
     "ff": "FluxFlow is planned and not built yet",
+    "fluxflow": "FluxFlow is planned and not built yet",
 }
-"""Codes that a user may reasonably ask for, and why they are refused."""
+"""Codes and names that a user may reasonably ask for, and why they are refused."""
 
 RESERVED_STEPS: dict[str, int] = {"fd": 16, "ff": 16}
 """Pixel steps of the reserved codes, whose bucket lists are already fixed."""

@@ -1,6 +1,7 @@
 """The checker names what a good picture shows, forgives what a decoder adds, and rejects everything else."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ PROPERTIES = ("colour", "background", "position", "shape", "all")
 RED, BLUE = COLOURS["red"], COLOURS["blue"]
 
 
-def real(repeats: int = 1, width: int = 64, height: int = 64, seed: int = 0) -> list[Picture]:
-    rng = np.random.default_rng(seed)
+@cache
+def real(repeats: int = 1, width: int = 64, height: int = 64) -> list[Picture]:
+    rng = np.random.default_rng(0)
     return [draw(combination, rng, width, height) for _ in range(repeats) for combination in ALL]
 
 
@@ -54,7 +56,7 @@ def turned(inside: Callable[..., NDArray[np.bool_]], degrees: float) -> Callable
 
 @pytest.mark.parametrize(
     ("width", "height", "repeats"),
-    [(64, 64, 3), (96, 64, 1), (64, 96, 1), (32, 32, 1), (48, 48, 1), (128, 128, 1)],
+    [(64, 64, 2), (96, 64, 1), (64, 96, 1), (32, 32, 1), (48, 48, 1), (96, 96, 1)],
 )
 def test_all_real_pictures_are_read_right(width: int, height: int, repeats: int) -> None:
     result = score(real(repeats, width, height), ALL * repeats, set())
@@ -67,8 +69,8 @@ def test_a_verdict_names_the_keys_of_the_tables() -> None:
 
 
 def test_shuffled_captions_score_no_better_than_chance() -> None:
-    wanted = [(ALL * 4)[i] for i in np.random.default_rng(1).permutation(4 * 216)]
-    result = score(real(4), wanted, set())
+    wanted = [(ALL * 2)[i] for i in np.random.default_rng(1).permutation(2 * 216)]
+    result = score(real(2), wanted, set())
     chance = {
         "colour": 1 / len(COLOURS),
         "background": 1 / len(BACKGROUNDS),
@@ -76,16 +78,15 @@ def test_shuffled_captions_score_no_better_than_chance() -> None:
         "shape": 1 / len(SHAPES),
         "all": 1 / 216,
     }
-    # The standard deviation is at most 1.6 % with 864 pictures.
+    # The standard deviation is at most 2.3 % with 432 pictures; the permutation is fixed.
     assert {name: result[name] for name in chance} == pytest.approx(chance, abs=0.05)
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        pytest.param(lambda picture, rng: noisy(picture, 10, rng), id="noise"),
-        pytest.param(lambda picture, rng: noisy(picture, 20, rng), id="strong noise"),
-        pytest.param(lambda picture, rng: blurred(picture, 1.0), id="blur"),
+        pytest.param(lambda picture, rng: noisy(picture, 20, rng), id="noise"),
+        pytest.param(lambda picture, rng: blurred(picture, 1.5), id="blur"),
         pytest.param(lambda picture, rng: noisy(blurred(picture, 1.0), 10, rng), id="noise and blur"),
         pytest.param(lambda picture, rng: to_picture(picture + rng.uniform(-20, 20, 3)), id="colour drift"),
         pytest.param(
@@ -102,12 +103,12 @@ def test_faults_of_a_good_decoder_are_forgiven(spoil: Callable[[Picture, np.rand
 
 def test_patchwise_projection_to_16_channels_is_forgiven() -> None:
     # Pictures as an 8 x 8 patch projection fitted to them gives them back: about 29 dB, with seams and soft corners.
-    pictures = np.stack(real(3)).astype(float)
+    pictures = np.stack(real(2)).astype(float)
     patches = pictures.reshape(-1, 8, 8, 8, 8, 3).swapaxes(2, 3).reshape(-1, 192)
     mean = patches.mean(0)
     basis = np.linalg.eigh(np.cov((patches - mean).T))[1][:, -16:]
     restored = ((patches - mean) @ basis @ basis.T + mean).reshape(-1, 8, 8, 8, 8, 3).swapaxes(2, 3)
-    result = score([to_picture(picture) for picture in restored.reshape(-1, 64, 64, 3)], ALL * 3, set())
+    result = score([to_picture(picture) for picture in restored.reshape(-1, 64, 64, 3)], ALL * 2, set())
     assert {name: result[name] for name in PROPERTIES} == dict.fromkeys(PROPERTIES, 1.0)
 
 
@@ -175,7 +176,6 @@ def test_a_shape_of_two_colours_has_no_colour() -> None:
 WRONG_SHAPES: dict[str, Callable[..., NDArray[np.bool_]]] = {
     "diamond": turned(SHAPES["square"], 45),
     "square turned by 15 degrees": turned(SHAPES["square"], 15),
-    "rounded square": lambda x, y: x**4 + y**4 <= 0.7,
     "rectangle": lambda x, y: (abs(x) <= 0.75) & (abs(y) <= 1.1),
     "notched square": lambda x, y: SHAPES["square"](x, y) & ~((x > 0.3) & (abs(y) < 0.3)),
     "square without a corner": lambda x, y: SHAPES["square"](x, y) & ~((x > 0.3) & (y > 0.3)),
@@ -206,6 +206,17 @@ def test_other_shapes_are_no_shape(name: str, background: str) -> None:
         assert verdict.colour == "blue"
 
 
+@pytest.mark.parametrize("power", [3, 4])
+def test_a_rounded_square_is_neither_a_square_nor_a_circle(power: int) -> None:
+    def rounded(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
+        return abs(x) ** power + abs(y) ** power <= 0.9**power
+
+    rng = np.random.default_rng(0)
+    for _ in range(15):
+        x, y, radius = rng.uniform([31, 31, 14.4], [33, 33, 15.7])
+        assert check(paint((rounded, x, y, radius, BLUE))).shape is None
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_far_from_every_place_has_no_position(name: str) -> None:
     for x, y in ((24.7, 32), (39.3, 32), (32, 20), (32, 45)):
@@ -217,6 +228,13 @@ def test_a_tone_between_two_colours_has_no_name() -> None:
     between = tuple(int(tone) for tone in np.mean([RED, COLOURS["yellow"]], axis=0))
     verdict = check(paint((SHAPES["square"], 32, 32, 15, between)))  # type: ignore[arg-type]
     assert verdict == Verdict(colour=None, background="black", position="middle", shape="square")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_faint_shape_keeps_its_outline(name: str) -> None:
+    faint = (16 + 40, 16 + 40, 16 + 32)  # 65 above black: hardly more than what counts as drawn
+    verdict = check(paint((SHAPES[name], 32, 32, 15, faint)))
+    assert verdict == Verdict(colour=None, background="black", position="middle", shape=name)
 
 
 def test_an_unknown_background_has_no_name_and_does_not_hide_the_shape() -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -50,6 +51,7 @@ class TinyFluxConfig:
     use_t5_vec: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
         counts = [
             field.name
@@ -78,12 +80,30 @@ class TinyFluxConfig:
             raise ValueError(
                 f"axes_dims_rope {list(axes)} sums to {sum(axes)}, it must be attention_head_dim {self.attention_head_dim}"
             )
+        if self.sol_hidden_dim < 2:
+            raise ValueError(f"sol_hidden_dim is {self.sol_hidden_dim}, it must be at least 2")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}, it must be positive")
         if not 0 <= self.sol_geometric_weight <= 1:
             raise ValueError(f"sol_geometric_weight is {self.sol_geometric_weight}, it must lie in [0, 1]")
         if not 0 <= self.lune_dropout < 1:
             raise ValueError(f"lune_dropout is {self.lune_dropout}, it must lie in [0, 1)")
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if field.type is int:
+                good, expected = whole, "a whole number"
+            elif field.type is float:
+                good, expected = whole or (isinstance(value, float) and math.isfinite(value)), "a number"
+            elif field.type is bool:
+                good, expected = isinstance(value, bool), "true or false"
+            else:
+                good = isinstance(value, list | tuple) and all(type(part) is int for part in value)
+                expected = "a list of whole numbers"
+            if not good:
+                raise ValueError(f"{field.name} is {value!r}, expected {expected}")
 
     @property
     def mlp_hidden(self) -> int:

@@ -30,6 +30,8 @@ from musubi_tuner.models.tinyflux.sol import LunePredictor, SolPrior, attention_
 TIME_WIDTH = 256
 """Width of the sinusoidal time embedding."""
 ROPE_BASE = 10000.0
+EXPLICIT_ATTENTION_TOKENS = 256
+"""Up to so many keys, attention on a CPU is computed without the fused kernel."""
 
 
 def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
@@ -91,7 +93,7 @@ def rotary_frequencies(width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent pairs of the last axis of x [B, A, tokens, d] in float32; dtype of x is kept."""
+    """Rotate adjacent pairs of the last axis of x [..., tokens, d] in float32; dtype of x is kept."""
     cos, sin = rope
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
@@ -139,21 +141,30 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3 A d] to query, key, value, each [B, A, T, d]."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """[B, T, 3 A d] to queries with keys [2, B, A, T, d] and values [B, A, T, d]."""
+    split = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return split[:2], split[2]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    """Softmax attention with logits ``q k / (sqrt(d) temperature)``; returns [B, T, A d]."""
-    if temperature is not None:
-        q = (q.float() / temperature).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax attention; returns [B, T, A d].
+
+    Few tokens on a CPU are computed as written: the backward pass of the flash kernel in bfloat16 takes about three
+    times as long there (76 tokens, 2 heads of 64, 2 cores).
+    """
+    if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_ATTENTION_TOKENS:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask, float("-inf"))
+        out = logits.float().softmax(dim=-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+    return out.transpose(1, 2).flatten(2)
 
 
-def modulate_heads(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply queries or keys [B, A, N, d] by a float32 factor per token, keeping their dtype."""
+def scale_float(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a float32 factor, keeping the dtype of x: modulation of queries and keys, temperature of queries."""
     return (x.float() * factor).to(x.dtype)
 
 
@@ -163,7 +174,7 @@ class BlockInputs:
     Attributes:
         rope_img: cosines and sines of the image tokens. rope_all: of text and image, for single blocks.
         map_B1N: Sol's importance map at latent resolution, or None.
-        temperature: [B, 1, 1, 1], or None.
+        sharpness: 1 / temperature [B, 1, 1, 1] that multiplies queries, or None.
         key_mask: [B, 1, 1, L + N] boolean, true = may be attended to, or None.
     """
 
@@ -172,11 +183,11 @@ class BlockInputs:
         rope_img: tuple[Tensor, Tensor],
         rope_all: tuple[Tensor, Tensor],
         map_B1N: Tensor | None,
-        temperature: Tensor | None,
+        sharpness: Tensor | None,
         key_mask: Tensor | None,
     ) -> None:
         self.rope_img, self.rope_all = rope_img, rope_all
-        self.map_B1N, self.temperature, self.key_mask = map_B1N, temperature, key_mask
+        self.map_B1N, self.sharpness, self.key_mask = map_B1N, sharpness, key_mask
 
 
 class DoubleAttention(nn.Module):
@@ -195,16 +206,18 @@ class DoubleAttention(nn.Module):
 
     def forward(self, txt: Tensor, img: Tensor, shared: BlockInputs) -> tuple[Tensor, Tensor]:
         """Return the attention outputs of text and image. Temperature acts on image queries only."""
-        txt_q, txt_k, txt_v = split_heads(self.txt_qkv(txt), self.heads)
-        img_q, img_k, img_v = split_heads(self.img_qkv(img), self.heads)
-        img_q, img_k = rotate(img_q, shared.rope_img), rotate(img_k, shared.rope_img)
+        txt_qk, txt_v = split_heads(self.txt_qkv(txt), self.heads)
+        img_qk, img_v = split_heads(self.img_qkv(img), self.heads)
+        img_qk = rotate(img_qk, shared.rope_img)
         if shared.map_B1N is not None:
-            factor = modulation(self.spatial_to_mod, shared.map_B1N)
-            img_q, img_k = modulate_heads(img_q, factor), modulate_heads(img_k, factor)
-        k, v = torch.cat((txt_k, img_k), dim=2), torch.cat((txt_v, img_v), dim=2)
-        txt_attn = attend(txt_q, k, v, None, shared.key_mask)
-        img_attn = attend(img_q, k, v, shared.temperature, shared.key_mask)
-        return self.txt_out(txt_attn), self.img_out(img_attn)
+            img_qk = scale_float(img_qk, modulation(self.spatial_to_mod, shared.map_B1N))
+        img_q, img_k = img_qk
+        if shared.sharpness is not None:
+            img_q = scale_float(img_q, shared.sharpness)
+        # Both streams attend to the same keys, so their queries go through one call.
+        q, k = torch.cat((txt_qk[0], img_q), dim=2), torch.cat((txt_qk[1], img_k), dim=2)
+        attention = attend(q, k, torch.cat((txt_v, img_v), dim=2), shared.key_mask)
+        return self.txt_out(attention[:, : txt.shape[1]]), self.img_out(attention[:, txt.shape[1] :])
 
 
 class DoubleBlock(nn.Module):
@@ -244,13 +257,16 @@ class SingleAttention(nn.Module):
 
     def forward(self, x: Tensor, shared: BlockInputs) -> Tensor:
         """Temperature acts on every token here, text included; the map on image tokens only."""
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        q, k = rotate(q, shared.rope_all), rotate(k, shared.rope_all)
+        qk, v = split_heads(self.qkv(x), self.heads)
+        qk = rotate(qk, shared.rope_all)
         if shared.map_B1N is not None:
             factor = modulation(self.spatial_to_mod, shared.map_B1N)
             factor = F.pad(factor, (0, 0, x.shape[1] - factor.shape[2], 0), value=1.0)
-            q, k = modulate_heads(q, factor), modulate_heads(k, factor)
-        return self.out_proj(attend(q, k, v, shared.temperature, shared.key_mask))
+            qk = scale_float(qk, factor)
+        q, k = qk
+        if shared.sharpness is not None:
+            q = scale_float(q, shared.sharpness)
+        return self.out_proj(attend(q, k, v, shared.key_mask))
 
 
 class SingleBlock(nn.Module):
@@ -429,7 +445,7 @@ class TinyFluxDeep(nn.Module):
             rope_img=(cos[text_tokens:], sin[text_tokens:]),
             rope_all=(cos, sin),
             map_B1N=None if sol is None else upsample_map(sol["spatial_importance"], height, width),
-            temperature=None if sol is None else attention_temperature(sol["temperature"]),
+            sharpness=None if sol is None else 1 / attention_temperature(sol["temperature"]),
             key_mask=key_mask,
         )
 
@@ -451,6 +467,8 @@ def latent_size(tokens: int, img_ids: Tensor | None, height: int | None, width: 
     Raises:
         ValueError: if the size does not match the number of tokens, or cannot be known.
     """
+    if (height is None) != (width is None):
+        raise ValueError(f"height and width go together: got {height} and {width}; pass both or neither")
     if height is None or width is None:
         if img_ids is not None:
             ids = img_ids[0] if img_ids.ndim == 3 else img_ids
@@ -469,8 +487,8 @@ def initialize(model: TinyFluxDeep, scheme: str = "reference", generator: torch.
 
     ``reference``: every Linear Xavier-uniform with zero bias (the AdaLN projections too), as the published code ends
     up doing; the final Linear's weight, the spatial modulation, ``text_balance`` and ``expert_gate`` zero; norms one.
-    ``adaln_zero``: the same with zero AdaLN projections, so that every block starts as the identity
-    (Peebles and Xie 2022, arXiv:2212.09748).
+    ``adaln_zero``: every block starts as the identity (Peebles and Xie 2022, arXiv:2212.09748): zero AdaLN projections, and a
+    zero last layer in the MLP of single blocks, which no gate closes.
 
     Raises:
         ValueError: for an unknown scheme.
@@ -484,7 +502,8 @@ def initialize(model: TinyFluxDeep, scheme: str = "reference", generator: torch.
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
-                if scheme == "adaln_zero" and name.endswith(("norm1.linear", "norm.linear")):
+                closes = name.endswith(("norm1.linear", "norm.linear", ".mlp.fc2"))
+                if scheme == "adaln_zero" and closes:
                     module.weight.zero_()
             elif isinstance(module, nn.Conv2d):
                 module.weight.zero_()

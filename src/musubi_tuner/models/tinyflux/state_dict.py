@@ -61,6 +61,8 @@ def load_model(
     Raises:
         CheckpointError: listing missing and unexpected keys, if the file holds another model.
     """
+    if rope_freqs not in ("checkpoint", "exact"):
+        raise ValueError(f"unknown rope_freqs '{rope_freqs}'; known: checkpoint, exact")
     file = (
         source
         if isinstance(source, WeightFile)
@@ -69,11 +71,14 @@ def load_model(
     geometry = checkpoint_geometry(file)
     model = build(geometry).to(dtype).to_empty(device=device)
     exact = {f"rope.freqs_{axis}": rotary_frequencies(width) for axis, width in enumerate(geometry.axes_dims_rope)}
-    tensors = dict(exact)
-    tensors.update(
-        {key: tensor for key, tensor in file.tensors.items() if rope_freqs == "checkpoint" or key not in exact}
-    )
-    copy_weights(model, tensors, _what(file))
+    tensors = dict(file.tensors)
+    for key, frequencies in exact.items():
+        if rope_freqs == "exact" and key in tensors:
+            tensors[key] = frequencies
+    missing = [key for key in exact if key not in tensors]
+    copy_weights(model, tensors, _what(file), optional=missing)
+    for key in missing:
+        model.rope.get_buffer(key.removeprefix("rope.")).copy_(exact[key])
     return model.eval()
 
 
