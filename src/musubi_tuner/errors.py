@@ -74,6 +74,9 @@ def describe_os_error(error: OSError) -> str:
 
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and turn its outcome into an exit code, with no traceback for a user's mistake."""
+    from musubi_tuner.quiet import quiet_libraries
+
+    quiet_libraries()
     try:
         return body() or EXIT_OK
     except UserError as error:

@@ -49,6 +49,7 @@ def prepare(config: RunConfig) -> None:
     from tqdm import tqdm
 
     from musubi_tuner.device import set_threads
+    from musubi_tuner.quiet import quiet_progress
 
     demo, folder = config.demo, demo_folder(config)
     assert demo is not None
@@ -59,6 +60,7 @@ def prepare(config: RunConfig) -> None:
         pictures.mkdir(parents=True, exist_ok=True)
         write_dataset(pictures, demo.pictures, demo.size, demo.held_out, demo.seed)
         set_threads(config.run.threads, 1)
+        quiet_progress()
         makers = {
             "model.vae_path": _make_autoencoder,
             "model.t5_path": _make_t5,

@@ -66,7 +66,8 @@ def materialize(
         CheckpointError: listing keys that do not belong together.
     """
     lost = {name for name, _ in module.named_buffers()} - set(module.state_dict())
-    module.to(dtype).to_empty(device=device)
+    # Not module.to(): the libraries override it with warnings about casts of weights that are still to come.
+    nn.Module.to(module, dtype).to_empty(device=device)
     for name in lost:
         parent, _, leaf = name.rpartition(".")
         if leaf != "position_ids":

@@ -43,7 +43,7 @@ def paint(
 ) -> Picture:
     """Marks (function, centre x, centre y, radius, colour) on a background, drawn with 4 x 4 samples per pixel."""
     picture = np.full((height * 4, width * 4, 3), BACKGROUNDS[background], float)
-    y, x = (np.mgrid[: height * 4, : width * 4] + 0.5) / 4
+    x, y = (np.arange(width * 4)[None, :] + 0.5) / 4, (np.arange(height * 4)[:, None] + 0.5) / 4
     for inside, centre_x, centre_y, radius, colour in marks:
         picture[inside((x - centre_x) / radius, (y - centre_y) / radius)] = colour
     return to_picture(picture.reshape(height, 4, width, 4, 3).mean(axis=(1, 3)))

@@ -33,6 +33,7 @@ _PLACES = {
     "null_inputs": "conditioning",
     "text_inputs": "conditioning",
     "forward_flops": "flops",
+    "training_flops": "flops",
 }
 
 __all__ = [

@@ -81,8 +81,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, d/2] float32 for ids [tokens, 3]."""
         frequencies = [getattr(self, f"freqs_{axis}") for axis in range(3)]
-        with torch.autocast(ids.device.type, enabled=False):
-            angles = torch.cat([ids[:, axis, None].float() * freqs for axis, freqs in enumerate(frequencies)], dim=-1)
+        angles = torch.cat([ids[:, axis, None].float() * freqs for axis, freqs in enumerate(frequencies)], dim=-1)
         return angles.cos(), angles.sin()
 
 

@@ -1,0 +1,48 @@
+"""Entry point of the benchmarks: python benchmarks/run.py [flops | full_size] [options]
+
+    flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
+    full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
+
+Results that were measured are kept in benchmarks/RESULTS.md, with their conditions.
+"""
+
+import sys
+
+import full_size
+
+from musubi_tuner.models.tinyflux.flops import block_flops, forward_flops, training_flops
+from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+
+
+def flops() -> int:
+    """Print a table of operations."""
+    config = TinyFluxConfig()
+    print("TinyFlux-Deep, 245 M parameters, 128 text tokens, one sample; 10^12 operations")
+    print(f"{'pixels':>10} {'tokens':>7} {'forward':>9} {'training':>9} {'checkpointed':>13} {'attention share':>16}")
+    for side in (256, 512, 768, 1024):
+        cells = side // 8
+        tokens = cells * cells + 128
+        forward = forward_flops(config, 1, cells, cells, 128)
+        attention = 4 * tokens * tokens * config.hidden_size * (config.num_double_layers + config.num_single_layers)
+        training = training_flops(config, 1, cells, cells, 128)
+        checkpointed = training_flops(config, 1, cells, cells, 128, checkpointing=True)
+        print(
+            f"{side:>5}x{side:<4} {tokens:>7} {forward / 1e12:>9.3f} {training / 1e12:>9.3f} {checkpointed / 1e12:>13.3f} "
+            f"{attention / forward:>16.0%}"
+        )
+    double, single = block_flops(config, 4096, 128)
+    print(f"at 512x512 a double block takes {double / 1e9:.1f} and a single block {single / 1e9:.1f} x 10^9 operations")
+    return 0
+
+
+def main() -> int:
+    """Run the benchmark named on the command line."""
+    commands = {"flops": flops, "full_size": lambda: full_size.main(sys.argv[2:])}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__)
+        return 0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2
+    return commands[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

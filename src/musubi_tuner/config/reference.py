@@ -1,0 +1,51 @@
+"""The reference page of all settings: ``python -m musubi_tuner.config.reference > docs/config.md``. Torch-free."""
+
+import sys
+
+from musubi_tuner.config.command_line import format_default
+from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.models.registry import MODELS
+
+
+def reference_page() -> str:
+    """The page as Markdown."""
+    flags: dict[str, list[str]] = {}
+    for name, parameter in flat_names().items():
+        flags.setdefault(parameter.key, []).append(f"`--{name}`")
+    lines = [
+        "# Settings of a run file",
+        "",
+        "Made from the code by `python -m musubi_tuner.config.reference`; do not edit.",
+        "",
+        "Every setting is also reached by `--set table.key=value`. An absent optional value means off. Items are described in",
+        "`[general]` and `[[datasets]]`, see `toml/tinyflux_dataset.toml`. `[accelerate]` is another name of `[distributed]`.",
+        "A setting marked * may change between starts of one run; all others are refused with the list of differences.",
+    ]
+    section = None
+    for parameter in parameters():
+        if parameter.section != section:
+            section = parameter.section
+            title = f"## [{section}]" if section else "## Top level"
+            lines += ["", title, ""]
+            if section:
+                lines += [section_classes()[section].__doc__ or "", ""]
+            lines += ["| key | type | default | option | meaning |", "|---|---|---|---|---|"]
+        default = format_default(parameter)
+        for code in MODELS:
+            own = MODELS[code].defaults.get(parameter.key)
+            if own is not None:
+                default += f"; {code}: {own}"
+        star = "*" if parameter.extra("resume") == "free" else ""
+        cells = [
+            f"`{parameter.name}`{star}",
+            parameter.type_name,
+            f"`{default}`" if default not in ("absent", "required") else default,
+            " ".join(flags.get(parameter.key, [])),
+            parameter.help,
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference_page())

@@ -1,0 +1,17 @@
+"""Less noise from libraries: lines that no user can act on, and progress bars for saving small files."""
+
+import logging
+
+
+def quiet_libraries() -> None:
+    """Call at the start of a command, before the libraries are imported."""
+    # bitsandbytes, imported by transformers and diffusers, reports an optional 4-bit CPU kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def quiet_progress() -> None:
+    """Hide transformers' bars; call once it is imported anyway."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,99 @@
+"""Runs commands in forks of one process that has imported the heavy libraries already.
+
+A start of Python with torch, diffusers and transformers costs about eight seconds; a test of interruptions needs dozens of
+starts. Here every command still gets a process, an environment and a working directory of its own, and dies alone when
+it is killed, but the imports are paid once. The server never computes anything, so a fork inherits no threads.
+
+Protocol, one JSON object per line: {"command", "arguments", "cwd", "environment", "stdout", "stderr"} comes in,
+{"pid"} and later {"code", "faults_left"} go out; ``code`` is negative for a signal, as subprocess has it.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+LEFT = ".faults_left"
+
+
+def _import_everything() -> None:
+    """What the commands would import one by one."""
+    import diffusers.models.attention_processor
+    import diffusers.models.transformers.transformer_2d
+    import torch.utils.data
+    import torch.utils.tensorboard
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    for name in ("caching.command", "caching.jobs", "encoders.autoencoder", "encoders.teachers", "encoders.text",
+                 "runner.command", "runner.plan", "training.trainer", "tinyflux_generate_image"):  # fmt: skip
+        importlib.import_module(f"musubi_tuner.{name}")
+    assert all((AutoencoderKL, UNet2DConditionModel, AutoTokenizer, CLIPTextModel, T5EncoderModel))
+
+
+def _entry(command: str) -> Any:
+    """The main function of a command, as its script calls it."""
+    if command == "train":
+        return importlib.import_module("musubi_tuner.runner.command").main
+    if command == "generate":
+        return importlib.import_module("musubi_tuner.tinyflux_generate_image").main
+    job = importlib.import_module("musubi_tuner.caching.command").main
+    return lambda arguments: job(command, arguments)
+
+
+def _become(request: dict[str, Any]) -> int:
+    """In the fork: take the place of a freshly started command."""
+    streams = [os.open(os.devnull, os.O_RDONLY)]
+    streams += [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "r" if n == 0 else "w", buffering=1) for n in range(3))
+    os.chdir(request["cwd"])
+    os.environ.update(request["environment"])
+    files = importlib.reload(importlib.import_module("musubi_tuner.files"))  # it reads MUSUBI_FAULT when imported
+    sys.argv = [request["command"], *request["arguments"]]
+    try:
+        code = _entry(request["command"])(request["arguments"])
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if "MUSUBI_FAULT" in request["environment"]:
+        Path(request["stdout"]).with_name(LEFT).write_text(str(files._fault_left), encoding="utf-8")
+    return int(code)
+
+
+def _fork(request: dict[str, Any], answers: Any) -> None:
+    left = Path(request["stdout"]).with_name(LEFT)
+    left.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = _become(request)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    print(json.dumps({"pid": pid}), file=answers, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    faults_left = int(left.read_text(encoding="utf-8")) if left.exists() else None
+    print(json.dumps({"code": code, "faults_left": faults_left}), file=answers, flush=True)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints while it is imported is no answer
+    _import_everything()
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        _fork(json.loads(line), answers)
+
+
+if __name__ == "__main__":
+    main()

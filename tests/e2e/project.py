@@ -1,0 +1,360 @@
+"""A small but complete project: real photographs, encoders of the real topologies at tiny width, and run files.
+
+Everything is made in seconds and needs no network: the photographs ship inside scikit-image, the encoders have random
+weights and are saved as single files with their config beside them, as they come from the hub.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CAPTIONS = {
+    "astronaut": "a woman in an orange space suit in front of a flag",
+    "camera": "a man with a camera on a tripod, black and white",
+    "coffee": "a cup of coffee with a spoon on a wooden table",
+    "chelsea": "the face of a tabby cat with green eyes",
+    "moon": "craters on the grey moon",
+    "rocket": "a rocket on its launch pad at night",
+    "coins": "rows of old coins on a dark ground",
+    "stamp": "a small picture of a cup",
+    "galaxies": "many galaxies in the black sky",
+}
+"""Nine photographs; 1:1, 3:2 and 2:3 are among them."""
+WIDTH = 32
+"""Of both text encoders and of the model."""
+TEACHER_WIDTH = 16
+"""Of the middle of the teachers' U-Net."""
+GEOMETRY = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "num_double_layers": 1,
+    "num_single_layers": 1,
+    "axes_dims_rope": [4, 6, 6],
+    "lune_expert_dim": TEACHER_WIDTH,
+    "lune_hidden_dim": 16,
+    "sol_hidden_dim": 16,
+}
+ORIENTATION = 0x0112
+
+
+def make_photographs(folder: Path) -> Path:
+    """Save the photographs with their captions: PNG and JPEG, grey, with alpha, turned by EXIF, and one to be enlarged."""
+    import skimage.data
+
+    folder.mkdir(parents=True)
+
+    def image(name: str) -> Image.Image:
+        return Image.fromarray(getattr(skimage.data, name)())
+
+    image("astronaut").save(folder / "astronaut.png")
+    assert image("camera").mode == "L"
+    image("camera").save(folder / "camera.png")
+    image("coffee").save(folder / "coffee.jpg", quality=92)
+    cat = image("chelsea")
+    ramp = np.linspace(0, 255, cat.width, dtype=np.uint8)[None].repeat(cat.height, axis=0)
+    cat.putalpha(Image.fromarray(ramp))
+    cat.save(folder / "chelsea.png")
+    image("moon").convert("RGB").save(folder / "moon.webp", quality=90)
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    image("rocket").save(folder / "rocket.jpg", quality=92, exif=turned)
+    image("coins").save(folder / "coins.bmp")
+    image("coffee").resize((100, 75)).save(folder / "stamp.png")
+    image("hubble_deep_field").save(folder / "galaxies.jpg", quality=92)
+    for name, caption in CAPTIONS.items():
+        (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+def words() -> list[str]:
+    """Vocabulary of the captions, without punctuation."""
+    return sorted({word for caption in CAPTIONS.values() for word in caption.replace(",", " ,").split()})
+
+
+def autoencoder(channels: int, **changes: Any) -> Any:
+    """The four levels of FLUX's and SD1.5's autoencoder, narrow, with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(channels)
+    return AutoencoderKL(
+        **{
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [8, 8, 8, 8],
+            "layers_per_block": 2,
+            "latent_channels": channels,
+            "norm_num_groups": 4,
+            **changes,
+        }
+    ).eval()
+
+
+def flux_autoencoder() -> Any:
+    """16 channels, with the scale and shift of FLUX.1."""
+    return autoencoder(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def save_single(model: Any, path: Path, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
+    """One safetensors file with the config as json beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {prefix + key: t.contiguous() for key, t in model.state_dict().items() if key not in leave_out}
+    save_file(tensors, path)
+    if hasattr(model, "save_config"):
+        model.save_config(path.parent)
+        (path.parent / "config.json").rename(path.with_suffix(".json"))
+    else:
+        path.with_suffix(".json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+
+
+def make_encoders(folder: Path) -> Path:
+    """Autoencoder, CLIP, T5, teacher U-Net with two overlays, teacher autoencoder."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from musubi_tuner.demo.prepare import word_tokenizer
+
+    save_single(flux_autoencoder(), folder / "ae.safetensors")
+    save_single(autoencoder(4, scaling_factor=0.18215), folder / "sd_vae.safetensors")
+
+    torch.manual_seed(1)
+    # Like CLIP-L's own: padded with the end-of-text token, pooled at the first of them.
+    tokenizer = word_tokenizer(words(), "<|startoftext|>", "<|endoftext|>", "<|endoftext|>", 77)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    published = "" if any(key.startswith("text_model.") for key in clip.state_dict()) else "text_model."
+    save_single(clip, folder / "clip" / "clip_l.safetensors", prefix=published)
+    tokenizer.save_pretrained(folder / "clip" / "tokenizer")
+
+    torch.manual_seed(2)
+    tokenizer = word_tokenizer(words(), None, "</s>", "<pad>", 128)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    save_single(t5, folder / "t5" / "t5_base.safetensors", leave_out=("encoder.embed_tokens.weight",))
+    tokenizer.save_pretrained(folder / "t5" / "tokenizer")
+
+    torch.manual_seed(3)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(8, 8, TEACHER_WIDTH, TEACHER_WIDTH),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+    )
+    unet.save_pretrained(folder / "unet")
+    for seed, name in enumerate(("lune", "sol")):
+        save_overlay(folder / "unet", folder / f"{name}.safetensors", seed)
+    return folder
+
+
+def save_overlay(unet: Path, path: Path, seed: int) -> None:
+    """A teacher: every weight of the U-Net moved a little."""
+    from safetensors.torch import load_file
+
+    generator = torch.Generator().manual_seed(seed)
+    base = load_file(unet / "diffusion_pytorch_model.safetensors")
+    save_file({key: t + 0.05 * torch.randn(t.shape, generator=generator) for key, t in base.items()}, path)
+
+
+def run_tables(root: Path, images: Path, encoders: Path) -> dict[str, Any]:
+    """A run file of a tiny TinyFlux, with output and caches below ``root``."""
+    return {
+        "schema_version": 1,
+        "run": {"name": "photos", "output_dir": str(root / "out"), "seed": 7},
+        "model": {
+            "arch": "tf",
+            "init": "scratch",
+            "init_scheme": "adaln_zero",
+            "vae_path": str(encoders / "ae.safetensors"),
+            "clip_path": str(encoders / "clip" / "clip_l.safetensors"),
+            "t5_path": str(encoders / "t5" / "t5_base.safetensors"),
+            "t5_max_tokens": 24,
+            "geometry": dict(GEOMETRY),
+        },
+        "experts": {
+            "unet": str(encoders / "unet"),
+            "vae": str(encoders / "sd_vae.safetensors"),
+            "lune": str(encoders / "lune.safetensors"),
+            "sol": str(encoders / "sol.safetensors"),
+            "resolution": 192,
+            "time_buckets": 4,
+        },
+        "cache": {"dtype": "float32", "latent_mode": "mean", "latents_batch_size": 2, "text_batch_size": 4,
+                  "experts_batch_size": 2},
+        "general": {"resolution": 128, "batch_size": 2},
+        "datasets": [{"image_directory": str(images), "cache_directory": str(root / "cache")}],
+        "objective": {"lune_warmup_steps": 5, "sol_warmup_steps": 5},
+        "train": {"max_steps": 20, "mixed_precision": "no"},
+        "optimizer": {"lr": 3e-3},
+        "scheduler": {"warmup_steps": 2},
+        "ema": {"decay": 0.9},
+        "save": {"every_steps": 5, "every_epochs": 0, "keep_last_steps": 2},
+        "sample": {"every_steps": 0},
+        "log": {"every_steps": 1},
+    }  # fmt: skip
+
+
+def write_run(root: Path, images: Path, encoders: Path, file_name: str = "run.toml", **changes: Any) -> Path:
+    """Write the run file into ``root`` and return it.
+
+    Args:
+        changes: by table; a value of None leaves the key out, a list or scalar replaces the whole table.
+    """
+    tables = run_tables(root, images, encoders)
+    for table, values in changes.items():
+        if isinstance(values, Mapping):
+            merged = {**tables.get(table, {}), **values}
+            tables[table] = {key: value for key, value in merged.items() if value is not None}
+        else:
+            tables[table] = values
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / file_name
+    path.write_text(tomli_w.dumps({key: value for key, value in tables.items() if value is not None}), encoding="utf-8")
+    return path
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """The environment of a user, without network and without what a test harness sets."""
+    leave_out = ("OMP_NUM_THREADS", "MUSUBI_FAULT", "PYTEST_CURRENT_TEST", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+    kept = {key: value for key, value in os.environ.items() if key not in leave_out}
+    return {**kept, "MUSUBI_CACHE_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Result:
+    """What a command left: exit code (negative for a signal) and its output."""
+
+    code: int
+    out: str
+    err: str
+    faults_left: int | None = None
+
+    def __str__(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+def run_command(arguments: Sequence[str | Path], cwd: Path, home: Path, **environment: str) -> Result:
+    """Run ``python arguments...`` as a user would."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**clean_environment(home), **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+class ForkServer:
+    """Client of fork_server.py: commands that start in a tenth of a second. See there for what it is and is not."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(self.folder / "server.log").open("w"),
+            env=clean_environment(home),
+            text=True,
+        )
+
+    def start(self, command: str, arguments: Sequence[str | Path], cwd: Path, **environment: str) -> int:
+        """Begin ``train``, ``generate``, ``latents``, ``text`` or ``experts`` and return its process id."""
+        request = {
+            "command": command,
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd),
+            "environment": environment,
+            "stdout": str(self.folder / "stdout"),
+            "stderr": str(self.folder / "stderr"),
+        }
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self._answer("pid")["pid"])
+
+    def finish(self) -> Result:
+        """Wait for the command that was started."""
+        answer = self._answer("code")
+        out, err = ((self.folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        return Result(answer["code"], out, err, answer["faults_left"])
+
+    def run(self, command: str, arguments: Sequence[str | Path], cwd: Path, **environment: str) -> Result:
+        """Run a command to its end."""
+        self.start(command, arguments, cwd, **environment)
+        return self.finish()
+
+    def _answer(self, key: str) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answer: dict[str, Any] = json.loads(line)
+            if key in answer:
+                return answer
+        raise RuntimeError(f"the fork server ended: {(self.folder / 'server.log').read_text(encoding='utf-8')}")
+
+    def close(self) -> None:
+        """End the server; it ends when its input does."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without the wall clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key != "clock"} for row in rows]
+
+
+def final_files(folder: Path, name: str = "photos") -> dict[str, bytes]:
+    """Content of what a finished run must reproduce: weights, average, and the tensors of the final state."""
+    paths = [folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"]
+    paths += [folder / f"{name}-state" / f"{part}.safetensors" for part in ("model", "ema", "optimizer")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def cache_files(folder: Path) -> dict[str, bytes]:
+    """Content of the cache files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """Copy a folder with its modification times, which caches and indexes compare."""
+    shutil.copytree(source, target)
+    return target

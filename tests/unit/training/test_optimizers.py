@@ -1,0 +1,295 @@
+"""Parameter groups are as the config says, and optimizers continue from their files as if never stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.training.checkpoint import TrainingState, read_tensors, read_values, write_state
+from musubi_tuner.training.optimizers import (
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+    set_learning_rate,
+    trainable,
+)
+
+Build = Callable[[nn.Module, OptimizerSection], torch.optim.Optimizer]
+
+
+class Net(nn.Module):
+    """Two matrices large enough for 8-bit states (4096 numbers), a norm, a bias, a gate and a frozen matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = nn.Parameter(torch.randn(64, 80, generator=generator) * 0.1)
+        self.second = nn.Parameter(torch.randn(80, 64, generator=generator) * 0.1)
+        self.norm = nn.Parameter(torch.ones(64))
+        self.bias = nn.Parameter(torch.zeros(80))
+        self.gate = nn.Parameter(torch.tensor(0.5))
+        self.frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh((x * self.norm) @ self.first + self.bias)
+        return self.gate * (hidden @ self.second)
+
+
+MATRICES, REST = ["first", "second"], ["norm", "bias", "gate"]
+
+
+def settings(**values: Any) -> OptimizerSection:
+    return OptimizerSection(**values)
+
+
+def build(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    return build_optimizer(trainable(model), section)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, begin: int, end: int) -> None:
+    """Updates ``begin`` to ``end``; the data of an update depends on its number only."""
+    for update in range(begin, end):
+        generator = torch.Generator().manual_seed(100 + update)
+        x = torch.randn(4, 64, generator=generator)
+        loss = (model(x) - torch.randn(4, 64, generator=generator)).square().mean()
+        loss.backward()
+        set_learning_rate(optimizer, 0.01 / (1 + update))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# Groups
+
+
+def test_matrices_decay_and_everything_else_does_not() -> None:
+    groups = parameter_groups(trainable(Net()), settings(weight_decay=0.1, lr=0.02))
+    assert [(group["names"], group["weight_decay"], group["lr"]) for group in groups] == [
+        (MATRICES, 0.1, 0.02),
+        (REST, 0.0, 0.02),
+    ]
+
+
+def test_names_and_parameters_of_a_group_belong_together() -> None:
+    model = Net()
+    for group in parameter_groups(trainable(model), settings()):
+        assert [id(parameter) for parameter in group["params"]] == [
+            id(model.get_parameter(name)) for name in group["names"]
+        ]
+
+
+def test_decay_all_makes_one_group_of_everything_in_order() -> None:
+    groups = parameter_groups(trainable(Net()), settings(weight_decay=0.1, decay_all=True))
+    assert [(group["names"], group["weight_decay"]) for group in groups] == [(MATRICES + REST, 0.1)]
+
+
+@pytest.mark.parametrize("names", [MATRICES, REST])
+def test_empty_group_is_left_out(names: list[str]) -> None:
+    chosen = [(name, parameter) for name, parameter in trainable(Net()) if name in names]
+    assert [group["names"] for group in parameter_groups(chosen, settings())] == [names]
+
+
+def test_frozen_parameters_are_not_trained() -> None:
+    assert [name for name, _ in trainable(Net())] == MATRICES + REST
+
+
+def test_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nothing is trainable: every parameter of the model is frozen"):
+        trainable(Net().requires_grad_(False))
+
+
+def test_decay_shrinks_matrices_only() -> None:
+    model = Net()
+    optimizer = build(model, settings(lr=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        # Decoupled decay: the weight loses lr * weight_decay of itself.
+        expected = before[name] * (0.95 if name in MATRICES else 1.0)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_settings_reach_the_optimizer() -> None:
+    optimizer = build(Net(), settings(lr=0.003, betas=[0.8, 0.95], eps=1e-6, weight_decay=0.2))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for group, decay in zip(optimizer.param_groups, (0.2, 0.0)):
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.003, (0.8, 0.95), 1e-6)
+        assert group["weight_decay"] == decay
+
+
+def test_adamw_equals_its_formula() -> None:
+    parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    section = settings(lr=0.1, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.01)
+    optimizer = build_optimizer([("weight", parameter)], section)
+    gradients = [torch.tensor([[0.5, 1.0]]), torch.tensor([[-0.25, 2.0]])]
+    expected, first, second = parameter.detach().clone().double(), 0.0, 0.0
+    for count, gradient in enumerate(gradients, start=1):
+        parameter.grad = gradient
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.99 * second + 0.01 * gradient.double().square()
+        expected = expected * (1 - 0.1 * 0.01)
+        expected = expected - 0.1 * (first / (1 - 0.9**count)) / ((second / (1 - 0.99**count)).sqrt() + 1e-8)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_learning_rate_is_set_for_all_groups() -> None:
+    optimizer = build(Net(), settings())
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+# States
+
+
+def save_and_load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, build: Build, kind: str) -> Any:
+    """A new model and optimizer that know the old ones by their files only."""
+    tensors, values = optimizer_state(optimizer)
+    write_state(folder, TrainingState(model.state_dict(), {}, tensors, {"step": 0, "optimizer": values}))
+    restored = Net()
+    restored.load_state_dict(read_tensors(folder, "model"))
+    continued = build(restored, settings(type=kind, lr=0.01))
+    load_optimizer_state(continued, read_tensors(folder, "optimizer"), read_values(folder)["optimizer"])
+    return restored, continued
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
+def test_stopped_and_continued_training_equals_an_unbroken_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    unbroken = Net()
+    train(unbroken, build(unbroken, settings(type=kind, lr=0.01)), 0, 7)
+
+    model = Net()
+    optimizer = build(model, settings(type=kind, lr=0.01))
+    train(model, optimizer, 0, 3)
+    restored, continued = save_and_load(tmp_path / "run-state", model, optimizer, build, kind)
+    train(restored, continued, 3, 7)
+
+    for name, parameter in unbroken.named_parameters():
+        assert torch.equal(restored.get_parameter(name), parameter), name
+        assert (name == "frozen") == torch.equal(parameter, Net().get_parameter(name)), name
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
+def test_saved_state_comes_back_entry_by_entry(kind: str, tmp_path: Path) -> None:
+    model = Net()
+    optimizer = build(model, settings(type=kind, lr=0.01))
+    train(model, optimizer, 0, 2)
+    _, continued = save_and_load(tmp_path / "run-state", model, optimizer, build, kind)
+    tensors, values = optimizer_state(optimizer)
+    found_tensors, found_values = optimizer_state(continued)
+    assert found_values == values
+    assert set(values) == {*MATRICES, *REST}
+    assert found_tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found_tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(found_tensors[name], tensor), name
+
+
+def test_eight_bit_state_is_saved_in_eight_bits() -> None:
+    model = Net()
+    optimizer = build(model, settings(type="AdamW8bit", lr=0.01))
+    train(model, optimizer, 0, 1)
+    tensors, _ = optimizer_state(optimizer)
+    found = {name for name, tensor in tensors.items() if tensor.dtype == torch.uint8}
+    assert found == {"first/state1", "first/state2", "second/state1", "second/state2"}
+
+
+def test_state_before_the_first_update_is_empty_and_loads(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = build(model, settings())
+    assert optimizer_state(optimizer) == ({}, {})
+    restored, continued = save_and_load(tmp_path / "run-state", model, optimizer, build, "AdamW")
+    train(model, optimizer, 0, 2)
+    train(restored, continued, 0, 2)
+    assert torch.equal(restored.first, model.first)
+
+
+def test_parameter_without_a_gradient_has_no_state_and_no_place_in_the_file(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = build(model, settings())
+    model.first.grad = torch.ones_like(model.first)
+    optimizer.step()
+    tensors, values = optimizer_state(optimizer)
+    assert set(values) == {"first"}
+    _, continued = save_and_load(tmp_path / "run-state", model, optimizer, build, "AdamW")
+    assert optimizer_state(continued)[0].keys() == tensors.keys()
+
+
+def test_state_belongs_to_names_and_not_to_positions() -> None:
+    model = Net()
+    optimizer = build(model, settings())
+    train(model, optimizer, 0, 2)
+    other = Net()
+    reordered = build_optimizer(trainable(other)[::-1], settings())
+    load_optimizer_state(reordered, *optimizer_state(optimizer))
+    for name in MATRICES + REST:
+        expected = optimizer.state[model.get_parameter(name)]["exp_avg"]
+        assert torch.equal(reordered.state[other.get_parameter(name)]["exp_avg"], expected), name
+
+
+def test_loading_leaves_rates_and_decay_to_the_config() -> None:
+    model = Net()
+    optimizer = build(model, settings(lr=0.01, weight_decay=0.3))
+    train(model, optimizer, 0, 1)
+    changed = build(Net(), settings(lr=0.5, weight_decay=0.1))
+    load_optimizer_state(changed, *optimizer_state(optimizer))
+    assert [(group["lr"], group["weight_decay"]) for group in changed.param_groups] == [(0.5, 0.1), (0.5, 0.0)]
+
+
+def test_state_of_other_parameters_is_refused_by_name() -> None:
+    optimizer = build(Net(), settings())
+    with pytest.raises(CheckpointError) as caught:
+        load_optimizer_state(optimizer, {}, {"first": {}, "b.weight": {}, "a.weight": {}})
+    assert str(caught.value) == "the optimizer state has 2 unknown parameters (a.weight, b.weight)"
+
+
+def test_state_that_cannot_be_written_is_refused_by_name() -> None:
+    model = Net()
+    optimizer = build(model, settings())
+    optimizer.state[model.norm]["history"] = [1, 2]
+    with pytest.raises(CheckpointError, match=r"optimizer state norm/history is a list; it cannot be saved"):
+        optimizer_state(optimizer)
+
+
+# Clipping
+
+
+def with_gradients() -> list[nn.Parameter]:
+    """Gradients (3, 0) and (0, 4), whose norm is 5, and a parameter without one."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    return parameters
+
+
+def gradients(parameters: list[nn.Parameter]) -> list[float]:
+    return [value for parameter in parameters if parameter.grad is not None for value in parameter.grad.tolist()]
+
+
+def test_clipping_scales_to_the_limit_and_returns_the_norm_before() -> None:
+    parameters = with_gradients()
+    assert clip_gradients(parameters, 1.0).item() == pytest.approx(5.0)
+    # torch adds 1e-6 to the norm that it divides by.
+    assert gradients(parameters) == pytest.approx([0.6, 0.0, 0.0, 0.8], rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.0, 5.1])
+def test_gradients_are_left_alone_without_a_limit_and_below_it(limit: float) -> None:
+    parameters = with_gradients()
+    assert clip_gradients(parameters, limit).item() == pytest.approx(5.0)
+    assert gradients(parameters) == [3.0, 0.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_norm_of_gradients_that_are_not_finite_is_not_finite(value: float) -> None:
+    parameters = with_gradients()
+    assert parameters[1].grad is not None
+    parameters[1].grad[0] = value
+    assert not clip_gradients(parameters, 0.0).isfinite()
