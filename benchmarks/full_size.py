@@ -65,8 +65,7 @@ def make_encoders(folder: Path) -> None:
     if (folder / "done").exists():
         return
     torch.manual_seed(0)
-    words = "an astronaut in an orange suit before a flag and a shuttle".split()
-    words = sorted(set(words))
+    words = ["a", "an", "and", "astronaut", "before", "flag", "in", "orange", "shuttle", "suit"]
     clip_tokenizer = word_tokenizer(words, "<|startoftext|>", "<|endoftext|>", "<pad>", 77)
     t5_tokenizer = word_tokenizer(words, None, "</s>", "<pad>", 128)
     models = {

@@ -55,7 +55,7 @@ def caches(workshop: Path, photographs: Path, encoders: Path, server: ForkServer
     config = write_run(workshop / "cached", photographs, encoders)
     for job in ("latents", "text", "experts"):
         result = server.run(job, [config], workshop)
-        assert result.code == 0, result
+        result.expect(0)
     return workshop / "cached" / "cache"
 
 

@@ -21,17 +21,14 @@ LEFT = ".faults_left"
 
 def _import_everything() -> None:
     """What the commands would import one by one."""
-    import diffusers.models.attention_processor
-    import diffusers.models.transformers.transformer_2d
-    import torch.utils.data
-    import torch.utils.tensorboard
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-
+    for name in ("torch.utils.data", "torch.utils.tensorboard", "diffusers.models.attention_processor",
+                 "diffusers.models.transformers.transformer_2d", "diffusers.models.autoencoders.autoencoder_kl",
+                 "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip",
+                 "transformers.models.t5.modeling_t5", "transformers.models.auto.tokenization_auto"):  # fmt: skip
+        importlib.import_module(name)
     for name in ("caching.command", "caching.jobs", "encoders.autoencoder", "encoders.teachers", "encoders.text",
                  "runner.command", "runner.plan", "training.trainer", "tinyflux_generate_image"):  # fmt: skip
         importlib.import_module(f"musubi_tuner.{name}")
-    assert all((AutoencoderKL, UNet2DConditionModel, AutoTokenizer, CLIPTextModel, T5EncoderModel))
 
 
 def _entry(command: str) -> Any:

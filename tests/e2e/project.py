@@ -98,7 +98,7 @@ def autoencoder(channels: int, **changes: Any) -> Any:
             "out_channels": 3,
             "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [8, 8, 8, 8],
+            "block_out_channels": [4, 8, 8, 8],
             "layers_per_block": 2,
             "latent_channels": channels,
             "norm_num_groups": 4,
@@ -189,10 +189,13 @@ def save_overlay(unet: Path, path: Path, seed: int) -> None:
 
 
 def run_tables(root: Path, images: Path, encoders: Path) -> dict[str, Any]:
-    """A run file of a tiny TinyFlux, with output and caches below ``root``."""
+    """A run file of a tiny TinyFlux, with output and caches below ``root``.
+
+    One thread: a model of this size gains nothing from a second, and waits for it where the cores are busy.
+    """
     return {
         "schema_version": 1,
-        "run": {"name": "photos", "output_dir": str(root / "out"), "seed": 7},
+        "run": {"name": "photos", "output_dir": str(root / "out"), "seed": 7, "threads": 1},
         "model": {
             "arch": "tf",
             "init": "scratch",
@@ -221,7 +224,6 @@ def run_tables(root: Path, images: Path, encoders: Path) -> dict[str, Any]:
         "scheduler": {"warmup_steps": 2},
         "ema": {"decay": 0.9},
         "save": {"every_steps": 5, "every_epochs": 0, "keep_last_steps": 2},
-        "sample": {"every_steps": 0},
         "log": {"every_steps": 1},
     }  # fmt: skip
 
@@ -261,8 +263,17 @@ class Result:
     err: str
     faults_left: int | None = None
 
-    def __str__(self) -> str:
-        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+    def expect(self, code: int) -> "Result":
+        """Check the exit code, and that nothing ended in a traceback.
+
+        Raises:
+            AssertionError: with the whole output.
+        """
+        if self.code != code or "Traceback" in self.err:
+            raise AssertionError(
+                f"exit code {self.code}, expected {code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+            )
+        return self
 
 
 def run_command(arguments: Sequence[str | Path], cwd: Path, home: Path, **environment: str) -> Result:
@@ -285,14 +296,15 @@ class ForkServer:
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(self.folder / "server.log").open("w"),
-            env=clean_environment(home),
-            text=True,
-        )
+        with (self.folder / "server.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=clean_environment(home),
+                text=True,
+            )
 
     def start(self, command: str, arguments: Sequence[str | Path], cwd: Path, **environment: str) -> int:
         """Begin ``train``, ``generate``, ``latents``, ``text`` or ``experts`` and return its process id."""
@@ -342,19 +354,86 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "clock"} for row in rows]
 
 
-def final_files(folder: Path, name: str = "photos") -> dict[str, bytes]:
-    """Content of what a finished run must reproduce: weights, average, and the tensors of the final state."""
+Content = tuple[dict[str, Any], bytes]
+"""Header of a safetensors file, and the bytes of its tensors."""
+
+
+def content(path: Path) -> Content:
+    """Everything in a safetensors file but the order of its metadata, which the library leaves to chance."""
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:begin]), raw[begin:]
+
+
+def final_files(folder: Path, name: str = "photos") -> dict[str, Content]:
+    """What a finished run must reproduce: weights, average, and the tensors of the final state."""
     paths = [folder / f"{name}.safetensors", folder / f"{name}_ema.safetensors"]
     paths += [folder / f"{name}-state" / f"{part}.safetensors" for part in ("model", "ema", "optimizer")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return {path.relative_to(folder).as_posix(): content(path) for path in paths}
 
 
-def cache_files(folder: Path) -> dict[str, bytes]:
+def cache_paths(folder: Path) -> list[Path]:
+    """The complete cache files of a folder."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(".")]
+
+
+def cache_files(folder: Path) -> dict[str, Content]:
     """Content of the cache files of a folder, by name."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    return {path.name: content(path) for path in cache_paths(folder)}
+
+
+def differing(ours: dict[str, Content], expected: dict[str, Content]) -> list[str]:
+    """Names whose content differs, or that only one side has."""
+    return [name for name in sorted({*ours, *expected}) if ours.get(name) != expected.get(name)]
 
 
 def copy_tree(source: Path, target: Path) -> Path:
     """Copy a folder with its modification times, which caches and indexes compare."""
     shutil.copytree(source, target)
     return target
+
+
+RELEASE = ["README.md", "config.json", "ema.safetensors", "model.safetensors"]
+EVERYTHING = 1_000_000
+"""More passes than any run makes: a fault that never fires and only counts."""
+
+
+class Rehearsal:
+    """One run that is trained undisturbed once, and then again with its plug pulled."""
+
+    def __init__(self, folder: Path, server: ForkServer, caches: Path, photographs: Path, encoders: Path) -> None:
+        self.folder, self.server, self.caches = folder, server, caches
+        self.inputs = (photographs, encoders)
+        self.counted: dict[str, int] = {}
+        self.reference = self.new("undisturbed")
+        self.start(self.reference).expect(0)
+
+    def new(self, name: str, **changes: Any) -> Path:
+        """A run file with its caches in a new folder."""
+        root = self.folder / name
+        copy_tree(self.caches, root / "cache")
+        save = {"every_steps": 5, "every_epochs": 2, "keep_last_steps": 2, "keep_last_epochs": 1}
+        return write_run(root, *self.inputs, **{"save": save, **changes})
+
+    def start(self, config: Path, **environment: str) -> Result:
+        """The training command."""
+        return self.server.run("train", [config], config.parent, **environment)
+
+    def passes(self, point: str) -> int:
+        """How often an undisturbed run passes a fault point."""
+        if point not in self.counted:
+            result = self.start(self.new(f"count {point}"), MUSUBI_FAULT=f"{point}:{EVERYTHING}").expect(0)
+            assert result.faults_left is not None
+            self.counted[point] = EVERYTHING - result.faults_left
+            assert self.counted[point] > 0, f"{point} is not passed; was it renamed?"
+        return self.counted[point]
+
+    def assert_equal(self, config: Path) -> None:
+        """Compare a run with the undisturbed one, byte for byte; only the wall clock may differ."""
+        ours, reference = config.parent / "out", self.reference.parent / "out"
+        assert differing(final_files(ours), final_files(reference)) == []
+        assert metrics(ours) == metrics(reference)
+        assert sorted(path.name for path in (ours / "release").iterdir()) == RELEASE
+        for released, trained in (("model", "photos"), ("ema", "photos_ema")):
+            assert content(ours / "release" / f"{released}.safetensors") == content(ours / f"{trained}.safetensors")
+        assert not list(ours.rglob(".tmp-*"))

@@ -54,7 +54,9 @@ class RunSection(Section):
     )
     output_dir: str = param(..., "Folder for checkpoints, states, samples and logs.", path=True, resume="free")
     seed: int = param(42, "Seed of order, noise, times and dropout.", flat=("seed",), ge=0, lt=2**32)
-    device: Literal["auto", "cpu", "cuda", "mps"] = param("auto", "Where to compute; auto takes a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = param(
+        "auto", "Where to compute; auto takes a GPU if there is one.", resume="free"
+    )
     threads: int | None = param(
         None, "CPU threads per process; absent = cores divided by processes.", ge=1, le=1024, resume="free"
     )
@@ -239,7 +241,7 @@ class TrainSection(Section):
         resume="free",
     )  # fmt: skip
     grad_accum_steps: int = param(
-        1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536
+        1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536, resume="free"
     )
     max_grad_norm: float = param(1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = param(
@@ -265,7 +267,9 @@ class MemorySection(Section):
 class DistributedSection(Section):
     """How many processes train; also written [accelerate]."""
 
-    num_processes: int = param(1, "Processes on this machine; more than one goes through accelerate.", ge=1, le=1024)
+    num_processes: int = param(
+        1, "Processes on this machine; more than one goes through accelerate.", ge=1, le=1024, resume="free"
+    )
     main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
                                           resume="free")  # fmt: skip
     timeout_minutes: int = param(30, "How long a process waits for the others.", ge=1, resume="free")

@@ -70,9 +70,11 @@ class CachedDataset(Dataset[Batch]):
         for item, files in zip(self.items, self.files):
             width, height = item.bucket
             expected = (channels, height // factor, width // factor)
-            found = files["latents"].tensors["latents"].shape
-            if found != expected:
-                wrong.append(f"{item.id}: latents {list(found)}, this run needs {list(expected)}")
+            entry = files["latents"].tensors.get("latents")
+            if entry is None:
+                wrong.append(f"{item.id}: {files['latents'].path.name} holds no latents")
+            elif entry.shape != expected:
+                wrong.append(f"{item.id}: latents {list(entry.shape)}, this run needs {list(expected)}")
         if wrong:
             shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
             raise CacheError(
@@ -89,6 +91,12 @@ class CachedDataset(Dataset[Batch]):
         tensors, valid = {}, {}
         for name in names:
             like = next(row[name] for row in rows if name in row)
+            for index, row in zip(batch.items, rows):
+                if name in row and row[name].shape != like.shape:
+                    raise CacheError(
+                        f"{self.items[index].id}: its {name} is {list(row[name].shape)}, others of its batch have "
+                        f"{list(like.shape)}; the caches were made with different settings, run the cache jobs again"
+                    )
             tensors[name] = torch.stack([row.get(name, torch.zeros_like(like)) for row in rows])
             valid[name] = torch.tensor([name in row for row in rows])
         return Batch(

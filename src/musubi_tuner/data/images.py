@@ -1,9 +1,10 @@
 """Reading pictures: size, orientation, colour, resizing. Torch-free."""
 
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from musubi_tuner.data.buckets import Placement, Size
 from musubi_tuner.errors import DataError
@@ -16,6 +17,42 @@ _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 
 
+_BROKEN = (
+    UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+    MemoryError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What Pillow's readers raise for damaged files."""
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: ImageFile.ImageFile, path: Path) -> int:
+    """EXIF orientation, 1 to 8. Pillow would decode a PNG to look behind its pixels; its chunks are walked instead."""
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else _png_exif(path)
+    return int(exif.get(_ORIENTATION, 1))
+
+
+def _png_exif(path: Path) -> Image.Exif:
+    """The eXIf chunk of a PNG, wherever it lies; empty if there is none or the file is cut short."""
+    exif = Image.Exif()
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                exif.load(file.read(length))
+                break
+            file.seek(length + 4, 1)
+    return exif
+
+
 def image_size(path: Path) -> Size:
     """Width and height as a viewer shows the picture, from the header alone.
 
@@ -25,8 +62,8 @@ def image_size(path: Path) -> Size:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            turned = _orientation(image, path) in _TURNED
+    except _BROKEN as error:
         raise DataError(f"{path}: not a readable image ({_reason(error)})") from error
     return (height, width) if turned else (width, height)
 
@@ -40,12 +77,14 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             image: Image.Image = file
+            turn = _TRANSPOSE.get(_orientation(file, path))
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             elif image.mode.startswith("I;16") or image.mode == "I":
                 image = image.point(lambda value: value / 257).convert("L")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            image = image.convert("RGB")
+            return image if turn is None else image.transpose(turn)
+    except _BROKEN as error:
         raise DataError(f"{path}: broken image ({_reason(error)}); replace or remove it") from error
 
 

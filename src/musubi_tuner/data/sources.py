@@ -67,14 +67,32 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
     notes: list[str] = []
     items: list[Item] = []
     for index, dataset in enumerate(datasets):
-        before = len(problems)
+        before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes))
-        if not entries and len(problems) == before:
+        if not entries and len(problems) == before and len(notes) > noted:
+            problems.append(f"{notes[-1]}; so nothing is left of {_root_name(dataset)}: write captions")
+        elif not entries and len(problems) == before:
             problems.append(f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)})")
         items += _items(index, dataset, entries, architecture, problems)
+    problems += _shared_files(items)
     if problems:
         raise DataError(_join(problems))
     return Found(items, notes)
+
+
+def _shared_files(items: list[Item]) -> list[str]:
+    """Items of different datasets that would write the same cache files."""
+    owners: dict[tuple[Path, str], Item] = {}
+    folders: dict[Path, str] = {}
+    for item in items:
+        place = (item.cache_directory.resolve(), item.stem)
+        other = owners.setdefault(place, item)
+        if other is not item:
+            folders.setdefault(place[0], f"{other.path} and {item.path}")
+    return [
+        f"two datasets write their caches into {folder} (for {pair}); give one another cache_directory"
+        for folder, pair in folders.items()
+    ]
 
 
 def _join(problems: list[str]) -> str:
@@ -99,7 +117,7 @@ def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> I
     if dataset.image_directory is not None:
         yield from _directory(dataset, dataset.image_directory, problems, notes)
     else:
-        yield from _jsonl(dataset, problems)
+        yield from _jsonl(dataset, problems, notes)
 
 
 def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
@@ -150,11 +168,11 @@ def _caption(path: Path, problems: list[str]) -> str | None:
         return ""
 
 
-def _jsonl(dataset: DatasetConfig, problems: list[str]) -> Iterator[_Entry]:
+def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
     source = dataset.image_jsonl_file
     assert source is not None
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         problems.append(f"{dataset.name}.image_jsonl_file: {source}: no such file")
         return
@@ -162,18 +180,29 @@ def _jsonl(dataset: DatasetConfig, problems: list[str]) -> Iterator[_Entry]:
         problems.append(f"{source}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
         return
     rows: list[tuple[Path, str]] = []
+    missing: list[str] = []
+    count = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row = _row(line, f"{source} line {number}", source.parent, dataset, problems)
+        count += 1
+        row = _row(line, f"{source} line {number}", source.parent, dataset, problems, missing)
         if row:
             rows.append(row)
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        notes.append(
+            f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({names}); "
+            f'missing_caption = "{dataset.missing_caption}"'
+        )
     parent = _common_parent([path for path, _ in rows])
     for path, caption in sorted(rows):
         yield _Entry(path, caption, path.absolute().relative_to(parent).with_suffix("").as_posix())
 
 
-def _row(line: str, where: str, folder: Path, dataset: DatasetConfig, problems: list[str]) -> tuple[Path, str] | None:
+def _row(
+    line: str, where: str, folder: Path, dataset: DatasetConfig, problems: list[str], missing: list[str]
+) -> tuple[Path, str] | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -197,6 +226,8 @@ def _row(line: str, where: str, folder: Path, dataset: DatasetConfig, problems: 
         problems.append(f"{where}: image {text}: no such file")
         return None
     if caption is None:
+        if dataset.missing_caption != "error":
+            missing.append(path.name)
         match dataset.missing_caption:
             case "error":
                 problems.append(
@@ -234,9 +265,12 @@ def _items(
     for entry in _with_progress(sorted(entries, key=lambda entry: entry.id), dataset.name):
         if counts[entry.id] > 1:
             if entry.id in by_id:
+                first = by_id[entry.id]
                 problems.append(
-                    f"{by_id[entry.id]} and {entry.path} have the same name without extension, so they would share one "
-                    "cache file; rename one"
+                    f"{entry.path} is listed twice; keep one line of it"
+                    if first.absolute() == entry.path.absolute()
+                    else f"{first} and {entry.path} have the same name without extension, so they would share one cache file; "
+                    "rename one"
                 )
             by_id[entry.id] = entry.path
             continue

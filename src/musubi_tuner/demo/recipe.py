@@ -6,6 +6,7 @@ from typing import Any
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.demo.pictures import MANIFEST as PICTURES_MANIFEST
+from musubi_tuner.demo.pictures import VERSION as PICTURES_VERSION
 from musubi_tuner.errors import ConfigError
 
 VERSION = 1
@@ -89,7 +90,7 @@ def is_ready(config: RunConfig) -> bool:
         pictures = json.loads((pictures_folder(config) / PICTURES_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
-    wanted = {"count": config.demo.pictures, "size": config.demo.size, "held": config.demo.held_out,
+    wanted = {"version": PICTURES_VERSION, "count": config.demo.pictures, "size": config.demo.size, "held": config.demo.held_out,
               "seed": config.demo.seed, "complete": True}  # fmt: skip
     made = encoders == expected_manifest(config) and all(path.exists() for path in made_paths(config).values())
     return made and {key: pictures.get(key) for key in wanted} == wanted

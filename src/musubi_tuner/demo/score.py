@@ -89,7 +89,7 @@ def score_run(config: RunConfig) -> dict[str, Any]:
 def _contact_sheet(
     path: Path, pictures: Sequence[np.ndarray], wanted: Sequence[Combination], unseen: set[Combination]
 ) -> None:
-    """All pictures, 15 in a row, three times enlarged, with captions below."""
+    """All pictures, 12 in a row, enlarged twice, with captions below; what the checker finds wrong is red."""
     from PIL import Image, ImageDraw, ImageFont
 
     from musubi_tuner.training.sampling import save_png

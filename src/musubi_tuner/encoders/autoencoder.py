@@ -68,6 +68,14 @@ def translate_bfl(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return translated
 
 
+def _current_attention_name(key: str) -> str:
+    """Attention names of older diffusers files (SD1.5's among them) to the present ones."""
+    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+        if ".attentions." in key:
+            key = key.replace(old, new)
+    return key
+
+
 class Autoencoder:
     """A frozen autoencoder with one interface.
 
@@ -80,7 +88,8 @@ class Autoencoder:
         self.linear = isinstance(module, LinearPatchAutoencoder)
         self.channels = int(config["latent_channels"])
         self.factor = int(config["patch_size"]) if self.linear else 2 ** (len(config["block_out_channels"]) - 1)
-        self.scale = float(config.get("scaling_factor") or 1.0)
+        # Configs of the first SD1.5 autoencoders name no scale; diffusers' default is theirs.
+        self.scale = float(config.get("scaling_factor") or (1.0 if self.linear else 0.18215))
         self.shift = float(config.get("shift_factor") or 0.0)
 
     @property
@@ -146,6 +155,7 @@ def load_autoencoder(
     what = f"{key}: {file}"
     if any(key_.startswith(("encoder.down.", "decoder.up.")) for key_ in tensors):
         tensors = translate_bfl(tensors)
+    tensors = {_current_attention_name(key_): tensor for key_, tensor in tensors.items()}
     if config is None:
         config = FLUX_CONFIG
         if not fits(on_meta(lambda: _autoencoder_kl(FLUX_CONFIG)), tensors):

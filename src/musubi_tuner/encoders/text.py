@@ -124,6 +124,15 @@ def load_tokenizer(place: Path | str, vocabulary: int, key: str) -> Any:
     return tokenizer
 
 
+def _check_marks(tokenizer: Any, place: Path | str, key: str, *, begins: bool) -> None:
+    """CLIP's texts begin and end with a mark, T5's only end with one; the tokenizers are told apart by that."""
+    ids = tokenizer("a")["input_ids"]
+    has_begin = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    if has_begin != begins or ids[-1:] != [tokenizer.eos_token_id]:
+        wanted = "CLIP's, whose texts begin and end with a mark" if begins else "T5's, whose texts end with a mark"
+        raise CheckpointError(f"{key}: the tokenizer at {place} is not {wanted}; are the two tokenizers swapped?")
+
+
 def load_clip(
     path: Path, tokenizer: Path | str | None, fallback: str, *, dtype: torch.dtype, device: torch.device | str
 ) -> TextEncoder:
@@ -164,6 +173,7 @@ def load_clip(
     materialize(module, _to_module_names(module, text), f"{what}: is not this CLIP text model", dtype, device)
     place = find_tokenizer(path, tokenizer, fallback)
     loaded = load_tokenizer(place, module.config.vocab_size, "model.clip_tokenizer")
+    _check_marks(loaded, place, "model.clip_tokenizer", begins=True)
     return TextEncoder(module, loaded, module.config.max_position_embeddings, pooled=True)
 
 
@@ -223,6 +233,7 @@ def load_t5(
     module.tie_weights()
     place = find_tokenizer(path, tokenizer, fallback)
     loaded = load_tokenizer(place, module.config.vocab_size, "model.t5_tokenizer")
+    _check_marks(loaded, place, "model.t5_tokenizer", begins=False)
     return TextEncoder(module, loaded, max_tokens, pooled=False)
 
 

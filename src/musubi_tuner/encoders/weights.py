@@ -1,6 +1,5 @@
 """Building a frozen network from a config and weights, in storage of its own."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import copy_weights, read_weights
+from musubi_tuner.models.checkpoints import as_object, copy_weights, read_json_object, read_weights
 
 _FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 
@@ -27,19 +26,18 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, P
     if not config_file.is_file():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise CheckpointError(f"{path}: the folder has no config.json (found {inside}); give the encoder's own folder")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{config_file}: not a JSON file ({error})") from error
+    config = read_json_object(config_file)
     for name in _FOLDER_FILES:
         if (path / name).is_file():
             return read_weights(path / name).tensors, config, path / name
     for name in _FOLDER_FILES[:2]:
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = as_object(read_json_object(index).get("weight_map"), f"{index}: weight_map")
             tensors: dict[str, Tensor] = {}
-            for shard in shards:
+            for shard in sorted(set(weight_map.values())):
+                if not (path / shard).is_file():
+                    raise CheckpointError(f"{path / shard}: is named in {index.name}, but not there")
                 tensors.update(read_weights(path / shard).tensors)
             return tensors, config, index
     raise CheckpointError(f"{path}: the folder has no weights; looked for {', '.join(_FOLDER_FILES)}")

@@ -192,7 +192,9 @@ class Runner:
 
         if not state:
             return
-        differences = compare_config(read_values(self.config.output_dir / state)["config"], fixed_settings(self.config))
+        differences = compare_config(
+            read_values(self.config.output_dir / state)["config"], fixed_settings(self.config, self.processes)
+        )
         if differences:
             raise ConfigError(
                 f"run.output_dir {self.config.output_dir}: holds a finished run with another config. Use --fresh to start "

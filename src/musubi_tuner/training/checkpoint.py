@@ -68,7 +68,7 @@ class CheckpointList:
             owner = stored["run"]
         except FileNotFoundError:
             return cls(folder, run)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); move it away, or use --fresh") from error
         if owner != run:
             raise ConfigError(
@@ -105,7 +105,7 @@ class CheckpointList:
 def _remove(path: Path) -> None:
     if path.is_dir():
         # Renamed first, so that a state that is being removed never looks like a good one.
-        grave = temporary_path(path)
+        grave = temporary_path(path.with_name(f"{path.name}.old"))
         path.replace(grave)
         shutil.rmtree(grave)
     else:
@@ -119,7 +119,19 @@ def save_weights(path: Path, tensors: dict[str, Tensor], dtype: str, metadata: d
         key: (t.detach().to("cpu", wanted) if t.is_floating_point() and t.ndim else t.detach().cpu()).contiguous()
         for key, t in tensors.items()
     }
-    replace_file(path, partial(save_file, cast, metadata=metadata))
+    replace_file(path, partial(save_file, separate(cast), metadata=metadata))
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors wants them; one of two names is copied."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[key] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return found
 
 
 @dataclass
@@ -145,8 +157,7 @@ def write_state(folder: Path, state: TrainingState) -> None:
         parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
         for name, tensors in parts.items():
             if tensors:
-                contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(contiguous, beside / f"{name}.safetensors")
+                save_file(separate(tensors), beside / f"{name}.safetensors")
                 fault_point(f"state.{name}")
         (beside / "state.json").write_text(json.dumps({"format": STATE_FORMAT, **state.values}), encoding="utf-8")
         hashes = {path.name: hash_file(path) for path in sorted(beside.iterdir())}
@@ -155,11 +166,18 @@ def write_state(folder: Path, state: TrainingState) -> None:
             sync_path(path)
         sync_path(beside)
         fault_point("state.written")
+        # An older state of this name steps aside under a name that is still found, so that one is always there.
+        older = folder.with_name(f"{folder.name.removesuffix('-state')}-old-state")
         if folder.exists():
-            _remove(folder)
+            if older.exists():
+                _remove(older)
+            folder.replace(older)
+            fault_point("state.aside")
         beside.replace(folder)
         sync_path(folder.parent)
         fault_point("state.renamed")
+        if older.exists():
+            _remove(older)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -175,10 +193,13 @@ def read_values(folder: Path) -> dict[str, Any]:
         for name, expected in hashes.items():
             if hash_file(folder / name) != expected:
                 raise CheckpointError(f"{folder}: {name} does not match its manifest")
+        unnamed = {path.name for path in folder.iterdir()} - {"manifest.json", *hashes}
+        if unnamed:
+            raise CheckpointError(f"{folder}: its manifest does not name {', '.join(sorted(unnamed))}")
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if values["format"] != STATE_FORMAT:
             raise CheckpointError(f"{folder}: is of format {values['format']}, this version reads {STATE_FORMAT}")
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder}: is not a complete state ({type(error).__name__}: {error})") from error
     return values
 

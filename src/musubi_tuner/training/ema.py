@@ -69,7 +69,9 @@ class EMA:
         """Move the average towards the model's weights."""
         bare = unwrap(model)
         weight = 1 - self.current_decay()
-        averaged = {name for name, parameter in bare.named_parameters() if parameter.is_floating_point()}
+        averaged = {
+            name for name, parameter in bare.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
+        }
         shadows, values = [], []
         for key, value in bare.state_dict().items():
             if key not in self.shadow:
@@ -95,7 +97,11 @@ class EMA:
             raise RuntimeError("the averaged weights are applied already; call restore first")
         bare = unwrap(model)
         self._backup = {key: value.detach().clone() for key, value in bare.state_dict().items()}
-        bare.load_state_dict(self.shadow)
+        try:
+            bare.load_state_dict(self.shadow)
+        except RuntimeError:
+            self.restore(model)
+            raise
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:

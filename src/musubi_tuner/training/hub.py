@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -49,10 +50,20 @@ class HubUploader:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             message, pairs = job
+            gone = [path.name for path, _ in pairs if not path.exists()]
+            if gone:
+                logger.warning("hub: %s: %s was removed before its turn and is left out", message, ", ".join(gone))
             if self._attempt(message, [pair for pair in pairs if pair[0].exists()]):
                 self.uploaded += 1
             else:
                 self.failed += 1
+
+    def _mask(self, text: str) -> str:
+        """A message without access tokens, which a server or a library may repeat."""
+        for token in (self.settings.token, os.environ.get("HF_TOKEN")):
+            if token:
+                text = text.replace(token, "***").replace(repr(token)[1:-1], "***")
+        return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
 
     def _attempt(self, message: str, pairs: list[tuple[Path, str]]) -> bool:
         request = {
@@ -85,7 +96,7 @@ class HubUploader:
             if done.returncode == 0:
                 logger.info("hub: %s: uploaded to %s", message, self.settings.repo_id)
                 return True
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = self._mask((done.stderr.strip().splitlines() or ["no message"])[-1])
             logger.warning("hub: %s: attempt %s of %s failed: %s", message, attempt, _ATTEMPTS, reason)
         return False
 
@@ -102,5 +113,16 @@ def _upload(request: dict[str, object]) -> None:
     api.create_commit(repo_id, operations, commit_message=str(request["message"]))
 
 
+def main() -> int:
+    """Upload what standard input asks for; a failure is one line on standard error."""
+    try:
+        _upload(json.load(sys.stdin))
+    except Exception as error:  # whatever the library raises, the training process wants one line of it
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"{type(error).__name__}: {' '.join(lines[:2])}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    _upload(json.load(sys.stdin))
+    sys.exit(main())

@@ -44,7 +44,7 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "logs"), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(str(folder / "logs"), purge_step=step + 1)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True)
         self._mark = time.perf_counter()
         self._images = 0

@@ -77,19 +77,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _names(optimizer: torch.optim.Optimizer) -> list[str]:
-    return [name for group in optimizer.param_groups for name in group["names"]]
+def _named(optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
+    """Name -> parameter and its group."""
+    return {
+        name: (parameter, group)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """State as tensors by ``parameter/entry`` and as plain values by parameter and entry."""
-    names = _names(optimizer)
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for index, entries in optimizer.state_dict()["state"].items():
-        name = names[index]
+    for name, (parameter, _) in _named(optimizer).items():
+        if parameter not in optimizer.state:
+            continue
         values[name] = {}
-        for entry, value in entries.items():
+        for entry, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{entry}"] = value.detach()
             elif value is None or isinstance(value, bool | int | float | str):
@@ -102,22 +107,25 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, dict[str, Any]]
 ) -> None:
-    """Restore what `optimizer_state` returned.
+    """Restore what `optimizer_state` returned, entry by entry and in the same dtypes.
 
     Raises:
         CheckpointError: if the state belongs to other parameters.
     """
-    names = _names(optimizer)
-    foreign = sorted(set(values) - set(names))
+    known = _named(optimizer)
+    foreign = sorted(set(values) - set(known))
     if foreign:
         raise CheckpointError(f"the optimizer state has {len(foreign)} unknown parameters ({', '.join(foreign[:3])})")
-    by_name: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in values.items()}
+    states: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in values.items()}
     for key, tensor in tensors.items():
-        name, _, entry = key.rpartition("/")
-        by_name[name][entry] = tensor
-    own = optimizer.state_dict()
-    own["state"] = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
-    optimizer.load_state_dict(own)
+        name, _, entry = key.partition("/")
+        parameter, group = known[name]
+        # torch keeps the step counter on the CPU unless the kernel reads it on the device.
+        on_host = entry == "step" and not (group.get("fused") or group.get("capturable"))
+        states[name][entry] = tensor.to("cpu" if on_host else parameter.device, copy=True)
+    optimizer.state.clear()
+    for name, entries in states.items():
+        optimizer.state[known[name][0]] = entries
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -5,6 +5,7 @@ times are float32; both guidance branches go through the model in one forward pa
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,9 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"{path}: holds no prompt; write one per line")
     for number, line in enumerate(lines, start=1):
-        if " --" in line and not line.lstrip().startswith("#"):
-            option = line.split(" --", 1)[1].split(" ")[0]
-            if option[:1].isalpha():
-                raise ConfigError(f"{path} line {number}: option --{option}: options per line are not supported yet")
+        option = re.search(r"(?:^|\s)--([A-Za-z]\w*)", line)
+        if option and not line.lstrip().startswith("#"):
+            raise ConfigError(f"{path} line {number}: option --{option[1]}: options per line are not supported yet")
     return prompts
 
 

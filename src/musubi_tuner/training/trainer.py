@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ from musubi_tuner.training.checkpoint import (
     write_state,
 )
 from musubi_tuner.training.ema import EMA, unwrap
-from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.metrics import Metrics, format_seconds
 from musubi_tuner.training.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -92,11 +93,15 @@ class Position:
     skipped_in_a_row: int = 0
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that a run which continues must keep, as plain JSON values."""
+def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
+    """Settings that a run which continues must keep, as plain JSON values.
+
+    Processes and accumulation may change as long as their product, the micro-batches of an update, stays.
+    """
     found = {
         p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
     }
+    found["micro-batches per update"] = processes * config.train.grad_accum_steps
     return json.loads(json.dumps(found))
 
 
@@ -146,7 +151,7 @@ class Trainer:
     """One run in one process of it."""
 
     def __init__(self, config: RunConfig, items: list[Item]) -> None:
-        self.config = config
+        self.config, self.begun = config, time.monotonic()
         self.stop = StopRequest()
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -272,7 +277,7 @@ class Trainer:
         return path, read_values(path)
 
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
-        differences = compare_config(values["config"], fixed_settings(self.config))
+        differences = compare_config(values["config"], fixed_settings(self.config, self.processes))
         if values["data"] != self.data_digest:
             differences.append("the data set has other images, captions, buckets or batch sizes")
         if differences:
@@ -308,7 +313,7 @@ class Trainer:
                 "window": {name: value.item() for name, value in self.window.items()},
                 "window_updates": self.window_updates,
                 "metrics_bytes": self.metrics.length,
-                "config": fixed_settings(self.config),
+                "config": fixed_settings(self.config, self.processes),
                 "data": self.data_digest,
                 "environment": self.environment,
                 "code_version": __version__,
@@ -327,9 +332,7 @@ class Trainer:
         try:
             if self.config.sample.at_first and self.position.step == 0:
                 self._sample()
-            finished = self.position.step >= self.total
-            while not finished:
-                finished = self._epoch()
+            while self.position.step < self.total and not self._epoch():
                 self.position.epoch, self.position.update = self.position.epoch + 1, 0
             self._finish()
         finally:
@@ -623,6 +626,12 @@ class Trainer:
                 if self.uploader:
                     root = {path.name: path for path in sorted(release.iterdir())}
                     self.uploader.upload("Release", [], to_root=root)
+            assert self.metrics is not None
+            taken = format_seconds(time.monotonic() - self.begun)
+            self.metrics.say(
+                f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "
+                f"{self.position.skipped} updates skipped; see {self.folder}"
+            )
         self.accelerator.wait_for_everyone()
 
 

@@ -55,6 +55,11 @@ def scale_sol_map(map_BSS: Tensor, norm: str) -> Tensor:
     raise ValueError(f"unknown sol_spatial_norm '{norm}'; known: sum, mean, max")
 
 
+def time_grid(batch: Any) -> Tensor:
+    """Times at which the teachers were run, [T]: equal for all samples that have features, zero for the others."""
+    return batch.tensors["t_buckets"].amax(dim=0)
+
+
 @dataclass(frozen=True)
 class TeacherSettings:
     """Which teachers a run uses and how; see the keys of the same name in [objective] and [experts]."""
@@ -107,13 +112,13 @@ class TinyFluxProcess:
         if self.text_mask:
             inputs["text_mask"] = batch.tensors["t5_mask"].bool()
         if self.teachers.lune and "lune_features" in batch.tensors:
-            features = linear_lookup(batch.tensors["lune_features"], batch.tensors["t_buckets"][0], time_B)
+            features = linear_lookup(batch.tensors["lune_features"], time_grid(batch), time_B)
             inputs["lune"] = self._teacher(
                 {"features": features}, batch.valid["lune_features"], uniforms["lune_dropout"],
                 settings.lune_teacher_dropout, keep_text,
             )  # fmt: skip
         if self.teachers.sol and "sol_stats" in batch.tensors:
-            grid = batch.tensors["t_buckets"][0]
+            grid = time_grid(batch)
             maps = linear_lookup(batch.tensors["sol_spatial"], grid, time_B)
             target = {
                 "stats": linear_lookup(batch.tensors["sol_stats"], grid, time_B),
@@ -128,7 +133,7 @@ class TinyFluxProcess:
         self, target: dict[str, Tensor], valid_B: Tensor, coin_B: Tensor, dropout: float, keep_text_B: Tensor
     ) -> dict[str, Tensor]:
         """Add to the targets which samples feed them to the model and which pay the distillation loss."""
-        settings = self.objective
+        settings, present_B = self.objective, valid_B
         if settings.teacher_dropout_mode == "batch":
             coin_B = coin_B[:1].expand_as(coin_B)
         kept = coin_B >= dropout
@@ -136,6 +141,11 @@ class TinyFluxProcess:
             # Without text the features, made from the text, would leak the condition into the unconditional branch.
             valid_B = valid_B & keep_text_B
         feed = valid_B & kept
+        # Rows without features hold zeros, whatever the lookup made of them: their gradient is then 0, not 0 * NaN.
+        target = {
+            name: torch.where(present_B.view(-1, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
+            for name, value in target.items()
+        }
         return {**target, "feed": feed, "distil": valid_B if settings.distill_on_dropped else feed}
 
     def predict(

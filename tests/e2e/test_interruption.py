@@ -1,0 +1,245 @@
+"""Whatever kills a run, and wherever: the same command again ends in the very files of an undisturbed run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import (
+    REPOSITORY,
+    Content,
+    ForkServer,
+    Rehearsal,
+    Result,
+    cache_files,
+    cache_paths,
+    clean_environment,
+    copy_tree,
+    differing,
+    final_files,
+    metrics,
+    write_run,
+)
+
+JOBS = ("latents", "text", "experts")
+TRAINING_POINTS = ("train.update", "state.model", "state.ema", "state.optimizer", "state.written", "state.renamed",
+                   "checkpoint.listed", "file.written", "file.renamed")  # fmt: skip
+SAMPLED = {"latent_mode": "sample", "dtype": "auto"}
+"""Every random draw that caching knows."""
+LONGER: dict[str, Any] = {"train": {"max_steps": 150}, "save": {"every_steps": 0, "every_epochs": 0}}
+"""Long enough that a signal finds the run at work."""
+
+
+def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
+    """Poll until something has happened.
+
+    Raises:
+        AssertionError: after a minute, or when the process has ended before.
+    """
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end, "nothing happened"
+        assert process is None or process.poll() is None, process
+        time.sleep(0.002)
+
+
+# Cache jobs
+
+
+@pytest.fixture(scope="module")
+def sampled(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, photographs: Path, encoders: Path
+) -> dict[str, Content]:
+    """Cache files of undisturbed jobs."""
+    config = write_run(tmp_path_factory.mktemp("sampled"), photographs, encoders, cache=SAMPLED)
+    for job in JOBS:
+        server.run(job, [config], config.parent).expect(0)
+    return cache_files(config.parent / "cache")
+
+
+def kind(name: str) -> str:
+    """The job that makes a cache file of that name."""
+    return "text" if name.endswith("_te.safetensors") else "experts" if "_experts." in name else "latents"
+
+
+@pytest.mark.parametrize(
+    ("job", "point"),
+    [
+        ("latents", "cache.latents.batch:1"),
+        ("latents", "file.renamed:5"),
+        ("text", "cache.text.batch:2"),
+        ("text", "file.written:6"),
+        ("experts", "cache.experts.batch:3"),
+        ("experts", "file.written:2"),
+    ],
+)
+def test_a_killed_cache_job_continues_to_the_same_files(
+    job: str, point: str, new_run: Callable[..., Path], server: ForkServer, sampled: dict[str, Content]
+) -> None:
+    config = new_run(cache=SAMPLED)
+    server.run(job, [config], config.parent, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
+    cache = config.parent / "cache"
+    before = {path: path.stat().st_mtime_ns for path in cache_paths(cache)}
+    again = server.run(job, [config], config.parent).expect(0)
+    expected = {name: file for name, file in sampled.items() if kind(name) == job}
+    assert 0 < len(before) < len(expected)
+    assert f"{job}: encoded {len(expected) - len(before)}, up to date {len(before)}, failed 0" in again.out
+    assert differing(cache_files(cache), expected) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list(cache.glob(".tmp-*"))
+
+
+def test_train_py_passes_on_that_a_cache_job_was_killed_and_continues_it(
+    new_run: Callable[..., Path], python: Callable[..., Result], caches: Path
+) -> None:
+    config = new_run()
+    cache = copy_tree(caches, config.parent / "cache")
+    for path in sorted(cache.glob("*_experts.safetensors"))[:5]:
+        path.unlink()
+    train = [REPOSITORY / "train.py", config, "--cache_only"]
+    python(*train, cwd=config.parent, MUSUBI_FAULT="cache.experts.batch:2").expect(128 + signal.SIGKILL)
+    assert len(cache_paths(cache)) < len(cache_paths(caches))
+    again = python(*train, cwd=config.parent).expect(0)
+    assert "experts: encoded" in again.out
+    assert "latents: encoded" not in again.out and "text: encoded" not in again.out
+    assert differing(cache_files(cache), cache_files(caches)) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_caching_ends_everything_with_its_exit_code(
+    number: signal.Signals, code: int, new_run: Callable[..., Path], home: Path
+) -> None:
+    """It comes while the job imports its libraries, the longest part of a short job."""
+    config = new_run()
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "train.py", config],
+        cwd=config.parent,
+        env=clean_environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: any((config.parent / "cache").glob(".lock_latents*")), process)
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    Result(process.returncode, out, err).expect(code)
+    assert not list((config.parent / "cache").glob(".tmp-*"))
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def rehearsal(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, caches: Path, photographs: Path, encoders: Path
+) -> Rehearsal:
+    """A run that is trained undisturbed once, and then again with its plug pulled."""
+    return Rehearsal(tmp_path_factory.mktemp("rehearsal"), server, caches, photographs, encoders)
+
+
+@pytest.mark.parametrize("point", TRAINING_POINTS)
+def test_a_run_killed_at_a_seeded_point_ends_identical_to_an_undisturbed_one(point: str, rehearsal: Rehearsal) -> None:
+    count = random.Random(f"{point} 1").randint(1, rehearsal.passes(point))
+    config = rehearsal.new(f"killed at {point}")
+    rehearsal.start(config, MUSUBI_FAULT=f"{point}:{count}").expect(-signal.SIGKILL)
+    rehearsal.start(config).expect(0)
+    rehearsal.assert_equal(config)
+
+
+def test_a_run_killed_three_times_ends_identical_to_an_undisturbed_one(rehearsal: Rehearsal) -> None:
+    config = rehearsal.new("killed three times")
+    for point in ("train.update:7", "state.optimizer:1", "file.written:9"):
+        rehearsal.start(config, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
+    again = rehearsal.start(config).expect(0)
+    assert "continuing from photos-" in again.out
+    rehearsal.assert_equal(config)
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_release_folder(rehearsal: Rehearsal) -> None:
+    config = rehearsal.new("killed before the release")
+    point = f"checkpoint.listed:{rehearsal.passes('checkpoint.listed')}"
+    rehearsal.start(config, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
+    rehearsal.start(config).expect(0)
+    assert (config.parent / "out" / "release").is_dir()
+    rehearsal.assert_equal(config)
+
+
+@pytest.fixture(scope="module")
+def longer(rehearsal: Rehearsal) -> Path:
+    """Output of an undisturbed longer run."""
+    config = rehearsal.new("longer", **LONGER)
+    rehearsal.start(config).expect(0)
+    return config.parent / "out"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_update_finish_and_be_saved(
+    number: signal.Signals, code: int, rehearsal: Rehearsal, longer: Path
+) -> None:
+    config = rehearsal.new(f"signal {number.name}", **LONGER)
+    out = config.parent / "out"
+    lines = out / "metrics.jsonl"
+    pid = rehearsal.server.start("train", [config], config.parent)
+    wait_for(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 3)
+    os.kill(pid, number)
+    stopped = rehearsal.server.finish().expect(code)
+    step = metrics(out)[-1]["step"]
+    assert f"stopped after step {step}; run the same command again to continue" in stopped.err
+    assert (out / f"photos-step{step:08d}-state" / "manifest.json").is_file()
+    again = rehearsal.start(config).expect(0)
+    assert f"continuing from photos-step{step:08d}-state: step {step} of 150" in again.out
+    assert differing(final_files(out), final_files(longer)) == []
+    assert metrics(out) == metrics(longer)
+
+
+def flip_a_byte(state: Path) -> None:
+    path = state / "optimizer.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+
+
+def lose_a_file(state: Path) -> None:
+    (state / "ema.safetensors").unlink()
+
+
+def cut_the_values(state: Path) -> None:
+    path = state / "state.json"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_byte, "optimizer.safetensors does not match its manifest; trying an older state"),
+        (lose_a_file, "is not a complete state (FileNotFoundError"),
+        (cut_the_values, "is not a readable state"),
+    ],
+)
+def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(
+    damage: Callable[[Path], None], message: str, rehearsal: Rehearsal
+) -> None:
+    config = rehearsal.new(f"damaged by {damage.__name__}")
+    rehearsal.start(config, MUSUBI_FAULT="train.update:11").expect(-signal.SIGKILL)
+    damage(config.parent / "out" / "photos-step00000010-state")
+    again = rehearsal.start(config).expect(0)
+    assert "photos-step00000010-state" in again.err and message in again.err
+    assert "continuing from photos-step00000005-state: step 5 of 20" in again.out
+    rehearsal.assert_equal(config)
+
+
+def test_without_a_good_state_the_run_starts_over(rehearsal: Rehearsal) -> None:
+    config = rehearsal.new("no good state")
+    rehearsal.start(config, MUSUBI_FAULT="train.update:7").expect(-signal.SIGKILL)
+    flip_a_byte(config.parent / "out" / "photos-step00000005-state")
+    again = rehearsal.start(config).expect(0)
+    assert "does not match its manifest" in again.err
+    assert "continuing" not in again.out
+    rehearsal.assert_equal(config)

@@ -1,0 +1,179 @@
+"""Two processes train the model that one process trains with twice the accumulation, however they are started."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import REPOSITORY, ForkServer, Result, cache_paths, copy_tree, differing, final_files, metrics, write_run
+from safetensors.torch import load_file
+
+DATA = {"resolution": 128, "batch_size": 2, "num_repeats": 3}
+"""27 presentations of 9 photographs in four buckets: 15 micro-batches, so that the eighth update of an epoch is short."""
+STEPS = 12
+"""One and a half epochs."""
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+@dataclass
+class Setting:
+    """Where the runs of this file are made."""
+
+    folder: Path
+    photographs: Path
+    encoders: Path
+    caches: Path
+
+    def new(self, name: str, **changes: Any) -> Path:
+        """A run file with its caches in a new folder."""
+        copy_tree(self.caches, self.folder / name / "cache")
+        train = {"max_steps": STEPS, "mixed_precision": "no", **changes.pop("train", {})}
+        common: dict[str, Any] = {"general": DATA, "train": train, "save": {"every_steps": 0}}
+        return write_run(self.folder / name, self.photographs, self.encoders, **{**common, **changes})
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path) -> Setting:
+    return Setting(tmp_path_factory.mktemp("processes"), photographs, encoders, caches)
+
+
+@pytest.fixture(scope="module")
+def alone(setting: Setting, server: ForkServer) -> Path:
+    """Output of one process with accumulation 2."""
+    config = setting.new("alone", train={"grad_accum_steps": 2})
+    plan = server.run("train", [config], config.parent).expect(0).out
+    assert "epochs of 8 updates, the last one shorter" in plan
+    return config.parent / "out"
+
+
+def assert_same_model(ours: Path, alone: Path) -> None:
+    """Compare weights, averages and metrics of two runs.
+
+    Sums over samples are formed in another order, so float32 rounding differs: by 1e-7 of a gradient, which twelve
+    updates of AdamW, dividing by the gradient's own size, let grow to at most 1e-5 of what training moved.
+    """
+    for name in ("photos.safetensors", "photos_ema.safetensors"):
+        found, expected = load_file(ours / name), load_file(alone / name)
+        start = load_start(alone)
+        moved = max(float((expected[key] - start[key]).abs().max()) for key in expected)
+        gap = max(float((found[key] - expected[key]).abs().max()) for key in expected)
+        assert moved > 1e-3
+        print("GAP", name, gap / moved)
+        assert gap <= 1e-5 * moved, name
+    rows, expected_rows = metrics(ours), metrics(alone)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-5, abs=1e-7)
+
+
+def load_start(alone: Path) -> dict[str, torch.Tensor]:
+    """Weights before the first update."""
+    from musubi_tuner.config import load_config
+
+    config = load_config(alone.parent / "run.toml")
+    return config.spec.load("load_for_training")(config).model.state_dict()
+
+
+def test_two_processes_of_the_runner_train_the_model_of_one_with_accumulation(
+    setting: Setting, alone: Path, python: Callable[..., Result]
+) -> None:
+    config = setting.new("runner", distributed={"num_processes": 2})
+    result = python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
+    assert "update = 2 process(es) x 1 micro-batch(es)" in result.out
+    assert_same_model(config.parent / "out", alone)
+
+
+def test_two_processes_of_accelerate_launch_train_the_model_of_one_with_accumulation(
+    setting: Setting, alone: Path, python: Callable[..., Result]
+) -> None:
+    config = setting.new("launched")
+    command = [*LAUNCH, REPOSITORY / "train.py", config]
+    result = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true").expect(0)
+    assert result.out.count("update = 2 process(es) x 1 micro-batch(es)") == 1
+    assert_same_model(config.parent / "out", alone)
+
+
+@pytest.fixture(scope="module")
+def begun_by_two(setting: Setting, python: Callable[..., Result]) -> Path:
+    """A run that was killed in its second half, while `accelerate launch` trained it in two processes. Read only."""
+    config = setting.new("begun by two", save={"every_steps": 5})
+    command = [*LAUNCH, REPOSITORY / "train.py", config]
+    killed = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true", MUSUBI_FAULT="train.update:7")
+    assert killed.code != 0
+    assert (config.parent / "out" / "photos-step00000005-state" / "manifest.json").is_file(), killed.err
+    assert not (config.parent / "out" / "photos-state").exists()
+    return config
+
+
+def test_a_run_of_two_processes_continues_in_one_that_accumulates(
+    begun_by_two: Path, alone: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    out = copy_tree(begun_by_two.parent / "out", tmp_path / "out")
+    changes = ["--set", f"run.output_dir={out}", "--grad_accum_steps", "2"]
+    again = server.run("train", [begun_by_two, *changes], tmp_path).expect(0)
+    assert "continuing from photos-step00000005-state: step 5 of 12" in again.out
+    assert "warning: this run continues under other conditions" in again.out and "processes was 2, now 1" in again.out
+    assert_same_model(out, alone)
+
+
+def test_continuing_with_fewer_micro_batches_per_update_is_refused(
+    begun_by_two: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    """An epoch's updates are counted in them: the position in the state would mean other images."""
+    out = copy_tree(begun_by_two.parent / "out", tmp_path / "out")
+    again = server.run("train", [begun_by_two, "--set", f"run.output_dir={out}"], tmp_path)
+    again.expect(2)
+    assert "was made with another config" in again.err
+
+
+def test_two_processes_synchronise_even_where_accelerate_was_not_told_of_the_cpu(
+    setting: Setting, alone: Path, python: Callable[..., Result]
+) -> None:
+    """Without ACCELERATE_USE_CPU the launcher starts two processes that accelerate itself would let train apart."""
+    config = setting.new("not told")
+    python(*LAUNCH, REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
+    assert_same_model(config.parent / "out", alone)
+
+
+def test_a_launcher_that_starts_fewer_processes_than_the_run_file_says_is_an_error(
+    setting: Setting, python: Callable[..., Result]
+) -> None:
+    """`accelerate launch --cpu --num_processes 2` silently starts one."""
+    config = setting.new("one of two", distributed={"num_processes": 2})
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", REPOSITORY / "train.py", config]  # fmt: skip
+    result = python(*command, cwd=config.parent)
+    assert result.code != 0
+    assert "error: distributed.num_processes is 2, but 1 processes run" in result.err
+    assert not (config.parent / "out").exists()
+
+
+def test_due_caches_under_a_launcher_are_an_error_that_names_the_commands(setting: Setting, server: ForkServer) -> None:
+    config = setting.new("due")
+    for path in cache_paths(config.parent / "cache"):
+        if path.name.endswith(("_te.safetensors", "_experts.safetensors")):
+            path.unlink()
+    before = cache_paths(config.parent / "cache")
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
+    result = server.run("train", [config], config.parent, **environment).expect(1)
+    assert "error: caches are not complete, and nothing is encoded under a launcher; run:" in result.err
+    assert f"python -m musubi_tuner.caching text {config}" in result.err
+    assert f"python -m musubi_tuner.caching experts {config}" in result.err
+    assert "caching latents" not in result.err
+    assert cache_paths(config.parent / "cache") == before
+
+
+def test_loader_workers_change_nothing(setting: Setting, server: ForkServer, python: Callable[..., Result]) -> None:
+    outputs = []
+    for workers in (0, 2):
+        config = setting.new(f"{workers} workers", train={"loader_workers": workers, "max_steps": 6})
+        if workers:
+            python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
+        else:
+            server.run("train", [config], config.parent).expect(0)
+        outputs.append(config.parent / "out")
+    assert differing(final_files(outputs[0]), final_files(outputs[1])) == []
+    assert metrics(outputs[0]) == metrics(outputs[1])

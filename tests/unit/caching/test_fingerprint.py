@@ -1,0 +1,456 @@
+"""When a cache file is fresh, when it is stale, and what is said about it. The files are made by real jobs."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from musubi_tuner.caching.file_format import KINDS, cache_path, read_header
+from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, image_state, stale_reason
+from musubi_tuner.caching.status import examine, needed_kinds
+from musubi_tuner.config import RunConfig
+from musubi_tuner.encoders.locate import file_sha256, hash_file, identity
+from musubi_tuner.errors import CheckpointError
+
+BIG = (1 << 20) + 1
+"""Bytes of a file whose hash is remembered."""
+
+
+def reasons(project: Any, kind: str, config: RunConfig | None = None) -> dict[str, str]:
+    """Item id -> why its file of a kind is due, for those that are."""
+    config = config or project.config()
+    family = config.spec.load("checkpoint_options")(config)
+    status = examine(config, project.items(config), kind, family)
+    assert status.fresh == len(project.items(config)) - len(status.due)
+    return {key.partition(":")[2]: reason for key, reason in status.due.items()}
+
+
+def test_files_that_were_just_made_are_fresh(cached: Any) -> None:
+    assert {kind: reasons(cached, kind) for kind in KINDS} == {kind: {} for kind in KINDS}
+
+
+def test_files_that_were_never_made_are_missing(project: Any) -> None:
+    project.picture("a")
+    assert {kind: reasons(project, kind) for kind in KINDS} == {kind: {"a": "missing"} for kind in KINDS}
+
+
+class TestImages:
+    def test_touching_an_image_changes_nothing(self, cached: Any) -> None:
+        path = cached.root / "images" / "a.png"
+        os.utime(path, ns=(1, 1))
+        assert {kind: reasons(cached, kind) for kind in KINDS} == {kind: {} for kind in KINDS}
+
+    def test_writing_the_same_bytes_again_changes_nothing(self, cached: Any) -> None:
+        path = cached.root / "images" / "a.png"
+        shutil.copyfile(path, path.with_suffix(".copy"))
+        path.unlink()
+        path.with_suffix(".copy").rename(path)
+        assert reasons(cached, "latents") == {}
+
+    def test_other_pixels_of_the_same_size_make_latents_and_experts_stale_but_not_text(self, cached: Any) -> None:
+        shutil.copyfile(cached.picture("z"), cached.root / "images" / "a.png")
+        for suffix in (".png", ".txt"):
+            (cached.root / "images" / f"z{suffix}").unlink()
+        expected = {"a": "the image has changed"}
+        assert {kind: reasons(cached, kind) for kind in KINDS} == {
+            "latents": expected, "text": {}, "experts": expected,
+        }  # fmt: skip
+
+    def test_a_picture_of_another_size_has_another_file(self, cached: Any) -> None:
+        cached.picture("a", (64, 128))
+        assert reasons(cached, "latents") == {"a": "missing"}
+        assert reasons(cached, "experts") == {"a": "the image has changed"}
+
+    def test_teachers_that_see_noise_only_do_not_depend_on_the_image(self, project: Any) -> None:
+        project.tables["experts"]["expert_input"] = "random"
+        project.picture("a")
+        assert project.run("experts") == 0
+        pixels = project.picture("z").read_bytes()
+        for suffix in (".png", ".txt"):
+            (project.root / "images" / f"z{suffix}").unlink()
+        (project.root / "images" / "a.png").write_bytes(pixels)
+        assert reasons(project, "experts") == {}
+
+    def test_state_of_an_image(self, cached: Any) -> None:
+        path = cached.root / "images" / "a.png"
+        status = path.stat()
+        assert image_state(path, with_hash=False) == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        assert image_state(path, with_hash=True)["sha256"] == hash_file(path)
+
+
+class TestCaptions:
+    def test_another_caption_makes_text_and_experts_stale_and_says_both(self, cached: Any) -> None:
+        (cached.root / "images" / "a.txt").write_text("a green triangle")
+        expected = {"a": "caption was 'a red circle', now 'a green triangle'"}
+        assert {kind: reasons(cached, kind) for kind in KINDS} == {
+            "latents": {}, "text": expected, "experts": expected,
+        }  # fmt: skip
+
+    def test_white_space_around_a_caption_does_not_count(self, cached: Any) -> None:
+        (cached.root / "images" / "a.txt").write_text("\n a red circle \n")
+        assert reasons(cached, "text") == {}
+
+    def test_long_values_are_shortened(self, cached: Any) -> None:
+        (cached.root / "images" / "a.txt").write_text("red " * 100)
+        (reason,) = reasons(cached, "text").values()
+        assert reason.startswith("caption was 'a red circle', now 'red red ")
+        assert reason.endswith("...")
+        assert len(reason) < 120
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("kind", "table", "key", "value", "expected"),
+        [
+            ("latents", "cache", "seed", 5, "the seed was 0, now 5"),
+            ("latents", "cache", "latent_mode", "mean", "cache.latent_mode was 'sample', now 'mean'"),
+            ("latents", "cache", "dtype", "bfloat16", "cache.dtype was 'auto', now 'bfloat16'"),
+            ("latents", "model", "vae_dtype", "bfloat16", "the encoder's precision was 'auto', now 'bfloat16'"),
+            ("text", "model", "t5_max_tokens", 6, "model.t5_max_tokens was 8, now 6"),
+            ("text", "model", "text_dtype", "bfloat16", "the encoder's precision was 'auto', now 'bfloat16'"),
+            ("text", "cache", "dtype", "float32", "cache.dtype was 'auto', now 'float32'"),
+            ("experts", "experts", "seed", 8, "the seed was 7, now 8"),
+            ("experts", "experts", "time_buckets", 4, "time_buckets was 3, now 4"),
+            ("experts", "experts", "resolution", 128, "resolution was 64, now 128"),
+            ("experts", "experts", "expert_time", "reference", "expert_time was 'aligned', now 'reference'"),
+            ("experts", "experts", "expert_input", "random", "expert_input was 'noised_image', now 'random'"),
+            ("experts", "experts", "enable_lune", False, "lune_enabled was True, now False"),
+            ("experts", "experts", "dtype", "bfloat16", "the encoder's precision was 'auto', now 'bfloat16'"),
+        ],
+    )
+    def test_a_setting_that_changes_the_content_is_named_with_both_values(
+        self, cached: Any, kind: str, table: str, key: str, value: Any, expected: str
+    ) -> None:
+        found = reasons(cached, kind, cached.config(**{table: {key: value}}))
+        assert set(found) == {"a", "b"}
+        assert set(found.values()) == {expected}
+
+    def test_another_bucket_makes_latents_stale_and_says_both(self, cached: Any) -> None:
+        found = reasons(cached, "latents", cached.config(general={"resolution": 128}))
+        assert found == {
+            "a": "the bucket was [64, 64], now [128, 128]",
+            "b": "the bucket was [80, 48], now [160, 96]",
+        }
+        assert reasons(cached, "text", cached.config(general={"resolution": 128})) == {}
+
+    def test_another_size_of_the_teachers_picture_makes_experts_stale(self, project: Any) -> None:
+        """The teacher sees the item at the aspect of its bucket, so another bucket may mean another picture."""
+        from musubi_tuner.caching.jobs import teacher_grid
+
+        project.picture("a", (160, 64))
+        fingerprints, grids = [], []
+        for resolution in (64, 128):
+            config = project.config(general={"resolution": resolution}, experts={"resolution": 512})
+            family = config.spec.load("checkpoint_options")(config)
+            (item,) = project.items(config)
+            fingerprints.append(expectation(config, "experts", family, download=False).of(item))
+            grids.append(teacher_grid(item, 512, keep_aspect=True))
+        assert grids == [(48, 80), (40, 96)]
+        assert difference(*fingerprints) is not None
+
+    @pytest.mark.parametrize(
+        ("table", "key", "value"),
+        [
+            ("general", "batch_size", 7),
+            ("general", "num_repeats", 3),
+            ("cache", "latents_batch_size", 4),
+            ("cache", "workers", 0),
+            ("cache", "nan_policy", "zero"),
+            ("train", "max_steps", 77),
+            ("run", "seed", 9),
+        ],
+    )
+    def test_other_settings_change_nothing(self, cached: Any, table: str, key: str, value: Any) -> None:
+        config = cached.config(**{table: {key: value}})
+        assert {kind: reasons(cached, kind, config) for kind in KINDS} == {kind: {} for kind in KINDS}
+
+    def test_the_seed_of_the_posterior_counts_only_where_it_is_used(self, cached: Any) -> None:
+        cached.tables["cache"] = {"latent_mode": "mean"}
+        assert cached.run("latents") == 0
+        assert reasons(cached, "latents", cached.config(cache={"seed": 99})) == {}
+
+    def test_always_makes_everything_due(self, cached: Any) -> None:
+        found = reasons(cached, "text", cached.config(cache={"run": "always"}))
+        assert found == {"a": "cache.run is always", "b": "cache.run is always"}
+
+    def test_an_older_format_is_named(self) -> None:
+        assert difference({"format": "0.9"}, {"format": "1.0.1"}) == "the cache format was '0.9', now '1.0.1'"
+
+    def test_the_first_difference_is_the_one_named(self) -> None:
+        assert difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None
+        assert difference({"a": 1, "b": 3, "c": 4}, {"a": 1, "b": 2, "c": 5}) == "b was 3, now 2"
+        assert difference({}, {"clip": "x"}) == "the CLIP encoder was None, now 'x'"
+
+
+@pytest.fixture
+def own_encoders(project: Any, encoders: Path) -> Path:
+    """A copy of the encoders that a test may change, used by the project."""
+    own = Path(shutil.copytree(encoders, project.root / "encoders"))
+    for table in ("model", "experts"):
+        for key, value in project.tables[table].items():
+            if isinstance(value, str) and str(encoders) in value:
+                project.tables[table][key] = value.replace(str(encoders), str(own))
+    return own
+
+
+def nudge(file: Path) -> None:
+    """Change one weight of a file."""
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, file)
+
+
+class TestEncoders:
+    @pytest.mark.parametrize(
+        ("encoder", "stale"),
+        [
+            ("vae", {"latents": "the autoencoder"}),
+            ("t5", {"text": "the T5 encoder"}),
+            ("clip", {"text": "the CLIP encoder", "experts": "the CLIP encoder"}),
+            ("unet", {"experts": "the teacher's U-Net"}),
+            ("expert_vae", {"experts": "the teacher's autoencoder"}),
+        ],
+    )
+    def test_other_weights_make_the_kinds_stale_that_use_them(
+        self, project: Any, own_encoders: Path, encoder: str, stale: dict[str, str]
+    ) -> None:
+        project.picture("a")
+        for kind in KINDS:
+            assert project.run(kind) == 0
+        nudge(next((own_encoders / encoder).glob("*.safetensors")))
+        for kind in KINDS:
+            found = reasons(project, kind)
+            if kind in stale:
+                assert found["a"].startswith(f"{stale[kind]} was '")
+            else:
+                assert found == {}
+
+    def test_the_config_of_an_encoder_counts_too(self, project: Any, own_encoders: Path) -> None:
+        project.picture("a")
+        assert project.run("latents") == 0
+        path = own_encoders / "vae" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 2.0}))
+        assert reasons(project, "latents")["a"].startswith("the autoencoder was ")
+
+    def test_a_tokenizer_inside_the_encoders_folder_counts_too(self, project: Any, own_encoders: Path) -> None:
+        project.picture("a")
+        assert project.run("text") == 0
+        path = own_encoders / "t5" / "tokenizer.json"
+        path.write_text(path.read_text().replace('"red"', '"rouge"'))
+        assert reasons(project, "text")["a"].startswith("the T5 encoder was ")
+
+    def test_a_tokenizer_that_is_named_counts_too(self, project: Any, own_encoders: Path) -> None:
+        tokenizer = Path(shutil.copytree(own_encoders / "t5", own_encoders / "other"))
+        (tokenizer / "model.safetensors").unlink()
+        project.tables["model"]["t5_tokenizer"] = str(tokenizer)
+        project.picture("a")
+        assert project.run("text") == 0
+        path = tokenizer / "tokenizer.json"
+        path.write_text(path.read_text().replace('"red"', '"rouge"'))
+        assert reasons(project, "text")["a"].startswith("the T5 tokenizer was ")
+
+    @pytest.mark.parametrize("place", ["t5/tokenizer", "tokenizer"])
+    def test_a_tokenizer_that_is_found_beside_the_encoder_counts_too(
+        self, project: Any, own_encoders: Path, place: str
+    ) -> None:
+        """It is used although no key names it, so a change of it must not go unnoticed."""
+        folder = own_encoders / place
+        folder.mkdir()
+        for path in (own_encoders / "t5").glob("tokenizer*.json"):
+            path.rename(folder / path.name)
+        project.picture("a")
+        assert project.run("text") == 0
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"red"', '"rouge"'))
+        assert "a" in reasons(project, "text")
+
+    def test_moving_an_encoder_changes_nothing(self, project: Any, own_encoders: Path) -> None:
+        project.picture("a")
+        assert project.run("latents") == 0
+        (own_encoders / "vae").rename(own_encoders / "renamed")
+        project.tables["model"]["vae_path"] = str(own_encoders / "renamed")
+        assert reasons(project, "latents") == {}
+
+    def test_an_encoder_that_is_not_there_is_named(self, project: Any, own_encoders: Path) -> None:
+        project.picture("a")
+        config = project.config()
+        shutil.rmtree(own_encoders / "vae")
+        with pytest.raises(CheckpointError) as caught:
+            encoder_sources(config, "latents").paths(download=False)
+        assert str(caught.value) == f"model.vae_path: {own_encoders / 'vae'}: no such file or folder"
+
+    def test_an_encoder_that_is_not_downloaded_leaves_everything_due(self, cached: Any) -> None:
+        config = cached.config(model={"vae_path": "nobody/nothing-of-this-name:vae"})
+        assert expectation(config, "latents", {}, download=False).shared is None
+        reason = "its encoder is not downloaded yet, so it cannot be checked"
+        assert reasons(cached, "latents", config) == {"a": reason, "b": reason}
+
+    def test_needed_kinds_follow_the_teachers(self, project: Any) -> None:
+        assert needed_kinds(project.config()) == ["latents", "text", "experts"]
+        assert needed_kinds(project.config(experts={"enable_lune": False})) == ["latents", "text", "experts"]
+        none = project.config(experts={"enable_lune": False, "enable_sol": False})
+        assert needed_kinds(none) == ["latents", "text"]
+
+
+class TestForeignFiles:
+    def strip(self, project: Any) -> Path:
+        """Remove our fingerprint from the text file of item a, as another program would write it."""
+        path = project.root / "cache" / "a_tf_te.safetensors"
+        save_file(load_file(path), path, metadata={"architecture": "tinyflux", "caption1": "a red circle"})
+        return path
+
+    def test_a_file_without_fingerprint_is_stale(self, cached: Any) -> None:
+        self.strip(cached)
+        assert reasons(cached, "text") == {"a": "it does not say what made it (no fingerprint)"}
+
+    def test_by_name_it_is_accepted(self, cached: Any) -> None:
+        self.strip(cached)
+        assert reasons(cached, "text", cached.config(cache={"skip_existing": "name"})) == {}
+
+    def test_by_name_any_setting_is_accepted_but_no_broken_file(self, cached: Any) -> None:
+        config = cached.config(cache={"skip_existing": "name", "seed": 5})
+        assert reasons(cached, "latents", config) == {}
+        path = cached.root / "cache" / "a_0064x0064_tf.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert reasons(cached, "latents", config)["a"].endswith("delete it and run the cache job again")
+
+    def test_a_cut_file_is_due_again_with_its_reason(self, cached: Any) -> None:
+        path = cached.root / "cache" / "a_tf_te.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert reasons(cached, "text")["a"].endswith("delete it and run the cache job again")
+
+    def test_a_file_of_another_item_under_this_name_is_stale(self, cached: Any) -> None:
+        """Someone renamed files: the content belongs to another caption and item."""
+        folder = cached.root / "cache"
+        shutil.copyfile(folder / "b_tf_te.safetensors", folder / "a_tf_te.safetensors")
+        assert reasons(cached, "text") == {"a": "caption was 'a blue square', now 'a red circle'"}
+
+    def test_headers_hold_the_facts_that_others_read(self, cached: Any) -> None:
+        (first, _) = cached.items()
+        latents = read_header(cache_path(first, "latents", "tf")).metadata
+        assert {key: latents[key] for key in latents if key not in ("fingerprint", "code_version")} == {
+            "architecture": "tinyflux",
+            "format_version": "1.0.1",
+            "width": "64",
+            "height": "64",
+            "bucket_width": "64",
+            "bucket_height": "64",
+            "vae_shift_applied": "false",
+        }
+        assert read_header(cache_path(first, "text", "tf")).metadata["caption1"] == "a red circle"
+        experts = read_header(cache_path(first, "experts", "tf")).metadata
+        assert (experts["time_convention"], experts["seed"]) == ("data_at_1", "7")
+
+
+def test_reasons_are_counted_by_frequency(cached: Any) -> None:
+    for name in ("c", "d", "e"):
+        cached.picture(name)
+    (cached.root / "images" / "a.txt").write_text("other")
+    config = cached.config()
+    status = examine(config, cached.items(config), "text", {})
+    assert status.reasons == [("missing", 3), ("caption was 'a red circle', now 'other'", 1)]
+    assert status.fresh == 1
+
+
+class TestIdentity:
+    def test_names_inside_a_folder_count_and_the_name_of_a_single_file_does_not(self, tmp_path: Path) -> None:
+        folder = tmp_path / "one"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "README.md").write_text("one")
+        before = identity(folder)
+        (folder / "README.md").write_text("two")
+        assert identity(folder) == before
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        assert identity(folder) != before
+        single = identity(folder / "other.safetensors")
+        (folder / "other.safetensors").rename(folder / "third.safetensors")
+        assert identity(folder / "third.safetensors") == single
+
+    @pytest.mark.parametrize("name", ["weights.json", "config.json", "model_config.json"])
+    def test_a_config_beside_a_single_file_counts(self, tmp_path: Path, name: str) -> None:
+        """It decides the geometry and scale of what the file computes; loading looks for these three names."""
+        weights = tmp_path / "weights.safetensors"
+        weights.write_bytes(b"weights")
+        before = identity(weights)
+        (tmp_path / name).write_text("{}")
+        with_config = identity(weights)
+        (tmp_path / name).write_text("[]")
+        assert len({before, with_config, identity(weights)}) == 3
+
+    def test_a_large_file_is_hashed_once(
+        self, tmp_path: Path, hash_memory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "big.safetensors"
+        path.write_bytes(b"x" * BIG)
+        digest = file_sha256(path)
+        assert digest == hash_file(path)
+        (memory,) = hash_memory.iterdir()
+        stored = json.loads(memory.read_text())
+        assert (stored["path"], stored["size"], stored["sha256"]) == (str(path), BIG, digest)
+        # What is remembered is believed, so the file was not read again.
+        memory.write_text(json.dumps(stored | {"sha256": "remembered"}))
+        assert file_sha256(path) == "remembered"
+
+    def test_a_large_file_that_changed_is_hashed_again(self, tmp_path: Path, hash_memory: Path) -> None:
+        path = tmp_path / "big.safetensors"
+        path.write_bytes(b"x" * BIG)
+        status, first = path.stat(), file_sha256(path)
+        path.write_bytes(b"y" * BIG)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        second = file_sha256(path)
+        assert second == hash_file(path) != first
+        os.utime(path, ns=(0, 0))
+        assert file_sha256(path) == second
+
+    def test_small_files_are_always_read(self, tmp_path: Path, hash_memory: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_text("{}")
+        status, first = path.stat(), file_sha256(path)
+        path.write_text("[]")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert file_sha256(path) != first
+        assert not hash_memory.exists()
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"null"])
+    def test_a_broken_memory_is_no_obstacle(self, tmp_path: Path, hash_memory: Path, content: bytes) -> None:
+        path = tmp_path / "big.safetensors"
+        path.write_bytes(b"x" * BIG)
+        digest = file_sha256(path)
+        (memory,) = hash_memory.iterdir()
+        memory.write_bytes(content)
+        assert file_sha256(path) == digest
+        assert json.loads(memory.read_text())["sha256"] == digest
+
+    def test_a_memory_that_cannot_be_written_only_warns(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "file").write_text("not a folder")
+        monkeypatch.setenv("MUSUBI_CACHE_HOME", str(tmp_path / "file"))
+        path = tmp_path / "big.safetensors"
+        path.write_bytes(b"x" * BIG)
+        with caplog.at_level(logging.WARNING):
+            assert file_sha256(path) == hash_file(path)
+        (record,) = caplog.records
+        assert record.getMessage() == f"cannot remember file hashes in {tmp_path / 'file' / 'hashes'} (Not a directory)"
+
+
+def test_a_fingerprint_holds_all_that_decides_the_content(cached: Any) -> None:
+    """What is stored is what is expected, and for images their state beside it."""
+    config = cached.config()
+    family = config.spec.load("checkpoint_options")(config)
+    for kind in KINDS:
+        expected = expectation(config, kind, family, download=False)
+        for item in cached.items():
+            stored = read_header(cache_path(item, kind, "tf")).fingerprint
+            assert stored is not None
+            image = stored.pop("image", None)
+            assert stored == expected.of(item)
+            assert (image is not None) == expected.needs_image == (kind != "text")
+            assert stale_reason(item, expected, "tf") is None

@@ -1,0 +1,493 @@
+"""States are whole or not there, broken ones are named and passed over, and only listed files are ever removed."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.training.checkpoint import (
+    CheckpointList,
+    Entry,
+    TrainingState,
+    compare_config,
+    find_states,
+    newest_good_state,
+    read_tensors,
+    read_values,
+    save_weights,
+    write_state,
+)
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def state_of(step: int) -> TrainingState:
+    """A small state in which every kind of content occurs."""
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(3, 4, generator=generator)
+    return TrainingState(
+        model={"weight": weight, "gate": torch.tensor(0.25), "counter": torch.tensor([step])},
+        ema={"weight": weight * 0.5},
+        optimizer={"weight/exp_avg": weight.bfloat16(), "weight/step": torch.tensor(float(step))},
+        values={"step": step, "lr": 0.1 + 0.2, "name": "Bär", "scaler": None},
+    )
+
+
+def write(folder: Path, step: int, name: str | None = None) -> Path:
+    path = folder / (name or f"run-step{step:08d}-state")
+    write_state(path, state_of(step))
+    return path
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+def assert_is_state(path: Path, step: int) -> None:
+    expected = state_of(step)
+    assert read_values(path) == {"format": 1, **expected.values}
+    for name in ("model", "ema", "optimizer"):
+        assert_same(read_tensors(path, name), getattr(expected, name))
+
+
+# Writing and reading a state
+
+
+def test_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    assert_is_state(write(tmp_path, 5), 5)
+
+
+def test_state_folder_holds_just_its_files_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    assert {file.name for file in path.iterdir()} == set(FILES)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_manifest_lists_every_other_file(tmp_path: Path) -> None:
+    manifest = json.loads((write(tmp_path, 5) / "manifest.json").read_text(encoding="utf-8"))
+    assert set(manifest) == set(FILES) - {"manifest.json"}
+    assert all(len(digest) == 64 for digest in manifest.values())
+
+
+def test_absent_part_comes_back_empty(tmp_path: Path) -> None:
+    path = tmp_path / "run-state"
+    write_state(path, TrainingState({"weight": torch.ones(2)}, {}, {}, {"step": 1}))
+    assert read_tensors(path, "ema") == {}
+    assert read_values(path)["step"] == 1
+
+
+def test_state_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, 5, "run-state")
+    write(tmp_path, 9, "run-state")
+    assert_is_state(path, 9)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_state_that_cannot_be_written_leaves_the_older_one_and_nothing_beside(tmp_path: Path) -> None:
+    path = write(tmp_path, 5, "run-state")
+    broken = state_of(9)
+    broken.values["position"] = object()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_state(path, broken)
+    assert_is_state(path, 5)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_older_state_that_cannot_be_removed_does_not_cost_the_new_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 5, "run-state")
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with contextlib.suppress(OSError):
+        write(tmp_path, 9, "run-state")
+    found = newest_good_state(tmp_path, "run")
+    assert found is not None
+    assert_is_state(found[0], found[1]["step"])
+
+
+def test_tensors_that_are_views_of_one_storage_are_written(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    parts = {"row": base[0], "column": base[:, 1], "turned": base.t()}
+    path = tmp_path / "run-state"
+    write_state(path, TrainingState(parts, {}, {}, {"step": 1}))
+    assert_same(read_tensors(path, "model"), parts)
+
+
+def test_one_tensor_under_two_names_is_written_under_both(tmp_path: Path) -> None:
+    table = torch.linspace(-1, 1, 7)
+    path = tmp_path / "run-state"
+    write_state(path, TrainingState({}, {}, {"a/qmap1": table, "b/qmap1": table}, {"step": 1}))
+    assert_same(read_tensors(path, "optimizer"), {"a/qmap1": table, "b/qmap1": table})
+
+
+def test_read_tensors_do_not_need_their_file_any_more(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    tensors = read_tensors(path, "model")
+    file = path / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert_same(tensors, state_of(5).model)
+
+
+def test_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run-state"
+    write_state(path, TrainingState({}, {}, {}, {"step": 1, "format": 99}))
+    with pytest.raises(CheckpointError) as caught:
+        read_values(path)
+    assert str(caught.value) == f"{path}: is of format 99, this version reads 1"
+
+
+# Broken states
+
+
+def flip(where: float) -> Callable[[Path], None]:
+    """Change one byte at a share of the file's length."""
+
+    def damage(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        position = min(int(where * len(content)), len(content) - 1)
+        content[position] ^= 0x01
+        file.write_bytes(content)
+
+    return damage
+
+
+def not_text(file: Path) -> None:
+    """Put a byte in the middle that occurs in no UTF-8 text."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] = 0xFF
+    file.write_bytes(content)
+
+
+def zeros(file: Path) -> None:
+    """What a crashed file system leaves: the right length, no content."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "first byte": flip(0.0),
+    "byte in the middle": flip(0.5),
+    "last byte": flip(1.0),
+    "byte that is no text": not_text,
+    "zeros": zeros,
+    "one byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]) and None,
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]) and None,
+    "empty": lambda file: file.write_bytes(b"") and None,
+    "one byte more": lambda file: file.write_bytes(file.read_bytes() + b"x") and None,
+    "missing": lambda file: file.unlink(),
+    "another kind of json": lambda file: file.write_text("[]", encoding="utf-8") and None,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_broken_state_is_named_and_an_older_one_taken(
+    name: str, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    DAMAGE[damage](newer / name)
+    with caplog.at_level(logging.WARNING):
+        found = newest_good_state(tmp_path, "run")
+    assert found is not None
+    assert found[0] == older
+    assert found[1]["step"] == 5
+    assert_is_state(older, 5)
+    assert len(caplog.messages) == 1
+    assert str(newer) in caplog.messages[0]
+    assert newer.exists()  # it is left for a person to look at
+
+
+def test_manifest_that_does_not_name_a_file_does_not_vouch_for_it(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    (newer / "manifest.json").write_text("{}", encoding="utf-8")
+    flip(0.9)(newer / "model.safetensors")
+    found = newest_good_state(tmp_path, "run")
+    assert found is not None
+    assert found[0] == older
+
+
+def test_changed_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    flip(0.9)(path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read_values(path)
+    assert str(caught.value) == f"{path}: optimizer.safetensors does not match its manifest"
+
+
+def test_missing_manifest_is_an_incomplete_state(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        read_values(path)
+    assert str(caught.value).startswith(f"{path}: is not a complete state (FileNotFoundError: ")
+    assert "manifest.json" in str(caught.value)
+
+
+def test_missing_part_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    (path / "ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"is not a complete state \(FileNotFoundError: .*ema\.safetensors"):
+        read_values(path)
+
+
+def test_warning_says_that_an_older_state_is_tried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 5)
+    newer = write(tmp_path, 10)
+    flip(0.9)(newer / "model.safetensors")
+    newest_good_state(tmp_path, "run")
+    assert caplog.messages == [f"{newer}: model.safetensors does not match its manifest; trying an older state"]
+
+
+def test_no_good_state_is_a_new_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_good_state(tmp_path, "run") is None
+    assert caplog.messages == []
+    (write(tmp_path, 5) / "manifest.json").unlink()
+    assert newest_good_state(tmp_path, "run") is None
+    assert len(caplog.messages) == 1
+
+
+def test_newest_state_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    for step, name in ((20, "run-state"), (3, "run-000001-state"), (100, "run-step00000100-state")):
+        write(tmp_path, step, name)
+    assert [step for step, _ in find_states(tmp_path, "run")] == [100, 20, 3]
+    found = newest_good_state(tmp_path, "run")
+    assert found is not None
+    assert found[0].name == "run-step00000100-state"
+
+
+def test_half_written_states_and_files_are_not_states(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 50, ".tmp-1-2-run-state")
+    (tmp_path / "run-note-state").write_text("a file", encoding="utf-8")
+    assert [step for step, _ in find_states(tmp_path, "run")] == [5]
+
+
+def test_name_of_a_run_is_no_pattern(tmp_path: Path) -> None:
+    write(tmp_path, 5, "run [a]-state")
+    write(tmp_path, 6, "run a-state")
+    assert [step for step, _ in find_states(tmp_path, "run [a]")] == [5]
+
+
+# The list
+
+
+def listed(folder: Path, entries: dict[str, Entry]) -> CheckpointList:
+    """A list and the files and folders that it names."""
+    checkpoints = CheckpointList(folder, "run")
+    for name, entry in entries.items():
+        for part in (entry.model, entry.ema):
+            if part:
+                (folder / part).write_bytes(b"weights")
+        if entry.state:
+            (folder / entry.state).mkdir(exist_ok=True)
+            (folder / entry.state / "state.json").write_text("{}", encoding="utf-8")
+        checkpoints.add(name, entry)
+    return checkpoints
+
+
+def step_entry(step: int) -> Entry:
+    stem = f"run-step{step:08d}"
+    return Entry(step, 1, "step", f"{stem}.safetensors", f"{stem}_ema.safetensors", f"{stem}-state")
+
+
+def content(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_list_comes_back_in_order(tmp_path: Path) -> None:
+    entries = {"step_2": step_entry(2), "step_1": step_entry(1), "final": Entry(3, 1, "final", "run.safetensors")}
+    listed(tmp_path, entries)
+    found = CheckpointList.read(tmp_path, "run")
+    assert found.entries == entries
+    assert list(found.entries) == list(entries)
+
+
+def test_absent_list_is_empty(tmp_path: Path) -> None:
+    assert CheckpointList.read(tmp_path, "run").entries == {}
+
+
+def test_entry_written_again_is_the_last(tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {"final": Entry(3, 1, "final"), "step_4": step_entry(4)})
+    checkpoints.add("final", Entry(9, 2, "final"))
+    found = CheckpointList.read(tmp_path, "run").entries
+    assert list(found) == ["step_4", "final"]
+    assert found["final"].step == 9
+
+
+def test_list_of_another_run_is_refused(tmp_path: Path) -> None:
+    listed(tmp_path, {"step_1": step_entry(1)})
+    with pytest.raises(ConfigError) as caught:
+        CheckpointList.read(tmp_path, "dog")
+    assert str(caught.value) == (
+        f"run.output_dir {tmp_path}: holds the run 'run', this run is called 'dog'; choose another folder"
+    )
+
+
+BROKEN_LISTS: dict[str, bytes] = {
+    "empty": b"",
+    "cut": b'{"run": "run", "checkpoi',
+    "another kind of json": b"[1, 2]",
+    "no run": b'{"checkpoints": {}}',
+    "no checkpoints": b'{"run": "run"}',
+    "checkpoints of another kind": b'{"run": "run", "checkpoints": []}',
+    "entry of another kind": b'{"run": "run", "checkpoints": {"final": 3}}',
+    "unknown entry field": b'{"run": "run", "checkpoints": {"final": {"step": 1, "epoch": 1, "kind": "a", "b": 1}}}',
+    "incomplete entry": b'{"run": "run", "checkpoints": {"final": {"step": 1}}}',
+    "no text": b'{"run": "\xff", "checkpoints": {}}',
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LISTS)
+def test_broken_list_is_named_with_the_way_out(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints.json"
+    path.write_bytes(BROKEN_LISTS[kind])
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointList.read(tmp_path, "run")
+    message = str(caught.value)
+    assert message.startswith(f"{path}: cannot be read (")
+    assert message.endswith("); move it away, or use --fresh")
+
+
+# Pruning
+
+
+def names_of(*steps: int) -> set[str]:
+    return {part for step in steps for part in (step_entry(step).model, step_entry(step).ema, step_entry(step).state)}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, (3,)), (2, (2, 3)), (3, (1, 2, 3)), (9, (1, 2, 3))])
+def test_pruning_keeps_the_newest(keep: int, left: tuple[int, ...], tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2, 3)})
+    checkpoints.prune("step", keep)
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(*left)
+    assert set(CheckpointList.read(tmp_path, "run").entries) == {f"step_{step}" for step in left}
+
+
+@pytest.mark.parametrize("keep", [None, 0])
+def test_pruning_is_off_without_a_number(keep: int | None, tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2, 3)})
+    checkpoints.prune("step", keep)
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(1, 2, 3)
+
+
+def test_newest_is_that_of_the_highest_step_and_not_the_last_written(tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (30, 10, 20)})
+    checkpoints.prune("step", 1)
+    assert set(checkpoints.entries) == {"step_30"}
+
+
+def test_pruning_one_kind_leaves_the_others(tmp_path: Path) -> None:
+    entries = {
+        "step_1": step_entry(1),
+        "epoch_1": Entry(1, 1, "epoch", "run-000001.safetensors"),
+        "final": Entry(1, 1, "final", "run.safetensors"),
+        "step_2": step_entry(2),
+    }
+    checkpoints = listed(tmp_path, entries)
+    checkpoints.prune("step", 1)
+    assert set(checkpoints.entries) == {"epoch_1", "final", "step_2"}
+    assert content(tmp_path) >= {"run-000001.safetensors", "run.safetensors"}
+
+
+def test_pruning_never_touches_files_that_are_not_listed(tmp_path: Path) -> None:
+    foreign = {"run-step00000000.safetensors", "run-step00000000-state", "notes.txt"}
+    (tmp_path / "run-step00000000.safetensors").write_bytes(b"mine")
+    (tmp_path / "run-step00000000-state").mkdir()
+    (tmp_path / "notes.txt").write_text("keep", encoding="utf-8")
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2, 3)})
+    checkpoints.prune("step", 1)
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(3) | foreign
+
+
+def test_files_shared_with_a_kept_checkpoint_stay(tmp_path: Path) -> None:
+    shared = step_entry(1)
+    entries = {
+        "step_1": shared,
+        "epoch_1": Entry(1, 1, "epoch", shared.model, "", shared.state),
+        "step_2": step_entry(2),
+    }
+    checkpoints = listed(tmp_path, entries)
+    checkpoints.prune("step", 1)
+    assert content(tmp_path) == {"checkpoints.json", shared.model, shared.state} | names_of(2)
+
+
+def test_pruning_bears_files_that_are_gone_already(tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2)})
+    (tmp_path / step_entry(1).model).unlink()
+    (tmp_path / step_entry(1).state / "state.json").unlink()
+    (tmp_path / step_entry(1).state).rmdir()
+    checkpoints.prune("step", 1)
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(2)
+
+
+# Weight files
+
+
+def saved(folder: Path, tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    path = folder / "weights.safetensors"
+    save_weights(path, tensors, dtype, {"step": "7"})
+    with safe_open(str(path), "pt") as file:
+        assert file.metadata() == {"step": "7"}
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_only_floating_tensors_with_an_axis_are_cast(dtype: str, tmp_path: Path) -> None:
+    tensors = {
+        "matrix": torch.tensor([[1.2345678, -2.0]]),
+        "vector": torch.tensor([0.1, 0.2, 0.3]),
+        "gate": torch.tensor(0.123456789),
+        "counter": torch.tensor([1, 2, 2**40]),
+        "scalar_counter": torch.tensor(3),
+        "mask": torch.tensor([True, False]),
+    }
+    found = saved(tmp_path, tensors, dtype)
+    wanted = getattr(torch, dtype)
+    expected: dict[str, Any] = {
+        key: value.to(wanted) if key in ("matrix", "vector") else value for key, value in tensors.items()
+    }
+    assert_same(found, expected)
+
+
+def test_weights_of_a_training_model_are_saved_without_their_graph(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    found = saved(tmp_path, {"turned": parameter.t()}, "float32")
+    assert found["turned"].tolist() == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_weight_file_is_replaced_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    saved(tmp_path, {"a": torch.zeros(2)}, "float32")
+    assert saved(tmp_path, {"b": torch.ones(2)}, "float32")["b"].tolist() == [1.0, 1.0]
+    assert content(tmp_path) == {"weights.safetensors"}
+
+
+# Comparing configs
+
+
+def test_differences_are_named_with_both_values() -> None:
+    stored = {"run.seed": 1, "optimizer.lr": 0.1, "gone": "x", "same": [1, 2]}
+    current = {"run.seed": 2, "optimizer.lr": 0.1, "added": True, "same": [1, 2]}
+    assert compare_config(stored, current) == [
+        "added was None, now True",
+        "gone was 'x', now None",
+        "run.seed was 1, now 2",
+    ]
+
+
+def test_equal_configs_have_no_differences() -> None:
+    assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []

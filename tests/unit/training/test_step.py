@@ -1,0 +1,599 @@
+"""The training step: what is dropped, what is fed, what is paid, and that no draw depends on the batch it falls into."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.plan import MicroBatch
+from musubi_tuner.flow import distillation_loss, min_snr_weight
+from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
+from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
+from musubi_tuner.training.step import Draws, make_draws, stratified_draws, training_step
+
+CONFIG = TinyFluxConfig(
+    hidden_size=32,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    num_double_layers=1,
+    num_single_layers=1,
+    axes_dims_rope=(4, 6, 6),
+    lune_expert_dim=6,
+    lune_hidden_dim=16,
+    sol_spatial_size=4,
+    sol_hidden_dim=12,
+)
+SHAPE = (4, 4, 6)
+"""Of the latents of one sample."""
+GRID = torch.tensor([0.0, 0.5, 1.0])
+"""Times of the teacher tables."""
+TEACHERS = ("lune_features", "sol_stats", "sol_spatial", "t_buckets")
+KEEP = 0.99
+"""A draw above every probability of these tests."""
+
+
+def process(*, lune: bool = True, sol: bool = True, norm: str = "sum", **settings: Any) -> TinyFluxProcess:
+    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(lune, sol, norm))
+
+
+def make_batch(count: int = 4, without_teacher: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Batch:
+    """A micro-batch as the dataset makes it: a sample without a teacher has zero rows and is marked."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    latents = randn(*SHAPE)
+    maps = randn(3, 4, 4).flatten(2).softmax(-1).view(count, 3, 4, 4)
+    tensors = {
+        "t5_vec": randn(5, 12).to(dtype),
+        "t5_mask": torch.ones(count, 5, dtype=torch.int64),
+        "clip_l_pooler": randn(10).to(dtype),
+        "lune_features": randn(3, 6),
+        "sol_stats": randn(3, 3),
+        "sol_spatial": maps,
+        "t_buckets": GRID.expand(count, -1).clone(),
+    }
+    valid = {name: torch.ones(count, dtype=torch.bool) for name in tensors}
+    for name in TEACHERS:
+        for row in without_teacher:
+            tensors[name][row] = 0
+            valid[name][row] = False
+    return Batch(latents, tensors, valid, [f"item {i}" for i in range(count)], tuple(range(count)))
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    """Some samples as a micro-batch of their own; a tensor that none of them has is absent."""
+    names = [name for name, valid in batch.valid.items() if valid[rows].any()]
+    return Batch(
+        batch.latents[rows],
+        {name: batch.tensors[name][rows] for name in names},
+        {name: batch.valid[name][rows] for name in names},
+        batch.items[rows],
+        batch.presentations[rows],
+    )
+
+
+def uniforms(count: int = 4, **values: list[float]) -> dict[str, Tensor]:
+    """Draws that drop nothing, but where a test says so."""
+    names = TinyFluxProcess.uniforms
+    return {name: torch.tensor(values.get(name, [KEEP] * count)) for name in names}
+
+
+def conditioning(
+    own: TinyFluxProcess, batch: Batch | None = None, time: float = 0.25, **values: list[float]
+) -> dict[str, Any]:
+    batch = batch or make_batch()
+    count = len(batch.latents)
+    return own.conditioning(batch, torch.full((count,), time), uniforms(count, **values))
+
+
+# Text dropout
+
+
+def test_dropped_text_is_zero_in_both_encodings_and_the_rest_is_untouched() -> None:
+    batch = make_batch()
+    inputs = conditioning(process(text_dropout=0.4), batch, text_dropout=[0.39, 0.4, 0.0, 0.9])
+    for key, name in (("t5", "t5_vec"), ("clip", "clip_l_pooler")):
+        assert inputs[key][[0, 2]].abs().max().item() == 0.0
+        assert torch.equal(inputs[key][[1, 3]], batch.tensors[name][[1, 3]])
+
+
+@pytest.mark.parametrize(("probability", "kept"), [(0.0, True), (1.0, False)])
+def test_text_dropout_of_none_and_of_all(probability: float, kept: bool) -> None:
+    inputs = conditioning(process(text_dropout=probability), text_dropout=[0.0, 0.3, 0.6, 0.9999])
+    assert [bool(row.any()) for row in inputs["t5"]] == [kept] * 4
+
+
+def test_text_dropout_keeps_the_precision_of_the_cache() -> None:
+    inputs = conditioning(process(), make_batch(dtype=torch.bfloat16), text_dropout=[0.0, KEEP, KEEP, KEEP])
+    assert (inputs["t5"].dtype, inputs["clip"].dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_text_mask_is_passed_on_only_to_models_trained_with_it() -> None:
+    batch = make_batch()
+    batch.tensors["t5_mask"][0, 3:] = 0
+    assert "text_mask" not in conditioning(process(), batch)
+    masked = TinyFluxProcess(ObjectiveSection(), TeacherSettings(False, False, "sum"), text_mask=True)
+    assert conditioning(masked, batch)["text_mask"].tolist() == batch.tensors["t5_mask"].bool().tolist()
+
+
+# Teacher features
+
+
+def test_teacher_features_are_looked_up_at_the_time_of_the_sample() -> None:
+    batch = make_batch()
+    time = torch.tensor([0.0, 0.25, 0.5, 0.875])
+    inputs = process().conditioning(batch, time, uniforms())
+    for found, name in (
+        (inputs["lune"]["features"], "lune_features"),
+        (inputs["sol"]["stats"], "sol_stats"),
+        (inputs["sol"]["spatial"], "sol_spatial"),
+    ):
+        table = batch.tensors[name]
+        torch.testing.assert_close(found[0], table[0, 0])
+        torch.testing.assert_close(found[1], (table[1, 0] + table[1, 1]) / 2)
+        torch.testing.assert_close(found[2], table[2, 1])
+        torch.testing.assert_close(found[3], 0.25 * table[3, 1] + 0.75 * table[3, 2])
+
+
+@pytest.mark.parametrize(("lune", "sol"), [(True, False), (False, True), (False, False)])
+def test_teachers_that_are_switched_off_are_not_asked(lune: bool, sol: bool) -> None:
+    inputs = conditioning(process(lune=lune, sol=sol))
+    assert ("lune" in inputs, "sol" in inputs) == (lune, sol)
+
+
+def test_batch_without_teacher_caches_has_no_teacher_inputs() -> None:
+    batch = make_batch()
+    for name in TEACHERS:
+        del batch.tensors[name], batch.valid[name]
+    assert set(conditioning(process(), batch)) == {"t5", "clip"}
+
+
+def test_teachers_are_dropped_sample_by_sample_and_apart_from_each_other() -> None:
+    own = process(lune_teacher_dropout=0.5, sol_teacher_dropout=0.2)
+    inputs = conditioning(own, lune_dropout=[0.1, 0.5, 0.4, 0.9], sol_dropout=[0.3, 0.1, 0.2, 0.19])
+    assert inputs["lune"]["feed"].tolist() == [False, True, False, True]
+    assert inputs["sol"]["feed"].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("coin", "fed"), [(0.1, False), (0.9, True)])
+def test_batch_mode_decides_for_all_samples_by_the_first_coin(coin: float, fed: bool) -> None:
+    own = process(lune_teacher_dropout=0.5, sol_teacher_dropout=0.5, teacher_dropout_mode="batch")
+    coins = [coin, 0.9, 0.1, 0.9]
+    inputs = conditioning(own, lune_dropout=coins, sol_dropout=coins)
+    assert inputs["lune"]["feed"].tolist() == [fed] * 4
+    assert inputs["sol"]["feed"].tolist() == [fed] * 4
+
+
+@pytest.mark.parametrize("still_pays", [True, False])
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_samples_whose_teacher_is_dropped_pay_if_asked(still_pays: bool, mode: str) -> None:
+    own = process(
+        lune_teacher_dropout=0.5, sol_teacher_dropout=0.5, distill_on_dropped=still_pays, teacher_dropout_mode=mode
+    )
+    coins = [0.1, 0.9, 0.1, 0.9]
+    inputs = conditioning(own, lune_dropout=coins, sol_dropout=coins)
+    for teacher in ("lune", "sol"):
+        assert not inputs[teacher]["feed"][0]
+        expected = [True] * 4 if still_pays else inputs[teacher]["feed"].tolist()
+        assert inputs[teacher]["distil"].tolist() == expected
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_samples_without_text_lose_the_teachers_if_asked(drop: bool) -> None:
+    own = process(text_dropout=0.5, drop_experts_with_text=drop)
+    inputs = conditioning(own, text_dropout=[0.1, 0.9, 0.1, 0.9])
+    for teacher in ("lune", "sol"):
+        expected = [False, True, False, True] if drop else [True] * 4
+        assert inputs[teacher]["feed"].tolist() == expected
+        assert inputs[teacher]["distil"].tolist() == expected
+
+
+@pytest.mark.parametrize("missing", [(0,), (2,), (0, 1, 3)])
+def test_samples_without_teacher_features_are_neither_fed_nor_pay(missing: tuple[int, ...]) -> None:
+    inputs = conditioning(process(), make_batch(without_teacher=missing))
+    expected = [row not in missing for row in range(4)]
+    for teacher in ("lune", "sol"):
+        assert inputs[teacher]["feed"].tolist() == expected
+        assert inputs[teacher]["distil"].tolist() == expected
+
+
+@pytest.mark.parametrize("missing", [(0,), (2,), (0, 1, 3)])
+def test_samples_without_teacher_features_do_not_spoil_those_of_the_others(missing: tuple[int, ...]) -> None:
+    whole, partly = conditioning(process()), conditioning(process(), make_batch(without_teacher=missing))
+    present = [row for row in range(4) if row not in missing]
+    for teacher, name in (("lune", "features"), ("sol", "stats"), ("sol", "spatial")):
+        assert torch.equal(partly[teacher][name][present], whole[teacher][name][present]), name
+        assert partly[teacher][name].isfinite().all(), name
+
+
+# Scale of the Sol map
+
+
+def test_sum_leaves_the_map_as_it_is() -> None:
+    maps = make_batch().tensors["sol_spatial"][:, 0]
+    assert torch.equal(scale_sol_map(maps, "sum"), maps)
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(4))
+
+
+def test_mean_norm_makes_the_mean_one_and_caps_peaks_at_four() -> None:
+    flat = torch.full((1, 4, 4), 1 / 16)
+    assert scale_sol_map(flat, "mean").tolist() == torch.ones(1, 4, 4).tolist()
+    peak = torch.zeros(1, 4, 4)
+    peak[0, 1, 2] = 1.0
+    scaled = scale_sol_map(peak, "mean")
+    assert scaled[0, 1, 2].item() == 4.0
+    assert scaled.sum().item() == 4.0
+
+
+def test_max_norm_makes_the_maximum_of_every_map_one() -> None:
+    maps = make_batch().tensors["sol_spatial"][:, 0]
+    scaled = scale_sol_map(maps, "max")
+    torch.testing.assert_close(scaled.amax((1, 2)), torch.ones(4))
+    torch.testing.assert_close(scaled / scaled.sum((1, 2), keepdim=True), maps)
+
+
+def test_max_norm_of_an_empty_map_is_empty() -> None:
+    assert scale_sol_map(torch.zeros(1, 4, 4), "max").abs().max().item() == 0.0
+
+
+def test_unknown_norm_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown sol_spatial_norm 'softmax'; known: sum, mean, max"):
+        scale_sol_map(torch.zeros(1, 4, 4), "softmax")
+
+
+@pytest.mark.parametrize("norm", ["sum", "mean", "max"])
+def test_norm_acts_on_the_map_that_is_fed_and_paid_for(norm: str) -> None:
+    raw = conditioning(process(norm="sum"))["sol"]["spatial"]
+    assert torch.equal(conditioning(process(norm=norm))["sol"]["spatial"], scale_sol_map(raw, norm))
+
+
+# Losses
+
+
+def losses(own: TinyFluxProcess, inputs: dict[str, Any], update: int = 0, time: float = 0.25) -> dict[str, Any]:
+    """Losses of fixed predictions against fixed targets."""
+    return own.losses(*predictions(), torch.full((4,), time), inputs, guesses(), update)
+
+
+def predictions() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    prediction, target = torch.randn(2, 4, *SHAPE, generator=generator)
+    return prediction, target
+
+
+def guesses() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(12)
+    return {
+        "lune_pred": torch.randn(4, 6, generator=generator),
+        "sol_stats_pred": torch.randn(4, 3, generator=generator),
+        "sol_spatial_pred": torch.rand(4, 4, 4, generator=generator),
+    }
+
+
+def test_main_loss_is_the_mean_squared_error_of_each_sample() -> None:
+    terms = losses(process(min_snr_gamma=0.0), {})
+    prediction, target = predictions()
+    assert set(terms) == {"main"}
+    assert terms["main"].weight == 1.0
+    torch.testing.assert_close(terms["main"].per_sample_B, (prediction - target).square().mean((1, 2, 3)))
+
+
+def test_huber_loss_is_square_below_delta_and_linear_above() -> None:
+    terms = losses(process(min_snr_gamma=0.0, loss="huber", huber_delta=0.5), {})
+    prediction, target = predictions()
+    distance = (prediction - target).abs()
+    element = torch.where(distance <= 0.5, distance.square() / 2, 0.5 * (distance - 0.25))
+    torch.testing.assert_close(terms["main"].per_sample_B, element.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("off", [{"min_snr_gamma": 0.0}, {"min_snr_gamma": None}, {"min_snr_form": "none"}])
+def test_min_snr_weight_is_off(off: dict[str, Any]) -> None:
+    prediction, target = predictions()
+    main = losses(process(**off), {}, time=0.9)["main"].per_sample_B
+    torch.testing.assert_close(main, (prediction - target).square().mean((1, 2, 3)))
+
+
+def test_min_snr_weight_multiplies_the_main_loss_by_the_time_of_the_sample() -> None:
+    own, plain = process(min_snr_gamma=2.0, min_snr_form="vpred"), process(min_snr_gamma=0.0)
+    time = torch.tensor([0.1, 0.4, 0.7, 0.95])
+    arguments = (*predictions(), time, {}, {}, 0)
+    weighted = own.losses(*arguments)["main"].per_sample_B
+    expected = plain.losses(*arguments)["main"].per_sample_B * min_snr_weight(time, 2.0, "vpred")
+    torch.testing.assert_close(weighted, expected)
+    assert not torch.allclose(weighted, plain.losses(*arguments)["main"].per_sample_B)
+
+
+def test_spatial_weighting_multiplies_every_place_by_its_importance() -> None:
+    own = process(min_snr_gamma=0.0, spatial_weighting=True)
+    inputs = conditioning(own)
+    # A map that is the same in every column, so that resizing 4 columns to 6 does not change it.
+    rows = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    inputs["sol"]["spatial"] = rows.view(1, 4, 1).expand(4, 4, 4)
+    prediction, target = predictions()
+    error = (prediction - target).square()
+    expected = (error * (rows / rows.mean()).view(1, 1, 4, 1)).mean((1, 2, 3))
+    # The mean in the denominator has 1e-6 added.
+    torch.testing.assert_close(losses(own, inputs)["main"].per_sample_B, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_spatial_weighting_leaves_samples_without_a_map_alone() -> None:
+    own = process(min_snr_gamma=0.0, spatial_weighting=True)
+    inputs = conditioning(own, make_batch(without_teacher=(1,)))
+    main = losses(own, inputs)["main"].per_sample_B
+    prediction, target = predictions()
+    plain = (prediction - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(main[1], plain[1])
+    assert not torch.isclose(main, plain)[[0, 2, 3]].any()
+
+
+def test_spatial_weighting_is_off_unless_asked() -> None:
+    own = process(min_snr_gamma=0.0)
+    prediction, target = predictions()
+    main = losses(own, conditioning(own))["main"].per_sample_B
+    torch.testing.assert_close(main, (prediction - target).square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["cosine", "huber", "soft", "hard"])
+def test_lune_term_is_the_distance_of_the_guess_from_the_teacher(mode: str) -> None:
+    own = process(lune_mode=mode)
+    inputs = conditioning(own)
+    found = losses(own, inputs)["lune"].per_sample_B
+    torch.testing.assert_close(found, distillation_loss(guesses()["lune_pred"], inputs["lune"]["features"], mode))
+
+
+def test_sol_term_is_the_error_of_statistics_and_map() -> None:
+    own = process()
+    inputs = conditioning(own)
+    guess = guesses()
+    stats = (guess["sol_stats_pred"] - inputs["sol"]["stats"]).square().mean(1)
+    spatial = (guess["sol_spatial_pred"] - inputs["sol"]["spatial"]).square().mean((1, 2))
+    torch.testing.assert_close(losses(own, inputs)["sol"].per_sample_B, stats + spatial)
+    arguments = (guess["sol_stats_pred"], inputs["sol"]["stats"], guess["sol_spatial_pred"], inputs["sol"]["spatial"])
+    torch.testing.assert_close(sol_loss(*arguments, 2.0, 0.5), 2 * stats + spatial / 2)
+
+
+def test_samples_that_do_not_distil_have_a_zero_term() -> None:
+    own = process()
+    terms = losses(own, conditioning(own, make_batch(without_teacher=(0, 2))))
+    for name in ("lune", "sol"):
+        assert (terms[name].per_sample_B != 0).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("update", "lune", "sol"), [(0, 0.0, 0.0), (50, 0.1, 0.05), (100, 0.2, 0.1), (200, 0.2, 0.2), (10_000, 0.2, 0.2)]
+)
+def test_distillation_warms_up_with_the_updates(update: int, lune: float, sol: float) -> None:
+    own = process(lune_weight=0.2, lune_warmup_steps=100, sol_weight=0.2, sol_warmup_steps=200)
+    terms = losses(own, conditioning(own), update)
+    assert (terms["lune"].weight, terms["sol"].weight) == (pytest.approx(lune), pytest.approx(sol))
+
+
+# The step
+
+
+def random_model() -> TinyFluxDeep:
+    """A model in which every path acts, without dropout of its own."""
+    generator = torch.Generator().manual_seed(0)
+    model = TinyFluxDeep(replace(CONFIG, lune_dropout=0.0))
+    initialize(model, "reference", generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() == 0:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+EVERYTHING = {
+    "text_dropout": 0.3,
+    "lune_teacher_dropout": 0.3,
+    "sol_teacher_dropout": 0.3,
+    "lune_warmup_steps": 0,
+    "sol_warmup_steps": 0,
+    "spatial_weighting": True,
+}
+
+
+def planned(*presentations: int) -> MicroBatch:
+    return MicroBatch(presentations, presentations)
+
+
+def test_step_returns_sums_over_samples_so_that_any_split_gives_the_same_update() -> None:
+    own, batch = process(**EVERYTHING), make_batch(6, without_teacher=(4,))
+
+    def gradients(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model, begun = random_model(), 0
+        sums: dict[str, Tensor] = {}
+        for size in sizes:
+            rows = slice(begun, begun + size)
+            draws = make_draws(own, SHAPE, planned(*range(begun, begun + size)), seed=1, epoch=0)
+            output = training_step(model, own, part(batch, rows), draws, update=5)
+            (output.loss / 6).backward()
+            for name, value in output.terms.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value
+            begun += size
+        return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, expected = gradients((6,))
+    assert set(whole) == {"main", "lune", "sol", "total"}
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for sizes in ((1,) * 6, (4, 2)):
+        sums, found = gradients(sizes)
+        for name, value in whole.items():
+            torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-6)
+        for name, gradient in expected.items():
+            # The promise of the design, in float32.
+            assert (found[name] - gradient).abs().max().item() <= 1e-6 * scale, name
+
+
+def test_loss_is_the_weighted_sum_of_its_terms() -> None:
+    own = process(**{**EVERYTHING, "lune_weight": 0.3, "sol_weight": 0.7})
+    output = training_step(random_model(), own, make_batch(), make_draws(own, SHAPE, planned(0, 1, 2, 3), 1, 0), 5)
+    terms = output.terms
+    expected = terms["main"] + 0.3 * terms["lune"] + 0.7 * terms["sol"]
+    torch.testing.assert_close(output.loss.detach(), expected)
+    assert torch.equal(terms["total"], output.loss.detach())
+    assert terms["lune"] > 0 and terms["sol"] > 0
+    assert not any(term.requires_grad for term in terms.values())
+
+
+def test_step_without_teachers_has_the_main_term_only() -> None:
+    own = process(lune=False, sol=False)
+    output = training_step(random_model(), own, make_batch(), make_draws(own, SHAPE, planned(0, 1, 2, 3), 1, 0), 5)
+    assert set(output.terms) == {"main", "total"}
+    assert torch.equal(output.terms["main"], output.terms["total"])
+
+
+def test_step_equals_the_sentence_of_the_paper() -> None:
+    own = process(lune=False, sol=False, text_dropout=0.0, min_snr_gamma=0.0, shift=3.0)
+    model, batch = random_model(), make_batch()
+    draws = make_draws(own, SHAPE, planned(0, 1, 2, 3), seed=1, epoch=0)
+    output = training_step(model, own, batch, draws, update=0)
+    raw = torch.sigmoid(draws.time)
+    time = 3 * raw / (1 + 2 * raw)
+    torch.testing.assert_close(output.time, time)
+    t = time.view(-1, 1, 1, 1)
+    noisy = (1 - t) * draws.noise + t * batch.latents
+    tokens = noisy.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        velocity = model(
+            tokens, batch.tensors["t5_vec"], batch.tensors["clip_l_pooler"], time, height=SHAPE[1], width=SHAPE[2]
+        )
+    target = (batch.latents - draws.noise).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(output.loss.detach(), (velocity - target).square().mean((1, 2)).sum())
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    own, model = process(**EVERYTHING), random_model()
+    draws = make_draws(own, SHAPE, planned(0, 1, 2, 3), seed=1, epoch=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = training_step(model, own, make_batch(dtype=torch.bfloat16), draws, update=5)
+    assert {value.dtype for value in (output.loss, output.time, *output.terms.values())} == {torch.float32}
+    exact = training_step(model, own, make_batch(), draws, update=5)
+    # bfloat16 keeps 8 bits; the parts of the model average many of its roundings.
+    torch.testing.assert_close(output.loss, exact.loss, rtol=2e-2, atol=0.0)
+
+
+# Draws
+
+
+def joined(parts: list[Draws]) -> Draws:
+    return Draws(
+        torch.cat([draws.noise for draws in parts]),
+        torch.cat([draws.time for draws in parts]),
+        {name: torch.cat([draws.uniforms[name] for draws in parts]) for name in parts[0].uniforms},
+    )
+
+
+def assert_equal_draws(found: Draws, expected: Draws) -> None:
+    assert torch.equal(found.noise, expected.noise)
+    assert torch.equal(found.time, expected.time)
+    assert found.uniforms.keys() == expected.uniforms.keys()
+    assert all(torch.equal(found.uniforms[name], expected.uniforms[name]) for name in expected.uniforms)
+
+
+@pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
+def test_draws_do_not_depend_on_the_micro_batch_they_fall_into(sampling: str) -> None:
+    own = process(timestep_sampling=sampling)
+    whole = make_draws(own, SHAPE, planned(*range(6)), seed=1, epoch=2)
+    for sizes in ((1,) * 6, (4, 2), (2, 3, 1)):
+        begins = [sum(sizes[:i]) for i in range(len(sizes))]
+        parts = [
+            make_draws(own, SHAPE, planned(*range(begin, begin + size)), seed=1, epoch=2)
+            for begin, size in zip(begins, sizes)
+        ]
+        assert_equal_draws(joined(parts), whole)
+
+
+def test_draws_belong_to_the_presentation_and_not_to_the_item() -> None:
+    own = process()
+    first = make_draws(own, SHAPE, MicroBatch((7, 7), (0, 1)), seed=1, epoch=0)
+    assert not torch.equal(first.noise[0], first.noise[1])
+    again = make_draws(own, SHAPE, MicroBatch((3,), (1,)), seed=1, epoch=0)
+    assert torch.equal(again.noise[0], first.noise[1])
+
+
+def test_draws_ignore_and_leave_the_global_generator() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = make_draws(process(), SHAPE, planned(0, 1), seed=1, epoch=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert_equal_draws(make_draws(process(), SHAPE, planned(0, 1), seed=1, epoch=0), first)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 1}])
+def test_another_seed_or_epoch_draws_anew(change: dict[str, int]) -> None:
+    key = {"seed": 1, "epoch": 0}
+    first = make_draws(process(), SHAPE, planned(0, 1), **key)
+    other = make_draws(process(), SHAPE, planned(0, 1), **{**key, **change})
+    assert (first.noise == other.noise).float().mean().item() < 0.01
+    assert not (first.time == other.time).any()
+    assert not any((first.uniforms[name] == other.uniforms[name]).any() for name in first.uniforms)
+
+
+def test_purposes_draw_apart() -> None:
+    draws = make_draws(process(timestep_sampling="uniform"), SHAPE, planned(0, 1, 2), seed=1, epoch=0)
+    columns = [draws.time, *draws.uniforms.values()]
+    assert len(columns) == 4
+    assert len({tuple(column.tolist()) for column in columns}) == 4
+
+
+def test_draws_have_their_distributions() -> None:
+    many = planned(*range(2000))
+    normal = make_draws(process(), (1, 1, 1), many, seed=1, epoch=0)
+    # Standard errors with 2000 draws: 0.022 of a normal mean, 0.016 of its deviation, 0.0065 of a uniform mean.
+    assert normal.noise.mean().item() == pytest.approx(0.0, abs=0.09)
+    assert normal.time.mean().item() == pytest.approx(0.0, abs=0.09)
+    assert normal.time.std().item() == pytest.approx(1.0, abs=0.07)
+    for column in normal.uniforms.values():
+        assert column.mean().item() == pytest.approx(0.5, abs=0.03)
+        assert 0.0 <= column.min().item() < 0.01 and 0.99 < column.max().item() <= 1.0
+    uniform = make_draws(process(timestep_sampling="uniform"), (1, 1, 1), many, seed=1, epoch=0)
+    assert uniform.time.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_strata_replace_the_time_draws_only() -> None:
+    own = process(timestep_sampling="uniform")
+    plain = make_draws(own, SHAPE, planned(0, 1), seed=1, epoch=0)
+    strata = torch.tensor([0.125, 0.75])
+    assert_equal_draws(
+        make_draws(own, SHAPE, planned(0, 1), seed=1, epoch=0, strata=strata),
+        Draws(plain.noise, strata, plain.uniforms),
+    )
+
+
+def test_stratified_draws_fill_every_slice_of_the_update_once() -> None:
+    batches = (planned(*range(5)), planned(5, 6), planned(*range(7, 16)))
+    for update in range(20):
+        values = torch.cat(stratified_draws(batches, seed=1, epoch=0, update=update))
+        assert (values.sort().values * 16).floor().tolist() == list(range(16))
+
+
+def test_stratified_draws_come_in_the_micro_batches_of_the_update() -> None:
+    batches = (planned(*range(5)), planned(5, 6))
+    assert [len(values) for values in stratified_draws(batches, seed=1, epoch=0, update=3)] == [5, 2]
+
+
+def test_stratified_draws_are_dealt_at_random_and_anew_in_every_update() -> None:
+    batches = (planned(*range(16)),)
+    orders = [
+        tuple((stratified_draws(batches, seed=1, epoch=0, update=update)[0] * 16).floor().int().tolist())
+        for update in range(20)
+    ]
+    assert len(set(orders)) == 20
+    assert tuple(range(16)) not in orders
+
+
+def test_stratified_draws_do_not_depend_on_how_the_update_is_cut() -> None:
+    whole = torch.cat(stratified_draws((planned(*range(8)),), seed=1, epoch=0, update=3))
+    split = (planned(0, 1, 2), planned(3), planned(*range(4, 8)))
+    assert torch.equal(torch.cat(stratified_draws(split, seed=1, epoch=0, update=3)), whole)
