@@ -77,6 +77,9 @@ def run_command(body: Callable[[], int | None]) -> int:
     from musubi_tuner.quiet import quiet_libraries
 
     quiet_libraries()
+    # Threads that wait for each other sleep instead of spinning: beside another busy program a spinning step takes several
+    # times as long. Read by OpenMP when torch is loaded, so it is set here, before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return body() or EXIT_OK
     except UserError as error:

@@ -7,6 +7,7 @@ weights and are saved as single files with their config beside them, as they com
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -394,6 +395,9 @@ def copy_tree(source: Path, target: Path) -> Path:
 
 
 RELEASE = ["README.md", "config.json", "ema.safetensors", "model.safetensors"]
+TRAINING_POINTS = ("train.update", "state.model", "state.ema", "state.optimizer", "state.written", "state.renamed",
+                   "checkpoint.listed", "file.written", "file.renamed")  # fmt: skip
+"""Fault points that every run passes while it trains."""
 EVERYTHING = 1_000_000
 """More passes than any run makes: a fault that never fires and only counts."""
 
@@ -437,3 +441,43 @@ class Rehearsal:
         for released, trained in (("model", "photos"), ("ema", "photos_ema")):
             assert content(ours / "release" / f"{released}.safetensors") == content(ours / f"{trained}.safetensors")
         assert not list(ours.rglob(".tmp-*"))
+
+
+JOBS = ("latents", "text", "experts")
+SAMPLED = {"latent_mode": "sample", "dtype": "auto"}
+"""Every random draw that caching knows."""
+
+
+class CacheRehearsal:
+    """The three cache jobs, done undisturbed once, and then again with their plug pulled."""
+
+    def __init__(self, folder: Path, server: ForkServer, photographs: Path, encoders: Path) -> None:
+        self.folder, self.server = folder, server
+        self.inputs = (photographs, encoders)
+        config = self.new("undisturbed")
+        for job in JOBS:
+            server.run(job, [config], config.parent).expect(0)
+        self.files = cache_files(config.parent / "cache")
+
+    def new(self, name: str) -> Path:
+        """A run file without caches in a new folder."""
+        return write_run(self.folder / name, *self.inputs, cache=SAMPLED)
+
+    def of_job(self, job: str) -> dict[str, Content]:
+        """What an undisturbed job makes."""
+        endings = {"text": "_tf_te.safetensors", "experts": "_tf_experts.safetensors", "latents": "_tf.safetensors"}
+        return {name: file for name, file in self.files.items() if name.endswith(endings[job])}
+
+    def interrupt(self, name: str, job: str, point: str) -> int:
+        """Kill a job at a fault point, run it again, and compare what it made; returns how many files the first left."""
+        config = self.new(name)
+        cache, expected = config.parent / "cache", self.of_job(job)
+        killed = self.server.run(job, [config], config.parent, MUSUBI_FAULT=point)
+        killed.expect(-signal.SIGKILL)
+        before = {path: path.stat().st_mtime_ns for path in cache_paths(cache)}
+        again = self.server.run(job, [config], config.parent).expect(0)
+        assert f"{job}: encoded {len(expected) - len(before)}, up to date {len(before)}, failed 0" in again.out
+        assert differing(cache_files(cache), expected) == []
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert not list(cache.glob(".tmp-*"))
+        return len(before)

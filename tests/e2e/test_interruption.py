@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from project import (
     REPOSITORY,
-    Content,
+    TRAINING_POINTS,
+    CacheRehearsal,
     ForkServer,
     Rehearsal,
     Result,
@@ -24,14 +26,8 @@ from project import (
     differing,
     final_files,
     metrics,
-    write_run,
 )
 
-JOBS = ("latents", "text", "experts")
-TRAINING_POINTS = ("train.update", "state.model", "state.ema", "state.optimizer", "state.written", "state.renamed",
-                   "checkpoint.listed", "file.written", "file.renamed")  # fmt: skip
-SAMPLED = {"latent_mode": "sample", "dtype": "auto"}
-"""Every random draw that caching knows."""
 LONGER: dict[str, Any] = {"train": {"max_steps": 150}, "save": {"every_steps": 0, "every_epochs": 0}}
 """Long enough that a signal finds the run at work."""
 
@@ -53,46 +49,27 @@ def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[str] | Non
 
 
 @pytest.fixture(scope="module")
-def sampled(
+def jobs(
     tmp_path_factory: pytest.TempPathFactory, server: ForkServer, photographs: Path, encoders: Path
-) -> dict[str, Content]:
-    """Cache files of undisturbed jobs."""
-    config = write_run(tmp_path_factory.mktemp("sampled"), photographs, encoders, cache=SAMPLED)
-    for job in JOBS:
-        server.run(job, [config], config.parent).expect(0)
-    return cache_files(config.parent / "cache")
-
-
-def kind(name: str) -> str:
-    """The job that makes a cache file of that name."""
-    return "text" if name.endswith("_te.safetensors") else "experts" if "_experts." in name else "latents"
+) -> CacheRehearsal:
+    """The cache jobs, undisturbed once."""
+    return CacheRehearsal(tmp_path_factory.mktemp("jobs"), server, photographs, encoders)
 
 
 @pytest.mark.parametrize(
-    ("job", "point"),
+    ("job", "point", "left"),
     [
-        ("latents", "cache.latents.batch:1"),
-        ("latents", "file.renamed:5"),
-        ("text", "cache.text.batch:2"),
-        ("text", "file.written:6"),
-        ("experts", "cache.experts.batch:3"),
-        ("experts", "file.written:2"),
+        # Batches of 2 latents or expert files and of 4 captions; the first bucket has one photograph.
+        ("latents", "cache.latents.batch:1", 1),
+        ("latents", "file.renamed:5", 5),
+        ("text", "cache.text.batch:2", 8),
+        ("text", "file.written:6", 5),
+        ("experts", "cache.experts.batch:3", 4),
+        ("experts", "file.written:2", 1),
     ],
 )
-def test_a_killed_cache_job_continues_to_the_same_files(
-    job: str, point: str, new_run: Callable[..., Path], server: ForkServer, sampled: dict[str, Content]
-) -> None:
-    config = new_run(cache=SAMPLED)
-    server.run(job, [config], config.parent, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
-    cache = config.parent / "cache"
-    before = {path: path.stat().st_mtime_ns for path in cache_paths(cache)}
-    again = server.run(job, [config], config.parent).expect(0)
-    expected = {name: file for name, file in sampled.items() if kind(name) == job}
-    assert 0 < len(before) < len(expected)
-    assert f"{job}: encoded {len(expected) - len(before)}, up to date {len(before)}, failed 0" in again.out
-    assert differing(cache_files(cache), expected) == []
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert not list(cache.glob(".tmp-*"))
+def test_a_killed_cache_job_continues_to_the_same_files(job: str, point: str, left: int, jobs: CacheRehearsal) -> None:
+    assert jobs.interrupt(f"{job} {point}", job, point) == left
 
 
 def test_train_py_passes_on_that_a_cache_job_was_killed_and_continues_it(
@@ -169,6 +146,32 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_release_folder(re
     rehearsal.start(config).expect(0)
     assert (config.parent / "out" / "release").is_dir()
     rehearsal.assert_equal(config)
+
+
+def test_a_run_killed_while_a_state_takes_the_place_of_an_older_one_keeps_either(
+    rehearsal: Rehearsal, tmp_path: Path
+) -> None:
+    further = ["--max_steps", "23"]
+    ends = {}
+    for name, faults in {"undisturbed": [], "killed": ["state.aside:1", "state.renamed:1"]}.items():
+        config = rehearsal.new(f"{name} further")
+        copy_tree(rehearsal.reference.parent / "out", config.parent / "out")
+        for fault in faults:
+            killed = rehearsal.server.run("train", [config, *further], tmp_path, MUSUBI_FAULT=fault)
+            killed.expect(-signal.SIGKILL)
+        rehearsal.server.run("train", [config, *further], tmp_path).expect(0)
+        ends[name] = config.parent / "out"
+    assert differing(final_files(ends["killed"]), final_files(ends["undisturbed"])) == []
+    assert metrics(ends["killed"]) == metrics(ends["undisturbed"])
+    states = [sorted(path.name for path in end.glob("*-state")) for end in ends.values()]
+    assert states[0] == states[1]
+
+
+def test_every_fault_point_of_the_source_is_pulled_here() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src").rglob("*.py"))
+    names = {name.replace("{job.kind}", "text") for name in re.findall(r'fault_point\(f?"([^"]+)"\)', source)}
+    names |= {f"state.{part}" for part in ("model", "ema", "optimizer")}
+    assert names - {"state.{name}"} == {*TRAINING_POINTS, "state.aside", "cache.text.batch"}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from project import (
     CAPTIONS,
+    JOBS,
     ORIENTATION,
     REPOSITORY,
     TEACHER_WIDTH,
@@ -40,7 +41,6 @@ from torch import Tensor
 
 from musubi_tuner.config import RunConfig, load_config
 
-JOBS = ("latents", "text", "experts")
 SIZES = {
     "astronaut": (512, 512),
     "camera": (512, 512),

@@ -61,7 +61,6 @@ def assert_same_model(ours: Path, alone: Path) -> None:
         moved = max(float((expected[key] - start[key]).abs().max()) for key in expected)
         gap = max(float((found[key] - expected[key]).abs().max()) for key in expected)
         assert moved > 1e-3
-        print("GAP", name, gap / moved)
         assert gap <= 1e-5 * moved, name
     rows, expected_rows = metrics(ours), metrics(alone)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

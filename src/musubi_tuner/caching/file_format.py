@@ -109,7 +109,7 @@ class Header:
         """What made the file; None for a file of another program."""
         try:
             value = json.loads(self.metadata["fingerprint"])
-        except (KeyError, json.JSONDecodeError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
 
@@ -145,7 +145,9 @@ def read_header(path: Path) -> Header:
             )
             for key, entry in content.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(metadata, dict):
+            raise ValueError("metadata is no object")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CacheError(f"{path}: has a broken header; delete it and run the cache job again") from error
     expected = max((entry.end for entry in tensors.values()), default=begin)
     if size != expected:

@@ -11,7 +11,7 @@ from typing import Any
 from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, read_header
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
-from musubi_tuner.encoders.locate import Source, hash_file, identity, source
+from musubi_tuner.encoders.locate import Source, find_tokenizer, hash_file, identity, source, tokenizer_identity
 from musubi_tuner.errors import CacheError
 
 Fingerprint = dict[str, Any]
@@ -98,6 +98,8 @@ class Expectation:
             }
         else:
             own = {"caption": item.caption}
+            if self.needs_image:  # the teacher's picture has the aspect of the bucket
+                own["bucket"] = list(item.bucket)
         own["item"] = item.id
         return {**self.shared, **own}
 
@@ -122,6 +124,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
     if kind == "experts" and own.get("expert_input") != "noised_image":
         paths.pop("expert_vae", None)
     shared.update({role: identity(path) for role, path in paths.items() if path is not None})
+    shared.update(_tokenizers(config, paths))
     cache, experts = config.cache, config.experts
     shared["storage"] = cache.dtype
     if kind == "latents":
@@ -146,6 +149,18 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
             "precision": experts.dtype,
         }
     return Expectation(kind, shared, own)
+
+
+def _tokenizers(config: RunConfig, paths: dict[str, Path | None]) -> Fingerprint:
+    """What the text encoders use as tokenizers, wherever they find them."""
+    fallbacks = {"t5": config.spec.t5_tokenizer, "clip": config.spec.clip_tokenizer}
+    found: Fingerprint = {}
+    for role, fallback in fallbacks.items():
+        encoder = paths.get(role)
+        if encoder is not None:
+            place = find_tokenizer(encoder, paths.get(f"{role}_tokenizer"), fallback)
+            found[f"{role}_tokenizer"] = tokenizer_identity(place) if isinstance(place, Path) else place
+    return found
 
 
 def image_state(path: Path, *, with_hash: bool) -> Fingerprint:

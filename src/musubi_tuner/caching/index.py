@@ -42,8 +42,8 @@ class CacheIndex:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["version"] == INDEX_VERSION:
-                self.layouts, self.files = stored["layouts"], stored["files"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+                self.layouts, self.files = list(stored["layouts"]), dict(stored["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             self.changed = True
         self._layout_numbers = {json.dumps(layout, sort_keys=True): n for n, layout in enumerate(self.layouts)}
 
@@ -57,7 +57,8 @@ class CacheIndex:
         status = path.stat()
         name = path.relative_to(self.root).as_posix()
         entry = self.files.get(name)
-        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+        known = isinstance(entry, list) and len(entry) == 4 and entry[3] in range(len(self.layouts))
+        if entry is None or not known or entry[:2] != [status.st_size, status.st_mtime_ns]:
             entry = self._index(path, name, status.st_size, status.st_mtime_ns)
         begin, layout = entry[2], self.layouts[entry[3]]
         tensors = {

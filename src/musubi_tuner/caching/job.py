@@ -63,7 +63,7 @@ def parse_shard(text: str) -> tuple[int, int]:
         ConfigError: unless 1 <= i <= n.
     """
     first, slash, second = text.partition("/")
-    if slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second):
+    if slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second):
         return int(first), int(second)
     raise ConfigError(f"--shard is {text!r}, expected i/n with 1 <= i <= n, such as 2/4")
 

@@ -125,7 +125,7 @@ class TextEncoders:
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         """``t5_vec`` [B, L, J], ``t5_mask`` [B, L], ``clip_l_pooler`` [B, P]."""
         t5, clip = self.t5.encode(texts), self.clip.encode(texts)
-        self.truncated = t5.truncated
+        self.truncated = sum(first or second for first, second in zip(t5.cut, clip.cut, strict=True))
         assert clip.pooled is not None
         return {"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled}
 

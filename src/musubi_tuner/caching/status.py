@@ -59,12 +59,11 @@ def examine(
 def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> list[Path]:
     """Cache files of one kind that belong to no item, below the cache directories."""
     wanted = {cache_path(item, kind, code).resolve() for item in items}
-    folders = {root.resolve() for root in roots} | {item.cache_directory.resolve() for item in items}
-    found = [
+    found = {
         path
-        for folder in folders
-        if folder.is_dir()
-        for path in folder.iterdir()
+        for root in {root.resolve() for root in roots}
+        if root.is_dir()
+        for path in root.rglob("*.safetensors")
         if not path.name.startswith(".") and kind_of(path.name, code) == kind and path not in wanted
-    ]
+    }
     return sorted(found)

@@ -111,8 +111,8 @@ def _from_hub(wanted: Source, download: bool) -> Path | None:
 def weight_files(path: Path) -> list[Path]:
     """The files that decide what an encoder computes: weights, configs and tokenizer data, sorted by name."""
     if path.is_file():
-        siblings = [path.with_suffix(".json"), path.with_name("config.json")]
-        return [path, *[sibling for sibling in siblings if sibling.is_file()][:1]]
+        names = (f"{path.stem.removesuffix('_ema')}.json", "config.json", "model_config.json")
+        return [path, *[path.with_name(name) for name in names if path.with_name(name).is_file()][:1]]
     suffixes = (*WEIGHT_SUFFIXES, ".json", ".txt", ".model")
     return sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(suffixes) and p.name != "README.txt")
 
@@ -123,6 +123,31 @@ def identity(path: Path) -> str:
     for file in weight_files(path):
         # The name of a single weight file is free; names inside a folder have a meaning.
         digest.update(f"{file.name if path.is_dir() else ''}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+"""Any of them makes a folder a tokenizer's."""
+_ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def find_tokenizer(encoder: Path, given: Path | str | None, fallback: str) -> Path | str:
+    """The tokenizer folder or hub id of an encoder: as given, else beside the weights, else the published id."""
+    if given is not None:
+        return given
+    folder = encoder if encoder.is_dir() else encoder.parent
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return place
+    return fallback
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """16 hex digits that change when a tokenizer file of a folder changes; weights beside them do not count."""
+    digest = hashlib.sha256()
+    for name in _ALL_TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -148,7 +173,7 @@ def file_sha256(path: Path) -> str:
         stored = json.loads(memory.read_text(encoding="utf-8"))
         if {key: stored.get(key) for key in known} == known:
             return str(stored["sha256"])
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError):
         pass  # not remembered, or not readable: hash it again
     digest = hash_file(path)
     from musubi_tuner.files import write_json

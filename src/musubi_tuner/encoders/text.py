@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.encoders.locate import find_tokenizer
 from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
 
@@ -44,7 +45,6 @@ T5_BASE_CONFIG: dict[str, Any] = {
 """google/flan-t5-base; T5 v1.1 base has the same shapes."""
 
 _CLIP_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 @dataclass
@@ -53,13 +53,18 @@ class TextStates:
 
     Attributes:
         states: [B, L, D] float32. mask: [B, L] int64, 1 for real tokens.
-        pooled: [B, D] float32, CLIP only. truncated: how many texts lost tokens.
+        pooled: [B, D] float32, CLIP only. cut: which texts lost tokens.
     """
 
     states: Tensor
     mask: Tensor
     pooled: Tensor | None
-    truncated: int
+    cut: list[bool]
+
+    @property
+    def truncated(self) -> int:
+        """How many texts lost tokens."""
+        return sum(self.cut)
 
 
 class TextEncoder:
@@ -87,18 +92,7 @@ class TextEncoder:
         if self.has_pooled:
             first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
             pooled = states[torch.arange(len(ids), device=device), first_end].cpu()
-        return TextStates(states.cpu(), mask.cpu(), pooled, sum(length > self.max_tokens for length in lengths))
-
-
-def find_tokenizer(encoder: Path, given: Path | str | None, fallback: str) -> Path | str:
-    """The tokenizer folder or hub id of an encoder: as given, else beside the weights, else the published id."""
-    if given is not None:
-        return given
-    folder = encoder if encoder.is_dir() else encoder.parent
-    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
-        if any((place / name).is_file() for name in _TOKENIZER_FILES):
-            return place
-    return fallback
+        return TextStates(states.cpu(), mask.cpu(), pooled, [length > self.max_tokens for length in lengths])
 
 
 def load_tokenizer(place: Path | str, vocabulary: int, key: str) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from musubi_tuner.caching.file_format import KINDS
+from musubi_tuner.caching.file_format import KINDS, read_header
 from musubi_tuner.caching.job import JobOptions
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.sources import Item, scan
@@ -136,14 +136,19 @@ class Project:
         family = config.spec.load("checkpoint_options")(config)
         return JOBS[kind](config, JobOptions(**options), family)
 
-    def files(self) -> dict[str, bytes]:
-        """Content of all cache files, by path below the cache folder."""
-        root = self.root / "cache"
-        return {
-            path.relative_to(root).as_posix(): path.read_bytes()
-            for path in sorted(root.rglob("*.safetensors"))
-            if not path.name.startswith(".")
-        }
+    def files(self) -> dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]]:
+        """All cache files by path below the cache folder: metadata, and dtype, shape and bytes of every tensor.
+
+        The library writes metadata in random order, so the bytes of whole files are no measure.
+        """
+        root, found = self.root / "cache", {}
+        for path in sorted(root.rglob("[!.]*.safetensors")):
+            header, raw = read_header(path), path.read_bytes()
+            tensors = {
+                key: (entry.dtype, entry.shape, raw[entry.start : entry.end]) for key, entry in header.tensors.items()
+            }
+            found[path.relative_to(root).as_posix()] = (header.metadata, tensors)
+        return found
 
 
 @pytest.fixture

@@ -97,12 +97,11 @@ def test_fitting_does_not_depend_on_the_random_state() -> None:
     assert all(torch.equal(fits[0][key], fits[1][key]) for key in fits[0])
 
 
-def test_signs_of_channels_do_not_depend_on_the_order_of_the_pictures() -> None:
-    """An eigenvector may come with either sign; which one is fixed by its largest entry."""
-    x = pictures(96, 3)
-    first = LinearPatchAutoencoder.fit(x, LinearPatchConfig()).encoder.weight.flatten(1)
-    second = LinearPatchAutoencoder.fit(x.flip(0), LinearPatchConfig()).encoder.weight.flatten(1)
-    assert F.cosine_similarity(first, second).min().item() > 0.99
+def test_the_largest_weight_of_every_channel_is_positive(fitted: LinearPatchAutoencoder) -> None:
+    """An eigenvector may come with either sign, differently on every machine; this fixes it."""
+    weights = fitted.encoder.weight.flatten(1)
+    largest = weights.gather(1, weights.abs().argmax(dim=1, keepdim=True))
+    assert largest.min().item() > 0
 
 
 def test_a_fitted_autoencoder_is_frozen(fitted: LinearPatchAutoencoder) -> None:
