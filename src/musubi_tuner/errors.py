@@ -49,8 +49,11 @@ class TrainingError(UserError, RuntimeError):
     """Training had to stop."""
 
 
-class Interrupted(UserError):
-    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number."""
+class Interrupted(BaseException):
+    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number.
+
+    Like KeyboardInterrupt it is no `Exception`: code that catches those must not swallow it.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -82,7 +85,7 @@ def run_command(body: Callable[[], int | None]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return body() or EXIT_OK
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -59,12 +59,12 @@ def jobs(
 @pytest.mark.parametrize(
     ("job", "point", "left"),
     [
-        # Batches of 2 latents or expert files and of 4 captions; the first bucket has one photograph.
-        ("latents", "cache.latents.batch:1", 1),
+        # Batches of 2 latents or expert files, cut within a bucket, and of 4 captions; the first bucket has 3 photographs.
+        ("latents", "cache.latents.batch:1", 2),
         ("latents", "file.renamed:5", 5),
         ("text", "cache.text.batch:2", 8),
         ("text", "file.written:6", 5),
-        ("experts", "cache.experts.batch:3", 4),
+        ("experts", "cache.experts.batch:3", 5),
         ("experts", "file.written:2", 1),
     ],
 )

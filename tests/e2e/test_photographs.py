@@ -120,6 +120,14 @@ def test_a_run_leaves_the_files_that_the_design_lists(trained: Trained) -> None:
         assert picture.size == (64, 96)
 
 
+def test_files_may_be_read_by_whom_the_umask_allows(trained: Trained) -> None:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    paths = [trained.out / "photos.safetensors", trained.out / "config.json", *cache_paths(trained.cache)]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in paths}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+
+
 def test_metrics_hold_every_loss_and_keep_the_clock_apart(trained: Trained) -> None:
     row = json.loads((trained.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert set(row) == {"step", "loss/total", "loss/main", "loss/lune", "loss/sol", "train/lr", "train/grad_norm",

@@ -204,7 +204,8 @@ def _write_batch(
 ) -> int:
     """Write the due files of a batch; readers recognise a file that a power cut shortened by its length."""
     import torch
-    from safetensors.torch import save_file
+
+    from musubi_tuner.tensors import save_tensors
 
     written = 0
     for item, tensors in zip(items, encoded):
@@ -236,7 +237,7 @@ def _write_batch(
         target = cache_path(item, job.kind, config.spec.code)
         target.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        replace_file(target, partial(save_file, contiguous, metadata=metadata), sync=False)
+        replace_file(target, partial(save_tensors, contiguous, metadata=metadata), sync=False)
         written += 1
     fault_point(f"cache.{job.kind}.batch")
     return written

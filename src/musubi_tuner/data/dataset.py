@@ -81,6 +81,10 @@ class CachedDataset(Dataset[Batch]):
                 "latents were cached with other settings; run the latents job again\n  " + "\n  ".join(shown)
             )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the first item, by plain name."""
+        return {name: entry.shape for file in self.files[0].values() for name, entry in file.tensors.items()}
+
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know."""
         return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]

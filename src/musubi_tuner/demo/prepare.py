@@ -11,6 +11,7 @@ They are saved in the layouts in which real encoders come, and the run loads the
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,15 @@ def _pixels(config: RunConfig) -> Any:
 def _save_linear(config: RunConfig, path: Path, channels: int) -> None:
     import json
 
-    from safetensors.torch import save_file
-
     from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
     from musubi_tuner.files import replace_file, write_text
+    from musubi_tuner.tensors import save_tensors
 
     model = LinearPatchAutoencoder.fit(_pixels(config), LinearPatchConfig(latent_channels=channels))
     path.mkdir(exist_ok=True)
     write_text(path / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    replace_file(path / "diffusion_pytorch_model.safetensors", lambda target: save_file(tensors, target))
+    replace_file(path / "diffusion_pytorch_model.safetensors", partial(save_tensors, tensors))
 
 
 def _make_autoencoder(config: RunConfig, path: Path, key: str) -> None:
@@ -219,15 +219,16 @@ def _make_unet(config: RunConfig, path: Path, key: str) -> None:
 def _make_overlay(config: RunConfig, path: Path, key: str) -> None:
     """Weights of the U-Net, each moved a little: a teacher of its own."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from musubi_tuner.files import replace_file
+    from musubi_tuner.tensors import save_tensors
 
     _seed(config, key)
     assert config.experts.unet is not None
     base = load_file(config.locate(config.experts.unet) / "diffusion_pytorch_model.safetensors")
     moved = {name: tensor + 0.1 * torch.randn_like(tensor) * tensor.std(correction=0) for name, tensor in base.items()}
-    replace_file(path, lambda target: save_file(moved, target))
+    replace_file(path, partial(save_tensors, moved))
 
 
 if __name__ == "__main__":

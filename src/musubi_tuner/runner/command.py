@@ -135,7 +135,7 @@ class Runner:
         if options.plan:
             return EXIT_OK
         if self._finished(plan.steps.total_updates):
-            return EXIT_OK
+            return self._score_demo()
         if plan.due and encode:
             for kind in plan.due:
                 code = self._stage(["-m", "musubi_tuner.caching", kind])
@@ -146,9 +146,13 @@ class Runner:
         if options.cache_only:
             return EXIT_OK
         code = self._train(plan.found.items)
-        if code == EXIT_OK and config.demo is not None:
-            code = self._stage(["-m", "musubi_tuner.demo.score"])
-        return code
+        return code or self._score_demo()
+
+    def _score_demo(self) -> int:
+        """Score a finished demo that has no score yet."""
+        if self.config.demo is None or (self.config.output_dir / "accuracy.json").is_file():
+            return EXIT_OK
+        return self._stage(["-m", "musubi_tuner.demo.score"])
 
     def _stage(self, arguments: list[str], environment: dict[str, str] | None = None) -> int:
         from musubi_tuner.runner.stages import override_arguments, run_child

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import TEMPORARY_PREFIX, fault_point, replace_file, sync_path, temporary_path, write_json
+from musubi_tuner.tensors import save_tensors
 
 logger = logging.getLogger(__name__)
 STATE_FORMAT = 1
@@ -119,7 +119,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], dtype: str, metadata: d
         key: (t.detach().to("cpu", wanted) if t.is_floating_point() and t.ndim else t.detach().cpu()).contiguous()
         for key, t in tensors.items()
     }
-    replace_file(path, partial(save_file, separate(cast), metadata=metadata))
+    replace_file(path, partial(save_tensors, separate(cast), metadata=metadata))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def write_state(folder: Path, state: TrainingState) -> None:
         parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
         for name, tensors in parts.items():
             if tensors:
-                save_file(separate(tensors), beside / f"{name}.safetensors")
+                save_tensors(separate(tensors), beside / f"{name}.safetensors")
                 fault_point(f"state.{name}")
         (beside / "state.json").write_text(json.dumps({"format": STATE_FORMAT, **state.values}), encoding="utf-8")
         hashes = {path.name: hash_file(path) for path in sorted(beside.iterdir())}

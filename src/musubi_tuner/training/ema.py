@@ -174,11 +174,10 @@ class EMA:
         """Write the shadow under the model's keys as safetensors."""
         from functools import partial
 
-        from safetensors.torch import save_file
-
         from musubi_tuner.files import replace_file
+        from musubi_tuner.tensors import save_tensors
 
-        replace_file(path, partial(save_file, {key: value.contiguous() for key, value in self.shadow.items()}))
+        replace_file(path, partial(save_tensors, {key: value.contiguous() for key, value in self.shadow.items()}))
 
     def load(self, path: Path, device: torch.device | str = "cpu") -> None:
         """Replace the shadow wholesale by a file's content."""

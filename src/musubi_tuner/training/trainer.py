@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ from musubi_tuner.training.sampling import (
 from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 
+Listing = Callable[[Entry], None]
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -175,6 +176,7 @@ class Trainer:
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options = trainee.geometry, trainee.options
+        config.spec.load("check_caches")(config, self.geometry, self.dataset.shapes())
         self.process = config.spec.load("make_process")(config, self.options)
         bare = trainee.model.to(self.device)
         bare.train()
@@ -292,8 +294,12 @@ class Trainer:
                 raise ConfigError(f"run.strict: {text}")
             if self.main:
                 print(f"warning: {text}")
-        if self.position.step > self.total:
-            raise ConfigError(f"{path}: is at step {self.position.step}, but train.max_steps is {self.total}")
+        if values["position"]["step"] > self.total:
+            key = "max_steps" if self.config.train.max_steps == self.total else "max_epochs"
+            raise ConfigError(
+                f"{path}: is at step {values['position']['step']}, but train.{key} is {getattr(self.config.train, key)}; raise it, "
+                "or use --fresh to start anew in a new folder"
+            )
 
     def _state(self) -> TrainingState:
         bare = unwrap(self.model)
@@ -574,8 +580,15 @@ class Trainer:
                 self._save(f"epoch_{epoch}", "epoch", f"{self.name}-{epoch:06d}")
         self.accelerator.wait_for_everyone()
 
-    def _save(self, entry_name: str, kind: str, stem: str, force_state: bool = False) -> Entry:
-        """Write weights, averages and state under one stem, and list them."""
+    def _save(
+        self,
+        entry_name: str,
+        kind: str,
+        stem: str,
+        force_state: bool = False,
+        before_listing: Listing = lambda entry: None,
+    ) -> Entry:
+        """Write weights, averages and state under one stem, and list them; what is not listed is made again."""
         config, position = self.config, self.position
         entry = Entry(position.step, position.epoch + 1, kind, model=f"{stem}.safetensors")
         save_weights(
@@ -587,6 +600,7 @@ class Trainer:
         if config.save.state or force_state:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, self._state())
+        before_listing(entry)
         checkpoints = CheckpointList.read(self.folder, self.name)
         checkpoints.add(entry_name, entry)
         fault_point("checkpoint.listed")
@@ -620,12 +634,10 @@ class Trainer:
     def _finish(self) -> None:
         """The final checkpoint and the release folder."""
         if self.main:
-            entry = self._save("final", "final", self.name)
-            if self.config.save.release:
-                release = write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
-                if self.uploader:
-                    root = {path.name: path for path in sorted(release.iterdir())}
-                    self.uploader.upload("Release", [], to_root=root)
+            self._save("final", "final", self.name, before_listing=self._release)
+            if self.config.save.release and self.uploader:
+                root = {path.name: path for path in sorted((self.folder / "release").iterdir())}
+                self.uploader.upload("Release", [], to_root=root)
             assert self.metrics is not None
             taken = format_seconds(time.monotonic() - self.begun)
             self.metrics.say(
@@ -633,6 +645,10 @@ class Trainer:
                 f"{self.position.skipped} updates skipped; see {self.folder}"
             )
         self.accelerator.wait_for_everyone()
+
+    def _release(self, entry: Entry) -> None:
+        if self.config.save.release:
+            write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
 
 
 def load_vae(config: RunConfig, device: torch.device) -> Any:

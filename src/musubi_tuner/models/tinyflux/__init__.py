@@ -20,6 +20,7 @@ _PLACES = {
     "TinyFluxDeep": "model",
     "TinyFluxProcess": "process",
     "build": "state_dict",
+    "check_caches": "family",
     "checkpoint_options": "family",
     "concatenate": "conditioning",
     "from_pretrained": "state_dict",

@@ -86,6 +86,30 @@ def load_for_training(config: RunConfig) -> Trainee:
     return Trainee(model, geometry, options)
 
 
+def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the widths of cached tensors with those that the model takes.
+
+    Raises:
+        ConfigError: naming the geometry's field and the encoder's key, for all that differ.
+    """
+    expected = {
+        "t5_vec": ("joint_attention_dim", "model.t5_path"),
+        "clip_l_pooler": ("pooled_projection_dim", "model.clip_path"),
+        "lune_features": ("lune_expert_dim", "experts.unet"),
+        "sol_spatial": ("sol_spatial_size", "experts.unet"),
+        "latents": ("in_channels", "model.vae_path"),
+    }
+    problems = []
+    for name, (field, key) in expected.items():
+        if name in shapes:
+            found, wanted = shapes[name][0 if name == "latents" else -1], getattr(geometry, field)
+            if found != wanted:
+                problems.append(f"the model's {field} is {wanted}, but {key} gave {name} of {found}")
+    if problems:
+        source = "[model.geometry]" if config.model.init == "scratch" else f"checkpoint {config.model.path}"
+        raise ConfigError(f"{source} and encoders do not belong together: " + "; ".join(problems))
+
+
 def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
     """The process of a run."""
     teachers = TeacherSettings(config.experts.enable_lune, config.experts.enable_sol, options["sol_spatial_norm"])

@@ -109,7 +109,8 @@ def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:
         try:
             return TinyFluxConfig.from_dict(file.config)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{file.path}: its config does not fit together: {error}") from error
+            what = str(file.path) if "img_in.weight" in file.tensors else _what(file)
+            raise CheckpointError(f"{what}: its config does not fit together: {error}") from error
     published = TinyFluxConfig()
     shapes = {key: tensor.shape for key, tensor in build(published).state_dict().items()}
     differing = [
