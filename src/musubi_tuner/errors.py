@@ -80,9 +80,10 @@ def run_command(body: Callable[[], int | None]) -> int:
     from musubi_tuner.quiet import quiet_libraries
 
     quiet_libraries()
-    # Threads that wait for each other sleep instead of spinning: beside another busy program a spinning step takes several
-    # times as long. Read by OpenMP when torch is loaded, so it is set here, before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other spin only briefly before they sleep: beside another busy program endless spinning
+    # makes a step several times as long. Read by OpenMP when torch is loaded, so it is set here, before.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         return body() or EXIT_OK
     except (UserError, Interrupted) as error:

@@ -148,6 +148,18 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_release_folder(re
     rehearsal.assert_equal(config)
 
 
+def test_a_run_killed_inside_its_release_folder_leaves_no_half_file_there(rehearsal: Rehearsal) -> None:
+    config = rehearsal.new("killed in the release")
+    release = config.parent / "out" / "release"
+    # The last files of a run: model, average, config and card of the release, then the list of checkpoints.
+    point = f"file.written:{rehearsal.passes('file.written') - 3}"
+    rehearsal.start(config, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
+    assert any(release.glob(".tmp-*")), "the plug was not pulled in the release folder"
+    rehearsal.start(config).expect(0)
+    assert not any(release.glob(".tmp-*"))
+    rehearsal.assert_equal(config)
+
+
 def test_a_run_killed_while_a_state_takes_the_place_of_an_older_one_keeps_either(
     rehearsal: Rehearsal, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
 from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.errors import EXIT_OK, CacheError, ConfigError, run_command
+from musubi_tuner.errors import EXIT_OK, CacheError, ConfigError, exit_on_terminate, run_command
 from musubi_tuner.runner.parent import die_with_parent
 
 _DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
@@ -50,6 +50,7 @@ def _main(arguments: Sequence[str]) -> int:
     if options.config is None:
         return list_run_files()
     die_with_parent()
+    exit_on_terminate()
     config = load_config(options.config, overrides)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:

@@ -13,6 +13,7 @@ are ever removed.
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +87,28 @@ class CheckpointList:
         self.entries.pop(name, None)
         self.entries[name] = entry
         self.write()
+
+    def adopt(self) -> None:
+        """List checkpoints on the way that a killed start wrote and did not list, or unlisted and did not remove.
+
+        Their files are complete, since they were renamed into place; listed, they are pruned like all others.
+        """
+        pattern = re.compile(
+            rf"{re.escape(self.run)}-(?:step(\d{{8}})|(\d{{6}}))(_ema\.safetensors|\.safetensors|-state)"
+        )
+        parts = {".safetensors": "model", "_ema.safetensors": "ema", "-state": "state"}
+        listed = {getattr(entry, part) for entry in self.entries.values() for part in parts.values()}
+        found: dict[str, Entry] = {}
+        for path in sorted(self.folder.iterdir()):
+            match = pattern.fullmatch(path.name)
+            if match and path.name not in listed:
+                step, epoch = int(match[1] or 0), int(match[2] or 0)
+                name, kind = (f"step_{step}", "step") if match[1] else (f"epoch_{epoch}", "epoch")
+                entry = found.setdefault(name, self.entries.get(name) or Entry(step, epoch, kind))
+                setattr(entry, parts[match[3]], path.name)
+        if found:
+            self.entries = {**found, **self.entries}
+            self.write()
 
     def prune(self, kind: str, keep: int | None) -> None:
         """Remove all but the newest ``keep`` checkpoints of a kind; None or 0 keeps all."""

@@ -767,8 +767,9 @@ def train(config: RunConfig, items: list[Item]) -> None:
             stack.enter_context(
                 folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"))
             )
-            remove_leftovers(folder)
-            CheckpointList.read(folder, config.run.name)
+            for place in (folder, folder / "release", folder / "sample"):
+                remove_leftovers(place)
+            CheckpointList.read(folder, config.run.name).adopt()
         trainer.accelerator.wait_for_everyone()
         trainer.build()
         trainer.run()

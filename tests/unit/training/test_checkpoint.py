@@ -491,3 +491,23 @@ def test_differences_are_named_with_both_values() -> None:
 
 def test_equal_configs_have_no_differences() -> None:
     assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
+
+
+def test_checkpoints_that_a_killed_start_left_unlisted_are_adopted_and_then_pruned(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (tmp_path / f"run-step{step:08d}.safetensors").touch()
+        (tmp_path / f"run-step{step:08d}_ema.safetensors").touch()
+    (tmp_path / "run-step5.safetensors").touch()
+    (tmp_path / "other-step00000005.safetensors").touch()
+    (tmp_path / "run-step00000015.safetensors").touch()
+    listed = CheckpointList(tmp_path, "run", {"step_15": Entry(15, 1, "step", "run-step00000015.safetensors")})
+    listed.adopt()
+    assert list(listed.entries) == ["step_5", "step_10", "step_15"]
+    listed.prune("step", 1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "run-step00000015.safetensors",
+        "run-step5.safetensors",
+        "other-step00000005.safetensors",
+        "checkpoints.json",
+    }
