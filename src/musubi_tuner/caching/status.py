@@ -39,14 +39,24 @@ class KindStatus:
 
 
 def examine(
-    config: RunConfig, items: list[Item], kind: str, options: dict[str, Any], *, download: bool = False
+    config: RunConfig,
+    items: list[Item],
+    kind: str,
+    options: dict[str, Any],
+    *,
+    download: bool = False,
+    encodes: bool = True,
 ) -> KindStatus:
-    """Compare the cache files of one kind with what this config would make."""
+    """Compare the cache files of one kind with what this config would make.
+
+    Args:
+        encodes: whether the caller makes files; where nothing is encoded, ``cache.run = "always"`` makes none due.
+    """
     code = config.spec.code
     status = KindStatus(kind, expectation(config, kind, options, download=download))
     by_name = config.cache.skip_existing == "name"
     for item in items:
-        reason = "cache.run is always" if config.cache.run == "always" else None
+        reason = "cache.run is always" if encodes and config.cache.run == "always" else None
         reason = reason or stale_reason(item, status.expected, code, by_name=by_name)
         if reason is None:
             status.fresh += 1

@@ -34,8 +34,9 @@ class ModelSpec:
         foreign_keys: unknown key of other trainers -> what to write instead.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
-        module: package with ``build(geometry)`` (meta device), ``initialize(model, scheme, generator)``,
-            ``load_model(...)``, ``make_process(config, model)``, ``make_conditioning(config)``, ``step_flops(...)``.
+        module: package from which `load` takes, by name: ``load_for_training``, ``make_process``, ``check_caches`` and
+            ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_model`` and ``options_of`` for drawing;
+            ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
     """
 

@@ -246,7 +246,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
     else:
         from musubi_tuner.runner.plan import describe, make_plan
 
-        plan = make_plan(config, processes, download=False)
+        plan = make_plan(config, processes, download=False, encodes=False)
         if plan.due:
             jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.path}" for kind in plan.due)
             raise CacheError(f"caches are not complete, and nothing is encoded under a launcher; run:\n  {jobs}")

@@ -27,7 +27,7 @@ class Plan:
         return [kind for kind, status in self.status.items() if status.due]
 
 
-def make_plan(config: RunConfig, processes: int, *, download: bool) -> Plan:
+def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: bool = True) -> Plan:
     """Look at the data and the caches; data errors come before torch is imported."""
     found = scan(config.datasets, config.spec.code)
     buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, processes: int, *, download: bool) -> Plan:
     kinds = needed_kinds(config)
     if "experts" in kinds:
         options = config.spec.load("checkpoint_options")(config)
-    status = {kind: examine(config, found.items, kind, options, download=download) for kind in kinds}
+    status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
     return Plan(found, status, steps)
 
 

@@ -455,3 +455,12 @@ def test_a_fingerprint_holds_all_that_decides_the_content(cached: Any) -> None:
             assert stored == expected.of(item)
             assert (image is not None) == expected.needs_image == (kind != "text")
             assert stale_reason(item, expected, "tf") is None
+
+
+def test_always_makes_nothing_due_where_nothing_is_encoded(cached: Any) -> None:
+    """Under a launcher a run with cache.run = "always" could otherwise never begin."""
+    cached.tables["cache"]["run"] = "always"
+    config = cached.config()
+    items = cached.items(config)
+    assert len(examine(config, items, "text", {}).due) == len(items)
+    assert examine(config, items, "text", {}, encodes=False).due == {}
