@@ -27,7 +27,8 @@ def _import_everything() -> None:
                  "transformers.models.t5.modeling_t5", "transformers.models.auto.tokenization_auto"):  # fmt: skip
         importlib.import_module(name)
     for name in ("caching.command", "caching.jobs", "encoders.autoencoder", "encoders.teachers", "encoders.text",
-                 "runner.command", "runner.plan", "training.trainer", "tinyflux_generate_image"):  # fmt: skip
+                 "runner.command", "runner.plan", "training.trainer", "training.generate_command",
+                 "training.generate", "models.flux_dev.family"):  # fmt: skip
         importlib.import_module(f"musubi_tuner.{name}")
 
 
@@ -35,8 +36,9 @@ def _entry(command: str) -> Any:
     """The main function of a command, as its script calls it."""
     if command == "train":
         return importlib.import_module("musubi_tuner.runner.command").main
-    if command == "generate":
-        return importlib.import_module("musubi_tuner.tinyflux_generate_image").main
+    commands = {"generate": "tinyflux_generate_image", "flux_generate": "flux_dev_generate_image"}
+    if command in commands:
+        return importlib.import_module(f"musubi_tuner.{commands[command]}").main
     job = importlib.import_module("musubi_tuner.caching.command").main
     return lambda arguments: job(command, arguments)
 

@@ -481,3 +481,50 @@ class CacheRehearsal:
         assert {path: path.stat().st_mtime_ns for path in before} == before
         assert not list(cache.glob(".tmp-*"))
         return len(before)
+
+
+FLUX = {
+    "in_channels": 64, "vec_in_dim": WIDTH, "context_in_dim": WIDTH, "hidden_size": 48, "mlp_ratio": 4.0, "num_heads": 3,
+    "depth": 2, "depth_single_blocks": 3, "axes_dim": [4, 6, 6],
+}  # fmt: skip
+"""A FLUX.1 of 0.3 million parameters."""
+
+
+def make_flux(path: Path, seed: int = 5, **changes: Any) -> Path:
+    """A small FLUX.1 with random weights under the published names, with its config beside it."""
+    from musubi_tuner.models.flux_dev import Flux, FluxConfig
+
+    torch.manual_seed(seed)
+    model = Flux(FluxConfig.from_dict({**FLUX, **changes}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    return path
+
+
+def flux_tables(root: Path, images: Path, encoders: Path, base: Path) -> dict[str, Any]:
+    """A run file of a LoRA on a small FLUX.1, with output and caches below ``root``."""
+    tables = run_tables(root, images, encoders)
+    for name in ("experts", "ema"):
+        del tables[name]
+    model = {key: tables["model"][key] for key in ("vae_path", "clip_path", "t5_path", "t5_max_tokens")}
+    return {
+        **tables,
+        "model": {"arch": "fd", "path": str(base), **model},
+        "adapter": {"rank": 4, "alpha": 4.0},
+        "objective": {},
+        "scheduler": {"type": "constant", "warmup_steps": 2},
+        "optimizer": {"lr": 1e-2},
+    }
+
+
+def write_flux_run(root: Path, images: Path, encoders: Path, base: Path, **changes: Any) -> Path:
+    """Like `write_run`, for a LoRA on a small FLUX.1."""
+    tables = flux_tables(root, images, encoders, base)
+    for table, values in changes.items():
+        merged = {**tables.get(table, {}), **values} if isinstance(values, Mapping) else values
+        tables[table] = {k: v for k, v in merged.items() if v is not None} if isinstance(merged, dict) else merged
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "run.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path

@@ -102,13 +102,13 @@ def sample(
         predicted, _ = process.predict(model, batch, torch.full((len(batch),), now), {"t5": t5, "clip": clip})
         return guide(predicted[:count], predicted[count:], guidance) if guidance > 1 else predicted
 
-    return solve("euler", velocity, noise, process.sampling_times(settings["num_steps"]))
+    return solve("euler", velocity, noise, process.sampling_times(settings["num_steps"], (8, 8)))
 
 
 def test_sampling_times_equal_the_published_ones(
     process: TinyFluxProcess, golden: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    times = process.sampling_times(settings["num_steps"])
+    times = process.sampling_times(settings["num_steps"], (8, 8))
     assert_close(torch.tensor(times, dtype=torch.float32), golden["out.sample.timesteps"])
     assert (times[0], times[-1]) == (0.0, 1.0)
 

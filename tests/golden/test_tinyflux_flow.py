@@ -226,7 +226,7 @@ def test_every_output_of_the_file_is_covered(golden: Golden) -> None:
 def test_times_of_a_process_equal_the_published_ones(golden: Golden) -> None:
     ours = process(**logit_settings(golden))
     assert ours.time_draw == "normal"
-    assert_close(ours.time(golden["in.z"]), golden["out.sample_timesteps.logit_normal"])
+    assert_close(ours.time(golden["in.z"], (8, 8), {}), golden["out.sample_timesteps.logit_normal"])
 
 
 def test_training_times_never_reach_one_where_the_published_cast_rounds_to_it(golden: Golden) -> None:

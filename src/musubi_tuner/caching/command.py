@@ -16,12 +16,16 @@ _SUBJECT = {
 }
 
 
-def main(kind: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one cache job and return its exit code."""
-    return run_command(lambda: _main(kind, sys.argv[1:] if arguments is None else arguments))
+def main(kind: str, arguments: Sequence[str] | None = None, *, architecture: str | None = None) -> int:
+    """Run one cache job and return its exit code.
+
+    Args:
+        architecture: refuse run files of other families.
+    """
+    return run_command(lambda: _main(kind, sys.argv[1:] if arguments is None else arguments, architecture))
 
 
-def _main(kind: str, arguments: Sequence[str]) -> int:
+def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     from musubi_tuner.runner.parent import die_with_parent
 
     parser = Parser(
@@ -38,11 +42,17 @@ def _main(kind: str, arguments: Sequence[str]) -> int:
     die_with_parent()
     exit_on_terminate()
     config = load_config(options.config, overrides)
+    config.require(architecture)
     for finding in config.findings:
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
     if kind not in needed_kinds(config):
-        raise ConfigError(f"{options.config}: needs no {kind} cache (experts.enable_lune and enable_sol are false)")
+        reason = (
+            "experts.enable_lune and enable_sol are false"
+            if config.spec.expert_keys
+            else f"{config.spec.title} has none"
+        )
+        raise ConfigError(f"{options.config}: needs no {kind} cache ({reason})")
     from musubi_tuner.caching.job import JobOptions, parse_shard
 
     job_options = JobOptions(parse_shard(options.shard), options.dry_run)

@@ -32,6 +32,9 @@ _WORDS = {
     "latent_mode": "cache.latent_mode",
     "seed": "the seed",
     "t5_max_tokens": "model.t5_max_tokens",
+    "t5_masked": "hiding padding from T5",
+    "fp8_t5": "model.fp8_t5",
+    "clip_act": "model.clip_act",
     "storage": "cache.dtype",
     "precision": "the encoder's precision",
 }
@@ -136,7 +139,13 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
             "tiling": cache.vae_tiling,
         }
     elif kind == "text":
-        shared |= {"t5_max_tokens": config.model.t5_max_tokens, "precision": config.model.text_dtype}
+        shared |= {
+            "t5_max_tokens": config.model.t5_max_tokens,
+            "t5_masked": config.spec.t5_attention_mask,
+            "precision": config.model.text_dtype,
+            "fp8_t5": config.model.fp8_t5,
+            "clip_act": config.model.clip_act,
+        }
     else:
         shared |= {
             "lune_enabled": experts.enable_lune,

@@ -81,7 +81,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
             return [
                 {
                     f"t5_vec_{suffix}": store(encoded["t5_vec"][row], stored),
-                    "t5_mask": encoded["t5_mask"][row],
+                    **({"t5_mask": encoded["t5_mask"][row]} if config.spec.t5_attention_mask else {}),
                     f"clip_l_pooler_{suffix}": store(encoded["clip_l_pooler"][row], stored),
                 }
                 for row in range(len(items))
@@ -116,9 +116,17 @@ class TextEncoders:
             max_tokens=config.model.t5_max_tokens,
             dtype=self.dtype,
             device=device,
+            preset=config.spec.t5_preset,
+            masked=config.spec.t5_attention_mask,
+            fp8=config.model.fp8_t5,
         )
         self.clip = load_clip(
-            paths["clip"], paths.get("clip_tokenizer"), config.spec.clip_tokenizer, dtype=self.dtype, device=device
+            paths["clip"],
+            paths.get("clip_tokenizer"),
+            config.spec.clip_tokenizer,
+            dtype=self.dtype,
+            device=device,
+            activation=config.model.clip_act,
         )
         self.truncated = 0
 

@@ -80,6 +80,19 @@ class RunConfig(RunFile):
         owner = getattr(self, section) if section else self
         return None if owner is None else getattr(owner, {"from": "from_"}.get(name, name))
 
+    def require(self, architecture: str | None) -> None:
+        """Refuse a run of another family; None accepts all.
+
+        Raises:
+            ConfigError: naming both families.
+        """
+        from musubi_tuner.models.registry import MODELS
+
+        if architecture is not None and MODELS[architecture].code != self.spec.code:
+            raise ConfigError(
+                f"{self._path}: model.arch is {self.spec.full_name}, this command is for {MODELS[architecture].full_name}"
+            )
+
     def locate(self, text: str) -> Path:
         """A path of the file, found as `paths.locate` says."""
         return locate(text, self._path)

@@ -1,17 +1,21 @@
 """Static rules between settings. Torch-free; rules about devices and files are labelled passes of their own."""
 
 import os
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.config.paths import is_hub_id, is_repository
+from musubi_tuner.config.prompts import as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
+from musubi_tuner.errors import ConfigError
 
 
 def validate(config: RunConfig) -> list[Diagnostic]:
     """Everything that can be known about a config without torch: rules, then files."""
-    return [*_needs(config), *_no_effect(config), *_family(config), *_files(config)]
+    return [*_needs(config), *_adapter(config), *_no_effect(config), *_family(config), *_files(config)]
 
 
 def _error(key: str, message: str) -> Diagnostic:
@@ -45,8 +49,17 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
     for index, beta in enumerate(config.optimizer.betas):
         if not 0 <= beta < 1:
             found.append(_error("optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
-    if objective.timestep_stratified and objective.timestep_sampling != "uniform":
-        found.append(_error("objective.timestep_stratified", 'needs timestep_sampling = "uniform"'))
+    if objective.min_timestep >= objective.max_timestep:
+        found.append(
+            _error(
+                "objective.min_timestep",
+                f"is {objective.min_timestep}, not below max_timestep = {objective.max_timestep}",
+            )
+        )
+    if objective.ip_noise_gamma is not None and objective.ip_noise_gamma > 0.5:
+        found.append(
+            Diagnostic("warning", "objective.ip_noise_gamma", f"is {objective.ip_noise_gamma}; 0.1 to 0.3 is usual")
+        )
     if train.mixed_precision == "fp16" and config.run.device == "cpu":
         found.append(_error("train.mixed_precision", '"fp16" needs a GPU; use "bf16" or "no" on a CPU'))
     if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
@@ -72,6 +85,51 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
                 )
     if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
+    return found
+
+
+def _adapter(config: RunConfig) -> list[Diagnostic]:
+    """Rules of [adapter]."""
+    adapter, found = config.adapter, []
+    if adapter.type == "none":
+        return [
+            Diagnostic("warning", key, 'has no effect because adapter.type is "none"')
+            for key in config.set_keys()
+            if key.startswith("adapter.") and key != "adapter.type"
+        ]
+    if adapter.rank_from_weights and adapter.init_from is None:
+        found.append(_error("adapter.rank_from_weights", "needs adapter.init_from, the file whose ranks are taken"))
+    if adapter.rank_from_weights:
+        for key in ("adapter.rank", "adapter.alpha", "adapter.rank_patterns", "adapter.alpha_patterns"):
+            if key in config.set_keys():
+                found.append(Diagnostic("warning", key, "has no effect because adapter.rank_from_weights is true"))
+    if adapter.merge_multipliers and len(adapter.merge_multipliers) != len(adapter.merge):
+        found.append(
+            _error(
+                "adapter.merge_multipliers",
+                f"has {len(adapter.merge_multipliers)} numbers for {len(adapter.merge)} files in adapter.merge",
+            )
+        )
+    if adapter.keep_default_excludes and adapter.exclude is None:
+        found.append(
+            Diagnostic("warning", "adapter.keep_default_excludes", "has no effect because adapter.exclude is absent")
+        )
+    expressions = {
+        "include": adapter.include,
+        "exclude": adapter.exclude or [],
+        "only": adapter.only,
+        "rank_patterns": list(adapter.rank_patterns),
+        "alpha_patterns": list(adapter.alpha_patterns),
+    }
+    for name, patterns in expressions.items():
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(_error(f"adapter.{name}", f"{pattern!r} is not a regular expression ({error})"))
+    for pattern, rank in adapter.rank_patterns.items():
+        if not 0 <= rank <= 1024:
+            found.append(_error("adapter.rank_patterns", f"{pattern!r} has rank {rank}, expected 0 (none) to 1024"))
     return found
 
 
@@ -107,6 +165,21 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             tuple(f"experts.{name}" for name in teacher_keys),
             "both teachers are off",
         ),
+        (
+            not config.objective.ip_noise_gamma,
+            ("objective.ip_noise_gamma_random_strength", "objective.ip_noise_per_sample"),
+            "objective.ip_noise_gamma is off",
+        ),
+        (
+            not config.objective.ip_noise_gamma_random_strength,
+            ("objective.ip_noise_per_sample",),
+            "the strength is not random",
+        ),
+        (
+            config.sample.cfg_scale == 1,
+            ("sample.negative_prompt",) if config.spec.guidance_embedded else (),
+            "sample.cfg_scale is 1",
+        ),
         (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
         (config.scheduler.type == "constant", ("scheduler.min_lr",), 'scheduler.type is "constant"'),
         (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
@@ -140,12 +213,22 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
 
 
 def _family(config: RunConfig) -> list[Diagnostic]:
-    spec = config.spec
-    found = [
-        _error(key, f"does not apply to {spec.title}: {reason}")
-        for key, reason in spec.not_applicable.items()
-        if key in config.set_keys()
-    ]
+    """What a family does not know, and its own rules."""
+    spec, found = config.spec, []
+    for key in config.set_keys():
+        reason = next((r for pattern, r in spec.not_applicable.items() if fnmatchcase(key, pattern)), None)
+        if reason is not None:
+            text = f"does not apply to {spec.title}: {reason}" if isinstance(reason, str) else reason(config.get(key))
+            found.append(_error(key, text))
+    for key, allowed in spec.choices.items():
+        value = config.get(key)
+        if value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            found.append(
+                _error(
+                    key, f"is {value!r}, which {spec.title} does not know; expected one of {', '.join(allowed)}.{hint}"
+                )
+            )
     return found + (spec.check(config) if spec.check else [])
 
 
@@ -155,9 +238,9 @@ def _files(config: RunConfig) -> list[Diagnostic]:
     # The demo makes its own files before anything reads them.
     inputs = [] if config.demo else ["model.path", "model.vae_path", "model.clip_path", "model.t5_path",
                                      "model.clip_tokenizer", "model.t5_tokenizer", "experts.unet", "experts.vae",
-                                     "experts.lune", "experts.sol"]  # fmt: skip
-    for key in inputs:
-        text = config.get(key)
+                                     "experts.lune", "experts.sol", "adapter.init_from"]  # fmt: skip
+    texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
+    for key, text in texts:
         if text is not None and not is_hub_id(text) and not config.locate(text).exists():
             found.append(_error(key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)"))
     needed = {"model.vae_path": "images", "model.clip_path": "captions", "model.t5_path": "captions"}
@@ -166,7 +249,12 @@ def _files(config: RunConfig) -> list[Diagnostic]:
             found.append(_error(key, f"is needed to encode {what}"))
     prompts = config.sample.prompts
     if isinstance(prompts, str) and not config.locate(prompts).is_file():
-        found.append(_error("sample.prompts", f"{prompts}: no such file; give a text file, or a list of prompts"))
+        found.append(_error("sample.prompts", f"{prompts}: no such file; give a prompt file, or a list of prompts"))
+    elif prompts is not None:
+        try:
+            read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
+        except ConfigError as error:
+            found.append(_error("sample.prompts", str(error)))
     for dataset in config.datasets:
         if config.demo or config.cache.run == "never":
             break

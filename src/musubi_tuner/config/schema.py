@@ -87,16 +87,38 @@ class ModelSection(Section):
     )
     vae_path: str | None = param(None, "Autoencoder: a file, a folder or a hub id.", flat=("vae", "ae"), path=True)
     clip_path: str | None = param(
-        None, "CLIP-L text model: a file, a folder or a hub id.", flat=("clip_l_path",), path=True
+        None,
+        "CLIP-L text model: a file, a folder or a hub id.",
+        flat=("clip_l_path", "text_encoder", "clip_l", "text_encoder_clip"),
+        path=True,
     )
-    t5_path: str | None = param(None, "T5 encoder: a file, a folder or a hub id.", path=True)
+    t5_path: str | None = param(
+        None,
+        "T5 encoder: a file, a folder or a hub id.",
+        flat=("text_encoder2", "t5xxl", "text_encoder_t5"),
+        path=True,
+    )
     clip_tokenizer: str | None = param(
-        None, "CLIP tokenizer folder or hub id; absent = beside the encoder, then its published id.", path=True
-    )
+        None, "CLIP tokenizer folder or hub id; absent = beside the encoder, then its published id.",
+        flat=("tokenizer_clip",), path=True,
+    )  # fmt: skip
     t5_tokenizer: str | None = param(
-        None, "T5 tokenizer folder or hub id; absent = beside the encoder, then its published id.", path=True
+        None, "T5 tokenizer folder or hub id; absent = beside the encoder, then its published id.",
+        flat=("tokenizer_t5",), path=True,
+    )  # fmt: skip
+    t5_max_tokens: int = param(
+        128, "Text is padded or cut to this many T5 tokens.", flat=("t5_max_length",), ge=1, le=512
     )
-    t5_max_tokens: int = param(128, "Text is padded or cut to this many T5 tokens.", ge=1, le=512)
+    fp8_t5: bool = param(False, "Hold the Linear weights of T5 in float8 while encoding; half the memory, small error.")
+    clip_act: Literal["quick_gelu", "gelu"] = param(
+        "quick_gelu", "Activation of a CLIP-L file without config; gelu reproduces caches of musubi-tuner."
+    )
+    keep_dtype: bool = param(
+        False, "Keep frozen weights in the precision of their file instead of that of the computation."
+    )
+    allow_schnell: bool = param(
+        False, "Train on a model without guidance embedding, whose distillation training undoes."
+    )
     t5_attn_mask: bool = param(False, "Hide padding tokens from pooling and attention; the published model does not.")
     vae_dtype: AutoDtype = param("auto", "Precision of the autoencoder; auto = float32.")
     text_dtype: AutoDtype = param("auto", "Precision of the text encoders; auto = bfloat16 on a GPU, float32 on a CPU.")
@@ -166,6 +188,49 @@ class CacheSection(Section):
     nan_policy: Literal["error", "zero"] = param("error", "What to do with values that are not finite.")
 
 
+class AdapterSection(Section):
+    """A small set of extra weights that is trained instead of the model, which stays frozen."""
+
+    type: Literal["none", "lora"] = param("none", "none trains the model itself; lora adds low-rank matrices.")
+    rank: int = param(16, "Width of the matrices.", flat=("network_dim",), ge=1, le=1024)
+    alpha: float | None = param(
+        None,
+        "The change counts alpha / rank times; absent = half the rank, 0 = the rank.",
+        flat=("network_alpha",),
+        ge=0,
+    )
+    dropout: float = param(0.0, "Share of rank activations dropped.", flat=("network_dropout",), ge=0, lt=1)
+    rank_dropout: float = param(0.0, "Share of ranks dropped, per sample.", ge=0, lt=1)
+    module_dropout: float = param(0.0, "Share of adapters skipped, per micro-batch.", ge=0, lt=1)
+    include: list[str] = param(
+        [], "Regular expressions of module paths that are adapted although excluded.", flat=("include_patterns",)
+    )
+    exclude: list[str] | None = param(
+        None, "Regular expressions of module paths left alone; replaces the family's list.", flat=("exclude_patterns",)
+    )
+    keep_default_excludes: bool = param(False, "Add exclude to the family's list instead of replacing it.")
+    only: list[str] = param([], "Adapt only module paths that match one of these.", flat=("only_patterns",))
+    rank_patterns: dict[str, int] = param({}, "Regular expression of module paths -> rank; the first match counts.")
+    alpha_patterns: dict[str, float] = param({}, "Regular expression of module paths -> alpha; the first match counts.")
+    loraplus_lr_ratio: float | None = param(None, "LoRA+: the up matrices learn so many times faster.", gt=0, le=1000)
+    max_norm: float | None = param(
+        None, "After every update, changes above this norm are scaled down to it.", flat=("scale_weight_norms",), gt=0
+    )
+    init_from: str | None = param(None, "Adapter file to start from.", flat=("network_weights",), path=True)
+    rank_from_weights: bool = param(
+        False, "Take rank and alpha of every module from init_from.", flat=("dim_from_weights",)
+    )
+    merge: list[str] = param([], "Adapter files merged into the model before training.", flat=("base_weights",))
+    merge_multipliers: list[float] = param(
+        [], "One factor per merged file; absent = 1.", flat=("base_weights_multiplier",)
+    )
+    merge_ignore_unmatched: bool = param(
+        False,
+        "Skip keys of merged files that belong to no layer, instead of stopping.",
+        flat=("ignore_unmatched_lora_keys",),
+    )
+
+
 class OptimizerSection(Section):
     """The update rule."""
 
@@ -190,20 +255,57 @@ class SchedulerSection(Section):
     min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10)
 
 
+TimestepSampling = Literal[
+    "logit_normal", "uniform", "sigma", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift",
+    "logsnr", "qinglong_flux", "qinglong_qwen", "ideogram4_shift",
+]  # fmt: skip
+
+
 class ObjectiveSection(Section):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
-    timestep_sampling: Literal["logit_normal", "uniform"] = param(
-        "logit_normal", "Density of the training times before the shift."
+    timestep_sampling: TimestepSampling = param(
+        "logit_normal", "Density of the training times; each family knows some of these."
     )
-    logit_mean: float = param(0.0, "Mean under the sigmoid of logit_normal.", ge=-10, le=10)
-    logit_std: float = param(1.0, "Standard deviation under the sigmoid of logit_normal.", gt=0, le=10)
+    sigmoid_scale: float = param(1.0, "Spread of the normal under the sigmoid and shift densities.", gt=0, le=100)
+    discrete_flow_shift: float = param(
+        1.0, "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.", gt=0, le=100
+    )
+    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999)
+    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000)
+    preserve_distribution_shape: bool = param(
+        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
+    )
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = param(
+        "none",
+        "Loss weight by noise level; logit_normal and mode shape the draws of timestep_sampling = sigma instead.",
+    )
+    mode_scale: float = param(1.29, "Strength of weighting_scheme = mode.", ge=-10, le=10)
+    sigma_compat: Literal["exact", "upstream"] = param(
+        "exact", "upstream draws timestep_sampling = sigma as musubi-tuner does: without shift, range by table index."
+    )
+    timestep_offset: float = param(
+        0.0, "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.", ge=0, le=0.1
+    )
+    guidance_scale: float = param(1.0, "Embedded guidance while training.", ge=0, le=100)
+    ip_noise_gamma: float | None = param(
+        None, "Input perturbation: extra noise of this strength that the model sees and need not predict; 0 = off.",
+        ge=0, le=10,
+    )  # fmt: skip
+    ip_noise_gamma_random_strength: bool = param(
+        False, "Draw the strength between 0 and ip_noise_gamma, once per update."
+    )
+    ip_noise_per_sample: bool = param(False, "Draw that strength for every sample on its own.")
+    logit_mean: float = param(0.0, "Mean of logit_normal and logsnr.", ge=-10, le=10)
+    logit_std: float = param(1.0, "Standard deviation of logit_normal and logsnr.", gt=0, le=10)
     shift: float = param(
-        3.0, "Bends training and sampling times; above 1 towards the end the family states in docs.", gt=0, le=100
+        3.0,
+        "Bends training and sampling times; above 1 towards the end the family states in docs.",
+        flat=("shift",),
+        gt=0,
+        le=100,
     )
-    timestep_stratified: bool = param(
-        False, "Spread the times of one update evenly; needs timestep_sampling = uniform."
-    )
+    timestep_stratified: bool = param(False, "Spread the times of one update evenly over the density.")
     loss: Literal["l2", "huber"] = param("l2", "Element-wise loss.", flat=("loss_type",))
     huber_delta: float = param(0.1, "Where huber turns from square to linear.", gt=0, le=10)
     min_snr_gamma: float | None = param(5.0, "Cap of the min-SNR weight; 0 = off.", ge=0, le=1000)
@@ -298,13 +400,18 @@ class SaveSection(Section):
                          flat=("save_precision",), resume="free")  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
     release: bool = param(True, "End with a folder that from_pretrained loads.", resume="free")
+    comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
+                                resume="free")  # fmt: skip
 
 
 class SampleSection(Section):
     """Pictures drawn while training."""
 
     prompts: list[str] | str | None = param(
-        None, "Prompts, or a text file with one per line; absent = no samples.", flat=("sample_prompts",), resume="free"
+        None,
+        "Prompts, or a prompt file (.txt, .toml, .json); absent = no samples.",
+        flat=("sample_prompts",),
+        resume="free",
     )
     every_steps: int | None = param(
         None, "Draw every so many updates; 0 = off.", flat=("sample_every_n_steps",), ge=0, resume="free"
@@ -316,7 +423,17 @@ class SampleSection(Section):
     width: int | None = param(None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free")
     height: int | None = param(None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free")
     steps: int = param(28, "Solver steps.", flat=("sample_steps",), ge=1, le=1000, resume="free")
-    guidance: float = param(5.0, "Classifier-free guidance; 1 = off.", ge=1, le=100, resume="free")
+    guidance: float = param(
+        5.0, "Guidance: the embedded number where a model takes one, else classifier-free (1 = off).", ge=0, le=100,
+        resume="free",
+    )  # fmt: skip
+    cfg_scale: float = param(
+        1.0, "Classifier-free guidance against the negative prompt, for models with embedded guidance; 1 = off.", ge=1,
+        le=100, resume="free",
+    )  # fmt: skip
+    shift: float | None = param(
+        None, "Shift of the sampling times; absent = by picture size.", gt=0, le=100, resume="free"
+    )
     negative_prompt: str | None = param(
         None, "What to avoid; absent = the trained null condition, which differs from an empty text.", resume="free"
     )
@@ -382,6 +499,7 @@ class RunFile(Section):
     model: ModelSection
     experts: ExpertsSection = ExpertsSection()
     cache: CacheSection = CacheSection()
+    adapter: AdapterSection = AdapterSection()
     optimizer: OptimizerSection = OptimizerSection()
     scheduler: SchedulerSection = SchedulerSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -400,6 +518,7 @@ class RunFile(Section):
 AMBIGUOUS = {
     "resolution", "size", "width", "height", "steps", "warmup", "enabled", "run", "path", "weights", "unet", "release",
     "state", "private", "token", "folder", "pictures", "guidance", "loss", "workers", "geometry", "lune", "sol", "solver",
+    "rank", "alpha", "include", "exclude", "only", "merge", "comment", "shift", "dropout", "max_norm",
 }  # fmt: skip
 """Last parts of keys that are no option names of their own: alone they would say too little, or mean something else."""
 

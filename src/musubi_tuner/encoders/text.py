@@ -4,8 +4,8 @@ Files: a single safetensors file with the published key names (with or without p
 Face layout. Tokenizers come from a folder (the encoder's own, a `tokenizer` folder beside it, or the one given) or
 from the hub. Geometry of a single file: header, else a json beside it, else the published model if all shapes agree.
 
-Facts: T5 is fed padded to a fixed length with its attention mask; CLIP is padded to its 77 positions and pooled at the
-first end-of-text token of the final-normed states.
+Facts: T5 is fed padded to a fixed length, with its attention mask or, as FLUX.1 wants it, without; CLIP is padded to its
+77 positions and pooled at the first end-of-text token of the final-normed states.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import Tensor
 from musubi_tuner.encoders.locate import find_tokenizer
 from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.models.scaled_fp8 import SCALE_NAMES, dequantize_file, is_fp8
 
 CLIP_L_CONFIG: dict[str, Any] = {
     "vocab_size": 49408,
@@ -31,18 +32,19 @@ CLIP_L_CONFIG: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-T5_BASE_CONFIG: dict[str, Any] = {
+_T5_COMMON: dict[str, Any] = {
     "vocab_size": 32128,
-    "d_model": 768,
     "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 12,
-    "num_heads": 12,
     "relative_attention_num_buckets": 32,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "gated-gelu",
 }
-"""google/flan-t5-base; T5 v1.1 base has the same shapes."""
+T5_CONFIGS: dict[str, dict[str, Any]] = {
+    "base": {**_T5_COMMON, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "xxl": {**_T5_COMMON, "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+}
+"""google/flan-t5-base (T5 v1.1 base has the same shapes) and google/t5-v1_1-xxl."""
+T5_TITLES = {"base": "flan-T5-base", "xxl": "T5 v1.1 XXL"}
 
 _CLIP_IGNORED = ("position_ids", "text_projection.weight", "logit_scale")
 
@@ -70,8 +72,9 @@ class TextStates:
 class TextEncoder:
     """A frozen text encoder with its tokenizer."""
 
-    def __init__(self, module: Any, tokenizer: Any, max_tokens: int, pooled: bool) -> None:
+    def __init__(self, module: Any, tokenizer: Any, max_tokens: int, pooled: bool, masked: bool = True) -> None:
         self.module, self.tokenizer, self.max_tokens, self.has_pooled = module, tokenizer, max_tokens, pooled
+        self.masked = masked
 
     @property
     def width(self) -> int:
@@ -87,7 +90,8 @@ class TextEncoder:
         lengths = [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
         device = next(self.module.parameters()).device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        states = self.module(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        visible = mask if self.masked else torch.ones_like(mask)
+        states = self.module(input_ids=ids, attention_mask=visible).last_hidden_state.float()
         pooled = None
         if self.has_pooled:
             first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
@@ -128,9 +132,18 @@ def _check_marks(tokenizer: Any, place: Path | str, key: str, *, begins: bool) -
 
 
 def load_clip(
-    path: Path, tokenizer: Path | str | None, fallback: str, *, dtype: torch.dtype, device: torch.device | str
+    path: Path,
+    tokenizer: Path | str | None,
+    fallback: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    activation: str = "quick_gelu",
 ) -> TextEncoder:
     """Load a CLIP text model.
+
+    Args:
+        activation: of a file without config; the published models use quick_gelu.
 
     Raises:
         CheckpointError: for a T5 file, a file of another shape, or a tokenizer that does not fit.
@@ -157,7 +170,7 @@ def load_clip(
         return on_meta(lambda: CLIPTextModel(CLIPTextConfig(**known)))
 
     if config is None:
-        config = CLIP_L_CONFIG
+        config = {**CLIP_L_CONFIG, "hidden_act": activation}
         if not fits(build(config), _to_module_names(build(config), text)):
             raise CheckpointError(
                 f"{what}: has no config in its header or beside it, and is not the published CLIP-L. Put its config.json "
@@ -192,8 +205,16 @@ def load_t5(
     max_tokens: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    preset: str = "base",
+    masked: bool = True,
+    fp8: bool = False,
 ) -> TextEncoder:
     """Load a T5 encoder.
+
+    Args:
+        preset: published geometry that a file without config is taken for.
+        masked: hide padding from attention.
+        fp8: hold the weights of the Linear layers in float8: those of an fp8 file as they are, others with a scale per row.
 
     Raises:
         CheckpointError: for a CLIP file, a file of another shape, or a tokenizer that does not fit.
@@ -204,7 +225,8 @@ def load_t5(
     what = f"model.t5_path: {file}"
     if any("self_attn" in key or "text_model." in key for key in tensors):
         raise CheckpointError(f"{what}: is a CLIP text model, expected T5; are clip_path and t5_path swapped?")
-    text = _t5_keys(tensors)
+    stored = _t5_keys(tensors)
+    text = dequantize_file(stored, {}, what, dtype)
     if not any(key.startswith("encoder.block.") for key in text):
         raise CheckpointError(f"{what}: holds no T5 encoder (first key: {next(iter(tensors))})")
 
@@ -213,10 +235,10 @@ def load_t5(
         return on_meta(lambda: T5EncoderModel(T5Config(**known)))
 
     if config is None:
-        config = T5_BASE_CONFIG
+        config = T5_CONFIGS[preset]
         if not fits(build(config), text):
             raise CheckpointError(
-                f"{what}: has no config in its header or beside it, and is not the published flan-T5-base. Put its "
+                f"{what}: has no config in its header or beside it, and is not the published {T5_TITLES[preset]}. Put its "
                 "config.json beside the file"
             )
     module = build(config)
@@ -225,10 +247,32 @@ def load_t5(
         module, {key: t for key, t in text.items() if key in own}, f"{what}: is not this T5 encoder", dtype, device
     )
     module.tie_weights()
+    if fp8:
+        _store_fp8(module, stored)
     place = find_tokenizer(path, tokenizer, fallback)
     loaded = load_tokenizer(place, module.config.vocab_size, "model.t5_tokenizer")
     _check_marks(loaded, place, "model.t5_tokenizer", begins=False)
-    return TextEncoder(module, loaded, max_tokens, pooled=False)
+    return TextEncoder(module, loaded, max_tokens, pooled=False, masked=masked)
+
+
+def _store_fp8(module: Any, stored: dict[str, Tensor]) -> None:
+    """Replace the Linear layers of a T5 encoder by fp8 ones."""
+    from musubi_tuner.memory.frozen_linear import FrozenLinear
+
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    for name, layer in layers.items():
+        weight = stored.get(f"{name}.weight")
+        if weight is not None and is_fp8(weight):
+            scale = next((stored[name + s] for s in SCALE_NAMES if name + s in stored), None)
+            device = layer.weight.device
+            frozen = FrozenLinear(
+                weight.to(device), None if scale is None else scale.to(device).float(), layer.bias, layer.weight.dtype
+            )
+        else:
+            frozen = FrozenLinear.quantized(layer, "row")
+        # transformers asks the last layer of a block for the dtype of its weight, and casts its input to that.
+        frozen.weight = torch.empty(0, dtype=frozen.dtype)
+        module.set_submodule(name, frozen)
 
 
 def _t5_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from musubi_tuner.flow.interpolation import (
     linear_lookup,
     noise_from_v,
     noise_from_velocity,
+    pack_patches,
     pack_pixels,
+    unpack_patches,
     unpack_pixels,
     v_from_noise,
     v_target,
@@ -22,6 +24,13 @@ from musubi_tuner.flow.losses import (
     spatial_weight,
     squared_error,
 )
+from musubi_tuner.flow.noise import perturb
+from musubi_tuner.flow.noise_levels import (
+    NoiseSettings,
+    noise_level_weight,
+    sample_noise_levels,
+    sampling_schedule,
+)
 from musubi_tuner.flow.solvers import SOLVERS, euler, guide, heun, solve
 from musubi_tuner.flow.timesteps import flux_shift, flux_unshift, sample_timesteps, stratify, uniform_between
 from musubi_tuner.flow.weighting import MIN_SNR_FORMS, min_snr_weight, ramp
@@ -29,6 +38,7 @@ from musubi_tuner.flow.weighting import MIN_SNR_FORMS, min_snr_weight, ramp
 __all__ = [
     "MIN_SNR_FORMS",
     "SOLVERS",
+    "NoiseSettings",
     "distillation_loss",
     "drop_conditioning",
     "euler",
@@ -43,14 +53,20 @@ __all__ = [
     "min_snr_weight",
     "noise_from_v",
     "noise_from_velocity",
+    "noise_level_weight",
+    "pack_patches",
     "pack_pixels",
+    "perturb",
     "ramp",
+    "sample_noise_levels",
     "sample_timesteps",
+    "sampling_schedule",
     "solve",
     "spatial_weight",
     "squared_error",
     "stratify",
     "uniform_between",
+    "unpack_patches",
     "unpack_pixels",
     "v_from_noise",
     "v_target",

@@ -106,6 +106,28 @@ def unpack_pixels(tokens_BNC: Tensor, height: int, width: int) -> Tensor:
     return tokens_BNC.transpose(1, 2).reshape(batch, channels, height, width)
 
 
+def pack_patches(latents_BCHW: Tensor, patch: int = 2) -> Tensor:
+    """Latents [B, C, H, W] to one token per patch [B, (H/p)(W/p), C p p]: row by row, channel before row before column.
+
+    Raises:
+        ValueError: if a side is not a multiple of the patch.
+    """
+    batch, channels, height, width = latents_BCHW.shape
+    if height % patch or width % patch:
+        raise ValueError(
+            f"latents of {height} x {width} cannot be cut into patches of {patch}: sides must be multiples"
+        )
+    grid = latents_BCHW.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack_patches(tokens_BNC: Tensor, height: int, width: int, patch: int = 2) -> Tensor:
+    """Tokens of `pack_patches` back to latents [B, C, height, width]."""
+    batch = len(tokens_BNC)
+    grid = tokens_BNC.reshape(batch, height // patch, width // patch, -1, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+
+
 def linear_lookup(values_BTd: Tensor, grid_T: Tensor, t_B: Tensor) -> Tensor:
     """Interpolate tabulated values at one time per sample.
 

@@ -366,6 +366,37 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, option
         CheckpointError: listing missing, unexpected and mis-shaped keys.
     """
     own = model.state_dict(keep_vars=True)
+    _check_keys(own, tensors, what, optional)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in tensors:
+                tensor.copy_(tensors[key].view(tensor.shape) if tensors[key].shape != tensor.shape else tensors[key])
+
+
+def assign_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, device: torch.device | str) -> None:
+    """Make tensors the weights of a frozen meta model, without a second copy and in their own dtypes.
+
+    Args:
+        tensors: must hold exactly the keys of the model's state dict; moved one by one and taken out of the dictionary.
+        what: begins the error: the file and the model.
+
+    Raises:
+        CheckpointError: listing missing, unexpected and mis-shaped keys.
+    """
+    own = model.state_dict(keep_vars=True)
+    _check_keys(own, tensors, what, ())
+    for key in own:
+        tensor = tensors.pop(key).to(device)
+        parent, _, leaf = key.rpartition(".")
+        owner = model.get_submodule(parent)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def _check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], what: str, optional: Iterable[str]) -> None:
+    """Raise a `CheckpointError` that lists missing, unexpected and mis-shaped keys, if there are any."""
     missing = [key for key in own if key not in tensors and key not in set(optional)]
     unexpected = [key for key in tensors if key not in own]
     shapes = [
@@ -378,10 +409,6 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, option
     problems += _list_problem("of another shape", shapes, len(own))
     if problems:
         raise CheckpointError(f"{what}: " + "; ".join(problems))
-    with torch.no_grad():
-        for key, tensor in own.items():
-            if key in tensors:
-                tensor.copy_(tensors[key].view(tensor.shape) if tensors[key].shape != tensor.shape else tensors[key])
 
 
 def _same_shape(found: Tensor, expected: Tensor) -> bool:

@@ -9,18 +9,17 @@ from musubi_tuner.models.spec import ModelSpec
 
 FAMILIES: dict[str, str] = {
     "tf": "musubi_tuner.models.tinyflux.options:SPEC",
+    "fd": "musubi_tuner.models.flux_dev.options:SPEC",
 }
 """Architecture code -> dotted name of the family's `ModelSpec`."""
 
 RESERVED: dict[str, str] = {
-    "fd": "FLUX.1-dev LoRA training is planned and not built yet",
-    "flux_dev": "FLUX.1-dev LoRA training is planned and not built yet",
     "ff": "FluxFlow is planned and not built yet",
     "fluxflow": "FluxFlow is planned and not built yet",
 }
 """Codes and names that a user may reasonably ask for, and why they are refused."""
 
-RESERVED_STEPS: dict[str, int] = {"fd": 16, "ff": 16}
+RESERVED_STEPS: dict[str, int] = {"ff": 16}
 """Pixel steps of the reserved codes, whose bucket lists are already fixed."""
 
 

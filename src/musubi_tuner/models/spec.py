@@ -19,6 +19,21 @@ def resolve(dotted: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterTargets:
+    """Where adapters go in a family.
+
+    Attributes:
+        layers: block list -> names of the Linear layers in one of its blocks, in file order.
+        exclude: regular expressions of whole module paths that get an adapter only when asked for.
+        network_module: what musubi-tuner would call the module, for metadata.
+    """
+
+    layers: Mapping[str, tuple[str, ...]]
+    exclude: tuple[str, ...] = ()
+    network_module: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """All the trainer knows about one model family.
 
@@ -27,23 +42,29 @@ class ModelSpec:
         pixel_step: image sides are multiples of this. vae_factor: pixels per latent cell.
         latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
         sample_size: default side of a drawn picture in pixels.
+        t5_preset: published T5 that a single file without config is taken for; t5_attention_mask: whether T5 sees it.
+        guidance_embedded: the model takes a guidance number; classifier-free guidance is then separate.
         expert_keys: names of the teacher tensors in an experts cache; empty = no such job.
         defaults: dotted config key -> value where the family differs from the schema.
         dataset_defaults: shared dataset key -> value.
-        not_applicable: dotted config key -> why setting it is an error for this family.
+        choices: dotted config key -> the values that this family knows, where it does not know all.
+        not_applicable: dotted config key or pattern -> why setting it is an error, or a function of the value that says so.
         foreign_keys: unknown key of other trainers -> what to write instead.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
         module: package from which `load` takes, by name: ``load_for_training``, ``make_process``, ``check_caches`` and
-            ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_model`` and ``options_of`` for drawing;
+            ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
+            ``open_base`` for a run with adapters; ``load_to_merge`` and ``diffusers_modules`` for tools;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
+        adapters: which layers adapters attach to.
     """
 
     code: str
     full_name: str
     title: str
     modelspec_architecture: str
+    modelspec_implementation: str = ""
     pixel_step: int
     vae_factor: int
     latent_channels: int
@@ -51,15 +72,20 @@ class ModelSpec:
     sample_size: int
     t5_tokenizer: str
     clip_tokenizer: str
+    t5_preset: str = "base"
+    t5_attention_mask: bool = True
+    guidance_embedded: bool = False
     expert_keys: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     dataset_defaults: Mapping[str, Any] = field(default_factory=dict)
-    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    not_applicable: Mapping[str, str | Callable[[Any], str]] = field(default_factory=dict)
     foreign_keys: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
     geometry: str
     module: str
     block_lists: tuple[str, ...]
+    adapters: AdapterTargets
 
     def load(self, name: str) -> Any:
         """An object of the family's package; imports torch."""
@@ -68,6 +94,19 @@ class ModelSpec:
     def geometry_class(self) -> Any:
         """The torch-free geometry dataclass."""
         return resolve(self.geometry)
+
+
+@dataclass
+class Trainee:
+    """A model ready to be trained.
+
+    Attributes:
+        model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
+    """
+
+    model: "nn.Module"
+    geometry: Any
+    options: dict[str, Any]
 
 
 @dataclass
@@ -94,8 +133,8 @@ class Process(Protocol):
     time_draw: str
     """``normal`` or ``uniform``: what `time` expects."""
 
-    def time(self, draws_B: "Tensor") -> "Tensor":
-        """Training times from random draws, [B]."""
+    def time(self, draws_B: "Tensor", size: tuple[int, int], uniforms: "dict[str, Tensor]") -> "Tensor":
+        """Training times from random draws, [B]; ``size`` is rows and columns of the latents."""
 
     def sigma(self, time_B: "Tensor") -> "Tensor":
         """Noise fraction at a time: the unit of logs and loss statistics."""
@@ -125,5 +164,9 @@ class Process(Protocol):
     ) -> "dict[str, LossTerm]":
         """Named loss terms; ``main`` is always among them."""
 
-    def sampling_times(self, steps: int) -> list[float]:
-        """Times from noise to image, steps + 1 values in the family's direction."""
+    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+        """Times from noise to image, steps + 1 values in the family's direction.
+
+        Raises:
+            ConfigError: if a shift is asked for that the family does not know.
+        """

@@ -21,9 +21,13 @@ _DESCRIPTION = """Train a model from one TOML file: encode images, captions and 
 Run the same command again to continue."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+def main(arguments: Sequence[str] | None = None, *, architecture: str | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        architecture: refuse run files of other families.
+    """
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments), architecture))
 
 
 def _parser() -> Parser:
@@ -41,7 +45,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _main(arguments: Sequence[str], architecture: str | None) -> int:
     own = {"--plan", "--dry_run", "--fresh", "--cache_only", "--skip_cache", "--help"}
     passed, overrides = split_overrides(arguments, own)
     parser = _parser()
@@ -52,6 +56,7 @@ def _main(arguments: Sequence[str]) -> int:
     die_with_parent()
     exit_on_terminate()
     config = load_config(options.config, overrides)
+    config.require(architecture)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         report(config.findings)

@@ -71,6 +71,16 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"           update = {processes} process(es) x {train.grad_accum_steps} micro-batch(es), "
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update",
     ]
+    adapter = config.adapter
+    if adapter.type != "none":
+        alpha = adapter.alpha if adapter.alpha is not None else adapter.rank / 2
+        size = (
+            f"sizes of {adapter.init_from}"
+            if adapter.rank_from_weights
+            else f"rank {adapter.rank}, alpha {alpha or adapter.rank:g}"
+        )
+        merged = f", on top of {len(adapter.merge)} merged file(s)" if adapter.merge else ""
+        lines.append(f"  adapter  {adapter.type}, {size}{merged}; the model stays frozen")
     saves = []
     if config.save.every_steps:
         saves.append(f"every {config.save.every_steps} updates (newest {config.save.keep_last_steps or 'all'} kept)")

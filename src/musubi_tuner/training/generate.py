@@ -9,10 +9,11 @@ import torch
 
 from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.encoders.autoencoder import Autoencoder
-from musubi_tuner.models.spec import Process
-from musubi_tuner.training.sampling import SampleSettings, decode_images, draw, encode_prompts
+from musubi_tuner.models.spec import ModelSpec, Process
+from musubi_tuner.training.sampling import decode_images, draw, encode_prompts
 from musubi_tuner.training.trainer import AUTOCAST, load_vae, sample_settings
 
 
@@ -29,12 +30,22 @@ class Generator:
     use_mask: bool
 
     @classmethod
-    def from_run(cls, config: RunConfig, checkpoint: str | None = None, *, ema: bool = True) -> "Generator":
+    def from_run(
+        cls,
+        config: RunConfig,
+        checkpoint: str | None = None,
+        *,
+        ema: bool = True,
+        adapters: Sequence[tuple[str, float]] = (),
+    ) -> "Generator":
         """Load a checkpoint for drawing with the encoders and the objective of a run file.
 
         Args:
-            checkpoint: file, folder, ``folder:name`` or hub id; absent = the run's own output folder.
-            ema: take the averaged weights.
+            checkpoint: file, folder, ``folder:name`` or hub id; absent = the model of the run: its output folder, or with an
+                adapter its base.
+            ema: take the averaged weights, where a run trains the model itself.
+            adapters: adapter files with their strengths. The first is attached, so that prompts can change its strength;
+                the others are merged.
 
         Raises:
             CheckpointError: if a file is missing or does not fit.
@@ -42,8 +53,13 @@ class Generator:
         set_threads(config.run.threads, 1)
         device = choose_device(config.run.device)
         spec = config.spec
-        file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
-        model = spec.load("load_model")(file).to(device)
+        if config.adapter.type != "none" and checkpoint is None:
+            file = spec.load("open_base")(config)
+        else:
+            file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
+        model = spec.load("load_for_run")(file, config)
+        use_adapters(model, spec, adapters)
+        model = model.to(device).eval()
         options = {
             "sol_spatial_norm": "sum",
             "t5_attn_mask": config.model.t5_attn_mask,
@@ -59,13 +75,13 @@ class Generator:
 
     def draw(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         settings: SampleSettings,
         *,
         batch_size: int = 8,
         progress: Callable[[int], None] = lambda count: None,
     ) -> list[np.ndarray]:
-        """Pictures [H, W, 3] uint8, one per prompt; picture i is drawn from seed + i."""
+        """Pictures [H, W, 3] uint8, one per prompt; without a seed of its own, picture i is drawn from seed + i."""
         encoded = encode_prompts(self.encoders.encode, prompts, settings.negative)
         spec = self.config.spec
         latents = draw(
@@ -81,3 +97,27 @@ class Generator:
             progress=progress,
         )
         return decode_images(self.vae, latents, spec.latent_shift)
+
+
+def use_adapters(model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]]) -> None:
+    """Put adapter files on a model: the first is attached, the others are merged."""
+    from musubi_tuner.adapters.attach import attach, make_adapters, merge, target_paths
+    from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
+    from musubi_tuner.config.schema import AdapterSection
+
+    for index, (source, strength) in reversed(list(enumerate(adapters))):
+        file = read_adapter(source, spec)
+        tensors = file.tensors
+        if file.skipped:
+            print(f"{file.path}: not used, for text encoders: {', '.join(file.skipped)}")
+        if index:
+            report = merge(model, tensors, spec.adapters, strength, what=str(file.path))
+            print(f"{file.path}: merged at {strength:g} into {report.layers} layers")
+            continue
+        plans = plans_of_file(tensors, target_paths(model, spec.adapters), str(file.path))
+        made = make_adapters(model, plans, AdapterSection(type="lora"))
+        load_adapter(made, tensors, str(file.path))
+        for _, adapter in made.items():
+            adapter.strength = strength
+        attach(model, made)
+        print(f"{file.path}: attached to {len(plans)} layers at {strength:g}")

@@ -5,7 +5,6 @@ times are float32; both guidance branches go through the model in one forward pa
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,61 +15,40 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
+from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import replace_file, write_text
 from musubi_tuner.flow import guide, solve
 from musubi_tuner.models.spec import ModelSpec, Process
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How pictures are drawn; sizes in pixels, ``negative`` None = the trained null condition."""
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    solver: str
-    seed: int
-    negative: str | None
-
-
 @dataclass
 class EncodedPrompts:
-    """Prompts with their encodings, and that of the negative prompt (None = the null condition)."""
+    """Prompts, and the encodings of all their texts.
 
-    prompts: list[str]
+    Attributes:
+        encoded: one row per text in ``rows``.
+    """
+
+    prompts: list[Prompt]
     encoded: dict[str, Tensor]
-    negative: dict[str, Tensor] | None
+    rows: dict[str, int]
+
+    def of(self, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """Encodings of some of the texts."""
+        index = torch.tensor([self.rows[text] for text in texts])
+        return {key: tensor[index].to(device) for key, tensor in self.encoded.items()}
 
 
 def encode_prompts(
-    encode: Callable[[list[str]], dict[str, Tensor]], prompts: Sequence[str], negative: str | None
+    encode: Callable[[list[str]], dict[str, Tensor]], prompts: Sequence[str | Prompt], negative: str | None
 ) -> EncodedPrompts:
-    """Encode prompts once."""
-    return EncodedPrompts(list(prompts), encode(list(prompts)), None if negative is None else encode([negative]))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line; blank lines and lines that begin with # are left out.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    from musubi_tuner.errors import ConfigError
-
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a prompt file ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise ConfigError(f"{path}: holds no prompt; write one per line")
-    for number, line in enumerate(lines, start=1):
-        option = re.search(r"(?:^|\s)--([A-Za-z]\w*)", line)
-        if option and not line.lstrip().startswith("#"):
-            raise ConfigError(f"{path} line {number}: option --{option[1]}: options per line are not supported yet")
-    return prompts
+    """Encode prompts, their negative prompts, the shared one and the empty text, each once."""
+    parsed = as_prompts(prompts)
+    texts = [prompt.text for prompt in parsed] + [prompt.negative for prompt in parsed if prompt.negative is not None]
+    unique = list(dict.fromkeys([*texts, negative or ""]))
+    return EncodedPrompts(parsed, encode(unique), {text: row for row, text in enumerate(unique)})
 
 
 @torch.no_grad()
@@ -86,8 +64,8 @@ def draw(
     autocast: torch.dtype | None,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda count: None,
-) -> Tensor:
-    """Draw one latent per prompt.
+) -> list[Tensor]:
+    """Draw one latent per prompt; prompts that differ only in text and seed go through the model together.
 
     Args:
         use_mask: hide text padding, for models trained so.
@@ -95,50 +73,85 @@ def draw(
         progress: called with the number of pictures finished.
 
     Returns:
-        Latents [P, C, H, W] float32 on the CPU. The model's training mode is restored.
+        Latents [C, H, W] float32 on the CPU, in the order of the prompts. The model's training mode is restored.
     """
-    text_inputs, null_inputs, concatenate = (spec.load(n) for n in ("text_inputs", "null_inputs", "concatenate"))
-    times = process.sampling_times(settings.steps)
-    shape = (spec.latent_channels, settings.height // spec.vae_factor, settings.width // spec.vae_factor)
-    was_training = model.training
+    own = [settings.of(prompt, index, spec.pixel_step) for index, prompt in enumerate(prompts.prompts)]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, wanted in enumerate(own):
+        key = (wanted.width, wanted.height, wanted.steps, wanted.guidance, wanted.cfg_scale, wanted.shift,
+               wanted.multiplier, wanted.negative is None)  # fmt: skip
+        groups.setdefault(key, []).append(index)
+    drawn: dict[int, Tensor] = {}
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    drawn = []
     try:
-        for start in range(0, len(prompts.prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            positive = text_inputs({key: t[rows].to(device) for key, t in prompts.encoded.items()}, use_mask)
-            count = len(prompts.prompts[rows])
-            inputs = positive
-            if settings.guidance > 1:
-                negative = null_inputs(positive)
-                if prompts.negative is not None:
-                    repeated = {key: t.to(device).expand(count, *t.shape[1:]) for key, t in prompts.negative.items()}
-                    negative = text_inputs(repeated, use_mask)
-                inputs = concatenate(positive, negative)
-            noise = torch.stack(
-                [
-                    torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + start + index))
-                    for index in range(count)
-                ]
-            )
-
-            def velocity(x: Tensor, now: float, inputs: dict[str, Any] = inputs, count: int = count) -> Tensor:
-                guided = settings.guidance > 1
-                batch = torch.cat((x, x)) if guided else x
-                time = torch.full((len(batch),), now, device=device)
-                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                    prediction, _ = process.predict(model, batch, time, inputs)
-                prediction = prediction.float()
-                return guide(prediction[:count], prediction[count:], settings.guidance) if guided else prediction
-
-            drawn.append(solve(settings.solver, velocity, noise.to(device), times).cpu())
-            progress(count)
+        for members in groups.values():
+            _set_strength(model, own[members[0]].multiplier)
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                texts = [prompts.prompts[index].text for index in batch]
+                latents = _draw_batch(
+                    model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast
+                )
+                drawn.update(zip(batch, latents))
+                progress(len(batch))
     finally:
-        model.train(was_training)
-    return torch.cat(drawn)
+        _set_strength(model, 1.0)
+        for module, training in modes.items():
+            module.training = training
+    return [drawn[index] for index in range(len(own))]
 
 
-def decode_images(vae: Autoencoder, latents: Tensor, use_shift: bool) -> list[np.ndarray]:
+def _set_strength(model: nn.Module, multiplier: float) -> None:
+    """Strength of the model's adapters."""
+    adapters = getattr(model, "adapters", None)
+    if adapters is not None:
+        adapters.set_multiplier(multiplier)
+    elif multiplier != 1:
+        raise ConfigError(f"--m {multiplier:g}: there is no adapter whose strength could be set")
+
+
+def _draw_batch(
+    model: nn.Module,
+    process: Process,
+    spec: ModelSpec,
+    prompts: EncodedPrompts,
+    texts: list[str],
+    own: list[SampleSettings],
+    use_mask: bool,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    text_inputs, null_inputs, concatenate = (spec.load(n) for n in ("text_inputs", "null_inputs", "concatenate"))
+    shared, count = own[0], len(texts)
+    size = (shared.height // spec.vae_factor, shared.width // spec.vae_factor)
+    # Where the model embeds its guidance, classifier-free guidance is a second, separate number.
+    scale = shared.cfg_scale if spec.guidance_embedded else shared.guidance
+    inputs: dict[str, Any] = text_inputs(prompts.of(texts, device), use_mask)
+    if scale > 1:
+        if shared.negative is None and not spec.guidance_embedded:
+            negative = null_inputs(inputs)
+        else:
+            negative = text_inputs(prompts.of([one.negative or "" for one in own], device), use_mask)
+        inputs = concatenate(inputs, negative)
+    if spec.guidance_embedded:
+        inputs["guidance"] = torch.full((len(next(iter(inputs.values()))),), shared.guidance, device=device)
+    shape = (spec.latent_channels, *size)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one.seed)) for one in own])
+
+    def velocity(x: Tensor, now: float) -> Tensor:
+        batch = torch.cat((x, x)) if scale > 1 else x
+        time = torch.full((len(batch),), now, device=device)
+        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            prediction, _ = process.predict(model, batch, time, inputs)
+        prediction = prediction.float()
+        return guide(prediction[:count], prediction[count:], scale) if scale > 1 else prediction
+
+    times = process.sampling_times(shared.steps, size, shared.shift)
+    return solve(shared.solver, velocity, noise.to(device), times).cpu()
+
+
+def decode_images(vae: Autoencoder, latents: Sequence[Tensor] | Tensor, use_shift: bool) -> list[np.ndarray]:
     """Latents to uint8 pictures [H, W, 3], one at a time."""
     pictures = []
     for latent in latents:
@@ -157,8 +170,8 @@ def save_png(path: Path, picture: np.ndarray, text: dict[str, Any] | None = None
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 2, padding: int = 2) -> np.ndarray:
-    """Pictures of one size on one sheet, row by row, white between them."""
-    height, width = pictures[0].shape[:2]
+    """Pictures on one sheet, row by row, white between them; cells are as large as the largest picture."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, 3)
@@ -166,19 +179,37 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 2, padding: int
     for index, picture in enumerate(pictures):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet
 
 
+def picture_text(prompt: Prompt, own: SampleSettings) -> dict[str, Any]:
+    """What a picture's text chunk says about how it was drawn."""
+    return {"prompt": prompt.text, **vars(own)}
+
+
 def save_samples(
-    folder: Path, name: str, step: int, prompts: Sequence[str], pictures: Sequence[np.ndarray], settings: SampleSettings
+    folder: Path,
+    name: str,
+    step: int,
+    prompts: Sequence[Prompt],
+    pictures: Sequence[np.ndarray],
+    settings: SampleSettings,
+    pixel_step: int,
 ) -> np.ndarray:
     """Write the pictures of one step, their sheet and their prompts; returns the sheet."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, (prompt, picture) in enumerate(zip(prompts, pictures)):
-        text = {"prompt": prompt, **vars(settings), "seed": settings.seed + index, "step": step}
-        save_png(folder / f"{name}_{step:08d}_{index:02d}.png", picture, text)
+        text = {**picture_text(prompt, settings.of(prompt, index, pixel_step)), "step": step}
+        part = f"_{file_part(prompt.name)}" if prompt.name else ""
+        save_png(folder / f"{name}_{step:08d}_{index:02d}{part}.png", picture, text)
     sheet = contact_sheet(pictures)
     save_png(folder / f"samples_step_{step}.png", sheet)
-    write_text(folder / f"prompts_step_{step}.txt", "".join(f"{i}: {prompt}\n" for i, prompt in enumerate(prompts)))
+    lines = "".join(f"{index}: {prompt.text}\n" for index, prompt in enumerate(prompts))
+    write_text(folder / f"prompts_step_{step}.txt", lines)
     return sheet
+
+
+def file_part(text: str) -> str:
+    """A text as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)

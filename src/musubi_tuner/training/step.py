@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
+from musubi_tuner.flow import perturb
 from musubi_tuner.models.spec import Process
 from musubi_tuner.randomness import normal, uniform
 
@@ -23,16 +25,21 @@ class Draws:
     Attributes:
         noise: standard normal in the shape of the latents, float32.
         time: what `Process.time` turns into times. uniforms: by purpose, [B].
+        input_noise: what the model sees instead of ``noise``, if a noise recipe changes it.
     """
 
     noise: Tensor
     time: Tensor
     uniforms: dict[str, Tensor]
+    input_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """The same draws on a device."""
         return Draws(
-            self.noise.to(device), self.time.to(device), {name: u.to(device) for name, u in self.uniforms.items()}
+            self.noise.to(device),
+            self.time.to(device),
+            {name: u.to(device) for name, u in self.uniforms.items()},
+            None if self.input_noise is None else self.input_noise.to(device),
         )
 
 
@@ -43,12 +50,15 @@ def make_draws(
     seed: int,
     epoch: int,
     strata: Tensor | None = None,
+    objective: ObjectiveSection | None = None,
+    update: int = 0,
 ) -> Draws:
     """Draws keyed by (seed, purpose, epoch, presentation), whoever asks for them.
 
     Args:
         latent_shape: of one sample.
         strata: replaces the uniform time draws, for stratified times.
+        objective: its noise recipe; absent = none. update: keys what is drawn once per update.
     """
     keys = batch.presentations
     noise = torch.stack([normal(latent_shape, seed, "noise", epoch, index) for index in keys])
@@ -59,7 +69,22 @@ def make_draws(
     else:
         time = torch.tensor([uniform(seed, "time", epoch, index) for index in keys])
     uniforms = {name: torch.tensor([uniform(seed, name, epoch, index) for index in keys]) for name in process.uniforms}
-    return Draws(noise, time, uniforms)
+    return Draws(noise, time, uniforms, _input_noise(noise, objective, keys, seed, epoch, update))
+
+
+def _input_noise(
+    noise: Tensor, objective: ObjectiveSection | None, keys: tuple[int, ...], seed: int, epoch: int, update: int
+) -> Tensor | None:
+    """Noise after the recipe of [objective]; None if there is none."""
+    if objective is None or not objective.ip_noise_gamma:
+        return None
+    extra = torch.stack([normal(tuple(noise.shape[1:]), seed, "ip_noise", epoch, index) for index in keys])
+    if not objective.ip_noise_gamma_random_strength:
+        return perturb(noise, extra, objective.ip_noise_gamma)
+    if objective.ip_noise_per_sample:
+        shares = torch.tensor([uniform(seed, "ip_noise_strength", epoch, index) for index in keys])
+        return perturb(noise, extra, objective.ip_noise_gamma * shares)
+    return perturb(noise, extra, objective.ip_noise_gamma * uniform(seed, "ip_noise_strength", update))
 
 
 def stratified_draws(batches: tuple[MicroBatch, ...], seed: int, epoch: int, update: int) -> list[Tensor]:
@@ -94,8 +119,8 @@ def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws
         update: number of optimizer steps done, for losses that warm up.
     """
     x0 = batch.latents
-    time = process.time(draws.time)
-    noisy = process.add_noise(x0, draws.noise, time)
+    time = process.time(draws.time, (x0.shape[-2], x0.shape[-1]), draws.uniforms)
+    noisy = process.add_noise(x0, draws.noise if draws.input_noise is None else draws.input_noise, time)
     target = process.target(x0, draws.noise)
     inputs = process.conditioning(batch, time, draws.uniforms)
 

@@ -28,8 +28,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from musubi_tuner import __version__
+from musubi_tuner.adapters.attach import AdapterSet
+from musubi_tuner.adapters.files import save_adapter
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
+from musubi_tuner.config.prompts import SampleSettings, as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
@@ -40,6 +43,7 @@ from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, Train
 from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, write_text
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.randomness import seed_layers
+from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
     CheckpointList,
     Entry,
@@ -61,15 +65,7 @@ from musubi_tuner.training.optimizers import (
     set_learning_rate,
     trainable,
 )
-from musubi_tuner.training.sampling import (
-    EncodedPrompts,
-    SampleSettings,
-    decode_images,
-    draw,
-    encode_prompts,
-    read_prompts,
-    save_samples,
-)
+from musubi_tuner.training.sampling import EncodedPrompts, decode_images, draw, encode_prompts, save_samples
 from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 
@@ -152,7 +148,7 @@ class Trainer:
     """One run in one process of it."""
 
     def __init__(self, config: RunConfig, items: list[Item]) -> None:
-        self.config, self.begun = config, time.monotonic()
+        self.config, self.begun, self.started = config, time.monotonic(), time.time()
         self.stop = StopRequest()
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -178,11 +174,10 @@ class Trainer:
         self.geometry, self.options = trainee.geometry, trainee.options
         config.spec.load("check_caches")(config, self.geometry, self.dataset.shapes())
         self.process = config.spec.load("make_process")(config, self.options)
-        bare = trainee.model.to(self.device)
-        bare.train()
-        self.parameters = trainable(bare)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.ema = EMA(bare, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
+        bare, self.trained = self._prepare_model(trainee.model)
+        self.parameters = trainable(self.trained)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio)
+        self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
         self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
         self.autocast = AUTOCAST[config.train.mixed_precision]
         self.schedule = make_schedule(
@@ -195,13 +190,14 @@ class Trainer:
         )
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
-        metrics_length = self._resume(bare)
+        metrics_length = self._resume()
         if config.memory.gradient_checkpointing:
             checkpoint_blocks(bare, config.spec.block_lists)
-        self.model = self.accelerator.prepare(bare) if self.processes > 1 else bare
+        self.model = self._parallel(bare)
         self.metrics = None
         if self.main:
-            write_text(self.folder / "config.json", self.geometry.to_json({"options": self.options}))
+            if not self.adapters:
+                write_text(self.folder / "config.json", self.geometry.to_json({"options": self.options}))
             write_text(self.folder / f"{self.name}.config.toml", resolved_toml(config))
             self.metrics = Metrics(
                 self.folder,
@@ -216,6 +212,33 @@ class Trainer:
 
             self.uploader = HubUploader(config.hub, self.name)
 
+    @property
+    def adapters(self) -> bool:
+        """Whether adapters are trained, and the model is frozen."""
+        return self.config.adapter.type != "none"
+
+    def _prepare_model(self, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The model on the device, and the module that trains: the model itself, or its adapters."""
+        if not self.adapters:
+            return model.to(self.device).train(), model
+        adapters, report = prepare_adapters(model, self.config)
+        if self.main:
+            print("\n".join(report))
+        # A frozen model computes as it will when it draws; only its adapters drop anything out.
+        model.to(self.device).eval()
+        return model, adapters.train()
+
+    def _parallel(self, bare: torch.nn.Module) -> torch.nn.Module:
+        """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
+        if self.processes == 1:
+            return bare
+        if self.adapters:
+            frozen = [name for name, p in bare.named_parameters() if not p.requires_grad]
+            frozen += [name for name, _ in bare.named_buffers()]
+            ignore = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(bare, frozen)  # type: ignore[no-untyped-call]
+        return self.accelerator.prepare(bare)
+
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
         """Encode the sample prompts and load the autoencoder, before the model needs the memory."""
         settings = self.config.sample
@@ -224,7 +247,7 @@ class Trainer:
         from musubi_tuner.caching.jobs import TextEncoders
 
         prompts = settings.prompts
-        texts = read_prompts(self.config.locate(prompts)) if isinstance(prompts, str) else prompts
+        texts = read_prompts(self.config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
         if not texts:
             raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
         encoders = TextEncoders(self.config, self.device)
@@ -233,14 +256,14 @@ class Trainer:
 
     # -- states --------------------------------------------------------------------------------------------------
 
-    def _resume(self, bare: torch.nn.Module) -> int:
+    def _resume(self) -> int:
         """Restore a state if there is one; returns the length of metrics.jsonl that belongs to it."""
         found = self._find_state()
         if found is None:
             return 0
         path, values = found
         self._check_state(path, values)
-        missing, unexpected = bare.load_state_dict(read_tensors(path, "model"), strict=False)
+        missing, unexpected = self.trained.load_state_dict(read_tensors(path, "model"), strict=False)
         if missing or unexpected:
             raise CheckpointError(f"{path}: belongs to another model ({(missing + unexpected)[0]})")
         load_optimizer_state(self.optimizer, read_tensors(path, "optimizer"), values["optimizer"])
@@ -302,12 +325,11 @@ class Trainer:
             )
 
     def _state(self) -> TrainingState:
-        bare = unwrap(self.model)
         tensors, scalars = optimizer_state(self.optimizer)
         assert self.metrics is not None
         self.metrics.flush()
         return TrainingState(
-            model=bare.state_dict(),
+            model=self.trained.state_dict(),
             ema=self.ema.shadow if self.ema else {},
             optimizer=tensors,
             values={
@@ -423,6 +445,8 @@ class Trainer:
                 config.run.seed,
                 position.epoch,
                 strata[index] if strata is not None and index is not None else None,
+                config.objective,
+                position.step,
             ).to(self.device)
             seed_layers(config.run.seed, "layers", position.step, -1 if index is None else index)
             is_last = number == len(work) - 1
@@ -446,10 +470,10 @@ class Trainer:
 
     def _step(self, update: Update, sums: dict[str, Tensor], seen: list[str]) -> None:
         """Clip, check, step, average, count."""
-        position = self.position
+        config, position = self.config, self.position
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients([p for _, p in self.parameters], self.config.train.max_grad_norm)
+        norm = clip_gradients([p for _, p in self.parameters], config.train.max_grad_norm)
         finite = bool(torch.isfinite(norm))  # gradients are equal on all ranks here, so all ranks agree
         if finite or self.scaler:
             if self.scaler:
@@ -460,8 +484,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if finite:
             position.skipped_in_a_row = 0
+            if config.adapter.max_norm is not None and isinstance(self.trained, AdapterSet):
+                for tag, value in self.trained.limit_norms(config.adapter.max_norm).items():
+                    self._accumulate(tag, value.to(self._sum_device, torch.float64))
             if self.ema:
-                self.ema.update(self.model)
+                self.ema.update(self.trained)
             for name, value in sums.items():
                 self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
             self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
@@ -521,8 +548,8 @@ class Trainer:
         tags = sorted(self.window)
         totals = torch.stack([self.window[tag] for tag in tags])
         if self.processes > 1:
-            # Every rank knows the loss of its own samples; the gradient norm is the same everywhere.
-            shares = torch.tensor([1.0 / self.processes if tag.startswith("train/") else 1.0 for tag in tags])
+            # Every rank knows the loss of its own samples; all else is the same everywhere.
+            shares = torch.tensor([1.0 if tag.startswith("loss/") else 1.0 / self.processes for tag in tags])
             totals = totals.float() * shares.to(totals.device)
             torch.distributed.all_reduce(totals)
         if self.metrics:
@@ -537,7 +564,10 @@ class Trainer:
                 "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
                 "train/images": self.position.images,
                 "train/skipped": self.position.skipped,
+                **{tag: value for tag, value in means.items() if tag.startswith("max_norm/")},
             }
+            if self.config.adapter.loraplus_lr_ratio:
+                values["train/lr_plus"] = lr * self.config.adapter.loraplus_lr_ratio
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
         self.window, self.window_updates = {}, 0
@@ -548,7 +578,7 @@ class Trainer:
             settings = sample_settings(self.config)
             bare = unwrap(self.model)
             use_ema = self.config.sample.use_ema and self.ema is not None and self.ema.updates > 0
-            with self.ema.applied(bare) if use_ema and self.ema else contextlib.nullcontext():
+            with self.ema.applied(self.trained) if use_ema and self.ema else contextlib.nullcontext():
                 latents = draw(
                     bare,
                     self.process,
@@ -561,7 +591,15 @@ class Trainer:
                 )
             pictures = decode_images(self.vae, latents, self.config.spec.latent_shift)
             folder = self.folder / "sample"
-            sheet = save_samples(folder, self.name, self.position.step, self.prompts.prompts, pictures, settings)
+            sheet = save_samples(
+                folder,
+                self.name,
+                self.position.step,
+                self.prompts.prompts,
+                pictures,
+                settings,
+                self.config.spec.pixel_step,
+            )
             self.metrics.image("samples", sheet, self.position.step)
             self.metrics.say(f"step {self.position.step}: drew {len(pictures)} samples into {folder}")
         self.accelerator.wait_for_everyone()
@@ -591,12 +629,10 @@ class Trainer:
         """Write weights, averages and state under one stem, and list them; what is not listed is made again."""
         config, position = self.config, self.position
         entry = Entry(position.step, position.epoch + 1, kind, model=f"{stem}.safetensors")
-        save_weights(
-            self.folder / entry.model, unwrap(self.model).state_dict(), config.save.dtype, self._metadata("model")
-        )
+        self._save_weights(entry.model, self.trained.state_dict(), "model")
         if self.ema:
             entry.ema = f"{stem}_ema.safetensors"
-            save_weights(self.folder / entry.ema, self.ema.shadow, config.save.dtype, self._metadata("ema"))
+            self._save_weights(entry.ema, self.ema.shadow, "ema")
         if config.save.state or force_state:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, self._state())
@@ -610,13 +646,33 @@ class Trainer:
             self.metrics.say(f"step {position.step}: saved {entry.model}")
         if self.uploader:
             files = [self.folder / part for part in (entry.model, entry.ema) if part]
-            files += [self.folder / "config.json", self.folder / f"{self.name}.config.toml"]
+            files += [self.folder / name for name in ("config.json", f"{self.name}.config.toml")]
+            files = [path for path in files if path.exists()]
             self.uploader.upload(f"Checkpoint step {position.step}", files)
         return entry
+
+    def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str) -> None:
+        """Write one file of weights, of the model or of its adapters."""
+        dtype = self.config.save.dtype
+        if self.adapters:
+            save_adapter(self.folder / name, tensors, self._metadata(weights), getattr(torch, dtype))
+        else:
+            save_weights(self.folder / name, tensors, dtype, self._metadata(weights))
 
     def _metadata(self, weights: str) -> dict[str, str]:
         """Header of a weight file."""
         spec = self.config.spec
+        if self.adapters:
+            return adapter_metadata(
+                self.config,
+                started=self.started,
+                steps=self.steps,
+                items=self.dataset.items,
+                step=self.position.step,
+                epoch=self.position.epoch + 1,
+                optimizer=self.optimizer,
+                weights=weights,
+            )
         return {
             "format": "pt",
             "architecture": spec.full_name,
@@ -678,6 +734,8 @@ def sample_settings(config: RunConfig) -> SampleSettings:
         solver=sample.solver,
         seed=sample.seed,
         negative=sample.negative_prompt,
+        cfg_scale=sample.cfg_scale,
+        shift=sample.shift,
     )
 
 
@@ -739,7 +797,16 @@ def write_release(folder: Path, name: str, entry: Entry, config: RunConfig, imag
 
     release = folder / "release"
     release.mkdir(exist_ok=True)
+    adapters = config.adapter.type != "none"
     pairs = {"model.safetensors": entry.model, "ema.safetensors": entry.ema, "config.json": "config.json"}
+    contents = """`model.safetensors` holds the trained weights, `ema.safetensors` their moving average, `config.json` the geometry and the
+options of training."""
+    if adapters:
+        pairs = {f"{name}.safetensors": entry.model, f"{name}_ema.safetensors": entry.ema}
+        contents = (
+            f"`{name}.safetensors` is a LoRA of rank {config.adapter.rank} under the names of musubi-tuner and sd-scripts; "
+            "`python -m musubi_tuner.convert_lora` writes those of diffusers and ComfyUI."
+        )
     for target, origin in pairs.items():
         if origin:
             replace_file(release / target, lambda path, o=origin: shutil.copyfile(folder / o, path) and None)  # type: ignore[misc]
@@ -748,10 +815,9 @@ library_name: musubi-tinyflux
 ---
 # {name}
 
-{config.spec.title} trained for {entry.step} updates on {images} images per epoch with musubi-tinyflux {__version__}.
+{"A LoRA on " if adapters else ""}{config.spec.title} trained for {entry.step} updates on {images} images per epoch with musubi-tinyflux {__version__}.
 
-`model.safetensors` holds the trained weights, `ema.safetensors` their moving average, `config.json` the geometry and the
-options of training.
+{contents}
 """
     write_text(release / "README.md", card)
     return release

@@ -289,14 +289,15 @@ def test_shift_of_flux_prints_the_equivalent_of_the_family(table: str, line: str
 
 
 def test_shift_of_flux_at_the_top_or_on_the_command_line_prints_the_equivalent_too(problems: Problems) -> None:
-    for found in (problems(top="discrete_flow_shift = 3"), problems({"discrete_flow_shift": 3})):
+    given = ((problems(top="discrete_flow_shift = 3"), ""), (problems({"discrete_flow_shift": 3}), "objective."))
+    for found, section in given:
         assert len(found) == 1
-        assert found[0].startswith("discrete_flow_shift: is FLUX's shift")
+        assert found[0].startswith(f"{section}discrete_flow_shift: is FLUX's shift")
         assert found[0].endswith("Write objective.shift = 0.333333 instead")
 
 
 def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Problems) -> None:
-    (message,) = problems(objective="discrete_flow_shift = 0")
+    (message,) = problems(train="discrete_flow_shift = 0")
     assert message.endswith("Write objective.shift instead")
 
 
@@ -382,10 +383,12 @@ def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("tinyfluxx", "'tinyfluxx': is not a model family. Did you mean 'tinyflux'? Supported: tf, tinyflux"),
-        ("sdxl", "'sdxl': is not a model family. Supported: tf, tinyflux"),
-        ("fd", "'fd': FLUX.1-dev LoRA training is planned and not built yet. Supported: tf, tinyflux"),
-        ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux"),
+        (
+            "tinyfluxx",
+            "'tinyfluxx': is not a model family. Did you mean 'tinyflux'? Supported: tf, tinyflux, fd, flux_dev",
+        ),
+        ("sdxl", "'sdxl': is not a model family. Supported: tf, tinyflux, fd, flux_dev"),
+        ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux, fd, flux_dev"),
     ],
 )
 def test_unknown_or_reserved_family(arch: str, message: str, problems: Problems) -> None:

@@ -372,9 +372,9 @@ def test_encoders_are_needed_for_caching(problems: Problems, load: Load) -> None
 
 def test_missing_prompt_file(problems: Problems, project: Path, load: Load) -> None:
     assert problems(sample='prompts = "prompts.txt"') == [
-        "sample.prompts: prompts.txt: no such file; give a text file, or a list of prompts"
+        "sample.prompts: prompts.txt: no such file; give a prompt file, or a list of prompts"
     ]
-    (project / "prompts.txt").touch()
+    (project / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     assert load(sample='prompts = "prompts.txt"').sample.prompts == "prompts.txt"
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.models.layers import image_positions
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, build, initialize
-from musubi_tuner.models.tinyflux.model import image_ids, latent_size, rotary_frequencies
+from musubi_tuner.models.tinyflux.model import latent_size, rotary_frequencies
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
 
 TINY = TinyFluxConfig(
@@ -339,13 +340,13 @@ def test_latent_size_is_read_from_image_ids() -> None:
     model, given = random_model(), inputs(8, 8)
     with torch.no_grad():
         explicit = model(**given, height=16, width=4)
-        assert torch.equal(model(**given, img_ids=image_ids(16, 4)), explicit)
-        assert torch.equal(model(**given, img_ids=image_ids(16, 4).expand(2, -1, -1)), explicit)
+        assert torch.equal(model(**given, img_ids=image_positions(16, 4)), explicit)
+        assert torch.equal(model(**given, img_ids=image_positions(16, 4).expand(2, -1, -1)), explicit)
 
 
 def test_latent_size_is_as_given_then_from_ids_then_a_square() -> None:
-    assert latent_size(64, image_ids(16, 4), 4, 16) == (4, 16)
-    assert latent_size(64, image_ids(16, 4), None, None) == (16, 4)
+    assert latent_size(64, image_positions(16, 4), 4, 16) == (4, 16)
+    assert latent_size(64, image_positions(16, 4), None, None) == (16, 4)
     assert latent_size(64, None, None, None) == (8, 8)
 
 
@@ -355,7 +356,7 @@ def test_tokens_that_are_no_square_need_a_size() -> None:
     assert str(caught.value) == "24 image tokens are not a square; pass height and width, or img_ids"
 
 
-@pytest.mark.parametrize(("ids", "height", "width"), [(None, 4, 5), (image_ids(4, 5), None, None)])
+@pytest.mark.parametrize(("ids", "height", "width"), [(None, 4, 5), (image_positions(4, 5), None, None)])
 def test_latent_size_must_match_the_number_of_tokens(ids: Tensor | None, height: int | None, width: int | None) -> None:
     with pytest.raises(ValueError) as caught:
         latent_size(24, ids, height, width)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from musubi_tuner.config.prompts import Prompt, SampleSettings, read_prompts
 from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
@@ -20,17 +21,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
-from musubi_tuner.training.sampling import (
-    EncodedPrompts,
-    SampleSettings,
-    contact_sheet,
-    decode_images,
-    draw,
-    encode_prompts,
-    read_prompts,
-    save_png,
-    save_samples,
-)
+from musubi_tuner.training.sampling import contact_sheet, decode_images, draw, encode_prompts, save_png, save_samples
 
 SPEC = MODELS["tf"]
 CONFIG = TinyFluxConfig(
@@ -93,7 +84,7 @@ def drawn(
     encoder: Callable[[list[str]], dict[str, Tensor]] = encode,
     **options: Any,
 ) -> Tensor:
-    return draw(
+    latents = draw(
         model,
         PROCESS,
         SPEC,
@@ -101,6 +92,7 @@ def drawn(
         settings,
         **{"use_mask": False, "device": torch.device("cpu"), "autocast": None, **options},
     )
+    return torch.stack(latents)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -157,7 +149,7 @@ def test_drawing_is_the_solution_of_the_sampling_equation(model: TinyFluxDeep) -
     latents = drawn(model, PROMPTS[:1])
     x = torch.randn((16, 6, 4), generator=torch.Generator().manual_seed(SETTINGS.seed))[None]
     text = encode(PROMPTS[:1])
-    times = PROCESS.sampling_times(3)
+    times = PROCESS.sampling_times(3, (6, 4))
     model.eval()
     with torch.no_grad():
         for now, following in itertools.pairwise(times):
@@ -220,8 +212,8 @@ def test_negative_prompt_has_no_effect_without_guidance(model: TinyFluxDeep) -> 
 def test_default_negative_is_the_trained_null_condition_and_not_an_empty_text(model: TinyFluxDeep) -> None:
     def with_zero_negative(texts: list[str]) -> dict[str, Tensor]:
         encoded = encode(texts)
-        if texts == ["zeros"]:
-            encoded["t5_vec"], encoded["clip_l_pooler"] = torch.zeros(1, 6, 12), torch.zeros(1, 10)
+        row = texts.index("zeros")
+        encoded["t5_vec"][row], encoded["clip_l_pooler"][row] = 0, 0
         return encoded
 
     null = drawn(model)
@@ -241,9 +233,10 @@ def test_prompts_and_negative_are_encoded_once_each() -> None:
         asked.append(texts)
         return encode(texts)
 
-    assert encode_prompts(encoder, ("a", "b"), None).negative is None
-    assert encode_prompts(encoder, ("a", "b"), "").prompts == ["a", "b"]
-    assert asked == [["a", "b"], ["a", "b"], [""]]
+    encoded = encode_prompts(encoder, ("a", "b", "a --n c"), "blurry")
+    assert asked == [["a", "b", "c", "blurry"]]
+    assert [prompt.text for prompt in encoded.prompts] == ["a", "b", "a"]
+    assert torch.equal(encoded.of(["c", "a"], torch.device("cpu"))["t5_vec"], encode(["c", "a"])["t5_vec"])
 
 
 @pytest.mark.parametrize("use_mask", [True, False])
@@ -359,7 +352,7 @@ def test_png_without_settings_has_no_text(tmp_path: Path) -> None:
 
 
 def save_two(folder: Path, step: int = 40) -> np.ndarray:
-    return save_samples(folder, "cat", step, PROMPTS[:2], [solid(1), solid(2)], SETTINGS)
+    return save_samples(folder, "cat", step, [Prompt(text) for text in PROMPTS[:2]], [solid(1), solid(2)], SETTINGS, 16)
 
 
 def test_samples_are_named_by_run_step_and_index(tmp_path: Path) -> None:
@@ -403,6 +396,10 @@ def prompt_file(folder: Path, content: str | bytes) -> Path:
     return path
 
 
+def texts_of(path: Path) -> list[str]:
+    return [prompt.text for prompt in read_prompts(path)]
+
+
 def message_of(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         read_prompts(path)
@@ -411,16 +408,16 @@ def message_of(path: Path) -> str:
 
 def test_prompts_are_lines_without_blank_ones_and_comments(tmp_path: Path) -> None:
     path = prompt_file(tmp_path, "# prompts\n a cat \n\n   \n  # --w 5\r\na dog, no. #2\r\nein Bär")
-    assert read_prompts(path) == ["a cat", "a dog, no. #2", "ein Bär"]
+    assert texts_of(path) == ["a cat", "a dog, no. #2", "ein Bär"]
 
 
 def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
-    assert read_prompts(prompt_file(tmp_path, b"\xef\xbb\xbfa cat\n")) == ["a cat"]
+    assert texts_of(prompt_file(tmp_path, b"\xef\xbb\xbfa cat\n")) == ["a cat"]
 
 
 @pytest.mark.parametrize("prompt", ["a cat -- black and white", "well-known --- really", "10 --5 degrees", "x--y"])
 def test_dashes_that_begin_no_option_belong_to_the_prompt(prompt: str, tmp_path: Path) -> None:
-    assert read_prompts(prompt_file(tmp_path, prompt)) == [prompt]
+    assert texts_of(prompt_file(tmp_path, prompt)) == [prompt]
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n", "# only a comment\n"])
@@ -440,15 +437,58 @@ def test_prompt_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert message_of(path).startswith(f"{path}: cannot be read as a prompt file (")
 
 
-@pytest.mark.parametrize("line", ["a cat --w 512", "a cat --w 512 --h 64", "a -- b --w 512"])
-def test_options_per_line_are_refused_with_the_line(line: str, tmp_path: Path) -> None:
+def test_options_of_a_line(tmp_path: Path) -> None:
+    line = (
+        "I am a cat, of mice --W 768 --h 512 --d 7 --s 12 --g 2.5 --l 3 --fs 0 --n blurry, -- dark --m 0.5 --name one"
+    )
+    (prompt,) = read_prompts(prompt_file(tmp_path, line))
+    assert prompt == Prompt("I am a cat, of mice", "blurry, -- dark", 768, 512, 7, 12, 2.5, 3.0, 0.0, "one", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat --x 5", "--x is not an option; known: --w, --h"),
+        ("a cat --d -3", "--d -3: expected 0 to"),
+        ("a cat --w wide", "--w wide: expected a whole number"),
+        ("a cat --g", "--g (nothing): expected a number"),
+        ("a cat --w 512 --w 256", "--w is given twice"),
+        ("a cat --ci a.png", "--ci is for control images"),
+        ("--w 512", "has options but no prompt"),
+        ("a cat --s 1001", "--s 1001: expected 1 to 1000"),
+    ],
+)
+def test_bad_options_are_refused_with_the_line(line: str, message: str, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, f"# comment\n\na dog\n{line}\n")
-    assert message_of(path) == f"{path} line 4: option --w: options per line are not supported yet"
+    assert message_of(path).startswith(f"{path} line 4: {message}")
 
 
-def test_negative_of_a_list_of_prompts_is_one_encoding() -> None:
-    encoded = encode_prompts(encode, PROMPTS, "blurry")
-    assert isinstance(encoded, EncodedPrompts)
-    assert encoded.negative is not None
-    assert len(encoded.negative["t5_vec"]) == 1
-    assert len(encoded.encoded["t5_vec"]) == 3
+def test_prompts_of_toml_and_json(tmp_path: Path) -> None:
+    toml, listing = tmp_path / "p.toml", tmp_path / "p.json"
+    toml.write_text(
+        '[prompt]\nwidth = 512\nnegative_prompt = "dark"\n[[prompt.subset]]\nprompt = "a cat"\n'
+        '[[prompt.subset]]\nprompt = "a dog"\nwidth = 256\n'
+    )
+    listing.write_text('["a cat --w 512 --n dark", {"prompt": "a dog", "width": 256, "negative_prompt": "dark"}]')
+    expected = [Prompt("a cat", "dark", 512), Prompt("a dog", "dark", 256)]
+    assert read_prompts(toml) == read_prompts(listing) == expected
+    listing.write_text('[{"prompt": "a dog", "widht": 256}]')
+    assert message_of(listing).startswith(f"{listing} entry 1: unknown key widht")
+    listing.write_text('[{"prompt": "a dog", "width": "256"}]')
+    assert message_of(listing) == f"{listing} entry 1: width is '256', expected a number"
+    assert message_of(tmp_path / "p.yaml") == f"{tmp_path / 'p.yaml'}: is no prompt file; expected .txt, .toml or .json"
+
+
+def test_pictures_of_different_options_come_back_in_order(model: TinyFluxDeep) -> None:
+    lines = ["a red circle --w 48", "a blue square", "a red circle --w 48 --d 7", "a red circle --h 37"]
+    latents = draw(
+        model, PROCESS, SPEC, encode_prompts(encode, lines, None), SETTINGS,
+        use_mask=False, device=torch.device("cpu"), autocast=None,
+    )  # fmt: skip
+    assert [tuple(latent.shape) for latent in latents] == [(16, 6, 6), (16, 6, 4), (16, 6, 6), (16, 4, 4)]
+    assert torch.equal(latents[0], latents[2])  # the first picture's seed is 7 too
+
+
+def test_strength_without_adapters_is_refused(model: TinyFluxDeep) -> None:
+    with pytest.raises(ConfigError, match=r"--m 0.5: there is no adapter"):
+        drawn(model, ["a cat --m 0.5"])

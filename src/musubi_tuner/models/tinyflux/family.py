@@ -1,6 +1,5 @@
 """What the trainer, the sampler and the cache jobs ask of the TinyFlux family."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.checkpoints import WeightFile
+from musubi_tuner.models.spec import Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.options import resolve_experts
@@ -46,15 +46,6 @@ def geometry_of(config: RunConfig) -> TinyFluxConfig:
     return checkpoint_geometry(file)
 
 
-@dataclass
-class Trainee:
-    """A model ready to be trained: float32 masters in storage of their own."""
-
-    model: TinyFluxDeep
-    geometry: TinyFluxConfig
-    options: dict[str, Any]
-
-
 def load_for_training(config: RunConfig) -> Trainee:
     """Load or create the model of a run.
 
@@ -84,6 +75,23 @@ def load_for_training(config: RunConfig) -> Trainee:
         "t5_attn_mask": config.model.t5_attn_mask,
     }
     return Trainee(model, geometry, options)
+
+
+def open_base(config: RunConfig) -> WeightFile:
+    """The checkpoint below the adapters of a run.
+
+    Raises:
+        ConfigError: if the run starts from random weights.
+    """
+    file = open_checkpoint(config)
+    if file is None:
+        raise ConfigError('model.init = "scratch": an adapter needs a trained model below it; give model.path')
+    return file
+
+
+def load_for_run(file: WeightFile, config: RunConfig) -> TinyFluxDeep:
+    """A checkpoint as a run computes with it."""
+    return load_model(file, rope_freqs=config.model.rope_freqs)
 
 
 def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -24,21 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musubi_tuner.models.layers import attend, image_positions, rotate
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.sol import LunePredictor, SolPrior, attention_temperature, modulation, upsample_map
 
 TIME_WIDTH = 256
 """Width of the sinusoidal time embedding."""
 ROPE_BASE = 10000.0
-EXPLICIT_ATTENTION_TOKENS = 256
-"""Up to so many keys, attention on a CPU is computed without the fused kernel."""
-
-
-def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Position of every latent pixel, row by row: (0, row, column), [height * width, 3] int64."""
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1)
 
 
 def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:
@@ -91,14 +83,6 @@ def rotary_frequencies(width: int) -> Tensor:
     return 1.0 / ROPE_BASE**exponents
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent pairs of the last axis of x [..., tokens, d] in float32; dtype of x is kept."""
-    cos, sin = rope
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` with eps 1e-6; the root mean square is float32."""
 
@@ -144,22 +128,6 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """[B, T, 3 A d] to queries with keys [2, B, A, T, d] and values [B, A, T, d]."""
     split = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return split[:2], split[2]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Softmax attention; returns [B, T, A d].
-
-    Few tokens on a CPU are computed as written: the backward pass of the flash kernel in bfloat16 takes about three
-    times as long there (76 tokens, 2 heads of 64, 2 cores).
-    """
-    if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_ATTENTION_TOKENS:
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if key_mask is not None:
-            logits = logits.masked_fill(~key_mask, float("-inf"))
-        out = logits.float().softmax(dim=-1).to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
-    return out.transpose(1, 2).flatten(2)
 
 
 def scale_float(x: Tensor, factor: Tensor) -> Tensor:
@@ -377,7 +345,7 @@ class TinyFluxDeep(nn.Module):
         tokens, t = hidden_states.shape[1], timestep.float()
         height, width = latent_size(tokens, img_ids, height, width)
         if img_ids is None:
-            img_ids = image_ids(height, width, hidden_states.device)
+            img_ids = image_positions(height, width, hidden_states.device)
         elif img_ids.ndim == 3:
             img_ids = img_ids[0]
         t5 = encoder_hidden_states.to(self.dtype)

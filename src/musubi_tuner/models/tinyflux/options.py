@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.models.spec import AdapterTargets, ModelSpec
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -49,6 +49,12 @@ def check(config: "RunConfig") -> list[Diagnostic]:
     """Static rules of this family."""
     found: list[Diagnostic] = []
     experts, model = config.experts, config.model
+    if config.objective.timestep_stratified and config.objective.timestep_sampling != "uniform":
+        found.append(Diagnostic("error", "objective.timestep_stratified", 'needs timestep_sampling = "uniform"'))
+    if config.sample.guidance < 1:
+        found.append(
+            Diagnostic("error", "sample.guidance", f"is {config.sample.guidance}, expected at least 1 (= off)")
+        )
     teachers = experts.enable_lune or experts.enable_sol
     if teachers and experts.unet is None and config.cache.run != "never":
         found.append(
@@ -140,9 +146,32 @@ SPEC = ModelSpec(
         "missing_caption": "error",
         "recursive": False,
     },
+    choices={"objective.timestep_sampling": ("logit_normal", "uniform")},
+    not_applicable={
+        "objective.discrete_flow_shift": _flux_shift_key,
+        "objective.sigmoid_scale": "its times are logit-normal: objective.logit_std is their spread",
+        "objective.weighting_scheme": "its losses are weighed by objective.min_snr_gamma",
+        "objective.mode_scale": "its times are logit-normal or uniform",
+        "objective.m*_timestep": "its times cover [0, 1]",
+        "objective.preserve_distribution_shape": "its times cover [0, 1]",
+        "objective.sigma_compat": "its times are logit-normal or uniform",
+        "objective.timestep_offset": "it takes the exact time",
+        "objective.guidance_scale": "it embeds no guidance; objective.text_dropout trains classifier-free guidance",
+        "sample.cfg_scale": "its classifier-free guidance is sample.guidance",
+        "sample.shift": "it samples with objective.shift, the times it was trained on",
+        "model.allow_schnell": "schnell is a FLUX.1 model",
+        "model.keep_dtype": "it is small and trains in float32",
+    },
     foreign_keys={"discrete_flow_shift": _flux_shift_key, "flux_shift": _flux_shift_key},
     check=check,
     geometry="musubi_tuner.models.tinyflux.geometry:TinyFluxConfig",
     module="musubi_tuner.models.tinyflux",
     block_lists=("double_blocks", "single_blocks"),
+    adapters=AdapterTargets(
+        layers={
+            "double_blocks": ("attn.txt_qkv", "attn.img_qkv", "attn.txt_out", "attn.img_out"),
+            "single_blocks": ("attn.qkv", "attn.out_proj", "mlp.fc1", "mlp.fc2"),
+        },
+        network_module="networks.lora_tinyflux",
+    ),
 )

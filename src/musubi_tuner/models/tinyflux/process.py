@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import (
     distillation_loss,
     drop_conditioning,
@@ -78,7 +79,7 @@ class TinyFluxProcess:
         self.objective, self.teachers, self.text_mask = objective, teachers, text_mask
         self.time_draw = "normal" if objective.timestep_sampling == "logit_normal" else "uniform"
 
-    def time(self, draws_B: Tensor) -> Tensor:
+    def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
         """t from one normal or uniform draw per sample (`time_draw`), float32 in [1e-4, 1 - 1e-4]."""
         settings = self.objective
         return sample_timesteps(
@@ -206,8 +207,14 @@ class TinyFluxProcess:
             terms["sol"] = LossTerm(torch.where(sol["distil"], loss, torch.zeros_like(loss)), weight)
         return terms
 
-    def sampling_times(self, steps: int) -> list[float]:
-        """``shift(k / steps)`` for k = 0 .. steps: from noise (0) to the image (1)."""
+    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+        """``shift(k / steps)`` for k = 0 .. steps: from noise (0) to the image (1).
+
+        Raises:
+            ConfigError: if another shift is asked for; sampling uses the times of training.
+        """
+        if shift is not None:
+            raise ConfigError("TinyFlux samples with objective.shift, the times it was trained on; leave the shift out")
         return flux_shift(torch.linspace(0, 1, steps + 1, dtype=torch.float64), self.objective.shift).tolist()
 
 

@@ -82,6 +82,11 @@ def load_model(
     return model.eval()
 
 
+def load_to_merge(file: WeightFile) -> TinyFluxDeep:
+    """A model in the dtype of its file, to have adapters merged into it."""
+    return load_model(file, dtype=next(iter(file.tensors.values())).dtype)
+
+
 def from_pretrained(
     source: str | Path,
     *,

@@ -1,0 +1,250 @@
+"""Putting adapters on a model, taking them off, and folding them into its weights.
+
+An adapted layer stays the same object with the same parameter names; only its `forward` adds the change. The adapters
+live in one `AdapterSet`, a module of its own, whose state dict has the names of the file.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.adapters.lora import LoRALinear
+from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.models.spec import AdapterTargets
+from musubi_tuner.randomness import generator
+
+FILE_PREFIX = "lora_unet_"
+ALWAYS_EXCLUDED = r".*norm.*"
+
+
+def file_name(path: str) -> str:
+    """Name of a module's adapter in a file: ``double_blocks.0.img_attn.qkv`` -> ``lora_unet_double_blocks_0_img_attn_qkv``."""
+    return FILE_PREFIX + path.replace(".", "_")
+
+
+def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
+    """Paths of all layers of a model that can be adapted, in order."""
+    return [
+        f"{blocks}.{index}.{layer}"
+        for blocks, layers in targets.layers.items()
+        for index in range(len(getattr(model, blocks)))
+        for layer in layers
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rank and alpha of one adapted layer."""
+
+    path: str
+    rank: int
+    alpha: float
+
+
+def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSection) -> list[Plan]:
+    """Which layers get an adapter, and of what size.
+
+    As in musubi-tuner, patterns must match whole paths, a user's ``exclude`` replaces the family's (unless
+    ``keep_default_excludes``), and ``include`` rescues what was excluded; ``only`` restricts.
+
+    Raises:
+        ConfigError: for a pattern that matches nothing, or when no layer is left.
+    """
+    own = list(settings.exclude) if settings.exclude is not None else []
+    excludes = own + (list(targets.exclude) if settings.exclude is None or settings.keep_default_excludes else [])
+    patterns = {
+        "exclude": own, "include": settings.include, "only": settings.only,
+        "rank_patterns": list(settings.rank_patterns), "alpha_patterns": list(settings.alpha_patterns),
+    }  # fmt: skip
+    for key, expressions in patterns.items():
+        for expression in expressions:
+            if not any(re.fullmatch(expression, path) for path in paths):
+                raise ConfigError(
+                    f"adapter.{key}: {expression!r} matches no layer. Patterns must match a whole path, such as {paths[0]}"
+                )
+    plans = []
+    for path in paths:
+        excluded = _any_match([*excludes, ALWAYS_EXCLUDED], path) and not _any_match(settings.include, path)
+        if excluded or (settings.only and not _any_match(settings.only, path)):
+            continue
+        rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), settings.rank)
+        default_alpha = settings.alpha if settings.alpha is not None else settings.rank / 2
+        alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), default_alpha)
+        if rank:
+            plans.append(Plan(path, rank, alpha or rank))
+    if not plans:
+        raise ConfigError("adapter: no layer is left to adapt; look at adapter.exclude, only and rank_patterns")
+    return plans
+
+
+def _any_match(expressions: list[str], path: str) -> bool:
+    return any(re.fullmatch(expression, path) for expression in expressions)
+
+
+class AdapterSet(nn.Module):
+    """The adapters of a model by file name, and the layers they are on.
+
+    The state dict has the keys of the file: ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+    """
+
+    def __init__(self, adapters: Mapping[str, LoRALinear]) -> None:
+        super().__init__()
+        self.paths = {file_name(path): path for path in adapters}
+        for path, adapter in adapters.items():
+            self.add_module(file_name(path), adapter)
+
+    def items(self) -> Iterator[tuple[str, LoRALinear]]:
+        """Layer path and adapter."""
+        for name, adapter in self.named_children():
+            assert isinstance(adapter, LoRALinear)
+            yield self.paths[name], adapter
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of all changes; 0 turns them off."""
+        for _, adapter in self.items():
+            adapter.multiplier = multiplier
+
+    @torch.no_grad()
+    def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
+        """Apply `LoRALinear.limit_norm` to all; number scaled, mean and maximum of the norms, on the device."""
+        found = [adapter.limit_norm(max_norm) for _, adapter in self.items()]
+        norms = torch.stack([norm for norm, _ in found])
+        return {
+            "max_norm/keys_scaled": torch.stack([over for _, over in found]).sum(),
+            "max_norm/average_key_norm": norms.mean(),
+            "max_norm/max_key_norm": norms.max(),
+        }
+
+
+def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection, seed: int = 0) -> AdapterSet:
+    """Untrained adapters for the layers of a plan; each layer's start depends on the seed and its path alone."""
+    adapters = {}
+    for plan in plans:
+        layer = model.get_submodule(plan.path)
+        adapter = LoRALinear(
+            *_features(layer, plan.path),
+            plan.rank,
+            plan.alpha,
+            dropout=settings.dropout,
+            rank_dropout=settings.rank_dropout,
+            module_dropout=settings.module_dropout,
+        )
+        adapter.initialize(generator(seed, "adapter", plan.path))
+        adapters[plan.path] = adapter
+    return AdapterSet(adapters)
+
+
+def _features(layer: nn.Module, path: str) -> tuple[int, int]:
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(f"adapter: {path} is a {type(layer).__name__}; only Linear layers can be adapted")
+    return layer.in_features, layer.out_features
+
+
+def attach(model: nn.Module, adapters: AdapterSet) -> None:
+    """Let layers add their changes. The adapters become the submodule ``adapters`` of the model.
+
+    Raises:
+        RuntimeError: if the model has adapters already.
+    """
+    if hasattr(model, "adapters"):
+        raise RuntimeError("the model has adapters already; detach them first")
+    for path, adapter in adapters.items():
+        layer: Any = model.get_submodule(path)
+        layer.forward = partial(_adapted_forward, layer.forward, adapter)
+    model.adapters = adapters
+
+
+def _adapted_forward(base: Callable[[Tensor], Tensor], adapter: LoRALinear, x: Tensor) -> Tensor:
+    out = base(x)
+    return (out + adapter(x)).to(out.dtype)
+
+
+def detach(model: nn.Module) -> AdapterSet:
+    """Take the adapters off; the model is as before they were attached.
+
+    Raises:
+        RuntimeError: if there are none.
+    """
+    adapters = getattr(model, "adapters", None)
+    if not isinstance(adapters, AdapterSet):
+        raise RuntimeError("the model has no adapters")
+    for path, _ in adapters.items():
+        del model.get_submodule(path).forward  # the instance's; the class's comes back
+    del model.adapters
+    return adapters
+
+
+@dataclass
+class MergeReport:
+    """What merging a file did.
+
+    Attributes:
+        layers: how many changed. ratio: norm of all changes over the norm of these layers' weights.
+        skipped: keys that belong to no layer.
+    """
+
+    layers: int
+    ratio: float
+    skipped: list[str]
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    targets: AdapterTargets,
+    multiplier: float = 1.0,
+    *,
+    ignore_unmatched: bool = False,
+    what: str = "the adapter",
+) -> MergeReport:
+    """Add an adapter's changes to a model's weights, in float32, stored in their own dtype.
+
+    Args:
+        tensors: under musubi names.
+
+    Raises:
+        CheckpointError: listing keys that belong to no layer, or layers of another shape.
+    """
+    from musubi_tuner.adapters.files import group_by_layer
+
+    layers, skipped = group_by_layer(tensors, target_paths(model, targets))
+    if skipped and not ignore_unmatched:
+        raise CheckpointError(
+            f"{what}: {len(skipped)} keys belong to no layer of this model ({', '.join(skipped[:4])}); is it for another "
+            "model? adapter.merge_ignore_unmatched = true skips them"
+        )
+    changed = total = 0.0
+    for path, parts in layers.items():
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, nn.Parameter)
+        delta = delta_of(parts, f"{what}: {path}") * multiplier
+        if delta.shape != weight.shape:
+            raise CheckpointError(f"{what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}")
+        base = weight.float()
+        changed += float(delta.square().sum())
+        total += float(base.square().sum())
+        weight.copy_((base + delta.to(base.device)).to(weight.dtype))
+    return MergeReport(len(layers), (changed / total) ** 0.5 if total else 0.0, skipped)
+
+
+def delta_of(parts: Mapping[str, Tensor], what: str) -> Tensor:
+    """Weight change [out, in] float32 from the tensors of one layer of a file.
+
+    Raises:
+        CheckpointError: if a factor is missing.
+    """
+    if not {"lora_down.weight", "lora_up.weight"} <= set(parts):
+        raise CheckpointError(f"{what}: has {', '.join(parts)}; expected lora_down.weight and lora_up.weight")
+    down, up = parts["lora_down.weight"].float().flatten(1), parts["lora_up.weight"].float().flatten(1)
+    rank = len(down)
+    if up.shape[1] != rank:
+        raise CheckpointError(f"{what}: lora_down has rank {rank}, lora_up {up.shape[1]}; the file is damaged")
+    alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
+    return (up @ down) * (alpha / rank)

@@ -1,0 +1,163 @@
+"""Adapter files: reading every naming in use, strict loading, saving with metadata."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
+from musubi_tuner.adapters.convert import detect, family_of, to_musubi
+from musubi_tuner.errors import CheckpointError
+from musubi_tuner.files import replace_file
+from musubi_tuner.models.checkpoints import find_weights, read_weights
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.tensors import save_tensors
+
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder.", "text_encoder_2.", "text_encoders.", "te1.", "te2.")
+"""Beginnings of keys that adapt text encoders, which are not trained here."""
+LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+def group_by_layer(tensors: Mapping[str, Tensor], paths: list[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Layer path -> leaf -> tensor, and the keys that belong to no layer; musubi names."""
+    known = {file_name(path): path for path in paths}
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        module, _, leaf = key.partition(".")
+        if module in known and leaf in LEAVES:
+            layers.setdefault(known[module], {})[leaf] = tensor
+        else:
+            strange.append(key)
+    return layers, strange
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file in memory.
+
+    Attributes:
+        tensors: under musubi names. metadata: header of the file.
+        spec: the family it is for. skipped: keys of text encoders, which are left out.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    spec: ModelSpec
+    skipped: list[str]
+
+
+def read_adapter(source: str | Path, spec: ModelSpec | None = None) -> AdapterFile:
+    """Read an adapter file of any naming.
+
+    Args:
+        spec: the family it must be for; absent = as its header says, or as its names fit.
+
+    Raises:
+        CheckpointError: if it is for another family, or no adapter.
+    """
+    path = find_weights(source)
+    file = read_weights(path)
+    skipped = [key for key in file.tensors if key.startswith(TEXT_ENCODER_PREFIXES)]
+    own = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(TEXT_ENCODER_PREFIXES)}
+    if not own:
+        raise CheckpointError(f"{path}: adapts text encoders only, which are not trained here")
+    if detect(own) is None:
+        raise CheckpointError(f"{path}: is not a LoRA (first key: {next(iter(own))})")
+    recorded = file.metadata.get("ss_base_model_version", "")
+    stated = MODELS.get(recorded)
+    if spec is not None and stated is not None and stated.code != spec.code:
+        raise CheckpointError(f"{path}: is an adapter for {stated.title}, this run is {spec.title}")
+    try:
+        family = spec or stated or family_of(own)
+        return AdapterFile(path, to_musubi(own, family), file.metadata, family, skipped)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def plans_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) -> list[Plan]:
+    """Layers, ranks and alphas of a file.
+
+    Raises:
+        CheckpointError: listing keys that belong to no layer of the model.
+    """
+    layers, strange = group_by_layer(tensors, paths)
+    if strange:
+        raise CheckpointError(
+            f"{what}: {len(strange)} keys belong to no layer of this model ({', '.join(strange[:4])})"
+        )
+    plans = []
+    for path in paths:
+        if path in layers:
+            parts = layers[path]
+            if "lora_down.weight" not in parts or "lora_up.weight" not in parts:
+                raise CheckpointError(f"{what}: {path} has only {', '.join(parts)}; the file is damaged")
+            rank = len(parts["lora_down.weight"])
+            plans.append(Plan(path, rank, float(parts["alpha"]) if "alpha" in parts else float(rank)))
+    return plans
+
+
+@torch.no_grad()
+def load_adapter(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str = "the adapter") -> None:
+    """Load a file's tensors (musubi names) into adapters; strict. A missing alpha counts as the rank.
+
+    Raises:
+        CheckpointError: listing every missing, unexpected or mis-shaped key.
+    """
+    own = adapters.state_dict()
+    given = dict(tensors)
+    for name in adapters.paths:
+        if f"{name}.lora_down.weight" in given:
+            given.setdefault(f"{name}.alpha", torch.tensor(float(len(given[f"{name}.lora_down.weight"]))))
+    problems = []
+    missing, unexpected = [k for k in own if k not in given], [k for k in given if k not in own]
+    shapes = [
+        f"{key} is {list(given[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in given and given[key].numel() != own[key].numel()
+    ]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if keys:
+            problems.append(f"{len(keys)} keys {kind}: {', '.join(keys)}")
+    if problems:
+        raise CheckpointError(f"{what} does not fit these adapters: " + "; ".join(problems))
+    adapters.load_state_dict({key: given[key].float().view(own[key].shape) for key in own})
+
+
+def save_adapter(
+    path: Path,
+    adapters: nn.Module | Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write adapters, with hashes of the content as sd-scripts makes them.
+
+    Args:
+        adapters: the set, whose names are musubi's, or tensors under any names.
+        metadata: of the header; hashes in it are made anew.
+        dtype: of all tensors; None keeps them as they are.
+    """
+    state = adapters.state_dict() if isinstance(adapters, nn.Module) else adapters
+    tensors = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()}
+    complete = {"format": "pt", **(metadata or {})}
+    complete |= content_hashes(tensors, {k: v for k, v in complete.items() if k.startswith("ss_")})
+    replace_file(path, partial(save_tensors, tensors, metadata=complete))
+
+
+def content_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """``sshs_model_hash`` and ``sshs_legacy_hash`` of the bytes that a file of these tensors would hold."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), metadata=dict(metadata) or None)
+    start = 8 + int.from_bytes(data[:8], "little")
+    legacy = data[0x100000 : 0x100000 + 0x10000]
+    return {
+        "sshs_model_hash": hashlib.sha256(data[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }

@@ -1,0 +1,247 @@
+"""Prompts and their options, in the forms that musubi-tuner reads. Torch-free.
+
+    .txt    one prompt per line; blank lines and lines that begin with # are left out
+    .toml   [prompt] with shared values and [[prompt.subset]] entries laid over them
+    .json   a list of texts or objects
+
+In a line, options follow the prompt: ``a cat on a mat --w 768 --h 512 --d 7``. What stands before the first option is
+never parsed, and ``--`` without a letter belongs to the prompt.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config.load import read_toml
+from musubi_tuner.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what it sets itself; None = as the run file says.
+
+    Attributes:
+        guidance, cfg_scale, shift: see the keys of the same name in [sample]; shift 0 = by picture size.
+        name: part of the file name. multiplier: strength of the adapters.
+    """
+
+    text: str
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    cfg_scale: float | None = None
+    shift: float | None = None
+    name: str | None = None
+    multiplier: float | None = None
+
+
+@dataclass(frozen=True)
+class _Option:
+    field: str
+    kind: Callable[[str], Any]
+    low: float = 0
+    high: float = 2**32
+
+
+OPTIONS: dict[str, _Option] = {
+    "w": _Option("width", int, 16, 8192),
+    "h": _Option("height", int, 16, 8192),
+    "d": _Option("seed", int, 0, 2**32 - 1),
+    "s": _Option("steps", int, 1, 1000),
+    "g": _Option("guidance", float, 0, 100),
+    "l": _Option("cfg_scale", float, 0, 100),
+    "fs": _Option("shift", float, 0, 100),
+    "n": _Option("negative", str),
+    "m": _Option("multiplier", float, -100, 100),
+    "name": _Option("name", str),
+}
+"""Option letter -> field; letters are case-insensitive."""
+OTHERS = {"f": "videos", "i": "start images", "ei": "end images", "cn": "control videos", "ci": "control images",
+          "of": "one-frame inference"}  # fmt: skip
+"""Options of musubi-tuner that belong to models which are not trained here."""
+ALIASES = {
+    "prompt": "text", "sample_steps": "steps", "guidance_scale": "guidance", "discrete_flow_shift": "shift",
+    "negative_prompt": "negative",
+}  # fmt: skip
+"""Names of musubi-tuner's prompt objects -> ours."""
+_OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
+
+
+def parse_line(line: str, where: str) -> Prompt:
+    """A prompt with its options.
+
+    Args:
+        where: begins the error: file and line.
+
+    Raises:
+        ConfigError: for an unknown option, a bad value, or no prompt.
+    """
+    found = list(_OPTION.finditer(line))
+    text = line[: found[0].start()].strip() if found else line.strip()
+    if not text:
+        raise ConfigError(f"{where}: has options but no prompt")
+    values: dict[str, Any] = {}
+    for match, following in zip(found, [*found[1:], None]):
+        letter = match[1].lower()
+        value = line[match.end() : following.start() if following else len(line)].strip()
+        if letter in OTHERS:
+            raise ConfigError(
+                f"{where}: --{match[1]} is for {OTHERS[letter]}, which the models trained here do not know"
+            )
+        if letter not in OPTIONS:
+            raise ConfigError(
+                f"{where}: --{match[1]} is not an option; known: {', '.join('--' + name for name in OPTIONS)}"
+            )
+        option = OPTIONS[letter]
+        if option.field in values:
+            raise ConfigError(f"{where}: --{match[1]} is given twice")
+        values[option.field] = _value(option, value, f"{where}: --{match[1]}")
+    return Prompt(text, **values)
+
+
+def _value(option: _Option, text: str, where: str) -> Any:
+    if option.kind is str:
+        return text
+    try:
+        value = option.kind(text)
+    except ValueError:
+        kind = "a whole number" if option.kind is int else "a number"
+        raise ConfigError(f"{where} {text or '(nothing)'}: expected {kind}") from None
+    if not option.low <= value <= option.high:
+        raise ConfigError(f"{where} {text}: expected {option.low:g} to {option.high:g}")
+    return value
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a file.
+
+    Raises:
+        ConfigError: naming file and line, for what cannot be read, or if there is no prompt.
+    """
+    suffix = path.suffix.lower()
+    readers = {".txt": _read_lines, ".toml": _read_toml, ".json": _read_json}
+    if suffix not in readers:
+        raise ConfigError(f"{path}: is no prompt file; expected .txt, .toml or .json")
+    prompts = readers[suffix](path)
+    if not prompts:
+        raise ConfigError(
+            f"{path}: holds no prompt; write one per line" if suffix == ".txt" else f"{path}: holds no prompt"
+        )
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a prompt file ({error})") from error
+
+
+def _read_lines(path: Path) -> list[Prompt]:
+    lines = _read_text(path).splitlines()
+    return [
+        parse_line(line.strip(), f"{path} line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+
+
+def _read_toml(path: Path) -> list[Prompt]:
+    document = read_toml(path)
+    table = document.get("prompt")
+    if set(document) != {"prompt"} or not isinstance(table, dict):
+        raise ConfigError(
+            f"{path}: expected one table [prompt] with [[prompt.subset]] entries, found {', '.join(document)}"
+        )
+    shared = {key: value for key, value in table.items() if key != "subset"}
+    entries = table.get("subset", [{}])
+    if not isinstance(entries, list):
+        raise ConfigError(f"{path}: [prompt.subset] is one table, expected [[prompt.subset]] entries")
+    return [from_object({**shared, **entry}, f"{path} subset {n}") for n, entry in enumerate(entries, start=1)]
+
+
+def _read_json(path: Path) -> list[Prompt]:
+    try:
+        entries = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(entries, list):
+        raise ConfigError(f"{path}: holds a {type(entries).__name__}, expected a list of texts or objects")
+    return [
+        parse_line(entry, f"{path} entry {n}") if isinstance(entry, str) else from_object(entry, f"{path} entry {n}")
+        for n, entry in enumerate(entries, start=1)
+    ]
+
+
+def from_object(entry: Any, where: str) -> Prompt:
+    """A prompt from a JSON object or a TOML table.
+
+    Raises:
+        ConfigError: for unknown keys and bad values.
+    """
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: is {entry!r}, expected a text or an object")
+    values: dict[str, Any] = {ALIASES.get(str(key), str(key)): value for key, value in entry.items()}
+    known = {field.name for field in fields(Prompt)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
+    by_field = {option.field: option for option in OPTIONS.values()}
+    for key, value in values.items():
+        kind = by_field[key].kind if key in by_field else str
+        good = isinstance(value, str) if kind is str else isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or (kind is int and not isinstance(value, int)):
+            raise ConfigError(f"{where}: {key} is {value!r}, expected {'a text' if kind is str else 'a number'}")
+        if kind is not str:
+            _value(by_field[key], str(value), f"{where}: {key}")
+    if not values.get("text"):
+        raise ConfigError(f"{where}: has no prompt")
+    return Prompt(**values)
+
+
+def as_prompts(prompts: Sequence[str | Prompt], where: str = "") -> list[Prompt]:
+    """Texts with options parsed; prompts as they are."""
+    return [
+        p if isinstance(p, Prompt) else parse_line(p, f"{where} entry {n}".strip())
+        for n, p in enumerate(prompts, start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; sizes in pixels, ``negative`` None = the trained null condition, or an empty text."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    solver: str
+    seed: int
+    negative: str | None
+    cfg_scale: float = 1.0
+    shift: float | None = None
+    multiplier: float = 1.0
+
+    def of(self, prompt: Prompt, index: int, pixel_step: int) -> "SampleSettings":
+        """Settings of one picture: the prompt's own, sizes brought down to a multiple of ``pixel_step``.
+
+        Without a seed of its own, picture i is drawn from seed + i.
+        """
+        own = {
+            field.name: value
+            for field in fields(self)
+            if field.name != "seed" and (value := getattr(prompt, field.name, None)) is not None
+        }
+        if own.get("shift") == 0:
+            own["shift"] = None
+        for side in ("width", "height"):
+            if side in own:
+                own[side] -= own[side] % pixel_step
+        seed = prompt.seed if prompt.seed is not None else self.seed + index
+        return replace(self, **own, seed=seed)

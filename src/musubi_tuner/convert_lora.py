@@ -1,0 +1,56 @@
+"""Rewrite a LoRA under the names of another program; the weight changes stay the same.
+
+    python -m musubi_tuner.convert_lora --input cat.safetensors --output cat_comfy.safetensors --target comfyui
+    python -m musubi_tuner.convert_lora --input peft.safetensors --output cat.safetensors --target musubi
+
+Targets: musubi (the same as kohya, sd-scripts; musubi-tuner calls it "default"), comfyui (musubi-tuner: "other"), diffusers.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from musubi_tuner.config.command_line import Parser
+from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+
+TARGETS: dict[str, Literal["musubi", "comfyui", "diffusers"]] = {"musubi": "musubi", "kohya": "musubi", "default": "musubi", "comfyui": "comfyui", "other": "comfyui",
+           "diffusers": "diffusers"}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="convert_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="LoRA file of any naming")
+    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--target", required=True, choices=sorted(TARGETS), help="names to write")
+    parser.add_argument("--arch", help="model family (fd, tf); absent = as the file says, or as its names fit")
+    parser.add_argument("--diffusers_prefix", default="diffusion_model", help="first word of comfyui names")
+    options = parser.parse_args(arguments)
+    output = Path(options.output)
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+    exit_on_terminate()
+    from musubi_tuner.adapters.convert import convert
+    from musubi_tuner.adapters.files import read_adapter, save_adapter
+    from musubi_tuner.models.registry import MODELS
+
+    if options.arch is not None and options.arch not in MODELS:
+        raise ConfigError(f"--arch {options.arch}: is not a model family; known: {', '.join(MODELS)}")
+    file = read_adapter(options.input, MODELS[options.arch] if options.arch else None)
+    for key in file.skipped:
+        print(f"left out: {key} (text encoder)")
+    target = TARGETS[options.target]
+    tensors = convert(file.tensors, target, arch=file.spec.code, prefix=f"{options.diffusers_prefix}.")
+    save_adapter(output, tensors, {"ss_base_model_version": file.spec.full_name, **file.metadata})
+    print(f"{output}: {len(tensors)} tensors under {target} names, for {file.spec.title}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Average the LoRA files of one run after the training (post-hoc EMA).
+
+    python -m musubi_tuner.lora_post_hoc_ema cat-000001.safetensors cat-000002.safetensors cat.safetensors --output_file cat_ema.safetensors
+    python -m musubi_tuner.lora_post_hoc_ema run/cat-*.safetensors --output_file cat_ema.safetensors --sigma_rel 0.2
+
+The files are taken in the order of their training steps (ss_steps; without them, of their modification times):
+
+    average <- beta * average + (1 - beta) * file
+
+beta is constant, goes evenly from --beta to --beta2, or follows the power function of relative width --sigma_rel (Karras et
+al. 2023, arXiv:2312.02696).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config.command_line import Parser
+from musubi_tuner.errors import EXIT_OK, CheckpointError, ConfigError, exit_on_terminate, run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def power_gamma(sigma_rel: float) -> float:
+    """Exponent of the power function whose relative width is ``sigma_rel``.
+
+    The positive root of ``x^3 + 7 x^2 + (16 - s^-2) x + (12 - s^-2)``, arXiv:2312.02696, equation 123.
+    """
+    import numpy as np
+
+    inverse = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
+
+
+def betas(count: int, beta: float, beta2: float | None, sigma_rel: float | None) -> list[float]:
+    """Share of the old average at each of the ``count`` files after the first."""
+    if sigma_rel is not None:
+        gamma = power_gamma(sigma_rel)
+        return [(1 - 1 / t) ** (gamma + 1) for t in range(1, count + 1)]
+    if beta2 is not None:
+        return [beta + (beta2 - beta) * (t / max(count - 1, 1)) for t in range(count)]
+    return [beta] * count
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="lora_post_hoc_ema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="LoRA files of one run")
+    parser.add_argument("--output_file", required=True, help="file to write")
+    parser.add_argument("--beta", type=float, default=0.95, help="share of the old average (default 0.95)")
+    parser.add_argument("--beta2", type=float, help="share at the last file; between, evenly")
+    parser.add_argument("--sigma_rel", type=float, help="relative width of the power function, instead of beta")
+    parser.add_argument("--no_sort", action="store_true", help="take the files in the order given")
+    options = parser.parse_args(arguments)
+    for name in ("beta", "beta2"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"--{name} {value:g}: expected at least 0 and below 1")
+    if options.sigma_rel is not None and not 0 < options.sigma_rel <= 0.28:
+        raise ConfigError(f"--sigma_rel {options.sigma_rel:g}: expected above 0 and at most 0.28")
+    if len(options.files) < 2:
+        raise ConfigError("an average needs at least two files")
+    output = Path(options.output_file)
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output_file {output}: expected a name that ends in .safetensors")
+    exit_on_terminate()
+    from musubi_tuner.adapters.files import save_adapter
+    from musubi_tuner.models.checkpoints import read_weights
+
+    for name in options.files:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such file")
+    found = [read_weights(Path(name)) for name in options.files]
+    if not options.no_sort:
+        by_step = all("ss_steps" in file.metadata for file in found)
+        found.sort(key=lambda file: int(file.metadata["ss_steps"]) if by_step else file.path.stat().st_mtime_ns)
+    first, *others = found
+    average = {key: tensor.float() for key, tensor in first.tensors.items()}
+    for file, beta in zip(others, betas(len(others), options.beta, options.beta2, options.sigma_rel), strict=True):
+        _check_same(first, file)
+        for key, tensor in file.tensors.items():
+            if not key.endswith(".alpha"):
+                average[key].mul_(beta).add_(tensor.float(), alpha=1 - beta)
+        print(f"{file.path}: share {1 - beta:.4g}")
+    tensors = {key: tensor.to(first.tensors[key].dtype) for key, tensor in average.items()}
+    save_adapter(output, tensors, found[-1].metadata)
+    print(f"{output}: average of {len(found)} files")
+    return EXIT_OK
+
+
+def _check_same(first: Any, other: Any) -> None:
+    if set(first.tensors) != set(other.tensors):
+        odd = sorted(set(first.tensors) ^ set(other.tensors))
+        raise CheckpointError(f"{other.path}: has other keys than {first.path.name} ({', '.join(odd[:4])})")
+    for key, tensor in other.tensors.items():
+        if tensor.shape != first.tensors[key].shape:
+            raise CheckpointError(
+                f"{other.path}: {key} is {list(tensor.shape)}, in {first.path.name} {list(first.tensors[key].shape)}"
+            )
+        if key.endswith(".alpha") and float(tensor) != float(first.tensors[key]):
+            raise CheckpointError(
+                f"{other.path}: {key} is {float(tensor):g}, in {first.path.name} {float(first.tensors[key]):g}"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

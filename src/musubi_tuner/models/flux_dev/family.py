@@ -1,0 +1,77 @@
+"""What the trainer, the sampler and the cache jobs ask of the FLUX.1 family."""
+
+from typing import Any
+
+import torch
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.checkpoints import WeightFile
+from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
+from musubi_tuner.models.flux_dev.process import FluxProcess
+from musubi_tuner.models.flux_dev.state_dict import load_checkpoint, load_model
+from musubi_tuner.models.spec import Trainee
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype | None:
+    """Dtype of the frozen weights: that of the computation, or None to keep them as stored."""
+    if config.model.keep_dtype:
+        return None
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+
+
+def load_for_training(config: RunConfig) -> Trainee:
+    """Load the frozen base of a run.
+
+    Raises:
+        CheckpointError: if the checkpoint holds another model.
+    """
+    model = load_for_run(open_base(config), config)
+    return Trainee(model, model.config, {})
+
+
+def open_base(config: RunConfig) -> WeightFile:
+    """The checkpoint below the adapters of a run."""
+    assert config.model.path is not None
+    return load_checkpoint(str(config.locate(config.model.path)), revision=config.model.revision)
+
+
+def load_for_run(file: WeightFile, config: RunConfig) -> Any:
+    """A checkpoint as a run computes with it."""
+    return load_model(file, dtype=compute_dtype(config), allow_schnell=config.model.allow_schnell)
+
+
+def check_caches(config: RunConfig, geometry: FluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the widths of cached tensors with those that the model takes.
+
+    Raises:
+        ConfigError: naming the encoder's key, for all that differ.
+    """
+    expected = {
+        "t5_vec": (geometry.context_in_dim, "model.t5_path"),
+        "clip_l_pooler": (geometry.vec_in_dim, "model.clip_path"),
+        "latents": (geometry.in_channels // PATCH**2, "model.vae_path"),
+    }
+    problems = []
+    for name, (wanted, key) in expected.items():
+        if name in shapes:
+            found = shapes[name][0 if name == "latents" else -1]
+            if found != wanted:
+                problems.append(f"the model takes {name} of {wanted}, but {key} gave {found}")
+    if problems:
+        raise ConfigError(f"checkpoint {config.model.path} and encoders do not belong together: " + "; ".join(problems))
+
+
+def checkpoint_options(config: RunConfig) -> dict[str, Any]:
+    """Options that training records and caching obeys: none."""
+    return {}
+
+
+def options_of(file: WeightFile) -> dict[str, Any]:
+    """Training options recorded in a checkpoint: none."""
+    return {}
+
+
+def make_process(config: RunConfig, options: dict[str, Any]) -> FluxProcess:
+    """The process of a run."""
+    return FluxProcess(config.objective)

@@ -1,0 +1,161 @@
+"""Adapters in a run: what they start from, and what their files say about it."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from musubi_tuner import __version__
+from musubi_tuner.adapters.attach import AdapterSet, attach, make_adapters, merge, plan_adapters, target_paths
+from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
+from musubi_tuner.config import RunConfig, Steps
+from musubi_tuner.data.sources import Item
+
+
+def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[AdapterSet, list[str]]:
+    """Merge, make, load and attach the adapters of a run; the model is frozen.
+
+    Returns:
+        The adapters, and lines for the person.
+
+    Raises:
+        CheckpointError: if a file does not fit. ConfigError: if no layer is left to adapt.
+    """
+    settings, spec = config.adapter, config.spec
+    model.requires_grad_(False)
+    lines = []
+    multipliers = settings.merge_multipliers or [1.0] * len(settings.merge)
+    for source, multiplier in zip(settings.merge, multipliers, strict=True):
+        file = read_adapter(config.locate(source), spec)
+        report = merge(
+            model, file.tensors, spec.adapters, multiplier,
+            ignore_unmatched=settings.merge_ignore_unmatched, what=f"adapter.merge: {file.path}",
+        )  # fmt: skip
+        lines.append(
+            f"merged {file.path.name} at {multiplier:g} into {report.layers} layers: changes {report.ratio:.2%} of their norm"
+            + _left_out(file.skipped + report.skipped)
+        )
+    paths = target_paths(model, spec.adapters)
+    given: dict[str, torch.Tensor] = {}
+    if settings.init_from is not None:
+        file = read_adapter(config.locate(settings.init_from), spec)
+        given = file.tensors
+        lines.append(f"starting from {file.path.name}{_left_out(file.skipped)}")
+    if settings.rank_from_weights:
+        plans = plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
+    else:
+        plans = plan_adapters(paths, spec.adapters, settings)
+    adapters = make_adapters(model, plans, settings, config.run.seed)
+    if given:
+        load_adapter(adapters, given, f"adapter.init_from: {settings.init_from}")
+    attach(model, adapters)
+    count = sum(parameter.numel() for parameter in adapters.parameters())
+    ranks = sorted({plan.rank for plan in plans})
+    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    lines.append(f"adapter: LoRA of {text} on {len(plans)} layers, {count:,} parameters; the model is frozen")
+    return adapters, lines
+
+
+def _left_out(keys: Sequence[str]) -> str:
+    """Names the keys of a file that are not used."""
+    return f"; not used: {len(keys)} keys ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
+
+
+def adapter_metadata(
+    config: RunConfig,
+    *,
+    started: float,
+    steps: Steps,
+    items: Sequence[Item],
+    step: int,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    weights: str,
+) -> dict[str, str]:
+    """Header of an adapter file: the fields that sd-scripts and musubi-tuner write, and modelspec. All values are texts."""
+    adapter, objective, train, spec = config.adapter, config.objective, config.train, config.spec
+    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank / 2
+    group = optimizer.param_groups[0]
+    shown = ",".join(f"{key}={group[key]}" for key in ("betas", "eps", "weight_decay") if key in group)
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}({shown})"
+    arguments = {
+        key: value
+        for key in ("dropout", "rank_dropout", "module_dropout", "include", "exclude", "only", "rank_patterns",
+                    "alpha_patterns", "loraplus_lr_ratio")
+        if (value := getattr(adapter, key))
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "output_name": config.run.name,
+        "training_started_at": started,
+        "training_finished_at": time.time(),
+        "learning_rate": config.optimizer.lr,
+        "num_train_items": steps.images_per_epoch,
+        "num_batches_per_epoch": steps.micro_batches,
+        "num_epochs": steps.epochs,
+        "gradient_checkpointing": config.memory.gradient_checkpointing,
+        "gradient_checkpointing_cpu_offload": False,
+        "gradient_accumulation_steps": train.grad_accum_steps,
+        "max_train_steps": steps.total_updates,
+        "lr_warmup_steps": config.scheduler.warmup_steps,
+        "lr_scheduler": config.scheduler.type,
+        "base_model_version": spec.full_name,
+        "network_module": spec.adapters.network_module,
+        "network_dim": adapter.rank,
+        "network_alpha": alpha or adapter.rank,
+        "network_args": json.dumps(arguments) if arguments else None,
+        "network_dropout": adapter.dropout or None,
+        "mixed_precision": train.mixed_precision,
+        "seed": config.run.seed,
+        "training_comment": config.save.comment,
+        "optimizer": name,
+        "max_grad_norm": train.max_grad_norm,
+        "weighting_scheme": objective.weighting_scheme,
+        "logit_mean": objective.logit_mean,
+        "logit_std": objective.logit_std,
+        "mode_scale": objective.mode_scale,
+        "guidance_scale": objective.guidance_scale,
+        "timestep_sampling": objective.timestep_sampling,
+        "sigmoid_scale": objective.sigmoid_scale,
+        "discrete_flow_shift": objective.discrete_flow_shift,
+        "ip_noise_gamma": objective.ip_noise_gamma,
+        "ip_noise_gamma_random_strength": objective.ip_noise_gamma_random_strength,
+        "sd_model_name": _base_name(config.model.path),
+        "vae_name": _base_name(config.model.vae_path),
+        "datasets": json.dumps([_describe(dataset, items) for dataset in config.datasets]),
+        "steps": step,
+        "epoch": epoch,
+        "code_version": __version__,
+    }
+    optional = ("network_args", "training_comment", "vae_name", "sd_model_name")
+    found = {f"ss_{key}": str(value) for key, value in values.items() if value is not None or key not in optional}
+    side = config.datasets[0].resolution if config.datasets else (spec.sample_size, spec.sample_size)
+    return {
+        **found,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{spec.modelspec_architecture}/lora",
+        "modelspec.implementation": spec.modelspec_implementation,
+        "modelspec.title": config.run.name,
+        "modelspec.resolution": f"{side[0]}x{side[1]}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime()),
+        "weights": weights,
+    }
+
+
+def _base_name(text: str | None) -> str | None:
+    return None if text is None else text.replace("\\", "/").rpartition("/")[2]
+
+
+def _describe(dataset: Any, items: Sequence[Item]) -> dict[str, Any]:
+    """A data set as the metadata of adapter files names it: base names only."""
+    source = dataset.image_directory or dataset.image_jsonl_file
+    return {
+        "resolution": list(dataset.resolution),
+        "caption_extension": dataset.caption_extension,
+        "batch_size_per_device": dataset.batch_size,
+        "num_repeats": dataset.num_repeats,
+        "enable_bucket": dataset.enable_bucket,
+        "bucket_no_upscale": dataset.bucket_no_upscale,
+        "image_directory": None if source is None else source.name,
+    }

@@ -1,0 +1,196 @@
+"""A LoRA trained here computes the same in diffusers, and one made by peft computes the same here.
+
+Outputs of the denoiser agree to 1e-5 in float32; the LoRA moves them by far more. Diffusers splits the first layer of single
+blocks by numbers fixed for a hidden size of 3072 when it reads sd-scripts' names, so for that path they are replaced here.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from musubi_tuner.adapters import attach, convert, detach, load_adapter
+from musubi_tuner.adapters.attach import make_adapters, target_paths
+from musubi_tuner.adapters.files import plans_of_file
+from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.models.flux_dev import Flux, FluxConfig
+from musubi_tuner.models.flux_dev.state_dict import diffusers_config, to_diffusers
+from musubi_tuner.models.registry import MODELS
+
+TARGETS = MODELS["fd"].adapters
+CONFIG = FluxConfig(
+    vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3, axes_dim=(4, 6, 6)
+)
+TOLERANCE = 1e-5
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def model() -> Flux:
+    torch.manual_seed(0)
+    return Flux(CONFIG).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def client(model: Flux) -> Any:
+    """The same model in diffusers."""
+    from diffusers import FluxTransformer2DModel
+
+    settings = {key: value for key, value in diffusers_config(CONFIG).items() if key != "_class_name"}
+    built = FluxTransformer2DModel(**{**settings, "axes_dims_rope": tuple(settings["axes_dims_rope"])})
+    built.load_state_dict(to_diffusers(dict(model.state_dict()), CONFIG))
+    return built.eval()
+
+
+def inputs() -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[0, row, column] for row in range(2) for column in range(3)]).float()
+    return {
+        "img": torch.randn(2, 6, 64, generator=generator),
+        "ids": ids,
+        "txt": torch.randn(2, 5, 40, generator=generator),
+        "y": torch.randn(2, 24, generator=generator),
+        "t": torch.tensor([0.3, 0.8]),
+        "guidance": torch.tensor([1.0, 3.5]),
+    }
+
+
+def ours(model: Flux) -> Tensor:
+    x = inputs()
+    ids = x["ids"][None].expand(2, -1, -1)
+    with torch.no_grad():
+        return model(x["img"], ids, x["txt"], torch.zeros(2, 5, 3), x["t"], x["y"], x["guidance"])
+
+
+def theirs(client: Any) -> Tensor:
+    x = inputs()
+    with torch.no_grad():
+        return client(
+            hidden_states=x["img"],
+            encoder_hidden_states=x["txt"],
+            pooled_projections=x["y"],
+            timestep=x["t"],
+            img_ids=x["ids"],
+            txt_ids=torch.zeros(5, 3),
+            guidance=x["guidance"],
+        ).sample
+
+
+def difference(first: Tensor, second: Tensor) -> float:
+    return (first - second).abs().max().item()
+
+
+def lora(model: Flux, rank: int = 4, alpha: float = 2.0, **settings: Any) -> Tensors:
+    """A LoRA with random weights under musubi names."""
+    from musubi_tuner.adapters.attach import plan_adapters
+
+    section = AdapterSection(type="lora", rank=rank, alpha=alpha, **settings)
+    adapters = make_adapters(model, plan_adapters(target_paths(model, TARGETS), TARGETS, section), section)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, adapter in adapters.items():
+            adapter.lora_up.weight.copy_(0.2 * torch.randn(adapter.lora_up.weight.shape, generator=generator))
+    return {key: tensor.clone() for key, tensor in adapters.state_dict().items()}
+
+
+def ours_with(model: Flux, tensors: Tensors) -> Tensor:
+    adapters = make_adapters(
+        model, plans_of_file(tensors, target_paths(model, TARGETS), "file"), AdapterSection(type="lora")
+    )
+    load_adapter(adapters, tensors)
+    attach(model, adapters)
+    try:
+        return ours(model)
+    finally:
+        detach(model)
+
+
+def test_models_are_the_same(model: Flux, client: Any) -> None:
+    assert difference(ours(model), theirs(client)) < TOLERANCE
+
+
+def test_diffusers_loads_our_export(model: Flux, client: Any) -> None:
+    tensors = lora(model)
+    expected = ours_with(model, tensors)
+    client.load_lora_adapter(convert(tensors, to="diffusers"), prefix="transformer")
+    assert difference(theirs(client), expected) < TOLERANCE
+    assert difference(expected, ours(model)) > 1000 * TOLERANCE
+
+
+def test_diffusers_loads_our_own_names(model: Flux, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FluxPipeline
+    from diffusers.loaders import lora_conversion_utils
+
+    source = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers
+    width = CONFIG.hidden_size
+
+    def with_our_widths(state_dict: Any) -> Any:
+        # The list of row counts is a literal inside the function: replace the constants in a copy of its code.
+        import types
+
+        def replaced(code: types.CodeType) -> types.CodeType:
+            sizes = {3072: width, 12288: 4 * width}
+            constants = tuple(
+                replaced(value)
+                if isinstance(value, types.CodeType)
+                else tuple(sizes.get(v, v) for v in value)
+                if isinstance(value, tuple)
+                else sizes.get(value, value)
+                if isinstance(value, int)
+                else value
+                for value in code.co_consts
+            )
+            return code.replace(co_consts=constants)
+
+        function = types.FunctionType(
+            replaced(source.__code__), source.__globals__, source.__name__, source.__defaults__, source.__closure__
+        )
+        return function(state_dict)
+
+    monkeypatch.setattr("diffusers.loaders.lora_pipeline._convert_kohya_flux_lora_to_diffusers", with_our_widths)
+    tensors = lora(model)
+    expected = ours_with(model, tensors)
+    converted = FluxPipeline.lora_state_dict(dict(tensors))
+    client.load_lora_adapter(converted, prefix="transformer")
+    assert difference(theirs(client), expected) < TOLERANCE
+
+
+def test_comfyui_rule_applied_to_our_export(model: Flux) -> None:
+    """ComfyUI adds ``B @ A`` to the layer that follows the prefix; alpha absent counts as the rank."""
+    tensors = lora(model)
+    expected = ours_with(model, tensors)
+    patched = Flux(CONFIG).eval()
+    patched.load_state_dict(model.state_dict())
+    exported = convert(tensors, to="comfyui")
+    for key, down in exported.items():
+        if key.endswith(".lora_A.weight"):
+            path = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+            layer: Any = patched.get_submodule(path)
+            layer.weight.data += exported[key.replace("lora_A", "lora_B")] @ down
+    assert difference(ours(patched), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+def test_lora_of_peft_loads_here(alpha: int, model: Flux, client: Any) -> None:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    before = theirs(client)
+    config = LoraConfig(
+        r=4, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "net.2"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    # proj_out of the last layer is no part of a block; leave it to the blocks.
+    config.target_modules = (
+        r".*transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|proj_mlp|proj_out|ff\.net\.2)"
+    )
+    client.add_adapter(config)
+    scale = alpha / 4
+    state = get_peft_model_state_dict(client)
+    # peft keeps alpha in its config; a file carries the factor in its weights.
+    saved = {f"transformer.{k}": t.clone() * (scale if ".lora_B." in k else 1) for k, t in state.items()}
+    expected = theirs(client)
+    assert difference(ours_with(model, convert(saved, to="musubi")), expected) < TOLERANCE
+    assert difference(expected, before) > 1000 * TOLERANCE
