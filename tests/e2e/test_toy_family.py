@@ -1,0 +1,105 @@
+"""A new family is one folder and one registry line, and no shared module knows a family by name."""
+
+import ast
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from project import REPOSITORY, Result, metrics, run_tables
+from safetensors.torch import load_file
+
+SOURCE = REPOSITORY / "src" / "musubi_tuner"
+SHARED = ("config", "data", "caching", "flow", "adapters", "memory", "training")
+NAMES = re.compile(r"tiny_?flux|flux_?dev|flux_?flow|\bflux\b|\bFlux\b|\b(tf|fd|ff)\b", re.IGNORECASE)
+ALGORITHMS = {"flux_shift", "flux2_shift", "flux_unshift", "qinglong_flux"}
+"""Published names of functions and modes, which every family may use."""
+OWN_NAMES = ("musubi-tinyflux", "toml/tinyflux.toml", "toml/tinyflux_dataset.toml")
+"""The distribution's name, and run files that messages point at."""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with the toy family in it."""
+    root = tmp_path_factory.mktemp("with_toy")
+    shutil.copytree(SOURCE, root / "musubi_tuner", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(__file__).with_name("toy_family"), root / "musubi_tuner" / "models" / "toy")
+    registry = root / "musubi_tuner" / "models" / "registry.py"
+    text = registry.read_text(encoding="utf-8")
+    line = '    "ty": "musubi_tuner.models.toy.options:SPEC",\n'
+    registry.write_text(
+        text.replace("FAMILIES: dict[str, str] = {\n", f"FAMILIES: dict[str, str] = {{\n{line}"), encoding="utf-8"
+    )
+    return root
+
+
+def test_the_trainer_trains_a_family_it_has_never_seen(
+    package: Path, photographs: Path, encoders: Path, tmp_path: Path, python: Callable[..., Result]
+) -> None:
+    import tomli_w
+
+    tables = run_tables(tmp_path, photographs, encoders)
+    for name in ("experts", "objective"):
+        del tables[name]
+    model = {key: tables["model"][key] for key in ("vae_path", "clip_path", "t5_path", "t5_max_tokens")}
+    tables["model"] = {"arch": "toy", "init": "scratch", "geometry": {"width": 16}, **model}
+    tables["sample"] = {"prompts": ["a cat"], "every_steps": 20, "steps": 2}
+    run = tmp_path / "run.toml"
+    run.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    python(REPOSITORY / "train.py", run, PYTHONPATH=str(package)).expect(0)
+    rows = metrics(tmp_path / "out")
+    assert len(rows) == 20
+    assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
+    assert (tmp_path / "out" / "sample" / "samples_step_20.png").is_file()
+    assert {path.name.rpartition("_ty")[2] for path in (tmp_path / "cache").glob("*.safetensors")} == {
+        ".safetensors",
+        "_te.safetensors",
+    }
+
+    # A LoRA on what was just trained.
+    tables["model"] = {"arch": "ty", "path": str(tmp_path / "out" / "release"), **model}
+    tables["run"] = {**tables["run"], "output_dir": str(tmp_path / "lora")}
+    tables["adapter"] = {"type": "lora", "rank": 2}
+    run.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    python(REPOSITORY / "train.py", run, PYTHONPATH=str(package)).expect(0)
+    assert "lora_unet_blocks_1_inner.lora_up.weight" in load_file(tmp_path / "lora" / "photos.safetensors")
+
+
+def test_other_families_are_still_there(package: Path, python: Callable[..., Result]) -> None:
+    code = "from musubi_tuner.models.registry import MODELS; print(*MODELS)"
+    assert python("-c", code, PYTHONPATH=str(package)).expect(0).out.split() == ["ty", "tf", "fd"]
+
+
+def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every name and string of a module, without strings that stand alone: those are documentation."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("folder", SHARED)
+def test_shared_modules_name_no_family(folder: str) -> None:
+    found = []
+    for path in sorted((SOURCE / folder).rglob("*.py")):
+        for line, text in words_of(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in (*OWN_NAMES, *ALGORITHMS):
+                text = text.replace(name, "")
+            if NAMES.search(text):
+                found.append(f"{path.name}:{line}: {text!r}")
+    assert found == []
+
+
+def test_the_search_finds_names() -> None:
+    tree = ast.parse('from musubi_tuner.models.tinyflux import x\nif code == "fd":\n    Flux()\n"""tf"""\nflux_shift()')
+    found = [text for _, text in words_of(tree) if NAMES.search(text)]
+    assert found == ["musubi_tuner.models.tinyflux", "fd", "Flux"]

@@ -1,0 +1,33 @@
+"""Facts of the toy family. Torch-free."""
+
+from musubi_tuner.models.spec import AdapterTargets, ModelSpec
+
+SPEC = ModelSpec(
+    code="ty",
+    full_name="toy",
+    title="Toy",
+    modelspec_architecture="Toy",
+    pixel_step=16,
+    vae_factor=8,
+    latent_channels=16,
+    latent_shift=True,
+    sample_size=64,
+    t5_tokenizer="none",
+    clip_tokenizer="none",
+    defaults={"objective.timestep_sampling": "uniform", "objective.min_snr_gamma": 0.0},
+    dataset_defaults={
+        "resolution": 64,
+        "enable_bucket": True,
+        "bucket_no_upscale": False,
+        "caption_extension": ".txt",
+        "batch_size": 1,
+        "num_repeats": 1,
+        "missing_caption": "error",
+        "recursive": False,
+    },
+    choices={"objective.timestep_sampling": ("uniform",)},
+    geometry="musubi_tuner.models.toy.family:ToyConfig",
+    module="musubi_tuner.models.toy",
+    block_lists=("blocks",),
+    adapters=AdapterTargets(layers={"blocks": ("inner",)}, network_module="networks.lora_toy"),
+)
