@@ -7,7 +7,7 @@ Everything that is wrong is collected and raised as one `ConfigError`.
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import PrivateAttr, ValidationError
 
@@ -25,6 +25,9 @@ from musubi_tuner.config.schema import (
 )
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from musubi_tuner.config.importers import Imported
 
 DATA_TABLES = ("general", "datasets")
 Overrides = Mapping[str, Any]
@@ -116,7 +119,11 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     path = Path(path)
     document = read_toml(path)
     problems: list[Diagnostic] = []
-    _refuse_flat(path, document)
+    imported = None
+    if not {"schema_version", "run", "model"} & set(document):
+        imported = _import_flat(path, document)
+        document = imported.document
+        problems += imported.report.diagnostics()
     if document.get("schema_version") is True:  # true counts as 1 in Python
         problems.append(Diagnostic("error", "schema_version", "is True, expected 1"))
     tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
@@ -130,6 +137,8 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
     before = len(problems)
     tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
+    if imported is not None:
+        tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
     if spec and len(problems) == before:
         datasets, found = resolve_datasets(
             tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path)
@@ -173,12 +182,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
 
 
-def _refuse_flat(path: Path, document: dict[str, Any]) -> None:
-    if not {"schema_version", "run", "model"} & set(document):
-        raise ConfigError(
-            f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. Flat musubi or kohya "
-            "option files are not read yet; toml/tinyflux.toml shows the form expected here"
-        )
+def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":
+    """Read another tool's option file.
+
+    Raises:
+        ConfigError: if it is none that can be read.
+    """
+    from musubi_tuner.config.importers import import_musubi, looks_flat
+
+    tool = looks_flat(document)
+    if tool == "musubi":
+        return import_musubi(document, lambda text: locate(text, path))
+    what = "Option files of sd-scripts (kohya) are not read yet" if tool else "It is no musubi-tuner option file either"
+    raise ConfigError(
+        f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}; toml/tinyflux.toml shows "
+        "the form expected here"
+    )
 
 
 def _collect(

@@ -2,7 +2,6 @@
 
 import os
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
@@ -216,7 +215,7 @@ def _family(config: RunConfig) -> list[Diagnostic]:
     """What a family does not know, and its own rules."""
     spec, found = config.spec, []
     for key in config.set_keys():
-        reason = next((r for pattern, r in spec.not_applicable.items() if fnmatchcase(key, pattern)), None)
+        reason = spec.why_not(key)
         if reason is not None:
             text = f"does not apply to {spec.title}: {reason}" if isinstance(reason, str) else reason(config.get(key))
             found.append(_error(key, text))

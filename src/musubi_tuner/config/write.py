@@ -9,12 +9,14 @@ from musubi_tuner.config.schema import parameters, section_classes
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """All settings as TOML; absent values and secrets are left out."""
+    """All settings as TOML; absent values, secrets and keys that do not apply to the family are left out."""
     lines = [f"# Resolved from {config.path.name}; a comment names the origin of a value that is not the default."]
     by_section: dict[str, list[str]] = {}
     for parameter in parameters():
         value = config.get(parameter.key)
         if value is None or parameter.extra("secret") or parameter.key == "dataset_config":
+            continue
+        if config.spec.why_not(parameter.key) is not None:
             continue
         origin = config.origins.get(parameter.key, "default")
         text = tomli_w.dumps({parameter.name: value}).rstrip()
@@ -36,6 +38,10 @@ def resolved_toml(config: RunConfig) -> str:
             if name.startswith(f"{section}.") and entries
             for line in ("", f"[{name}]", *entries)
         ]
+    # Not in one call: the library would write a short list of tables inline, into the section above it.
     tables: dict[str, Any] = config.dataset_tables
-    text = tomli_w.dumps(tables)
-    return "\n".join(lines) + "\n\n" + text
+    if "general" in tables:
+        lines += ["", "[general]", *tomli_w.dumps(tables["general"]).splitlines()]
+    for dataset in tables.get("datasets", []):
+        lines += ["", "[[datasets]]", *tomli_w.dumps(dataset).splitlines()]
+    return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class ModelSpec:
     def load(self, name: str) -> Any:
         """An object of the family's package; imports torch."""
         return getattr(importlib.import_module(self.module), name)
+
+    def why_not(self, key: str) -> "str | Callable[[Any], str] | None":
+        """Why a dotted key does not apply to this family; None if it does."""
+        return next((reason for pattern, reason in self.not_applicable.items() if fnmatchcase(key, pattern)), None)
 
     def geometry_class(self) -> Any:
         """The torch-free geometry dataclass."""

@@ -189,11 +189,21 @@ class Runner:
         if final is None or final.step < total or self.config.resume.from_ != "auto":
             return False
         self._check_same_config(final.state)
+        self._tidy()
         print(
             f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps to "
             "train on, or use --fresh to start anew"
         )
         return True
+
+    def _tidy(self) -> None:
+        """Clear up behind a start that was killed after its last checkpoint was listed."""
+        from musubi_tuner.files import folder_lock
+        from musubi_tuner.training.checkpoint import tidy
+
+        folder, save = self.config.output_dir, self.config.save
+        with folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here")):
+            tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs)
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""

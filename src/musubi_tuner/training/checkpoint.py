@@ -26,7 +26,15 @@ from torch import Tensor
 
 from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError
-from musubi_tuner.files import TEMPORARY_PREFIX, fault_point, replace_file, sync_path, temporary_path, write_json
+from musubi_tuner.files import (
+    TEMPORARY_PREFIX,
+    fault_point,
+    remove_leftovers,
+    replace_file,
+    sync_path,
+    temporary_path,
+    write_json,
+)
 from musubi_tuner.tensors import save_tensors
 
 logger = logging.getLogger(__name__)
@@ -123,6 +131,19 @@ class CheckpointList:
             for part in (entry.model, entry.ema, entry.state):
                 if part and part not in used:
                     _remove(self.folder / part)
+
+
+def tidy(folder: Path, run: str, keep_steps: int | None = None, keep_epochs: int | None = None) -> None:
+    """Bring a run folder into order after a killed start; call it only while holding the folder's lock.
+
+    Temporary files go, complete checkpoints that are not listed are listed, and all are pruned as the run would.
+    """
+    for place in (folder, folder / "release", folder / "sample"):
+        remove_leftovers(place)
+    checkpoints = CheckpointList.read(folder, run)
+    checkpoints.adopt()
+    checkpoints.prune("step", keep_steps)
+    checkpoints.prune("epoch", keep_epochs)
 
 
 def _remove(path: Path) -> None:

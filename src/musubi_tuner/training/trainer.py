@@ -40,7 +40,7 @@ from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_ep
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, write_text
+from musubi_tuner.files import fault_point, folder_lock, write_text
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
@@ -53,6 +53,7 @@ from musubi_tuner.training.checkpoint import (
     read_tensors,
     read_values,
     save_weights,
+    tidy,
     write_state,
 )
 from musubi_tuner.training.ema import EMA, unwrap
@@ -833,9 +834,8 @@ def train(config: RunConfig, items: list[Item]) -> None:
             stack.enter_context(
                 folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"))
             )
-            for place in (folder, folder / "release", folder / "sample"):
-                remove_leftovers(place)
-            CheckpointList.read(folder, config.run.name).adopt()
+            # What an interrupted start may still resume from is pruned at its next save, not here.
+            tidy(folder, config.run.name)
         trainer.accelerator.wait_for_everyone()
         trainer.build()
         trainer.run()

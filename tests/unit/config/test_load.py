@@ -471,10 +471,17 @@ def test_nesting_without_end_is_not_toml(tmp_path: Path) -> None:
     assert message == f"{tmp_path / 'run.toml'}: not valid TOML: nested too deeply"
 
 
-def test_flat_option_file_is_refused(tmp_path: Path) -> None:
-    assert refusal_of('dit = "model.safetensors"\nmax_train_steps = 100\n', tmp_path) == (
-        f"{tmp_path / 'run.toml'}: has neither schema_version nor [run] nor [model], so it is not a run file. Flat "
-        "musubi or kohya option files are not read yet; toml/tinyflux.toml shows the form expected here"
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('pretrained_model_name_or_path = "x"', "Option files of sd-scripts (kohya) are not read yet"),
+        ("max_train_steps = 100", "It is no musubi-tuner option file either"),
+    ],
+)
+def test_other_option_files_are_refused(line: str, what: str, tmp_path: Path) -> None:
+    assert refusal_of(f"{line}\n", tmp_path) == (
+        f"{tmp_path / 'run.toml'}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}; "
+        "toml/tinyflux.toml shows the form expected here"
     )
 
 

@@ -1,0 +1,59 @@
+"""Rewrite another tool's option file as a run file: python -m musubi_tuner.config.importers FILE -o run.toml"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from musubi_tuner.config.command_line import Parser
+from musubi_tuner.config.importers import import_musubi, looks_flat
+from musubi_tuner.config.load import read_toml
+from musubi_tuner.config.paths import locate
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.files import write_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m musubi_tuner.config.importers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", help="option file of musubi-tuner (TOML)")
+    parser.add_argument("-o", "--output", required=True, help="run file to write")
+    options = parser.parse_args(arguments)
+    source, target = Path(options.file), Path(options.output)
+    document = read_toml(source)
+    if looks_flat(document) != "musubi":
+        raise ConfigError(f"{source}: is no option file of musubi-tuner")
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists already; choose another name")
+    imported = import_musubi(document, lambda text: locate(text, source))
+    for source_key, key, value in imported.report.carried:
+        print(f"carried    {source_key} -> {key} = {value!r}")
+    errors = 0
+    for finding in imported.report.diagnostics():
+        print(f"{finding.level:<10} {finding}")
+        errors += finding.level == "error"
+    tables = dict(imported.document)
+    if "dataset_config" in tables:
+        print(
+            "note       the data set file is read with our defaults from now on: check resolution and enable_bucket there"
+        )
+    else:
+        tables["general"] = imported.general
+    header = f"# Made from {source.name}; keys that are not here have this program's defaults.\n\n"
+    write_text(target, header + tomli_w.dumps(tables))
+    print(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
+    return EXIT_OK if not errors else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,452 @@
+"""Option files of musubi-tuner: flat keys, in tables whose names mean nothing.
+
+    [train]                       all keys are options of one script
+    architecture = "fd"           or script = "flux_dev_train_network.py"
+    dit = "..."
+
+Two tables are ours and keep their names: [accelerate] and [cache]. A missing key means musubi-tuner's default, which is
+written where ours differs. A value of another kind is an error, as in a typed file.
+"""
+
+import ast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config.diagnostics import did_you_mean
+from musubi_tuner.config.importers.report import Imported, Report
+from musubi_tuner.config.schema import Parameter, flat_names, parameters
+
+SCRIPTS = {"flux_dev": "fd", "tinyflux": "tf"}
+"""Beginning of a training script's name -> family."""
+NETWORKS = {"networks.lora_flux": "fd", "networks.lora_tinyflux": "tf"}
+DEFAULTS: dict[str, Any] = {
+    "adapter.rank": 4,
+    "adapter.alpha": 1.0,
+    "optimizer.lr": 2e-6,
+    "scheduler.type": "constant",
+    "objective.timestep_sampling": "sigma",
+    "objective.discrete_flow_shift": 1.0,
+    "objective.timestep_offset": 0.001,
+    "objective.guidance_scale": 1.0,
+    "objective.weighting_scheme": "none",
+    "train.mixed_precision": "no",
+    "save.dtype": "float32",
+    "save.every_steps": 0,
+    "save.keep_last_steps": 0,
+    "save.keep_last_epochs": 0,
+    "sample.width": 256,
+    "sample.height": 256,
+}
+"""What musubi-tuner assumes, by our key; written where the family's own default is another."""
+GENERAL: dict[str, Any] = {"resolution": [960, 544], "enable_bucket": False}
+"""The same for data sets."""
+SECRETS = ("huggingface_token", "wandb_api_key")
+OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
+MEMORY = "is not built yet (it comes with the memory work); take it out, or set it to false or 0"
+HARMLESS: dict[str, str] = {
+    "persistent_data_loader_workers": "workers are started for every epoch",
+    "logging_dir": "logs go to logs/ below output_dir",
+    "log_prefix": "logs go to logs/ below output_dir",
+    "log_tracker_name": "logs go to logs/ below output_dir",
+    "log_config": "the resolved config is always written",
+    "async_upload": "uploads never block the training",
+    "sdpa": "it is the attention used",
+    "ddp_gradient_as_bucket_view": "always on",
+    "verbose": "the plan says what is trained",
+    "training_finished_at": "written by the trainer",
+}
+"""Options without a counterpart that change no number."""
+OFF_ONLY: dict[str, str] = {
+    "fp8_base": MEMORY,
+    "fp8_scaled": MEMORY,
+    "blocks_to_swap": MEMORY,
+    "use_pinned_memory_for_block_swap": MEMORY,
+    "block_swap_h2d_only": MEMORY,
+    "gradient_checkpointing_cpu_offload": MEMORY,
+    "compile": MEMORY,
+    "flash_attn": "only sdpa is built yet; set sdpa = true instead",
+    "flash3": "only sdpa is built yet; set sdpa = true instead",
+    "xformers": "only sdpa is built yet; set sdpa = true instead",
+    "sage_attn": "cannot train; set sdpa = true instead",
+    "split_attn": "only sdpa is built yet; leave it out",
+    "cuda_allow_tf32": "is not built yet; leave it out",
+    "cuda_cudnn_benchmark": "is not built yet; leave it out",
+    "img_in_txt_in_offloading": OTHER_PROGRAM,
+    "no_metadata": "is not built: files always say how they were made",
+    "full_bf16": "is not built: adapters train in float32",
+    "full_fp16": "is not built: adapters train in float32",
+    "save_state_to_huggingface": "is not built: states stay local",
+    "resume_from_huggingface": "is not built: give a local state folder as resume",
+    "block_swap_ring_size": MEMORY,
+    "disable_numpy_memmap": MEMORY,
+    "conv_dim": "has nothing to act on: the blocks have no convolutions",
+    "conv_alpha": "has nothing to act on: the blocks have no convolutions",
+}
+"""Options that may be false, 0 or empty, and are refused otherwise."""
+NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adapter.include",
+                "rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout",
+                "loraplus_lr_ratio": "adapter.loraplus_lr_ratio"}  # fmt: skip
+OPTIMIZER_ARGS = {"betas": "optimizer.betas", "weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adafactor": "Adafactor", "": "AdamW"}
+SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
+DTYPES = {"float": "float32", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16",
+          "bf16": "bfloat16", "bfloat16": "bfloat16"}  # fmt: skip
+PLAIN = {"architecture": "model.arch", "dataset_config": "dataset_config", "max_data_loader_n_workers": "train.loader_workers",
+         "vae": "model.vae_path", "ddp_timeout": "distributed.timeout_minutes", "seed": "run.seed"}  # fmt: skip
+"""Source key -> ours, beside the flat names of the schema."""
+ACCELERATE = {"num_processes": "distributed.num_processes", "num_cpu_threads_per_process": "run.threads",
+              "main_process_port": "distributed.main_process_port"}  # fmt: skip
+
+
+def looks_flat(document: dict[str, Any]) -> str | None:
+    """Whose option file a document without typed tables looks like: musubi, kohya, or None."""
+    keys = set(document) | {key for table in document.values() if isinstance(table, dict) for key in table}
+    if {"pretrained_model_name_or_path", "train_data_dir"} & keys:
+        return "kohya"
+    return "musubi" if {"dit", "architecture", "script", "network_module", "dataset_config"} & keys else None
+
+
+def import_musubi(document: dict[str, Any], locate: Callable[[str], Path]) -> Imported:
+    """Translate an option file.
+
+    Args:
+        locate: where a path of the file is; needed for encoders that only their content tells apart.
+    """
+    return _Importer(locate).run(document)
+
+
+class _Importer:
+    def __init__(self, locate: Callable[[str], Path]) -> None:
+        self.locate, self.report = locate, Report()
+        self.known = {parameter.key: parameter for parameter in parameters()}
+        self.flat = flat_names()
+        self.values: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+
+    def run(self, document: dict[str, Any]) -> Imported:
+        tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+        own = {name: tables.pop(name) for name in ("accelerate", "cache") if name in tables}
+        options: dict[str, Any] = {key: value for key, value in document.items() if not isinstance(value, dict)}
+        for table in tables.values():
+            for key, value in table.items():
+                if key in options and options[key] != value:
+                    self.report.needs_you.append((key, f"is set twice, to {options[key]!r} and {value!r}; keep one"))
+                options[key] = value
+        for key in {key for key, _ in self.report.needs_you}:
+            options.pop(key)
+        self._accelerate(own.get("accelerate", {}))
+        self._cache(own.get("cache", {}))
+        self._family(options)
+        self._special(options)
+        for key, value in options.items():
+            self._plain(key, value)
+        self._defaults()
+        return Imported(self._nested(), dict(GENERAL), self.report, self.names)
+
+    # -- setting values ----------------------------------------------------------------------------------------------
+
+    def _carry(self, source: str, key: str, value: Any) -> None:
+        self._store(source, key, value)
+        self.report.carried.append((source, key, value))
+
+    def _convert(self, source: str, old: Any, key: str, value: Any, rule: str) -> None:
+        self._store(source, key, value)
+        self.report.converted.append((source, old, key, value, rule))
+
+    def _store(self, source: str, key: str, value: Any) -> None:
+        self.values[key], self.names[key] = value, source
+
+    def _refuse(self, source: str, reason: str) -> None:
+        self.report.refused.append((source, reason))
+
+    def _nested(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"schema_version": 1}
+        for key, value in self.values.items():
+            section, _, name = key.rpartition(".")
+            (document.setdefault(section, {}) if section else document)[name] = value
+        return document
+
+    # -- tables of ours ----------------------------------------------------------------------------------------------
+
+    def _accelerate(self, table: dict[str, Any]) -> None:
+        for key, value in table.items():
+            source = f"accelerate.{key}"
+            if key in ACCELERATE:
+                self._carry(source, ACCELERATE[key], value)
+            elif key in ("mixed_precision", "dynamo_backend", "num_machines"):
+                self.report.dropped_harmless.append((source, "the run's own settings decide"))
+            else:
+                self.report.unknown.append((source, did_you_mean(key, ACCELERATE)))
+
+    def _cache(self, table: dict[str, Any]) -> None:
+        for key, value in table.items():
+            source = f"cache.{key}"
+            if key == "skip_existing" and isinstance(value, bool):
+                if value:
+                    self._convert(
+                        source, value, "cache.skip_existing", "fingerprint", "files that are up to date are skipped"
+                    )
+                elif "run" in table:
+                    self._refuse(
+                        source, 'is false: leave it out and set cache.run = "always" to encode everything again'
+                    )
+                else:
+                    self._convert(source, value, "cache.run", "always", "everything is encoded again")
+            elif key == "batch_size":
+                self._convert(source, value, "cache.text_batch_size", value, "captions encoded together")
+            elif key == "num_workers":
+                self._convert(source, value, "cache.workers", value, "threads that read images")
+            elif f"cache.{key}" in self.known:
+                self._carry(source, f"cache.{key}", value)
+            else:
+                names = [name.removeprefix("cache.") for name in self.known if name.startswith("cache.")]
+                self.report.unknown.append((source, did_you_mean(key, names)))
+
+    # -- options that need thought -------------------------------------------------------------------------------------
+
+    def _family(self, options: dict[str, Any]) -> None:
+        """The family: as said, else by the script, else by the network module."""
+        if "script" in options:
+            name = str(options.pop("script"))
+            family = next((code for start, code in SCRIPTS.items() if Path(name).name.startswith(start)), None)
+            if family is None:
+                self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(SCRIPTS)}")
+            elif "architecture" in options:
+                self.report.dropped_harmless.append(("script", "architecture says it"))
+            else:
+                self._convert("script", name, "model.arch", family, "the script's family")
+        if "network_module" in options:
+            name = str(options.pop("network_module"))
+            family = NETWORKS.get(name)
+            if family is None:
+                self._refuse("network_module", f"{name}: is not built; known: {', '.join(NETWORKS)}")
+            else:
+                self._convert("network_module", name, "adapter.type", "lora", "its kind of adapter")
+                if "architecture" not in options and "model.arch" not in self.values:
+                    self.values["model.arch"] = family
+        elif "architecture" in options or "model.arch" in self.values:
+            self.values["adapter.type"] = "none"
+
+    def _special(self, options: dict[str, Any]) -> None:
+        for key in SECRETS:
+            if key in options:
+                options.pop(key)
+                self.report.secrets_removed.append(key)
+        for key, reason in HARMLESS.items():
+            if key in options:
+                options.pop(key)
+                self.report.dropped_harmless.append((key, reason))
+        for key, reason in OFF_ONLY.items():
+            if key in options:
+                value = options.pop(key)
+                if value in (False, 0, None, ""):
+                    self.report.dropped_harmless.append((key, "it is off"))
+                else:
+                    self._refuse(key, f"is {value!r}, which {reason}")
+        for key in [key for key in options if key.startswith(("compile_", "dynamo_"))]:
+            options.pop(key)
+            self.report.dropped_harmless.append((key, "nothing is compiled"))
+        for key in [key for key in options if key.startswith("metadata_")]:
+            options.pop(key)
+            self.report.dropped_changes_result.append((key, "the header of the file will not have it"))
+        self._steps(options)
+        self._choice(options, "optimizer_type", "optimizer.type", OPTIMIZERS, lower=True)
+        self._choice(options, "lr_scheduler", "scheduler.type", SCHEDULERS, lower=True)
+        self._choice(options, "save_precision", "save.dtype", DTYPES)
+        self._choice(options, "vae_dtype", "model.vae_dtype", DTYPES)
+        self._arguments(options, "optimizer_args", OPTIMIZER_ARGS)
+        self._arguments(options, "network_args", NETWORK_ARGS)
+        self._encoder1(options)
+        for key in ("base_weights", "base_weights_multiplier"):
+            if key in options and not isinstance(options[key], list):
+                target = self.flat[key].key
+                self._convert(key, options[key], target, [options.pop(key)], "a list of one")
+        if "num_timestep_buckets" in options:
+            value = options.pop("num_timestep_buckets")
+            rule = "the noise levels of every update are spread evenly, instead of those of an epoch over N slices"
+            self._convert(
+                "num_timestep_buckets", value, "objective.timestep_stratified", bool(value and value >= 2), rule
+            )
+        if "log_with" in options:
+            value = options.pop("log_with")
+            if value == "tensorboard":
+                self._convert("log_with", value, "log.tensorboard", True, "events in logs/")
+            else:
+                self._refuse("log_with", f"is {value!r}; only tensorboard is built")
+
+    def _steps(self, options: dict[str, Any]) -> None:
+        """Lengths: epochs win over steps; warm-up as a share; newest steps kept are counted in steps there."""
+        if "max_train_epochs" in options and "max_train_steps" in options:
+            options.pop("max_train_steps")
+            self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs decides"))
+        if "max_train_epochs" not in options and "max_train_steps" not in options:
+            self.values["train.max_steps"] = 1600
+            self.report.defaulted.append(("train.max_steps", 1600))
+        warmup = options.get("lr_warmup_steps")
+        if isinstance(warmup, str) and warmup.endswith("%"):
+            warmup = float(warmup[:-1]) / 100 if warmup[:-1].replace(".", "", 1).isdigit() else warmup
+        if isinstance(warmup, float) and 0 < warmup < 1:
+            old, steps = (
+                options.pop("lr_warmup_steps"),
+                options.get("max_train_steps", self.values.get("train.max_steps")),
+            )
+            if isinstance(steps, int):
+                self._convert(
+                    "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "share of max_train_steps"
+                )
+            else:
+                self.report.needs_you.append(("lr_warmup_steps", f"is {old!r}, a share of steps that are not known here; "
+                                              "give a whole number of updates"))  # fmt: skip
+        for kind, ours in (("steps", "save.keep_last_steps"), ("epochs", "save.keep_last_epochs")):
+            key, every = f"save_last_n_{kind}", options.get(f"save_every_n_{kind}")
+            if key in options:
+                value = options.pop(key)
+                if isinstance(value, int) and isinstance(every, int) and every > 0 and kind == "steps":
+                    self._convert(key, value, ours, max(1, value // every), "files instead of steps")
+                else:
+                    self._carry(key, ours, value)
+            if f"{key}_state" in options:
+                options.pop(f"{key}_state")
+                self.report.dropped_changes_result.append((f"{key}_state", "states are kept as long as their files"))
+        if "save_state_on_train_end" in options:
+            options.pop("save_state_on_train_end")
+            self.report.dropped_harmless.append(("save_state_on_train_end", "the last state is always written"))
+
+    def _choice(
+        self, options: dict[str, Any], source: str, key: str, table: dict[str, str], *, lower: bool = False
+    ) -> None:
+        """A word of theirs into one of ours."""
+        if source not in options:
+            return
+        old = options.pop(source)
+        word = old.lower() if lower and isinstance(old, str) else old
+        if word not in table:
+            known = ", ".join(name for name in table if name)
+            self._refuse(source, f"is {old!r}, which is not built; known: {known}.{did_you_mean(str(word), table)}")
+        elif table[word] == old:
+            self._carry(source, key, old)
+        else:
+            self._convert(source, old, key, table[word], "our name of it")
+
+    def _arguments(self, options: dict[str, Any], source: str, table: dict[str, str]) -> None:
+        """A list of ``key=value`` texts."""
+        if source not in options:
+            return
+        entries = options.pop(source)
+        texts = [entries] if isinstance(entries, str) else entries
+        found, problem = {}, None
+        for text in texts if isinstance(texts, list) else [texts]:
+            name, sign, value = str(text).partition("=")
+            name = name.strip()
+            if not sign:
+                problem = f"{text!r} is not of the form key=value"
+            elif name == "verbose" or (name in OFF_ONLY and value.strip() in ("0", "None", "False")):
+                continue
+            elif name not in table:
+                problem = f"{name} is not built; known: {', '.join(table)}.{did_you_mean(name, table)}"
+            else:
+                found[table[name]] = self._typed(self.known[table[name]], value.strip())
+        if problem:
+            self._refuse(source, problem)
+            return
+        for key, value in found.items():
+            self._store(source, key, value)
+        shown = ", ".join(f"{key} = {value!r}" for key, value in found.items()) or "nothing"
+        self.report.converted.append((source, entries, ", ".join(found) or "-", shown, "one key each"))
+
+    def _typed(self, parameter: Parameter, text: str) -> Any:
+        """A Python literal as the type of a setting."""
+        try:
+            value = ast.literal_eval(text.removeprefix("r"))
+        except (ValueError, SyntaxError):
+            try:
+                # Lists of raw strings, as the patterns are usually written.
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                return text
+        if isinstance(value, tuple):
+            value = list(value)
+        if parameter.type_name.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        return value
+
+    def _encoder1(self, options: dict[str, Any]) -> None:
+        """``text_encoder1`` is Kontext's spelling of T5; here ``text_encoder`` is CLIP and ``text_encoder2`` T5."""
+        if "text_encoder1" not in options:
+            return
+        first = options.pop("text_encoder1")
+        if not self._is_t5(first):
+            self.report.needs_you.append(("text_encoder1", f"{first}: is not a T5 file, which this name means; write CLIP-L as "
+                                          "text_encoder and T5 as text_encoder2"))  # fmt: skip
+            return
+        self._convert("text_encoder1", first, "model.t5_path", first, "its content is T5")
+        second = options.get("text_encoder2")
+        if second is not None and "text_encoder" not in options and not self._is_t5(second):
+            options.pop("text_encoder2")
+            self._convert("text_encoder2", second, "model.clip_path", second, "its content is CLIP")
+
+    def _is_t5(self, text: Any) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.locate(str(text))
+        try:
+            with safe_open(str(path), "np") as file:
+                return any(".SelfAttention." in key for key in file.keys())  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError):
+            return False
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    def _plain(self, key: str, value: Any) -> None:
+        """Options that mean here what they mean there."""
+        target = PLAIN.get(key) or (self.flat[key].key if key in self.flat else None)
+        if target is None or key not in self._source_names():
+            self.report.unknown.append((key, did_you_mean(key, self._source_names())))
+            return
+        parameter = self.known[target]
+        if isinstance(value, str) and parameter.type_name in ("int", "float") and _is_number(value):
+            number = float(value) if parameter.type_name == "float" else int(value)
+            self._convert(key, value, target, number, "a number in quotes")
+        elif parameter.type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
+            self._carry(key, target, float(value))
+        else:
+            self._carry(key, target, value)
+
+    def _source_names(self) -> Iterable[str]:
+        """Names that an option file may use."""
+        return {*self.flat, *PLAIN, *HARMLESS, *OFF_ONLY, *SECRETS, "optimizer_args", "network_args"}
+
+    def _defaults(self) -> None:
+        """Write musubi-tuner's defaults where the family's differ."""
+        from musubi_tuner.models.registry import MODELS
+
+        spec = MODELS.get(str(self.values.get("model.arch")))
+        if spec is None:
+            return
+        if "run.seed" not in self.values:
+            self.report.defaulted.append(("run.seed", 42))
+        samples = "sample.prompts" in self.values
+        for key, value in DEFAULTS.items():
+            section = key.partition(".")[0]
+            if key in self.values or (section == "sample" and not samples):
+                continue
+            if section == "adapter" and self.values.get("adapter.type") != "lora":
+                continue
+            every = key.replace("keep_last_", "every_")
+            if every != key and not self.values.get(every):
+                continue
+            if spec.why_not(key) is not None:
+                continue
+            ours = spec.defaults.get(key, self.known[key].field.default)
+            if value != ours and value in (spec.choices.get(key) or [value]):
+                self.values[key] = value
+                self.report.defaulted.append((key, value))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

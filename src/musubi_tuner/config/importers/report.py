@@ -1,0 +1,69 @@
+"""What became of every key of an imported file."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from musubi_tuner.config.diagnostics import Diagnostic
+
+
+@dataclass
+class Report:
+    """Source keys by what became of them; each is in exactly one list, but `defaulted`, which lists keys of ours.
+
+    Attributes:
+        carried: source key, our key, value. converted: source key, its value, our key, value, rule.
+        defaulted: our key, value: the source tool's default where ours differs.
+        dropped_harmless, dropped_changes_result: source key, reason.
+        secrets_removed: source keys. unknown: source key, hint. refused: source key, reason: what is not built.
+        needs_you: source key, what a person must do.
+    """
+
+    carried: list[tuple[str, str, Any]] = field(default_factory=list)
+    converted: list[tuple[str, Any, str, Any, str]] = field(default_factory=list)
+    defaulted: list[tuple[str, Any]] = field(default_factory=list)
+    dropped_harmless: list[tuple[str, str]] = field(default_factory=list)
+    dropped_changes_result: list[tuple[str, str]] = field(default_factory=list)
+    secrets_removed: list[str] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    needs_you: list[tuple[str, str]] = field(default_factory=list)
+
+    def keys(self) -> list[str]:
+        """Source keys of all lists, in their order."""
+        lists = (self.carried, self.converted, self.dropped_harmless, self.dropped_changes_result, self.unknown,
+                 self.refused, self.needs_you)  # fmt: skip
+        return [entry[0] for entries in lists for entry in entries] + self.secrets_removed
+
+    def diagnostics(self) -> Iterator[Diagnostic]:
+        """Errors for what cannot be done, warnings for what is lost, notes for what was changed."""
+        for key, hint in self.unknown:
+            yield Diagnostic("error", key, f"unknown key.{hint}")
+        for key, reason in (*self.refused, *self.needs_you):
+            yield Diagnostic("error", key, reason)
+        for key, reason in self.dropped_changes_result:
+            yield Diagnostic("warning", key, f"is left out: {reason}")
+        for key in self.secrets_removed:
+            yield Diagnostic("warning", key, "is a secret and is not taken over; put it into HF_TOKEN")
+        for key, old, ours, new, rule in self.converted:
+            yield Diagnostic("info", key, f"{old!r} -> {ours} = {new!r} ({rule})")
+        for key, reason in self.dropped_harmless:
+            yield Diagnostic("info", key, f"is not needed: {reason}")
+        if self.defaulted:
+            text = ", ".join(f"{key} = {value!r}" for key, value in self.defaulted)
+            yield Diagnostic("info", "", f"defaults of the source tool: {text}")
+
+
+@dataclass
+class Imported:
+    """A typed document made of another tool's.
+
+    Attributes:
+        document: as a run file would be read. general: [general] values that the source tool assumes.
+        names: our key -> source key, for messages.
+    """
+
+    document: dict[str, Any]
+    general: dict[str, Any]
+    report: Report
+    names: dict[str, str]

@@ -1,0 +1,272 @@
+"""Option files of musubi-tuner: every key ends in exactly one list, and nothing is ignored."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import save_file
+
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.importers import Imported, import_musubi, looks_flat
+from musubi_tuner.config.importers.__main__ import main
+from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.errors import ConfigError
+
+EXAMPLE = """
+[train]
+architecture = "fd"
+dit = "models/flux1-dev.safetensors"
+vae = "models/ae.safetensors"
+text_encoder = "models/clip_l.safetensors"
+text_encoder2 = "models/t5xxl_fp8_e4m3fn_scaled.safetensors"
+dataset_config = "toml/data.toml"
+output_dir = "data/output/example"
+output_name = "flux_lora"
+network_module = "networks.lora_flux"
+network_dim = 16
+network_alpha = 16
+learning_rate = 8e-5
+optimizer_type = "adamw8bit"
+lr_scheduler = "constant"
+max_train_epochs = 16
+save_every_n_epochs = 1
+mixed_precision = "bf16"
+sdpa = true
+gradient_checkpointing = true
+fp8_base = true
+fp8_scaled = true
+fp8_t5 = true
+blocks_to_swap = 25
+timestep_sampling = "flux_shift"
+weighting_scheme = "none"
+guidance_scale = 1.0
+ip_noise_gamma = 0.2
+ip_noise_gamma_random_strength = false
+seed = 42
+
+[accelerate]
+num_processes = 1
+num_cpu_threads_per_process = 1
+
+[cache]
+run = "auto"
+skip_existing = true
+batch_size = 16
+"""
+NOT_BUILT = ("fp8_base", "fp8_scaled", "blocks_to_swap")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the example names."""
+    for name in ("flux1-dev", "ae", "clip_l", "t5xxl_fp8_e4m3fn_scaled"):
+        path = tmp_path / "models" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"x": torch.zeros(1)}, path)
+    (tmp_path / "toml").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "toml" / "data.toml").write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nimage_directory = "images"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flat(**changes: Any) -> dict[str, Any]:
+    """The example without what is not built, with changes; None leaves a key out."""
+    table = {key: value for key, value in tomllib.loads(EXAMPLE)["train"].items() if key not in NOT_BUILT}
+    return {key: value for key, value in {**table, **changes}.items() if value is not None}
+
+
+def load(project: Path, **changes: Any) -> RunConfig:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps({"anything": flat(**changes)}))
+    return load_config(path)
+
+
+def problems(project: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(project, **changes)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def imported(document: dict[str, Any]) -> Imported:
+    return import_musubi(document, Path)
+
+
+def source_keys(document: dict[str, Any]) -> list[str]:
+    keys = []
+    for name, value in document.items():
+        if isinstance(value, dict):
+            keys += [f"{name}.{key}" if name in ("accelerate", "cache") else key for key in value]
+        else:
+            keys.append(name)
+    return sorted(keys)
+
+
+def test_example_fails_with_exactly_what_is_not_built(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(EXAMPLE)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}: 3 problems"
+    assert [line.strip().partition(":")[0] for line in lines[1:]] == list(NOT_BUILT)
+
+
+def test_example_without_these_is_the_run_it_says(project: Path) -> None:
+    config = load(project)
+    assert config.spec.code == "fd"
+    assert config.adapter.type == "lora"
+    assert (config.adapter.rank, config.adapter.alpha) == (16, 16.0)
+    assert config.optimizer.type == "AdamW8bit" and config.optimizer.lr == 8e-5
+    assert config.train.max_epochs == 16 and config.train.max_steps is None
+    assert config.save.every_epochs == 1 and not config.save.every_steps
+    assert config.objective.ip_noise_gamma == 0.2
+    assert config.objective.timestep_sampling == "flux_shift"
+    assert config.model.fp8_t5 and config.memory.gradient_checkpointing
+    assert config.model.t5_path == "models/t5xxl_fp8_e4m3fn_scaled.safetensors"
+    # What musubi-tuner assumes and we do not:
+    assert config.objective.timestep_offset == 0.001
+    assert config.save.keep_last_epochs == 0
+    assert config.datasets[0].resolution == (960, 544) and not config.datasets[0].enable_bucket
+    assert not [finding for finding in config.findings if finding.level == "warning"]
+    notes = "\n".join(str(finding) for finding in config.findings)
+    assert "optimizer_type: 'adamw8bit' -> optimizer.type = 'AdamW8bit' (our name of it)" in notes
+    assert "objective.timestep_offset = 0.001" in notes and "sdpa: is not needed" in notes
+
+
+def test_resolved_config_of_an_imported_run_is_the_same_run(project: Path) -> None:
+    config = load(project)
+    typed = project / "typed.toml"
+    typed.write_text(resolved_toml(config))
+    again = load_config(typed)
+    assert again.model_dump(exclude={"dataset_config"}) == config.model_dump(exclude={"dataset_config"})
+    assert again.datasets == config.datasets
+
+
+def test_every_key_is_in_one_list() -> None:
+    document = tomllib.loads(EXAMPLE)
+    document["train"] |= {
+        "huggingface_token": "hf_x", "wandb_api_key": "x", "metadata_title": "t", "no_such_key": 1, "compile": False,
+        "compile_backend": "inductor", "network_args": ["verbose=True"], "optimizer_args": ["weight_decay=0.1"],
+        "save_last_n_steps": 30, "save_every_n_steps": 10, "save_last_n_steps_state": 30, "max_train_steps": 5,
+        "lr_warmup_steps": 0.1, "num_timestep_buckets": 10, "log_with": "wandb", "logging_dir": "x", "save_precision": "bf16",
+        "dynamo_backend": "NO", "script": "flux_dev_train_network.py", "persistent_data_loader_workers": True,
+    }  # fmt: skip
+    document["accelerate"]["mixed_precision"] = "bf16"
+    document["accelerate"]["gpu"] = 1
+    found = imported(document).report
+    assert sorted(found.keys()) == source_keys(document)
+    assert found.secrets_removed == ["huggingface_token", "wandb_api_key"]
+    assert "hf_x" not in "\n".join(str(d) for d in found.diagnostics())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"learning_rate": "1e-4"}, "optimizer.lr", 1e-4),
+        ({"optimizer_type": "AdamW"}, "optimizer.type", "AdamW"),
+        ({"optimizer_args": ["weight_decay=0.1", "betas=0.9,0.95"]}, "optimizer.betas", [0.9, 0.95]),
+        ({"network_args": ["exclude_patterns=[r'.*double_blocks.*']"]}, "adapter.exclude", [".*double_blocks.*"]),
+        ({"network_args": ["loraplus_lr_ratio=4"]}, "adapter.loraplus_lr_ratio", 4.0),
+        ({"network_dim": None}, "adapter.rank", 4),
+        ({"network_alpha": None}, "adapter.alpha", 1.0),
+        ({"mixed_precision": None}, "train.mixed_precision", "no"),
+        ({"timestep_sampling": None}, "objective.timestep_sampling", "sigma"),
+        ({"learning_rate": None}, "optimizer.lr", 2e-6),
+        ({"max_train_epochs": None}, "train.max_steps", 1600),
+        ({"save_precision": "fp16"}, "save.dtype", "float16"),
+        ({"max_train_epochs": None, "max_train_steps": 200, "lr_warmup_steps": 0.1}, "scheduler.warmup_steps", 20),
+        ({"max_train_epochs": None, "max_train_steps": 200, "lr_warmup_steps": "5%"}, "scheduler.warmup_steps", 10),
+        ({"save_every_n_steps": 10, "save_last_n_steps": 30}, "save.keep_last_steps", 3),
+        ({"num_timestep_buckets": 10}, "objective.timestep_stratified", True),
+        ({"discrete_flow_shift": 3, "timestep_sampling": "shift"}, "objective.discrete_flow_shift", 3.0),
+        ({"min_timestep": 200}, "objective.min_timestep", 200),
+        ({"scale_weight_norms": 1.0}, "adapter.max_norm", 1.0),
+        ({"gradient_accumulation_steps": 4}, "train.grad_accum_steps", 4),
+        ({"training_comment": "a cat"}, "save.comment", "a cat"),
+        ({"architecture": None, "script": "flux_dev_train_network.py"}, "model.arch", "fd"),
+        ({"architecture": None}, "model.arch", "fd"),
+        ({"vae_dtype": "bf16"}, "model.vae_dtype", "bfloat16"),
+    ],
+    ids=str,
+)
+def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) -> None:
+    assert load(project, **changes).get(key) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"timestep_smapling": "shift"}, "timestep_smapling: unknown key. Did you mean 'timestep_sampling'?"),
+        ({"timestep_sampling": "flux_shfit"}, "objective.timestep_sampling: is 'flux_shfit', expected one of"),
+        (
+            {"optimizer_type": "lion"},
+            "optimizer_type: is 'lion', which is not built; known: adamw, adamw8bit, adafactor.",
+        ),
+        ({"network_module": "networks.loha"}, "network_module: networks.loha: is not built; known: networks.lora_flux"),
+        ({"network_args": ["rank_drop=0.1"]}, "network_args: rank_drop is not built; known: exclude_patterns"),
+        ({"network_args": ["foo"]}, "network_args: 'foo' is not of the form key=value"),
+        ({"flash_attn": True}, "flash_attn: is True, which only sdpa is built yet"),
+        ({"compile": True}, "compile: is True, which is not built yet"),
+        ({"log_with": "wandb"}, "log_with: is 'wandb'; only tensorboard is built"),
+        ({"lr_warmup_steps": 0.1}, "lr_warmup_steps: is 0.1, a share of steps that are not known here"),
+        ({"learning_rate": "fast"}, "optimizer.lr: is 'fast', expected a number"),
+        ({"text_encoder1": "models/ae.safetensors"}, "text_encoder1: models/ae.safetensors: is not a T5 file"),
+    ],
+    ids=str,
+)
+def test_refusals(changes: dict[str, Any], expected: str, project: Path) -> None:
+    found = problems(project, **changes)
+    assert any(line.startswith(expected) for line in found), found
+
+
+def test_one_key_with_two_values(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps({"a": flat(), "b": {"network_dim": 8}}))
+    with pytest.raises(ConfigError, match="network_dim: is set twice, to 16 and 8; keep one"):
+        load_config(path)
+
+
+def test_first_encoder_of_kontext_is_t5_by_content(project: Path) -> None:
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(1)}, project / "models" / "t5.safetensors")
+    changes = {
+        "text_encoder1": "models/t5.safetensors",
+        "text_encoder2": "models/clip_l.safetensors",
+        "text_encoder": None,
+    }
+    config = load(project, **changes)
+    assert config.model.t5_path == "models/t5.safetensors"
+    assert config.model.clip_path == "models/clip_l.safetensors"
+
+
+def test_command_line_wins_over_the_option_file(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps(flat()))
+    assert load_config(path, {"learning_rate": 1e-3}).optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("document", "tool"),
+    [
+        ({"train": {"dit": "x"}}, "musubi"),
+        ({"network_module": "networks.lora_flux"}, "musubi"),
+        ({"model": {}, "pretrained_model_name_or_path": "x", "network_module": "networks.lora"}, "kohya"),
+        ({"x": 1}, None),
+    ],
+)
+def test_tools_are_told_apart(document: dict[str, Any], tool: str | None) -> None:
+    assert looks_flat(document) == tool
+
+
+def test_command_writes_a_run_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "flat.toml").write_text(tomli_w.dumps({"a": flat()}))
+    assert main(["flat.toml", "-o", "run.toml"]) == 0
+    assert "carried    learning_rate -> optimizer.lr = 8e-05" in capsys.readouterr().out
+    assert load_config(project / "run.toml").adapter.rank == 16
+    assert main(["flat.toml", "-o", "run.toml"]) == 2
+    assert "exists already" in capsys.readouterr().err
