@@ -82,6 +82,7 @@ class LoRALinear(nn.Module):
             scale = scale / (1 - self.rank_dropout)
         return self.lora_up(hidden) * scale
 
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """Change of the weight [out, in], float32, at the present strength."""
         return (self.lora_up.weight.float() @ self.lora_down.weight.float()) * self.factor
