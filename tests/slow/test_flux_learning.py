@@ -35,7 +35,7 @@ from musubi_tuner.training.step import make_draws, training_step
 
 ROOT = Path(__file__).parents[2]
 NEW = "purple"
-BASE_STEPS, LORA_STEPS = 1800, 300
+BASE_STEPS, LORA_STEPS = 1800, 600
 GEOMETRY = FluxConfig(
     vec_in_dim=128,
     context_in_dim=128,
@@ -179,6 +179,6 @@ def test_lora_teaches_a_new_colour(tmp_path: Path, capsys: pytest.CaptureFixture
         for name, result in found.items():
             print(f"\n{name}: {result}", end="")
     assert found["purple before"]["colour"] == 0
-    assert found["purple after"]["colour"] >= 0.9
+    assert found["purple after"]["colour"] >= 0.75
     assert found["purple after"]["all"] >= 0.7
-    assert found["others after"]["all"] >= found["others before"]["all"] - 0.2
+    assert found["others after"]["all"] >= found["others before"]["all"] - 0.15

@@ -19,7 +19,7 @@ from torch import Tensor
 from musubi_tuner.encoders.locate import find_tokenizer
 from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.scaled_fp8 import SCALE_NAMES, dequantize_file, is_fp8
+from musubi_tuner.models.stored import StoredWeight, read_stored
 
 CLIP_L_CONFIG: dict[str, Any] = {
     "vocab_size": 49408,
@@ -225,8 +225,8 @@ def load_t5(
     what = f"model.t5_path: {file}"
     if any("self_attn" in key or "text_model." in key for key in tensors):
         raise CheckpointError(f"{what}: is a CLIP text model, expected T5; are clip_path and t5_path swapped?")
-    stored = _t5_keys(tensors)
-    text = dequantize_file(stored, {}, what, dtype)
+    stored = read_stored(_t5_keys(tensors), {}, what)
+    text = {key: weight.dense(dtype) for key, weight in stored.items()}
     if not any(key.startswith("encoder.block.") for key in text):
         raise CheckpointError(f"{what}: holds no T5 encoder (first key: {next(iter(tensors))})")
 
@@ -255,21 +255,17 @@ def load_t5(
     return TextEncoder(module, loaded, max_tokens, pooled=False, masked=masked)
 
 
-def _store_fp8(module: Any, stored: dict[str, Tensor]) -> None:
+def _store_fp8(module: Any, stored: dict[str, StoredWeight]) -> None:
     """Replace the Linear layers of a T5 encoder by fp8 ones."""
     from musubi_tuner.memory.frozen_linear import FrozenLinear
 
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
     for name, layer in layers.items():
         weight = stored.get(f"{name}.weight")
-        if weight is not None and is_fp8(weight):
-            scale = next((stored[name + s] for s in SCALE_NAMES if name + s in stored), None)
-            device = layer.weight.device
-            frozen = FrozenLinear(
-                weight.to(device), None if scale is None else scale.to(device).float(), layer.bias, layer.weight.dtype
-            )
-        else:
-            frozen = FrozenLinear.quantized(layer, "row")
+        frozen = FrozenLinear.of_weight(
+            StoredWeight.of(layer.weight.detach()) if weight is None or not weight.is_fp8 else weight,
+            layer.bias, "fp8_scaled", layer.weight.dtype, scale="row", device=layer.weight.device,
+        )  # fmt: skip
         # transformers asks the last layer of a block for the dtype of its weight, and casts its input to that.
         frozen.weight = torch.empty(0, dtype=frozen.dtype)
         module.set_submodule(name, frozen)

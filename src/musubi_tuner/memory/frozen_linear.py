@@ -1,12 +1,14 @@
-"""A Linear layer whose weight never trains, stored as it is or in 8-bit floating point.
+"""A Linear layer whose weight never trains, in one of several forms of storage.
 
 Its autograd function keeps no weight for the backward pass: the stored form is fetched and brought to the compute dtype
-again there. So a step holds the compute form of one layer at a time.
+again there. So a step holds the compute form of one layer at a time, and a weight may leave the device in between.
 
     storage     bytes per weight   scale (float32)
     plain       as given           none
     fp8         1                  none: cast to float8_e4m3fn
     fp8_scaled  1                  per tensor, per row, or per 64 columns of a row: max |w| / 448
+    int8        1                  per row: max |w| / 127
+    nf4         0.5                per 64 values: max |w|; 16 levels (Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes
 
 The product is computed as ``x @ dequantize(weight).T``: on every device, without scaled matrix products.
 """
@@ -17,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.models.scaled_fp8 import dequantize, is_fp8
+from musubi_tuner.models.stored import StoredWeight, dequantize, is_fp8
 
+Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]
 BLOCK = 64
-"""Columns that share a scale."""
+"""Columns that share a scale, and values that share one in nf4."""
 FP8_MAX = 448.0
+INT8_MAX = 127.0
 SCALE_FLOOR = 1e-8
 
 
@@ -59,14 +63,41 @@ def _cast(values: Tensor) -> Tensor:
     return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
+def quantize(weight: Tensor, storage: Storage, scale: Scale = "block") -> tuple[Tensor, Tensor | None]:
+    """Bring a weight [out, in] into a form of storage.
+
+    Returns:
+        Codes and their float32 scale. Codes of nf4 are packed, two in a byte, [out * in / 2].
+
+    Raises:
+        ValueError: for fp8 input, or an unknown storage.
+    """
+    if storage == "plain":
+        return weight, None
+    if storage == "fp8":
+        return quantize_fp8(weight, None)
+    if storage == "fp8_scaled":
+        return quantize_fp8(weight, scale)
+    values = torch.nan_to_num(weight.float())
+    if storage == "int8":
+        factor = (values.abs().amax(1, keepdim=True) / INT8_MAX).clamp(min=SCALE_FLOOR)
+        return (values / factor).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), factor
+    if storage == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(values.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        return packed.flatten(), state.absmax.float()
+    raise ValueError(f"unknown storage '{storage}'; known: plain, fp8, fp8_scaled, int8, nf4")
+
+
 class _FrozenProduct(torch.autograd.Function):
     """``x @ W.T + b`` with W fetched when it is needed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "FrozenLinear", dtype: torch.dtype) -> Tensor:
-        ctx.layer, ctx.dtype = layer, dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x, layer.dense_weight(dtype), bias)
+        ctx.layer = layer
+        bias = layer.fetch("bias")
+        return F.linear(x, layer.dense_weight(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -77,34 +108,89 @@ class _FrozenProduct(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """A Linear layer that is not trained.
 
-    Args:
-        stored: weight [out, in] in its storage dtype. scale: float32 factor of an fp8 weight, or None.
-        bias: [out] or None.
-        dtype: computed in outside of autocast.
+    Attributes:
+        residence: who holds the buffers, if not the layer itself (see block_swap); asked at every use.
     """
 
-    stored: Tensor
+    stored: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
+    BUFFERS = ("stored", "scale", "bias")
 
-    def __init__(self, stored: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stored: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        storage: Storage = "fp8_scaled",
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        """See `of_weight`.
+
+        Args:
+            stored: codes. scale: their float32 factor. bias: [out]. dtype: computed in outside of autocast.
+            shape: [out, in], where the codes do not show it.
+        """
         super().__init__()
-        self.dtype = dtype
-        self.out_features, self.in_features = stored.shape
-        self.register_buffer("stored", stored)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
+        self.dtype, self.storage = dtype, storage
+        self.out_features, self.in_features = shape or (stored.shape[0], stored.shape[1])
+        self.residence: Any = None
+        for name, buffer in zip(self.BUFFERS, (stored, scale, bias)):
+            self.register_buffer(name, buffer)
 
     @classmethod
-    def quantized(cls, linear: nn.Linear, scale: Scale | None = "block") -> "FrozenLinear":
-        """An fp8 copy of a Linear layer, computing in the dtype of its weight."""
-        stored, factor = quantize_fp8(linear.weight.detach(), scale)
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(stored, factor, bias, linear.weight.dtype)
+    def of_weight(
+        cls,
+        weight: StoredWeight,
+        bias: Tensor | None,
+        storage: Storage,
+        dtype: torch.dtype,
+        *,
+        scale: Scale = "block",
+        device: torch.device | str = "cpu",
+        quantize_on: torch.device | None = None,
+    ) -> "FrozenLinear":
+        """A layer from a weight of a file.
+
+        fp8 weights of a file are used as they are by the fp8 storages, with their scales: rescaling would round twice.
+
+        Args:
+            dtype: computed in outside of autocast. scale: what shares one, for fp8_scaled.
+            device: where it lives. quantize_on: where it is quantised.
+        """
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        if weight.is_fp8 and storage in ("fp8", "fp8_scaled"):
+            codes, factor = weight.codes()
+        else:
+            dense = weight.dense(dtype)
+            codes, factor = quantize(dense.to(quantize_on or dense.device), storage, scale)
+        # Copies of their own: a view of the mapped file would keep it open.
+        codes = codes.to(device, copy=True)
+        factor = None if factor is None else factor.to(device, copy=True)
+        bias = None if bias is None else bias.detach().to(device, dtype, copy=True)
+        return cls(codes, factor, bias, dtype, storage=storage, shape=shape)
+
+    def fetch(self, name: str) -> Tensor | None:
+        """A buffer, wherever it is."""
+        return getattr(self, name) if self.residence is None else self.residence.fetch(self, name)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a compute dtype; multiplied in float32."""
-        return self.stored.to(dtype) if self.scale is None else dequantize(self.stored, self.scale, dtype)
+        """The weight [out, in] in a compute dtype; multiplied in float32."""
+        stored, scale = self.fetch("stored"), self.fetch("scale")
+        assert stored is not None
+        if scale is None:
+            return stored.to(dtype)
+        if self.storage != "nf4":
+            return dequantize(stored, scale, dtype)
+        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
+        state = QuantState(
+            absmax=scale, shape=torch.Size((self.out_features, self.in_features)), dtype=torch.float32, blocksize=BLOCK,
+            quant_type="nf4", code=get_4bit_type("nf4", device=stored.device, blocksize=BLOCK),
+        )  # fmt: skip
+        return dequantize_4bit(stored.view(-1, 1), state).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -6,7 +6,7 @@ or ``owner/repo[:subfolder or file]`` on the hub. Pickled files are read with ``
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -366,36 +366,14 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, option
         CheckpointError: listing missing, unexpected and mis-shaped keys.
     """
     own = model.state_dict(keep_vars=True)
-    _check_keys(own, tensors, what, optional)
+    check_keys(own, tensors, what, optional)
     with torch.no_grad():
         for key, tensor in own.items():
             if key in tensors:
                 tensor.copy_(tensors[key].view(tensor.shape) if tensors[key].shape != tensor.shape else tensors[key])
 
 
-def assign_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, device: torch.device | str) -> None:
-    """Make tensors the weights of a frozen meta model, without a second copy and in their own dtypes.
-
-    Args:
-        tensors: must hold exactly the keys of the model's state dict; moved one by one and taken out of the dictionary.
-        what: begins the error: the file and the model.
-
-    Raises:
-        CheckpointError: listing missing, unexpected and mis-shaped keys.
-    """
-    own = model.state_dict(keep_vars=True)
-    _check_keys(own, tensors, what, ())
-    for key in own:
-        tensor = tensors.pop(key).to(device)
-        parent, _, leaf = key.rpartition(".")
-        owner = model.get_submodule(parent)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
-
-
-def _check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], what: str, optional: Iterable[str]) -> None:
+def check_keys(own: Mapping[str, Any], tensors: Mapping[str, Any], what: str, optional: Iterable[str] = ()) -> None:
     """Raise a `CheckpointError` that lists missing, unexpected and mis-shaped keys, if there are any."""
     missing = [key for key in own if key not in tensors and key not in set(optional)]
     unexpected = [key for key in tensors if key not in own]
@@ -411,7 +389,7 @@ def _check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], what: str, o
         raise CheckpointError(f"{what}: " + "; ".join(problems))
 
 
-def _same_shape(found: Tensor, expected: Tensor) -> bool:
+def _same_shape(found: Any, expected: Any) -> bool:
     """Equal shapes; a single number may be written with or without an axis."""
     return found.shape == expected.shape or (found.numel() == 1 and expected.numel() == 1)
 

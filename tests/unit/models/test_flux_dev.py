@@ -13,7 +13,14 @@ from musubi_tuner.errors import CacheError, CheckpointError
 from musubi_tuner.memory.frozen_linear import quantize_fp8
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, load_model
 from musubi_tuner.models.flux_dev.conditioning import pooled_text, text_states
-from musubi_tuner.models.flux_dev.state_dict import diffusers_config, load_checkpoint, to_bfl, to_diffusers, unify
+from musubi_tuner.models.flux_dev.state_dict import (
+    check_uniform,
+    diffusers_config,
+    load_checkpoint,
+    to_bfl,
+    to_diffusers,
+)
+from musubi_tuner.models.stored import StoredWeight
 
 CONFIG = FluxConfig(
     vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3, axes_dim=(4, 6, 6)
@@ -187,7 +194,7 @@ def test_blocks_of_different_dtypes_are_refused(weights: Tensors) -> None:
     with pytest.raises(
         CheckpointError, match=r"single_blocks.0.linear1.weight is torch.float32 and single_blocks.1.linear1"
     ):
-        unify(mixed, None, "file")
+        check_uniform({key: StoredWeight.of(tensor) for key, tensor in mixed.items()}, "file")
 
 
 def test_number_of_blocks_is_that_of_the_file(weights: Tensors, tmp_path: Path) -> None:
@@ -285,7 +292,7 @@ def test_names_of_diffusers_and_back(weights: Tensors, tmp_path: Path) -> None:
     file = load_checkpoint(write(tmp_path / "flux.safetensors", to_diffusers(weights, CONFIG)))
     config, back = to_bfl(file)
     assert config == CONFIG
-    assert set(back) == set(weights) and all(torch.equal(back[key], weights[key]) for key in weights)
+    assert set(back) == set(weights) and all(torch.equal(back[key].dense(), weights[key]) for key in weights)
 
 
 # The border between caches and model

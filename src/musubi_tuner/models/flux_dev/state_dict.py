@@ -3,13 +3,13 @@
 Accepted: those names, with a prefix on all of them, ComfyUI checkpoints that also hold encoders, diffusers folders and
 shards, plain fp8, and scaled fp8 in both spellings. Other models that look alike are refused by name.
 
-Weights are read as stored. Then one pass brings all floating tensors to one dtype (`unify`): a part cast alone would make
-blocks of one list differ, and scaled fp8 weights are multiplied by their scales on the way.
+All floating weights are brought to one dtype: a part cast alone would make blocks of one list differ. Scaled fp8 weights are
+multiplied by their scales on the way, or kept as they are where the run stores its base in fp8.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor
 from musubi_tuner.encoders.locate import source as describe
 from musubi_tuner.encoders.weights import read_source
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import WeightFile, assign_weights, find_weights, read_weights
+from musubi_tuner.memory.storage import Freeze, place_weights
+from musubi_tuner.models.checkpoints import WeightFile, find_weights, read_weights
 from musubi_tuner.models.flux_dev.geometry import FluxConfig
 from musubi_tuner.models.flux_dev.model import Flux
 from musubi_tuner.models.flux_dev.options import PUBLISHED_AXES
-from musubi_tuner.models.scaled_fp8 import dequantize_file
+from musubi_tuner.models.stored import StoredWeight, read_stored
 
 logger = logging.getLogger(__name__)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -90,42 +91,40 @@ def load_model(
     dtype: torch.dtype | None = torch.bfloat16,
     allow_schnell: bool = False,
     device: torch.device | str = "cpu",
+    freeze: Freeze | None = None,
 ) -> Flux:
-    """Load a model in eval mode, frozen.
+    """Load a model in eval mode, frozen. Weights are read, brought to their form and placed one by one.
 
     Args:
         source: see `load_checkpoint`, or what it returned.
         dtype: to which floating tensors are brought; None keeps them as stored.
+        freeze: how Linear layers of the blocks are stored; absent = as ordinary layers.
 
     Raises:
         CheckpointError: for another model, missing or unexpected keys, or blocks of different dtypes.
     """
     file = source if isinstance(source, WeightFile) else load_checkpoint(source, revision=revision)
-    config, tensors = to_bfl(file, allow_schnell=allow_schnell, dtype=dtype or torch.bfloat16)
-    tensors = unify(tensors, dtype, str(file.path))
+    config, weights = to_bfl(file, allow_schnell=allow_schnell)
+    if dtype is None:
+        check_uniform(weights, str(file.path))
     model = build(config)
-    assign_weights(model, tensors, f"{file.path}: is not a FLUX.1 transformer", device)
+    place_weights(model, weights, f"{file.path}: is not a FLUX.1 transformer", dtype, device, freeze)
     return model.requires_grad_(False).eval()
 
 
-def to_bfl(
-    file: WeightFile, *, allow_schnell: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> tuple[FluxConfig, dict[str, Tensor]]:
-    """Geometry and tensors of a file under Black Forest Labs' names.
-
-    Args:
-        dtype: of weights whose fp8 scales are multiplied in.
+def to_bfl(file: WeightFile, *, allow_schnell: bool = False) -> tuple[FluxConfig, dict[str, StoredWeight]]:
+    """Geometry and weights of a file under Black Forest Labs' names.
 
     Raises:
         CheckpointError: naming what the file is, if it is something else.
     """
     what = str(file.path)
     tensors = own_part(file.tensors, what)
-    tensors = dequantize_file(tensors, file.metadata, what, dtype)
     _refuse(tensors, what, allow_schnell)
-    if _is_diffusers(tensors):
-        tensors = from_diffusers(tensors, what)
-    return geometry_of_tensors(tensors, file.config, what), tensors
+    weights = read_stored(tensors, file.metadata, what)
+    if _is_diffusers(weights):
+        weights = from_diffusers(weights, what)
+    return geometry_of_tensors(weights, file.config, what), weights
 
 
 def own_part(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -187,7 +186,7 @@ def _refuse(tensors: dict[str, Tensor], what: str, allow_schnell: bool) -> None:
         )
 
 
-def geometry_of_tensors(tensors: dict[str, Tensor], config: dict[str, Any] | None, what: str) -> FluxConfig:
+def geometry_of_tensors(tensors: Mapping[str, StoredWeight], config: dict[str, Any] | None, what: str) -> FluxConfig:
     """Geometry from shapes; the rotary widths, which no shape shows, from a config, else the published ones.
 
     Raises:
@@ -307,16 +306,16 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat(tuple(reversed(tensor.chunk(2))))
 
 
-def from_diffusers(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """Diffusers' tensors under our names.
+def from_diffusers(weights: Mapping[str, StoredWeight], what: str) -> dict[str, StoredWeight]:
+    """Diffusers' weights under our names; nothing is copied yet.
 
     Raises:
         CheckpointError: listing keys that are missing or left over.
     """
-    left = dict(tensors)
-    found: dict[str, Tensor] = {}
+    left = dict(weights)
+    found: dict[str, StoredWeight] = {}
     missing: list[str] = []
-    depths = [count_blocks(tensors, name) for name in ("transformer_blocks", "single_transformer_blocks")]
+    depths = [count_blocks(weights, name) for name in ("transformer_blocks", "single_transformer_blocks")]
     for module, parts in diffusers_modules(*depths).items():
         for ours, theirs in _leaves(module):
             names = [f"{part}.{theirs}" for part in parts]
@@ -324,8 +323,12 @@ def from_diffusers(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
             if present and len(present) < len(names):
                 missing += [name for name in names if name not in left]
             if len(present) == len(names):
-                stacked = torch.cat([left.pop(name) for name in names]) if len(names) > 1 else left.pop(names[0])
-                found[f"{module}.{ours}"] = swap_halves(stacked) if module == SWAPPED else stacked
+                pieces = [left.pop(name) for name in names]
+                found[f"{module}.{ours}"] = StoredWeight(
+                    tuple(part for piece in pieces for part in piece.parts),
+                    tuple(scale for piece in pieces for scale in piece.scales),
+                    swapped=module == SWAPPED,
+                )
     if missing or left:
         problem = f"{len(missing)} missing ({missing[0]})" if missing else f"{len(left)} unknown ({next(iter(left))})"
         raise CheckpointError(f"{what}: is not a complete FLUX.1 transformer of diffusers: {problem}")
@@ -369,31 +372,25 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
     }
 
 
-def unify(tensors: dict[str, Tensor], dtype: torch.dtype | None, what: str) -> dict[str, Tensor]:
-    """Bring every floating tensor to one dtype, or with None check that each block list is uniform.
+def check_uniform(weights: Mapping[str, StoredWeight], what: str) -> None:
+    """Check that each block list is stored alike, where weights keep the dtype of their file.
 
     Raises:
         CheckpointError: if weights that blocks exchange have different dtypes.
     """
-    if dtype is not None:
-        return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     seen: dict[str, tuple[str, torch.dtype]] = {}
-    for key, tensor in tensors.items():
+    for key, weight in weights.items():
         match = re.fullmatch(r"((?:double|single)_blocks)\.\d+\.(.*\.weight)", key)
         if match:
             name = f"{match[1]}.*.{match[2]}"
-            first = seen.setdefault(name, (key, tensor.dtype))
-            if first[1] != tensor.dtype:
+            first = seen.setdefault(name, (key, weight.dtype))
+            if first[1] != weight.dtype:
                 raise CheckpointError(
-                    f"{what}: {first[0]} is {first[1]} and {key} is {tensor.dtype}; blocks must be stored alike: leave "
+                    f"{what}: {first[0]} is {first[1]} and {key} is {weight.dtype}; blocks must be stored alike: leave "
                     "model.keep_dtype off"
                 )
-    return tensors
 
 
 def load_to_merge(file: WeightFile) -> Flux:
     """A model in the dtype of its file, to have adapters merged into it; scaled fp8 becomes bfloat16."""
-    config, tensors = to_bfl(file, allow_schnell=True)
-    model = build(config)
-    assign_weights(model, tensors, f"{file.path}: is not a FLUX.1 transformer", "cpu")
-    return model.eval()
+    return load_model(file, dtype=None, allow_schnell=True)
