@@ -276,6 +276,72 @@ def test_training_starts_from_a_lora_and_merges_others(new_run: NewRun, trained:
     assert metrics(out(config))[0]["loss/total"] != metrics(out(other))[0]["loss/total"]
 
 
+# Memory
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_swapped_blocks_train_the_same_lora(
+    count: int, checkpointing: bool, new_run: NewRun, trained: Path, tmp_path: Path, photographs: Path, encoders: Path,
+    server: ForkServer,
+) -> None:  # fmt: skip
+    """Five blocks would leave one to swap; this model has more, and its run without swap is made too."""
+    deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=4)
+    common: dict[str, Any] = {"model": {"path": str(deep)}, "sample": SAMPLES, "train": {"max_steps": 10}}
+    plain = new_run("plain", **common)
+    server.run("train", [plain], plain.parent).expect(0)
+    memory = {"blocks_to_swap": count + 1, "gradient_checkpointing": checkpointing}
+    swapped = new_run("swapped", memory=memory, **common)
+    result = server.run("train", [swapped], swapped.parent).expect(0)
+    assert f"swap: {count + 1} blocks stay in main memory" in result.out
+    assert "fetched on the spot" not in result.out
+    assert_equal(lora(swapped), lora(plain))
+    assert all((a == b).all() for a, b in zip(pictures(swapped, 10), pictures(plain, 10), strict=True))
+
+
+@pytest.mark.parametrize("storage", ["fp8", "fp8_scaled", "int8", "nf4"])
+def test_quantised_bases_train_nearly_the_same(
+    storage: str, new_run: NewRun, trained: Path, server: ForkServer
+) -> None:
+    config = new_run(memory={"base_storage": storage}, save={"every_steps": 0, "release": False})
+    server.run("train", [config], config.parent).expect(0)
+    rows, plain = metrics(out(config)), metrics(out(trained))
+    assert rows[0]["loss/total"] != plain[0]["loss/total"]
+    assert max(abs(row["loss/total"] / other["loss/total"] - 1) for row, other in zip(rows, plain)) < 0.03
+
+
+def test_option_file_of_musubi_tuner_runs_as_it_is(
+    tmp_path: Path, photographs: Path, encoders: Path, base: Path, trained: Path, server: ForkServer
+) -> None:
+    """fp8, swapped blocks and input perturbation, as in the example of the specification, at the size of the test."""
+    import tomli_w
+
+    deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=6)
+    data = tmp_path / "data.toml"
+    dataset = {
+        "image_directory": str(photographs),
+        "cache_directory": str(tmp_path / "cache"),
+        "caption_extension": ".txt",
+    }
+    data.write_text(tomli_w.dumps({"general": {"resolution": 128, "enable_bucket": True}, "datasets": [dataset]}))
+    options = {
+        "architecture": "fd", "dit": str(deep), "vae": str(encoders / "ae.safetensors"),
+        "text_encoder": str(encoders / "clip" / "clip_l.safetensors"), "text_encoder2": str(encoders / "t5" / "t5_base.safetensors"),
+        "dataset_config": str(data), "output_dir": str(tmp_path / "out"), "output_name": "photos",
+        "network_module": "networks.lora_flux", "network_dim": 4, "network_alpha": 4, "learning_rate": 1e-3,
+        "optimizer_type": "adamw", "lr_scheduler": "constant", "max_train_steps": 4, "mixed_precision": "bf16", "sdpa": True,
+        "gradient_checkpointing": True, "fp8_base": True, "fp8_scaled": True, "fp8_t5": True, "blocks_to_swap": 5,
+        "timestep_sampling": "flux_shift", "ip_noise_gamma": 0.2, "ip_noise_gamma_random_strength": False, "seed": 42,
+    }  # fmt: skip
+    path = tmp_path / "flat.toml"
+    path.write_text(tomli_w.dumps({"train": options, "cache": {"skip_existing": True, "batch_size": 16}}))
+    result = server.run("train", [path], tmp_path).expect(0)
+    assert "swap: 5 blocks stay in main memory" in result.out
+    assert len(load_file(tmp_path / "out" / "photos.safetensors")) == 3 * (8 * 3 + 2 * 6)
+    again = server.run("train", [path], tmp_path).expect(0)
+    assert "this run is finished" in again.out and "encoded" not in again.out
+
+
 # Drawing
 
 
@@ -294,7 +360,7 @@ def test_drawing_by_command(trained: Path, server: ForkServer, tmp_path: Path) -
     )
     assert (own == named).all()
     assert (own != without).any() and (own != half).any() and (half != without).any()
-    # Half attached and half merged is the whole, up to rounding of colours.
+    # Twice the half is the whole, up to rounding of colours.
     assert np.abs(merged.astype(int) - own.astype(int)).max() <= 2
     assert (pictures(trained, 20)[1] == draw("f", "--lora_multiplier", "0.5")).mean() > 0.99
 
@@ -335,6 +401,10 @@ def text_of(error: Result, code: int = 2) -> str:
         ({"adapter": {"only": ["single_blocks.*["]}}, ["adapter.only: 'single_blocks.*[' is not a regular expression"]),
         ({"adapter": {"merge": ["no.safetensors"]}}, ["adapter.merge: no.safetensors: no such file or folder"]),
         ({"adapter": {"rank_from_weights": True}}, ["adapter.rank_from_weights: needs adapter.init_from"]),
+        (
+            {"memory": {"blocks_to_swap": 54}},
+            ["memory.blocks_to_swap: is 54, at most 53 of 19 double and 38 single blocks"],
+        ),
         ({"sample": {**SAMPLES, "prompts": ["a cat --x 3"]}}, ["sample.prompts: entry 1: --x is not an option"]),
     ],
     ids=str,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from musubi_tuner.adapters.lora import LoRALinear
 from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.randomness import generator
 
@@ -141,7 +142,7 @@ def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection,
 
 
 def _features(layer: nn.Module, path: str) -> tuple[int, int]:
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear | FrozenLinear):
         raise ConfigError(f"adapter: {path} is a {type(layer).__name__}; only Linear layers can be adapted")
     return layer.in_features, layer.out_features
 
@@ -194,6 +195,60 @@ class MergeReport:
     skipped: list[str]
 
 
+class Merging:
+    """Adapters on their way into a model's weights, layer by layer; call it with a path and the weight in float32.
+
+    Args:
+        tensors: of one file, under musubi names. paths: all layers of the model that can be adapted.
+
+    Raises:
+        CheckpointError: listing keys that belong to no layer.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        paths: list[str],
+        multiplier: float = 1.0,
+        *,
+        ignore_unmatched: bool = False,
+        what: str = "the adapter",
+    ) -> None:
+        from musubi_tuner.adapters.files import group_by_layer
+
+        self.layers, self.skipped = group_by_layer(tensors, paths)
+        self.multiplier, self.what = multiplier, what
+        self.changed = self.total = 0.0
+        if self.skipped and not ignore_unmatched:
+            raise CheckpointError(
+                f"{what}: {len(self.skipped)} keys belong to no layer of this model ({', '.join(self.skipped[:4])}); is it for "
+                "another model? adapter.merge_ignore_unmatched = true skips them"
+            )
+
+    def __call__(self, path: str, weight: Tensor) -> Tensor:
+        """The weight with its change; the very same tensor if it has none.
+
+        Raises:
+            CheckpointError: if the change is of another shape.
+        """
+        if path not in self.layers:
+            return weight
+        delta = delta_of(self.layers[path], f"{self.what}: {path}") * self.multiplier
+        if delta.shape != weight.shape:
+            raise CheckpointError(
+                f"{self.what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}"
+            )
+        self.changed += float(delta.square().sum())
+        self.total += float(weight.square().sum())
+        return weight + delta.to(weight.device)
+
+    @property
+    def report(self) -> MergeReport:
+        """What has been merged so far."""
+        ratio = (self.changed / self.total) ** 0.5 if self.total else 0.0
+        return MergeReport(len(self.layers), ratio, self.skipped)
+
+
 @torch.no_grad()
 def merge(
     model: nn.Module,
@@ -212,26 +267,12 @@ def merge(
     Raises:
         CheckpointError: listing keys that belong to no layer, or layers of another shape.
     """
-    from musubi_tuner.adapters.files import group_by_layer
-
-    layers, skipped = group_by_layer(tensors, target_paths(model, targets))
-    if skipped and not ignore_unmatched:
-        raise CheckpointError(
-            f"{what}: {len(skipped)} keys belong to no layer of this model ({', '.join(skipped[:4])}); is it for another "
-            "model? adapter.merge_ignore_unmatched = true skips them"
-        )
-    changed = total = 0.0
-    for path, parts in layers.items():
+    merging = Merging(tensors, target_paths(model, targets), multiplier, ignore_unmatched=ignore_unmatched, what=what)
+    for path in merging.layers:
         weight = model.get_submodule(path).weight
         assert isinstance(weight, nn.Parameter)
-        delta = delta_of(parts, f"{what}: {path}") * multiplier
-        if delta.shape != weight.shape:
-            raise CheckpointError(f"{what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}")
-        base = weight.float()
-        changed += float(delta.square().sum())
-        total += float(base.square().sum())
-        weight.copy_((base + delta.to(base.device)).to(weight.dtype))
-    return MergeReport(len(layers), (changed / total) ** 0.5 if total else 0.0, skipped)
+        weight.copy_(merging(path, weight.float()).to(weight.dtype))
+    return merging.report
 
 
 def delta_of(parts: Mapping[str, Tensor], what: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Adapter files: reading every naming in use, strict loading, saving with metadata."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,30 @@ def read_adapter(source: str | Path, spec: ModelSpec | None = None) -> AdapterFi
         return AdapterFile(path, to_musubi(own, family), file.metadata, family, skipped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def combine(files: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """One LoRA whose change is the sum of several, each at its strength; exact, its rank is the sum of theirs.
+
+    Args:
+        files: tensors under musubi names, and strengths.
+    """
+    downs: dict[str, list[Tensor]] = {}
+    ups: dict[str, list[Tensor]] = {}
+    for tensors, strength in files:
+        for key, down in tensors.items():
+            if not key.endswith(".lora_down.weight"):
+                continue
+            name = key.removesuffix(".lora_down.weight")
+            alpha = float(tensors[f"{name}.alpha"]) if f"{name}.alpha" in tensors else float(len(down))
+            downs.setdefault(name, []).append(down.float())
+            ups.setdefault(name, []).append(tensors[f"{name}.lora_up.weight"].float() * (strength * alpha / len(down)))
+    combined: dict[str, Tensor] = {}
+    for name, parts in downs.items():
+        combined[f"{name}.lora_down.weight"] = torch.cat(parts)
+        combined[f"{name}.lora_up.weight"] = torch.cat(ups[name], dim=1)
+        combined[f"{name}.alpha"] = torch.tensor(float(sum(len(part) for part in parts)))
+    return combined
 
 
 def plans_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) -> list[Plan]:

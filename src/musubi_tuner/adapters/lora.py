@@ -1,8 +1,6 @@
 """LoRA on a Linear layer (Hu et al. 2021, arXiv:2106.09685).
 
-    y = W x + b + strength * multiplier * (alpha / rank) * up(down(x))
-
-Strength belongs to the file, multiplier to the moment: a prompt may ask for its own.
+    y = W x + b + multiplier * (alpha / rank) * up(down(x))
 
 down is Kaiming-uniform (a = sqrt 5), up zero: an untrained adapter changes nothing. Both are float32 whatever the base
 is stored in. Without autocast the input is brought to float32; the sum with the base's output is rounded once.
@@ -40,7 +38,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}, it must be at least 1")
-        self.rank, self.multiplier, self.strength = rank, 1.0, 1.0
+        self.rank, self.multiplier = rank, 1.0
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.lora_down = nn.Linear(in_features, rank, bias=False, dtype=torch.float32)
         self.lora_up = nn.Linear(rank, out_features, bias=False, dtype=torch.float32)
@@ -59,7 +57,7 @@ class LoRALinear(nn.Module):
     @property
     def factor(self) -> float:
         """Of the product of both matrices."""
-        return self.scale * self.strength * self.multiplier
+        return self.scale * self.multiplier
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]
@@ -84,7 +82,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Change of the weight [out, in], float32, at the present strength."""
+        """Change of the weight [out, in], float32, at the present multiplier."""
         return (self.lora_up.weight.float() @ self.lora_down.weight.float()) * self.factor
 
     @torch.no_grad()

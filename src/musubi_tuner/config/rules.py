@@ -14,7 +14,14 @@ from musubi_tuner.errors import ConfigError
 
 def validate(config: RunConfig) -> list[Diagnostic]:
     """Everything that can be known about a config without torch: rules, then files."""
-    return [*_needs(config), *_adapter(config), *_no_effect(config), *_family(config), *_files(config)]
+    return [
+        *_needs(config),
+        *_adapter(config),
+        *_memory(config),
+        *_no_effect(config),
+        *_family(config),
+        *_files(config),
+    ]
 
 
 def _error(key: str, message: str) -> Diagnostic:
@@ -129,6 +136,37 @@ def _adapter(config: RunConfig) -> list[Diagnostic]:
     for pattern, rank in adapter.rank_patterns.items():
         if not 0 <= rank <= 1024:
             found.append(_error("adapter.rank_patterns", f"{pattern!r} has rank {rank}, expected 0 (none) to 1024"))
+    return found
+
+
+def _memory(config: RunConfig) -> list[Diagnostic]:
+    """Rules of [memory]."""
+    memory, found = config.memory, []
+    frozen = config.adapter.type != "none"
+    if memory.base_storage != "none" and not frozen:
+        found.append(
+            _error("memory.base_storage", f'"{memory.base_storage}" is for frozen models, and this run trains the model itself; '
+                   'set it to "none", or train an adapter')
+        )  # fmt: skip
+    if memory.blocks_to_swap and not frozen:
+        found.append(
+            _error("memory.blocks_to_swap", "streams weights that do not change, and this run trains the model itself; set it "
+                   "to 0, or train an adapter (swapping trained weights is not built yet)")
+        )  # fmt: skip
+    if memory.base_storage == "none" and "memory.fp8_modulation" in config.set_keys():
+        found.append(
+            Diagnostic("warning", "memory.fp8_modulation", 'has no effect because memory.base_storage is "none"')
+        )
+    if memory.base_storage != "fp8_scaled" and "memory.fp8_scale" in config.set_keys():
+        found.append(
+            Diagnostic("warning", "memory.fp8_scale", 'has no effect because memory.base_storage is not "fp8_scaled"')
+        )
+    if not memory.blocks_to_swap:
+        found += [
+            Diagnostic("warning", key, "has no effect because memory.blocks_to_swap is 0")
+            for key in ("memory.swap_policy", "memory.swap_ring", "memory.swap_pinned")
+            if key in config.set_keys()
+        ]
     return found
 
 

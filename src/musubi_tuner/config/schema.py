@@ -364,6 +364,27 @@ class MemorySection(Section):
     """Trading time for memory."""
 
     gradient_checkpointing: bool = param(False, "Recompute each block in the backward pass.", resume="free")
+    base_storage: Literal["none", "fp8", "fp8_scaled", "int8", "nf4"] = param(
+        "none", "How the weights of a frozen model are stored; none = in the precision of the computation."
+    )
+    fp8_scale: Literal["tensor", "row", "block"] = param(
+        "block", "What shares a scale in fp8_scaled: the tensor, a row, or 64 columns of a row."
+    )
+    fp8_modulation: bool = param(False, "Quantise the modulation layers of the blocks too: less memory, more error.")
+    blocks_to_swap: int = param(
+        0, "Blocks of a frozen model whose weights stay in main memory and are streamed to the device; 0 = none.",
+        ge=0, le=1000, resume="free",
+    )  # fmt: skip
+    swap_policy: Literal["single_first", "balanced"] = param(
+        "single_first",
+        "Which blocks are swapped: as many single ones as possible first, or both kinds alike.",
+        resume="free",
+    )
+    swap_ring: int = param(
+        2, "Device buffers for streamed blocks, each as large as a block.", ge=1, le=16, resume="free"
+    )
+    swap_pinned: bool = param(True, "Pin the main memory of swapped blocks, so that copies run beside the computation.",
+                              resume="free")  # fmt: skip
 
 
 class DistributedSection(Section):

@@ -5,7 +5,7 @@ Neither host nor device ever holds the model in its compute dtype beside the sto
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,32 @@ from musubi_tuner.memory.frozen_linear import FrozenLinear, Scale, Storage
 from musubi_tuner.models.checkpoints import check_keys
 from musubi_tuner.models.stored import StoredWeight
 
+Merge = Callable[[str, Tensor], Tensor]
+"""Layer path and its weight in float32 -> the weight with adapters merged into it."""
+
 
 @dataclass(frozen=True)
 class Freeze:
     """How the Linear layers of a frozen model are stored.
 
     Attributes:
-        storage: of the chosen layers. scale: what shares one, for fp8_scaled.
-        layers: regular expression of module paths that are frozen in this way; all others stay ordinary.
+        storage: of the layers that ``quantized`` matches. scale: what shares one, for fp8_scaled.
+        quantized: regular expression of module paths. plain: of those that are frozen as they are, so that they can leave the
+            device; None = none. All others stay ordinary layers.
         quantize_on: device that quantises; absent = where the weight lies.
-        deltas: module path -> weight change, merged before storing.
     """
 
-    storage: Storage = "plain"
+    storage: Storage
+    quantized: str
+    plain: str | None = None
     scale: Scale = "block"
-    layers: str = r".*"
     quantize_on: torch.device | None = None
-    deltas: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
-    def takes(self, path: str) -> bool:
-        """Whether a layer is stored in this way."""
-        return re.fullmatch(self.layers, path) is not None
+    def storage_of(self, path: str) -> Storage | None:
+        """Form of a layer; None = an ordinary one."""
+        if self.storage != "plain" and re.fullmatch(self.quantized, path):
+            return self.storage
+        return "plain" if self.plain is not None and re.fullmatch(self.plain, path) else None
 
 
 def place_weights(
@@ -44,8 +49,9 @@ def place_weights(
     dtype: torch.dtype | None,
     device: torch.device | str,
     freeze: Freeze | None = None,
+    merge: Merge | None = None,
 ) -> None:
-    """Give a meta model its weights.
+    """Give a meta model its weights, one by one.
 
     Args:
         weights: must hold exactly the keys of the model's state dict.
@@ -57,19 +63,24 @@ def place_weights(
     """
     own = model.state_dict(keep_vars=True)
     check_keys(own, weights, what)
-    frozen = {
-        path for path, layer in model.named_modules() if freeze and isinstance(layer, nn.Linear) and freeze.takes(path)
-    }
-    for path in sorted(frozen):
+    linears = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    storages = {path: storage for path in linears if freeze and (storage := freeze.storage_of(path))}
+    for path, storage in storages.items():
         assert freeze is not None
-        _freeze(model, path, weights, dtype, device, freeze)
+        weight, bias = _merged(weights, path, merge, dtype), weights.get(f"{path}.bias")
+        compute = dtype or (torch.bfloat16 if weight.is_fp8 else weight.dtype)
+        layer = FrozenLinear.of_weight(
+            weight, None if bias is None else bias.dense(compute), storage, compute, scale=freeze.scale, device=device,
+            quantize_on=freeze.quantize_on,
+        )  # fmt: skip
+        model.set_submodule(path, layer)
     for key in own:
         parent, _, leaf = key.rpartition(".")
-        if parent in frozen:
+        if parent in storages:
             continue
-        tensor = weights[key].dense(dtype)
+        weight = _merged(weights, parent, merge, dtype) if leaf == "weight" and parent in linears else weights[key]
         # A copy of its own: a view of the mapped file would keep the file open, and its pages cannot be pinned.
-        tensor = tensor.to(device, copy=True).view(own[key].shape)
+        tensor = weight.dense(dtype).to(device, copy=True).view(own[key].shape)
         owner = model.get_submodule(parent)
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -77,39 +88,38 @@ def place_weights(
             owner._buffers[leaf] = tensor
 
 
-def _freeze(
-    model: nn.Module,
-    path: str,
-    weights: Mapping[str, StoredWeight],
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    freeze: Freeze,
-) -> None:
-    weight, bias = weights[f"{path}.weight"], weights.get(f"{path}.bias")
-    compute = dtype or (torch.bfloat16 if weight.is_fp8 else weight.dtype)
-    if path in freeze.deltas:
-        weight = StoredWeight.of((weight.dense(torch.float32) + freeze.deltas[path]()).to(compute))
-    layer = FrozenLinear.of_weight(
-        weight,
-        None if bias is None else bias.dense(compute),
-        freeze.storage,
-        compute,
-        scale=freeze.scale,
-        device=device,
-        quantize_on=freeze.quantize_on,
-    )
-    model.set_submodule(path, layer)
+def _merged(
+    weights: Mapping[str, StoredWeight], path: str, merge: Merge | None, dtype: torch.dtype | None
+) -> StoredWeight:
+    """A layer's weight after merging; layers without a change keep their stored form."""
+    stored = weights[f"{path}.weight"]
+    if merge is None:
+        return stored
+    before = stored.dense(torch.float32)
+    after = merge(path, before)
+    return stored if after is before else StoredWeight.of(after.to(dtype or stored.dense().dtype))
 
 
 def freeze_layers(model: nn.Module, freeze: Freeze) -> None:
-    """Store the Linear layers of a model that has its weights already, one by one."""
-    layers = {
-        path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and freeze.takes(path)
-    }
-    for path, layer in layers.items():
+    """Bring the Linear layers of a model that has its weights already into their form, one by one."""
+    for path, layer in list(model.named_modules()):
+        storage = freeze.storage_of(path) if isinstance(layer, nn.Linear) else None
+        if storage is None or not isinstance(layer, nn.Linear):
+            continue
         bias = None if layer.bias is None else layer.bias.detach()
         stored = FrozenLinear.of_weight(
-            StoredWeight.of(layer.weight.detach()), bias, freeze.storage, layer.weight.dtype, scale=freeze.scale,
+            StoredWeight.of(layer.weight.detach()), bias, storage, layer.weight.dtype, scale=freeze.scale,
             device=layer.weight.device, quantize_on=freeze.quantize_on,
         )  # fmt: skip
         model.set_submodule(path, stored)
+
+
+@torch.no_grad()
+def merge_layers(model: nn.Module, merge: Merge) -> None:
+    """Merge adapters into a model that has its weights already."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            before = layer.weight.float()
+            after = merge(path, before)
+            if after is not before:
+                layer.weight.copy_(after.to(layer.weight.dtype))

@@ -59,6 +59,8 @@ class ModelSpec:
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
+        quantizable: regular expression of the Linear layers that may be quantised; modulation: of those that only
+            memory.fp8_modulation adds.
     """
 
     code: str
@@ -87,6 +89,8 @@ class ModelSpec:
     module: str
     block_lists: tuple[str, ...]
     adapters: AdapterTargets
+    quantizable: str = r"(?!)"
+    modulation: str = r"(?!)"
 
     def load(self, name: str) -> Any:
         """An object of the family's package; imports torch."""
@@ -107,11 +111,13 @@ class Trainee:
 
     Attributes:
         model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
+        notes: lines for the person, about what was merged into it.
     """
 
     model: "nn.Module"
     geometry: Any
     options: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

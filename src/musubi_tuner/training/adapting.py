@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from musubi_tuner import __version__
-from musubi_tuner.adapters.attach import AdapterSet, attach, make_adapters, merge, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import AdapterSet, attach, make_adapters, plan_adapters, target_paths
 from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
+from musubi_tuner.adapters.merging import left_out
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
 
 
 def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[AdapterSet, list[str]]:
-    """Merge, make, load and attach the adapters of a run; the model is frozen.
+    """Make, load and attach the adapters of a run; the model is frozen. Files to merge are in its weights already.
 
     Returns:
         The adapters, and lines for the person.
@@ -26,23 +27,12 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
     settings, spec = config.adapter, config.spec
     model.requires_grad_(False)
     lines = []
-    multipliers = settings.merge_multipliers or [1.0] * len(settings.merge)
-    for source, multiplier in zip(settings.merge, multipliers, strict=True):
-        file = read_adapter(config.locate(source), spec)
-        report = merge(
-            model, file.tensors, spec.adapters, multiplier,
-            ignore_unmatched=settings.merge_ignore_unmatched, what=f"adapter.merge: {file.path}",
-        )  # fmt: skip
-        lines.append(
-            f"merged {file.path.name} at {multiplier:g} into {report.layers} layers: changes {report.ratio:.2%} of their norm"
-            + _left_out(file.skipped + report.skipped)
-        )
     paths = target_paths(model, spec.adapters)
     given: dict[str, torch.Tensor] = {}
     if settings.init_from is not None:
         file = read_adapter(config.locate(settings.init_from), spec)
         given = file.tensors
-        lines.append(f"starting from {file.path.name}{_left_out(file.skipped)}")
+        lines.append(f"starting from {file.path.name}{left_out(file.skipped)}")
     if settings.rank_from_weights:
         plans = plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
     else:
@@ -56,11 +46,6 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
     text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     lines.append(f"adapter: LoRA of {text} on {len(plans)} layers, {count:,} parameters; the model is frozen")
     return adapters, lines
-
-
-def _left_out(keys: Sequence[str]) -> str:
-    """Names the keys of a file that are not used."""
-    return f"; not used: {len(keys)} keys ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
 
 
 def adapter_metadata(

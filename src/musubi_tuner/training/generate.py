@@ -12,6 +12,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.encoders.autoencoder import Autoencoder
+from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts
 from musubi_tuner.training.trainer import AUTOCAST, load_vae, sample_settings
@@ -59,7 +60,8 @@ class Generator:
             file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
         model = spec.load("load_for_run")(file, config)
         use_adapters(model, spec, adapters)
-        model = model.to(device).eval()
+        model.eval()
+        compose_memory(model, config.memory.model_copy(update={"gradient_checkpointing": False}), spec, device)
         options = {
             "sol_spatial_norm": "sum",
             "t5_attn_mask": config.model.t5_attn_mask,
@@ -100,24 +102,22 @@ class Generator:
 
 
 def use_adapters(model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]]) -> None:
-    """Put adapter files on a model: the first is attached, the others are merged."""
-    from musubi_tuner.adapters.attach import attach, make_adapters, merge, target_paths
-    from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
+    """Attach adapter files to a model; several become one whose change is the sum of theirs."""
+    from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
+    from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
     from musubi_tuner.config.schema import AdapterSection
 
-    for index, (source, strength) in reversed(list(enumerate(adapters))):
-        file = read_adapter(source, spec)
-        tensors = file.tensors
-        if file.skipped:
-            print(f"{file.path}: not used, for text encoders: {', '.join(file.skipped)}")
-        if index:
-            report = merge(model, tensors, spec.adapters, strength, what=str(file.path))
-            print(f"{file.path}: merged at {strength:g} into {report.layers} layers")
-            continue
-        plans = plans_of_file(tensors, target_paths(model, spec.adapters), str(file.path))
-        made = make_adapters(model, plans, AdapterSection(type="lora"))
-        load_adapter(made, tensors, str(file.path))
-        for _, adapter in made.items():
-            adapter.strength = strength
-        attach(model, made)
-        print(f"{file.path}: attached to {len(plans)} layers at {strength:g}")
+    if not adapters:
+        return
+    files = [read_adapter(source, spec) for source, _ in adapters]
+    strengths = [strength for _, strength in adapters]
+    for file, strength in zip(files, strengths):
+        unused = f"; not used, for text encoders: {', '.join(file.skipped)}" if file.skipped else ""
+        print(f"{file.path}: at {strength:g}{unused}")
+    tensors = combine([(file.tensors, strength) for file, strength in zip(files, strengths)])
+    what = ", ".join(str(file.path) for file in files)
+    made = make_adapters(
+        model, plans_of_file(tensors, target_paths(model, spec.adapters), what), AdapterSection(type="lora")
+    )
+    load_adapter(made, tensors, what)
+    attach(model, made)

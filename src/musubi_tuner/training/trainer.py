@@ -41,7 +41,7 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, write_text
-from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
@@ -175,7 +175,7 @@ class Trainer:
         self.geometry, self.options = trainee.geometry, trainee.options
         config.spec.load("check_caches")(config, self.geometry, self.dataset.shapes())
         self.process = config.spec.load("make_process")(config, self.options)
-        bare, self.trained = self._prepare_model(trainee.model)
+        bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
         self.parameters = trainable(self.trained)
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio)
         self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
@@ -192,8 +192,6 @@ class Trainer:
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
         metrics_length = self._resume()
-        if config.memory.gradient_checkpointing:
-            checkpoint_blocks(bare, config.spec.block_lists)
         self.model = self._parallel(bare)
         self.metrics = None
         if self.main:
@@ -218,16 +216,24 @@ class Trainer:
         """Whether adapters are trained, and the model is frozen."""
         return self.config.adapter.type != "none"
 
-    def _prepare_model(self, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def _prepare_model(self, model: torch.nn.Module, notes: list[str]) -> tuple[torch.nn.Module, torch.nn.Module]:
         """The model on the device, and the module that trains: the model itself, or its adapters."""
-        if not self.adapters:
-            return model.to(self.device).train(), model
-        adapters, report = prepare_adapters(model, self.config)
-        if self.main:
+        memory, spec = self.config.memory, self.config.spec
+        trained, report = (model, notes) if not self.adapters else prepare_adapters(model, self.config)
+        if self.adapters:
+            # A frozen model computes as it will when it draws; only its adapters drop anything out.
+            report = [*notes, *report]
+            model.eval()
+        self.swap = compose_memory(model, memory, spec, self.device)
+        if self.swap is not None:
+            report.append(
+                f"swap: {len(self.swap.streamed)} blocks stay in main memory ({self.swap.host_bytes / 2**30:.2f} GiB"
+                f"{' per process' if self.processes > 1 else ''}) and pass through {self.swap.device_bytes / 2**30:.2f} GiB "
+                "of device memory"
+            )
+        if self.main and report:
             print("\n".join(report))
-        # A frozen model computes as it will when it draws; only its adapters drop anything out.
-        model.to(self.device).eval()
-        return model, adapters.train()
+        return model, trained.train()
 
     def _parallel(self, bare: torch.nn.Module) -> torch.nn.Module:
         """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
@@ -701,6 +707,8 @@ class Trainer:
                 f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "
                 f"{self.position.skipped} updates skipped; see {self.folder}"
             )
+            if self.swap is not None and self.swap.recoveries:
+                self.metrics.say(f"note: {self.swap.recoveries} blocks had to be fetched on the spot instead of ahead")
         self.accelerator.wait_for_everyone()
 
     def _release(self, entry: Entry) -> None:

@@ -43,7 +43,7 @@ GENERAL: dict[str, Any] = {"resolution": [960, 544], "enable_bucket": False}
 """The same for data sets."""
 SECRETS = ("huggingface_token", "wandb_api_key")
 OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
-MEMORY = "is not built yet (it comes with the memory work); take it out, or set it to false or 0"
+MEMORY = "is not built yet; take it out, or set it to false"
 HARMLESS: dict[str, str] = {
     "persistent_data_loader_workers": "workers are started for every epoch",
     "logging_dir": "logs go to logs/ below output_dir",
@@ -55,14 +55,11 @@ HARMLESS: dict[str, str] = {
     "ddp_gradient_as_bucket_view": "always on",
     "verbose": "the plan says what is trained",
     "training_finished_at": "written by the trainer",
+    "block_swap_h2d_only": "frozen blocks are always streamed one way",
+    "disable_numpy_memmap": "weights are copied out of the mapped file one by one",
 }
 """Options without a counterpart that change no number."""
 OFF_ONLY: dict[str, str] = {
-    "fp8_base": MEMORY,
-    "fp8_scaled": MEMORY,
-    "blocks_to_swap": MEMORY,
-    "use_pinned_memory_for_block_swap": MEMORY,
-    "block_swap_h2d_only": MEMORY,
     "gradient_checkpointing_cpu_offload": MEMORY,
     "compile": MEMORY,
     "flash_attn": "only sdpa is built yet; set sdpa = true instead",
@@ -78,8 +75,6 @@ OFF_ONLY: dict[str, str] = {
     "full_fp16": "is not built: adapters train in float32",
     "save_state_to_huggingface": "is not built: states stay local",
     "resume_from_huggingface": "is not built: give a local state folder as resume",
-    "block_swap_ring_size": MEMORY,
-    "disable_numpy_memmap": MEMORY,
     "conv_dim": "has nothing to act on: the blocks have no convolutions",
     "conv_alpha": "has nothing to act on: the blocks have no convolutions",
 }
@@ -93,7 +88,8 @@ SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "cosin
 DTYPES = {"float": "float32", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16",
           "bf16": "bfloat16", "bfloat16": "bfloat16"}  # fmt: skip
 PLAIN = {"architecture": "model.arch", "dataset_config": "dataset_config", "max_data_loader_n_workers": "train.loader_workers",
-         "vae": "model.vae_path", "ddp_timeout": "distributed.timeout_minutes", "seed": "run.seed"}  # fmt: skip
+         "vae": "model.vae_path", "ddp_timeout": "distributed.timeout_minutes", "seed": "run.seed",
+         "use_pinned_memory_for_block_swap": "memory.swap_pinned", "block_swap_ring_size": "memory.swap_ring"}  # fmt: skip
 """Source key -> ours, beside the flat names of the schema."""
 ACCELERATE = {"num_processes": "distributed.num_processes", "num_cpu_threads_per_process": "run.threads",
               "main_process_port": "distributed.main_process_port"}  # fmt: skip
@@ -250,6 +246,7 @@ class _Importer:
         for key in [key for key in options if key.startswith("metadata_")]:
             options.pop(key)
             self.report.dropped_changes_result.append((key, "the header of the file will not have it"))
+        self._storage(options)
         self._steps(options)
         self._choice(options, "optimizer_type", "optimizer.type", OPTIMIZERS, lower=True)
         self._choice(options, "lr_scheduler", "scheduler.type", SCHEDULERS, lower=True)
@@ -274,6 +271,22 @@ class _Importer:
                 self._convert("log_with", value, "log.tensorboard", True, "events in logs/")
             else:
                 self._refuse("log_with", f"is {value!r}; only tensorboard is built")
+
+    def _storage(self, options: dict[str, Any]) -> None:
+        """Two switches there, one choice here; fp8_scaled means fp8_base."""
+        scaled, base = options.pop("fp8_scaled", None), options.pop("fp8_base", None)
+        for key, value, on in (
+            ("fp8_scaled", scaled, "fp8_scaled"),
+            ("fp8_base", base, "fp8_scaled" if scaled else "fp8"),
+        ):
+            if value is None:
+                continue
+            if not isinstance(value, bool):
+                self._refuse(key, f"is {value!r}, expected true or false")
+            elif value:
+                self._convert(key, value, "memory.base_storage", on, "how the frozen weights are stored")
+            else:
+                self.report.dropped_harmless.append((key, "it is off"))
 
     def _steps(self, options: dict[str, Any]) -> None:
         """Lengths: epochs win over steps; warm-up as a share; newest steps kept are counted in steps there."""

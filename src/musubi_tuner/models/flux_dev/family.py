@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 
+from musubi_tuner.adapters.attach import target_paths
 from musubi_tuner.config import RunConfig
+from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
-from musubi_tuner.models.flux_dev.state_dict import load_checkpoint, load_model
+from musubi_tuner.models.flux_dev.state_dict import build, load_checkpoint, load_model, to_bfl
 from musubi_tuner.models.spec import Trainee
 
 
@@ -21,13 +23,28 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
 
 
 def load_for_training(config: RunConfig) -> Trainee:
-    """Load the frozen base of a run.
+    """Load the frozen base of a run, in main memory, with [adapter] merge and the storage of [memory].
 
     Raises:
         CheckpointError: if the checkpoint holds another model.
     """
-    model = load_for_run(open_base(config), config)
-    return Trainee(model, model.config, {})
+    return _load(open_base(config), config)
+
+
+def _load(file: WeightFile, config: RunConfig) -> Trainee:
+    from musubi_tuner.adapters.merging import RunMerges
+    from musubi_tuner.memory.compose import freeze_of
+
+    geometry, _ = to_bfl(file, allow_schnell=config.model.allow_schnell)
+    merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
+    model = load_model(
+        file,
+        dtype=compute_dtype(config),
+        allow_schnell=config.model.allow_schnell,
+        freeze=freeze_of(config.memory, config.spec, choose_device(config.run.device)),
+        merge=merges,
+    )
+    return Trainee(model, model.config, {}, merges.notes() if merges else [])
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -37,8 +54,8 @@ def open_base(config: RunConfig) -> WeightFile:
 
 
 def load_for_run(file: WeightFile, config: RunConfig) -> Any:
-    """A checkpoint as a run computes with it."""
-    return load_model(file, dtype=compute_dtype(config), allow_schnell=config.model.allow_schnell)
+    """A checkpoint as a run computes with it, what it merges included."""
+    return _load(file, config).model
 
 
 def check_caches(config: RunConfig, geometry: FluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from musubi_tuner.encoders.locate import source as describe
 from musubi_tuner.encoders.weights import read_source
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.memory.storage import Freeze, place_weights
+from musubi_tuner.memory.storage import Freeze, Merge, place_weights
 from musubi_tuner.models.checkpoints import WeightFile, find_weights, read_weights
 from musubi_tuner.models.flux_dev.geometry import FluxConfig
 from musubi_tuner.models.flux_dev.model import Flux
@@ -92,13 +92,14 @@ def load_model(
     allow_schnell: bool = False,
     device: torch.device | str = "cpu",
     freeze: Freeze | None = None,
+    merge: Merge | None = None,
 ) -> Flux:
     """Load a model in eval mode, frozen. Weights are read, brought to their form and placed one by one.
 
     Args:
         source: see `load_checkpoint`, or what it returned.
         dtype: to which floating tensors are brought; None keeps them as stored.
-        freeze: how Linear layers of the blocks are stored; absent = as ordinary layers.
+        freeze: how Linear layers of the blocks are stored; absent = as ordinary layers. merge: changes weights before that.
 
     Raises:
         CheckpointError: for another model, missing or unexpected keys, or blocks of different dtypes.
@@ -108,7 +109,7 @@ def load_model(
     if dtype is None:
         check_uniform(weights, str(file.path))
     model = build(config)
-    place_weights(model, weights, f"{file.path}: is not a FLUX.1 transformer", dtype, device, freeze)
+    place_weights(model, weights, f"{file.path}: is not a FLUX.1 transformer", dtype, device, freeze, merge)
     return model.requires_grad_(False).eval()
 
 

@@ -74,7 +74,7 @@ def load_for_training(config: RunConfig) -> Trainee:
         **resolve_experts(config, options_of(file) if file else {}),
         "t5_attn_mask": config.model.t5_attn_mask,
     }
-    return Trainee(model, geometry, options)
+    return Trainee(model, geometry, options, _freeze_base(model, config))
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -90,8 +90,27 @@ def open_base(config: RunConfig) -> WeightFile:
 
 
 def load_for_run(file: WeightFile, config: RunConfig) -> TinyFluxDeep:
-    """A checkpoint as a run computes with it."""
-    return load_model(file, rope_freqs=config.model.rope_freqs)
+    """A checkpoint as a run computes with it, what it merges included."""
+    model = load_model(file, rope_freqs=config.model.rope_freqs)
+    _freeze_base(model, config)
+    return model
+
+
+def _freeze_base(model: TinyFluxDeep, config: RunConfig) -> list[str]:
+    """Merge and store the weights of a model below adapters; returns notes about the merge."""
+    if config.adapter.type == "none":
+        return []
+    from musubi_tuner.adapters.attach import target_paths
+    from musubi_tuner.adapters.merging import RunMerges
+    from musubi_tuner.memory.compose import freeze_of
+    from musubi_tuner.memory.storage import freeze_layers, merge_layers
+
+    merges = RunMerges(config, target_paths(model, config.spec.adapters))
+    merge_layers(model, merges)
+    freeze = freeze_of(config.memory, config.spec)
+    if freeze is not None:
+        freeze_layers(model, freeze)
+    return merges.notes()
 
 
 def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

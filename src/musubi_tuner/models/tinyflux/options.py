@@ -174,4 +174,6 @@ SPEC = ModelSpec(
         },
         network_module="networks.lora_tinyflux",
     ),
+    quantizable=r"(double|single)_blocks\.\d+\.(?!.*norm).*",
+    modulation=r"(double|single)_blocks\.\d+\..*norm1?\.linear",
 )

@@ -1,0 +1,339 @@
+"""Streaming the blocks of a frozen model through a few device buffers.
+
+Main memory keeps a permanent copy of every streamed block, all its weights in one flat buffer; nothing is ever copied back.
+The device has a ring of B buffers. Streamed blocks are numbered in call order; block j uses buffer j mod B.
+
+    forward     before block j: wait for its copy      after it: its buffer is free, begin to copy block j + B into it
+    backward    the last B blocks are still there      after block j: begin to copy block j - B
+
+No module hooks: a call is Enter -> block (perhaps checkpointed) -> Exit, two identity functions of autograd that carry
+the activations. In the backward pass Exit comes first and waits for the block, so that it can be recomputed; Enter comes last
+and frees it. A forward pass that no backward pass follows (drawing, an exception) leaves other blocks in the ring: the next
+`enter` finds that out, copies on the spot and counts it.
+
+A buffer that is refilled while its block computes, or read while another block is in it, raises.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.frozen_linear import FrozenLinear
+from musubi_tuner.memory.transfer import Transfer, transfer_for
+
+ALIGNMENT = 256
+"""Bytes; parts of a flat buffer begin at multiples of it."""
+RESIDENT_BLOCKS = 2
+"""Blocks of each list that always stay on the device."""
+
+
+def swapped_counts(count: int, blocks: Mapping[str, int], policy: str = "single_first") -> dict[str, int]:
+    """How many blocks of each list are swapped.
+
+    Args:
+        count: in all. blocks: number of blocks by list, in call order.
+        policy: ``single_first`` fills the last list first; ``balanced`` is musubi-tuner's split of two lists: half the number
+            from the first, and twice the rest plus one from the second.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    limits = {name: max(0, total - RESIDENT_BLOCKS) for name, total in blocks.items()}
+    wanted: dict[str, int] = {}
+    if policy == "single_first":
+        left = count
+        for name in reversed(list(blocks)):
+            wanted[name] = min(left, limits[name])
+            left -= wanted[name]
+        most = sum(limits.values())
+    elif policy == "balanced":
+        first, second = blocks
+        wanted = {first: count // 2, second: (count - count // 2) * 2 + 1 if count else 0}
+        most = max(
+            n for n in range(count + 1) if n // 2 <= limits[first] and (n - n // 2) * 2 + (n > 0) <= limits[second]
+        )
+        left = count - most
+    else:
+        raise ValueError(f"unknown swap policy '{policy}'; known: single_first, balanced")
+    if left > 0:
+        described = " + ".join(f"{total} {name}" for name, total in blocks.items())
+        raise ConfigError(
+            f"memory.blocks_to_swap is {count}, at most {most} of {described} can be swapped ({policy}; {RESIDENT_BLOCKS} of "
+            "each list stay)"
+        )
+    return {name: wanted[name] for name in blocks}
+
+
+def streamed_indices(total: int, swapped: int) -> list[int]:
+    """Which blocks of a list are streamed: spread evenly, so that copies have resident blocks to hide behind."""
+    return [(2 * i + 1) * total // (2 * swapped) for i in range(swapped)]
+
+
+@dataclass
+class _Part:
+    """A buffer of a layer inside its block's flat buffer."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass
+class _Streamed:
+    """A streamed block: its name and its permanent copy."""
+
+    name: str
+    master: Tensor
+
+
+@dataclass
+class _Slot:
+    """A device buffer: which block is in it or on its way, and whether it computes."""
+
+    buffer: Tensor
+    holder: int = -1
+    ready: bool = False
+    in_use: bool = False
+
+
+@dataclass
+class _Residence:
+    """What a streamed layer asks for its buffers."""
+
+    swap: "BlockSwap"
+    rank: int
+    parts: dict[str, _Part] = field(default_factory=dict)
+
+    def fetch(self, layer: FrozenLinear, name: str) -> Tensor | None:
+        """A buffer on the device.
+
+        Raises:
+            RuntimeError: if the block is not there.
+        """
+        part = self.parts.get(name)
+        if part is None:
+            return None
+        slot = self.swap.slot_of(self.rank)
+        if slot.holder != self.rank or not slot.ready:
+            raise RuntimeError(f"{self.swap.streamed[self.rank].name} is read while its weights are not on the device")
+        return slot.buffer[part.start : part.end].view(part.dtype).view(part.shape)
+
+    def master(self, name: str) -> Tensor | None:
+        """A buffer in main memory."""
+        part = self.parts.get(name)
+        if part is None:
+            return None
+        return self.swap.streamed[self.rank].master[part.start : part.end].view(part.dtype).view(part.shape)
+
+
+class BlockSwap:
+    """The streamed blocks of one model.
+
+    Args:
+        model: in main memory, with `FrozenLinear` layers in its blocks; everything that is not streamed goes to the device.
+        counts: how many blocks of each list are streamed.
+        ring: device buffers. pinned: pin the permanent copies, so that copying is asynchronous.
+        transfer: engine; absent = the device's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        counts: Mapping[str, int],
+        device: torch.device,
+        *,
+        ring: int = 2,
+        pinned: bool = True,
+        transfer: Transfer | None = None,
+    ) -> None:
+        self.device, self.recoveries = device, 0
+        self.transfer = transfer or transfer_for(device)
+        self.streamed: list[_Streamed] = []
+        blocks: list[nn.Module] = []
+        for name, count in counts.items():
+            blocks_of_list = getattr(model, name)
+            for index in streamed_indices(len(blocks_of_list), count):
+                blocks.append(blocks_of_list[index])
+                self._take(blocks_of_list[index], f"{name}.{index}", pinned and device.type == "cuda")
+        model.to(device)
+        size = max((len(block.master) for block in self.streamed), default=0)
+        self.slots = [
+            _Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(ring, len(self.streamed)))
+        ]
+        for rank, block in enumerate(blocks):
+            block.forward = self._swapped(block.forward, rank)  # type: ignore[method-assign]
+        for rank in range(len(self.slots)):
+            self._load(rank, None)
+
+    def _take(self, block: nn.Module, name: str, pinned: bool) -> None:
+        """Move the buffers of a block's frozen layers into one flat buffer."""
+        rank, size = len(self.streamed), 0
+        residences: list[tuple[FrozenLinear, _Residence]] = []
+        for layer in block.modules():
+            if not isinstance(layer, FrozenLinear):
+                continue
+            residence = _Residence(self, rank)
+            for key in FrozenLinear.BUFFERS:
+                tensor = getattr(layer, key)
+                if tensor is not None:
+                    length = tensor.numel() * tensor.element_size()
+                    residence.parts[key] = _Part(size, size + length, tensor.dtype, tensor.shape)
+                    size += -(-length // ALIGNMENT) * ALIGNMENT
+            residences.append((layer, residence))
+        if not residences:
+            raise ValueError(f"{name} has no frozen layers to swap")
+        master = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.streamed.append(_Streamed(name, master))
+        for layer, residence in residences:
+            for key in residence.parts:
+                target = residence.master(key)
+                assert target is not None
+                target.copy_(getattr(layer, key))
+                layer._buffers[key] = None
+            layer.residence = residence
+
+    @property
+    def host_bytes(self) -> int:
+        """Main memory of the permanent copies."""
+        return sum(len(block.master) for block in self.streamed)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the ring."""
+        return sum(len(slot.buffer) for slot in self.slots)
+
+    def slot_of(self, rank: int) -> _Slot:
+        """The buffer that a block uses."""
+        return self.slots[rank % len(self.slots)]
+
+    # -- the order -----------------------------------------------------------------------------------------------------
+
+    def _load(self, rank: int, after: Any) -> None:
+        """Begin to copy a block into its buffer.
+
+        Raises:
+            RuntimeError: if a block computes with that buffer.
+        """
+        slot = self.slot_of(rank)
+        if slot.in_use:
+            raise RuntimeError(
+                f"{self.streamed[rank].name} would overwrite {self.streamed[slot.holder].name} while that computes"
+            )
+        slot.holder, slot.ready = rank, False
+        source = self.streamed[rank].master
+        self.transfer.submit(rank % len(self.slots), slot.buffer[: len(source)], source, after)
+
+    def enter(self, rank: int, *, begins: bool = False) -> None:
+        """Have a block's weights on the device, and keep them there until it is left.
+
+        Args:
+            begins: a forward pass begins with this block, so nothing is in use.
+        """
+        if begins:
+            for other in self.slots:
+                other.in_use = False
+        slot = self.slot_of(rank)
+        if slot.holder != rank:
+            self.recoveries += 1
+            self._load(rank, self.transfer.record())
+        self.transfer.wait(rank % len(self.slots))
+        slot.ready = slot.in_use = True
+
+    def leave_forward(self, rank: int, training: bool) -> None:
+        """Free a block's buffer for the one that needs it next."""
+        following = rank + len(self.slots)
+        if following >= len(self.streamed):
+            # The backward pass begins here; without one, the next forward pass does.
+            following = rank if training else rank % len(self.slots)
+        self._free(rank, following)
+
+    def leave_backward(self, rank: int) -> None:
+        """Free a block's buffer for the one before."""
+        self._free(rank, rank - len(self.slots) if rank >= len(self.slots) else rank)
+
+    def _free(self, rank: int, following: int) -> None:
+        self.slot_of(rank).in_use = False
+        if following != rank:
+            self._load(following, self.transfer.record())
+
+    def reset(self) -> None:
+        """After an exception inside a block: nothing computes any more."""
+        for slot in self.slots:
+            slot.in_use = False
+
+    def _swapped(self, forward: Callable[..., Any], rank: int) -> Callable[..., Any]:
+        @wraps(forward)
+        def streaming(*args: Any) -> Any:
+            training = torch.is_grad_enabled()
+            places = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+            tensors = [args[index] for index in places]
+            if training and not any(tensor.requires_grad for tensor in tensors):
+                # Else autograd would never come back through Enter.
+                tensors[0] = tensors[0].detach().requires_grad_()
+            entered = _Enter.apply(self, rank, *tensors)
+            inner = list(args)
+            for index, tensor in zip(places, entered, strict=True):
+                inner[index] = tensor
+            try:
+                out = forward(*inner)
+            except BaseException:
+                self.reset()
+                raise
+            alone = isinstance(out, Tensor)
+            left = _Exit.apply(self, rank, training, *((out,) if alone else out))
+            return left[0] if alone else left
+
+        return streaming
+
+
+class _Enter(torch.autograd.Function):
+    """Identity; brings a block in before its forward pass, lets it go after its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, swap: BlockSwap, rank: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.swap, ctx.rank = swap, rank
+        swap.enter(rank, begins=rank == 0)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.swap.leave_backward(ctx.rank)
+        return None, None, *gradients
+
+
+class _Exit(torch.autograd.Function):
+    """Identity; lets a block go after its forward pass, brings it in before its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, swap: BlockSwap, rank: int, training: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.swap, ctx.rank = swap, rank
+        swap.leave_forward(rank, training)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.swap.enter(ctx.rank)
+        return None, None, None, *gradients
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Path and dense weight of every Linear layer, wherever and however it is stored; on the CPU for swapped ones."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            yield path, layer.weight
+        elif isinstance(layer, FrozenLinear):
+            residence = layer.residence
+            if residence is None:
+                yield path, layer.dense_weight(layer.dtype)
+                continue
+            copy = FrozenLinear(
+                residence.master("stored"), residence.master("scale"), None, layer.dtype, storage=layer.storage,
+                shape=(layer.out_features, layer.in_features),
+            )  # fmt: skip
+            yield path, copy.dense_weight(layer.dtype)

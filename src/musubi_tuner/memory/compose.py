@@ -1,0 +1,53 @@
+"""The one order in which a frozen model is made to fit.
+
+    build (meta) -> load: merge adapters, store weight by weight -> attach adapters -> checkpoint blocks -> swap blocks
+
+A weight is stored as it is loaded, so its merge comes first. Swapping wraps the checkpointed block: the recomputation must
+happen while the block's weights are there.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.memory.block_swap import BlockSwap, swapped_counts
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.storage import Freeze
+from musubi_tuner.models.spec import ModelSpec
+
+
+def freeze_of(memory: MemorySection, spec: ModelSpec, device: torch.device | None = None) -> Freeze | None:
+    """How a run stores the Linear layers of its frozen model; None = as ordinary layers."""
+    if memory.base_storage == "none" and not memory.blocks_to_swap:
+        return None
+    quantized = f"{spec.quantizable}|{spec.modulation}" if memory.fp8_modulation else spec.quantizable
+    blocks = "|".join(spec.block_lists)
+    return Freeze(
+        storage="plain" if memory.base_storage == "none" else memory.base_storage,
+        quantized=quantized,
+        plain=rf"({blocks})\.\d+\..*" if memory.blocks_to_swap else None,
+        scale=memory.fp8_scale,
+        quantize_on=device if device is not None and device.type == "cuda" else None,
+    )
+
+
+def compose_memory(model: nn.Module, memory: MemorySection, spec: ModelSpec, device: torch.device) -> BlockSwap | None:
+    """Checkpoint and swap the blocks of a model that lies in main memory, and bring the rest to the device.
+
+    Returns:
+        The swap, if there is one.
+    """
+    if memory.gradient_checkpointing:
+        checkpoint_blocks(model, spec.block_lists)
+    if not memory.blocks_to_swap:
+        model.to(device)
+        return None
+    counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
+    return BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned)
+
+
+def block_counts(model: nn.Module, block_lists: Sequence[str]) -> Mapping[str, int]:
+    """Number of blocks by list, in call order."""
+    return {name: len(getattr(model, name)) for name in block_lists}

@@ -1,0 +1,257 @@
+"""Streaming blocks changes no bit, needs no hook, and a mistake in its order raises instead of passing.
+
+The engine for a CPU delivers copies as late as it may and fills their targets with not-a-number until then, so a block that is
+used too early shows.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.block_swap import BlockSwap, streamed_indices, swapped_counts, weights
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.storage import Freeze, freeze_layers
+from musubi_tuner.memory.transfer import HostTransfer, transfer_for
+from musubi_tuner.models.flux_dev import Flux, FluxConfig
+from musubi_tuner.models.registry import MODELS
+
+SPEC = MODELS["fd"]
+CPU = torch.device("cpu")
+ALL_BLOCKS = r"(double|single)_blocks\.\d+\..*"
+
+
+def flux(double: int = 19, single: int = 38) -> Flux:
+    torch.manual_seed(0)
+    config = FluxConfig(
+        in_channels=16, vec_in_dim=8, context_in_dim=8, hidden_size=16, num_heads=2, depth=double,
+        depth_single_blocks=single, axes_dim=(2, 2, 4), mlp_ratio=2.0,
+    )  # fmt: skip
+    return Flux(config).requires_grad_(False)
+
+
+def prepare(storage: Any, double: int = 19, single: int = 38, dropout: float = 0.0) -> Flux:
+    """A model with stored layers and adapters that have moved a little."""
+    model = flux(double, single)
+    freeze_layers(model, Freeze(storage, SPEC.quantizable, plain=ALL_BLOCKS))
+    section = AdapterSection(type="lora", rank=2, alpha=2.0, dropout=dropout)
+    adapters = make_adapters(model, plan_adapters(target_paths(model, SPEC.adapters), SPEC.adapters, section), section)
+    generator = torch.Generator().manual_seed(1)
+    for _, adapter in adapters.items():
+        adapter.lora_up.weight.data.copy_(0.1 * torch.randn(adapter.lora_up.weight.shape, generator=generator))
+    attach(model, adapters)
+    return model.train()
+
+
+def inputs(seed: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(2, 4, 16, generator=generator),
+        torch.zeros(2, 4, 3),
+        torch.randn(2, 3, 8, generator=generator),
+        torch.zeros(2, 3, 3),
+        torch.rand(2, generator=generator),
+        torch.randn(2, 8, generator=generator),
+        torch.ones(2),
+    )
+
+
+def train(model: Flux, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses, and adapters afterwards."""
+    optimizer = torch.optim.AdamW(model.adapters.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = model(*inputs(step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {key: tensor.clone() for key, tensor in model.adapters.state_dict().items()}
+
+
+def swapped(model: Flux, count: int, **options: Any) -> BlockSwap:
+    counts = {"double_blocks": len(model.double_blocks), "single_blocks": len(model.single_blocks)}
+    return BlockSwap(model, swapped_counts(count, counts), CPU, **options)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[bool, Any]:
+    """20 steps of the full number of blocks, without swap, without and with dropout."""
+    return {dropout: train(prepare("plain", dropout=0.1 * dropout), 20) for dropout in (False, True)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 25, 36, 37, 53])
+def test_twenty_steps_are_those_without_swap(count: int, checkpointing: bool, plain: dict[bool, Any]) -> None:
+    model = prepare("plain")
+    if checkpointing:
+        checkpoint_blocks(model, SPEC.block_lists)
+    swap = swapped(model, count)
+    assert_same(train(model, 20), plain[False])
+    assert swap.recoveries == 0
+
+
+def test_dropout_and_checkpointing_too(plain: dict[bool, Any]) -> None:
+    model = prepare("plain", dropout=0.1)
+    checkpoint_blocks(model, SPEC.block_lists)
+    swapped(model, 25)
+    assert_same(train(model, 20), plain[True])
+
+
+@pytest.mark.parametrize("storage", ["fp8", "fp8_scaled", "int8", "nf4"])
+def test_every_storage(storage: Any) -> None:
+    reference = train(prepare(storage, 3, 5), 3)
+    model = prepare(storage, 3, 5)
+    swapped(model, 4)
+    assert_same(train(model, 3), reference)
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3, 8])
+def test_every_ring(ring: int) -> None:
+    reference = train(prepare("plain", 4, 6), 3)
+    model = prepare("plain", 4, 6)
+    swap = swapped(model, 6, ring=ring)
+    assert len(swap.slots) == min(ring, 6)
+    assert_same(train(model, 3), reference)
+    assert swap.recoveries == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(double=st.integers(1, 5), single=st.integers(1, 6), data=st.data())
+def test_any_number_of_blocks(double: int, single: int, data: st.DataObject) -> None:
+    most = max(0, double - 2) + max(0, single - 2)
+    count = data.draw(st.integers(0, most))
+    model, other = prepare("plain", double, single), prepare("plain", double, single)
+    if data.draw(st.booleans()):
+        checkpoint_blocks(other, SPEC.block_lists)
+    if count:
+        swapped(other, count, ring=data.draw(st.integers(1, 3)))
+    assert_same(train(other, 2), train(model, 2))
+
+
+def test_drawing_between_steps_costs_no_recovery_beyond_the_first() -> None:
+    reference, model = prepare("plain", 4, 6), prepare("plain", 4, 6)
+    swap = swapped(model, 6)
+    with torch.no_grad():
+        expected = reference(*inputs())
+        assert torch.equal(model(*inputs()), expected) and torch.equal(model(*inputs()), expected)
+    assert swap.recoveries == 0
+    assert_same(train(model, 2), train(reference, 2))
+    assert swap.recoveries == 0
+
+
+def test_forward_with_gradients_but_no_backward_is_recovered_and_counted() -> None:
+    reference, model = prepare("plain", 4, 6), prepare("plain", 4, 6)
+    swap = swapped(model, 6)
+    model(*inputs())
+    assert swap.recoveries == 0
+    assert_same(train(model, 2), train(reference, 2))
+    assert swap.recoveries > 0
+
+
+@pytest.mark.parametrize("name", ["double_blocks.1.img_mlp.2", "single_blocks.3.linear1"])
+def test_exception_half_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, model = prepare("plain", 4, 6), prepare("plain", 4, 6)
+    swapped(model, 6)
+    with monkeypatch.context() as patch:
+
+        def fail(*args: Any) -> Tensor:
+            raise MemoryError("out of memory")
+
+        patch.setattr(model.get_submodule(name), "forward", fail)
+        with pytest.raises(MemoryError):
+            model(*inputs())
+    assert_same(train(model, 2), train(reference, 2))
+
+
+def test_refilling_a_buffer_too_early_raises() -> None:
+    model = prepare("plain", 4, 6)
+    swap = swapped(model, 6)
+    swap.enter(0)
+    with pytest.raises(RuntimeError, match=r"would overwrite double_blocks.1 while that computes"):
+        swap._load(len(swap.slots), None)
+
+
+def test_reading_a_block_that_is_not_there_raises() -> None:
+    model = prepare("plain", 4, 6)
+    swap = swapped(model, 6)
+    layer: Any = model.get_submodule(f"{swap.streamed[-1].name}.linear1")
+    with pytest.raises(RuntimeError, match="is read while its weights are not on the device"):
+        layer.dense_weight(torch.float32)
+    # On its way is not there either: the engine for a CPU has filled the buffer with garbage.
+    first: Any = model.get_submodule(f"{swap.streamed[0].name}.img_attn.qkv")
+    with pytest.raises(RuntimeError, match="is read while its weights are not on the device"):
+        first.dense_weight(torch.float32)
+    assert swap.slots[0].buffer[:16].eq(0xFF).all()
+
+
+def test_a_swap_that_forgets_to_wait_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostTransfer, "wait", lambda self, key: None)
+    model = prepare("plain", 4, 6)
+    swapped(model, 6)
+    assert not model(*inputs()).isfinite().all()
+
+
+def test_streamed_weights_lie_in_main_memory_only() -> None:
+    model = prepare("plain", 4, 6)
+    before = dict(weights(copy.deepcopy(model)))
+    swap = swapped(model, 6)
+    layer: Any = model.get_submodule(f"{swap.streamed[0].name}.img_attn.qkv")
+    assert layer.stored is None and layer.bias is None
+    assert swap.host_bytes > swap.device_bytes == 2 * max(len(block.master) for block in swap.streamed)
+    after = dict(weights(model))
+    assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+# Which blocks
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, (0, 0)), (1, (0, 1)), (2, (0, 2)), (25, (0, 25)), (36, (0, 36)), (37, (1, 36)), (53, (17, 36))],
+)
+def test_single_blocks_first(count: int, expected: tuple[int, int]) -> None:
+    found = swapped_counts(count, {"double_blocks": 19, "single_blocks": 38})
+    assert (found["double_blocks"], found["single_blocks"]) == expected
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, (0, 3)), (2, (1, 3)), (25, (12, 27)), (34, (17, 35))])
+def test_balanced_is_the_split_of_musubi_tuner(count: int, expected: tuple[int, int]) -> None:
+    found = swapped_counts(count, {"double_blocks": 19, "single_blocks": 38}, "balanced")
+    assert (found["double_blocks"], found["single_blocks"]) == expected
+
+
+@pytest.mark.parametrize(("count", "policy", "most"), [(54, "single_first", 53), (35, "balanced", 34)])
+def test_too_many_blocks(count: int, policy: str, most: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"memory.blocks_to_swap is {count}, at most {most} of 19 double_blocks \+ 38 single"
+    ):
+        swapped_counts(count, {"double_blocks": 19, "single_blocks": 38}, policy)
+
+
+def test_streamed_blocks_are_spread_evenly() -> None:
+    assert streamed_indices(38, 2) == [9, 28]
+    assert streamed_indices(5, 5) == [0, 1, 2, 3, 4]
+    for swapped_blocks in range(1, 37):
+        found = streamed_indices(38, swapped_blocks)
+        gaps = [b - a for a, b in itertools.pairwise(found)]
+        assert len(set(found)) == swapped_blocks and max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+def test_device_without_an_engine() -> None:
+    with pytest.raises(ValueError, match="blocks cannot be swapped on mps"):
+        transfer_for(torch.device("mps"))
