@@ -13,6 +13,7 @@ again there. So a step holds the compute form of one layer at a time, and a weig
 The product is computed as ``x @ dequantize(weight).T``: on every device, without scaled matrix products.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,10 @@ INT8_MAX = 127.0
 SCALE_FLOOR = 1e-8
 
 
+CHUNK = 1 << 21
+"""Values that are quantised together: float32 copies of a whole weight would be four times as large as its codes."""
+
+
 def quantize_fp8(weight: Tensor, scale: Scale | None = "block") -> tuple[Tensor, Tensor | None]:
     """Store a weight [out, in] in float8_e4m3fn.
 
@@ -44,23 +49,42 @@ def quantize_fp8(weight: Tensor, scale: Scale | None = "block") -> tuple[Tensor,
     """
     if is_fp8(weight):
         raise ValueError("the weight is stored in float8 already")
-    values = torch.nan_to_num(weight.float())
     if scale is None:
-        return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), None
-    if scale == "tensor" or values.ndim != 2:
-        factor = (values.abs().amax() / FP8_MAX).clamp(min=SCALE_FLOOR)
-        return _cast(values / factor), factor
-    if scale == "row" or values.shape[1] % BLOCK:
-        factor = (values.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=SCALE_FLOOR)
-        return _cast(values / factor), factor
-    groups = values.view(len(values), -1, BLOCK)
-    factor = (groups.abs().amax(2, keepdim=True) / FP8_MAX).clamp(min=SCALE_FLOOR)
-    return _cast(groups / factor).view(values.shape), factor
+        return _by_rows(weight, lambda rows: (_to_fp8(rows), None))
+    if scale == "tensor":
+        largest = torch.stack([_values(rows).abs().amax() for rows in weight.split(_rows(weight))]).amax()
+        factor = (largest / FP8_MAX).clamp(min=SCALE_FLOOR)
+        return _by_rows(weight, lambda rows: (_to_fp8(rows / factor), None))[0], factor
+    if scale == "row" or weight.shape[1] % BLOCK:
+        return _by_rows(weight, lambda rows: _scaled(rows, rows))
+    return _by_rows(weight, lambda rows: _scaled(rows, rows.view(len(rows), -1, BLOCK)))
 
 
-def _cast(values: Tensor) -> Tensor:
+def _scaled(rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of rows, with one scale for each last axis of ``groups``."""
+    factor = (groups.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=SCALE_FLOOR)
+    return _to_fp8(groups / factor).view(rows.shape), factor
+
+
+def _to_fp8(values: Tensor) -> Tensor:
     # Rounding may leave the range by one step; the cast saturates on some devices and gives NaN on others.
     return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _values(weight: Tensor) -> Tensor:
+    return torch.nan_to_num(weight.float())
+
+
+def _rows(weight: Tensor) -> int:
+    """Rows that are quantised together."""
+    return max(1, CHUNK // max(1, weight[0].numel()))
+
+
+def _by_rows(weight: Tensor, convert: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Convert a weight a few rows at a time, in float32."""
+    codes, factors = zip(*(convert(_values(rows)) for rows in weight.split(_rows(weight))))
+    whole = torch.cat([part.view(torch.uint8) for part in codes]).view(codes[0].dtype)
+    return whole, None if factors[0] is None else torch.cat(factors)
 
 
 def quantize(weight: Tensor, storage: Storage, scale: Scale = "block") -> tuple[Tensor, Tensor | None]:
@@ -70,7 +94,7 @@ def quantize(weight: Tensor, storage: Storage, scale: Scale = "block") -> tuple[
         Codes and their float32 scale. Codes of nf4 are packed, two in a byte, [out * in / 2].
 
     Raises:
-        ValueError: for fp8 input, or an unknown storage.
+        ValueError: for fp8 input, an unknown storage, or an nf4 weight whose number of values is odd.
     """
     if storage == "plain":
         return weight, None
@@ -78,16 +102,24 @@ def quantize(weight: Tensor, storage: Storage, scale: Scale = "block") -> tuple[
         return quantize_fp8(weight, None)
     if storage == "fp8_scaled":
         return quantize_fp8(weight, scale)
-    values = torch.nan_to_num(weight.float())
     if storage == "int8":
-        factor = (values.abs().amax(1, keepdim=True) / INT8_MAX).clamp(min=SCALE_FLOOR)
-        return (values / factor).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), factor
+        return _by_rows(weight, _to_int8)
     if storage == "nf4":
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(values.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        return packed.flatten(), state.absmax.float()
+        # Blocks of 64 values run through the rows, so chunks must end where blocks do.
+        return _by_rows(weight, _to_nf4) if weight.shape[1] % BLOCK == 0 else _to_nf4(_values(weight))
     raise ValueError(f"unknown storage '{storage}'; known: plain, fp8, fp8_scaled, int8, nf4")
+
+
+def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    factor = (rows.abs().amax(1, keepdim=True) / INT8_MAX).clamp(min=SCALE_FLOOR)
+    return (rows / factor).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), factor
+
+
+def _to_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    return packed.flatten(), state.absmax.float()
 
 
 class _FrozenProduct(torch.autograd.Function):
