@@ -55,7 +55,8 @@ class ModelSpec:
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
         module: package from which `load` takes, by name: ``load_for_training``, ``make_process``, ``check_caches`` and
             ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
-            ``open_base`` for a run with adapters; ``load_to_merge`` and ``diffusers_modules`` for tools;
+            ``open_base`` for a run with adapters; ``plan_model`` for the
+            memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
@@ -118,6 +119,21 @@ class Trainee:
     geometry: Any
     options: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelPlan:
+    """A run's model without storage, and what a step with it needs to know.
+
+    Attributes:
+        model: on the meta device; built again from its ``config``. dtype: of its weights.
+        shapes: of the cached tensors of one sample, latents left out. options: of the process.
+    """
+
+    model: "nn.Module"
+    dtype: Any
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any]
 
 
 @dataclass

@@ -139,6 +139,7 @@ class Runner:
             print(f"note: {note}")
         print(describe(config, plan, self.processes), flush=True)
         if options.plan:
+            self._plan_memory(plan.found.items)
             return EXIT_OK
         if self._finished(plan.steps.total_updates):
             return self._score_demo()
@@ -153,6 +154,18 @@ class Runner:
             return EXIT_OK
         code = self._train(plan.found.items)
         return code or self._score_demo()
+
+    def _plan_memory(self, items: list[Any]) -> None:
+        """Print the memory estimate, where the model's shape is known without a download."""
+        from musubi_tuner.config.paths import is_hub_id
+
+        path = self.config.model.path
+        if path is not None and is_hub_id(path):
+            print("  memory   is estimated when the checkpoint is here")
+            return
+        from musubi_tuner.training.trainer import estimate_lines
+
+        print("\n".join(estimate_lines(self.config, items)))
 
     def _score_demo(self) -> int:
         """Score a finished demo that has no score yet."""

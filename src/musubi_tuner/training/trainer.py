@@ -170,6 +170,8 @@ class Trainer:
     def build(self) -> None:
         """Load the model and everything around it, and continue where a state left off."""
         config = self.config
+        if self.main:
+            print("\n".join(estimate_lines(config, self.dataset.items)), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options = trainee.geometry, trainee.options
@@ -714,6 +716,17 @@ class Trainer:
     def _release(self, entry: Entry) -> None:
         if self.config.save.release:
             write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
+
+
+def estimate_lines(config: RunConfig, items: list[Item]) -> list[str]:
+    """The memory that a run will need; a note where this torch cannot run a model without storage."""
+    from musubi_tuner.memory.estimate import memory_lines
+
+    try:
+        return memory_lines(config, items)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return [f"  memory   could not be estimated ({reason[:120]})"]
 
 
 def load_vae(config: RunConfig, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
 from musubi_tuner.models.checkpoints import copy_weights, find_weights, read_weights
-from musubi_tuner.models.spec import LossTerm, Trainee
+from musubi_tuner.models.spec import LossTerm, ModelPlan, Trainee
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,14 @@ def load_for_run(file: Any, config: Any) -> Toy:
     model = Toy(ToyConfig(**{key: value for key, value in file.config.items() if key == "width"}))
     copy_weights(model, file.tensors, str(file.path))
     return model
+
+
+def plan_model(config: Any) -> ModelPlan:
+    width = (
+        config.model.geometry.get("width", 24) if config.model.init == "scratch" else open_base(config).config["width"]
+    )
+    with torch.device("meta"):
+        return ModelPlan(Toy(ToyConfig(width)), torch.float32, {"clip_l_pooler": (32,)}, {})
 
 
 def check_caches(config: Any, geometry: ToyConfig, shapes: dict[str, tuple[int, ...]]) -> None:

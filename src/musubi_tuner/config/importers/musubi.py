@@ -17,9 +17,6 @@ from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.importers.report import Imported, Report
 from musubi_tuner.config.schema import Parameter, flat_names, parameters
 
-SCRIPTS = {"flux_dev": "fd", "tinyflux": "tf"}
-"""Beginning of a training script's name -> family."""
-NETWORKS = {"networks.lora_flux": "fd", "networks.lora_tinyflux": "tf"}
 DEFAULTS: dict[str, Any] = {
     "adapter.rank": 4,
     "adapter.alpha": 1.0,
@@ -203,20 +200,24 @@ class _Importer:
 
     def _family(self, options: dict[str, Any]) -> None:
         """The family: as said, else by the script, else by the network module."""
+        from musubi_tuner.models.registry import MODELS
+
+        scripts = {MODELS[code].full_name: code for code in MODELS}
+        networks = {MODELS[code].adapters.network_module: code for code in MODELS}
         if "script" in options:
             name = str(options.pop("script"))
-            family = next((code for start, code in SCRIPTS.items() if Path(name).name.startswith(start)), None)
+            family = next((code for start, code in scripts.items() if Path(name).name.startswith(start)), None)
             if family is None:
-                self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(SCRIPTS)}")
+                self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(scripts)}")
             elif "architecture" in options:
                 self.report.dropped_harmless.append(("script", "architecture says it"))
             else:
                 self._convert("script", name, "model.arch", family, "the script's family")
         if "network_module" in options:
             name = str(options.pop("network_module"))
-            family = NETWORKS.get(name)
+            family = networks.get(name)
             if family is None:
-                self._refuse("network_module", f"{name}: is not built; known: {', '.join(NETWORKS)}")
+                self._refuse("network_module", f"{name}: is not built; known: {', '.join(networks)}")
             else:
                 self._convert("network_module", name, "adapter.type", "lora", "its kind of adapter")
                 if "architecture" not in options and "model.arch" not in self.values:

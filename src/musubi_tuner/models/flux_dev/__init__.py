@@ -28,6 +28,7 @@ _PLACES = {
     "null_inputs": "conditioning",
     "open_base": "family",
     "options_of": "family",
+    "plan_model": "family",
     "text_inputs": "conditioning",
 }
 

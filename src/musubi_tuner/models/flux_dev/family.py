@@ -12,7 +12,7 @@ from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.flux_dev.state_dict import build, load_checkpoint, load_model, to_bfl
-from musubi_tuner.models.spec import Trainee
+from musubi_tuner.models.spec import ModelPlan, Trainee
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
@@ -56,6 +56,16 @@ def open_base(config: RunConfig) -> WeightFile:
 def load_for_run(file: WeightFile, config: RunConfig) -> Any:
     """A checkpoint as a run computes with it, what it merges included."""
     return _load(file, config).model
+
+
+def plan_model(config: RunConfig) -> ModelPlan:
+    """The model of a run without storage, from the header of its checkpoint."""
+    geometry, _ = to_bfl(open_base(config), allow_schnell=config.model.allow_schnell)
+    shapes = {
+        "t5_vec": (config.model.t5_max_tokens, geometry.context_in_dim),
+        "clip_l_pooler": (geometry.vec_in_dim,),
+    }
+    return ModelPlan(build(geometry), compute_dtype(config) or torch.bfloat16, shapes, {})
 
 
 def check_caches(config: RunConfig, geometry: FluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -35,6 +35,7 @@ _PLACES = {
     "open_base": "family",
     "options_of": "state_dict",
     "null_inputs": "conditioning",
+    "plan_model": "family",
     "text_inputs": "conditioning",
     "forward_flops": "flops",
     "training_flops": "flops",

@@ -7,7 +7,7 @@ import torch
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.checkpoints import WeightFile
-from musubi_tuner.models.spec import Trainee
+from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.options import resolve_experts
@@ -111,6 +111,25 @@ def _freeze_base(model: TinyFluxDeep, config: RunConfig) -> list[str]:
     if freeze is not None:
         freeze_layers(model, freeze)
     return merges.notes()
+
+
+def plan_model(config: RunConfig) -> ModelPlan:
+    """The model of a run without storage."""
+    geometry, experts = geometry_of(config), config.experts
+    length, times, side = config.model.t5_max_tokens, experts.time_buckets, geometry.sol_spatial_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "t5_vec": (length, geometry.joint_attention_dim),
+        "t5_mask": (length,),
+        "clip_l_pooler": (geometry.pooled_projection_dim,),
+    }
+    if experts.enable_lune or experts.enable_sol:
+        shapes["t_buckets"] = (times,)
+    if experts.enable_lune:
+        shapes["lune_features"] = (times, geometry.lune_expert_dim)
+    if experts.enable_sol:
+        shapes |= {"sol_stats": (times, 3), "sol_spatial": (times, side, side)}
+    options = {"sol_spatial_norm": "max", "t5_attn_mask": config.model.t5_attn_mask}
+    return ModelPlan(build(geometry), torch.float32, shapes, options)
 
 
 def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

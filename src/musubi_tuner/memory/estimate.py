@@ -1,0 +1,277 @@
+"""How much device memory a run will need, from its own model without storage.
+
+    weights      what lies on the device, in its form of storage, streamed blocks left out, and the ring that they pass through
+    trained      weights, gradients, optimizer state and average of what trains
+    activations  what autograd keeps of one micro-batch, counted while the training step runs on tensors without storage
+    passing      the recomputed block, and the largest weight in its compute form, for the moment of the backward pass
+
+Nothing is read from a table: the model is built and run, only without memory (torch's fake tensors).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.sources import Item
+from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.compose import block_counts, freeze_of
+from musubi_tuner.memory.frozen_linear import BLOCK, Storage
+from musubi_tuner.training.step import Draws, training_step
+
+Bytes = int
+OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.07, "Adafactor": 0.05}
+"""Per trained value: two float32 moments; two bytes with a scale per 256; about one row and one column."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory."""
+
+    weights: Bytes
+    ring: Bytes
+    trained: Bytes
+    gradients: Bytes
+    optimizer: Bytes
+    average: Bytes
+    activations: Bytes
+    passing: Bytes
+    host: Bytes
+
+    @property
+    def total(self) -> Bytes:
+        """The peak on the device: everything at once, in the backward pass."""
+        return (
+            self.weights + self.ring + self.trained + self.gradients + self.optimizer + self.average + self.activations
+            + self.passing
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """For the plan."""
+        parts = {
+            "weights": self.weights, "swap ring": self.ring, "trained": self.trained, "gradients": self.gradients,
+            "optimizer": self.optimizer, "average": self.average, "activations": self.activations,
+            "backward pass": self.passing,
+        }  # fmt: skip
+        shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+        lines = [f"  memory   about {gib(self.total)} on the device: {shown}"]
+        if self.host:
+            lines.append(f"           {gib(self.host)} of main memory for swapped blocks")
+        return lines
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or MiB below a tenth of one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def stored_bytes(layer: nn.Linear, storage: Storage, scale: str, dtype: torch.dtype) -> Bytes:
+    """Bytes of a frozen layer with its scales and bias."""
+    rows, columns = layer.out_features, layer.in_features
+    values = rows * columns
+    per_block = -(-values // BLOCK) if columns % BLOCK == 0 else rows
+    scales = {"tensor": 1, "row": rows, "block": per_block}[scale]
+    size = {
+        "plain": values * dtype.itemsize,
+        "fp8": values,
+        "fp8_scaled": values + 4 * scales,
+        "int8": values + 4 * rows,
+        "nf4": values // 2 + 4 * -(-values // BLOCK),
+    }[storage]
+    return size + (0 if layer.bias is None else rows * dtype.itemsize)
+
+
+def estimate(
+    config: RunConfig,
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    bucket: tuple[int, int],
+    batch_size: int,
+    options: dict[str, Any],
+) -> Estimate:
+    """Device memory of training with one bucket.
+
+    Args:
+        model: on the meta device. dtype: of its weights.
+        shapes: of the cached tensors of one sample, latents left out.
+        bucket: width and height in pixels. options: of the family's process.
+    """
+    memory, frozen = config.memory, config.adapter.type != "none"
+    weights, ring, host = _weights(config, model, dtype, frozen)
+    largest = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+    compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
+    activations, block, values = _activations(config, model, dtype, shapes, bucket, batch_size, options)
+    dense = largest * compute if frozen and (memory.base_storage != "none") else 0
+    return Estimate(
+        weights=weights,
+        ring=ring,
+        trained=4 * values if frozen else 0,
+        gradients=4 * values,
+        optimizer=int(OPTIMIZER_BYTES[config.optimizer.type] * values),
+        average=4 * values if config.ema.enabled else 0,
+        activations=activations,
+        passing=block + dense,
+        host=host,
+    )
+
+
+def memory_lines(config: RunConfig, items: Sequence[Item]) -> list[str]:
+    """The estimate for the bucket that needs most, as lines of the plan; a note if it cannot be made.
+
+    Args:
+        items: of the data sets.
+    """
+    bucket, batch_size = max(
+        ((item.bucket, item.batch_size) for item in items), key=lambda pair: pair[0][0] * pair[0][1] * pair[1]
+    )
+    plan = config.spec.load("plan_model")(config)
+    found = estimate(
+        config,
+        plan.model,
+        dtype=plan.dtype,
+        shapes=plan.shapes,
+        bucket=bucket,
+        batch_size=batch_size,
+        options=plan.options,
+    )
+    return found.lines()
+
+
+def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> tuple[Bytes, Bytes, Bytes]:
+    """Weights on the device, the ring, and copies in main memory."""
+    spec, memory = config.spec, config.memory
+    freeze = freeze_of(memory, spec) if frozen else None
+    streamed: dict[str, list[Bytes]] = {}
+    names: set[str] = set()
+    if frozen and memory.blocks_to_swap:
+        totals = block_counts(model, spec.block_lists)
+        for name, count in swapped_counts(memory.blocks_to_swap, totals, memory.swap_policy).items():
+            names |= {f"{name}.{index}" for index in streamed_indices(totals[name], count)}
+    resident = 0
+    seen: set[str] = set()
+    for path, layer in model.named_modules():
+        storage = freeze.storage_of(path) if freeze and isinstance(layer, nn.Linear) else None
+        if storage is None or not isinstance(layer, nn.Linear):
+            continue
+        seen |= {f"{path}.weight", f"{path}.bias"}
+        size = stored_bytes(layer, storage, memory.fp8_scale, dtype)
+        block = ".".join(path.split(".")[:2])
+        if block in names:
+            streamed.setdefault(block, []).append(size)
+        else:
+            resident += size
+    resident += sum(p.numel() * dtype.itemsize for name, p in model.named_parameters() if name not in seen)
+    resident += sum(b.numel() * b.element_size() for _, b in model.named_buffers())
+    blocks = [sum(sizes) for sizes in streamed.values()]
+    ring = max(blocks, default=0) * min(memory.swap_ring, len(blocks))
+    return resident, ring, sum(blocks)
+
+
+def _activations(
+    config: RunConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    bucket: tuple[int, int],
+    batch_size: int,
+    options: dict[str, Any],
+) -> tuple[Bytes, Bytes, int]:
+    """Kept by autograd over the step; by one block alone, where blocks are recomputed; number of trained values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    spec = config.spec
+    process = spec.load("make_process")(config, options)
+    frozen = config.adapter.type != "none"
+    size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
+    compute = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    with FakeTensorMode():
+        # Built anew in this mode, which does not take tensors from outside.
+        with _default_dtype(dtype):
+            model = type(model)(model.config)
+        if frozen:
+            model.requires_grad_(False)
+            plans = plan_adapters(target_paths(model, spec.adapters), spec.adapters, config.adapter)
+            # Dropout draws numbers to branch on, which tensors without storage do not have.
+            attach(model, make_adapters(model, plans, config.adapter.model_copy(update={"module_dropout": 0.0})))
+        values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        tensors = {name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()}
+        valid = dict.fromkeys(tensors, torch.ones(batch_size, dtype=torch.bool))
+        batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+        draws = Draws(
+            torch.zeros(size), torch.full((batch_size,), 0.5),
+            {name: torch.full((batch_size,), 0.5) for name in process.uniforms},
+        )  # fmt: skip
+        weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+        blocks = [block for name in spec.block_lists for block in getattr(model, name)]
+        largest = 0
+        if config.memory.gradient_checkpointing:
+            checkpoint_blocks(model, spec.block_lists)
+            for block in {type(block): block for block in blocks}.values():
+                _measure_inside(block)
+        kept = _Kept(weights)
+        with kept, torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None):
+            training_step(model, process, batch, draws, 0)
+        if config.memory.gradient_checkpointing:
+            largest = max((getattr(block, "_kept_bytes", 0) for block in blocks), default=0)
+        return kept.total, largest, values
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _measure_inside(block: nn.Module) -> None:
+    """Note what one call of a checkpointed block would keep without checkpointing."""
+    plain, recomputing = type(block).forward, block.forward
+
+    def measured(*args: Any) -> Any:
+        outside = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+        outside |= {id(t.untyped_storage()) for t in (*block.parameters(), *block.buffers())}
+        inside = _Kept(outside)
+        entered = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        outside |= {id(t.untyped_storage()) for t in entered if isinstance(t, Tensor)}
+        with torch.enable_grad(), inside:
+            plain(block, *entered)
+        block._kept_bytes = inside.total  # type: ignore[assignment]
+        return recomputing(*args)
+
+    block.forward = measured  # type: ignore[method-assign]
+
+
+class _Kept:
+    """Context that adds up the storages which autograd keeps inside it, each once; known ones are left out."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known, self.total = known, 0
+        self.alive: list[Any] = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.alive.append(storage)
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "_Kept":
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.hooks.__exit__(*args)

@@ -1,0 +1,191 @@
+"""The memory estimate of the plan agrees with what a process allocates, whichever part is the largest."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import save_file
+
+from musubi_tuner.config import load_config
+from musubi_tuner.memory.estimate import Estimate, estimate
+from musubi_tuner.models.flux_dev import FluxConfig, build
+
+TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
+      "axes_dims_rope": [16, 24, 24], "lune_expert_dim": 64}  # fmt: skip
+FD = FluxConfig(hidden_size=768, num_heads=6, depth=1, depth_single_blocks=8, vec_in_dim=64, context_in_dim=64)
+SCRIPT = """
+import sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from musubi_tuner.config import load_config
+from musubi_tuner.data.dataset import Batch
+from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.estimate import estimate
+from musubi_tuner.training.adapting import prepare_adapters
+from musubi_tuner.training.ema import EMA
+from musubi_tuner.training.optimizers import build_optimizer, trainable
+from musubi_tuner.training.step import make_draws, training_step
+from musubi_tuner.data.plan import MicroBatch
+
+config = load_config(sys.argv[1])
+spec, batch_size, side = config.spec, int(sys.argv[2]), int(sys.argv[3])
+plan = spec.load("plan_model")(config)
+expected = estimate(config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(side, side), batch_size=batch_size,
+                    options=plan.options)
+
+def anonymous():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+torch.nn.Linear(8, 8)(torch.zeros(2, 8)).sum().backward()
+torch.optim.AdamW([torch.zeros(2, requires_grad=True)], fused=True)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = spec.load("load_for_training")(config).model
+trained = model
+if config.adapter.type != "none":
+    trained, _ = prepare_adapters(model, config)
+    model.eval()
+compose_memory(model, config.memory, spec, torch.device("cpu"))
+parameters = trainable(trained)
+optimizer = build_optimizer(parameters, config.optimizer)
+ema = EMA(trained) if config.ema.enabled else None
+process = spec.load("make_process")(config, plan.options)
+size = (batch_size, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
+tensors = {name: torch.randn(batch_size, *shape) for name, shape in plan.shapes.items()}
+if "t_buckets" in tensors:
+    tensors["t_buckets"] = torch.linspace(0.05, 0.95, tensors["t_buckets"].shape[1]).expand(batch_size, -1)
+valid = {name: torch.ones(batch_size, dtype=torch.bool) for name in tensors}
+batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+planned = MicroBatch(tuple(range(batch_size)), tuple(range(batch_size)))
+dtype = {"no": None, "bf16": torch.bfloat16}[config.train.mixed_precision]
+for step in range(2):
+    draws = make_draws(process, size[1:], planned, 1, step)
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        output = training_step(model, process, batch, draws, step)
+    output.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:
+        ema.update(trained)
+done = True
+thread.join()
+print(peak - before, expected.total, expected.weights, expected.optimizer, expected.activations)
+"""
+
+
+def run_file(folder: Path, arch: str, **changes: dict[str, Any]) -> Path:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "x", "output_dir": str(folder / "out"), "device": "cpu"},
+        "model": {"arch": arch, "vae_path": "a/vae", "clip_path": "a/clip", "t5_path": "a/t5", "t5_max_tokens": 64},
+        "train": {"max_steps": 10, "mixed_precision": "no"},
+        "scheduler": {"warmup_steps": 1},
+        "cache": {"run": "never"},
+    }
+    if arch == "tf":
+        tables["experts"] = {"expert_input": "random"}
+    for name, values in changes.items():
+        tables[name] = {**tables.get(name, {}), **values}
+    document = {"schema_version": 1, **tables, "datasets": [{"image_directory": "images"}]}
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(document))
+    return path
+
+
+def flux_base(folder: Path) -> str:
+    tensors = {key: torch.zeros(t.shape, dtype=torch.bfloat16) for key, t in build(FD).state_dict().items()}
+    save_file(tensors, folder / "flux.safetensors")
+    (folder / "flux.json").write_text(json.dumps(FD.to_dict()))
+    return str(folder / "flux.safetensors")
+
+
+def measured(path: Path, batch_size: int, side: int) -> tuple[int, list[int]]:
+    environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path), str(batch_size), str(side)], capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak, *rest = (int(number) for number in done.stdout.split()[-5:])
+    return peak, rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("largest", ["weights", "optimizer", "activations"])
+def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> None:
+    if largest == "weights":
+        path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, adapter={"rank": 4})
+        peak, (total, weights, optimizer, activations) = measured(path, 1, 128)
+        assert weights > max(optimizer, activations)
+    elif largest == "optimizer":
+        geometry = {**TF, "num_double_layers": 4, "num_single_layers": 4}
+        path = run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, ema={"enabled": False})
+        peak, (total, weights, optimizer, activations) = measured(path, 1, 64)
+        assert optimizer > max(weights, activations)
+    else:
+        geometry = {**TF, "num_double_layers": 2, "num_single_layers": 2}
+        path = run_file(
+            tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, train={"mixed_precision": "bf16"}
+        )
+        peak, (total, weights, optimizer, activations) = measured(path, 8, 192)
+        assert activations > max(weights, optimizer)
+    print(f"{largest}: {peak / 1e6:.0f} MB allocated, {total / 1e6:.0f} MB estimated")
+    assert abs(total / peak - 1) < 0.15, (peak / 1e6, total / 1e6)
+
+
+def of_flux(tmp_path: Path, **changes: dict[str, Any]) -> Estimate:
+    config = load_config(
+        run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
+    )
+    plan = config.spec.load("plan_model")(config)
+    return estimate(
+        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(256, 256), batch_size=1, options=plan.options
+    )
+
+
+def test_every_option_saves_what_it_promises(tmp_path: Path) -> None:
+    plain = of_flux(tmp_path)
+    assert plain.weights == 2 * sum(p.numel() for p in build(FD).parameters())
+    fp8 = of_flux(tmp_path, memory={"base_storage": "fp8_scaled"})
+    nf4 = of_flux(tmp_path, memory={"base_storage": "nf4"})
+    everything = of_flux(tmp_path, memory={"base_storage": "fp8_scaled", "fp8_modulation": True})
+    assert nf4.weights < fp8.weights < plain.weights and everything.weights < fp8.weights
+    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 4})
+    assert swapped.weights + swapped.host == plain.weights
+    assert 0 < swapped.ring < swapped.host
+    checkpointed = of_flux(tmp_path, memory={"gradient_checkpointing": True})
+    assert checkpointed.activations + checkpointed.passing < 0.5 * plain.activations
+    small, large = of_flux(tmp_path, adapter={"rank": 2}), of_flux(tmp_path, adapter={"rank": 8})
+    assert large.optimizer == 4 * small.optimizer and large.weights == small.weights
+
+
+def test_full_size(tmp_path: Path) -> None:
+    """FLUX.1-dev at 1024 px: 22.2 GiB of weights in bfloat16, and a run that fits 16 GB."""
+    config = load_config(
+        run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"},
+                 memory={"base_storage": "fp8_scaled", "blocks_to_swap": 25, "gradient_checkpointing": True})
+    )  # fmt: skip
+    shapes = {"t5_vec": (512, 4096), "clip_l_pooler": (768,)}
+    found = estimate(
+        config, build(FluxConfig()), dtype=torch.bfloat16, shapes=shapes, bucket=(1024, 1024), batch_size=1, options={}
+    )
+    assert 10 * 2**30 < found.weights < 11 * 2**30
+    assert found.total < 16e9
+    assert "GiB on the device: weights" in found.lines()[0] and "main memory for swapped blocks" in found.lines()[1]
