@@ -204,7 +204,10 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
             {"optimizer_type": "lion"},
             "optimizer_type: is 'lion', which is not built; known: adamw, adamw8bit, adafactor.",
         ),
-        ({"network_module": "networks.loha"}, "network_module: networks.loha: is not built; known: networks.lora_tinyflux"),
+        (
+            {"network_module": "networks.loha"},
+            "network_module: networks.loha: is not built; known: networks.lora_tinyflux",
+        ),
         ({"network_args": ["rank_drop=0.1"]}, "network_args: rank_drop is not built; known: exclude_patterns"),
         ({"network_args": ["foo"]}, "network_args: 'foo' is not of the form key=value"),
         ({"flash_attn": True}, "flash_attn: is True, which only sdpa is built yet"),

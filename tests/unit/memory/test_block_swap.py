@@ -23,6 +23,7 @@ from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.memory.transfer import HostTransfer, transfer_for
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
 
 SPEC = MODELS["fd"]
 CPU = torch.device("cpu")
@@ -102,6 +103,50 @@ def test_twenty_steps_are_those_without_swap(count: int, checkpointing: bool, pl
         checkpoint_blocks(model, SPEC.block_lists)
     swap = swapped(model, count)
     assert_same(train(model, 20), plain[False])
+    assert swap.recoveries == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [1, 20, 36])
+def test_tinyflux_too(count: int, checkpointing: bool) -> None:
+    spec = MODELS["tf"]
+
+    def prepared() -> TinyFluxDeep:
+        torch.manual_seed(0)
+        model = TinyFluxDeep(TinyFluxConfig(
+            hidden_size=16, num_attention_heads=2, attention_head_dim=8, axes_dims_rope=(2, 2, 4), joint_attention_dim=8,
+            pooled_projection_dim=8, lune_expert_dim=4, lune_hidden_dim=8, sol_hidden_dim=8, mlp_ratio=2.0,
+        )).requires_grad_(False)  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        freeze_layers(model, Freeze("plain", spec.quantizable, plain=ALL_BLOCKS))
+        section = AdapterSection(type="lora", rank=2, alpha=2.0)
+        adapters = make_adapters(
+            model, plan_adapters(target_paths(model, spec.adapters), spec.adapters, section), section
+        )
+        attach(model, adapters)
+        return model.eval()
+
+    def train_it(model: TinyFluxDeep) -> tuple[list[float], dict[str, Tensor]]:
+        optimizer = torch.optim.AdamW(model.adapters.parameters(), lr=1e-2)
+        losses = []
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(2, 6, 16, generator=generator)
+            text, pooled = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 8, generator=generator)
+            loss = model(x, text, pooled, torch.rand(2, generator=generator), height=2, width=3).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, dict(model.adapters.state_dict())
+
+    model = prepared()
+    if checkpointing:
+        checkpoint_blocks(model, spec.block_lists)
+    swap = swapped(model, count)  # type: ignore[arg-type]
+    assert_same(train_it(model), train_it(prepared()))
     assert swap.recoveries == 0
 
 

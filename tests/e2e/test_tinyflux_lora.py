@@ -1,0 +1,76 @@
+"""A LoRA on TinyFlux through the same trainer: on an ordinary, a quantised and a streamed base, with teachers and without."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import GEOMETRY, ForkServer, copy_tree, metrics, write_run
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def base(workshop: Path, photographs: Path, encoders: Path, caches: Path, server: ForkServer) -> Path:
+    """The release of a TinyFlux with more blocks than the other tests have."""
+    root = workshop / "tinyflux_base"
+    copy_tree(caches, root / "cache")
+    deep = {**GEOMETRY, "num_double_layers": 3, "num_single_layers": 4}
+    config = write_run(root, photographs, encoders, model={"geometry": deep}, train={"max_steps": 5})
+    server.run("train", [config], root).expect(0)
+    return root / "out" / "release"
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, photographs: Path, encoders: Path, caches: Path, base: Path, server: ForkServer
+) -> Callable[..., Path]:
+    """Train a LoRA in a new folder and return it."""
+
+    def run(name: str, **changes: Any) -> Path:
+        root = tmp_path / name
+        copy_tree(caches, root / "cache")
+        tables: dict[str, Any] = {
+            "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(base)},
+            "adapter": {"type": "lora", "rank": 4, "alpha": 4.0},
+            "ema": {"enabled": False, "decay": None},
+            "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+            "optimizer": {"lr": 1e-2},
+        }
+        config = write_run(root, photographs, encoders, **{**tables, **changes})
+        server.run("train", [config], root).expect(0)
+        return root / "out"
+
+    return run
+
+
+def lora(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "photos.safetensors")
+
+
+def test_lora_learns_and_its_base_stays(train: Callable[..., Path], base: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    out = train("plain")
+    tensors = lora(out)
+    assert len(tensors) == 3 * (4 * 3 + 4 * 4)
+    assert "lora_unet_double_blocks_2_attn_img_qkv.lora_up.weight" in tensors
+    assert any(bool((t != 0).any()) for key, t in tensors.items() if key.endswith("lora_up.weight"))
+    rows = metrics(out)
+    assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
+    after = load_file(base / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[..., Path]) -> None:
+    plain = lora(train("plain"))
+    swapped = lora(train("swapped", memory={"blocks_to_swap": 3, "gradient_checkpointing": checkpointing}))
+    assert all(torch.equal(plain[key], swapped[key]) for key in plain)
+
+
+@pytest.mark.parametrize("storage", ["fp8_scaled", "nf4"])
+def test_quantised_base(storage: str, train: Callable[..., Path]) -> None:
+    plain, quantised = metrics(train("plain")), metrics(train("small", memory={"base_storage": storage}))
+    assert plain[0]["loss/main"] != quantised[0]["loss/main"]
+    assert max(abs(a["loss/main"] / b["loss/main"] - 1) for a, b in zip(plain, quantised)) < 0.1
