@@ -310,6 +310,21 @@ def test_quantised_bases_train_nearly_the_same(
     assert max(abs(row["loss/total"] / other["loss/total"] - 1) for row, other in zip(rows, plain)) < 0.03
 
 
+def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServer) -> None:
+    """200 steps: the losses of a base in scaled fp8 are closer to those of the plain base than those of another seed."""
+    found = {}
+    for name, changes in {
+        "plain": {},
+        "fp8": {"memory": {"base_storage": "fp8_scaled"}},
+        "seed": {"run": {"seed": 8}},
+    }.items():
+        config = new_run(name, **changes, train={"max_steps": 200}, save={"every_steps": 0, "release": False},
+                         log={"every_steps": 20, "tensorboard": False})  # fmt: skip
+        server.run("train", [config], config.parent).expect(0)
+        found[name] = np.array([row["loss/total"] for row in metrics(out(config))])
+    assert np.abs(found["fp8"] - found["plain"]).mean() < np.abs(found["seed"] - found["plain"]).mean()
+
+
 def test_option_file_of_musubi_tuner_runs_as_it_is(
     tmp_path: Path, photographs: Path, encoders: Path, base: Path, trained: Path, server: ForkServer
 ) -> None:

@@ -148,6 +148,14 @@ def _memory(config: RunConfig) -> list[Diagnostic]:
             _error("memory.base_storage", f'"{memory.base_storage}" is for frozen models, and this run trains the model itself; '
                    'set it to "none", or train an adapter')
         )  # fmt: skip
+    if isinstance(memory.blocks_to_swap, int) and memory.blocks_to_swap < 0:
+        found.append(_error("memory.blocks_to_swap", f'is {memory.blocks_to_swap}, expected 0 or more, or "auto"'))
+    if not memory.gradient_checkpointing and "memory.checkpoint_every" in config.set_keys():
+        found.append(
+            Diagnostic(
+                "warning", "memory.checkpoint_every", "has no effect because memory.gradient_checkpointing is false"
+            )
+        )
     if memory.blocks_to_swap and not frozen:
         found.append(
             _error("memory.blocks_to_swap", "streams weights that do not change, and this run trains the model itself; set it "

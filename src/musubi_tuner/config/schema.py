@@ -371,9 +371,13 @@ class MemorySection(Section):
         "block", "What shares a scale in fp8_scaled: the tensor, a row, or 64 columns of a row."
     )
     fp8_modulation: bool = param(False, "Quantise the modulation layers of the blocks too: less memory, more error.")
-    blocks_to_swap: int = param(
-        0, "Blocks of a frozen model whose weights stay in main memory and are streamed to the device; 0 = none.",
-        ge=0, le=1000, resume="free",
+    blocks_to_swap: int | Literal["auto"] = param(
+        0, "Blocks of a frozen model whose weights stay in main memory and are streamed to the device; 0 = none, auto = as "
+        "few as the free memory asks for.", resume="free",
+    )  # fmt: skip
+    checkpoint_every: int = param(
+        1, "With gradient_checkpointing: recompute every n-th block only; larger is faster and takes more memory.", ge=1,
+        le=100, resume="free",
     )  # fmt: skip
     swap_policy: Literal["single_first", "balanced"] = param(
         "single_first",

@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_blocks(model: nn.Module, block_lists: Sequence[str]) -> None:
-    """Checkpoint every block of the named lists; parameters and their names stay as they are.
+def checkpoint_blocks(model: nn.Module, block_lists: Sequence[str], every: int = 1) -> None:
+    """Checkpoint the blocks of the named lists; parameters and their names stay as they are.
 
     Args:
-        block_lists: attribute names of module lists.
+        block_lists: attribute names of module lists, in call order.
+        every: recompute every n-th block, counted over all lists; the others keep their activations.
     """
-    for name in block_lists:
-        for block in getattr(model, name):
+    blocks = [block for name in block_lists for block in getattr(model, name)]
+    for index, block in enumerate(blocks):
+        if index % every == 0:
             block.forward = _checkpointed(block.forward)
 
 

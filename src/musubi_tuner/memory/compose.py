@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.storage import Freeze
@@ -40,12 +41,25 @@ def compose_memory(model: nn.Module, memory: MemorySection, spec: ModelSpec, dev
         The swap, if there is one.
     """
     if memory.gradient_checkpointing:
-        checkpoint_blocks(model, spec.block_lists)
+        checkpoint_blocks(model, spec.block_lists, memory.checkpoint_every)
     if not memory.blocks_to_swap:
         model.to(device)
         return None
+    if memory.blocks_to_swap == "auto":
+        raise ValueError('blocks_to_swap = "auto" must be resolved first, see memory.estimate.resolve_swap')
     counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
     return BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned)
+
+
+def most_swapped(blocks: Mapping[str, int], policy: str) -> int:
+    """The largest number of blocks that can be swapped."""
+    most = 0
+    while True:
+        try:
+            swapped_counts(most + 1, blocks, policy)
+        except ConfigError:
+            return most
+        most += 1
 
 
 def block_counts(model: nn.Module, block_lists: Sequence[str]) -> Mapping[str, int]:

@@ -20,9 +20,10 @@ from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, t
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.memory.compose import block_counts, freeze_of
+from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.training.step import Draws, training_step
 
@@ -124,8 +125,8 @@ def estimate(
     )
 
 
-def memory_lines(config: RunConfig, items: Sequence[Item]) -> list[str]:
-    """The estimate for the bucket that needs most, as lines of the plan; a note if it cannot be made.
+def estimate_run(config: RunConfig, items: Sequence[Item]) -> Estimate:
+    """The estimate for the bucket that needs most.
 
     Args:
         items: of the data sets.
@@ -134,7 +135,7 @@ def memory_lines(config: RunConfig, items: Sequence[Item]) -> list[str]:
         ((item.bucket, item.batch_size) for item in items), key=lambda pair: pair[0][0] * pair[0][1] * pair[1]
     )
     plan = config.spec.load("plan_model")(config)
-    found = estimate(
+    return estimate(
         config,
         plan.model,
         dtype=plan.dtype,
@@ -143,7 +144,52 @@ def memory_lines(config: RunConfig, items: Sequence[Item]) -> list[str]:
         batch_size=batch_size,
         options=plan.options,
     )
-    return found.lines()
+
+
+MARGIN = 0.1
+"""Share of the free memory that auto leaves alone: fragments, and what the libraries keep for themselves."""
+
+
+def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -> tuple[RunConfig, str | None]:
+    """Replace ``blocks_to_swap = "auto"`` by the smallest number with which the run fits.
+
+    Args:
+        free: device memory in bytes; None = the device computes in main memory, where nothing is gained.
+
+    Returns:
+        The config, and a line for the person if something was chosen.
+
+    Raises:
+        ConfigError: if the run does not fit even with all blocks swapped.
+    """
+    if config.memory.blocks_to_swap != "auto":
+        return config, None
+    if free is None:
+        return _with_swap(
+            config, 0
+        ), 'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory'
+    plan = config.spec.load("plan_model")(config)
+    usable = int(free * (1 - MARGIN))
+    whole = estimate_run(_with_swap(config, 0), items)
+    needed = whole.total
+    for count in range(most_swapped(block_counts(plan.model, config.spec.block_lists), config.memory.swap_policy) + 1):
+        chosen = _with_swap(config, count)
+        weights, ring, _ = _weights(chosen, plan.model, plan.dtype, True)
+        needed = whole.total - whole.weights + weights + ring
+        if needed <= usable:
+            return chosen, (
+                f'swap: memory.blocks_to_swap = "auto" is {count}: about {gib(needed)} of {gib(free)} free, of which a tenth is '
+                "left alone"
+            )
+    raise ConfigError(
+        f'memory.blocks_to_swap: "auto" finds no number that fits: {gib(needed)} are needed with all blocks swapped, {gib(usable)} '
+        "of the free memory may be used. Turn on memory.gradient_checkpointing, set memory.base_storage, or lower the "
+        "resolution or the batch size"
+    )
+
+
+def _with_swap(config: RunConfig, count: int) -> RunConfig:
+    return config.model_copy(update={"memory": config.memory.model_copy(update={"blocks_to_swap": count})})
 
 
 def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> tuple[Bytes, Bytes, Bytes]:
@@ -154,7 +200,8 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
     names: set[str] = set()
     if frozen and memory.blocks_to_swap:
         totals = block_counts(model, spec.block_lists)
-        for name, count in swapped_counts(memory.blocks_to_swap, totals, memory.swap_policy).items():
+        number = memory.blocks_to_swap if isinstance(memory.blocks_to_swap, int) else 0
+        for name, count in swapped_counts(number, totals, memory.swap_policy).items():
             names |= {f"{name}.{index}" for index in streamed_indices(totals[name], count)}
     resident = 0
     seen: set[str] = set()
@@ -214,7 +261,7 @@ def _activations(
         blocks = [block for name in spec.block_lists for block in getattr(model, name)]
         largest = 0
         if config.memory.gradient_checkpointing:
-            checkpoint_blocks(model, spec.block_lists)
+            checkpoint_blocks(model, spec.block_lists, config.memory.checkpoint_every)
             for block in {type(block): block for block in blocks}.values():
                 _measure_inside(block)
         kept = _Kept(weights)

@@ -61,7 +61,9 @@ class Generator:
         model = spec.load("load_for_run")(file, config)
         use_adapters(model, spec, adapters)
         model.eval()
-        compose_memory(model, config.memory.model_copy(update={"gradient_checkpointing": False}), spec, device)
+        swap = config.memory.blocks_to_swap if config.memory.blocks_to_swap != "auto" else 0
+        memory = config.memory.model_copy(update={"gradient_checkpointing": False, "blocks_to_swap": swap})
+        compose_memory(model, memory, spec, device)
         options = {
             "sol_spatial_norm": "sum",
             "t5_attn_mask": config.model.t5_attn_mask,

@@ -42,6 +42,7 @@ from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, write_text
 from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.estimate import estimate_run, gib, resolve_swap
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
@@ -169,9 +170,12 @@ class Trainer:
 
     def build(self) -> None:
         """Load the model and everything around it, and continue where a state left off."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        self.config, chosen = resolve_swap(self.config, self.dataset.items, free)
         config = self.config
         if self.main:
-            print("\n".join(estimate_lines(config, self.dataset.items)), flush=True)
+            lines = [*estimate_lines(config, self.dataset.items, free), *([chosen] if chosen else [])]
+            print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options = trainee.geometry, trainee.options
@@ -718,12 +722,19 @@ class Trainer:
             write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
 
 
-def estimate_lines(config: RunConfig, items: list[Item]) -> list[str]:
-    """The memory that a run will need; a note where this torch cannot run a model without storage."""
-    from musubi_tuner.memory.estimate import memory_lines
+def estimate_lines(config: RunConfig, items: list[Item], free: int | None = None) -> list[str]:
+    """The memory that a run will need; a note where this torch cannot run a model without storage.
 
+    Args:
+        free: device memory in bytes, to be warned if it is less.
+    """
     try:
-        return memory_lines(config, items)
+        found = estimate_run(config, items)
+        short = free is not None and found.total > free
+        more = (
+            [f"warning: only {gib(free)} of device memory are free; see [memory]"] if short and free is not None else []
+        )
+        return [*found.lines(), *more]
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return [f"  memory   could not be estimated ({reason[:120]})"]

@@ -197,3 +197,13 @@ def test_weights_loaded_later_are_used() -> None:
             parameter.mul_(1.1)
     model.load_state_dict(other.state_dict())
     assert_same(run(model), run(other))
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (100, [0])])
+def test_every_nth_block_is_recomputed(every: int, expected: list[int]) -> None:
+    model = nn.Module()
+    model.first = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.second = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    checkpoint_blocks(model, ("first", "second"), every)
+    blocks = [*model.first, *model.second]
+    assert [index for index, block in enumerate(blocks) if "forward" in vars(block)] == expected

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from musubi_tuner.config import load_config
-from musubi_tuner.memory.estimate import Estimate, estimate
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.estimate import Estimate, estimate, estimate_run, resolve_swap
 from musubi_tuner.models.flux_dev import FluxConfig, build
 
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
@@ -174,6 +176,29 @@ def test_every_option_saves_what_it_promises(tmp_path: Path) -> None:
     assert checkpointed.activations + checkpointed.passing < 0.5 * plain.activations
     small, large = of_flux(tmp_path, adapter={"rank": 2}), of_flux(tmp_path, adapter={"rank": 8})
     assert large.optimizer == 4 * small.optimizer and large.weights == small.weights
+
+
+def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
+    def items(side: int) -> Any:
+        return [SimpleNamespace(bucket=(side, side), batch_size=1)]
+
+    path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": "auto"})
+    config = load_config(path)
+    totals = {}
+    for count in range(7):
+        chosen = load_config(path, {"memory.blocks_to_swap": count})
+        totals[count] = estimate_run(chosen, items(128)).total
+    for count in (0, 3, 6):
+        # One block more or less moves the total; free memory is such that this number just fits.
+        found, line = resolve_swap(config, items(128), int(totals[count] / 0.9) + 2)
+        expected = min(n for n in totals if totals[n] <= totals[count])
+        assert found.memory.blocks_to_swap == expected
+        assert line is not None and f'"auto" is {expected}' in line
+    with pytest.raises(ConfigError, match=r"finds no number that fits: .* Turn on memory\.gradient"):
+        resolve_swap(config, items(128), min(totals.values()) // 2)
+    found, line = resolve_swap(config, items(128), None)
+    assert found.memory.blocks_to_swap == 0 and line is not None and "computes in main memory" in line
+    assert resolve_swap(found, items(128), 1) == (found, None)
 
 
 def test_full_size(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
         error("adapter.type", 'is "none"; full training of FLUX.1 is not supported (11.9 B parameters with optimizer state): '
               'use "lora"')  # fmt: skip
     most = PUBLISHED_SWAP[config.memory.swap_policy]
-    if config.memory.blocks_to_swap > most:
+    if isinstance(config.memory.blocks_to_swap, int) and config.memory.blocks_to_swap > most:
         error("memory.blocks_to_swap", f"is {config.memory.blocks_to_swap}, at most {most} of 19 double and 38 single blocks can be "
               f"swapped ({config.memory.swap_policy}; 2 of each kind stay)")  # fmt: skip
     mode, written = objective.timestep_sampling, set(config.set_keys())
