@@ -1,8 +1,8 @@
 """Adapters in a run: what they start from, and what their files say about it."""
 
+import hashlib
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from musubi_tuner.adapters.attach import AdapterSet, attach, make_adapters, plan
 from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
 from musubi_tuner.adapters.merging import left_out
 from musubi_tuner.config import RunConfig, Steps
-from musubi_tuner.data.sources import Item
+from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.config.write import resolved_toml
 
 
 def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[AdapterSet, list[str]]:
@@ -53,7 +54,6 @@ def adapter_metadata(
     *,
     started: float,
     steps: Steps,
-    items: Sequence[Item],
     step: int,
     epoch: int,
     optimizer: torch.optim.Optimizer,
@@ -71,7 +71,9 @@ def adapter_metadata(
                     "alpha_patterns", "loraplus_lr_ratio")
         if (value := getattr(adapter, key))
     }  # fmt: skip
+    config_hash = hashlib.sha256(resolved_toml(config).encode()).hexdigest()
     values: dict[str, Any] = {
+        "session_id": int(started * 1000) % 2**32,
         "output_name": config.run.name,
         "training_started_at": started,
         "training_finished_at": time.time(),
@@ -106,9 +108,14 @@ def adapter_metadata(
         "discrete_flow_shift": objective.discrete_flow_shift,
         "ip_noise_gamma": objective.ip_noise_gamma,
         "ip_noise_gamma_random_strength": objective.ip_noise_gamma_random_strength,
+        "fp8_base": config.memory.base_storage.startswith("fp8"),
+        "full_fp16": False,
+        "full_bf16": False,
+        "blocks_to_swap": config.memory.blocks_to_swap,
+        "config_sha256": config_hash,
         "sd_model_name": _base_name(config.model.path),
         "vae_name": _base_name(config.model.vae_path),
-        "datasets": json.dumps([_describe(dataset, items) for dataset in config.datasets]),
+        "datasets": json.dumps([_describe(dataset) for dataset in config.datasets]),
         "steps": step,
         "epoch": epoch,
         "code_version": __version__,
@@ -132,7 +139,7 @@ def _base_name(text: str | None) -> str | None:
     return None if text is None else text.replace("\\", "/").rpartition("/")[2]
 
 
-def _describe(dataset: Any, items: Sequence[Item]) -> dict[str, Any]:
+def _describe(dataset: DatasetConfig) -> dict[str, Any]:
     """A data set as the metadata of adapter files names it: base names only."""
     source = dataset.image_directory or dataset.image_jsonl_file
     return {

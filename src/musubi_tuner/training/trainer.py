@@ -680,7 +680,6 @@ class Trainer:
                 self.config,
                 started=self.started,
                 steps=self.steps,
-                items=self.dataset.items,
                 step=self.position.step,
                 epoch=self.position.epoch + 1,
                 optimizer=self.optimizer,

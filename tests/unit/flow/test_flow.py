@@ -121,9 +121,9 @@ def test_bfloat16_draws_give_float32_times() -> None:
 
 def test_unknown_timestep_method_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"^unknown timestep method 'sigmoid'; known: logit_normal, uniform, stratified$"
+        ValueError, match=r"^unknown timestep method 'sigmoidal'; known: logit_normal, uniform, stratified, sigmoid"
     ):
-        sample_timesteps(torch.zeros(2), "sigmoid")
+        sample_timesteps(torch.zeros(2), "sigmoidal")
 
 
 def test_uniform_between_covers_the_interval() -> None:
