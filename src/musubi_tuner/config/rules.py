@@ -156,10 +156,10 @@ def _memory(config: RunConfig) -> list[Diagnostic]:
                 "warning", "memory.checkpoint_every", "has no effect because memory.gradient_checkpointing is false"
             )
         )
-    if memory.blocks_to_swap and not frozen:
+    if memory.blocks_to_swap and not frozen and config.optimizer.type == "AdamW8bit":
         found.append(
-            _error("memory.blocks_to_swap", "streams weights that do not change, and this run trains the model itself; set it "
-                   "to 0, or train an adapter (swapping trained weights is not built yet)")
+            _error("optimizer.type", '"AdamW8bit" steps on the device only, and memory.blocks_to_swap keeps trained blocks and '
+                   'their optimizer state in main memory; use "AdamW"')
         )  # fmt: skip
     if memory.base_storage == "none" and "memory.fp8_modulation" in config.set_keys():
         found.append(

@@ -372,8 +372,8 @@ class MemorySection(Section):
     )
     fp8_modulation: bool = param(False, "Quantise the modulation layers of the blocks too: less memory, more error.")
     blocks_to_swap: int | Literal["auto"] = param(
-        0, "Blocks of a frozen model whose weights stay in main memory and are streamed to the device; 0 = none, auto = as "
-        "few as the free memory asks for.", resume="free",
+        0, "Blocks whose weights stay in main memory and are streamed to the device, with gradients and optimizer state where "
+        "they train; 0 = none, auto = as few as the free memory asks for.", resume="free",
     )  # fmt: skip
     checkpoint_every: int = param(
         1, "With gradient_checkpointing: recompute every n-th block only; larger is faster and takes more memory.", ge=1,

@@ -1,7 +1,8 @@
-"""Streaming the blocks of a frozen model through a few device buffers.
+"""Streaming the blocks of a model through a few device buffers.
 
-Main memory keeps a permanent copy of every streamed block, all its weights in one flat buffer; nothing is ever copied back.
-The device has a ring of B buffers. Streamed blocks are numbered in call order; block j uses buffer j mod B.
+Main memory keeps every streamed block, all its weights in one flat buffer; weights are never copied back. A frozen model's
+are a permanent copy. A trained model's are its parameters themselves (`HostLinear`): gradients come back, the optimizer
+steps in main memory, and copies on the device that are older than the step are made again. The device has a ring of B buffers. Streamed blocks are numbered in call order; block j uses buffer j mod B.
 
     forward     before block j: wait for its copy      after it: its buffer is free, begin to copy block j + B into it
     backward    the last B blocks are still there      after block j: begin to copy block j - B
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
+from musubi_tuner.memory.host_linear import HostLinear
 from musubi_tuner.memory.transfer import Transfer, transfer_for
 
 ALIGNMENT = 256
@@ -86,10 +88,16 @@ class _Part:
 
 @dataclass
 class _Streamed:
-    """A streamed block: its name and its permanent copy."""
+    """A streamed block: its name, its weights in main memory, and those of them that train."""
 
     name: str
     master: Tensor
+    trained: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        """Changes when a loader, or an optimizer that is not fused, writes into a weight."""
+        return sum(parameter._version for parameter in self.trained)
 
 
 @dataclass
@@ -98,19 +106,20 @@ class _Slot:
 
     buffer: Tensor
     holder: int = -1
+    version: int = -1
     ready: bool = False
     in_use: bool = False
 
 
 @dataclass
 class _Residence:
-    """What a streamed layer asks for its buffers."""
+    """What a streamed layer asks for its weights."""
 
     swap: "BlockSwap"
     rank: int
     parts: dict[str, _Part] = field(default_factory=dict)
 
-    def fetch(self, layer: FrozenLinear, name: str) -> Tensor | None:
+    def fetch(self, layer: nn.Module, name: str) -> Tensor | None:
         """A buffer on the device.
 
         Raises:
@@ -136,7 +145,8 @@ class BlockSwap:
     """The streamed blocks of one model.
 
     Args:
-        model: in main memory, with `FrozenLinear` layers in its blocks; everything that is not streamed goes to the device.
+        model: in main memory. Frozen blocks have `FrozenLinear` layers; the Linear layers of trained ones become `HostLinear`.
+            Everything that is not streamed goes to the device.
         counts: how many blocks of each list are streamed.
         ring: device buffers. pinned: pin the permanent copies, so that copying is asynchronous.
         transfer: engine; absent = the device's.
@@ -174,12 +184,18 @@ class BlockSwap:
     def _take(self, block: nn.Module, name: str, pinned: bool) -> None:
         """Move the buffers of a block's frozen layers into one flat buffer."""
         rank, size = len(self.streamed), 0
-        residences: list[tuple[FrozenLinear, _Residence]] = []
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                host = HostLinear(layer)
+                if "forward" in vars(layer):
+                    raise ValueError(f"{name}.{path} carries an adapter on an ordinary layer; freeze its weight first")
+                block.set_submodule(path, host)
+        residences: list[tuple[FrozenLinear | HostLinear, _Residence]] = []
         for layer in block.modules():
-            if not isinstance(layer, FrozenLinear):
+            if not isinstance(layer, FrozenLinear | HostLinear):
                 continue
             residence = _Residence(self, rank)
-            for key in FrozenLinear.BUFFERS:
+            for key in layer.BUFFERS:
                 tensor = getattr(layer, key)
                 if tensor is not None:
                     length = tensor.numel() * tensor.element_size()
@@ -187,15 +203,20 @@ class BlockSwap:
                     size += -(-length // ALIGNMENT) * ALIGNMENT
             residences.append((layer, residence))
         if not residences:
-            raise ValueError(f"{name} has no frozen layers to swap")
+            raise ValueError(f"{name} has no layers to swap")
         master = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self.streamed.append(_Streamed(name, master))
         for layer, residence in residences:
             for key in residence.parts:
                 target = residence.master(key)
                 assert target is not None
-                target.copy_(getattr(layer, key))
-                layer._buffers[key] = None
+                own = getattr(layer, key)
+                target.copy_(own.detach())
+                if isinstance(layer, HostLinear):
+                    own.data = target
+                    self.streamed[rank].trained.append(own)
+                else:
+                    layer._buffers[key] = None
             layer.residence = residence
 
     @property
@@ -207,6 +228,10 @@ class BlockSwap:
     def device_bytes(self) -> int:
         """Device memory of the ring."""
         return sum(len(slot.buffer) for slot in self.slots)
+
+    def keeps(self, parameter: nn.Parameter) -> bool:
+        """Whether a trained parameter lives in main memory."""
+        return any(parameter is own for block in self.streamed for own in block.trained)
 
     def slot_of(self, rank: int) -> _Slot:
         """The buffer that a block uses."""
@@ -225,7 +250,7 @@ class BlockSwap:
             raise RuntimeError(
                 f"{self.streamed[rank].name} would overwrite {self.streamed[slot.holder].name} while that computes"
             )
-        slot.holder, slot.ready = rank, False
+        slot.holder, slot.ready, slot.version = rank, False, self.streamed[rank].version
         source = self.streamed[rank].master
         self.transfer.submit(rank % len(self.slots), slot.buffer[: len(source)], source, after)
 
@@ -239,7 +264,7 @@ class BlockSwap:
             for other in self.slots:
                 other.in_use = False
         slot = self.slot_of(rank)
-        if slot.holder != rank:
+        if slot.holder != rank or slot.version != self.streamed[rank].version:
             self.recoveries += 1
             self._load(rank, self.transfer.record())
         self.transfer.wait(rank % len(self.slots))
@@ -262,6 +287,20 @@ class BlockSwap:
         if following != rank:
             self._load(following, self.transfer.record())
 
+    def refresh(self) -> None:
+        """After a change of trained weights: begin to copy the first blocks again, whose copies are old now."""
+        for slot in self.slots:
+            slot.in_use = False
+            if self.streamed[slot.holder].trained:
+                slot.version = -1
+        for rank, slot in enumerate(self.slots):
+            if slot.holder != rank or slot.version == -1:
+                self._load(rank, self.transfer.record())
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refresh after every step of an optimizer; a fused one leaves no trace in the weights themselves."""
+        optimizer.register_step_post_hook(lambda *_: self.refresh())
+
     def reset(self) -> None:
         """After an exception inside a block: nothing computes any more."""
         for slot in self.slots:
@@ -271,7 +310,13 @@ class BlockSwap:
         @wraps(forward)
         def streaming(*args: Any) -> Any:
             training = torch.is_grad_enabled()
-            places = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+            # Activations [B, tokens, width] go through the gates. The conditioning vector [B, width] goes around them: through
+            # them its gradient would be summed per block first, and so be rounded otherwise.
+            places = [
+                index
+                for index, arg in enumerate(args)
+                if isinstance(arg, Tensor) and arg.is_floating_point() and arg.ndim >= 3
+            ]
             tensors = [args[index] for index in places]
             if training and not any(tensor.requires_grad for tensor in tensors):
                 # Else autograd would never come back through Enter.
@@ -325,7 +370,7 @@ class _Exit(torch.autograd.Function):
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Path and dense weight of every Linear layer, wherever and however it is stored; on the CPU for swapped ones."""
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | HostLinear):
             yield path, layer.weight
         elif isinstance(layer, FrozenLinear):
             residence = layer.residence

@@ -10,7 +10,7 @@ Nothing is read from a table: the model is built and run, only without memory (t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,21 +107,23 @@ def estimate(
         bucket: width and height in pixels. options: of the family's process.
     """
     memory, frozen = config.memory, config.adapter.type != "none"
-    weights, ring, host = _weights(config, model, dtype, frozen)
+    weights, ring, host, host_values = _weights(config, model, dtype, frozen)
     largest = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
     activations, block, values = _activations(config, model, dtype, shapes, bucket, batch_size, options)
     dense = largest * compute if frozen and (memory.base_storage != "none") else 0
+    per_value = OPTIMIZER_BYTES[config.optimizer.type]
+    on_device = values - host_values
     return Estimate(
         weights=weights,
         ring=ring,
         trained=4 * values if frozen else 0,
-        gradients=4 * values,
-        optimizer=int(OPTIMIZER_BYTES[config.optimizer.type] * values),
-        average=4 * values if config.ema.enabled else 0,
+        gradients=4 * on_device,
+        optimizer=int(per_value * on_device),
+        average=4 * on_device if config.ema.enabled else 0,
         activations=activations,
         passing=block + dense,
-        host=host,
+        host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
     )
 
 
@@ -174,8 +176,8 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
     needed = whole.total
     for count in range(most_swapped(block_counts(plan.model, config.spec.block_lists), config.memory.swap_policy) + 1):
         chosen = _with_swap(config, count)
-        weights, ring, _ = _weights(chosen, plan.model, plan.dtype, True)
-        needed = whole.total - whole.weights + weights + ring
+        found = whole if count == 0 else None
+        needed = (found or _moved(chosen, whole, plan.model, plan.dtype)).total
         if needed <= usable:
             return chosen, (
                 f'swap: memory.blocks_to_swap = "auto" is {count}: about {gib(needed)} of {gib(free)} free, of which a tenth is '
@@ -188,39 +190,58 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
     )
 
 
+def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dtype) -> Estimate:
+    """The estimate without swap, with some blocks in main memory."""
+    frozen = config.adapter.type != "none"
+    weights, ring, host, host_values = _weights(config, model, dtype, frozen)
+    per_value = OPTIMIZER_BYTES[config.optimizer.type]
+    return replace(
+        whole,
+        weights=weights,
+        ring=ring,
+        gradients=whole.gradients - 4 * host_values,
+        optimizer=whole.optimizer - int(per_value * host_values),
+        average=whole.average - 4 * host_values * config.ema.enabled,
+        host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
+    )
+
+
 def _with_swap(config: RunConfig, count: int) -> RunConfig:
     return config.model_copy(update={"memory": config.memory.model_copy(update={"blocks_to_swap": count})})
 
 
-def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> tuple[Bytes, Bytes, Bytes]:
-    """Weights on the device, the ring, and copies in main memory."""
+def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> tuple[Bytes, Bytes, Bytes, int]:
+    """Weights on the device, the ring, weights in main memory, and how many of those train."""
     spec, memory = config.spec, config.memory
     freeze = freeze_of(memory, spec) if frozen else None
     streamed: dict[str, list[Bytes]] = {}
     names: set[str] = set()
-    if frozen and memory.blocks_to_swap:
+    if memory.blocks_to_swap:
         totals = block_counts(model, spec.block_lists)
         number = memory.blocks_to_swap if isinstance(memory.blocks_to_swap, int) else 0
         for name, count in swapped_counts(number, totals, memory.swap_policy).items():
             names |= {f"{name}.{index}" for index in streamed_indices(totals[name], count)}
-    resident = 0
+    resident = host_values = 0
     seen: set[str] = set()
     for path, layer in model.named_modules():
-        storage = freeze.storage_of(path) if freeze and isinstance(layer, nn.Linear) else None
-        if storage is None or not isinstance(layer, nn.Linear):
+        block = ".".join(path.split(".")[:2])
+        if not isinstance(layer, nn.Linear):
+            continue
+        storage = freeze.storage_of(path) if freeze else None
+        if storage is None and (frozen or block not in names):
             continue
         seen |= {f"{path}.weight", f"{path}.bias"}
-        size = stored_bytes(layer, storage, memory.fp8_scale, dtype)
-        block = ".".join(path.split(".")[:2])
+        size = stored_bytes(layer, storage or "plain", memory.fp8_scale, dtype)
         if block in names:
             streamed.setdefault(block, []).append(size)
+            host_values += 0 if frozen else sum(p.numel() for p in layer.parameters() if p.requires_grad)
         else:
             resident += size
     resident += sum(p.numel() * dtype.itemsize for name, p in model.named_parameters() if name not in seen)
     resident += sum(b.numel() * b.element_size() for _, b in model.named_buffers())
     blocks = [sum(sizes) for sizes in streamed.values()]
     ring = max(blocks, default=0) * min(memory.swap_ring, len(blocks))
-    return resident, ring, sum(blocks)
+    return resident, ring, sum(blocks), host_values
 
 
 def _activations(

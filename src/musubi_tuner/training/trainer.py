@@ -184,6 +184,8 @@ class Trainer:
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
         self.parameters = trainable(self.trained)
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio)
+        if self.swap is not None and not self.adapters:
+            self.swap.watch(self.optimizer)
         self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
         self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
         self.autocast = AUTOCAST[config.train.mixed_precision]
@@ -198,6 +200,8 @@ class Trainer:
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
         metrics_length = self._resume()
+        if self.swap is not None:
+            self.swap.refresh()
         self.model = self._parallel(bare)
         self.metrics = None
         if self.main:
@@ -245,12 +249,25 @@ class Trainer:
         """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
         if self.processes == 1:
             return bare
-        if self.adapters:
-            frozen = [name for name, p in bare.named_parameters() if not p.requires_grad]
-            frozen += [name for name, _ in bare.named_buffers()]
+        # Frozen weights need no reduction; trained ones in main memory are reduced by hand, in _reduce_host.
+        self.host = [p for p in bare.parameters() if p.requires_grad and self.swap is not None and self.swap.keeps(p)]
+        on_host = {id(p) for p in self.host}
+        left_out = [name for name, p in bare.named_parameters() if not p.requires_grad or id(p) in on_host]
+        if left_out:
+            left_out += [name for name, _ in bare.named_buffers()]
             ignore = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-            ignore(bare, frozen)  # type: ignore[no-untyped-call]
+            ignore(bare, left_out)  # type: ignore[no-untyped-call]
         return self.accelerator.prepare(bare)
+
+    def _reduce_host(self) -> None:
+        """Average the gradients of parameters in main memory over the ranks, all in one exchange."""
+        flat = torch.cat([
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.host
+        ]).to(self.device)  # fmt: skip
+        torch.distributed.all_reduce(flat)
+        flat /= self.processes
+        for parameter, mean in zip(self.host, flat.split([p.numel() for p in self.host])):
+            parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
 
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
         """Encode the sample prompts and load the autoencoder, before the model needs the memory."""
@@ -484,6 +501,8 @@ class Trainer:
     def _step(self, update: Update, sums: dict[str, Tensor], seen: list[str]) -> None:
         """Clip, check, step, average, count."""
         config, position = self.config, self.position
+        if self.processes > 1 and self.host:
+            self._reduce_host()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = clip_gradients([p for _, p in self.parameters], config.train.max_grad_norm)
@@ -592,6 +611,8 @@ class Trainer:
             bare = unwrap(self.model)
             use_ema = self.config.sample.use_ema and self.ema is not None and self.ema.updates > 0
             with self.ema.applied(self.trained) if use_ema and self.ema else contextlib.nullcontext():
+                if self.swap is not None:
+                    self.swap.refresh()
                 latents = draw(
                     bare,
                     self.process,
@@ -602,6 +623,8 @@ class Trainer:
                     device=self.device,
                     autocast=self.autocast,
                 )
+            if self.swap is not None:
+                self.swap.refresh()
             pictures = decode_images(self.vae, latents, self.config.spec.latent_shift)
             folder = self.folder / "sample"
             sheet = save_samples(

@@ -262,6 +262,97 @@ def test_streamed_weights_lie_in_main_memory_only() -> None:
     assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
+# Trained models: weights, gradients and optimizer state of streamed blocks stay in main memory
+
+
+def tinyflux(double: int = 3, single: int = 5) -> TinyFluxDeep:
+    torch.manual_seed(0)
+    model = TinyFluxDeep(TinyFluxConfig(
+        hidden_size=16, num_attention_heads=2, attention_head_dim=8, axes_dims_rope=(2, 2, 4), joint_attention_dim=8,
+        pooled_projection_dim=8, lune_expert_dim=4, lune_hidden_dim=8, sol_hidden_dim=8, mlp_ratio=2.0, lune_dropout=0.0,
+        num_double_layers=double, num_single_layers=single,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model.train()
+
+
+def train_all(
+    model: TinyFluxDeep, steps: int, swap: BlockSwap | None = None, autocast: bool = False, accumulate: int = 1
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses, and all weights afterwards; clipped, with AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    if swap is not None:
+        swap.watch(optimizer)
+    losses = []
+    for step in range(steps):
+        for part in range(accumulate):
+            generator = torch.Generator().manual_seed(100 * step + part)
+            x = torch.randn(2, 6, 16, generator=generator)
+            text, pooled = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 8, generator=generator)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = model(x, text, pooled, torch.rand(2, generator=generator), height=2, width=3)
+            loss = out.float().square().mean()
+            loss.backward()
+            losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        losses.append(norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def swapped_training(model: TinyFluxDeep, count: int, **options: Any) -> BlockSwap:
+    counts = {"double_blocks": len(model.double_blocks), "single_blocks": len(model.single_blocks)}
+    return BlockSwap(model, swapped_counts(count, counts), CPU, **options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [1, 20, 36])
+def test_twenty_steps_of_a_trained_model(count: int, checkpointing: bool) -> None:
+    model = tinyflux(15, 25)
+    if checkpointing:
+        checkpoint_blocks(model, MODELS["tf"].block_lists)
+    swap = swapped_training(model, count)
+    assert_same(train_all(model, 20, swap), train_all(tinyflux(15, 25), 20))
+    assert swap.recoveries == 0
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"autocast": True}, {"accumulate": 3}], ids=str)
+def test_trained_model_with_every_ring(ring: int, options: dict[str, Any]) -> None:
+    model = tinyflux()
+    swap = swapped_training(model, 4, ring=ring)
+    assert_same(train_all(model, 4, swap, **options), train_all(tinyflux(), 4, **options))
+    assert swap.recoveries == 0
+
+
+def test_copies_older_than_loaded_weights_are_found_out() -> None:
+    """Without being told that weights were loaded, the swap finds out, and counts the copies made on the spot."""
+    model, other = tinyflux(), tinyflux()
+    swap = swapped_training(model, 4)
+    changed = {key: tensor + 0.01 for key, tensor in other.state_dict().items()}
+    model.load_state_dict(changed)
+    other.load_state_dict(changed)
+    assert_same(train_all(model, 4, swap), train_all(other, 4))
+    assert swap.recoveries == 2
+
+
+def test_trained_weights_gradients_and_state_lie_in_main_memory() -> None:
+    model = tinyflux()
+    names = list(model.state_dict())
+    swap = swapped_training(model, 4)
+    assert list(model.state_dict()) == names
+    layer: Any = model.get_submodule(f"{swap.streamed[0].name}.attn.img_qkv" if "double" in swap.streamed[0].name
+                                     else f"{swap.streamed[0].name}.attn.qkv")  # fmt: skip
+    master = swap.streamed[0].master
+    assert layer.weight.data_ptr() - master.data_ptr() in range(len(master))
+    assert swap.keeps(layer.weight) and not swap.keeps(model.img_in.weight)
+    model.load_state_dict(tinyflux().state_dict())
+    assert swap.streamed[0].version != swap.slots[0].version
+
+
 # Which blocks
 
 
