@@ -750,16 +750,20 @@ def estimate_lines(config: RunConfig, items: list[Item], free: int | None = None
     Args:
         free: device memory in bytes, to be warned if it is less.
     """
+    import logging
+
+    # The mode that runs it writes its own tracebacks; whatever is wrong with the model is said by name when it is loaded.
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fake.disabled = fake.disabled, True
     try:
         found = estimate_run(config, items)
-        short = free is not None and found.total > free
-        more = (
-            [f"warning: only {gib(free)} of device memory are free; see [memory]"] if short and free is not None else []
-        )
-        return [*found.lines(), *more]
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return [f"  memory   could not be estimated ({reason[:120]})"]
+    except (RuntimeError, NotImplementedError, AssertionError):
+        return ["  memory   could not be estimated for this model"]
+    finally:
+        fake.disabled = before
+    short = free is not None and found.total > free
+    more = [f"warning: only {gib(free)} of device memory are free; see [memory]"] if short and free is not None else []
+    return [*found.lines(), *more]
 
 
 def load_vae(config: RunConfig, device: torch.device) -> Any:
