@@ -202,6 +202,16 @@ def test_killed_and_continued(point: str, new_run: NewRun, trained: Path, server
     assert all((a == b).all() for a, b in zip(pictures(config, 20), pictures(trained, 20), strict=True))
 
 
+def test_another_base_of_the_same_name_is_refused(new_run: NewRun, tmp_path: Path, server: ForkServer) -> None:
+    base = make_flux(tmp_path / "base.safetensors")
+    config = new_run(model={"path": str(base)})
+    assert server.run("train", [config], config.parent, MUSUBI_FAULT="train.update:7").code == -9
+    make_flux(base, seed=6)
+    assert "the checkpoint below the adapter holds other weights" in text_of(
+        server.run("train", [config], config.parent)
+    )
+
+
 def test_checkpointing_changes_nothing(new_run: NewRun, trained: Path, server: ForkServer) -> None:
     config = new_run(memory={"gradient_checkpointing": True}, sample=SAMPLES)
     server.run("train", [config], config.parent).expect(0)

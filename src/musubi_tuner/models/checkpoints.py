@@ -4,6 +4,7 @@ A source is a file, a folder, ``folder:name`` for a run folder of this trainer (
 or ``owner/repo[:subfolder or file]`` on the hub. Pickled files are read with ``weights_only`` only.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,6 +274,21 @@ def read_weights(path: Path) -> WeightFile:
                 found.options = found.options or as_object(recorded.get("options", {}), f"{sibling}: options")
                 break
     return found
+
+
+def sample_identity(file: WeightFile) -> str:
+    """16 hex digits from the names, shapes and the first and last values of all tensors of a file.
+
+    Reads a page or two per tensor, so it costs nothing even for large files; training changes every tensor, and so this.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(file.tensors):
+        tensor = file.tensors[key]
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        for part in (flat[:64], flat[-64:]):
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+    return digest.hexdigest()[:16]
 
 
 def as_object(value: Any, what: str) -> dict[str, Any]:

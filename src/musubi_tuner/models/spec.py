@@ -113,12 +113,14 @@ class Trainee:
     Attributes:
         model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
         notes: lines for the person, about what was merged into it.
+        base: identity of the weights that stay frozen; a run that continues must find the same.
     """
 
     model: "nn.Module"
     geometry: Any
     options: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    base: str | None = None
 
 
 @dataclass

@@ -178,7 +178,7 @@ class Trainer:
             print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
-        self.geometry, self.options = trainee.geometry, trainee.options
+        self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
         config.spec.load("check_caches")(config, self.geometry, self.dataset.shapes())
         self.process = config.spec.load("make_process")(config, self.options)
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
@@ -335,6 +335,8 @@ class Trainer:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes))
         if values["data"] != self.data_digest:
             differences.append("the data set has other images, captions, buckets or batch sizes")
+        if values.get("base") != self.base:
+            differences.append("the checkpoint below the adapter holds other weights")
         if differences:
             raise ConfigError(
                 f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
@@ -373,6 +375,7 @@ class Trainer:
                 "metrics_bytes": self.metrics.length,
                 "config": fixed_settings(self.config, self.processes),
                 "data": self.data_digest,
+                "base": self.base,
                 "environment": self.environment,
                 "code_version": __version__,
             },

@@ -8,7 +8,7 @@ from musubi_tuner.adapters.attach import target_paths
 from musubi_tuner.config import RunConfig
 from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.models.checkpoints import WeightFile
+from musubi_tuner.models.checkpoints import WeightFile, sample_identity
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.flux_dev.state_dict import build, load_checkpoint, load_model, to_bfl
@@ -36,6 +36,7 @@ def _load(file: WeightFile, config: RunConfig) -> Trainee:
     from musubi_tuner.memory.compose import freeze_of
 
     geometry, _ = to_bfl(file, allow_schnell=config.model.allow_schnell)
+    base = sample_identity(file)
     merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
     model = load_model(
         file,
@@ -44,7 +45,7 @@ def _load(file: WeightFile, config: RunConfig) -> Trainee:
         freeze=freeze_of(config.memory, config.spec, choose_device(config.run.device)),
         merge=merges,
     )
-    return Trainee(model, model.config, {}, merges.notes() if merges else [])
+    return Trainee(model, model.config, {}, merges.notes() if merges else [], base)
 
 
 def open_base(config: RunConfig) -> WeightFile:

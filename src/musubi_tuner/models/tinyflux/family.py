@@ -6,7 +6,7 @@ import torch
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.models.checkpoints import WeightFile
+from musubi_tuner.models.checkpoints import WeightFile, sample_identity
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
@@ -74,7 +74,8 @@ def load_for_training(config: RunConfig) -> Trainee:
         **resolve_experts(config, options_of(file) if file else {}),
         "t5_attn_mask": config.model.t5_attn_mask,
     }
-    return Trainee(model, geometry, options, _freeze_base(model, config))
+    base = sample_identity(file) if file is not None and config.adapter.type != "none" else None
+    return Trainee(model, geometry, options, _freeze_base(model, config), base)
 
 
 def open_base(config: RunConfig) -> WeightFile:
