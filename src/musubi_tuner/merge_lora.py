@@ -50,7 +50,8 @@ def _main(arguments: Sequence[str]) -> int:
 
     if options.arch is not None and options.arch not in MODELS:
         raise ConfigError(f"--arch {options.arch}: is not a model family; known: {', '.join(MODELS)}")
-    adapters = [read_adapter(file, MODELS[options.arch] if options.arch else None) for file in files]
+    family = MODELS[options.arch] if options.arch else None
+    adapters = [read_adapter(file, family, ignore_unmatched=options.ignore_unmatched) for file in files]
     spec = adapters[0].spec
     base = spec.load("load_checkpoint")(options.dit)
     model = spec.load("load_to_merge")(base)
@@ -69,7 +70,8 @@ def _main(arguments: Sequence[str]) -> int:
         print(f"{adapter.path}: at {strength:g} into {report.layers} layers, changes {report.ratio:.2%} of their norm"
               + (f"; not used: {', '.join(skipped)}" if skipped else ""))  # fmt: skip
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {**base.metadata, "modelspec.merged_from": ", ".join(Path(file).name for file in files)}
+    kept = {key: value for key, value in base.metadata.items() if key != "_quantization_metadata"}
+    metadata = {**kept, "modelspec.merged_from": ", ".join(Path(file).name for file in files)}
     replace_file(output, partial(save_tensors, tensors, metadata=metadata))
     print(f"{output}: {spec.title} with {len(files)} LoRA merged, {len(tensors)} tensors")
     return EXIT_OK

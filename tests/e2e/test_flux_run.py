@@ -390,6 +390,31 @@ def test_drawing_by_command(trained: Path, server: ForkServer, tmp_path: Path) -
     assert (pictures(trained, 20)[1] == draw("f", "--lora_multiplier", "0.5")).mean() > 0.99
 
 
+def test_averaged_lora_is_drawn_unless_asked_otherwise(new_run: NewRun, server: ForkServer, tmp_path: Path) -> None:
+    config = new_run(ema={"enabled": True, "decay": 0.9}, sample=SAMPLES)
+    server.run("train", [config], config.parent).expect(0)
+
+    def draw(name: str, *options: str) -> np.ndarray:
+        arguments = [config, "--prompt", "a tabby cat --d 43", "--save_path", tmp_path / name, *options]
+        server.run("flux_generate", arguments, tmp_path).expect(0)
+        (path,) = (tmp_path / name).glob("*.png")
+        return np.asarray(Image.open(path))
+
+    averaged, raw = draw("a"), draw("b", "--raw_weights")
+    assert (averaged != raw).any()
+
+
+def test_schnell_trains_and_draws_where_it_is_allowed(new_run: NewRun, tmp_path: Path, server: ForkServer) -> None:
+    schnell = make_flux(tmp_path / "schnell.safetensors", guidance_embed=False)
+    common: dict[str, Any] = {"train": {"max_steps": 2}, "save": {"every_steps": 0}}
+    config = new_run("refused", model={"path": str(schnell)}, **common)
+    assert "set model.allow_schnell = true" in text_of(server.run("train", [config], config.parent), 1)
+    sample = {**SAMPLES, "every_steps": 2}
+    config = new_run("allowed", model={"path": str(schnell), "allow_schnell": True}, sample=sample, **common)
+    server.run("train", [config], config.parent).expect(0)
+    assert len(pictures(config, 2)) == 4
+
+
 # Mistakes
 
 
@@ -429,6 +454,10 @@ def text_of(error: Result, code: int = 2) -> str:
         (
             {"memory": {"blocks_to_swap": 54}},
             ["memory.blocks_to_swap: is 54, at most 53 of 19 double and 38 single blocks"],
+        ),
+        (
+            {"sample": {**SAMPLES, "prompts": ["a cat --w wide"]}},
+            ["sample.prompts: entry 1: --w wide: expected a whole number"],
         ),
         ({"sample": {**SAMPLES, "prompts": ["a cat --x 3"]}}, ["sample.prompts: entry 1: --x is not an option"]),
     ],

@@ -69,6 +69,21 @@ def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[...
     assert all(torch.equal(plain[key], swapped[key]) for key in plain)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a cat --fs 3", "--fs does not apply to TinyFlux-Deep: it samples with objective.shift"),
+        ("a cat --l 4", "--l does not apply to TinyFlux-Deep: its classifier-free guidance is sample.guidance"),
+        ("a cat --m 0.5", "--m sets the strength of an adapter, and this run has none"),
+    ],
+)
+def test_options_of_prompts_that_cannot_act_are_refused_at_the_start(
+    prompt: str, message: str, new_run: Callable[..., Path], server: ForkServer
+) -> None:
+    config = new_run(sample={"prompts": [prompt], "every_steps": 5})
+    assert message in server.run("train", [config], config.parent).expect(2).err
+
+
 @pytest.mark.parametrize("storage", ["fp8_scaled", "nf4"])
 def test_quantised_base(storage: str, train: Callable[..., Path]) -> None:
     plain, quantised = metrics(train("plain")), metrics(train("small", memory={"base_storage": storage}))

@@ -132,6 +132,7 @@ def to_musubi(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tenso
         raise CheckpointError("these are not the keys of a LoRA")
     if naming == "musubi":
         layer_paths(tensors, spec)
+        _check_leaves(tensors)
         return dict(tensors)
     pairs, strange = _read_pairs(tensors)
     if naming == "diffusers":
@@ -150,6 +151,24 @@ def to_musubi(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tenso
     if strange:
         raise CheckpointError(f"{len(strange)} keys belong to no layer of {spec.title} ({', '.join(strange[:4])})")
     return converted
+
+
+def _check_leaves(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse other kinds of adapters and damaged pairs under musubi names."""
+    leaves: dict[str, set[str]] = {}
+    for key in tensors:
+        module, _, leaf = key.partition(".")
+        leaves.setdefault(module, set()).add(leaf)
+    kinds = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "oft_": "OFT", "lora_mid": "LoCon with Tucker"}
+    for module, found in leaves.items():
+        strange = sorted(found - {"lora_down.weight", "lora_up.weight", "alpha"})
+        if strange:
+            kind = next(
+                (name for start, name in kinds.items() if strange[0].startswith(start)), "another kind of adapter"
+            )
+            raise CheckpointError(f"{module}.{strange[0]}: this is {kind}, which is not supported yet; only LoRA is")
+        if not {"lora_down.weight", "lora_up.weight"} <= found:
+            raise CheckpointError(f"{module} has only {', '.join(sorted(found))}; the file is damaged")
 
 
 def _read_pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str]]:
@@ -182,10 +201,15 @@ def _pairs(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str,
 
 def _folded(pair: Pair) -> Pair:
     """A pair without alpha and of the same product."""
+    if not _complete(pair):
+        raise CheckpointError(f"a layer has only {', '.join(pair)}; the file is damaged")
     rank = len(pair["down"])
     scale = float(pair["alpha"]) / rank if "alpha" in pair else 1.0
     root = math.sqrt(abs(scale))
-    return {"down": pair["down"] * root, "up": pair["up"] * math.copysign(root, scale)}
+    # In float32: 8-bit floats cannot be multiplied, and halves would be rounded on the way.
+    kept = torch.bfloat16 if pair["down"].element_size() == 1 else pair["down"].dtype
+    factors = {"down": root, "up": math.copysign(root, scale)}
+    return {name: (pair[name].float() * factor).to(kept) for name, factor in factors.items()}
 
 
 def _to_paths(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Adapter files: reading every naming in use, strict loading, saving with metadata."""
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,16 +55,20 @@ class AdapterFile:
     skipped: list[str]
 
 
-def read_adapter(source: str | Path, spec: ModelSpec | None = None) -> AdapterFile:
+def read_adapter(
+    source: str | Path, spec: ModelSpec | None = None, *, ema: bool = False, ignore_unmatched: bool = False
+) -> AdapterFile:
     """Read an adapter file of any naming.
 
     Args:
         spec: the family it must be for; absent = as its header says, or as its names fit.
+        ema: take the averaged adapter of a run folder.
+        ignore_unmatched: leave out keys that belong to no layer of the family, instead of stopping.
 
     Raises:
         CheckpointError: if it is for another family, or no adapter.
     """
-    path = find_weights(source)
+    path = find_weights(source, ema=ema)
     file = read_weights(path)
     skipped = [key for key in file.tensors if key.startswith(TEXT_ENCODER_PREFIXES)]
     own = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(TEXT_ENCODER_PREFIXES)}
@@ -75,10 +81,77 @@ def read_adapter(source: str | Path, spec: ModelSpec | None = None) -> AdapterFi
     if spec is not None and stated is not None and stated.code != spec.code:
         raise CheckpointError(f"{path}: is an adapter for {stated.title}, this run is {spec.title}")
     try:
+        own |= stored_alphas(own, path, file.metadata)
         family = spec or stated or family_of(own)
-        return AdapterFile(path, to_musubi(own, family), file.metadata, family, skipped)
+        if ignore_unmatched:
+            own, unmatched = split_unmatched(own, family)
+            skipped += unmatched
+        metadata = {key: value for key, value in file.metadata.items() if key != PEFT_HEADER}
+        return AdapterFile(path, to_musubi(own, family), metadata, family, skipped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+PEFT_HEADER = "lora_adapter_metadata"
+"""Header entry in which diffusers keeps what peft keeps in adapter_config.json: ranks and alphas."""
+
+
+def stored_alphas(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Alphas that diffusers keeps in the header, and peft in a file beside the weights, as ``.alpha`` tensors.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    beside = path.with_name("adapter_config.json")
+    try:
+        if PEFT_HEADER in metadata:
+            stated = json.loads(metadata[PEFT_HEADER])
+            prefix = "transformer."
+            values = {
+                key.removeprefix(prefix): value for key, value in stated.items() if key.startswith(prefix)
+            } or stated
+        elif beside.is_file() and path.name.startswith("adapter_model"):
+            values = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return {}
+        plain, patterns = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+        by_root = bool(values.get("use_rslora"))
+        found: dict[str, Tensor] = {}
+        for key, down in tensors.items():
+            for suffix in (".lora_A.weight", ".lora_A.default.weight"):
+                if not key.endswith(suffix):
+                    continue
+                name, rank = key.removesuffix(suffix), len(down)
+                own = next(
+                    (a for p, a in patterns.items() if name.endswith(p) or re.fullmatch(rf".*\.?{p}", name)), plain
+                )
+                if own is not None and f"{name}.alpha" not in tensors:
+                    # rsLoRA divides by the root of the rank.
+                    found[f"{name}.alpha"] = torch.tensor(float(own) * (rank**0.5 if by_root else 1.0))
+        return found
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise CheckpointError(f"what it says about its alphas cannot be read ({error})") from error
+
+
+def split_unmatched(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors whose names belong to layers of a family, and the other keys."""
+    matched: dict[str, Tensor] = {}
+    for group in _by_module(tensors).values():
+        try:
+            to_musubi(group, spec)
+        except CheckpointError:
+            continue
+        matched |= group
+    return matched, [key for key in tensors if key not in matched]
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the layer that their key names."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module = re.sub(r"\.(lora_|alpha|lora\.).*$", "", key)
+        groups.setdefault(module, {})[key] = tensor
+    return groups
 
 
 def combine(files: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:

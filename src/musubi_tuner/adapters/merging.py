@@ -24,7 +24,7 @@ class RunMerges:
         multipliers = settings.merge_multipliers or [1.0] * len(settings.merge)
         self.files: list[tuple[str, float, list[str], Merging]] = []
         for source, multiplier in zip(settings.merge, multipliers, strict=True):
-            file = read_adapter(config.locate(source), config.spec)
+            file = read_adapter(config.locate(source), config.spec, ignore_unmatched=settings.merge_ignore_unmatched)
             merging = Merging(
                 file.tensors,
                 paths,

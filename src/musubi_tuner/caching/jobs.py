@@ -13,6 +13,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.randomness import normal
 
 
@@ -107,10 +108,12 @@ class TextEncoders:
         from musubi_tuner.encoders.text import load_clip, load_t5
 
         paths = encoder_sources(config, "text").paths(download=True)
-        assert paths["t5"] is not None and paths["clip"] is not None
+        t5, clip = paths.get("t5"), paths.get("clip")
+        if t5 is None or clip is None:
+            raise ConfigError(f"{'model.t5_path' if t5 is None else 'model.clip_path'}: is needed to encode texts")
         self.dtype = encoder_dtype(config.model.text_dtype, device, gpu="bfloat16")
         self.t5 = load_t5(
-            paths["t5"],
+            t5,
             paths.get("t5_tokenizer"),
             config.spec.t5_tokenizer,
             max_tokens=config.model.t5_max_tokens,
@@ -121,21 +124,26 @@ class TextEncoders:
             fp8=config.model.fp8_t5,
         )
         self.clip = load_clip(
-            paths["clip"],
+            clip,
             paths.get("clip_tokenizer"),
             config.spec.clip_tokenizer,
             dtype=self.dtype,
             device=device,
             activation=config.model.clip_act,
         )
-        self.truncated = 0
+        self.truncated, self.batch_size = 0, config.cache.text_batch_size
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         """``t5_vec`` [B, L, J], ``t5_mask`` [B, L], ``clip_l_pooler`` [B, P]."""
-        t5, clip = self.t5.encode(texts), self.clip.encode(texts)
-        self.truncated = sum(first or second for first, second in zip(t5.cut, clip.cut, strict=True))
-        assert clip.pooled is not None
-        return {"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled}
+        parts = []
+        self.truncated = 0
+        for start in range(0, len(texts), self.batch_size):
+            some = texts[start : start + self.batch_size]
+            t5, clip = self.t5.encode(some), self.clip.encode(some)
+            self.truncated += sum(first or second for first, second in zip(t5.cut, clip.cut, strict=True))
+            assert clip.pooled is not None
+            parts.append({"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled})
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def time_buckets(count: int) -> Tensor:

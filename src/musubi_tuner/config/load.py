@@ -128,6 +128,8 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         problems.append(Diagnostic("error", "schema_version", "is True, expected 1"))
     tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
     origins: dict[str, str] = {}
+    if imported is not None and {"max_train_epochs", "train.max_epochs"} & set(overrides or {}):
+        document.get("train", {}).pop("max_steps", None)  # there, epochs win over steps
     values = _collect(document, overrides or {}, origins, problems)
     spec = _find_family(values, problems)
     if spec:

@@ -161,7 +161,7 @@ def _read_toml(path: Path) -> list[Prompt]:
         )
     shared = {key: value for key, value in table.items() if key != "subset"}
     entries = table.get("subset", [{}])
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path}: [prompt.subset] is one table, expected [[prompt.subset]] entries")
     return [from_object({**shared, **entry}, f"{path} subset {n}") for n, entry in enumerate(entries, start=1)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.config.paths import is_hub_id, is_repository
-from musubi_tuner.config.prompts import as_prompts, read_prompts
+from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.errors import ConfigError
 
@@ -297,9 +297,13 @@ def _files(config: RunConfig) -> list[Diagnostic]:
         found.append(_error("sample.prompts", f"{prompts}: no such file; give a prompt file, or a list of prompts"))
     elif prompts is not None:
         try:
-            read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
+            parsed = read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
         except ConfigError as error:
             found.append(_error("sample.prompts", str(error)))
+        else:
+            found += [
+                _error("sample.prompts", problem) for prompt in parsed for problem in prompt_problems(prompt, config)
+            ]
     for dataset in config.datasets:
         if config.demo or config.cache.run == "never":
             break
@@ -311,6 +315,19 @@ def _files(config: RunConfig) -> list[Diagnostic]:
     problem = unwritable(config.output_dir)
     if problem:
         found.append(_error("run.output_dir", problem))
+    return found
+
+
+def prompt_problems(prompt: Prompt, config: RunConfig) -> list[str]:
+    """Options of a prompt that this run cannot follow."""
+    spec, found = config.spec, []
+    for option, key in (("l", "cfg_scale"), ("fs", "shift")):
+        reason = spec.why_not(f"sample.{key}")
+        if getattr(prompt, key) is not None and reason is not None:
+            text = reason if isinstance(reason, str) else reason(getattr(prompt, key))
+            found.append(f"'{prompt.text}': --{option} does not apply to {spec.title}: {text}")
+    if prompt.multiplier is not None and config.adapter.type == "none":
+        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and this run has none")
     return found
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -40,7 +41,13 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
         plans = plan_adapters(paths, spec.adapters, settings)
     adapters = make_adapters(model, plans, settings, config.run.seed)
     if given:
+        wanted = {plan.path: plan.alpha for plan in plans}
         load_adapter(adapters, given, f"adapter.init_from: {settings.init_from}")
+        changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path]) > 1e-6]
+        if changed:
+            lines.append(
+                f"note: alpha is that of the file, not of adapter.alpha, for {len(changed)} layers ({changed[0]}, ...)"
+            )
     attach(model, adapters)
     count = sum(parameter.numel() for parameter in adapters.parameters())
     ranks = sorted({plan.rank for plan in plans})
@@ -51,6 +58,7 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
 
 def adapter_metadata(
     config: RunConfig,
+    adapters: AdapterSet,
     *,
     started: float,
     steps: Steps,
@@ -61,7 +69,8 @@ def adapter_metadata(
 ) -> dict[str, str]:
     """Header of an adapter file: the fields that sd-scripts and musubi-tuner write, and modelspec. All values are texts."""
     adapter, objective, train, spec = config.adapter, config.objective, config.train, config.spec
-    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank / 2
+    sizes = Counter((layer.rank, float(layer.alpha)) for _, layer in adapters.items())
+    (rank, alpha), _ = sizes.most_common(1)[0]
     group = optimizer.param_groups[0]
     shown = ",".join(f"{key}={group[key]}" for key in ("betas", "eps", "weight_decay") if key in group)
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}({shown})"
@@ -89,8 +98,8 @@ def adapter_metadata(
         "lr_scheduler": config.scheduler.type,
         "base_model_version": spec.full_name,
         "network_module": spec.adapters.network_module,
-        "network_dim": adapter.rank,
-        "network_alpha": alpha or adapter.rank,
+        "network_dim": rank,
+        "network_alpha": alpha,
         "network_args": json.dumps(arguments) if arguments else None,
         "network_dropout": adapter.dropout or None,
         "mixed_precision": train.mixed_precision,

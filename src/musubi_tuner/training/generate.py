@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Generator:
         else:
             file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
         model = spec.load("load_for_run")(file, config)
-        use_adapters(model, spec, adapters)
+        use_adapters(model, spec, adapters, ema=ema and config.ema.enabled)
         model.eval()
         swap = config.memory.blocks_to_swap if config.memory.blocks_to_swap != "auto" else 0
         memory = config.memory.model_copy(update={"gradient_checkpointing": False, "blocks_to_swap": swap})
@@ -103,15 +104,21 @@ class Generator:
         return decode_images(self.vae, latents, spec.latent_shift)
 
 
-def use_adapters(model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]]) -> None:
-    """Attach adapter files to a model; several become one whose change is the sum of theirs."""
+def use_adapters(
+    model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]], *, ema: bool = False
+) -> None:
+    """Attach adapter files to a model; several become one whose change is the sum of theirs.
+
+    Args:
+        ema: of run folders, take the averaged adapter.
+    """
     from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
     from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
     from musubi_tuner.config.schema import AdapterSection
 
     if not adapters:
         return
-    files = [read_adapter(source, spec) for source, _ in adapters]
+    files = [read_adapter(source, spec, ema=ema and Path(source).is_dir()) for source, _ in adapters]
     strengths = [strength for _, strength in adapters]
     for file, strength in zip(files, strengths):
         unused = f"; not used, for text encoders: {', '.join(file.skipped)}" if file.skipped else ""

@@ -702,8 +702,10 @@ class Trainer:
         """Header of a weight file."""
         spec = self.config.spec
         if self.adapters:
+            assert isinstance(self.trained, AdapterSet)
             return adapter_metadata(
                 self.config,
+                self.trained,
                 started=self.started,
                 steps=self.steps,
                 step=self.position.step,

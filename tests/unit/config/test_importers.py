@@ -174,7 +174,7 @@ def test_every_key_is_in_one_list() -> None:
         ({"save_precision": "fp16"}, "save.dtype", "float16"),
         ({"max_train_epochs": None, "max_train_steps": 200, "lr_warmup_steps": 0.1}, "scheduler.warmup_steps", 20),
         ({"max_train_epochs": None, "max_train_steps": 200, "lr_warmup_steps": "5%"}, "scheduler.warmup_steps", 10),
-        ({"save_every_n_steps": 10, "save_last_n_steps": 30}, "save.keep_last_steps", 3),
+        ({"save_every_n_steps": 10, "save_last_n_steps": 30}, "save.keep_last_steps", 4),
         ({"num_timestep_buckets": 10}, "objective.timestep_stratified", True),
         ({"discrete_flow_shift": 3, "timestep_sampling": "shift"}, "objective.discrete_flow_shift", 3.0),
         ({"min_timestep": 200}, "objective.min_timestep", 200),
@@ -219,6 +219,8 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
             {"gradient_checkpointing_cpu_offload": True},
             "gradient_checkpointing_cpu_offload: is True, which is not built yet",
         ),
+        ({"max_train_epochs": None, "max_train_steps": "10.5"}, "train.max_steps: is 10.5, expected a whole number"),
+        ({"optimizer_type": ["adamw"]}, "optimizer_type: is ['adamw'], expected a text"),
         ({"learning_rate": "fast"}, "optimizer.lr: is 'fast', expected a number"),
         ({"text_encoder1": "models/ae.safetensors"}, "text_encoder1: models/ae.safetensors: is not a T5 file"),
     ],
@@ -227,6 +229,19 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
 def test_refusals(changes: dict[str, Any], expected: str, project: Path) -> None:
     found = problems(project, **changes)
     assert any(line.startswith(expected) for line in found), found
+
+
+def test_epochs_of_the_command_line_win_over_steps(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps(flat(max_train_epochs=None, max_train_steps=100)))
+    config = load_config(path, {"max_train_epochs": 50})
+    assert (config.train.max_epochs, config.train.max_steps) == (50, None)
+
+
+def test_precision_of_the_launcher_counts_where_the_file_is_silent(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps({"a": flat(mixed_precision=None), "accelerate": {"mixed_precision": "bf16"}}))
+    assert load_config(path).train.mixed_precision == "bf16"
 
 
 def test_one_key_with_two_values(project: Path) -> None:

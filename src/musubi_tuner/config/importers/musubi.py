@@ -115,6 +115,7 @@ class _Importer:
         self.known = {parameter.key: parameter for parameter in parameters()}
         self.flat = flat_names()
         self.values: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
         self.names: dict[str, str] = {}
 
     def run(self, document: dict[str, Any]) -> Imported:
@@ -128,6 +129,7 @@ class _Importer:
                 options[key] = value
         for key in {key for key, _ in self.report.needs_you}:
             options.pop(key)
+        self.options = options
         self._accelerate(own.get("accelerate", {}))
         self._cache(own.get("cache", {}))
         self._family(options)
@@ -167,6 +169,8 @@ class _Importer:
             source = f"accelerate.{key}"
             if key in ACCELERATE:
                 self._carry(source, ACCELERATE[key], value)
+            elif key == "mixed_precision" and "mixed_precision" not in self.options:
+                self._carry(source, "train.mixed_precision", value)
             elif key in ("mixed_precision", "dynamo_backend", "num_machines"):
                 self.report.dropped_harmless.append((source, "the run's own settings decide"))
             else:
@@ -317,7 +321,7 @@ class _Importer:
             if key in options:
                 value = options.pop(key)
                 if isinstance(value, int) and isinstance(every, int) and every > 0 and kind == "steps":
-                    self._convert(key, value, ours, max(1, value // every), "files instead of steps")
+                    self._convert(key, value, ours, value // every + 1, "files instead of steps")
                 else:
                     self._carry(key, ours, value)
             if f"{key}_state" in options:
@@ -334,7 +338,10 @@ class _Importer:
         if source not in options:
             return
         old = options.pop(source)
-        word = old.lower() if lower and isinstance(old, str) else old
+        if not isinstance(old, str):
+            self._refuse(source, f"is {old!r}, expected a text")
+            return
+        word = old.lower() if lower else old
         if word not in table:
             known = ", ".join(name for name in table if name)
             self._refuse(source, f"is {old!r}, which is not built; known: {known}.{did_you_mean(str(word), table)}")
@@ -353,6 +360,9 @@ class _Importer:
         for text in texts if isinstance(texts, list) else [texts]:
             name, sign, value = str(text).partition("=")
             name = name.strip()
+            fixed = ("relative_step", "scale_parameter", "warmup_init")
+            if source == "optimizer_args" and name in fixed and value.strip() == "False":
+                continue  # which is how Adafactor is built here
             if not sign:
                 problem = f"{text!r} is not of the form key=value"
             elif name == "verbose" or (name in OFF_ONLY and value.strip() in ("0", "None", "False")):
@@ -420,8 +430,9 @@ class _Importer:
             return
         parameter = self.known[target]
         if isinstance(value, str) and parameter.type_name in ("int", "float") and _is_number(value):
-            number = float(value) if parameter.type_name == "float" else int(value)
-            self._convert(key, value, target, number, "a number in quotes")
+            number: float = float(value)
+            whole = parameter.type_name == "int" and number.is_integer()
+            self._convert(key, value, target, int(number) if whole else number, "a number in quotes")
         elif parameter.type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
             self._carry(key, target, float(value))
         else:

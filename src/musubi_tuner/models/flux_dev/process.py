@@ -84,6 +84,7 @@ class FluxProcess:
         """Velocity in the layout of the latents [B, C, H, W]; sides must be even."""
         height, width = noisy.shape[-2:]
         ids = image_positions(height // PATCH, width // PATCH, noisy.device).float().expand(len(noisy), -1, -1)
+        bare: Any = getattr(model, "module", model)  # below data parallelism
         velocity = model(
             pack_patches(noisy, PATCH),
             ids,
@@ -91,7 +92,7 @@ class FluxProcess:
             ids.new_zeros(*inputs["t5"].shape[:2], 3),
             time_B.float() + self.objective.timestep_offset,
             inputs["clip"],
-            inputs.get("guidance"),
+            inputs.get("guidance") if bare.config.guidance_embed else None,
         )
         return unpack_patches(velocity, height, width, PATCH), {}
 

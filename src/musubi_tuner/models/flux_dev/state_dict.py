@@ -108,6 +108,11 @@ def load_model(
     config, weights = to_bfl(file, allow_schnell=allow_schnell)
     if dtype is None:
         check_uniform(weights, str(file.path))
+        if any(weight.is_fp8 for weight in weights.values()):
+            raise CheckpointError(
+                f"{file.path}: is stored in float8, in which nothing can be computed: leave model.keep_dtype off, and set "
+                'memory.base_storage = "fp8_scaled" to keep its 8 bits'
+            )
     model = build(config)
     place_weights(model, weights, f"{file.path}: is not a FLUX.1 transformer", dtype, device, freeze, merge)
     return model.requires_grad_(False).eval()
@@ -393,5 +398,6 @@ def check_uniform(weights: Mapping[str, StoredWeight], what: str) -> None:
 
 
 def load_to_merge(file: WeightFile) -> Flux:
-    """A model in the dtype of its file, to have adapters merged into it; scaled fp8 becomes bfloat16."""
-    return load_model(file, dtype=None, allow_schnell=True)
+    """A model in the dtype of its file, to have adapters merged into it; fp8 becomes bfloat16, which can hold the change."""
+    stored = any(tensor.element_size() == 1 and tensor.is_floating_point() for tensor in file.tensors.values())
+    return load_model(file, dtype=torch.bfloat16 if stored else None, allow_schnell=True)
