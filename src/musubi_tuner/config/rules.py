@@ -161,6 +161,13 @@ def _memory(config: RunConfig) -> list[Diagnostic]:
             _error("optimizer.type", '"AdamW8bit" steps on the device only, and memory.blocks_to_swap keeps trained blocks and '
                    'their optimizer state in main memory; use "AdamW"')
         )  # fmt: skip
+    if memory.blocks_to_swap and not frozen and config.train.mixed_precision == "fp16":
+        found.append(
+            _error("train.mixed_precision", '"fp16" cannot be used while trained blocks live in main memory: its loss scale is '
+                   'applied on the device; use "bf16"')
+        )  # fmt: skip
+    if memory.blocks_to_swap and config.run.device == "mps":
+        found.append(_error("memory.blocks_to_swap", "blocks cannot be swapped on mps; set it to 0"))
     if memory.base_storage == "none" and "memory.fp8_modulation" in config.set_keys():
         found.append(
             Diagnostic("warning", "memory.fp8_modulation", 'has no effect because memory.base_storage is "none"')

@@ -128,6 +128,11 @@ class _Residence:
         part = self.parts.get(name)
         if part is None:
             return None
+        own = layer._parameters.get(name)
+        if own is not None and own.data_ptr() != self.swap.streamed[self.rank].master.data_ptr() + part.start:
+            raise RuntimeError(
+                f"{self.swap.streamed[self.rank].name}: its {name} was replaced; load weights into it in place"
+            )
         slot = self.swap.slot_of(self.rank)
         if slot.holder != self.rank or not slot.ready:
             raise RuntimeError(f"{self.swap.streamed[self.rank].name} is read while its weights are not on the device")
@@ -179,7 +184,7 @@ class BlockSwap:
         for rank, block in enumerate(blocks):
             block.forward = self._swapped(block.forward, rank)  # type: ignore[method-assign]
         for rank in range(len(self.slots)):
-            self._load(rank, None)
+            self._load(rank, self.transfer.record())
 
     def _take(self, block: nn.Module, name: str, pinned: bool) -> None:
         """Move the buffers of a block's frozen layers into one flat buffer."""
@@ -221,8 +226,10 @@ class BlockSwap:
 
     @property
     def host_bytes(self) -> int:
-        """Main memory of the permanent copies."""
-        return sum(len(block.master) for block in self.streamed)
+        """Main memory of the streamed blocks; torch rounds pinned memory up to a power of two."""
+        sizes = [len(block.master) for block in self.streamed]
+        return sum(1 << (size - 1).bit_length() if block.master.is_pinned() else size
+                   for size, block in zip(sizes, self.streamed))  # fmt: skip
 
     @property
     def device_bytes(self) -> int:
@@ -250,9 +257,11 @@ class BlockSwap:
             raise RuntimeError(
                 f"{self.streamed[rank].name} would overwrite {self.streamed[slot.holder].name} while that computes"
             )
-        slot.holder, slot.ready, slot.version = rank, False, self.streamed[rank].version
-        source = self.streamed[rank].master
+        # Nobody's until the copy has begun: an exception in between must not leave a claim on old bytes.
+        slot.holder, slot.ready, slot.version = -1, False, -1
+        source, version = self.streamed[rank].master, self.streamed[rank].version
         self.transfer.submit(rank % len(self.slots), slot.buffer[: len(source)], source, after)
+        slot.holder, slot.version = rank, version
 
     def enter(self, rank: int, *, begins: bool = False) -> None:
         """Have a block's weights on the device, and keep them there until it is left.
@@ -291,7 +300,7 @@ class BlockSwap:
         """After a change of trained weights: begin to copy the first blocks again, whose copies are old now."""
         for slot in self.slots:
             slot.in_use = False
-            if self.streamed[slot.holder].trained:
+            if slot.holder >= 0 and self.streamed[slot.holder].trained:
                 slot.version = -1
         for rank, slot in enumerate(self.slots):
             if slot.holder != rank or slot.version == -1:

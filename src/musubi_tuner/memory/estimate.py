@@ -64,7 +64,7 @@ class Estimate:
         shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
         lines = [f"  memory   about {gib(self.total)} on the device: {shown}"]
         if self.host:
-            lines.append(f"           {gib(self.host)} of main memory for swapped blocks")
+            lines.append(f"           {gib(self.host)} of main memory for swapped blocks (pinned, up to twice that)")
         return lines
 
 

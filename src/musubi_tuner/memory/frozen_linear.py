@@ -13,6 +13,7 @@ again there. So a step holds the compute form of one layer at a time, and a weig
 The product is computed as ``x @ dequantize(weight).T``: on every device, without scaled matrix products.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.models.stored import StoredWeight, dequantize, is_fp8
+from musubi_tuner.models.stored import CHUNK, StoredWeight, dequantize, is_fp8
 
 Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]
@@ -29,10 +30,6 @@ BLOCK = 64
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 SCALE_FLOOR = 1e-8
-
-
-CHUNK = 1 << 21
-"""Values that are quantised together: float32 copies of a whole weight would be four times as large as its codes."""
 
 
 def quantize_fp8(weight: Tensor, scale: Scale | None = "block") -> tuple[Tensor, Tensor | None]:
@@ -120,6 +117,14 @@ def _to_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
     return packed.flatten(), state.absmax.float()
+
+
+@functools.cache
+def _nf4_levels(device: torch.device) -> Tensor:
+    """The 16 levels, made once per device: making them waits for the device."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type("nf4", device=device, blocksize=BLOCK)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -216,11 +221,11 @@ class FrozenLinear(nn.Module):
             return stored.to(dtype)
         if self.storage != "nf4":
             return dequantize(stored, scale, dtype)
-        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState(
             absmax=scale, shape=torch.Size((self.out_features, self.in_features)), dtype=torch.float32, blocksize=BLOCK,
-            quant_type="nf4", code=get_4bit_type("nf4", device=stored.device, blocksize=BLOCK),
+            quant_type="nf4", code=_nf4_levels(stored.device),
         )  # fmt: skip
         return dequantize_4bit(stored.view(-1, 1), state).to(dtype)
 

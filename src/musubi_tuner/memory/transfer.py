@@ -5,6 +5,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from musubi_tuner.errors import ConfigError
+
 POISON = 0xFF
 """Bytes that the CPU engine fills a target with until the copy has arrived; as floats they are not a number."""
 
@@ -71,6 +73,7 @@ class CudaTransfer:
             if after is not None:
                 self.stream.wait_event(after)
             target.copy_(source, non_blocking=True)
+            target.record_stream(self.stream)
             event = torch.cuda.Event()
             event.record(self.stream)
         self.done[key] = event
@@ -90,10 +93,10 @@ def transfer_for(device: torch.device) -> Transfer:
     """The engine of a device.
 
     Raises:
-        ValueError: if the device has none.
+        ConfigError: if the device has none.
     """
     if device.type == "cuda":
         return CudaTransfer(device)
     if device.type == "cpu":
         return HostTransfer()
-    raise ValueError(f"blocks cannot be swapped on {device.type}; use cuda or cpu")
+    raise ConfigError(f"memory.blocks_to_swap: blocks cannot be swapped on {device.type}; set it to 0")

@@ -26,6 +26,8 @@ from musubi_tuner.errors import CheckpointError
 
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 SCALE_NAMES = (".scale_weight", ".weight_scale")
+CHUNK = 1 << 21
+"""Values that are brought to float32 together."""
 DROPPED = (".scale_input", ".input_scale", ".comfy_quant")
 """Scales of activations, which training does not use, and format tags."""
 
@@ -41,15 +43,28 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     Raises:
         ValueError: if the scale fits neither tensor, rows nor groups of columns.
     """
-    values, factor = weight.float(), scale.float()
-    if factor.numel() == 1:
-        return (values * factor.reshape(())).to(dtype)
-    rows = values.shape[0]
-    if factor.shape[0] != rows or (factor.ndim > 2 and values[0].numel() % factor.shape[1]):
+    factor, rows = scale.float(), weight.shape[0] if weight.ndim else 1
+    if factor.numel() > 1 and (factor.shape[0] != rows or (factor.ndim > 2 and weight[0].numel() % factor.shape[1])):
         raise ValueError(f"a scale of {list(scale.shape)} does not fit a weight of {list(weight.shape)}")
+    if weight.ndim < 2 or weight.numel() <= CHUNK:
+        return _multiplied(weight, factor).to(dtype)
+    # A few rows at a time: float32 copies of the whole would be several times the result.
+    step = max(1, CHUNK // weight[0].numel())
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        result[part] = _multiplied(weight[part], factor if factor.numel() == 1 else factor[part]).to(dtype)
+    return result
+
+
+def _multiplied(weight: Tensor, factor: Tensor) -> Tensor:
+    """``weight * factor`` in float32."""
+    values = weight.float()
+    if factor.numel() == 1:
+        return values * factor.reshape(())
     if factor.ndim <= 2:
-        return (values.flatten(1) * factor.reshape(rows, -1)).view_as(values).to(dtype)
-    return (values.view(rows, factor.shape[1], -1) * factor).view_as(values).to(dtype)
+        return (values.flatten(1) * factor.reshape(len(values), -1)).view_as(values)
+    return (values.view(len(values), factor.shape[1], -1) * factor).view_as(values)
 
 
 @dataclass(frozen=True)

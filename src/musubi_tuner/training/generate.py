@@ -13,7 +13,8 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import choose_device, set_threads
 from musubi_tuner.encoders.autoencoder import Autoencoder
-from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.compose import block_counts, compose_memory, freeze_of, most_swapped
+from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts
 from musubi_tuner.training.trainer import AUTOCAST, load_vae, sample_settings
@@ -60,9 +61,16 @@ class Generator:
         else:
             file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
         model = spec.load("load_for_run")(file, config)
+        swap = config.memory.blocks_to_swap
+        if swap == "auto":
+            # Drawing keeps nothing for a backward pass; what does not fit for certain is streamed.
+            counts = block_counts(model, spec.block_lists)
+            swap = most_swapped(counts, config.memory.swap_policy) if device.type == "cuda" else 0
+        freeze = freeze_of(config.memory, spec)
+        if adapters and config.adapter.type == "none" and swap and freeze is not None:
+            freeze_layers(model, freeze)  # the run trained the model itself, so nothing is frozen yet
         use_adapters(model, spec, adapters, ema=ema and config.ema.enabled)
         model.eval()
-        swap = config.memory.blocks_to_swap if config.memory.blocks_to_swap != "auto" else 0
         memory = config.memory.model_copy(update={"gradient_checkpointing": False, "blocks_to_swap": swap})
         compose_memory(model, memory, spec, device)
         options = {

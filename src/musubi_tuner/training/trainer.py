@@ -171,6 +171,11 @@ class Trainer:
     def build(self) -> None:
         """Load the model and everything around it, and continue where a state left off."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        if self.processes > 1 and free is not None:
+            # All ranks must choose the same number: the one that has least decides.
+            least = torch.tensor([free], device=self.device)
+            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+            free = int(least)
         self.config, chosen = resolve_swap(self.config, self.dataset.items, free)
         config = self.config
         if self.main:
@@ -260,13 +265,18 @@ class Trainer:
         return self.accelerator.prepare(bare)
 
     def _reduce_host(self) -> None:
-        """Average the gradients of parameters in main memory over the ranks, all in one exchange."""
+        """Average the gradients of parameters in main memory over the ranks, one block after the other."""
+        assert self.swap is not None
+        for block in self.swap.streamed:
+            self._reduce_block([p for p in block.trained if p.requires_grad])
+
+    def _reduce_block(self, parameters: list[torch.nn.Parameter]) -> None:
         flat = torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.host
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
         ]).to(self.device)  # fmt: skip
         torch.distributed.all_reduce(flat)
         flat /= self.processes
-        for parameter, mean in zip(self.host, flat.split([p.numel() for p in self.host])):
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
             parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
 
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
@@ -625,6 +635,7 @@ class Trainer:
                     use_mask=self.options.get("t5_attn_mask", False),
                     device=self.device,
                     autocast=self.autocast,
+                    batch_size=max(item.batch_size for item in self.dataset.items),
                 )
             if self.swap is not None:
                 self.swap.refresh()

@@ -319,11 +319,19 @@ def test_twenty_steps_of_a_trained_model(count: int, checkpointing: bool) -> Non
     assert swap.recoveries == 0
 
 
+class AtOnce(HostTransfer):
+    """Delivers copies as early as they may come, so that one made before the weights changed shows."""
+
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+        target.copy_(source)
+
+
+@pytest.mark.parametrize("engine", [HostTransfer, AtOnce])
 @pytest.mark.parametrize("ring", [1, 2, 3])
 @pytest.mark.parametrize("options", [{"autocast": True}, {"accumulate": 3}], ids=str)
-def test_trained_model_with_every_ring(ring: int, options: dict[str, Any]) -> None:
+def test_trained_model_with_every_ring(ring: int, options: dict[str, Any], engine: type[HostTransfer]) -> None:
     model = tinyflux()
-    swap = swapped_training(model, 4, ring=ring)
+    swap = swapped_training(model, 4, ring=ring, transfer=engine())
     assert_same(train_all(model, 4, swap, **options), train_all(tinyflux(), 4, **options))
     assert swap.recoveries == 0
 
@@ -351,6 +359,28 @@ def test_trained_weights_gradients_and_state_lie_in_main_memory() -> None:
     assert swap.keeps(layer.weight) and not swap.keeps(model.img_in.weight)
     model.load_state_dict(tinyflux().state_dict())
     assert swap.streamed[0].version != swap.slots[0].version
+
+
+def test_a_copy_that_could_not_begin_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, model = prepare("plain", 4, 6), prepare("plain", 4, 6)
+    swapped(model, 6)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(HostTransfer, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(*inputs())
+    assert_same(train(model, 2), train(reference, 2))
+
+
+def test_replaced_parameters_are_found_out() -> None:
+    model = tinyflux()
+    swapped_training(model, 4)
+    model.load_state_dict(tinyflux().state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="was replaced; load weights into it in place"):
+        train_all(model, 1)
 
 
 # Which blocks
@@ -389,5 +419,5 @@ def test_streamed_blocks_are_spread_evenly() -> None:
 
 
 def test_device_without_an_engine() -> None:
-    with pytest.raises(ValueError, match="blocks cannot be swapped on mps"):
+    with pytest.raises(ConfigError, match="blocks cannot be swapped on mps"):
         transfer_for(torch.device("mps"))
