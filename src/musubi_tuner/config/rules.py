@@ -212,6 +212,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         (not config.ema.enabled, ("sample.use_ema",), "ema.enabled is false"),
         (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
         (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
+        (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),
         (
             not (config.experts.enable_lune or config.experts.enable_sol),
             tuple(f"experts.{name}" for name in teacher_keys),

@@ -162,7 +162,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         The config, and a line for the person if something was chosen.
 
     Raises:
-        ConfigError: if the run does not fit even with all blocks swapped.
+        ConfigError: if the run does not fit even with all blocks swapped, or cannot be estimated.
     """
     if config.memory.blocks_to_swap != "auto":
         return config, None
@@ -172,12 +172,16 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         ), 'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory'
     plan = config.spec.load("plan_model")(config)
     usable = int(free * (1 - MARGIN))
-    whole = estimate_run(_with_swap(config, 0), items)
+    try:
+        whole = estimate_run(_with_swap(config, 0), items)
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        raise ConfigError(
+            f'memory.blocks_to_swap: "auto" needs an estimate of the memory, and this model has none ({problem}). Write a number'
+        ) from problem
     needed = whole.total
     for count in range(most_swapped(block_counts(plan.model, config.spec.block_lists), config.memory.swap_policy) + 1):
         chosen = _with_swap(config, count)
-        found = whole if count == 0 else None
-        needed = (found or _moved(chosen, whole, plan.model, plan.dtype)).total
+        needed = _moved(chosen, whole, plan.model, plan.dtype).total
         if needed <= usable:
             return chosen, (
                 f'swap: memory.blocks_to_swap = "auto" is {count}: about {gib(needed)} of {gib(free)} free, of which a tenth is '

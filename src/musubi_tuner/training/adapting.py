@@ -136,7 +136,7 @@ def adapter_metadata(
         **found,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{spec.modelspec_architecture}/lora",
-        "modelspec.implementation": spec.modelspec_implementation,
+        **({"modelspec.implementation": spec.modelspec_implementation} if spec.modelspec_implementation else {}),
         "modelspec.title": config.run.name,
         "modelspec.resolution": f"{side[0]}x{side[1]}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime()),

@@ -773,8 +773,9 @@ def estimate_lines(config: RunConfig, items: list[Item], free: int | None = None
     before, fake.disabled = fake.disabled, True
     try:
         found = estimate_run(config, items)
-    except (RuntimeError, NotImplementedError, AssertionError):
-        return ["  memory   could not be estimated for this model"]
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        return [f"  memory   could not be estimated for this model: {reason}"]
     finally:
         fake.disabled = before
     short = free is not None and found.total > free

@@ -201,6 +201,16 @@ def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
     assert resolve_swap(found, items(128), 1) == (found, None)
 
 
+def test_auto_says_why_a_model_has_no_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise NotImplementedError("no rule for this operator")
+
+    monkeypatch.setattr("musubi_tuner.memory.estimate.estimate_run", failing)
+    path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": "auto"})
+    with pytest.raises(ConfigError, match=r"blocks_to_swap: .*no rule for this operator.*Write a number"):
+        resolve_swap(load_config(path), [], 2**30)
+
+
 def test_full_size(tmp_path: Path) -> None:
     """FLUX.1-dev at 1024 px: 22.2 GiB of weights in bfloat16, and a run that fits 16 GB."""
     config = load_config(
