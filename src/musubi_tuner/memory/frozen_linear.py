@@ -10,7 +10,7 @@ again there. So a step holds the compute form of one layer at a time, and a weig
     int8        1                  per row: max |w| / 127
     nf4         0.5                per 64 values: max |w|; 16 levels (Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes
 
-The product is computed as ``x @ dequantize(weight).T``: on every device, without scaled matrix products.
+The product is computed as ``x @ dequantize(weight).T``, on every device; fp8_product has the one for GPUs that multiply fp8.
 """
 
 import functools
@@ -21,15 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musubi_tuner.memory.fp8_product import FP8_MAX, SCALE_FLOOR, TracedProduct, scaled_gradient, scaled_product
 from musubi_tuner.models.stored import CHUNK, StoredWeight, dequantize, is_fp8
 
 Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]
 BLOCK = 64
 """Columns that share a scale, and values that share one in nf4."""
-FP8_MAX = 448.0
 INT8_MAX = 127.0
-SCALE_FLOOR = 1e-8
 
 
 def quantize_fp8(weight: Tensor, scale: Scale | None = "block") -> tuple[Tensor, Tensor | None]:
@@ -134,12 +133,17 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: "FrozenLinear", dtype: torch.dtype) -> Tensor:
         ctx.layer = layer
         bias = layer.fetch("bias")
-        return F.linear(x, layer.dense_weight(dtype), None if bias is None else bias.to(dtype))
+        if layer.fp8_compute == "no":
+            return F.linear(x, layer.dense_weight(dtype), None if bias is None else bias.to(dtype))
+        out = scaled_product(x, *layer.rows())
+        return out if bias is None else out + bias.to(out.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.layer.dense_weight(gradient.dtype), None, None
+        (gradient,), layer = gradients, ctx.layer
+        if layer.fp8_compute == "both":
+            return scaled_gradient(gradient, *layer.rows()).to(gradient.dtype), None, None
+        return gradient @ layer.dense_weight(gradient.dtype), None, None
 
 
 class FrozenLinear(nn.Module):
@@ -147,6 +151,7 @@ class FrozenLinear(nn.Module):
 
     Attributes:
         residence: who holds the buffers, if not the layer itself (see block_swap); asked at every use.
+        fp8_compute: which products are computed in fp8 (see fp8_product): none, the forward one, or both.
     """
 
     stored: Tensor | None
@@ -173,6 +178,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.dtype, self.storage = dtype, storage
         self.out_features, self.in_features = shape or (stored.shape[0], stored.shape[1])
+        self.code_dtype, self.scale_shape = stored.dtype, None if scale is None else scale.shape
+        self.fp8_compute: Literal["no", "forward", "both"] = "no"
         self.residence: Any = None
         for name, buffer in zip(self.BUFFERS, (stored, scale, bias)):
             self.register_buffer(name, buffer)
@@ -210,8 +217,18 @@ class FrozenLinear(nn.Module):
         return cls(codes, factor, bias, dtype, storage=storage, shape=shape)
 
     def fetch(self, name: str) -> Tensor | None:
-        """A buffer, wherever it is."""
-        return getattr(self, name) if self.residence is None else self.residence.fetch(self, name)
+        """A buffer, wherever it is; compiled code reads what the swap has bound to the layer."""
+        if torch.compiler.is_compiling() or self.residence is None:
+            return getattr(self, name)
+        return self.residence.fetch(self, name)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """fp8 codes [out, in] and a float32 scale per row, [out, 1]."""
+        stored, scale = self.fetch("stored"), self.fetch("scale")
+        assert stored is not None
+        if scale is None:
+            return stored, torch.ones(self.out_features, 1, device=stored.device)
+        return stored, scale.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a compute dtype; multiplied in float32."""
@@ -234,4 +251,14 @@ class FrozenLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         with torch.autocast(kind, enabled=False):
+            if torch.compiler.is_compiling():
+                return self._traced(x.to(dtype), dtype)
             return _FrozenProduct.apply(x.to(dtype), self, dtype)
+
+    def _traced(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """As plain operations: a compiler decides itself what it keeps, and takes the stored form, which costs nothing."""
+        bias = self.fetch("bias")
+        if self.fp8_compute == "no":
+            return F.linear(x, self.dense_weight(dtype), None if bias is None else bias.to(dtype))
+        out = TracedProduct.apply(x, *self.rows(), self.fp8_compute == "both")
+        return out if bias is None else out + bias.to(out.dtype)

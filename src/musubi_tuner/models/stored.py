@@ -46,8 +46,8 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     factor, rows = scale.float(), weight.shape[0] if weight.ndim else 1
     if factor.numel() > 1 and (factor.shape[0] != rows or (factor.ndim > 2 and weight[0].numel() % factor.shape[1])):
         raise ValueError(f"a scale of {list(scale.shape)} does not fit a weight of {list(weight.shape)}")
-    if weight.ndim < 2 or weight.numel() <= CHUNK:
-        return _multiplied(weight, factor).to(dtype)
+    if weight.ndim < 2 or weight.numel() <= CHUNK or torch.compiler.is_compiling():
+        return _multiplied(weight, factor).to(dtype)  # in one pass, where a compiler fuses it
     # A few rows at a time: float32 copies of the whole would be several times the result.
     step = max(1, CHUNK // weight[0].numel())
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
