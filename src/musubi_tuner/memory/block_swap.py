@@ -85,14 +85,19 @@ class _Part:
     dtype: torch.dtype
     shape: torch.Size
 
+    def of(self, buffer: Tensor) -> Tensor:
+        """The layer's buffer, as a view."""
+        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
+
 
 @dataclass
 class _Streamed:
-    """A streamed block: its name, its weights in main memory, and those of them that train."""
+    """A streamed block: its name, its weights in main memory, those of them that train, and its layers."""
 
     name: str
     master: Tensor
     trained: list[nn.Parameter] = field(default_factory=list)
+    layers: list[tuple[nn.Module, "_Residence"]] = field(default_factory=list)
 
     @property
     def version(self) -> int:
@@ -136,14 +141,14 @@ class _Residence:
         slot = self.swap.slot_of(self.rank)
         if slot.holder != self.rank or not slot.ready:
             raise RuntimeError(f"{self.swap.streamed[self.rank].name} is read while its weights are not on the device")
-        return slot.buffer[part.start : part.end].view(part.dtype).view(part.shape)
+        return part.of(slot.buffer)
 
     def master(self, name: str) -> Tensor | None:
         """A buffer in main memory."""
         part = self.parts.get(name)
         if part is None:
             return None
-        return self.swap.streamed[self.rank].master[part.start : part.end].view(part.dtype).view(part.shape)
+        return part.of(self.swap.streamed[self.rank].master)
 
 
 class BlockSwap:
@@ -153,8 +158,10 @@ class BlockSwap:
         model: in main memory. Frozen blocks have `FrozenLinear` layers; the Linear layers of trained ones become `HostLinear`.
             Everything that is not streamed goes to the device.
         counts: how many blocks of each list are streamed.
-        ring: device buffers. pinned: pin the permanent copies, so that copying is asynchronous.
+        ring: device buffers. pinned: pin the permanent copies; else they go through two small pinned buffers.
         transfer: engine; absent = the device's.
+        bind: give the layers of a block their device buffers while it is there, as compiled blocks need it. Those keep views
+            of them for the backward pass, so the blocks must be checkpointed.
     """
 
     def __init__(
@@ -166,9 +173,10 @@ class BlockSwap:
         ring: int = 2,
         pinned: bool = True,
         transfer: Transfer | None = None,
+        bind: bool = False,
     ) -> None:
-        self.device, self.recoveries = device, 0
-        self.transfer = transfer or transfer_for(device)
+        self.device, self.recoveries, self.bind = device, 0, bind
+        self.transfer = transfer or transfer_for(device, pinned=pinned)
         self.streamed: list[_Streamed] = []
         blocks: list[nn.Module] = []
         for name, count in counts.items():
@@ -191,9 +199,9 @@ class BlockSwap:
         rank, size = len(self.streamed), 0
         for path, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
-                host = HostLinear(layer)
-                if "forward" in vars(layer):
+                if type(layer) is not nn.Linear:
                     raise ValueError(f"{name}.{path} carries an adapter on an ordinary layer; freeze its weight first")
+                host = HostLinear(layer)
                 block.set_submodule(path, host)
         residences: list[tuple[FrozenLinear | HostLinear, _Residence]] = []
         for layer in block.modules():
@@ -223,6 +231,7 @@ class BlockSwap:
                 else:
                     layer._buffers[key] = None
             layer.residence = residence
+        self.streamed[rank].layers = list(residences)
 
     @property
     def host_bytes(self) -> int:
@@ -270,14 +279,16 @@ class BlockSwap:
             begins: a forward pass begins with this block, so nothing is in use.
         """
         if begins:
-            for other in self.slots:
-                other.in_use = False
+            self.reset()
         slot = self.slot_of(rank)
         if slot.holder != rank or slot.version != self.streamed[rank].version:
             self.recoveries += 1
             self._load(rank, self.transfer.record())
         self.transfer.wait(rank % len(self.slots))
         slot.ready = slot.in_use = True
+        if self.bind:
+            for layer, residence in self.streamed[rank].layers:
+                layer._buffers.update({key: part.of(slot.buffer) for key, part in residence.parts.items()})
 
     def leave_forward(self, rank: int, training: bool) -> None:
         """Free a block's buffer for the one that needs it next."""
@@ -292,14 +303,14 @@ class BlockSwap:
         self._free(rank, rank - len(self.slots) if rank >= len(self.slots) else rank)
 
     def _free(self, rank: int, following: int) -> None:
-        self.slot_of(rank).in_use = False
+        self._release(self.slot_of(rank))
         if following != rank:
             self._load(following, self.transfer.record())
 
     def refresh(self) -> None:
         """After a change of trained weights: begin to copy the first blocks again, whose copies are old now."""
         for slot in self.slots:
-            slot.in_use = False
+            self._release(slot)
             if slot.holder >= 0 and self.streamed[slot.holder].trained:
                 slot.version = -1
         for rank, slot in enumerate(self.slots):
@@ -311,9 +322,16 @@ class BlockSwap:
         optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     def reset(self) -> None:
-        """After an exception inside a block: nothing computes any more."""
+        """After an exception inside a block, or before the first: nothing computes."""
         for slot in self.slots:
-            slot.in_use = False
+            self._release(slot)
+
+    def _release(self, slot: _Slot) -> None:
+        """The block in a buffer does not compute any more."""
+        slot.in_use = False
+        if self.bind and slot.holder >= 0:
+            for layer, residence in self.streamed[slot.holder].layers:
+                layer._buffers.update(dict.fromkeys(residence.parts))
 
     def _swapped(self, forward: Callable[..., Any], rank: int) -> Callable[..., Any]:
         @wraps(forward)

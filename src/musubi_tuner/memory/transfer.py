@@ -1,5 +1,8 @@
 """Copies from main memory to the device, beside the computation. The interface, and one engine per kind of device."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +26,9 @@ class Transfer(Protocol):
     def wait(self, key: int) -> None:
         """Let the computation that follows wait for the copy of a key; a second call does nothing."""
 
+    def host_wait(self, key: int) -> None:
+        """Wait on the host for the last copy of a key, whatever the computation has waited for."""
+
     def sync(self) -> None:
         """Wait for everything."""
 
@@ -38,7 +44,7 @@ class HostTransfer:
 
     def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
         """Poison the target, copy later."""
-        target.fill_(POISON)
+        target.view(torch.uint8).fill_(POISON)
         self.pending[key] = (target, source)
 
     def wait(self, key: int) -> None:
@@ -46,6 +52,10 @@ class HostTransfer:
         if key in self.pending:
             target, source = self.pending.pop(key)
             target.copy_(source)
+
+    def host_wait(self, key: int) -> None:
+        """Copy now."""
+        self.wait(key)
 
     def sync(self) -> None:
         """Copy everything."""
@@ -60,6 +70,7 @@ class CudaTransfer:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.done: dict[int, torch.cuda.Event] = {}
+        self.last: dict[int, torch.cuda.Event] = {}
 
     def record(self) -> torch.cuda.Event:
         """An event on the compute stream."""
@@ -73,10 +84,13 @@ class CudaTransfer:
             if after is not None:
                 self.stream.wait_event(after)
             target.copy_(source, non_blocking=True)
-            target.record_stream(self.stream)
+            for tensor in (target, source):
+                if tensor.is_cuda:
+                    # Whoever frees it now must not have it reused before the copy has passed.
+                    tensor.record_stream(self.stream)
             event = torch.cuda.Event()
             event.record(self.stream)
-        self.done[key] = event
+        self.done[key] = self.last[key] = event
 
     def wait(self, key: int) -> None:
         """Let the compute stream wait for the copy; the host does not."""
@@ -84,19 +98,86 @@ class CudaTransfer:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
+    def host_wait(self, key: int) -> None:
+        """Wait on the host for the last copy of a key."""
+        event = self.last.pop(key, None)
+        if event is not None:
+            event.synchronize()
+
     def sync(self) -> None:
         """Wait on the host."""
         self.stream.synchronize()
 
 
-def transfer_for(device: torch.device) -> Transfer:
+STAGING_BYTES = 32 << 20
+"""Of each of the two staging buffers."""
+
+
+class StagedTransfer:
+    """For main memory that is not pinned: a thread brings it through two small pinned buffers to another engine.
+
+    While one buffer is copied to the device, the thread fills the other; the program waits for the thread only where it
+    needs the copy. A buffer is filled again once the copy out of it is done.
+    """
+
+    def __init__(self, device: torch.device, inner: Transfer, size: int = STAGING_BYTES) -> None:
+        self.device, self.inner, self.size = device, inner, size
+        self.thread = ThreadPoolExecutor(1, "staging")
+        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        self.pending: dict[int, Future[None]] = {}
+        self.turn = 0
+        self.lock = Lock()  # the other engine is asked by both threads
+
+    def record(self) -> Any:
+        """As the other engine."""
+        return self.inner.record()
+
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+        """Begin in the thread; target and source are flat bytes."""
+        self.pending[key] = self.thread.submit(self._copy, target, source, after)
+
+    def _copy(self, target: Tensor, source: Tensor, after: Any) -> None:
+        for start in range(0, len(source), self.size):
+            part = slice(start, min(start + self.size, len(source)))
+            with self.lock:
+                self.inner.host_wait(self.turn)  # the copy before the last one, out of the same buffer
+                staging = self.buffers[self.turn][: part.stop - part.start]
+                staging.copy_(source[part])
+                self.inner.submit(self.turn, target[part], staging, after)
+                self.turn = 1 - self.turn
+
+    def wait(self, key: int) -> None:
+        """Wait for the thread, then let the computation wait for its copies."""
+        pending = self.pending.pop(key, None)
+        if pending is not None:
+            pending.result()
+            with self.lock:
+                for turn in (0, 1):
+                    self.inner.wait(turn)
+
+    def host_wait(self, key: int) -> None:
+        """Wait on the host."""
+        self.wait(key)
+        with self.lock:
+            self.inner.sync()
+
+    def sync(self) -> None:
+        """Wait for everything."""
+        for key in list(self.pending):
+            self.host_wait(key)
+
+
+def transfer_for(device: torch.device, key: str = "memory.blocks_to_swap", *, pinned: bool = True) -> Transfer:
     """The engine of a device.
+
+    Args:
+        key: whose setting asks for it. pinned: the main memory is pinned; else it goes through small pinned buffers.
 
     Raises:
         ConfigError: if the device has none.
     """
-    if device.type == "cuda":
-        return CudaTransfer(device)
-    if device.type == "cpu":
-        return HostTransfer()
-    raise ConfigError(f"memory.blocks_to_swap: blocks cannot be swapped on {device.type}; set it to 0")
+    engines: dict[str, Callable[[], Transfer]] = {"cuda": lambda: CudaTransfer(device), "cpu": HostTransfer}
+    if device.type not in engines:
+        raise ConfigError(f"{key}: nothing can be moved between {device.type} and main memory; turn it off")
+    engine = engines[device.type]()
+    return engine if pinned else StagedTransfer(device, engine)

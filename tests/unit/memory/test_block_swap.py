@@ -20,7 +20,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap, streamed_indices, swapped_counts, weights
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.storage import Freeze, freeze_layers
-from musubi_tuner.memory.transfer import HostTransfer, transfer_for
+from musubi_tuner.memory.transfer import HostTransfer, StagedTransfer, transfer_for
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
@@ -163,6 +163,28 @@ def test_every_storage(storage: Any) -> None:
     model = prepare(storage, 3, 5)
     swapped(model, 4)
     assert_same(train(model, 3), reference)
+
+
+@pytest.mark.parametrize("storage", ["plain", "fp8_scaled"])
+def test_main_memory_that_is_not_pinned(storage: Any) -> None:
+    reference = train(prepare(storage, 3, 5), 3)
+    model = prepare(storage, 3, 5)
+    swap = swapped(model, 4, pinned=False)
+    assert isinstance(swap.transfer, StagedTransfer)
+    assert_same(train(model, 3), reference)
+
+
+def test_layers_that_are_given_their_buffers(plain: dict[bool, Any]) -> None:
+    """As compiled blocks need it: a block holds views of the ring while it computes, and nothing before and after."""
+    model = prepare("plain")
+    checkpoint_blocks(model, SPEC.block_lists)
+    swap = swapped(model, 25, bind=True)
+    layer = swap.streamed[0].layers[0][0]
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, _: seen.append(module.stored is not None))
+    assert_same(train(model, 20), plain[False])
+    handle.remove()
+    assert layer.stored is None and len(seen) == 40 and all(seen)
 
 
 @pytest.mark.parametrize("ring", [1, 2, 3, 8])
@@ -419,5 +441,5 @@ def test_streamed_blocks_are_spread_evenly() -> None:
 
 
 def test_device_without_an_engine() -> None:
-    with pytest.raises(ConfigError, match="blocks cannot be swapped on mps"):
+    with pytest.raises(ConfigError, match=r"memory\.blocks_to_swap: nothing can be moved between mps and main memory"):
         transfer_for(torch.device("mps"))

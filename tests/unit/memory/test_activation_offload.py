@@ -1,0 +1,159 @@
+"""Inputs of checkpointed blocks in main memory: the same bits, the copies ahead of their use, the memory used again.
+
+The CPU engine fills targets with not-a-number until somebody waits for the copy, so reading too early shows.
+"""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.memory.activation_offload import ActivationOffload
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.transfer import HostTransfer
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """Two streams, a shared vector, and dropout: what the blocks of the families take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        a = a + torch.dropout(torch.tanh(self.first(b)) * vec[:, None], 0.2, True)
+        return a, b + torch.tanh(self.second(a))
+
+
+class Model(nn.Module):
+    def __init__(self, count: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        a, b = x, x * 2
+        for block in self.blocks:
+            a, b = block(a, b, vec)
+        return a + b
+
+
+def steps(model: Model, count: int = 3, tokens: tuple[int, ...] = (4, 7, 4)) -> list[Tensor]:
+    """Losses and gradients of a few steps, with buckets of several sizes."""
+    found = []
+    for step in range(count):
+        torch.manual_seed(step)
+        loss = model(torch.randn(2, tokens[step % len(tokens)], 8), torch.randn(2, 8)).square().mean()
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        model.zero_grad()
+    return found
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_bits_are_those_without(every: int) -> None:
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], every, ActivationOffload(CPU))
+    assert same(steps(model), steps(Model()))
+
+
+def test_streamed_blocks_too() -> None:
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU))
+    BlockSwap(model, {"blocks": 3}, CPU)
+    assert same(steps(model), steps(Model()))
+
+
+class Counting(HostTransfer):
+    """Notes what is waited for while it has not been begun ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, int]] = []
+
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+        self.log.append(("copy", key))
+        super().submit(key, target, source, after)
+
+    def wait(self, key: int) -> None:
+        if key in self.pending:
+            self.log.append(("wait", key))
+        super().wait(key)
+
+
+def test_inputs_come_back_one_block_ahead() -> None:
+    engine = Counting()
+    model = Model(3)
+    checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU, engine))
+    loss = model(torch.randn(1, 4, 8), torch.randn(1, 8)).sum()
+    # Two streams of three blocks go out; the first input needs no gradient and is kept all the same.
+    assert engine.log == [("copy", key) for key in range(6)]
+    engine.log.clear()
+    loss.backward()
+    copies = [key for what, key in engine.log if what == "copy"]
+    assert copies[:2] == [4, 5] and sorted(copies) == list(range(6))
+    # Block 1 (keys 2 and 3) begins to arrive before block 2 is recomputed for good, so before block 1 is asked for.
+    arrived = {key: next(i for i, entry in enumerate(engine.log) if entry == ("copy", key)) for key in range(6)}
+    used = {key: [i for i, entry in enumerate(engine.log) if entry == ("wait", key)][-1] for key in range(6)}
+    assert arrived[2] < used[5] < used[2] and arrived[0] < used[3] < used[0]
+
+
+def test_main_memory_is_used_again() -> None:
+    offload = ActivationOffload(CPU)
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], 1, offload)
+    steps(model, 1)
+    size = offload.bytes
+    assert size == 5 * 2 * (2 * 4 * 8) * 4
+    for _ in range(3):
+        steps(model, 1)
+    # A graph without a backward pass gives its buffers back too.
+    loss = model(torch.randn(2, 4, 8), torch.randn(2, 8)).sum()
+    del loss
+    gc.collect()
+    steps(model, 1)
+    assert offload.bytes == size
+    assert sum(len(buffers) for buffers in offload.free.values()) == 10
+
+
+def test_what_a_dropped_graph_left_lands_nowhere() -> None:
+    """A copy that was begun and never waited for is finished before its buffer is used again."""
+    model, offload = Model(), ActivationOffload(CPU)
+    checkpoint_blocks(model, ["blocks"], 1, offload)
+    with pytest.raises(RuntimeError, match="half-way"):
+        out = model(torch.randn(2, 4, 8), torch.randn(2, 8))
+        raise RuntimeError("half-way")
+    del out
+    gc.collect()
+    assert not offload.transfer.pending  # type: ignore[attr-defined]
+    assert same(steps(model), steps(Model()))
+
+
+def test_a_second_backward_pass_reads_them_again() -> None:
+    model, plain = Model(), Model()
+    checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU))
+    grads = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        loss = each(torch.randn(2, 4, 8), torch.randn(2, 8)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        grads.append([p.grad for p in each.parameters()])
+    assert same(*grads)
+
+
+def test_an_engine_that_does_not_wait_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU))
+    monkeypatch.setattr(HostTransfer, "wait", lambda self, key: None)
+    found = steps(model, 1)
+    assert any(tensor.isnan().any() for tensor in found)
