@@ -1,13 +1,13 @@
 """Putting adapters on a model, taking them off, and folding them into its weights.
 
-An adapted layer stays the same object with the same parameter names; only its `forward` adds the change. The adapters
-live in one `AdapterSet`, a module of its own, whose state dict has the names of the file.
+An adapted layer stays the same object with the same parameter names; its class becomes one whose `forward` adds the change.
+The adapters live in one `AdapterSet`, a module of its own, whose state dict has the names of the file.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,13 +157,25 @@ def attach(model: nn.Module, adapters: AdapterSet) -> None:
         raise RuntimeError("the model has adapters already; detach them first")
     for path, adapter in adapters.items():
         layer: Any = model.get_submodule(path)
-        layer.forward = partial(_adapted_forward, layer.forward, adapter)
+        layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]  # classes are hashable
+        vars(layer)["adapter"] = adapter  # not as a submodule: names in the state dict stay as they are
     model.adapters = adapters
 
 
-def _adapted_forward(base: Callable[[Tensor], Tensor], adapter: LoRALinear, x: Tensor) -> Tensor:
-    out = base(x)
-    return (out + adapter(x)).to(out.dtype)
+class _Adapted(nn.Module):
+    """First base of the class of an adapted layer. Alike layers share their class, so compilers see them as alike."""
+
+    adapter: LoRALinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        out = super().forward(x)
+        return (out + self.adapter(x)).to(out.dtype)
+
+
+@cache
+def _adapted(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{base.__name__}", (_Adapted, base), {})
 
 
 def detach(model: nn.Module) -> AdapterSet:
@@ -176,7 +188,9 @@ def detach(model: nn.Module) -> AdapterSet:
     if not isinstance(adapters, AdapterSet):
         raise RuntimeError("the model has no adapters")
     for path, _ in adapters.items():
-        del model.get_submodule(path).forward  # the instance's; the class's comes back
+        layer: Any = model.get_submodule(path)
+        layer.__class__ = type(layer).__bases__[1]
+        del vars(layer)["adapter"]
     del model.adapters
     return adapters
 

@@ -150,11 +150,28 @@ def _memory(config: RunConfig) -> list[Diagnostic]:
         )  # fmt: skip
     if isinstance(memory.blocks_to_swap, int) and memory.blocks_to_swap < 0:
         found.append(_error("memory.blocks_to_swap", f'is {memory.blocks_to_swap}, expected 0 or more, or "auto"'))
-    if not memory.gradient_checkpointing and "memory.checkpoint_every" in config.set_keys():
+    written = config.set_keys()
+    found += [*_products(config), *_kernels(config)]
+    if not memory.checkpoints and "memory.checkpoint_every" in written:
         found.append(
             Diagnostic(
                 "warning", "memory.checkpoint_every", "has no effect because memory.gradient_checkpointing is false"
             )
+        )
+    if memory.checkpoint_offload and "memory.gradient_checkpointing" in written and not memory.gradient_checkpointing:
+        found.append(
+            _error(
+                "memory.checkpoint_offload", "recomputes blocks, and memory.gradient_checkpointing is false; remove one"
+            )
+        )
+    if memory.checkpoint_offload and memory.blocks_to_swap and not frozen:
+        found.append(
+            _error("memory.checkpoint_offload", "cannot be combined with memory.blocks_to_swap while the model itself trains: "
+                   "choose one way of leaving the device")
+        )  # fmt: skip
+    if memory.checkpoint_offload and config.run.device == "mps":
+        found.append(
+            _error("memory.checkpoint_offload", "nothing can be moved between mps and main memory; turn it off")
         )
     if memory.blocks_to_swap and not frozen and config.optimizer.type == "AdamW8bit":
         found.append(
@@ -182,6 +199,90 @@ def _memory(config: RunConfig) -> list[Diagnostic]:
             for key in ("memory.swap_policy", "memory.swap_ring", "memory.swap_pinned")
             if key in config.set_keys()
         ]
+    return found
+
+
+def _products(config: RunConfig) -> list[Diagnostic]:
+    """Rules of products in fp8."""
+    memory, written, found = config.memory, config.set_keys(), []
+    if not memory.fp8_compute:
+        if "memory.fp8_compute_backward" in written:
+            found.append(
+                Diagnostic(
+                    "warning", "memory.fp8_compute_backward", "has no effect because memory.fp8_compute is false"
+                )
+            )
+        return found
+    if memory.base_storage not in ("fp8", "fp8_scaled"):
+        found.append(
+            _error("memory.fp8_compute", f'needs memory.base_storage = "fp8_scaled" or "fp8", and it is "{memory.base_storage}"')
+        )  # fmt: skip
+    if config.train.mixed_precision not in ("bf16", "auto"):
+        found.append(
+            _error("memory.fp8_compute", f'gives bf16 numbers, and train.mixed_precision is "{config.train.mixed_precision}"; '
+                   'set it to "bf16"')
+        )  # fmt: skip
+    if config.run.device in ("cpu", "mps"):
+        found.append(
+            _error("memory.fp8_compute", f"needs a GPU that multiplies float8 numbers, and run.device is \"{config.run.device}\"; "
+                   "set it to false: storage in fp8 works on every device")
+        )  # fmt: skip
+    if memory.fp8_scale == "block" and "memory.fp8_scale" in written:
+        found.append(
+            Diagnostic(
+                "warning",
+                "memory.fp8_scale",
+                'is "block", which cannot be multiplied in fp8; rows share a scale instead',
+            )
+        )
+    return found
+
+
+def _kernels(config: RunConfig) -> list[Diagnostic]:
+    """Rules of attention and compilation."""
+    memory, found = config.memory, []
+    if memory.attention != "sdpa":
+        if config.run.device in ("cpu", "mps"):
+            found.append(
+                _error("memory.attention", f'"{memory.attention}" computes on GPUs only, and run.device is "{config.run.device}"; '
+                       'use "sdpa"')
+            )  # fmt: skip
+        if config.model.t5_attn_mask:
+            found.append(
+                _error(
+                    "memory.attention",
+                    f'"{memory.attention}" takes no mask, and model.t5_attn_mask is true; use "sdpa"',
+                )
+            )
+        if memory.attention == "flash" and config.train.mixed_precision == "no":
+            found.append(
+                _error("memory.attention", '"flash" computes in bf16 or fp16, and train.mixed_precision is "no"')
+            )
+    if not memory.compile:
+        return found + [
+            Diagnostic("warning", key, "has no effect because memory.compile is false")
+            for key in config.set_keys()
+            if key.startswith("memory.compile_")
+        ]
+    if memory.blocks_to_swap and config.adapter.type == "none":
+        found.append(
+            _error("memory.compile", "cannot be combined with memory.blocks_to_swap while the model itself trains: compiled code "
+                   "cannot stream weights that change; turn one of them off")
+        )  # fmt: skip
+    elif memory.blocks_to_swap and not memory.checkpoints:
+        found.append(
+            _error("memory.compile", "with memory.blocks_to_swap needs memory.gradient_checkpointing = true: compiled code keeps the "
+                   "weights of a block until its backward pass")
+        )  # fmt: skip
+    if memory.blocks_to_swap and memory.compile_mode in ("reduce-overhead", "max-autotune"):
+        found.append(
+            _error("memory.compile_mode", f'"{memory.compile_mode}" uses CUDA graphs, whose weights cannot be streamed; use "default" '
+                   'or "max-autotune-no-cudagraphs", or set memory.blocks_to_swap = 0')
+        )  # fmt: skip
+    if memory.compile_mode != "default" and memory.compile_backend != "inductor":
+        found.append(
+            _error("memory.compile_mode", f'is for compile_backend = "inductor", and it is "{memory.compile_backend}"')
+        )
     return found
 
 

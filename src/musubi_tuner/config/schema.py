@@ -346,9 +346,10 @@ class TrainSection(Section):
         1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536, resume="free"
     )
     max_grad_norm: float = param(1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = param(
-        "bf16", "Precision of the computation; weights, losses and optimizer stay float32."
-    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = param(
+        "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 where the device has it, "
+        "else no.",
+    )  # fmt: skip
     on_nonfinite: Literal["stop", "skip"] = param(
         "stop", "A loss or gradient that is not finite stops the run, or skips the update.", resume="free"
     )
@@ -371,6 +372,12 @@ class MemorySection(Section):
         "block", "What shares a scale in fp8_scaled: the tensor, a row, or 64 columns of a row."
     )
     fp8_modulation: bool = param(False, "Quantise the modulation layers of the blocks too: less memory, more error.")
+    fp8_compute: bool = param(
+        False, "Multiply in fp8 too, with base_storage fp8 or fp8_scaled and a scale per row; needs a GPU that can."
+    )
+    fp8_compute_backward: Literal["bf16", "fp8"] = param(
+        "bf16", "With fp8_compute: precision in which the gradients of the inputs are multiplied."
+    )
     blocks_to_swap: int | Literal["auto"] = param(
         0, "Blocks whose weights stay in main memory and are streamed to the device, with gradients and optimizer state where "
         "they train; 0 = none, auto = as few as the free memory asks for.", resume="free",
@@ -387,8 +394,43 @@ class MemorySection(Section):
     swap_ring: int = param(
         2, "Device buffers for streamed blocks, each as large as a block.", ge=1, le=16, resume="free"
     )
-    swap_pinned: bool = param(True, "Pin the main memory of swapped blocks, so that copies run beside the computation.",
-                              resume="free")  # fmt: skip
+    swap_pinned: bool = param(
+        True, "Pin the main memory of swapped blocks; false = copy through two small pinned buffers, which is slower.",
+        resume="free",
+    )  # fmt: skip
+    checkpoint_offload: bool = param(
+        False, "Checkpoint, and keep the inputs of the blocks in main memory.",
+        flat=("gradient_checkpointing_cpu_offload",), resume="free",
+    )  # fmt: skip
+    attention: Literal["sdpa", "flash", "xformers"] = param(
+        "sdpa",
+        "Kernel of attention: torch's own, or that of the package flash-attn or xformers, on a GPU.",
+        resume="free",
+    )
+    compile: bool = param(
+        False, "Compile the blocks with torch.compile: minutes at the start, faster steps.", resume="free"
+    )
+    compile_backend: str = param("inductor", "Compiler; torch lists those it knows.", resume="free")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = param(
+        "default", "Effort of the compiler; reduce-overhead and max-autotune use CUDA graphs.", resume="free"
+    )
+    compile_dynamic: Literal["auto", "true", "false"] = param(
+        "auto", "Sizes in compiled code: auto = fixed at first and symbolic from the second bucket on.", resume="free"
+    )
+    compile_limit: int = param(
+        32, "How often one kind of block may be compiled; more is an error.", flat=("compile_cache_size_limit",), ge=1,
+        resume="free",
+    )  # fmt: skip
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether blocks are recomputed; keeping their inputs elsewhere implies it."""
+        return self.gradient_checkpointing or self.checkpoint_offload
+
+    @property
+    def scale(self) -> Literal["tensor", "row", "block"]:
+        """What shares a scale; products in fp8 take none by block."""
+        return "row" if self.fp8_compute and self.fp8_scale == "block" else self.fp8_scale
 
 
 class DistributedSection(Section):

@@ -1,9 +1,9 @@
 """The one order in which a frozen model is made to fit.
 
-    build (meta) -> load: merge adapters, store weight by weight -> attach adapters -> checkpoint blocks -> swap blocks
+    build (meta) -> load: merge adapters, store weight by weight -> attach adapters -> compile blocks -> checkpoint -> swap
 
-A weight is stored as it is loaded, so its merge comes first. Swapping wraps the checkpointed block: the recomputation must
-happen while the block's weights are there.
+A weight is stored as it is loaded, so its merge comes first. Checkpointing wraps the compiled block, and swapping that: the
+recomputation must happen while the block's weights are there, and neither belongs into compiled code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,13 @@ from torch import nn
 
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.memory.block_swap import BlockSwap, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.compiling import check_backend, compile_blocks
+from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8
 from musubi_tuner.memory.storage import Freeze
+from musubi_tuner.models.layers import use_attention
 from musubi_tuner.models.spec import ModelSpec
 
 
@@ -29,26 +33,44 @@ def freeze_of(memory: MemorySection, spec: ModelSpec, device: torch.device | Non
         storage="plain" if memory.base_storage == "none" else memory.base_storage,
         quantized=quantized,
         plain=rf"({blocks})\.\d+\..*" if memory.blocks_to_swap else None,
-        scale=memory.fp8_scale,
+        scale=memory.scale,
         quantize_on=device if device is not None and device.type == "cuda" else None,
     )
 
 
-def compose_memory(model: nn.Module, memory: MemorySection, spec: ModelSpec, device: torch.device) -> BlockSwap | None:
-    """Checkpoint and swap the blocks of a model that lies in main memory, and bring the rest to the device.
+def compose_memory(
+    model: nn.Module, memory: MemorySection, spec: ModelSpec, device: torch.device
+) -> tuple[BlockSwap | None, list[str]]:
+    """Compile, checkpoint and swap the blocks of a model that lies in main memory, and bring the rest to the device.
 
     Returns:
-        The swap, if there is one.
+        The swap, if there is one, and lines for the person.
+
+    Raises:
+        ConfigError: if this machine lacks what a setting needs.
     """
-    if memory.gradient_checkpointing:
-        checkpoint_blocks(model, spec.block_lists, memory.checkpoint_every)
+    lines: list[str] = []
+    use_attention(memory.attention, device)
+    if memory.fp8_compute:
+        require_fp8(device)
+        lines += compute_in_fp8(model, backward=memory.fp8_compute_backward == "fp8")
+    if memory.compile:
+        check_backend(memory)
+        compile_blocks(model, spec.block_lists, memory)
+        lines.append("compile: every kind of block is compiled at its first call, which can take minutes")
+    if memory.checkpoints:
+        offload = ActivationOffload(device) if memory.checkpoint_offload else None
+        if offload is not None and device.type == "cpu":
+            lines.append("warning: memory.checkpoint_offload saves nothing here: this device computes in main memory")
+        checkpoint_blocks(model, spec.block_lists, memory.checkpoint_every, offload)
     if not memory.blocks_to_swap:
         model.to(device)
-        return None
+        return None, lines
     if memory.blocks_to_swap == "auto":
         raise ValueError('blocks_to_swap = "auto" must be resolved first, see memory.estimate.resolve_swap')
     counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
-    return BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned)
+    swap = BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned, bind=memory.compile)
+    return swap, lines
 
 
 def most_swapped(blocks: Mapping[str, int], policy: str) -> int:

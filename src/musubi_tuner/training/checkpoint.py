@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -286,10 +287,17 @@ def newest_good_state(folder: Path, run: str) -> tuple[Path, dict[str, Any]] | N
     return None
 
 
-def compare_config(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Settings in which a run that wants to continue differs from what it began as."""
+def compare_config(
+    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Settings in which a run that wants to continue differs from what it began as.
+
+    Args:
+        defaults: of settings that a state of an earlier version does not know; it ran as they say.
+    """
+    before = {**(defaults or {}), **stored}
     return [
-        f"{key} was {stored.get(key)!r}, now {current.get(key)!r}"
+        f"{key} was {before.get(key)!r}, now {current.get(key)!r}"
         for key in sorted(set(stored) | set(current))
-        if stored.get(key) != current.get(key)
+        if before.get(key) != current.get(key)
     ]

@@ -210,15 +210,16 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
         ),
         ({"network_args": ["rank_drop=0.1"]}, "network_args: rank_drop is not built; known: exclude_patterns"),
         ({"network_args": ["foo"]}, "network_args: 'foo' is not of the form key=value"),
-        ({"flash_attn": True}, "flash_attn: is True, which only sdpa is built yet"),
-        ({"compile": True}, "compile: is True, which is not built yet"),
+        ({"flash3": True}, "flash3: is True, which is not built; set flash_attn = true or sdpa = true instead"),
+        ({"sage_attn": True}, "sage_attn: is True, which cannot train"),
+        ({"dynamo_backend": "INDUCTOR"}, "dynamo_backend: is 'INDUCTOR'; use compile and compile_backend"),
+        (
+            {"optimizer_args": ["relative_step=False"]},
+            "optimizer_args: relative_step is not built; known: betas, weight_decay, eps",
+        ),
         ({"log_with": "wandb"}, "log_with: is 'wandb'; only tensorboard is built"),
         ({"lr_warmup_steps": 0.1}, "lr_warmup_steps: is 0.1, a share of steps that are not known here"),
         ({"blocks_to_swap": 54}, "memory.blocks_to_swap: is 54, at most 53 of 19 double and 38 single blocks"),
-        (
-            {"gradient_checkpointing_cpu_offload": True},
-            "gradient_checkpointing_cpu_offload: is True, which is not built yet",
-        ),
         ({"max_train_epochs": None, "max_train_steps": "10.5"}, "train.max_steps: is 10.5, expected a whole number"),
         ({"optimizer_type": ["adamw"]}, "optimizer_type: is ['adamw'], expected a text"),
         ({"learning_rate": "fast"}, "optimizer.lr: is 'fast', expected a number"),
@@ -229,6 +230,28 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
 def test_refusals(changes: dict[str, Any], expected: str, project: Path) -> None:
     found = problems(project, **changes)
     assert any(line.startswith(expected) for line in found), found
+
+
+def test_kernels_and_compilation_carry_over(project: Path) -> None:
+    path = project / "flat.toml"
+    options = {"flash_attn": True, "split_attn": True, "gradient_checkpointing_cpu_offload": True, "compile": True,
+               "compile_mode": "max-autotune-no-cudagraphs", "compile_dynamic": True, "compile_cache_size_limit": 64,
+               "mixed_precision": "bf16"}  # fmt: skip
+    path.write_text(tomli_w.dumps(flat(**options)))
+    memory = load_config(path, {}).memory
+    assert (memory.attention, memory.checkpoint_offload, memory.compile) == ("flash", True, True)
+    assert (memory.compile_mode, memory.compile_dynamic, memory.compile_limit) == (
+        "max-autotune-no-cudagraphs",
+        "true",
+        64,
+    )
+
+
+def test_fixed_arguments_of_adafactor_are_named(project: Path) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps(flat(optimizer_type="adafactor", optimizer_args=["relative_step=False"])))
+    told = "\n".join(str(finding) for finding in load_config(path, {}).findings)
+    assert "optimizer_args relative_step" in told
 
 
 def test_epochs_of_the_command_line_win_over_steps(project: Path) -> None:

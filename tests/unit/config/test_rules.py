@@ -333,6 +333,83 @@ def test_auto_teachers_follow_the_record_of_the_checkpoint_and_a_setting_wins(lo
     assert resolve_experts(config, CORRECTED) == {**CORRECTED, "sol_spatial_norm": "mean"}
 
 
+# Memory
+
+LORA = 'type = "lora"'
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"memory": "fp8_compute = true", "adapter": LORA, "train": 'mixed_precision = "bf16"'},
+         'memory.fp8_compute: needs memory.base_storage = "fp8_scaled" or "fp8", and it is "none"'),
+        ({"memory": 'fp8_compute = true\nbase_storage = "fp8_scaled"', "adapter": LORA, "train": 'mixed_precision = "no"'},
+         'memory.fp8_compute: gives bf16 numbers, and train.mixed_precision is "no"; set it to "bf16"'),
+        ({"memory": 'fp8_compute = true\nbase_storage = "fp8_scaled"', "adapter": LORA, "train": 'mixed_precision = "bf16"',
+          "run": 'device = "cpu"'},
+         'memory.fp8_compute: needs a GPU that multiplies float8 numbers, and run.device is "cpu"'),
+        ({"memory": 'attention = "flash"', "run": 'device = "cpu"', "train": 'mixed_precision = "bf16"'},
+         'memory.attention: "flash" computes on GPUs only, and run.device is "cpu"'),
+        ({"memory": 'attention = "flash"', "train": 'mixed_precision = "no"'},
+         'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision is "no"'),
+        ({"memory": 'attention = "xformers"', "model": "t5_attn_mask = true"},
+         'memory.attention: "xformers" takes no mask, and model.t5_attn_mask is true'),
+        ({"memory": 'attention = "sage"'}, "memory.attention: is 'sage'"),
+        ({"memory": "compile = true\nblocks_to_swap = 2"},
+         "memory.compile: cannot be combined with memory.blocks_to_swap while the model itself trains"),
+        ({"memory": "compile = true\nblocks_to_swap = 2", "adapter": LORA},
+         "memory.compile: with memory.blocks_to_swap needs memory.gradient_checkpointing = true"),
+        ({"memory": 'compile = true\nblocks_to_swap = 2\ngradient_checkpointing = true\ncompile_mode = "reduce-overhead"',
+          "adapter": LORA},
+         'memory.compile_mode: "reduce-overhead" uses CUDA graphs, whose weights cannot be streamed'),
+        ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune"'},
+         'memory.compile_mode: is for compile_backend = "inductor", and it is "eager"'),
+        ({"memory": "checkpoint_offload = true\nblocks_to_swap = 2"},
+         "memory.checkpoint_offload: cannot be combined with memory.blocks_to_swap while the model itself trains"),
+        ({"memory": "checkpoint_offload = true\ngradient_checkpointing = false"},
+         "memory.checkpoint_offload: recomputes blocks, and memory.gradient_checkpointing is false; remove one"),
+        ({"memory": "checkpoint_offload = true", "run": 'device = "mps"'},
+         "memory.checkpoint_offload: nothing can be moved between mps and main memory"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_memory_settings_that_exclude_each_other(tables: dict[str, str], expected: str, problems: Problems) -> None:
+    found = problems(**tables)
+    assert any(message.startswith(expected) for message in found), found
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"memory": "checkpoint_offload = true\nblocks_to_swap = 2", "adapter": LORA},
+        {"memory": "compile = true\nblocks_to_swap = 2\ncheckpoint_offload = true", "adapter": LORA},
+        {"memory": 'compile = true\ncompile_mode = "reduce-overhead"'},
+        {"memory": "checkpoint_offload = true\ncheckpoint_every = 2"},
+        {"memory": 'fp8_compute = true\nbase_storage = "fp8"', "adapter": LORA, "train": 'mixed_precision = "bf16"'},
+    ],
+    ids=str,
+)
+def test_memory_settings_that_go_together(tables: dict[str, str], load: Load) -> None:
+    assert load(**tables).findings == []
+
+
+def test_compile_settings_without_compile(warnings_of: WarningsOf) -> None:
+    assert warnings_of(memory='compile_dynamic = "true"\nfp8_compute_backward = "fp8"') == [
+        no_effect("memory.fp8_compute_backward", "memory.fp8_compute is false"),
+        no_effect("memory.compile_dynamic", "memory.compile is false"),
+    ]
+
+
+def test_scales_by_block_cannot_be_multiplied(warnings_of: WarningsOf, load: Load) -> None:
+    memory = 'fp8_compute = true\nbase_storage = "fp8_scaled"'
+    tables = {"adapter": LORA, "train": 'mixed_precision = "bf16"'}
+    assert load(memory=memory, **tables).memory.scale == "row"
+    assert load(memory='base_storage = "fp8_scaled"', adapter=LORA).memory.scale == "block"
+    assert warnings_of(memory=memory + '\nfp8_scale = "block"', **tables) == [
+        'memory.fp8_scale: is "block", which cannot be multiplied in fp8; rows share a scale instead'
+    ]
+
+
 # Files
 
 

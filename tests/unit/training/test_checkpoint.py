@@ -489,6 +489,12 @@ def test_differences_are_named_with_both_values() -> None:
     ]
 
 
+def test_a_setting_that_is_younger_than_the_state_was_its_default() -> None:
+    stored, defaults = {"run.seed": 1}, {"added": False, "run.seed": 7}
+    assert compare_config(stored, {"run.seed": 1, "added": False}, defaults) == []
+    assert compare_config(stored, {"run.seed": 1, "added": True}, defaults) == ["added was False, now True"]
+
+
 def test_equal_configs_have_no_differences() -> None:
     assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
 

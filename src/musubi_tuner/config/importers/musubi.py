@@ -40,7 +40,6 @@ GENERAL: dict[str, Any] = {"resolution": [960, 544], "enable_bucket": False}
 """The same for data sets."""
 SECRETS = ("huggingface_token", "wandb_api_key")
 OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
-MEMORY = "is not built yet; take it out, or set it to false"
 HARMLESS: dict[str, str] = {
     "persistent_data_loader_workers": "workers are started for every epoch",
     "logging_dir": "logs go to logs/ below output_dir",
@@ -48,7 +47,8 @@ HARMLESS: dict[str, str] = {
     "log_tracker_name": "logs go to logs/ below output_dir",
     "log_config": "the resolved config is always written",
     "async_upload": "uploads never block the training",
-    "sdpa": "it is the attention used",
+    "sdpa": "it is the default",
+    "split_attn": "the samples of a batch are equally long here, so nothing is gained",
     "ddp_gradient_as_bucket_view": "always on",
     "verbose": "the plan says what is trained",
     "training_finished_at": "written by the trainer",
@@ -57,13 +57,9 @@ HARMLESS: dict[str, str] = {
 }
 """Options without a counterpart that change no number."""
 OFF_ONLY: dict[str, str] = {
-    "gradient_checkpointing_cpu_offload": MEMORY,
-    "compile": MEMORY,
-    "flash_attn": "only sdpa is built yet; set sdpa = true instead",
-    "flash3": "only sdpa is built yet; set sdpa = true instead",
-    "xformers": "only sdpa is built yet; set sdpa = true instead",
+    "flash3": "is not built; set flash_attn = true or sdpa = true instead",
     "sage_attn": "cannot train; set sdpa = true instead",
-    "split_attn": "only sdpa is built yet; leave it out",
+    "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
     "cuda_allow_tf32": "is not built yet; leave it out",
     "cuda_cudnn_benchmark": "is not built yet; leave it out",
     "img_in_txt_in_offloading": OTHER_PROGRAM,
@@ -245,12 +241,25 @@ class _Importer:
                     self.report.dropped_harmless.append((key, "it is off"))
                 else:
                     self._refuse(key, f"is {value!r}, which {reason}")
-        for key in [key for key in options if key.startswith(("compile_", "dynamo_"))]:
-            options.pop(key)
-            self.report.dropped_harmless.append((key, "nothing is compiled"))
+        for key in [key for key in options if key.startswith("dynamo_")]:
+            self._refuse(
+                key, f"is {options.pop(key)!r}; use compile and compile_backend, compile_mode, compile_dynamic instead"
+            )
+        if not options.get("compile"):
+            for key in [key for key in options if key.startswith("compile_")]:
+                options.pop(key)
+                self.report.dropped_harmless.append((key, "nothing is compiled"))
         for key in [key for key in options if key.startswith("metadata_")]:
             options.pop(key)
             self.report.dropped_changes_result.append((key, "the header of the file will not have it"))
+        for key, kernel in (("flash_attn", "flash"), ("xformers", "xformers")):
+            if key in options:
+                if options.pop(key):
+                    self._convert(key, True, "memory.attention", kernel, "kernel of attention")
+                else:
+                    self.report.dropped_harmless.append((key, "it is off"))
+        if isinstance(options.get("compile_dynamic"), bool):
+            options["compile_dynamic"] = str(options["compile_dynamic"]).lower()
         self._storage(options)
         self._steps(options)
         self._choice(options, "optimizer_type", "optimizer.type", OPTIMIZERS, lower=True)
@@ -361,8 +370,10 @@ class _Importer:
             name, sign, value = str(text).partition("=")
             name = name.strip()
             fixed = ("relative_step", "scale_parameter", "warmup_init")
-            if source == "optimizer_args" and name in fixed and value.strip() == "False":
-                continue  # which is how Adafactor is built here
+            adafactor = source == "optimizer_args" and self.values.get("optimizer.type") == "Adafactor"
+            if adafactor and name in fixed and value.strip() == "False":
+                self.report.dropped_harmless.append((f"optimizer_args {name}", "Adafactor is built so here"))
+                continue
             if not sign:
                 problem = f"{text!r} is not of the form key=value"
             elif name == "verbose" or (name in OFF_ONLY and value.strip() in ("0", "None", "False")):
@@ -440,7 +451,7 @@ class _Importer:
 
     def _source_names(self) -> Iterable[str]:
         """Names that an option file may use."""
-        return {*self.flat, *PLAIN, *HARMLESS, *OFF_ONLY, *SECRETS, "optimizer_args", "network_args"}
+        return {*self.flat, *PLAIN, *HARMLESS, *OFF_ONLY, *SECRETS, "flash_attn", "optimizer_args", "network_args"}
 
     def _defaults(self) -> None:
         """Write musubi-tuner's defaults where the family's differ."""

@@ -1,0 +1,73 @@
+"""Compiled blocks: torch.compile of the whole forward of a block.
+
+Blocks of one list are alike, so one compilation serves all of them; what differs (weights, adapters, the buffers of streamed
+blocks) are inputs of the compiled code. With buckets of several sizes the second size makes sizes symbolic, and no
+further ones compile again. The tree of modules and its names stay as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.errors import ConfigError
+
+DYNAMIC = {"auto": None, "true": True, "false": False}
+
+
+def compile_blocks(model: nn.Module, block_lists: Sequence[str], memory: MemorySection) -> None:
+    """Compile the forward of every block of the named lists; it happens at their first call.
+
+    Before checkpointing and swapping, which stay outside of compiled code.
+    """
+    import torch._dynamo.config
+
+    # Without this, the limit would turn compilation off in silence.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = memory.compile_limit
+    for name in block_lists:
+        for block in getattr(model, name):
+            compiled = torch.compile(
+                block.forward,
+                backend=memory.compile_backend,
+                mode=None if memory.compile_mode == "default" else memory.compile_mode,
+                dynamic=DYNAMIC[memory.compile_dynamic],
+            )
+            block.forward = _explained(compiled, memory)
+
+
+def check_backend(memory: MemorySection) -> None:
+    """Check the name of the compiler.
+
+    Raises:
+        ConfigError: listing those that torch knows.
+    """
+    import torch._dynamo
+
+    if memory.compile and memory.compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ConfigError(f"memory.compile_backend: '{memory.compile_backend}' is unknown; known: {', '.join(known)}")
+
+
+def _explained(compiled: Callable[..., Any], memory: MemorySection) -> Callable[..., Any]:
+    """Calls compiled code; what goes wrong in the compiler becomes a mistake that names its key."""
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+
+    @wraps(compiled)
+    def calling(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except FailOnRecompileLimitHit as problem:
+            raise ConfigError(
+                f"memory.compile: a block was compiled {memory.compile_limit} times, and another input asks for more. Set "
+                'memory.compile_dynamic = "true", use fewer buckets, or raise memory.compile_limit'
+            ) from problem
+        except BackendCompilerFailed as problem:
+            reason = str(problem.inner_exception).strip().splitlines()[:1]
+            raise ConfigError(
+                f"memory.compile: {memory.compile_backend} cannot compile here ({''.join(reason)}). It needs a C++ compiler on a "
+                "CPU and Triton on a GPU; install them, or set memory.compile = false"
+            ) from problem
+
+    return calling
