@@ -8,6 +8,8 @@ from musubi_tuner.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from musubi_tuner.config import RunConfig
+
 
 def choose_device(setting: str) -> "torch.device":
     """The device of `run.device`; under a launcher each process takes the GPU of its rank.
@@ -28,6 +30,23 @@ def choose_device(setting: str) -> "torch.device":
     if setting == "cuda" or (setting == "auto" and cuda):
         return torch.device("cuda", index)
     return torch.device("mps" if setting == "mps" or (setting == "auto" and mps) else "cpu")
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether a device computes in bfloat16 itself; others emulate it, which takes many times as long."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def with_precision(config: "RunConfig") -> "RunConfig":
+    """The config with ``train.mixed_precision = "auto"`` replaced by what it means on this machine."""
+    if config.train.mixed_precision != "auto":
+        return config
+    precision = "bf16" if has_bf16(choose_device(config.run.device)) else "no"
+    return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": precision})})
 
 
 def encoder_dtype(setting: str, device: "torch.device", gpu: str) -> "torch.dtype":

@@ -306,6 +306,12 @@ def test_swapped_blocks_train_the_same_lora(
     assert f"swap: {count + 1} blocks stay in main memory" in result.out
     assert "fetched on the spot" not in result.out
     assert_equal(lora(swapped), lora(plain))
+    # Everything at once: inputs of blocks in main memory too, and weights that pass through small buffers.
+    memory = {"blocks_to_swap": count + 1, "checkpoint_offload": checkpointing, "swap_pinned": False}
+    away = new_run("away", memory=memory, **common)
+    result = server.run("train", [away], away.parent).expect(0)
+    assert ("memory.checkpoint_offload saves nothing here" in result.out) == checkpointing
+    assert_equal(lora(away), lora(plain))
     assert all((a == b).all() for a, b in zip(pictures(swapped, 10), pictures(plain, 10), strict=True))
 
 
@@ -385,6 +391,10 @@ def test_drawing_by_command(trained: Path, server: ForkServer, tmp_path: Path) -
     )
     assert (own == named).all()
     assert (own != without).any() and (own != half).any() and (half != without).any()
+    server.run("flux_generate", [trained, "--prompt", "a tabby cat --d 43", "--images_per_prompt", "2", "--save_path",
+                                 tmp_path / "two"], tmp_path).expect(0)  # fmt: skip
+    first, second = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "two").glob("photos_*.png")))
+    assert (first == own).all() and (second != own).any()
     # Twice the half is the whole, up to rounding of colours.
     assert np.abs(merged.astype(int) - own.astype(int)).max() <= 2
     assert (pictures(trained, 20)[1] == draw("f", "--lora_multiplier", "0.5")).mean() > 0.99

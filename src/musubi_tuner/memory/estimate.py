@@ -4,27 +4,34 @@
     trained      weights, gradients, optimizer state and average of what trains
     activations  what autograd keeps of one micro-batch, counted while the training step runs on tensors without storage
     passing      the recomputed block, and the largest weight in its compute form, for the moment of the backward pass
+    operations   of the matrix products of forward and backward, by torch's counter, recomputation included
+    moved        copied between main memory and the device in one micro-batch: streamed blocks twice, but for those that are
+                 still in the ring, gradients of trained ones, inputs of blocks out and in again
 
 Nothing is read from a table: the model is built and run, only without memory (torch's fake tensors).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
+from musubi_tuner.models.spec import ModelPlan, Process
 from musubi_tuner.training.step import Draws, training_step
 
 Bytes = int
@@ -34,7 +41,11 @@ OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.07, "Adafactor": 0.05}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory."""
+    """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory, and ``offloaded``, what
+    a forward pass leaves there.
+
+    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones.
+    """
 
     weights: Bytes
     ring: Bytes
@@ -45,6 +56,10 @@ class Estimate:
     activations: Bytes
     passing: Bytes
     host: Bytes
+    offloaded: Bytes = 0
+    operations: int = 0
+    moved: Bytes = 0
+    values: int = 0
 
     @property
     def total(self) -> Bytes:
@@ -65,6 +80,10 @@ class Estimate:
         lines = [f"  memory   about {gib(self.total)} on the device: {shown}"]
         if self.host:
             lines.append(f"           {gib(self.host)} of main memory for swapped blocks (pinned, up to twice that)")
+        if self.offloaded:
+            lines.append(
+                f"           {gib(self.offloaded)} of main memory for the inputs of blocks (pinned, up to twice that)"
+            )
         return lines
 
 
@@ -110,7 +129,8 @@ def estimate(
     weights, ring, host, host_values = _weights(config, model, dtype, frozen)
     largest = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
-    activations, block, values = _activations(config, model, dtype, shapes, bucket, batch_size, options)
+    step = _step(config, model, dtype, shapes, bucket, batch_size, options)
+    values = step.values
     dense = largest * compute if frozen and (memory.base_storage != "none") else 0
     per_value = OPTIMIZER_BYTES[config.optimizer.type]
     on_device = values - host_values
@@ -121,22 +141,38 @@ def estimate(
         gradients=4 * on_device,
         optimizer=int(per_value * on_device),
         average=4 * on_device if config.ema.enabled else 0,
-        activations=activations,
-        passing=block + dense,
+        activations=step.kept,
+        passing=step.block + dense + 2 * step.inputs,
         host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
+        offloaded=step.offloaded,
+        operations=step.operations,
+        moved=_moved_bytes(host, ring, host_values) + 2 * step.offloaded,
+        values=values,
     )
 
 
-def estimate_run(config: RunConfig, items: Sequence[Item]) -> Estimate:
+def _moved_bytes(host: Bytes, ring: Bytes, host_values: int) -> Bytes:
+    return 2 * (host if host_values else max(0, host - ring)) + 4 * host_values
+
+
+def largest_bucket(items: Sequence[Item]) -> tuple[tuple[int, int], int]:
+    """Bucket and batch size that need most memory."""
+    return max(by_need(items))[1:]
+
+
+def by_need(items: Sequence[Item]) -> set[tuple[int, tuple[int, int], int]]:
+    """Pixels of a micro-batch, bucket and batch size of all that occur."""
+    return {(item.bucket[0] * item.bucket[1] * item.batch_size, item.bucket, item.batch_size) for item in items}
+
+
+def estimate_run(config: RunConfig, items: Sequence[Item], plan: ModelPlan | None = None) -> Estimate:
     """The estimate for the bucket that needs most.
 
     Args:
-        items: of the data sets.
+        items: of the data sets. plan: of the config, if it is made already.
     """
-    bucket, batch_size = max(
-        ((item.bucket, item.batch_size) for item in items), key=lambda pair: pair[0][0] * pair[0][1] * pair[1]
-    )
-    plan = config.spec.load("plan_model")(config)
+    bucket, batch_size = largest_bucket(items)
+    plan = plan or config.spec.load("plan_model")(config)
     return estimate(
         config,
         plan.model,
@@ -207,6 +243,7 @@ def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dt
         optimizer=whole.optimizer - int(per_value * host_values),
         average=whole.average - 4 * host_values * config.ema.enabled,
         host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
+        moved=_moved_bytes(host, ring, host_values) + 2 * whole.offloaded,
     )
 
 
@@ -235,7 +272,7 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
         if storage is None and (frozen or block not in names):
             continue
         seen |= {f"{path}.weight", f"{path}.bias"}
-        size = stored_bytes(layer, storage or "plain", memory.fp8_scale, dtype)
+        size = stored_bytes(layer, storage or "plain", memory.scale, dtype)
         if block in names:
             streamed.setdefault(block, []).append(size)
             host_values += 0 if frozen else sum(p.numel() for p in layer.parameters() if p.requires_grad)
@@ -248,7 +285,25 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
     return resident, ring, sum(blocks), host_values
 
 
-def _activations(
+@dataclass
+class _Step:
+    """What a training step on tensors without storage shows.
+
+    Attributes:
+        kept: bytes that autograd keeps on the device. block: that one block alone would keep, where blocks are recomputed.
+        offloaded: bytes in main memory. inputs: the share of the block with the most of them.
+        operations: of the matrix products. values: trained ones.
+    """
+
+    kept: Bytes
+    block: Bytes
+    offloaded: Bytes
+    inputs: Bytes
+    operations: int
+    values: int
+
+
+def _step(
     config: RunConfig,
     model: nn.Module,
     dtype: torch.dtype,
@@ -256,45 +311,123 @@ def _activations(
     bucket: tuple[int, int],
     batch_size: int,
     options: dict[str, Any],
-) -> tuple[Bytes, Bytes, int]:
-    """Kept by autograd over the step; by one block alone, where blocks are recomputed; number of trained values."""
+) -> _Step:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    spec = config.spec
+    spec, memory = config.spec, config.memory
     process = spec.load("make_process")(config, options)
-    frozen = config.adapter.type != "none"
-    size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
-    compute = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
     with FakeTensorMode():
         # Built anew in this mode, which does not take tensors from outside.
-        with _default_dtype(dtype):
-            model = type(model)(model.config)
-        if frozen:
-            model.requires_grad_(False)
-            plans = plan_adapters(target_paths(model, spec.adapters), spec.adapters, config.adapter)
-            # Dropout draws numbers to branch on, which tensors without storage do not have.
-            attach(model, make_adapters(model, plans, config.adapter.model_copy(update={"module_dropout": 0.0})))
+        model = _trainable_copy(config, model, dtype)
+        batch, draws = _empty_batch(config, process, shapes, bucket, batch_size)
         values = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        tensors = {name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()}
-        valid = dict.fromkeys(tensors, torch.ones(batch_size, dtype=torch.bool))
-        batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
-        draws = Draws(
-            torch.zeros(size), torch.full((batch_size,), 0.5),
-            {name: torch.full((batch_size,), 0.5) for name in process.uniforms},
-        )  # fmt: skip
         weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-        blocks = [block for name in spec.block_lists for block in getattr(model, name)]
-        largest = 0
-        if config.memory.gradient_checkpointing:
-            checkpoint_blocks(model, spec.block_lists, config.memory.checkpoint_every)
-            for block in {type(block): block for block in blocks}.values():
-                _measure_inside(block)
+        operations = _count_operations(config, model, process, batch, draws)
+        inside: list[_Inside] = []
+        away = _Away()
+        if memory.checkpoints:
+            blocks = [block for name in spec.block_lists for block in getattr(model, name)]
+            checkpoint_blocks(
+                model, spec.block_lists, memory.checkpoint_every, away if memory.checkpoint_offload else None
+            )
+            inside = [_Inside(block) for block in {type(block): block for block in blocks}.values()]
         kept = _Kept(weights)
-        with kept, torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None):
+        with kept, _autocast(config):
             training_step(model, process, batch, draws, 0)
-        if config.memory.gradient_checkpointing:
-            largest = max((getattr(block, "_kept_bytes", 0) for block in blocks), default=0)
-        return kept.total, largest, values
+        return _Step(
+            kept=kept.total,
+            block=max((block.kept for block in inside), default=0),
+            offloaded=away.total,
+            inputs=away.largest,
+            operations=operations,
+            values=values,
+        )
+
+
+def _trainable_copy(config: RunConfig, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model of a run with its adapters, in the mode of the caller."""
+    with _default_dtype(dtype):
+        copy = type(model)(model.config)
+    if config.adapter.type != "none":
+        copy.requires_grad_(False)
+        plans = plan_adapters(target_paths(copy, config.spec.adapters), config.spec.adapters, config.adapter)
+        # Dropout draws numbers to branch on, which tensors without storage do not have.
+        attach(copy, make_adapters(copy, plans, config.adapter.model_copy(update={"module_dropout": 0.0})))
+    return copy
+
+
+def _empty_batch(
+    config: RunConfig, process: Process, shapes: Mapping[str, tuple[int, ...]], bucket: tuple[int, int], batch_size: int
+) -> tuple[Batch, Draws]:
+    spec = config.spec
+    size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
+    tensors = {name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()}
+    valid = dict.fromkeys(tensors, torch.ones(batch_size, dtype=torch.bool))
+    batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+    uniforms = {name: torch.full((batch_size,), 0.5) for name in process.uniforms}
+    return batch, Draws(torch.zeros(size), torch.full((batch_size,), 0.5), uniforms)
+
+
+def _autocast(config: RunConfig) -> torch.autocast:
+    compute = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    return torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None)
+
+
+def _count_operations(config: RunConfig, model: nn.Module, process: Process, batch: Batch, draws: Draws) -> int:
+    """Operations of forward, backward and recomputation.
+
+    Blocks of a list are alike: they are counted with one block in every list, and then with the first of one list twice.
+    """
+    lists = {name: getattr(model, name) for name in config.spec.block_lists}
+
+    def count(twice: str = "") -> tuple[int, int]:
+        for name, blocks in lists.items():
+            setattr(model, name, nn.ModuleList([blocks[0]] * (2 if name == twice else 1)))
+        forward, backward = _Operations(), _Operations()
+        with forward, _autocast(config):
+            output = training_step(model, process, batch, draws, 0)
+        with backward:
+            output.loss.backward()
+        model.zero_grad(set_to_none=True)
+        return forward.total, backward.total
+
+    base = count()
+    more = {name: count(name) for name in lists}
+    for name, blocks in lists.items():
+        setattr(model, name, blocks)
+    total, index = sum(base), 0
+    for name, blocks in lists.items():
+        forward = more[name][0] - base[0]
+        total += (len(blocks) - 1) * (sum(more[name]) - sum(base))
+        if config.memory.checkpoints:
+            total += forward * sum((index + i) % config.memory.checkpoint_every == 0 for i in range(len(blocks)))
+        index += len(blocks)
+    return total
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the operations of matrix products by torch's formulas, and those of the attention kernel of CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        aten = torch.ops.aten
+        self.total = 0
+        self.formulas: dict[Any, Callable[..., int]] = {
+            **flop_registry,
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+                q.shape, k.shape, v.shape
+            ),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, v, *_, **__: (
+                sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
+            ),
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @contextmanager
@@ -307,22 +440,42 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _measure_inside(block: nn.Module) -> None:
-    """Note what one call of a checkpointed block would keep without checkpointing."""
-    plain, recomputing = type(block).forward, block.forward
+class _Inside:
+    """What one call of a checkpointed block would keep without checkpointing, noted whenever it is called."""
 
-    def measured(*args: Any) -> Any:
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.recomputing, self.kept = block, block.forward, 0
+        block.forward = self._measured  # type: ignore[method-assign]
+
+    def _measured(self, *args: Any) -> Any:
         outside = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
-        outside |= {id(t.untyped_storage()) for t in (*block.parameters(), *block.buffers())}
-        inside = _Kept(outside)
+        outside |= {id(t.untyped_storage()) for t in (*self.block.parameters(), *self.block.buffers())}
         entered = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         outside |= {id(t.untyped_storage()) for t in entered if isinstance(t, Tensor)}
+        inside = _Kept(outside)
         with torch.enable_grad(), inside:
-            plain(block, *entered)
-        block._kept_bytes = inside.total  # type: ignore[assignment]
-        return recomputing(*args)
+            type(self.block).forward(self.block, *entered)
+        self.kept = inside.total
+        return self.recomputing(*args)
 
-    block.forward = measured  # type: ignore[method-assign]
+
+class _Away:
+    """Counts the inputs of blocks that are kept in main memory; see memory.activation_offload, whose rule it follows."""
+
+    def __init__(self) -> None:
+        self.total = self.largest = 0
+
+    def saving(self) -> Any:
+        """Context for the call of one block."""
+        before = self.total
+
+        def pack(tensor: Tensor) -> Tensor:
+            if leaves(tensor):
+                self.total += tensor.numel() * tensor.element_size()
+                self.largest = max(self.largest, self.total - before)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 class _Kept:

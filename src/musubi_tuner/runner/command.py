@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.errors import EXIT_OK, CacheError, ConfigError, exit_on_terminate, run_command
 from musubi_tuner.runner.parent import die_with_parent
+
+if TYPE_CHECKING:
+    from musubi_tuner.runner.plan import Plan
 
 _DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
 Run the same command again to continue."""
@@ -57,6 +60,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     exit_on_terminate()
     config = load_config(options.config, overrides)
     config.require(architecture)
+    config = _resolved(config)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         report(config.findings)
@@ -65,9 +69,18 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     if options.fresh:
         folder = fresh_folder(config.output_dir)
         overrides["run.output_dir"] = str(folder)
-        config = load_config(options.config, overrides)
+        config = _resolved(load_config(options.config, overrides))
         print(f"starting anew in {folder}")
     return Runner(config, options, overrides).run()
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """The config with what only this machine can say; torch is imported for it."""
+    if config.train.mixed_precision != "auto":
+        return config
+    from musubi_tuner.device import with_precision
+
+    return with_precision(config)
 
 
 def report(findings: list[Diagnostic]) -> None:
@@ -139,7 +152,7 @@ class Runner:
             print(f"note: {note}")
         print(describe(config, plan, self.processes), flush=True)
         if options.plan:
-            self._plan_memory(plan.found.items)
+            self._plan_memory(plan)
             return EXIT_OK
         if self._finished(plan.steps.total_updates):
             return self._score_demo()
@@ -155,17 +168,19 @@ class Runner:
         code = self._train(plan.found.items)
         return code or self._score_demo()
 
-    def _plan_memory(self, items: list[Any]) -> None:
-        """Print the memory estimate, where the model's shape is known without a download."""
+    def _plan_memory(self, plan: "Plan") -> None:
+        """Print what the run needs of memory, disk and time, where the model's shape is known without a download."""
         from musubi_tuner.config.paths import is_hub_id
 
         path = self.config.model.path
         if path is not None and is_hub_id(path):
             print("  memory   is estimated when the checkpoint is here")
             return
-        from musubi_tuner.training.trainer import estimate_lines
+        from musubi_tuner.device import choose_device
+        from musubi_tuner.memory.report import estimate_lines
 
-        print("\n".join(estimate_lines(self.config, items)))
+        device = choose_device(self.config.run.device)
+        print("\n".join(estimate_lines(self.config, plan.found.items, plan.steps, device)))
 
     def _score_demo(self) -> int:
         """Score a finished demo that has no score yet."""
@@ -221,12 +236,14 @@ class Runner:
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""
         from musubi_tuner.training.checkpoint import compare_config, read_values
-        from musubi_tuner.training.trainer import fixed_settings
+        from musubi_tuner.training.trainer import default_settings, fixed_settings
 
         if not state:
             return
         differences = compare_config(
-            read_values(self.config.output_dir / state)["config"], fixed_settings(self.config, self.processes)
+            read_values(self.config.output_dir / state)["config"],
+            fixed_settings(self.config, self.processes),
+            default_settings(),
         )
         if differences:
             raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings
-from musubi_tuner.device import choose_device, set_threads
+from musubi_tuner.device import choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.memory.compose import block_counts, compose_memory, freeze_of, most_swapped
 from musubi_tuner.memory.storage import freeze_layers
@@ -54,6 +54,7 @@ class Generator:
             CheckpointError: if a file is missing or does not fit.
         """
         set_threads(config.run.threads, 1)
+        config = with_precision(config)
         device = choose_device(config.run.device)
         spec = config.spec
         if config.adapter.type != "none" and checkpoint is None:
@@ -71,7 +72,8 @@ class Generator:
             freeze_layers(model, freeze)  # the run trained the model itself, so nothing is frozen yet
         use_adapters(model, spec, adapters, ema=ema and config.ema.enabled)
         model.eval()
-        memory = config.memory.model_copy(update={"gradient_checkpointing": False, "blocks_to_swap": swap})
+        off = {"gradient_checkpointing": False, "checkpoint_offload": False, "compile": False}
+        memory = config.memory.model_copy(update={**off, "blocks_to_swap": swap})
         compose_memory(model, memory, spec, device)
         options = {
             "sol_spatial_norm": "sum",

@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
 from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
 from musubi_tuner.models.registry import MODELS
 
@@ -53,14 +55,12 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
     for name in ("images_per_prompt", "batch_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}, expected at least 1")
-    from musubi_tuner.config.prompts import as_prompts, read_prompts
-
     prompts = as_prompts(options.prompt, "--prompt")
     if options.from_file:
         prompts += read_prompts(Path(options.from_file))
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt or --from_file")
-    prompts = [prompt for prompt in prompts for _ in range(options.images_per_prompt)]
+    prompts = [_numbered(prompt, number) for prompt in prompts for number in range(options.images_per_prompt)]
     adapters = _adapters(config, options)
     exit_on_terminate()
     from tqdm import tqdm
@@ -83,6 +83,11 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
     if len(pictures) > 1:
         save_png(folder / "contact_sheet.png", contact_sheet(pictures, columns=4))
     return EXIT_OK
+
+
+def _numbered(prompt: Prompt, number: int) -> Prompt:
+    """The n-th picture of a prompt: a seed of its own counts on from picture to picture."""
+    return prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + number)
 
 
 def _adapters(config: RunConfig, options: argparse.Namespace) -> list[tuple[str, float]]:

@@ -38,11 +38,12 @@ from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
-from musubi_tuner.device import choose_device, set_threads
+from musubi_tuner.device import choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, write_text
 from musubi_tuner.memory.compose import compose_memory
-from musubi_tuner.memory.estimate import estimate_run, gib, resolve_swap
+from musubi_tuner.memory.estimate import resolve_swap
+from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
@@ -102,6 +103,11 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
     }
     found["micro-batches per update"] = processes * config.train.grad_accum_steps
     return json.loads(json.dumps(found))
+
+
+def default_settings() -> dict[str, Any]:
+    """What a setting was before it existed."""
+    return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
 def data_digest(items: list[Item]) -> str:
@@ -176,10 +182,17 @@ class Trainer:
             least = torch.tensor([free], device=self.device)
             torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
             free = int(least)
+        slow = self.config.train.mixed_precision == "bf16" and not has_bf16(self.device)
+        if self.main and slow:
+            print('warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
+                  'or "auto"')  # fmt: skip
         self.config, chosen = resolve_swap(self.config, self.dataset.items, free)
         config = self.config
         if self.main:
-            lines = [*estimate_lines(config, self.dataset.items, free), *([chosen] if chosen else [])]
+            lines = [
+                *estimate_lines(config, self.dataset.items, self.steps, self.device, free),
+                *([chosen] if chosen else []),
+            ]
             print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
@@ -239,7 +252,8 @@ class Trainer:
             # A frozen model computes as it will when it draws; only its adapters drop anything out.
             report = [*notes, *report]
             model.eval()
-        self.swap = compose_memory(model, memory, spec, self.device)
+        self.swap, lines = compose_memory(model, memory, spec, self.device)
+        report = [*report, *lines]
         if self.swap is not None:
             report.append(
                 f"swap: {len(self.swap.streamed)} blocks stay in main memory ({self.swap.host_bytes / 2**30:.2f} GiB"
@@ -342,7 +356,7 @@ class Trainer:
         return path, read_values(path)
 
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
-        differences = compare_config(values["config"], fixed_settings(self.config, self.processes))
+        differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
         if values["data"] != self.data_digest:
             differences.append("the data set has other images, captions, buckets or batch sizes")
         if values.get("base") != self.base:
@@ -758,29 +772,6 @@ class Trainer:
     def _release(self, entry: Entry) -> None:
         if self.config.save.release:
             write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
-
-
-def estimate_lines(config: RunConfig, items: list[Item], free: int | None = None) -> list[str]:
-    """The memory that a run will need; a note where this torch cannot run a model without storage.
-
-    Args:
-        free: device memory in bytes, to be warned if it is less.
-    """
-    import logging
-
-    # The mode that runs it writes its own tracebacks; whatever is wrong with the model is said by name when it is loaded.
-    fake = logging.getLogger("torch._subclasses.fake_tensor")
-    before, fake.disabled = fake.disabled, True
-    try:
-        found = estimate_run(config, items)
-    except (RuntimeError, NotImplementedError, AssertionError) as problem:
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
-        return [f"  memory   could not be estimated for this model: {reason}"]
-    finally:
-        fake.disabled = before
-    short = free is not None and found.total > free
-    more = [f"warning: only {gib(free)} of device memory are free; see [memory]"] if short and free is not None else []
-    return [*found.lines(), *more]
 
 
 def load_vae(config: RunConfig, device: torch.device) -> Any:

@@ -1,8 +1,10 @@
 """The memory estimate of the plan agrees with what a process allocates, whichever part is the largest."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +14,21 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
-from musubi_tuner.config import load_config
+from musubi_tuner.config import calculate_steps, load_config
+from musubi_tuner.device import has_bf16
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.estimate import Estimate, estimate, estimate_run, resolve_swap
+from musubi_tuner.memory.report import (
+    Rates,
+    cache_bytes,
+    checkpoint_bytes,
+    disk_lines,
+    estimate_lines,
+    measure_rates,
+    time_lines,
+)
 from musubi_tuner.models.flux_dev import FluxConfig, build
+from musubi_tuner.models.tinyflux.flops import training_flops
 
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
       "axes_dims_rope": [16, 24, 24], "lune_expert_dim": 64}  # fmt: skip
@@ -143,8 +156,10 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
         assert optimizer > max(weights, activations)
     else:
         geometry = {**TF, "num_double_layers": 2, "num_single_layers": 2}
+        # Where bfloat16 is emulated this would take minutes; float32 has the same parts.
+        precision = "bf16" if has_bf16(torch.device("cpu")) else "no"
         path = run_file(
-            tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, train={"mixed_precision": "bf16"}
+            tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, train={"mixed_precision": precision}
         )
         peak, (total, weights, optimizer, activations) = measured(path, 8, 192)
         assert activations > max(weights, optimizer)
@@ -224,3 +239,97 @@ def test_full_size(tmp_path: Path) -> None:
     assert 10 * 2**30 < found.weights < 11 * 2**30
     assert found.total < 16e9
     assert "GiB on the device: weights" in found.lines()[0] and "main memory for swapped blocks" in found.lines()[1]
+
+
+def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
+    """models/tinyflux/flops.py derives them from the geometry, and leaves small products out."""
+    geometry = {**TF, "num_double_layers": 3, "num_single_layers": 5}
+    model = {"init": "scratch", "geometry": geometry, "t5_max_tokens": 128}
+    experts = {"expert_input": "random", "enable_lune": False, "enable_sol": False}
+    found = {}
+    for checkpointing, side in ((False, 256), (True, 256), (False, 512)):
+        path = run_file(tmp_path, "tf", model=model, experts=experts, memory={"gradient_checkpointing": checkpointing})
+        config = load_config(path)
+        plan = config.spec.load("plan_model")(config)
+        found[checkpointing, side] = estimate(
+            config,
+            plan.model,
+            dtype=plan.dtype,
+            shapes=plan.shapes,
+            bucket=(side, side),
+            batch_size=2,
+            options=plan.options,
+        ).operations
+        expected = training_flops(plan.model.config, 2, side // 8, side // 8, 128, checkpointing=checkpointing)
+        # The backward pass of attention recomputes its logits (3.5 products of a forward's 2, not 4): up to a tenth more.
+        assert 0.97 < found[checkpointing, side] / expected < 1.12, (checkpointing, side)
+    assert found[True, 256] > 1.2 * found[False, 256]
+
+
+def test_recomputation_counts_every_nth_block(tmp_path: Path) -> None:
+    plain = of_flux(tmp_path).operations
+    every, second = (
+        of_flux(tmp_path, memory={"gradient_checkpointing": True, "checkpoint_every": n}).operations for n in (1, 2)
+    )
+    assert plain < second < every
+    # Nine blocks: one double and eight single; every second one of them is the double one and four single ones.
+    assert (every - plain) * 0.5 < second - plain < (every - plain) * 0.7
+
+
+def test_what_is_moved(tmp_path: Path) -> None:
+    assert of_flux(tmp_path).moved == 0
+    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 4})
+    assert swapped.moved == 2 * (swapped.host - swapped.ring)
+    plain = of_flux(tmp_path, memory={"gradient_checkpointing": True})
+    away = of_flux(tmp_path, memory={"checkpoint_offload": True})
+    # Image and text into the double block, the sequence into eight single ones: 256 + 64 tokens of 768 in bfloat16.
+    assert away.offloaded == 9 * (256 + 64) * 768 * 2
+    assert away.moved == 2 * away.offloaded
+    assert plain.activations - away.activations > 0.8 * away.offloaded
+    assert away.total < plain.total
+    assert "main memory for the inputs of blocks" in away.lines()[1]
+
+
+def test_lines_of_the_plan(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16", "grad_accum_steps": 2},
+                    adapter={"rank": 4}, memory={"blocks_to_swap": 4, "gradient_checkpointing": True},
+                    save={"every_steps": 3, "keep_last_steps": 2, "dtype": "bfloat16"})  # fmt: skip
+    config = load_config(path)
+    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1) for side in (256, 128, 256)]
+    steps = calculate_steps([(3, 1)], num_processes=1, grad_accum_steps=2, max_steps=10, max_epochs=None)
+    lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
+    assert lines[0].startswith("  memory   about ")
+    assert re.search(r"activations by bucket: from .* \(128x128, batch 1\) to .* \(256x256, batch 1\)", lines[2])
+    assert re.search(r"disk     caches up to .*; 3 checkpoint\(s\) of .* of weights and .* of state", lines[3])
+    assert re.search(r"10\^12 operations per update and process, at least [\w.]+ ?s? at .*", lines[4])
+    assert re.search(r"GiB? are moved, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5])
+    assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
+    plan = config.spec.load("plan_model")(config)
+    latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
+    assert cache_bytes(config, items, plan) == latents + text
+    found = estimate_run(config, items)
+    weights, state = checkpoint_bytes(config, plan, found)
+    assert (weights, state) == (2 * found.values, (4 + 8) * found.values)
+
+
+def test_what_binds(tmp_path: Path) -> None:
+    config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": 4}))
+    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 0, operations=10**12, moved=10**9)
+    cpu = torch.device("cpu")
+    assert "computation binds" in time_lines(config, found, cpu, Rates(1e12, 2e9))[1]
+    assert "copying binds" in time_lines(config, found, cpu, Rates(1e12, 5e8))[1]
+    assert time_lines(config, replace(found, moved=0), cpu) == [
+        "  compute  1 * 10^12 operations per update and process; nothing is moved, so computation binds"
+    ]
+    rates = measure_rates(cpu, torch.float32)
+    assert rates.operations > 1e7 and rates.copied > 1e7
+
+
+def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}))
+    items: Any = [SimpleNamespace(bucket=(128, 128), batch_size=1)]
+    steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
+    plan = config.spec.load("plan_model")(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    line = disk_lines(config, items, steps, plan, estimate_run(config, items, plan))[1]
+    assert line == f"warning: only 0.0 MiB of disk are free in {tmp_path}; see [save]"

@@ -1,0 +1,183 @@
+"""What the plan says of memory, disk and time, before anything big is loaded."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from musubi_tuner.config import RunConfig, Steps
+from musubi_tuner.data.sources import Item
+from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Bytes, Estimate, by_need, estimate, estimate_run, gib
+from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.training.metrics import format_seconds
+
+PROBE_SIDE = {"cuda": 4096, "cpu": 768}
+"""Side of the matrices that are multiplied to measure a device."""
+PROBE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
+
+NEARLY_EQUAL = 0.8
+"""Buckets whose share of the largest one's pixels is above this need about as much."""
+
+
+def estimate_lines(
+    config: RunConfig, items: Sequence[Item], steps: Steps, device: torch.device, free: Bytes | None = None
+) -> list[str]:
+    """What a run will need; a note where this torch cannot run a model without storage.
+
+    Args:
+        free: device memory in bytes, to be warned if it is less.
+    """
+    # The mode that runs it writes its own tracebacks; whatever is wrong with the model is said by name when it is loaded.
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fake.disabled = fake.disabled, True
+    try:
+        plan = config.spec.load("plan_model")(config)
+        found = estimate_run(config, items, plan)
+        spread = _spread(config, items, plan, found)
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        return [f"  memory   could not be estimated for this model: {reason}"]
+    finally:
+        fake.disabled = before
+    lines = [
+        *found.lines(),
+        *spread,
+        *disk_lines(config, items, steps, plan, found),
+        *time_lines(config, found, device),
+    ]
+    if free is not None and found.total > free:
+        lines.append(f"warning: only {gib(free)} of device memory are free; see [memory]")
+    return lines
+
+
+def _spread(config: RunConfig, items: Sequence[Item], plan: ModelPlan, largest: Estimate) -> list[str]:
+    """Activations of the largest and the smallest bucket, where they differ much."""
+    buckets = sorted(by_need(items))
+    if buckets[0][0] > NEARLY_EQUAL * buckets[-1][0]:
+        return []
+    (_, small, few), (_, large, many) = buckets[0], buckets[-1]
+    least = estimate(
+        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=small, batch_size=few, options=plan.options
+    )
+    shown = [
+        f"{gib(found.activations + found.passing)} ({width}x{height}, batch {size})"
+        for found, (width, height), size in ((least, small, few), (largest, large, many))
+    ]
+    return [f"           activations by bucket: from {shown[0]} to {shown[1]}"]
+
+
+def disk_lines(config: RunConfig, items: Sequence[Item], steps: Steps, plan: ModelPlan, found: Estimate) -> list[str]:
+    """Disk for caches and checkpoints, with a warning where it is not there."""
+    caches = cache_bytes(config, items, plan)
+    weights, state = checkpoint_bytes(config, plan, found)
+    count = _kept_checkpoints(config, steps)
+    total = count * (weights + (state if config.save.state else 0)) + (weights if config.save.release else 0)
+    each = f"{gib(weights)} of weights" + (f" and {gib(state)} of state" if config.save.state else "")
+    lines = [f"  disk     caches up to {gib(caches)}; {count} checkpoint(s) of {each}: {gib(total)}"]
+    place = next(
+        path for path in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if path.exists()
+    )
+    available = shutil.disk_usage(place).free
+    if available < total:
+        lines.append(f"warning: only {gib(available)} of disk are free in {place}; see [save]")
+    return lines
+
+
+def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> Bytes:
+    """Of all cache files, if every caption fills its tokens."""
+    spec, chosen = config.spec, config.cache.dtype
+    sizes = {"latents": "float32", "text": "bfloat16", "experts": "float32"}
+    widths = {kind: getattr(torch, dtype if chosen == "auto" else chosen).itemsize for kind, dtype in sizes.items()}
+    inputs = 0
+    for name, shape in plan.shapes.items():
+        inputs += torch.Size(shape).numel() * widths["experts" if name in spec.expert_keys else "text"]
+    cells = sum(item.bucket[0] * item.bucket[1] // spec.vae_factor**2 for item in items)
+    return cells * spec.latent_channels * widths["latents"] + inputs * len(items)
+
+
+def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tuple[Bytes, Bytes]:
+    """Of one checkpoint: its weights, with their average, and its state."""
+    frozen = config.adapter.type != "none"
+    stored = found.values if frozen else sum(tensor.numel() for tensor in plan.model.state_dict().values())
+    copies = 2 if config.ema.enabled else 1
+    weights = copies * stored * getattr(torch, config.save.dtype).itemsize
+    return weights, int(4 * copies * stored + OPTIMIZER_BYTES[config.optimizer.type] * found.values)
+
+
+def _kept_checkpoints(config: RunConfig, steps: Steps) -> int:
+    """How many lie on the disk at the end, the final one included."""
+    save, count = config.save, 1
+    for every, total, keep in (
+        (save.every_steps, max(0, steps.total_updates - 1), save.keep_last_steps),
+        (save.every_epochs, max(0, steps.epochs - 1), save.keep_last_epochs),
+    ):
+        if every:
+            made = total // every
+            count += min(made, keep) if keep else made
+    return count
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: operations of matrix products, and bytes that come from main memory."""
+
+    operations: float
+    copied: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype | None) -> Rates:
+    """Multiply and copy for a few milliseconds.
+
+    Args:
+        dtype: of the computation; None = float32.
+    """
+    side, size = PROBE_SIDE[device.type], PROBE_BYTES[device.type]
+    a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def seconds(action: Callable[[], object]) -> float:
+        best = float("inf")
+        for _ in range(4):
+            _synchronize(device)
+            begun = time.perf_counter()
+            action()
+            _synchronize(device)
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    return Rates(2 * side**3 / seconds(lambda: a @ a), size / seconds(lambda: target.copy_(host, non_blocking=True)))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_lines(config: RunConfig, found: Estimate, device: torch.device, rates: Rates | None = None) -> list[str]:
+    """Operations of an update, and whether they or the copies take longer.
+
+    Args:
+        rates: of the device; absent = measured, where something is copied.
+    """
+    per_update = config.train.grad_accum_steps
+    work = f"{found.operations * per_update / 1e12:.3g} * 10^12 operations per update and process"
+    if not found.moved:
+        return [f"  compute  {work}; nothing is moved, so computation binds"]
+    if device.type not in PROBE_SIDE:
+        return [f"  compute  {work}; {gib(found.moved * per_update)} are moved"]
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    rates = rates or measure_rates(device, dtype)
+    computing, copying = found.operations / rates.operations, found.moved / rates.copied
+    binds = "computation binds" if computing >= copying else "copying binds"
+    return [
+        f"  compute  {work}, at least {_seconds(computing * per_update)} at {rates.operations / 1e12:.3g} * 10^12/s;",
+        f"           {gib(found.moved * per_update)} are moved, at least {_seconds(copying * per_update)} at {gib(rates.copied)}/s: {binds}",
+    ]
+
+
+def _seconds(value: float) -> str:
+    return format_seconds(value) if value >= 60 else f"{value:.2g} s"
