@@ -1,6 +1,7 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [flops | full_size] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [flops | full_size | memory] [options]
 
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
+    memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
     full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
 
 Results that were measured are kept in benchmarks/RESULTS.md, with their conditions.
@@ -9,6 +10,7 @@ Results that were measured are kept in benchmarks/RESULTS.md, with their conditi
 import sys
 
 import full_size
+import memory
 
 from musubi_tuner.models.tinyflux.flops import block_flops, forward_flops, training_flops
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
@@ -37,7 +39,11 @@ def flops() -> int:
 
 def main() -> int:
     """Run the benchmark named on the command line."""
-    commands = {"flops": flops, "full_size": lambda: full_size.main(sys.argv[2:])}
+    commands = {
+        "flops": flops,
+        "full_size": lambda: full_size.main(sys.argv[2:]),
+        "memory": lambda: memory.main(sys.argv[2:]),
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)
         return 0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from musubi_tuner.config import RunConfig
+    from musubi_tuner.config.schema import RunSection
 
 
 def choose_device(setting: str) -> "torch.device":
@@ -55,6 +56,32 @@ def encoder_dtype(setting: str, device: "torch.device", gpu: str) -> "torch.dtyp
 
     name = setting if setting != "auto" else gpu if device.type == "cuda" else "float32"
     return getattr(torch, name)
+
+
+def apply_backend_flags(settings: "RunSection", device: "torch.device", sizes: int) -> str | None:
+    """Set the numeric switches of torch for this process.
+
+    Args:
+        sizes: number of different picture sizes; trying out convolution kernels pays for one only.
+
+    Returns:
+        A line for the person, where there is something to say.
+    """
+    import torch
+
+    if settings.deterministic:
+        # Read by cuBLAS when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic)
+    if device.type != "cuda":
+        return "kernels: repeatable ones only" if settings.deterministic else None
+    tf32 = settings.allow_tf32 and not settings.deterministic
+    benchmark = settings.cudnn_benchmark and not settings.deterministic and sizes == 1
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = benchmark
+    repeatable = ", repeatable ones only" if settings.deterministic else ""
+    return f"kernels: TF32 {'on' if tf32 else 'off'}, cudnn benchmark {'on' if benchmark else 'off'}{repeatable}"
 
 
 def set_threads(threads: int | None, processes: int) -> int:

@@ -60,8 +60,11 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
         print(f'{kind}: cache.run is "never", nothing is encoded')
         return EXIT_OK
     from musubi_tuner.caching.jobs import JOBS
-    from musubi_tuner.device import set_threads
+    from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 
     set_threads(config.run.threads, 1)
+    # Caches are made once and kept: in full float32.
+    exact = config.run.model_copy(update={"allow_tf32": False})
+    apply_backend_flags(exact, choose_device(config.run.device), sizes=2)
     family = config.spec.load("checkpoint_options")(config)
     return JOBS[kind](config, job_options, family)

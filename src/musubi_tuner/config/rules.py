@@ -294,8 +294,11 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     no_epochs = "save.every_epochs is off" if config.save.every_steps else nothing
     teacher_keys = ("expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype")
     uniform = config.objective.timestep_sampling == "uniform"
+    fast = ("run.allow_tf32", "run.cudnn_benchmark")
     silent: list[tuple[bool, tuple[str, ...], str]] = [
         (uniform, ("objective.logit_mean", "objective.logit_std"), 'objective.timestep_sampling is "uniform"'),
+        (config.run.device in ("cpu", "mps"), fast, f'run.device is "{config.run.device}"'),
+        (config.run.deterministic, fast, "run.deterministic is true"),
         (not huber, ("objective.huber_delta",), "no loss is huber"),
         (
             not config.objective.min_snr_gamma or config.objective.min_snr_form == "none",

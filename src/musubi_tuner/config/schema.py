@@ -60,6 +60,20 @@ class RunSection(Section):
     threads: int | None = param(
         None, "CPU threads per process; absent = cores divided by processes.", ge=1, le=1024, resume="free"
     )
+    allow_tf32: bool = param(
+        True, "On NVIDIA GPUs, in training and drawing: multiply float32 matrices with inputs rounded to 10 mantissa bits, much "
+        "faster. Caches are made without.",
+        flat=("cuda_allow_tf32",), resume="free",
+    )  # fmt: skip
+    cudnn_benchmark: bool = param(
+        True, "On GPUs: try convolution kernels and keep the fastest; only where all pictures have one size.",
+        flat=("cuda_cudnn_benchmark",), resume="free",
+    )  # fmt: skip
+    deterministic: bool = param(
+        False,
+        "Use repeatable kernels only: slower, and an error where there is none; turns the two above off.",
+        resume="free",
+    )
     strict: bool = param(
         False, "Refuse to resume when library versions, CPU type, threads or processes changed.", resume="free"
     )

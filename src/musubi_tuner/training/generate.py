@@ -11,7 +11,7 @@ import torch
 from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings
-from musubi_tuner.device import choose_device, set_threads, with_precision
+from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.memory.compose import block_counts, compose_memory, freeze_of, most_swapped
 from musubi_tuner.memory.storage import freeze_layers
@@ -56,6 +56,7 @@ class Generator:
         set_threads(config.run.threads, 1)
         config = with_precision(config)
         device = choose_device(config.run.device)
+        apply_backend_flags(config.run, device, sizes=2)  # prompts may ask for any
         spec = config.spec
         if config.adapter.type != "none" and checkpoint is None:
             file = spec.load("open_base")(config)

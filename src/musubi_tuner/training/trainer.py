@@ -38,7 +38,7 @@ from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
-from musubi_tuner.device import choose_device, has_bf16, set_threads
+from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, write_text
 from musubi_tuner.memory.compose import compose_memory
@@ -127,6 +127,7 @@ def environment(config: RunConfig, threads: int, processes: int, device: torch.d
         "threads": threads,
         "processes": processes,
         "precision": config.train.mixed_precision,
+        **({"float32 products": torch.get_float32_matmul_precision()} if device.type == "cuda" else {}),
     }
 
 
@@ -163,6 +164,8 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.processes = self.accelerator.num_processes
         threads = set_threads(config.run.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        sizes = len({item.bucket for item in items})
+        self.kernels = apply_backend_flags(config.run, self.device, sizes)
         self.environment = environment(config, threads, self.processes, self.device)
         self.data_digest = data_digest(items)
         self.folder, self.name = config.output_dir, config.run.name
@@ -192,6 +195,7 @@ class Trainer:
             lines = [
                 *estimate_lines(config, self.dataset.items, self.steps, self.device, free),
                 *([chosen] if chosen else []),
+                *([self.kernels] if self.kernels else []),
             ]
             print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()

@@ -175,6 +175,9 @@ NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_la
          {"hub.run_name": NO_REPO, "hub.private": NO_REPO, "hub.token": NO_REPO, "hub.timeout_seconds": NO_REPO}),
         ({"distributed": "main_process_port = 29500"}, {"distributed.main_process_port": ONE_PROCESS}),
         ({"save": NO_SAVE_LINES}, {"save.keep_last_steps": NOT_SAVED, "save.keep_last_epochs": NOT_SAVED}),
+        ({"run": 'device = "cpu"\nallow_tf32 = false\ncudnn_benchmark = false'},
+         {"run.allow_tf32": 'run.device is "cpu"', "run.cudnn_benchmark": 'run.device is "cpu"'}),
+        ({"run": "deterministic = true\nallow_tf32 = true"}, {"run.allow_tf32": "run.deterministic is true"}),
         ({"save": 'comment = "my cat"'}, {"save.comment": "only adapter files carry it"}),
     ],
 )  # fmt: skip

@@ -344,10 +344,13 @@ def test_spatial_weighting_is_off_unless_asked() -> None:
 
 @pytest.mark.parametrize("mode", ["cosine", "huber", "soft", "hard"])
 def test_lune_term_is_the_distance_of_the_guess_from_the_teacher(mode: str) -> None:
-    own = process(lune_mode=mode)
+    own = process(lune_mode=mode, huber_delta=0.3)
     inputs = conditioning(own)
     found = losses(own, inputs)["lune"].per_sample_B
-    torch.testing.assert_close(found, distillation_loss(guesses()["lune_pred"], inputs["lune"]["features"], mode))
+    expected = distillation_loss(guesses()["lune_pred"], inputs["lune"]["features"], mode, 0.3)
+    torch.testing.assert_close(found, expected)
+    other = distillation_loss(guesses()["lune_pred"], inputs["lune"]["features"], mode, 0.1)
+    assert torch.equal(expected, other) == (mode != "huber")
 
 
 def test_sol_term_is_the_error_of_statistics_and_map() -> None:

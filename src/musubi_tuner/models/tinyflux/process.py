@@ -198,7 +198,7 @@ class TinyFluxProcess:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
         terms = {"main": LossTerm(main, 1.0)}
         if lune is not None:
-            loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode)
+            loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode, settings.huber_delta)
             weight = ramp(update, settings.lune_warmup_steps, settings.lune_weight)
             terms["lune"] = LossTerm(torch.where(lune["distil"], loss, torch.zeros_like(loss)), weight)
         if sol is not None:

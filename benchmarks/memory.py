@@ -1,0 +1,273 @@
+"""Memory and speed of FLUX.1-dev at full size with random weights: python benchmarks/run.py memory [options]
+
+LoRA of rank 16 on all layers of the blocks, 1024 px, batch 1, checkpointing, bf16. Every variant (form of storage x number of
+swapped blocks) trains a few steps in a process of its own. Printed per variant:
+
+    step        median seconds of an update, device included
+    peak        of the device's allocator, and what the plan said beforehand
+    bound       step time over max(step without swap, bytes moved / copy rate); the copy rate is measured in the same run
+    trace       with --trace DIR: share of the copies' time that lies beside computation, and the trace for chrome://tracing
+
+Nothing is downloaded and nothing is written but the trace. ``--tiny --device cpu`` runs the same code in seconds on any machine.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = """schema_version = 1
+[run]
+name = "memory"
+output_dir = "{folder}/out"
+device = "{device}"
+[model]
+arch = "fd"
+path = "{folder}/empty.safetensors"
+[adapter]
+type = "lora"
+rank = 16
+[train]
+max_steps = 10
+mixed_precision = "bf16"
+[cache]
+run = "never"
+[memory]
+gradient_checkpointing = true
+{memory}
+[[datasets]]
+image_directory = "{folder}"
+"""
+STORAGES = {
+    "bf16": {},
+    "fp8_scaled": {"base_storage": '"fp8_scaled"'},
+    "fp8_modulation": {"base_storage": '"fp8_scaled"', "fp8_modulation": "true"},
+    "fp8_compute": {"base_storage": '"fp8_scaled"', "fp8_compute": "true"},
+    "nf4": {"base_storage": '"nf4"'},
+}
+COUNTS = (0, 25, 40, 53)
+TARGETS = {25: 1.05, 53: 1.15}
+"""Largest ratio of step time to its bound, by number of swapped blocks."""
+TINY = {"hidden_size": 64, "num_heads": 2, "depth": 4, "depth_single_blocks": 6, "vec_in_dim": 16, "context_in_dim": 32,
+        "axes_dim": (8, 12, 12)}  # fmt: skip
+
+
+def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Build, train a few steps, measure; in this process."""
+    import torch
+
+    from musubi_tuner.config import load_config
+    from musubi_tuner.data.dataset import Batch
+    from musubi_tuner.data.plan import MicroBatch
+    from musubi_tuner.memory.compose import compose_memory, freeze_of
+    from musubi_tuner.memory.estimate import estimate
+    from musubi_tuner.memory.report import measure_rates
+    from musubi_tuner.memory.storage import place_weights
+    from musubi_tuner.models.flux_dev import FluxConfig, build
+    from musubi_tuner.models.stored import StoredWeight
+    from musubi_tuner.training.adapting import prepare_adapters
+    from musubi_tuner.training.optimizers import build_optimizer, trainable
+    from musubi_tuner.training.step import make_draws, training_step
+
+    device = torch.device(options.device)
+    geometry = FluxConfig(**TINY) if options.tiny else FluxConfig()
+    side, tokens = (128, 16) if options.tiny else (options.side, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "empty.safetensors").touch()
+        settings = {**STORAGES[storage], "blocks_to_swap": str(count)}
+        text = RUN_FILE.format(
+            folder=Path(folder).as_posix(),
+            device=device.type,
+            memory="\n".join(f"{k} = {v}" for k, v in settings.items()),
+        )
+        (Path(folder) / "run.toml").write_text(text, encoding="utf-8")
+        config = load_config(Path(folder) / "run.toml", {})
+    spec = config.spec
+    shapes = {"t5_vec": (tokens, geometry.context_in_dim), "clip_l_pooler": (geometry.vec_in_dim,)}
+    planned = estimate(
+        config, build(geometry), dtype=torch.bfloat16, shapes=shapes, bucket=(side, side), batch_size=1, options={}
+    )
+    rates = measure_rates(device, torch.bfloat16)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    model = build(geometry)
+    # One random row for all rows: random enough for a GPU's clock, and no 22 GiB to draw.
+    weights = {
+        key: StoredWeight.of((0.02 * torch.randn(*[1] * (t.ndim - 1), t.shape[-1])).bfloat16().expand(t.shape))
+        for key, t in model.state_dict(keep_vars=True).items()
+    }
+    place_weights(model, weights, "random weights", torch.bfloat16, "cpu", freeze_of(config.memory, spec, device))
+    adapters, _ = prepare_adapters(model, config)
+    model.eval()
+    swap, _ = compose_memory(model, config.memory, spec, device)
+    adapters.train()
+    optimizer = build_optimizer(trainable(adapters), config.optimizer)
+    process = spec.load("make_process")(config, {})
+    size = (1, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
+    tensors = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
+    batch = Batch(torch.randn(size), tensors, {name: torch.ones(1, dtype=torch.bool) for name in tensors}, ["x"], (0,))
+
+    def step(index: int) -> None:
+        draws = make_draws(process, size[1:], MicroBatch((0,), (0,)), 1, index).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = training_step(model, process, batch.to(device), draws, index)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds = []
+    for index in range(options.warmup + options.steps):
+        synchronize()
+        begun = time.perf_counter()
+        step(index)
+        synchronize()
+        seconds.append(time.perf_counter() - begun)
+    hidden = trace(step, Path(options.trace) / f"{storage}-{count}.json", device) if options.trace else None
+    return {
+        "storage": storage,
+        "swapped": count,
+        "step": statistics.median(seconds[options.warmup :]),
+        "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "planned": planned.total,
+        "moved": planned.moved,
+        "copied": rates.copied,
+        "operations": planned.operations,
+        "recoveries": swap.recoveries if swap else 0,
+        "hidden": hidden,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+    }
+
+
+def trace(step: Any, path: Path, device: Any) -> float | None:
+    """Record one step; returns the share of the copies' time during which a kernel runs, or None without copies."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        step(10_000)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    spans = {
+        kind: sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == category and test(e["name"]))
+        for kind, category, test in (
+            ("copies", "gpu_memcpy", lambda name: "HtoD" in name),
+            ("kernels", "kernel", lambda name: True),
+        )
+    }
+    return share_covered(spans["copies"], spans["kernels"])
+
+
+def share_covered(spans: list[tuple[float, float]], by: list[tuple[float, float]]) -> float | None:
+    """Share of the time of spans during which one of the others runs; both sorted by their beginning."""
+    merged: list[list[float]] = []
+    for begin, end in by:
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    total = sum(end - begin for begin, end in spans)
+    inside = sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in spans for first, last in merged)
+    return inside / total if total else None
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, and which targets were missed."""
+    gib = 2**30
+    lines = [
+        "| storage | swapped | step | peak | planned | moved | bound | copies hidden |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    misses = []
+    base = {row["storage"]: row for row in rows if row["swapped"] == 0}
+    for row in rows:
+        bound = None
+        if row["swapped"] and row["storage"] in base:
+            bound = row["step"] / max(base[row["storage"]]["step"], row["moved"] / row["copied"])
+            most = TARGETS.get(row["swapped"])
+            if most and bound > most:
+                misses.append(
+                    f"{row['storage']} with {row['swapped']} swapped: {bound:.3f} of its bound, target {most}"
+                )
+        if row["peak"] and abs(row["planned"] / row["peak"] - 1) > 0.1:
+            misses.append(
+                f"{row['storage']} with {row['swapped']} swapped: the plan is off by {row['planned'] / row['peak'] - 1:+.1%}"
+            )
+        cells = [
+            row["storage"], str(row["swapped"]), f"{row['step']:.3f} s",
+            f"{row['peak'] / gib:.2f} GiB" if row["peak"] else "-", f"{row['planned'] / gib:.2f} GiB",
+            f"{row['moved'] / gib:.2f} GiB", f"{bound:.3f}" if bound else "-",
+            f"{row['hidden']:.0%}" if row["hidden"] is not None else "-",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    if "bf16" in base and base["bf16"]["peak"]:
+        for name, most in (("fp8_scaled", 0.72), ("fp8_modulation", 0.58)):
+            if name in base and base[name]["peak"] > most * base["bf16"]["peak"]:
+                misses.append(f"{name}: peak is {base[name]['peak'] / base['bf16']['peak']:.3f} of bf16, target {most}")
+    if {"bf16", "fp8_compute"} <= set(base) and base["bf16"]["step"] < 1.15 * base["fp8_compute"]["step"]:
+        misses.append(
+            f"fp8_compute: {base['bf16']['step'] / base['fp8_compute']['step']:.3f} of the throughput of bf16, target 1.15"
+        )
+    first = rows[0]
+    head = f"{first['device']}, torch {first['torch']}, Python {platform.python_version()}; copies at {first['copied'] / gib:.1f} GiB/s, "
+    head += f"{first['operations'] / 1e12:.1f} * 10^12 operations per step"
+    if not first["peak"]:
+        verdict = ["targets are those of a GPU and the full size; nothing is judged here"]
+    else:
+        verdict = [f"missed: {miss}" for miss in misses] or ["all targets met"]
+    return "\n".join([head, "", *lines, "", *verdict])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all variants and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--storage", nargs="+", default=list(STORAGES), choices=list(STORAGES))
+    parser.add_argument(
+        "--swap", nargs="+", type=int, default=list(COUNTS), metavar="N", help="numbers of swapped blocks"
+    )
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--tiny", action="store_true", help="a model of a million parameters, to try the program")
+    parser.add_argument("--trace", metavar="DIR", help="record one step of every variant")
+    parser.add_argument("--one", nargs=2, metavar=("STORAGE", "N"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        print("RESULT " + json.dumps(run_variant(options.one[0], int(options.one[1]), options)))
+        return 0
+    rows = []
+    own = sys.argv[1:] if arguments is None else arguments
+    for storage in options.storage:
+        for count in options.swap:
+            print(f"{storage}, {count} blocks swapped", flush=True)
+            command = [sys.executable, str(Path(__file__).resolve()), *own, "--one", storage, str(count)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"  failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+                continue
+            rows.append(json.loads(done.stdout.rpartition("RESULT ")[2]))
+    if not rows:
+        return 1
+    print("\n" + report(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
