@@ -164,6 +164,12 @@ def load_clip(
     }
     if config is not None and "text_config" in config:
         config = config["text_config"]
+    stated = None if config is None else config.get("hidden_act", "quick_gelu")
+    if stated is not None and activation not in ("quick_gelu", stated):
+        raise CheckpointError(
+            f'{what}: its config says hidden_act = "{stated}", and model.clip_act "{activation}"; remove the key, or give the file '
+            "without its config"
+        )
 
     def build(values: dict[str, Any]) -> Any:
         known = {key: value for key, value in values.items() if key not in ("architectures", "_class_name", "dtype")}

@@ -47,6 +47,14 @@ class TestClip:
             out = clip(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return {"states": out.last_hidden_state, "pooled": out.pooler_output, "mask": tokens["attention_mask"]}
 
+    @pytest.mark.parametrize("form", ["folder", "prefixed", "header"])
+    def test_an_activation_that_the_config_contradicts(self, clip_files: dict[str, Path], form: str) -> None:
+        with pytest.raises(
+            CheckpointError, match=r'its config says hidden_act = "quick_gelu", and model\.clip_act "gelu"'
+        ):
+            open_clip(clip_files[form], activation="gelu")
+        open_clip(clip_files[form], activation="quick_gelu")
+
     @pytest.mark.parametrize("form", CLIP_FORMS)
     def test_every_form_gives_the_states_of_transformers(
         self, clip_files: dict[str, Path], expected: dict[str, Tensor], texts: list[str], form: str
