@@ -128,6 +128,24 @@ def test_merging_keeps_the_precision_of_the_model() -> None:
     assert {tensor.dtype for tensor in load_file("m.safetensors").values()} == {torch.bfloat16}
 
 
+def test_merging_into_fp8_gives_bfloat16() -> None:
+    """8 bits cannot hold a small change; the description of the quantised layers goes with them."""
+    key, scale = "single_blocks.0.linear2.weight", torch.tensor(0.01)
+    tensors = {name: tensor.bfloat16() for name, tensor in base("base.safetensors").items()}
+    codes = (tensors[key].float() / scale).to(torch.float8_e4m3fn)
+    stored = {**tensors, key: codes, key.replace(".weight", ".weight_scale"): scale}
+    layers = json.dumps({"layers": {"single_blocks.0.linear2": {"format": "float8_e4m3fn"}}})
+    save_file(stored, "base.safetensors", {"_quantization_metadata": layers})
+    lora("a.safetensors", 0.1)
+    arguments = ["--dit", "base.safetensors", "--lora_weight", "a.safetensors", "--save_merged_model", "m.safetensors"]
+    assert merge_lora.main(arguments) == 0
+    after = load_file("m.safetensors")
+    assert set(after) == set(tensors) and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert torch.equal(after[key], ((codes.float() * scale).bfloat16().float() + 0.1 * 0.1).bfloat16())
+    with safe_open("m.safetensors", "pt") as file:
+        assert "_quantization_metadata" not in file.metadata()
+
+
 def test_mistakes_in_merging(capsys: pytest.CaptureFixture[str]) -> None:
     base("base.safetensors")
     tensors = lora("a.safetensors")

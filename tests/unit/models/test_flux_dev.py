@@ -182,6 +182,15 @@ def test_plain_fp8(weights: Tensors, tmp_path: Path) -> None:
     assert_loads(write(tmp_path / "fp8.safetensors", stored), expected.eval(), 0)
 
 
+def test_fp8_is_not_computed_in(weights: Tensors, tmp_path: Path) -> None:
+    stored = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in weights.items()}
+    path = write(tmp_path / "fp8.safetensors", stored)
+    with pytest.raises(
+        CheckpointError, match=r"stored in float8, in which nothing can be computed: leave model\.keep_dtype"
+    ):
+        load_model(path, dtype=None)
+
+
 def test_dtype_is_the_one_asked_for_or_that_of_the_file(weights: Tensors, tmp_path: Path) -> None:
     path = write(tmp_path / "flux.safetensors", {key: tensor.bfloat16() for key, tensor in weights.items()})
     assert {p.dtype for p in load_model(path, dtype=torch.float32).parameters()} == {torch.float32}
