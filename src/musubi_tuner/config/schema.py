@@ -328,6 +328,19 @@ class ObjectiveSection(Section):
     )
     spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
     text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
+    guidance_min: float = param(
+        1.0,
+        "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
+        ge=0,
+        le=100,
+    )
+    guidance_max: float = param(5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100)
+    guidance_dropout: float = param(
+        0.0,
+        "For models that embed guidance: share of samples trained without it; 0.1 in models before v4.2.",
+        ge=0,
+        le=1,
+    )
     lune_weight: float = param(0.1, "Weight of the Lune distillation loss.", ge=0, le=100)
     lune_warmup_steps: int = param(1000, "Updates until the Lune weight is reached.", ge=0)
     lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(

@@ -284,6 +284,16 @@ def test_geometry_of_a_new_model_is_checked(geometry: str, message: str, problem
     assert problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {geometry}") == [message]
 
 
+def test_guidance_that_is_not_embedded(problems: Problems, warnings_of: WarningsOf, load: Load) -> None:
+    assert problems(objective="guidance_min = 6") == ["objective.guidance_min: is 6.0, above guidance_max = 5.0"]
+    dropout = {**NEW_MODEL, "objective": "guidance_dropout = 0.1"}
+    assert warnings_of(model=SCRATCH, **{k: v for k, v in dropout.items() if k != "model"}) == [
+        no_effect("objective.guidance_dropout", "model.geometry.guidance_embeds is false")
+    ]
+    with_it = {**dropout, "model": f"{SCRATCH}\ngeometry = {{guidance_embeds = true}}"}
+    assert load(**with_it).findings == []
+
+
 @pytest.mark.parametrize("entry", ['hidden_size = "512"', "axes_dims_rope = 128", 'use_sol_prior = "no"'])
 def test_geometry_value_of_a_wrong_type_names_its_field(entry: str, problems: Problems) -> None:
     (message,) = problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {{{entry}}}")

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,16 @@ def test_config_that_does_not_fit_together(tmp_path: Path) -> None:
     assert message_of(path).startswith(f"{path}: its config does not fit together: hidden_size 3 is not ")
 
 
-def test_guidance_embedder_is_refused(tmp_path: Path) -> None:
-    config = json.dumps({**TINY.to_dict(), "guidance_embeds": True})
-    path = write(tmp_path / "any.safetensors", header={"config_json": config})
-    assert message_of(path) == (f"{path}: guidance_embeds is true; TinyFlux with a guidance embedder is not supported")
+def test_guidance_embedder_loads_under_its_legacy_names(tmp_path: Path) -> None:
+    geometry = replace(TINY, guidance_embeds=True)
+    torch.manual_seed(0)
+    model = TinyFluxDeep(geometry)
+    path = tmp_path / "any.safetensors"
+    save_file(dict(model.state_dict()), path, metadata={"config_json": json.dumps(geometry.to_dict())})
+    found = load_model(path)
+    own = {key for key in found.state_dict() if key.startswith("guidance_in.")}
+    assert own == {f"guidance_in.mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in found.state_dict().items())
 
 
 # Recorded options

@@ -595,3 +595,40 @@ def test_model_without_experts_returns_none_for_them() -> None:
     with torch.no_grad():
         _, experts = model(**inputs(), return_expert_pred=True)
     assert set(experts.values()) == {None}
+
+
+# Embedded guidance, as models before v4.2 had it
+
+
+def test_guidance_is_added_to_the_conditioning_vector() -> None:
+    config = replace(TINY, guidance_embeds=True)
+    model, plain = random_model(config), random_model()
+    plain.load_state_dict(
+        {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("guidance_in")}
+    )
+    inputs = example_inputs(TINY, 3, 4, 4, 5)
+    guidance, kept = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([True, False, True])
+    expected = plain(**inputs)
+    found = model(**inputs, guidance=guidance, guidance_mask=kept)
+    assert torch.equal(found[1], expected[1])
+    assert not torch.allclose(found[0], expected[0]) and not torch.allclose(found[2], expected[2])
+    assert not torch.allclose(found[:1], model(**inputs, guidance=guidance + 1)[:1])
+    # The vector itself: a model whose time embedding is moved by the same amount gives the same.
+    moved = random_model(config)
+    moved.load_state_dict(model.state_dict())
+    nn.init.zeros_(moved.guidance_in.mlp[2].weight)
+    assert torch.equal(moved(**inputs, guidance=guidance), moved(**inputs, guidance=guidance + 1))
+
+
+def test_guidance_missing_or_too_much() -> None:
+    inputs = example_inputs(TINY, 2, 4, 4, 5)
+    with pytest.raises(ValueError, match="guidance is missing, and this model embeds guidance"):
+        random_model(replace(TINY, guidance_embeds=True))(**inputs)
+    with pytest.raises(ValueError, match="guidance is given, and this model has no guidance embedding"):
+        random_model()(**inputs, guidance=torch.ones(2))
+
+
+def test_released_configs_do_not_name_the_embedding() -> None:
+    assert "guidance_embeds" not in TINY.to_dict()
+    assert TinyFluxConfig.from_dict(replace(TINY, guidance_embeds=True).to_dict()).guidance_embeds
+    assert not any(key.startswith("guidance_in") for key in TinyFluxDeep(TINY).state_dict())

@@ -95,6 +95,39 @@ def conditioning(
     return own.conditioning(batch, torch.full((count,), time), uniforms(count, **values))
 
 
+# Embedded guidance
+
+
+class _Listening(torch.nn.Module):
+    """Takes what a model is called with; a velocity of zeros comes back."""
+
+    def __init__(self, embeds: bool) -> None:
+        super().__init__()
+        self.config, self.given = replace(TinyFluxConfig(), guidance_embeds=embeds), dict[str, Any]()
+
+    def forward(self, tokens: Tensor, *_: Any, **given: Any) -> Any:
+        self.given = given
+        return tokens, {}
+
+
+def test_guidance_is_drawn_between_its_limits_and_dropped_on_its_own() -> None:
+    own = process(guidance_min=2.0, guidance_max=4.0, guidance_dropout=0.3, text_dropout=0.5)
+    inputs = conditioning(own, guidance=[0.0, 0.25, 0.5, 1.0], guidance_dropout=[0.29, 0.3, 0.9, 0.1],
+                          text_dropout=[0.1, 0.9, 0.1, 0.9])  # fmt: skip
+    assert inputs["guidance"].tolist() == [2.0, 2.5, 3.0, 4.0]
+    assert inputs["guidance_mask"].tolist() == [False, True, True, False]
+    noisy, time = torch.zeros(4, 4, 2, 2), torch.full((4,), 0.5)
+    model = _Listening(embeds=True)
+    own.predict(model, noisy, time, inputs)
+    assert torch.equal(model.given["guidance"], inputs["guidance"])
+    assert torch.equal(model.given["guidance_mask"], inputs["guidance_mask"])
+    own.predict(model, noisy, time, {"t5": inputs["t5"], "clip": inputs["clip"]})
+    assert model.given["guidance"].tolist() == [3.0] * 4 and model.given["guidance_mask"] is None
+    without = _Listening(embeds=False)
+    own.predict(without, noisy, time, inputs)
+    assert "guidance" not in without.given
+
+
 # Text dropout
 
 
@@ -154,7 +187,7 @@ def test_batch_without_teacher_caches_has_no_teacher_inputs() -> None:
     batch = make_batch()
     for name in TEACHERS:
         del batch.tensors[name], batch.valid[name]
-    assert set(conditioning(process(), batch)) == {"t5", "clip"}
+    assert set(conditioning(process(), batch)) == {"t5", "clip", "guidance", "guidance_mask"}
 
 
 def test_teachers_are_dropped_sample_by_sample_and_apart_from_each_other() -> None:
@@ -546,8 +579,8 @@ def test_another_seed_or_epoch_draws_anew(change: dict[str, int]) -> None:
 def test_purposes_draw_apart() -> None:
     draws = make_draws(process(timestep_sampling="uniform"), SHAPE, planned(0, 1, 2), seed=1, epoch=0)
     columns = [draws.time, *draws.uniforms.values()]
-    assert len(columns) == 4
-    assert len({tuple(column.tolist()) for column in columns}) == 4
+    assert len(columns) == 6
+    assert len({tuple(column.tolist()) for column in columns}) == 6
 
 
 def test_draws_have_their_distributions() -> None:

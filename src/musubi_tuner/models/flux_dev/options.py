@@ -134,6 +134,8 @@ SPEC = ModelSpec(
         "objective.spatial_weighting": _NO_TEACHERS,
         "objective.shift": _shift,
         "objective.text_dropout": _NO_NULL,
+        "objective.guidance_m*": "its embedded guidance while training is objective.guidance_scale",
+        "objective.guidance_dropout": "its embedded guidance while training is objective.guidance_scale",
         "model.geometry": "its shape is read from the checkpoint",
         "model.init_scheme": "its shape is read from the checkpoint",
         "model.rope_freqs": "its rotary frequencies are computed, not stored",

@@ -10,7 +10,7 @@ from musubi_tuner.models.checkpoints import WeightFile, sample_identity
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
-from musubi_tuner.models.tinyflux.options import resolve_experts
+from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
 from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
 
@@ -74,8 +74,10 @@ def load_for_training(config: RunConfig) -> Trainee:
         **resolve_experts(config, options_of(file) if file else {}),
         "t5_attn_mask": config.model.t5_attn_mask,
     }
+    idle = [] if geometry.guidance_embeds or file is None else written_guidance(config)
+    notes = [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
     base = sample_identity(file) if file is not None and config.adapter.type != "none" else None
-    return Trainee(model, geometry, options, _freeze_base(model, config), base)
+    return Trainee(model, geometry, options, [*notes, *_freeze_base(model, config)], base)
 
 
 def open_base(config: RunConfig) -> WeightFile:

@@ -33,6 +33,8 @@ def conditioning_flops(config: TinyFluxConfig) -> int:
     products = 256 * width + width * width + pooled * width
     if config.use_t5_vec:
         products += config.joint_attention_dim * width + width * width
+    if config.guidance_embeds:
+        products += 256 * width + width * width
     if config.use_lune_expert:
         hidden, features = config.lune_hidden_dim, config.lune_expert_dim
         products += (width + pooled) * hidden + 2 * hidden * hidden + hidden * features + features * width

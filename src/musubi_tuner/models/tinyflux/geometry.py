@@ -2,6 +2,7 @@
 
 `config.json` is a flat object of exactly these fields (``axes_dims_rope`` a list), optionally with one object
 ``_metadata``. Reading ignores unknown keys and keys that start with an underscore; older spellings are mapped.
+``guidance_embeds`` is of models before v4.2 and of our own: it is written only where it is true.
 """
 
 import json
@@ -49,6 +50,7 @@ class TinyFluxConfig:
     sol_geometric_weight: float = 0.7
     freeze_sol: bool = False
     use_t5_vec: bool = True
+    guidance_embeds: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -122,7 +124,10 @@ class TinyFluxConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, fields in order."""
-        return {**asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+        values = {**asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+        if not self.guidance_embeds:
+            del values["guidance_embeds"]
+        return values
 
     @classmethod
     def from_json(cls, path: Path) -> Self:

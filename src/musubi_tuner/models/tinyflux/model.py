@@ -1,7 +1,7 @@
 """TinyFlux-Deep v4.2: a small flow transformer of double-stream and single-stream blocks.
 
     img, txt = img_in(latent tokens), txt_in(T5 states)
-    vec      = time + blend(CLIP pooled, pooled T5) + Lune signal
+    vec      = time + blend(CLIP pooled, pooled T5) + Lune signal (+ guidance, in models that embed it)
     double blocks: text and image keep their own weights and attend to text + image
     single blocks: one sequence [text, image], attention then MLP
     velocity = final_linear(RMSNorm(img))
@@ -289,6 +289,8 @@ class TinyFluxDeep(nn.Module):
             self.sol_prior = SolPrior(config)
             if config.freeze_sol:
                 self.sol_prior.requires_grad_(False)
+        if config.guidance_embeds:
+            self.guidance_in = TimeEmbedder(width)
         self.rope = RotaryEmbedding(config.axes_dims_rope)
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_layers))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
@@ -318,6 +320,8 @@ class TinyFluxDeep(nn.Module):
         lune_mask: Tensor | None = None,
         sol_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        guidance: Tensor | None = None,
+        guidance_mask: Tensor | None = None,
     ) -> Any:
         """Predict the velocity ``x0 - noise``.
 
@@ -333,6 +337,8 @@ class TinyFluxDeep(nn.Module):
             height, width: latent size; absent = read from img_ids, else the square root of N.
             lune_mask, sol_mask: [B] boolean, true where the teacher features are real; absent = everywhere.
             text_mask: [B, L] boolean, true for real text tokens; absent = padding takes part, as published.
+            guidance: embedded guidance [B], for models with ``guidance_embeds``, used as it is.
+            guidance_mask: [B] boolean, true where the guidance counts; absent = everywhere.
 
         Returns:
             Velocity [B, N, C]; with ``return_expert_pred`` also a dictionary with ``lune`` {expert_signal, expert_pred,
@@ -340,8 +346,12 @@ class TinyFluxDeep(nn.Module):
             the flat aliases ``lune_pred``, ``sol_stats_pred``, ``sol_spatial_pred``.
 
         Raises:
-            ValueError: if the latent size is unknown or does not match the number of tokens.
+            ValueError: if the latent size is unknown or does not match the number of tokens, or if guidance is missing
+                where it is embedded, or given where it is not.
         """
+        if (guidance is None) == self.config.guidance_embeds:
+            verb = "embeds guidance; give one number per sample" if guidance is None else "has no guidance embedding"
+            raise ValueError(f"guidance is {'missing' if guidance is None else 'given'}, and this model {verb}")
         tokens, t = hidden_states.shape[1], timestep.float()
         height, width = latent_size(tokens, img_ids, height, width)
         if img_ids is None:
@@ -361,6 +371,9 @@ class TinyFluxDeep(nn.Module):
             vec = vec + signal
             used = "predicted" if features is None else "real" if lune_mask is None else "mixed"
             lune = {"expert_signal": signal, "expert_pred": guess, "expert_used": used}
+        if guidance is not None:
+            embedded = self.guidance_in(guidance.float())
+            vec = vec + (embedded if guidance_mask is None else embedded * guidance_mask[:, None].to(embedded.dtype))
         if self.config.use_sol_prior:
             stats = None if sol_stats is None else sol_stats.to(self.dtype)
             spatial = None if sol_spatial is None else sol_spatial.to(self.dtype)

@@ -1,5 +1,6 @@
 """Facts, defaults and rules of the TinyFlux family. Torch-free."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import Diagnostic
@@ -45,12 +46,33 @@ def resolve_experts(config: "RunConfig", checkpoint: dict[str, Any] | None = Non
     return resolved
 
 
+def written_guidance(config: "RunConfig") -> list[str]:
+    """Keys of embedded guidance that a person wrote."""
+    return [
+        key for key in config.set_keys() if key.startswith("objective.guidance_") and key != "objective.guidance_scale"
+    ]
+
+
+def no_guidance(key: str, reason: str) -> Diagnostic:
+    """A warning that a key of embedded guidance does nothing."""
+    return Diagnostic("warning", key, f"has no effect because {reason}")
+
+
 def check(config: "RunConfig") -> list[Diagnostic]:
     """Static rules of this family."""
     found: list[Diagnostic] = []
     experts, model = config.experts, config.model
     if config.objective.timestep_stratified and config.objective.timestep_sampling != "uniform":
         found.append(Diagnostic("error", "objective.timestep_stratified", 'needs timestep_sampling = "uniform"'))
+    objective = config.objective
+    if objective.guidance_min > objective.guidance_max:
+        found.append(
+            Diagnostic(
+                "error",
+                "objective.guidance_min",
+                f"is {objective.guidance_min}, above guidance_max = {objective.guidance_max}",
+            )
+        )
     if config.sample.guidance < 1:
         found.append(
             Diagnostic("error", "sample.guidance", f"is {config.sample.guidance}, expected at least 1 (= off)")
@@ -77,7 +99,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
     if model.init == "scratch":
         from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 
-        known = TinyFluxConfig().to_dict()
+        known = {field.name for field in fields(TinyFluxConfig)}
         for key in model.geometry:
             if key not in known:
                 from musubi_tuner.config.diagnostics import did_you_mean
@@ -89,6 +111,10 @@ def check(config: "RunConfig") -> list[Diagnostic]:
             except (TypeError, ValueError) as error:
                 found.append(Diagnostic("error", "model.geometry", str(error)))
             else:
+                if not geometry.guidance_embeds:
+                    found += [
+                        no_guidance(key, "model.geometry.guidance_embeds is false") for key in written_guidance(config)
+                    ]
                 for enabled, built, name in (
                     (experts.enable_lune, geometry.use_lune_expert, "lune"),
                     (experts.enable_sol, geometry.use_sol_prior, "sol"),

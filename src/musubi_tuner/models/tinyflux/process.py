@@ -73,7 +73,7 @@ class TeacherSettings:
 class TinyFluxProcess:
     """Times, noise, target, conditioning and losses of TinyFlux."""
 
-    uniforms = ("text_dropout", "lune_dropout", "sol_dropout")
+    uniforms = ("text_dropout", "lune_dropout", "sol_dropout", "guidance", "guidance_dropout")
 
     def __init__(self, objective: ObjectiveSection, teachers: TeacherSettings, text_mask: bool = False) -> None:
         self.objective, self.teachers, self.text_mask = objective, teachers, text_mask
@@ -110,6 +110,9 @@ class TinyFluxProcess:
             "t5": drop_conditioning(batch.tensors["t5_vec"], keep_text),
             "clip": drop_conditioning(batch.tensors["clip_l_pooler"], keep_text),
         }
+        low, high = settings.guidance_min, settings.guidance_max
+        inputs["guidance"] = low + (high - low) * uniforms["guidance"]
+        inputs["guidance_mask"] = uniforms["guidance_dropout"] >= settings.guidance_dropout
         if self.text_mask:
             inputs["text_mask"] = batch.tensors["t5_mask"].bool()
         if self.teachers.lune and "lune_features" in batch.tensors:
@@ -152,8 +155,20 @@ class TinyFluxProcess:
     def predict(
         self, model: nn.Module, noisy: Tensor, time_B: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Velocity in the layout of the latents [B, C, H, W], and the model's guesses of the teacher features."""
+        """Velocity in the layout of the latents [B, C, H, W], and the model's guesses of the teacher features.
+
+        A model that embeds guidance gets the middle of the trained range where none is given, as in drawing.
+        """
         height, width = noisy.shape[-2:]
+        guidance: dict[str, Any] = {}
+        bare: Any = getattr(model, "module", model)  # behind data parallelism
+        if bare.config.guidance_embeds:
+            middle = (self.objective.guidance_min + self.objective.guidance_max) / 2
+            given = inputs.get("guidance")
+            guidance = {
+                "guidance": torch.full_like(time_B, middle) if given is None else given,
+                "guidance_mask": inputs.get("guidance_mask"),
+            }
         lune, sol = inputs.get("lune"), inputs.get("sol")
         velocity, experts = model(
             pack_pixels(noisy),
@@ -169,6 +184,7 @@ class TinyFluxProcess:
             lune_mask=lune and lune["feed"],
             sol_mask=sol and sol["feed"],
             text_mask=inputs.get("text_mask"),
+            **guidance,
         )
         return unpack_pixels(velocity, height, width), experts
 

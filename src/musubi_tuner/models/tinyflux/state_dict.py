@@ -107,10 +107,6 @@ def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:
         CheckpointError: if there is no geometry and the shapes are not the published ones, or the numbers do not fit.
     """
     if file.config is not None:
-        if file.config.get("guidance_embeds"):
-            raise CheckpointError(
-                f"{file.path}: guidance_embeds is true; TinyFlux with a guidance embedder is not supported"
-            )
         try:
             return TinyFluxConfig.from_dict(file.config)
         except (TypeError, ValueError) as error:
@@ -161,4 +157,5 @@ def example_inputs(config: TinyFluxConfig, batch: int, height: int, width: int, 
         "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim),
         "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
         "timestep": torch.rand(batch),
+        **({"guidance": torch.rand(batch)} if config.guidance_embeds else {}),
     }
