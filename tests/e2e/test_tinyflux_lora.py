@@ -33,7 +33,7 @@ def train(
         copy_tree(caches, root / "cache")
         tables: dict[str, Any] = {
             "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(base)},
-            "adapter": {"type": "lora", "rank": 4, "alpha": 4.0},
+            "adapter": {"type": "lora", "preset": "full", "rank": 4, "alpha": 4.0},
             "ema": {"enabled": False, "decay": None},
             "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
             "optimizer": {"lr": 1e-2},

@@ -26,11 +26,17 @@ class AdapterTargets:
     Attributes:
         layers: block list -> names of the Linear layers in one of its blocks, in file order.
         exclude: regular expressions of whole module paths that get an adapter only when asked for.
+        kinds: name -> pattern (config/patterns.py) of the layers that adapter.kinds calls so; none = all are of one kind.
+        usual: kinds that are adapted unless adapter.kinds says otherwise.
+        presets: name -> key of [adapter] -> value.
         network_module: what musubi-tuner would call the module, for metadata.
     """
 
     layers: Mapping[str, tuple[str, ...]]
     exclude: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    usual: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     network_module: str
 
 

@@ -201,7 +201,8 @@ class Trainer:
         self.process = config.spec.load("make_process")(config, self.options)
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
         self.parameters = trainable(self.trained)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio)
+        rates = self.trained.parameter_rates() if isinstance(self.trained, AdapterSet) else None
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
         if self.swap is not None and not self.adapters:
             self.swap.watch(self.optimizer)
         self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.adapters import LoRALinear, attach, detach, load_adapter, merge, read_adapter, save_adapter
-from musubi_tuner.adapters.attach import AdapterSet, make_adapters, plan_adapters, target_paths
-from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.adapters.attach import AdapterSet, Plan, make_adapters, plan_adapters, target_paths
+from musubi_tuner.config.schema import AdapterSection, AdapterTarget
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import AdapterTargets
@@ -207,6 +207,35 @@ def test_ranks_and_alphas_by_pattern(model: Model) -> None:
     assert {(plan.rank, plan.alpha) for plan in zero} == {(4, 4.0)}
 
 
+def test_targets_set_sizes_rates_and_layers(model: Model) -> None:
+    own = section(
+        depth=2,
+        rank_patterns={r"blocks\.2\..*": 6},
+        targets=[
+            AdapterTarget(pattern="blocks.[0,2].first", alpha=3.0, depth=1),
+            AdapterTarget(pattern="blocks.[2].*", lr_scale=0.5, dropout=0.25, weight_decay=0.0),
+            AdapterTarget(pattern="blocks.1.second", enabled=True, rank=2),
+            AdapterTarget(pattern="blocks.1.first", enabled=False),
+        ],
+    )
+    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, own)
+    assert plans == [
+        Plan("blocks.0.first", 4, 3.0),
+        Plan("blocks.1.second", 4, 4.0),
+        Plan("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0),
+    ]
+    adapters = make_adapters(model, plans, own)
+    assert {path: adapter.dropout for path, adapter in adapters.items()}["blocks.2.first"] == 0.25
+    assert adapters.parameter_rates()["lora_unet_blocks_2_first.lora_up.weight"] == (0.5, 0.0)
+
+
+def test_target_that_matches_nothing(model: Model) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter.targets: '\*.first' matches no layer.*such as blocks.0.first; \* is one"
+    ):
+        paths(model, targets=[AdapterTarget(pattern="*.first", rank=2)])
+
+
 @pytest.mark.parametrize("key", ["exclude", "include", "only"])
 def test_pattern_that_matches_nothing(key: str, model: Model) -> None:
     with pytest.raises(ConfigError, match=rf"adapter.{key}: 'first' matches no layer"):
@@ -223,7 +252,18 @@ def test_targets_of_tinyflux_exist() -> None:
     model = TinyFluxDeep(TinyFluxConfig(hidden_size=32, num_attention_heads=2, attention_head_dim=16,
                                         axes_dims_rope=(4, 6, 6), num_double_layers=2, num_single_layers=3))  # fmt: skip
     plans = plan_adapters(target_paths(model, targets), targets, section())
-    assert len(plans) == 4 * 2 + 4 * 3
+    assert [plan.path.partition(".")[2] for plan in plans[:4]] == [
+        "0.attn.qkv",
+        "0.attn.out_proj",
+        "0.mlp.fc1",
+        "0.mlp.fc2",
+    ]
+    assert len(plans) == 4 * 3
+    everything = plan_adapters(target_paths(model, targets), targets, section(kinds=list(targets.kinds)))
+    assert len(everything) == 10 * 2 + 5 * 3
+    assert {plan.path for plan in everything} == {
+        path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks." in path
+    }
     assert len(make_adapters(model, plans, section()).state_dict()) == 3 * len(plans)
 
 
