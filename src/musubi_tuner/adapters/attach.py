@@ -124,6 +124,12 @@ class AdapterSet(nn.Module):
     """The adapters of a model by file name, and the layers they are on.
 
     The state dict has the keys of the file: ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+
+    Attached, the changes can be merged into the weights, which saves their time while drawing. The weights from before are kept
+    beside and put back, so merging and unmerging leaves every bit as it was. While merged, nothing is trained.
+
+    Attributes:
+        multiplier: strength of all changes. enabled: whether they count at all.
     """
 
     def __init__(
@@ -135,6 +141,8 @@ class AdapterSet(nn.Module):
             rates: path -> factor of the learning rate, and weight decay (None = the optimizer's); absent = 1 and None.
         """
         super().__init__()
+        self.multiplier, self.enabled = 1.0, True
+        self._kept: dict[str, tuple[nn.Module, Tensor]] = {}
         self.paths = {file_name(path): path for path in adapters}
         self.rates = {file_name(path): rate for path, rate in (rates or {}).items()}
         for path, adapter in adapters.items():
@@ -153,9 +161,56 @@ class AdapterSet(nn.Module):
         }
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Strength of all changes; 0 turns them off."""
-        for _, adapter in self.items():
-            adapter.multiplier = multiplier
+        """Strength of all changes: the factor of their alpha / rank; 0 turns them off."""
+        self.multiplier = multiplier
+        self._apply_strength()
+
+    def enable(self, on: bool = True) -> None:
+        """Let the changes count or not; their strength is remembered."""
+        self.enabled = on
+        self._apply_strength()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the changes are in the weights."""
+        return bool(self._kept)
+
+    def merge(self, model: nn.Module) -> None:
+        """Add the changes to the weights of the model that they are attached to, in float32, rounded once.
+
+        Raises:
+            RuntimeError: if they are attached to another model, or merged already.
+            ConfigError: naming a layer whose weight is quantised, or streamed from main memory.
+        """
+        if getattr(model, "adapters", None) is not self:
+            raise RuntimeError("these adapters are not attached to this model; attach them first")
+        if self.merged:
+            raise RuntimeError("the adapters are merged already; unmerge them first")
+        layers = {path: model.get_submodule(path) for path, _ in self.items()}
+        self._kept = {path: (layer, _mergeable(layer, path)) for path, layer in layers.items()}
+        self._apply_strength()
+
+    def unmerge(self) -> None:
+        """Put the weights back that were there before `merge`.
+
+        Raises:
+            RuntimeError: if nothing is merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the adapters are not merged")
+        for layer, weight in self._kept.values():
+            _set_weight(layer, weight)
+        self._kept = {}
+        self._apply_strength()
+
+    @torch.no_grad()
+    def _apply_strength(self) -> None:
+        for path, adapter in self.items():
+            adapter.multiplier, adapter.active = self.multiplier, self.enabled and not self.merged
+            if self.merged:
+                layer, weight = self._kept[path]
+                changed = (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
+                _set_weight(layer, changed if self.enabled else weight)
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
@@ -167,6 +222,29 @@ class AdapterSet(nn.Module):
             "max_norm/average_key_norm": norms.mean(),
             "max_norm/max_key_norm": norms.max(),
         }
+
+
+def _mergeable(layer: nn.Module, path: str) -> Tensor:
+    """The weight of a layer that a change can be added to."""
+    if isinstance(layer, FrozenLinear):
+        if layer.storage != "plain" or layer.stored is None or layer.residence is not None:
+            how = f"stored as {layer.storage}" if layer.storage != "plain" else "streamed from main memory"
+            raise ConfigError(
+                f"adapter: {path} is {how}, so nothing can be added to its weight; keep the adapter attached, or merge its file "
+                "before the weights are stored (adapter.merge)"
+            )
+        return layer.stored
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.data
+
+
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    if isinstance(layer, FrozenLinear):
+        layer.stored = weight
+    else:
+        assert isinstance(layer.weight, nn.Parameter)
+        layer.weight.data = weight
 
 
 def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection, seed: int = 0) -> AdapterSet:
@@ -216,6 +294,8 @@ class _Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         out = super().forward(x)
+        if not self.adapter.active:
+            return out
         return (out + self.adapter(x)).to(out.dtype)
 
 
@@ -225,7 +305,7 @@ def _adapted(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def detach(model: nn.Module) -> AdapterSet:
-    """Take the adapters off; the model is as before they were attached.
+    """Take the adapters off, unmerging them first; the model is as before they were attached.
 
     Raises:
         RuntimeError: if there are none.
@@ -233,6 +313,8 @@ def detach(model: nn.Module) -> AdapterSet:
     adapters = getattr(model, "adapters", None)
     if not isinstance(adapters, AdapterSet):
         raise RuntimeError("the model has no adapters")
+    if adapters.merged:
+        adapters.unmerge()
     for path, _ in adapters.items():
         layer: Any = model.get_submodule(path)
         layer.__class__ = type(layer).__bases__[1]

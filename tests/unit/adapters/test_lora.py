@@ -13,6 +13,7 @@ from musubi_tuner.adapters import LoRALinear, attach, detach, load_adapter, merg
 from musubi_tuner.adapters.attach import AdapterSet, Plan, make_adapters, plan_adapters, target_paths
 from musubi_tuner.config.schema import AdapterSection, AdapterTarget
 from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
@@ -113,6 +114,85 @@ def test_merged_equals_attached(multiplier: float, model: Model) -> None:
     report = merge(model, adapters.state_dict(), TARGETS, multiplier)
     assert torch.allclose(model(X), expected, atol=1e-5)
     assert report.layers == 3 and report.ratio > 0.1 and report.skipped == []
+
+
+def test_disabled_changes_nothing_and_keeps_its_strength(model: Model) -> None:
+    before = model(X)
+    adapters = made(model)
+    attach(model, adapters)
+    adapters.set_multiplier(0.5)
+    half = model(X)
+    adapters.enable(False)
+    assert torch.equal(model(X), before)
+    adapters.enable()
+    assert torch.equal(model(X), half) and not torch.equal(half, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_and_unmerging_a_live_model_leaves_every_bit(dtype: torch.dtype, model: Model) -> None:
+    model.to(dtype)
+    x = X.to(dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapters = made(model)
+    attach(model, adapters)
+    attached = model(x)
+    adapters.merge(model)
+    layer, adapter = model.blocks[0].first, dict(adapters.items())["blocks.0.first"]
+    assert torch.equal(layer.weight, (before["blocks.0.first.weight"].float() + adapter.delta()).to(dtype))
+    assert torch.allclose(model(x), attached, atol=1e-5 if dtype == torch.float32 else 0.1)
+    with pytest.raises(RuntimeError, match="merged already"):
+        adapters.merge(model)
+    adapters.unmerge()
+    assert torch.equal(model(x), attached)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+    with pytest.raises(RuntimeError, match="are not merged"):
+        adapters.unmerge()
+
+
+def test_strength_acts_on_merged_changes(model: Model) -> None:
+    plain = model(X)
+    adapters = made(model)
+    attach(model, adapters)
+    adapters.set_multiplier(0.5)
+    half = model(X)
+    adapters.set_multiplier(1.0)
+    adapters.merge(model)
+    adapters.set_multiplier(0.5)
+    assert torch.allclose(model(X), half, atol=1e-5)
+    adapters.enable(False)
+    assert torch.equal(model(X), plain)
+    adapters.enable()
+    assert torch.allclose(model(X), half, atol=1e-5)
+
+
+def test_detaching_unmerges_first(model: Model) -> None:
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapters = made(model)
+    with pytest.raises(RuntimeError, match="not attached to this model"):
+        adapters.merge(model)
+    attach(model, adapters)
+    adapters.merge(model)
+    detach(model)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert not adapters.merged and type(model.blocks[0].first) is nn.Linear
+
+
+@pytest.mark.parametrize("storage", ["plain", "fp8_scaled", "int8"])
+def test_merging_into_frozen_layers(storage: Any, model: Model) -> None:
+    freeze_layers(model, Freeze(storage, ".*", plain=".*" if storage == "plain" else None))
+    adapters = made(model)
+    attach(model, adapters)
+    attached = model(X)
+    if storage != "plain":
+        with pytest.raises(ConfigError, match=f"blocks.0.first is stored as {storage}, so nothing can be added"):
+            adapters.merge(model)
+        assert torch.equal(model(X), attached)
+        return
+    adapters.merge(model)
+    assert torch.allclose(model(X), attached, atol=1e-5)
+    detach(model)
+    attach(model, adapters)
+    assert torch.equal(model(X), attached)
 
 
 def test_adapters_are_float32_on_any_base(model: Model) -> None:
