@@ -102,7 +102,7 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
         p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
     }
     found["micro-batches per update"] = processes * config.train.grad_accum_steps
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
 
 
 def default_settings() -> dict[str, Any]:
