@@ -3,7 +3,8 @@
     python -m musubi_tuner.convert_lora --input cat.safetensors --output cat_comfy.safetensors --target comfyui
     python -m musubi_tuner.convert_lora --input peft.safetensors --output cat.safetensors --target musubi
 
-Targets: musubi (the same as kohya, sd-scripts; musubi-tuner calls it "default"), comfyui (musubi-tuner: "other"), diffusers.
+Targets: musubi (the same as kohya, sd-scripts; musubi-tuner calls it "default"), comfyui (musubi-tuner: "other"), diffusers, and
+published: the form of a family's own trainer (TinyFlux v4.2), whose alphas stand in the header.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from typing import Literal
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
 
-TARGETS: dict[str, Literal["musubi", "comfyui", "diffusers"]] = {"musubi": "musubi", "kohya": "musubi", "default": "musubi", "comfyui": "comfyui", "other": "comfyui",
-           "diffusers": "diffusers"}  # fmt: skip
+TARGETS: dict[str, Literal["musubi", "comfyui", "diffusers", "published"]] = {"musubi": "musubi", "kohya": "musubi", "default": "musubi", "comfyui": "comfyui", "other": "comfyui",
+           "diffusers": "diffusers", "published": "published"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def _main(arguments: Sequence[str]) -> int:
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
     exit_on_terminate()
-    from musubi_tuner.adapters.convert import convert
+    from musubi_tuner.adapters.convert import convert, to_published
     from musubi_tuner.adapters.files import read_adapter, save_adapter
     from musubi_tuner.models.registry import MODELS
 
@@ -46,8 +47,12 @@ def _main(arguments: Sequence[str]) -> int:
     for key in file.skipped:
         print(f"left out: {key} (text encoder)")
     target = TARGETS[options.target]
-    tensors = convert(file.tensors, target, arch=file.spec.code, prefix=f"{options.diffusers_prefix}.")
-    save_adapter(output, tensors, {"ss_base_model_version": file.spec.full_name, **file.metadata})
+    header: dict[str, str] = {}
+    if target == "published":
+        tensors, header = to_published(file.tensors, file.spec)
+    else:
+        tensors = convert(file.tensors, target, arch=file.spec.code, prefix=f"{options.diffusers_prefix}.")
+    save_adapter(output, tensors, {"ss_base_model_version": file.spec.full_name, **file.metadata, **header})
     print(f"{output}: {len(tensors)} tensors under {target} names, for {file.spec.title}")
     return EXIT_OK
 

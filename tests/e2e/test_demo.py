@@ -138,7 +138,12 @@ def test_drawing_works_with_the_checkpoint_of_the_demo(demo: Demo, python: Calla
 
 
 def test_the_project_has_the_run_files_that_the_readme_names() -> None:
-    assert {path.name for path in RUN_FILES} >= {"demo.toml", "tinyflux.toml", "tinyflux_scratch.toml"}
+    assert {path.name for path in RUN_FILES} >= {
+        "demo.toml",
+        "tinyflux.toml",
+        "tinyflux_lora.toml",
+        "tinyflux_scratch.toml",
+    }
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)

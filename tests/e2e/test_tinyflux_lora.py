@@ -33,7 +33,7 @@ def train(
         copy_tree(caches, root / "cache")
         tables: dict[str, Any] = {
             "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(base)},
-            "adapter": {"type": "lora", "rank": 4, "alpha": 4.0},
+            "adapter": {"type": "lora", "preset": "full", "rank": 4, "alpha": 4.0},
             "ema": {"enabled": False, "decay": None},
             "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
             "optimizer": {"lr": 1e-2},
@@ -89,3 +89,21 @@ def test_quantised_base(storage: str, train: Callable[..., Path]) -> None:
     plain, quantised = metrics(train("plain")), metrics(train("small", memory={"base_storage": storage}))
     assert plain[0]["loss/main"] != quantised[0]["loss/main"]
     assert max(abs(a["loss/main"] / b["loss/main"] - 1) for a, b in zip(plain, quantised)) < 0.1
+
+
+def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[..., Path]) -> None:
+    adapter = {
+        "type": "lora", "kinds": ["single_attn", "double_mlp", "modulation"], "rank": 2, "alpha": 2.0,
+        "targets": [
+            {"pattern": "single_blocks.[0-1].**", "rank": 3, "depth": 2},
+            {"pattern": "**.linear", "lr_scale": 0.0},
+            {"pattern": "double_blocks.2.**", "enabled": False},
+        ],
+    }  # fmt: skip
+    tensors = lora(train("mixed", adapter=adapter, memory={"base_storage": "fp8_scaled", "blocks_to_swap": 3}))
+    assert len(tensors) == 3 * (2 * (4 + 2) + 4 * 3)
+    ranks = {key.removesuffix(".lora_down.weight"): len(t) for key, t in tensors.items() if "lora_down" in key}
+    assert ranks["lora_unet_single_blocks_1_attn_qkv"] == 6 and ranks["lora_unet_single_blocks_2_attn_qkv"] == 2
+    for key, tensor in tensors.items():
+        if key.endswith("lora_up.weight"):
+            assert bool((tensor != 0).any()) is not key.endswith("linear.lora_up.weight"), key

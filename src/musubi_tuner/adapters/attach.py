@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.lora import LoRALinear
+from musubi_tuner.config.patterns import LayerSettings, matches, resolve
 from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
@@ -41,18 +42,27 @@ def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rank and alpha of one adapted layer."""
+    """One adapted layer.
+
+    Attributes:
+        lr_scale: factor of the learning rate. weight_decay: None = that of the optimizer.
+    """
 
     path: str
     rank: int
     alpha: float
+    lr_scale: float = 1.0
+    dropout: float = 0.0
+    weight_decay: float | None = None
 
 
 def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSection) -> list[Plan]:
     """Which layers get an adapter, and of what size.
 
     As in musubi-tuner, patterns must match whole paths, a user's ``exclude`` replaces the family's (unless
-    ``keep_default_excludes``), and ``include`` rescues what was excluded; ``only`` restricts.
+    ``keep_default_excludes``), and ``include`` rescues what was excluded; ``only`` restricts. A layer of a kind that is not
+    adapted counts as excluded. A target with ``enabled = true`` rescues as well. Sizes: [adapter], then its patterns of
+    ranks and alphas, then its targets.
 
     Raises:
         ConfigError: for a pattern that matches nothing, or when no layer is left.
@@ -69,19 +79,41 @@ def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSe
                 raise ConfigError(
                     f"adapter.{key}: {expression!r} matches no layer. Patterns must match a whole path, such as {paths[0]}"
                 )
+    # A preset is made for one depth; what it says of blocks that a smaller model lacks is no mistake.
+    preset = targets.presets.get(settings.preset or "", {}).get("targets", [])
+    own_targets = {target.pattern for target in settings.targets} - {target["pattern"] for target in preset}
+    for pattern in own_targets:
+        if not any(matches(pattern, path) for path in paths):
+            raise ConfigError(
+                f"adapter.targets: {pattern!r} matches no layer. Patterns must match a whole path, such as {paths[0]}; "
+                "* is one part of it, ** any number"
+            )
+    kinds = [targets.kinds[kind] for kind in (targets.usual if settings.kinds is None else settings.kinds)]
     plans = []
     for path in paths:
-        excluded = _any_match([*excludes, ALWAYS_EXCLUDED], path) and not _any_match(settings.include, path)
-        if excluded or (settings.only and not _any_match(settings.only, path)):
+        of_kind = any(matches(kind, path) for kind in kinds)
+        unwanted = not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path))
+        excluded = (unwanted or _any_match(excludes, path)) and not _any_match(settings.include, path)
+        layer, asked = layer_settings(path, settings)
+        if (excluded and not asked) or (settings.only and not _any_match(settings.only, path)):
             continue
-        rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), settings.rank)
-        default_alpha = settings.alpha if settings.alpha is not None else settings.rank / 2
-        alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), default_alpha)
-        if rank:
-            plans.append(Plan(path, rank, alpha or rank))
+        if layer.enabled and layer.rank:
+            rank, alpha = layer.folded
+            plans.append(Plan(path, rank, alpha, layer.lr_scale, layer.dropout, layer.weight_decay))
     if not plans:
-        raise ConfigError("adapter: no layer is left to adapt; look at adapter.exclude, only and rank_patterns")
+        raise ConfigError(
+            "adapter: no layer is left to adapt; look at adapter.kinds, exclude, only, rank_patterns and targets"
+        )
     return plans
+
+
+def layer_settings(path: str, settings: AdapterSection) -> tuple[LayerSettings, bool]:
+    """What [adapter] says about a layer, and whether a target asks for it."""
+    rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), settings.rank)
+    default_alpha = settings.alpha if settings.alpha is not None else settings.rank / 2
+    alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), default_alpha)
+    base = LayerSettings(rank, alpha, settings.lr_scale, settings.depth, settings.dropout)
+    return resolve(path, base, [(target.pattern, target.fields()) for target in settings.targets])
 
 
 def _any_match(expressions: list[str], path: str) -> bool:
@@ -92,11 +124,27 @@ class AdapterSet(nn.Module):
     """The adapters of a model by file name, and the layers they are on.
 
     The state dict has the keys of the file: ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+
+    Attached, the changes can be merged into the weights, which saves their time while drawing. The weights from before are kept
+    beside and put back, so merging and unmerging leaves every bit as it was. While merged, nothing is trained.
+
+    Attributes:
+        multiplier: strength of all changes. enabled: whether they count at all.
     """
 
-    def __init__(self, adapters: Mapping[str, LoRALinear]) -> None:
+    def __init__(
+        self, adapters: Mapping[str, LoRALinear], rates: Mapping[str, tuple[float, float | None]] | None = None
+    ) -> None:
+        """Collect adapters.
+
+        Args:
+            rates: path -> factor of the learning rate, and weight decay (None = the optimizer's); absent = 1 and None.
+        """
         super().__init__()
+        self.multiplier, self.enabled = 1.0, True
+        self._kept: dict[str, tuple[nn.Module, Tensor]] = {}
         self.paths = {file_name(path): path for path in adapters}
+        self.rates = {file_name(path): rate for path, rate in (rates or {}).items()}
         for path, adapter in adapters.items():
             self.add_module(file_name(path), adapter)
 
@@ -106,10 +154,63 @@ class AdapterSet(nn.Module):
             assert isinstance(adapter, LoRALinear)
             yield self.paths[name], adapter
 
+    def parameter_rates(self) -> dict[str, tuple[float, float | None]]:
+        """Parameter name -> factor of its learning rate, and its weight decay (None = the optimizer's)."""
+        return {
+            name: self.rates.get(name.partition(".")[0], (1.0, None)) for name, parameter in self.named_parameters()
+        }
+
     def set_multiplier(self, multiplier: float) -> None:
-        """Strength of all changes; 0 turns them off."""
-        for _, adapter in self.items():
-            adapter.multiplier = multiplier
+        """Strength of all changes: the factor of their alpha / rank; 0 turns them off."""
+        self.multiplier = multiplier
+        self._apply_strength()
+
+    def enable(self, on: bool = True) -> None:
+        """Let the changes count or not; their strength is remembered."""
+        self.enabled = on
+        self._apply_strength()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the changes are in the weights."""
+        return bool(self._kept)
+
+    def merge(self, model: nn.Module) -> None:
+        """Add the changes to the weights of the model that they are attached to, in float32, rounded once.
+
+        Raises:
+            RuntimeError: if they are attached to another model, or merged already.
+            ConfigError: naming a layer whose weight is quantised, or streamed from main memory.
+        """
+        if getattr(model, "adapters", None) is not self:
+            raise RuntimeError("these adapters are not attached to this model; attach them first")
+        if self.merged:
+            raise RuntimeError("the adapters are merged already; unmerge them first")
+        layers = {path: model.get_submodule(path) for path, _ in self.items()}
+        self._kept = {path: (layer, _mergeable(layer, path)) for path, layer in layers.items()}
+        self._apply_strength()
+
+    def unmerge(self) -> None:
+        """Put the weights back that were there before `merge`.
+
+        Raises:
+            RuntimeError: if nothing is merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the adapters are not merged")
+        for layer, weight in self._kept.values():
+            _set_weight(layer, weight)
+        self._kept = {}
+        self._apply_strength()
+
+    @torch.no_grad()
+    def _apply_strength(self) -> None:
+        for path, adapter in self.items():
+            adapter.multiplier, adapter.active = self.multiplier, self.enabled and not self.merged
+            if self.merged:
+                layer, weight = self._kept[path]
+                changed = (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
+                _set_weight(layer, changed if self.enabled else weight)
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
@@ -123,6 +224,29 @@ class AdapterSet(nn.Module):
         }
 
 
+def _mergeable(layer: nn.Module, path: str) -> Tensor:
+    """The weight of a layer that a change can be added to."""
+    if isinstance(layer, FrozenLinear):
+        if layer.storage != "plain" or layer.stored is None or layer.residence is not None:
+            how = f"stored as {layer.storage}" if layer.storage != "plain" else "streamed from main memory"
+            raise ConfigError(
+                f"adapter: {path} is {how}, so nothing can be added to its weight; keep the adapter attached, or merge its file "
+                "before the weights are stored (adapter.merge)"
+            )
+        return layer.stored
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.data
+
+
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    if isinstance(layer, FrozenLinear):
+        layer.stored = weight
+    else:
+        assert isinstance(layer.weight, nn.Parameter)
+        layer.weight.data = weight
+
+
 def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection, seed: int = 0) -> AdapterSet:
     """Untrained adapters for the layers of a plan; each layer's start depends on the seed and its path alone."""
     adapters = {}
@@ -132,13 +256,13 @@ def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection,
             *_features(layer, plan.path),
             plan.rank,
             plan.alpha,
-            dropout=settings.dropout,
+            dropout=plan.dropout,
             rank_dropout=settings.rank_dropout,
             module_dropout=settings.module_dropout,
         )
         adapter.initialize(generator(seed, "adapter", plan.path))
         adapters[plan.path] = adapter
-    return AdapterSet(adapters)
+    return AdapterSet(adapters, {plan.path: (plan.lr_scale, plan.weight_decay) for plan in plans})
 
 
 def _features(layer: nn.Module, path: str) -> tuple[int, int]:
@@ -170,6 +294,8 @@ class _Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         out = super().forward(x)
+        if not self.adapter.active:
+            return out
         return (out + self.adapter(x)).to(out.dtype)
 
 
@@ -179,7 +305,7 @@ def _adapted(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def detach(model: nn.Module) -> AdapterSet:
-    """Take the adapters off; the model is as before they were attached.
+    """Take the adapters off, unmerging them first; the model is as before they were attached.
 
     Raises:
         RuntimeError: if there are none.
@@ -187,6 +313,8 @@ def detach(model: nn.Module) -> AdapterSet:
     adapters = getattr(model, "adapters", None)
     if not isinstance(adapters, AdapterSet):
         raise RuntimeError("the model has no adapters")
+    if adapters.merged:
+        adapters.unmerge()
     for path, _ in adapters.items():
         layer: Any = model.get_submodule(path)
         layer.__class__ = type(layer).__bases__[1]

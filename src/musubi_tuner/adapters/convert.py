@@ -3,8 +3,9 @@
     musubi     lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight / .lora_up.weight / .alpha      (kohya is the same)
     comfyui    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight / .lora_B.weight             no alpha
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight / .lora_B.weight               no alpha, layers split
+    published  double_blocks_0_attn_img_qkv.lora_A / .lora_B, of a family's own trainer                 alpha in the header
 
-Where there is no alpha, its factor alpha / rank is folded into the matrices: the square root of its size into both, its
+Published files are read and written by the family (models/<family>/lora.py). Elsewhere, where there is no alpha, its factor alpha / rank is folded into the matrices: the square root of its size into both, its
 sign into B. Paths are restored through the family's list of layers, never guessed from underscores.
 
 Layers that our models fuse (q, k, v; the first projection of single blocks) are split for diffusers: A is the same for
@@ -24,8 +25,9 @@ from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 
-Naming = Literal["musubi", "kohya", "diffusers", "comfyui"]
-NAMINGS: tuple[Naming, ...] = ("musubi", "kohya", "diffusers", "comfyui")
+Naming = Literal["musubi", "kohya", "diffusers", "comfyui", "published"]
+NAMINGS: tuple[Naming, ...] = ("musubi", "kohya", "diffusers", "comfyui", "published")
+_PUBLISHED = re.compile(r".*\.lora_[AB](\.\d+)?")
 MUSUBI_PREFIX = "lora_unet_"
 PATH_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 _SUFFIXES = {
@@ -38,8 +40,10 @@ Pair = dict[str, Tensor]
 
 
 def detect(keys: Iterable[str]) -> str | None:
-    """musubi, comfyui or diffusers; None if the keys are no LoRA's."""
+    """musubi, comfyui, diffusers or published; None if the keys are no LoRA's."""
     keys = list(keys)
+    if any(_PUBLISHED.fullmatch(key) for key in keys):
+        return "published"
     if keys and all(key.startswith(MUSUBI_PREFIX) for key in keys):
         return "musubi"
     if not keys or not any(key.endswith(tuple(_SUFFIXES)) for key in keys):
@@ -48,13 +52,18 @@ def detect(keys: Iterable[str]) -> str | None:
 
 
 def convert(
-    state_dict: Mapping[str, Tensor], to: Naming, *, arch: str | None = None, prefix: str = "diffusion_model."
+    state_dict: Mapping[str, Tensor],
+    to: Naming,
+    *,
+    arch: str | None = None,
+    prefix: str = "diffusion_model.",
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """A LoRA under other names; its weight changes stay the same.
 
     Args:
         state_dict: in any of the namings.
-        to: ``musubi`` (``kohya`` is the same), ``comfyui`` or ``diffusers``.
+        to: ``musubi`` (``kohya`` is the same), ``comfyui``, ``diffusers`` or ``published``, whose alphas `to_published` gives.
         arch: family; absent = the one whose layers the names fit.
         prefix: of ``comfyui`` names.
 
@@ -63,14 +72,54 @@ def convert(
     """
     if to not in NAMINGS:
         raise ValueError(f"unknown naming '{to}'; known: {', '.join(NAMINGS)}")
+    if detect(state_dict) == "published":
+        state_dict = from_published(state_dict, metadata or {}, MODELS[arch] if arch else None)
     spec = MODELS[arch] if arch else family_of(state_dict)
     tensors = to_musubi(state_dict, spec)
     if to in ("musubi", "kohya"):
         return tensors
+    if to == "published":
+        return to_published(tensors, spec)[0]
     paths = layer_paths(tensors, spec)
     if to == "comfyui":
         return _to_paths({path: _folded(pair) for path, pair in _pairs(tensors, paths).items()}, prefix)
     return _to_paths(_split_for_diffusers(_pairs(tensors, paths), spec), "transformer.")
+
+
+def from_published(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: ModelSpec | None = None
+) -> dict[str, Tensor]:
+    """A file of a family's own trainer under musubi names; its layers are not checked.
+
+    Args:
+        metadata: header of the file, in which alpha stands. spec: the family; absent = the one that has such files.
+
+    Raises:
+        CheckpointError: if the family has none, or the file cannot be used.
+    """
+    for family in [spec] if spec else [MODELS[code] for code in MODELS]:
+        try:
+            read = family.load("read_published_lora")
+        except AttributeError:
+            continue
+        return dict(read(tensors, metadata))
+    raise CheckpointError(
+        f"keys such as {next(iter(tensors))} are of no LoRA for {spec.title if spec else 'any family'}"
+    )
+
+
+def to_published(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA under musubi names as the family's own trainer stores it: tensors and header.
+
+    Raises:
+        CheckpointError: if there is no such form, or it lacks some of the layers.
+    """
+    try:
+        write = spec.load("write_published_lora")
+    except AttributeError:
+        raise CheckpointError(f"{spec.title} has no published trainer with names of its own") from None
+    found: tuple[dict[str, Tensor], dict[str, str]] = write(tensors)
+    return found
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> ModelSpec:
@@ -102,7 +151,7 @@ def layer_paths(tensors: Iterable[str], spec: ModelSpec) -> dict[str, str]:
         module = key.partition(".")[0]
         if module in known:
             continue
-        path = _path_of(module.removeprefix(MUSUBI_PREFIX), spec)
+        path = layer_path(module.removeprefix(MUSUBI_PREFIX), spec)
         if path is None or not module.startswith(MUSUBI_PREFIX):
             strange.append(key)
         else:
@@ -112,7 +161,8 @@ def layer_paths(tensors: Iterable[str], spec: ModelSpec) -> dict[str, str]:
     return known
 
 
-def _path_of(underscored: str, spec: ModelSpec) -> str | None:
+def layer_path(underscored: str, spec: ModelSpec) -> str | None:
+    """Path of a layer from its name without dots; None if the family has no such layer."""
     for blocks, layers in spec.adapters.layers.items():
         match = re.fullmatch(rf"{blocks}_(\d+)_(.+)", underscored)
         layer = match and next((layer for layer in layers if layer.replace(".", "_") == match[2]), None)
@@ -141,7 +191,7 @@ def to_musubi(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tenso
     converted: dict[str, Tensor] = {}
     for path, pair in pairs.items():
         name = MUSUBI_PREFIX + path.replace(".", "_")
-        if _path_of(path.replace(".", "_"), spec) != path:
+        if layer_path(path.replace(".", "_"), spec) != path:
             strange.append(path)
             continue
         if set(pair) - {"alpha"} != {"down", "up"}:

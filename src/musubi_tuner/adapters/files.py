@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
-from musubi_tuner.adapters.convert import detect, family_of, to_musubi
+from musubi_tuner.adapters.convert import detect, family_of, from_published, to_musubi
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import replace_file
 from musubi_tuner.models.checkpoints import find_weights, read_weights
@@ -81,17 +81,21 @@ def read_adapter(
     if spec is not None and stated is not None and stated.code != spec.code:
         raise CheckpointError(f"{path}: is an adapter for {stated.title}, this run is {spec.title}")
     try:
+        if detect(own) == "published":
+            own = from_published(own, file.metadata, spec or stated)
         own |= stored_alphas(own, path, file.metadata)
         family = spec or stated or family_of(own)
         if ignore_unmatched:
             own, unmatched = split_unmatched(own, family)
             skipped += unmatched
-        metadata = {key: value for key, value in file.metadata.items() if key != PEFT_HEADER}
+        metadata = {key: value for key, value in file.metadata.items() if key not in (PEFT_HEADER, *PUBLISHED_HEADER)}
         return AdapterFile(path, to_musubi(own, family), metadata, family, skipped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+PUBLISHED_HEADER = ("config_json", "num_adapters")
+"""Header entries that describe a file of a family's own trainer; what they say is in the tensors once it is read."""
 PEFT_HEADER = "lora_adapter_metadata"
 """Header entry in which diffusers keeps what peft keeps in adapter_config.json: ranks and alphas."""
 

@@ -20,6 +20,9 @@ class LoRALinear(nn.Module):
         rank: 1 or more. alpha: 0 counts as the rank.
         dropout: share of rank activations dropped. rank_dropout: share of ranks dropped per sample, the rest scaled up.
         module_dropout: probability that the whole change is skipped in a call. All of them only while training.
+
+    Attributes:
+        multiplier: see above. active: whether the layer adds its change; see `AdapterSet`.
     """
 
     alpha: Tensor
@@ -38,7 +41,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}, it must be at least 1")
-        self.rank, self.multiplier = rank, 1.0
+        self.rank, self.multiplier, self.active = rank, 1.0, True
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.lora_down = nn.Linear(in_features, rank, bias=False, dtype=torch.float32)
         self.lora_up = nn.Linear(rank, out_features, bias=False, dtype=torch.float32)

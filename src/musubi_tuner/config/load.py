@@ -65,7 +65,7 @@ class RunConfig(RunFile):
 
     @property
     def origins(self) -> dict[str, str]:
-        """Dotted key -> default, arch, file or cli."""
+        """Dotted key -> default, arch, preset, file or cli."""
         return self._origins
 
     @property
@@ -277,6 +277,14 @@ def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpe
 
 
 def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, str]) -> None:
+    """Fill in what a preset says, then what the family says."""
+    adapter = values.get("adapter")
+    preset = adapter.get("preset") if isinstance(adapter, dict) else None
+    if isinstance(adapter, dict) and isinstance(preset, str):
+        for name, value in spec.adapters.presets.get(preset, {}).items():
+            if name not in adapter:
+                adapter[name] = value
+                origins[f"adapter.{name}"] = "preset"
     for key, value in spec.defaults.items():
         section, name = key.split(".")
         table = values.setdefault(section, {})
@@ -307,12 +315,18 @@ def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
     by_key = {parameter.key: parameter for parameter in parameters()}
     key = ".".join(location[:2])
     parameter = by_key.get(key)
+    if item["type"] == "missing" and len(location) == 4:
+        return Diagnostic("error", f"{key}[{location[2]}]", f"has no {location[3]}")
     if item["type"] == "missing":
         return Diagnostic("error", key, f"is required. {parameter.help if parameter else ''}".strip())
     if item["type"] == "extra_forbidden":
         return Diagnostic("error", ".".join(location), _unknown_key(location, item["input"], spec))
     if parameter is None:
         return Diagnostic("error", key, f"is {item['input']!r}, expected a table")
+    nested = [part for part in get_args(parameter.field.annotation) if isinstance(part, type)]
+    if len(location) == 4 and nested and issubclass(nested[0], Section):
+        parameter = Parameter(f"{key}[{location[2]}]", location[3], nested[0].model_fields[location[3]])
+        key = parameter.key
     value = "***" if parameter.extra("secret") else repr(item["input"])
     return Diagnostic("error", key, f"is {value}, expected {_expected(parameter)}{_suggest(parameter, item['input'])}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.config.paths import is_hub_id, is_repository
+from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.errors import ConfigError
@@ -106,9 +107,15 @@ def _adapter(config: RunConfig) -> list[Diagnostic]:
     if adapter.rank_from_weights and adapter.init_from is None:
         found.append(_error("adapter.rank_from_weights", "needs adapter.init_from, the file whose ranks are taken"))
     if adapter.rank_from_weights:
-        for key in ("adapter.rank", "adapter.alpha", "adapter.rank_patterns", "adapter.alpha_patterns"):
+        sizes = ("preset", "kinds", "rank", "alpha", "depth", "rank_patterns", "alpha_patterns")
+        for key in (f"adapter.{name}" for name in sizes):
             if key in config.set_keys():
                 found.append(Diagnostic("warning", key, "has no effect because adapter.rank_from_weights is true"))
+        for index, target in enumerate(adapter.targets if "adapter.targets" in config.set_keys() else []):
+            found += [
+                Diagnostic("warning", f"adapter.targets[{index}].{name}", "has no effect because adapter.rank_from_weights is true")
+                for name in ("rank", "alpha", "depth", "enabled") if name in target.fields()
+            ]  # fmt: skip
     if adapter.merge_multipliers and len(adapter.merge_multipliers) != len(adapter.merge):
         found.append(
             _error(
@@ -120,6 +127,7 @@ def _adapter(config: RunConfig) -> list[Diagnostic]:
         found.append(
             Diagnostic("warning", "adapter.keep_default_excludes", "has no effect because adapter.exclude is absent")
         )
+    found += _layers(config)
     expressions = {
         "include": adapter.include,
         "exclude": adapter.exclude or [],
@@ -136,6 +144,30 @@ def _adapter(config: RunConfig) -> list[Diagnostic]:
     for pattern, rank in adapter.rank_patterns.items():
         if not 0 <= rank <= 1024:
             found.append(_error("adapter.rank_patterns", f"{pattern!r} has rank {rank}, expected 0 (none) to 1024"))
+    return found
+
+
+def _layers(config: RunConfig) -> list[Diagnostic]:
+    """Names of presets and kinds, and patterns of targets."""
+    adapter, targets, found = config.adapter, config.spec.adapters, []
+    named = [("preset", adapter.preset, targets.presets)] if adapter.preset is not None else []
+    for key, name, known in [*named, *(("kinds", kind, targets.kinds) for kind in adapter.kinds or [])]:
+        if not known:
+            found.append(_error(f"adapter.{key}", f"does not apply to {config.spec.title}, which has none"))
+        elif name not in known:
+            hint = did_you_mean(name, known)
+            found.append(_error(f"adapter.{key}", f"has '{name}', expected one of {', '.join(known)}.{hint}"))
+    if adapter.kinds == [] and not (adapter.include or any(target.enabled for target in adapter.targets)):
+        found.append(_error("adapter.kinds", "is empty, so no layer would be adapted"))
+    for index, target in enumerate(adapter.targets):
+        try:
+            compile_pattern(target.pattern)
+        except ConfigError as error:
+            found.append(_error(f"adapter.targets[{index}].pattern", str(error)))
+        if not target.fields():
+            found.append(
+                _error(f"adapter.targets[{index}]", f"sets nothing for {target.pattern!r}; give rank, for example")
+            )
     return found
 
 

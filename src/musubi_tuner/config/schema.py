@@ -202,10 +202,34 @@ class CacheSection(Section):
     nan_policy: Literal["error", "zero"] = param("error", "What to do with values that are not finite.")
 
 
+class AdapterTarget(Section):
+    """What holds for the layers that a pattern matches; what is absent stays as it is."""
+
+    pattern: str = param(..., "Whole module path: `*` is one part, `**` any number, [2-5] a range, [2,4] a list.")
+    rank: int | None = param(None, "Width of the matrices.", ge=1, le=1024)
+    alpha: float | None = param(None, "The change counts alpha / rank times; 0 = the rank.", ge=0)
+    lr_scale: float | None = param(None, "Factor of the learning rate.", ge=0, le=1000)
+    depth: int | None = param(None, "Parallel pairs of matrices.", ge=1, le=64)
+    dropout: float | None = param(None, "Share of rank activations dropped.", ge=0, lt=1)
+    enabled: bool | None = param(None, "true adapts layers of other kinds too, false leaves layers alone.")
+    weight_decay: float | None = param(None, "Weight decay; absent = that of the optimizer.", ge=0, le=10)
+
+    def fields(self) -> dict[str, Any]:
+        """What it sets."""
+        return self.model_dump(exclude_none=True, exclude={"pattern"})
+
+
 class AdapterSection(Section):
     """A small set of extra weights that is trained instead of the model, which stays frozen."""
 
     type: Literal["none", "lora"] = param("none", "none trains the model itself; lora adds low-rank matrices.")
+    preset: str | None = param(
+        None,
+        "A published choice of kinds, rank, alpha and targets, under what is set here; families differ in their names.",
+    )
+    kinds: list[str] | None = param(
+        None, "Kinds of layers that are adapted, by the names that the family gives them; absent = the usual ones."
+    )
     rank: int = param(16, "Width of the matrices.", flat=("network_dim",), ge=1, le=1024)
     alpha: float | None = param(
         None,
@@ -213,6 +237,10 @@ class AdapterSection(Section):
         flat=("network_alpha",),
         ge=0,
     )
+    depth: int = param(
+        1, "Parallel pairs of matrices per layer: the same as one pair so many times as wide.", ge=1, le=64
+    )
+    lr_scale: float = param(1.0, "Factor of the learning rate.", ge=0, le=1000)
     dropout: float = param(0.0, "Share of rank activations dropped.", flat=("network_dropout",), ge=0, lt=1)
     rank_dropout: float = param(0.0, "Share of ranks dropped, per sample.", ge=0, lt=1)
     module_dropout: float = param(0.0, "Share of adapters skipped, per micro-batch.", ge=0, lt=1)
@@ -226,6 +254,11 @@ class AdapterSection(Section):
     only: list[str] = param([], "Adapt only module paths that match one of these.", flat=("only_patterns",))
     rank_patterns: dict[str, int] = param({}, "Regular expression of module paths -> rank; the first match counts.")
     alpha_patterns: dict[str, float] = param({}, "Regular expression of module paths -> alpha; the first match counts.")
+    targets: list[AdapterTarget] = param(
+        [],
+        "Tables with a pattern of module paths and rank, alpha, lr_scale, depth, dropout, enabled or weight_decay of these "
+        "layers; later ones win.",
+    )
     loraplus_lr_ratio: float | None = param(None, "LoRA+: the up matrices learn so many times faster.", gt=0, le=1000)
     max_norm: float | None = param(
         None, "After every update, changes above this norm are scaled down to it.", flat=("scale_weight_norms",), gt=0
@@ -612,7 +645,8 @@ class RunFile(Section):
 AMBIGUOUS = {
     "resolution", "size", "width", "height", "steps", "warmup", "enabled", "run", "path", "weights", "unet", "release",
     "state", "private", "token", "folder", "pictures", "guidance", "loss", "workers", "geometry", "lune", "sol", "solver",
-    "rank", "alpha", "include", "exclude", "only", "merge", "comment", "shift", "dropout", "max_norm",
+    "rank", "alpha", "include", "exclude", "only", "merge", "comment", "shift", "dropout", "max_norm", "preset", "kinds",
+    "depth", "targets", "lr_scale",
 }  # fmt: skip
 """Last parts of keys that are no option names of their own: alone they would say too little, or mean something else."""
 
@@ -658,7 +692,8 @@ def _type_name(annotation: Any) -> str:
         choices = ", ".join(str(choice) for choice in get_args(annotation))
         return f"one of {choices}" if len(get_args(annotation)) > 1 else choices
     if get_origin(annotation) is list:
-        return "list of " + _type_name(get_args(annotation)[0])
+        item = get_args(annotation)[0]
+        return "list of " + ("tables" if isinstance(item, type) and issubclass(item, Section) else _type_name(item))
     if get_origin(annotation) is dict:
         return "table"
     parts = [part for part in get_args(annotation) if part is not type(None)]

@@ -5,7 +5,7 @@ from typing import Any
 import tomli_w
 
 from musubi_tuner.config.load import RunConfig
-from musubi_tuner.config.schema import parameters, section_classes
+from musubi_tuner.config.schema import Section, parameters, section_classes
 
 
 def resolved_toml(config: RunConfig) -> str:
@@ -19,7 +19,8 @@ def resolved_toml(config: RunConfig) -> str:
         if config.spec.why_not(parameter.key) is not None:
             continue
         origin = config.origins.get(parameter.key, "default")
-        text = tomli_w.dumps({parameter.name: value}).rstrip()
+        tables = isinstance(value, list) and value and isinstance(value[0], Section)
+        text = _inline(parameter.name, value) if tables else tomli_w.dumps({parameter.name: value}).rstrip()
         if isinstance(value, dict):
             text = "\n".join(tomli_w.dumps({key: item}).rstrip() for key, item in value.items())
             by_section.setdefault(f"{parameter.section}.{parameter.name}", []).extend(text.splitlines() if text else [])
@@ -39,9 +40,18 @@ def resolved_toml(config: RunConfig) -> str:
             for line in ("", f"[{name}]", *entries)
         ]
     # Not in one call: the library would write a short list of tables inline, into the section above it.
-    tables: dict[str, Any] = config.dataset_tables
-    if "general" in tables:
-        lines += ["", "[general]", *tomli_w.dumps(tables["general"]).splitlines()]
-    for dataset in tables.get("datasets", []):
+    data: dict[str, Any] = config.dataset_tables
+    if "general" in data:
+        lines += ["", "[general]", *tomli_w.dumps(data["general"]).splitlines()]
+    for dataset in data.get("datasets", []):
         lines += ["", "[[datasets]]", *tomli_w.dumps(dataset).splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def _inline(name: str, tables: list[Section]) -> str:
+    """A list of tables as one value; as tables of their own they would end the section that they stand in."""
+    rows = []
+    for table in tables:
+        fields = table.model_dump(exclude_none=True)
+        rows.append(", ".join(tomli_w.dumps({key: value}).rstrip() for key, value in fields.items()))
+    return "\n".join([f"{name} = [", *(f"    {{ {row} }}," for row in rows), "]"])

@@ -356,9 +356,10 @@ def _read_pickle(path: Path) -> WeightFile:
             f"{path}: cannot be read as plain weights (not a complete torch file); copy or download it again, or convert it to "
             "safetensors"
         ) from error
-    config = None
+    config, metadata = None, {}
     if isinstance(loaded, dict):
         config = loaded.get("model_config")
+        metadata = _header_of(loaded)
         for key in ("model", "state_dict", "model_state_dict"):
             if isinstance(loaded.get(key), dict):
                 loaded = loaded[key]
@@ -366,7 +367,16 @@ def _read_pickle(path: Path) -> WeightFile:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a dictionary of tensors")
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-    return WeightFile(path, tensors, config=config if isinstance(config, dict) else None)
+    return WeightFile(path, tensors, metadata, config if isinstance(config, dict) else None)
+
+
+def _header_of(loaded: dict[str, Any]) -> dict[str, str]:
+    """What would stand in a header, of a LoRA in torch form: {state_dict, config, metadata}."""
+    stated, config = loaded.get("metadata"), loaded.get("config")
+    if not isinstance(loaded.get("state_dict"), dict) or not isinstance(stated, dict):
+        return {}
+    header = {key: value for key, value in stated.items() if isinstance(key, str) and isinstance(value, str)}
+    return header | ({"config_json": json.dumps(config, default=str)} if isinstance(config, dict) else {})
 
 
 def copy_weights(model: nn.Module, tensors: dict[str, Tensor], what: str, optional: Iterable[str] = ()) -> None:

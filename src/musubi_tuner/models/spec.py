@@ -26,11 +26,17 @@ class AdapterTargets:
     Attributes:
         layers: block list -> names of the Linear layers in one of its blocks, in file order.
         exclude: regular expressions of whole module paths that get an adapter only when asked for.
+        kinds: name -> pattern (config/patterns.py) of the layers that adapter.kinds calls so; none = all are of one kind.
+        usual: kinds that are adapted unless adapter.kinds says otherwise.
+        presets: name -> key of [adapter] -> value.
         network_module: what musubi-tuner would call the module, for metadata.
     """
 
     layers: Mapping[str, tuple[str, ...]]
     exclude: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    usual: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     network_module: str
 
 
@@ -56,7 +62,8 @@ class ModelSpec:
         module: package from which `load` takes, by name: ``load_for_training``, ``make_process``, ``check_caches`` and
             ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
             ``open_base`` for a run with adapters; ``plan_model`` for the
-            memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools;
+            memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools; ``read_published_lora`` and
+            ``write_published_lora`` where the published trainer has LoRA files of its own;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.

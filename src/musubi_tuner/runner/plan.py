@@ -79,6 +79,11 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             if adapter.rank_from_weights
             else f"rank {adapter.rank}, alpha {alpha or adapter.rank:g}"
         )
+        if not adapter.rank_from_weights:
+            size += f", preset {adapter.preset}" if adapter.preset else ""
+            size += f", {len(adapter.targets)} targets" if adapter.targets else ""
+            kinds = config.spec.adapters.usual if adapter.kinds is None else adapter.kinds
+            size += f" on {', '.join(kinds)}" if kinds else ""
         merged = f", on top of {len(adapter.merge)} merged file(s)" if adapter.merge else ""
         lines.append(f"  adapter  {adapter.type}, {size}{merged}; the model stays frozen")
     saves = []

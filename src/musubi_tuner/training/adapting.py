@@ -4,12 +4,20 @@ import hashlib
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from musubi_tuner import __version__
-from musubi_tuner.adapters.attach import AdapterSet, attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import (
+    AdapterSet,
+    attach,
+    layer_settings,
+    make_adapters,
+    plan_adapters,
+    target_paths,
+)
 from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
 from musubi_tuner.adapters.merging import left_out
 from musubi_tuner.config import RunConfig, Steps
@@ -36,7 +44,11 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
         given = file.tensors
         lines.append(f"starting from {file.path.name}{left_out(file.skipped)}")
     if settings.rank_from_weights:
-        plans = plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
+        plans = [
+            replace(plan, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)
+            for plan in plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
+            for own, _ in [layer_settings(plan.path, settings)]
+        ]
     else:
         plans = plan_adapters(paths, spec.adapters, settings)
     adapters = make_adapters(model, plans, settings, config.run.seed)
@@ -76,10 +88,13 @@ def adapter_metadata(
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}({shown})"
     arguments = {
         key: value
-        for key in ("dropout", "rank_dropout", "module_dropout", "include", "exclude", "only", "rank_patterns",
-                    "alpha_patterns", "loraplus_lr_ratio")
+        for key in ("preset", "kinds", "dropout", "rank_dropout", "module_dropout", "include", "exclude", "only",
+                    "rank_patterns", "alpha_patterns", "loraplus_lr_ratio")
         if (value := getattr(adapter, key))
     }  # fmt: skip
+    arguments |= {key: value for key in ("depth", "lr_scale") if (value := getattr(adapter, key)) != 1}
+    if adapter.targets:
+        arguments["targets"] = [{"pattern": target.pattern, **target.fields()} for target in adapter.targets]
     config_hash = hashlib.sha256(resolved_toml(config).encode()).hexdigest()
     values: dict[str, Any] = {
         "session_id": int(started * 1000) % 2**32,

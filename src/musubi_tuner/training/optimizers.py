@@ -4,7 +4,7 @@ Weight decay acts on matrices and kernels; norms, biases, gates and scalars (few
 ``decay_all``. State is stored per parameter name with its dtypes, never pickled.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,43 +28,55 @@ def trainable(model: nn.Module) -> NamedParameters:
     return found
 
 
+Rates = Mapping[str, tuple[float, float | None]]
+"""Parameter name -> factor of its learning rate, and its weight decay; None = that of the optimizer."""
+
+
 def parameter_groups(
-    parameters: NamedParameters, settings: OptimizerSection, plus_ratio: float | None = None
+    parameters: NamedParameters,
+    settings: OptimizerSection,
+    plus_ratio: float | None = None,
+    rates: Rates | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups with and without weight decay; an empty group is left out. ``names`` goes along for the state.
+    """Groups of one learning rate and one weight decay, in the order in which they first occur, LoRA+ last.
+
+    Of the same rate, those with weight decay come first. ``names`` goes along for the state, ``name`` shows the rate.
 
     Args:
         plus_ratio: LoRA+ (Hayou et al. 2024, arXiv:2402.12354): up matrices form groups that learn so many times faster.
+        rates: of parameters that have their own; the factor multiplies that of LoRA+.
     """
-    plus = [(name, p) for name, p in parameters if plus_ratio and name.endswith("lora_up.weight")]
-    rest = [(name, p) for name, p in parameters if not (plus_ratio and name.endswith("lora_up.weight"))]
-    groups = []
-    for members, scale in ((rest, 1.0), (plus, plus_ratio or 1.0)):
-        matrices = [(name, p) for name, p in members if settings.decay_all or p.ndim >= 2]
-        others = [(name, p) for name, p in members if not (settings.decay_all or p.ndim >= 2)]
-        groups += [(matrices, settings.weight_decay, scale), (others, 0.0, scale)]
-    return [
-        {
-            "params": [p for _, p in group],
-            "names": [name for name, _ in group],
-            "weight_decay": decay,
-            "lr": settings.lr * scale,
-            "lr_scale": scale,
-        }
-        for group, decay, scale in groups
-        if group
-    ]
+    groups: dict[tuple[bool, float, bool, float], dict[str, Any]] = {}
+    order: dict[float, int] = {}
+    for name, parameter in parameters:
+        factor, own_decay = (rates or {}).get(name, (1.0, None))
+        plus = bool(plus_ratio) and name.endswith("lora_up.weight")
+        scale = factor * (plus_ratio or 1.0) if plus else factor
+        matrix = settings.decay_all or parameter.ndim >= 2
+        decay = (settings.weight_decay if own_decay is None else own_decay) if matrix else 0.0
+        order.setdefault(factor, len(order))
+        group = groups.setdefault(
+            (plus, order[factor], not matrix, decay),
+            {"params": [], "names": [], "name": f"lr_{settings.lr * scale:.2e}", "weight_decay": decay,
+             "lr": settings.lr * scale, "lr_scale": scale},
+        )  # fmt: skip
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[:3])]
 
 
 def build_optimizer(
-    parameters: NamedParameters, settings: OptimizerSection, plus_ratio: float | None = None
+    parameters: NamedParameters,
+    settings: OptimizerSection,
+    plus_ratio: float | None = None,
+    rates: Rates | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; see `parameter_groups`.
 
     Raises:
         ConfigError: if its package is not installed.
     """
-    groups = parameter_groups(parameters, settings, plus_ratio)
+    groups = parameter_groups(parameters, settings, plus_ratio, rates)
     betas = (settings.betas[0], settings.betas[1])
     # One kernel for all parameters: on a 2-core CPU the step of 2.2 million parameters takes an eighth of the time.
     fused = parameters[0][1].device.type in ("cpu", "cuda")

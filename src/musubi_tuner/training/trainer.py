@@ -102,7 +102,7 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
         p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
     }
     found["micro-batches per update"] = processes * config.train.grad_accum_steps
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
 
 
 def default_settings() -> dict[str, Any]:
@@ -205,7 +205,8 @@ class Trainer:
         self.process = config.spec.load("make_process")(config, self.options)
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
         self.parameters = trainable(self.trained)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio)
+        rates = self.trained.parameter_rates() if isinstance(self.trained, AdapterSet) else None
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
         if self.swap is not None and not self.adapters:
             self.swap.watch(self.optimizer)
         self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None

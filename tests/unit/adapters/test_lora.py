@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.adapters import LoRALinear, attach, detach, load_adapter, merge, read_adapter, save_adapter
-from musubi_tuner.adapters.attach import AdapterSet, make_adapters, plan_adapters, target_paths
-from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.adapters.attach import AdapterSet, Plan, make_adapters, plan_adapters, target_paths
+from musubi_tuner.config.schema import AdapterSection, AdapterTarget
 from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
@@ -115,6 +116,85 @@ def test_merged_equals_attached(multiplier: float, model: Model) -> None:
     assert report.layers == 3 and report.ratio > 0.1 and report.skipped == []
 
 
+def test_disabled_changes_nothing_and_keeps_its_strength(model: Model) -> None:
+    before = model(X)
+    adapters = made(model)
+    attach(model, adapters)
+    adapters.set_multiplier(0.5)
+    half = model(X)
+    adapters.enable(False)
+    assert torch.equal(model(X), before)
+    adapters.enable()
+    assert torch.equal(model(X), half) and not torch.equal(half, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_and_unmerging_a_live_model_leaves_every_bit(dtype: torch.dtype, model: Model) -> None:
+    model.to(dtype)
+    x = X.to(dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapters = made(model)
+    attach(model, adapters)
+    attached = model(x)
+    adapters.merge(model)
+    layer, adapter = model.blocks[0].first, dict(adapters.items())["blocks.0.first"]
+    assert torch.equal(layer.weight, (before["blocks.0.first.weight"].float() + adapter.delta()).to(dtype))
+    assert torch.allclose(model(x), attached, atol=1e-5 if dtype == torch.float32 else 0.1)
+    with pytest.raises(RuntimeError, match="merged already"):
+        adapters.merge(model)
+    adapters.unmerge()
+    assert torch.equal(model(x), attached)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+    with pytest.raises(RuntimeError, match="are not merged"):
+        adapters.unmerge()
+
+
+def test_strength_acts_on_merged_changes(model: Model) -> None:
+    plain = model(X)
+    adapters = made(model)
+    attach(model, adapters)
+    adapters.set_multiplier(0.5)
+    half = model(X)
+    adapters.set_multiplier(1.0)
+    adapters.merge(model)
+    adapters.set_multiplier(0.5)
+    assert torch.allclose(model(X), half, atol=1e-5)
+    adapters.enable(False)
+    assert torch.equal(model(X), plain)
+    adapters.enable()
+    assert torch.allclose(model(X), half, atol=1e-5)
+
+
+def test_detaching_unmerges_first(model: Model) -> None:
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapters = made(model)
+    with pytest.raises(RuntimeError, match="not attached to this model"):
+        adapters.merge(model)
+    attach(model, adapters)
+    adapters.merge(model)
+    detach(model)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert not adapters.merged and type(model.blocks[0].first) is nn.Linear
+
+
+@pytest.mark.parametrize("storage", ["plain", "fp8_scaled", "int8"])
+def test_merging_into_frozen_layers(storage: Any, model: Model) -> None:
+    freeze_layers(model, Freeze(storage, ".*", plain=".*" if storage == "plain" else None))
+    adapters = made(model)
+    attach(model, adapters)
+    attached = model(X)
+    if storage != "plain":
+        with pytest.raises(ConfigError, match=f"blocks.0.first is stored as {storage}, so nothing can be added"):
+            adapters.merge(model)
+        assert torch.equal(model(X), attached)
+        return
+    adapters.merge(model)
+    assert torch.allclose(model(X), attached, atol=1e-5)
+    detach(model)
+    attach(model, adapters)
+    assert torch.equal(model(X), attached)
+
+
 def test_adapters_are_float32_on_any_base(model: Model) -> None:
     model.to(torch.bfloat16)
     attach(model, made(model))
@@ -207,6 +287,35 @@ def test_ranks_and_alphas_by_pattern(model: Model) -> None:
     assert {(plan.rank, plan.alpha) for plan in zero} == {(4, 4.0)}
 
 
+def test_targets_set_sizes_rates_and_layers(model: Model) -> None:
+    own = section(
+        depth=2,
+        rank_patterns={r"blocks\.2\..*": 6},
+        targets=[
+            AdapterTarget(pattern="blocks.[0,2].first", alpha=3.0, depth=1),
+            AdapterTarget(pattern="blocks.[2].*", lr_scale=0.5, dropout=0.25, weight_decay=0.0),
+            AdapterTarget(pattern="blocks.1.second", enabled=True, rank=2),
+            AdapterTarget(pattern="blocks.1.first", enabled=False),
+        ],
+    )
+    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, own)
+    assert plans == [
+        Plan("blocks.0.first", 4, 3.0),
+        Plan("blocks.1.second", 4, 4.0),
+        Plan("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0),
+    ]
+    adapters = make_adapters(model, plans, own)
+    assert {path: adapter.dropout for path, adapter in adapters.items()}["blocks.2.first"] == 0.25
+    assert adapters.parameter_rates()["lora_unet_blocks_2_first.lora_up.weight"] == (0.5, 0.0)
+
+
+def test_target_that_matches_nothing(model: Model) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter.targets: '\*.first' matches no layer.*such as blocks.0.first; \* is one"
+    ):
+        paths(model, targets=[AdapterTarget(pattern="*.first", rank=2)])
+
+
 @pytest.mark.parametrize("key", ["exclude", "include", "only"])
 def test_pattern_that_matches_nothing(key: str, model: Model) -> None:
     with pytest.raises(ConfigError, match=rf"adapter.{key}: 'first' matches no layer"):
@@ -223,7 +332,18 @@ def test_targets_of_tinyflux_exist() -> None:
     model = TinyFluxDeep(TinyFluxConfig(hidden_size=32, num_attention_heads=2, attention_head_dim=16,
                                         axes_dims_rope=(4, 6, 6), num_double_layers=2, num_single_layers=3))  # fmt: skip
     plans = plan_adapters(target_paths(model, targets), targets, section())
-    assert len(plans) == 4 * 2 + 4 * 3
+    assert [plan.path.partition(".")[2] for plan in plans[:4]] == [
+        "0.attn.qkv",
+        "0.attn.out_proj",
+        "0.mlp.fc1",
+        "0.mlp.fc2",
+    ]
+    assert len(plans) == 4 * 3
+    everything = plan_adapters(target_paths(model, targets), targets, section(kinds=list(targets.kinds)))
+    assert len(everything) == 10 * 2 + 5 * 3
+    assert {plan.path for plan in everything} == {
+        path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks." in path
+    }
     assert len(make_adapters(model, plans, section()).state_dict()) == 3 * len(plans)
 
 

@@ -13,6 +13,7 @@ from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.paths import is_hub_id, locate
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -584,3 +585,66 @@ def test_config_needs_no_heavy_library(code: str, write: Write) -> None:
     report = f"import sys; {code}; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", report], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# Adapters by layer
+
+LORA = 'type = "lora"\n'
+
+
+def test_preset_lies_between_the_family_and_the_file(load: Callable[..., RunConfig]) -> None:
+    assert load(adapter=LORA).adapter.alpha == 16.0
+    config = load(adapter=LORA + 'preset = "minimal"\nrank = 12')
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.kinds) == (12, 8.0, ["single_attn"])
+    assert [config.origins[f"adapter.{key}"] for key in ("rank", "alpha", "kinds")] == ["file", "preset", "preset"]
+    assert len(load(adapter=LORA + 'preset = "character"').adapter.targets) == 3
+    assert load(adapter=LORA + 'preset = "character"\ntargets = []').adapter.targets == []
+
+
+def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], project: Path) -> None:
+    config = load(
+        adapter=LORA + 'targets = [{pattern = "single_blocks.**", rank = 4, lr_scale = 0.5, enabled = true},\n'
+        '  {pattern = "**.qkv", alpha = 2, weight_decay = 0.0}]\n[adapter.rank_patterns]\n".*fc1" = 3'
+    )
+    (project / "again.toml").write_text(resolved_toml(config), encoding="utf-8")
+    assert load_config(project / "again.toml").adapter == config.adapter
+    assert config.adapter.targets[1].fields() == {"alpha": 2.0, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('preset = "caracter"', "adapter.preset: has 'caracter', expected one of minimal, standard, character, concept, "
+         "full, progressive. Did you mean 'character'?"),
+        ('kinds = ["single_mpl"]', "adapter.kinds: has 'single_mpl', expected one of double_attn, single_attn, single_mlp, "
+         "double_mlp, modulation. Did you mean 'single_mlp'?"),
+        ("kinds = []", "adapter.kinds: is empty, so no layer would be adapted"),
+        ('targets = [{pattern = "a.[1", rank = 2}]',
+         "adapter.targets[0].pattern: 'a.[1': a bracket is not closed; expected [2], [2-5] or [2,4,7]"),
+        ('targets = [{pattern = "a"}]', "adapter.targets[0]: sets nothing for 'a'; give rank, for example"),
+        ("targets = [{rank = 2}]", "adapter.targets[0]: has no pattern"),
+        ('targets = [{pattern = "a", rank = 0}]',
+         "adapter.targets[0].rank: is 0, expected a whole number at least 1 and at most 1024"),
+        ('targets = [{pattern = "a", rang = 1}]', "adapter.targets.0.rang: unknown key. Did you mean 'rank'?"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_layers_of_an_adapter(lines: str, message: str, problems: Callable[..., list[str]]) -> None:
+    assert problems(adapter=LORA + lines) == [message]
+
+
+def test_kinds_of_a_family_without_any(problems: Callable[..., list[str]]) -> None:
+    (message,) = [
+        text for text in problems(adapter=LORA + 'kinds = ["single_attn"]', model='arch = "fd"') if "adapter" in text
+    ]
+    assert message == "adapter.kinds: does not apply to FLUX.1-dev, which has none"
+
+
+def test_sizes_beside_those_of_a_file_are_warned_of(load: Callable[..., RunConfig], project: Path) -> None:
+    (project / "a.safetensors").touch()
+    config = load(
+        adapter=LORA + 'init_from = "a.safetensors"\nrank_from_weights = true\nkinds = ["single_attn"]\ndepth = 2\n'
+        'targets = [{pattern = "**", rank = 2, lr_scale = 2.0}]'
+    )
+    reason = "has no effect because adapter.rank_from_weights is true"
+    assert [str(finding.message) for finding in config.findings] == [reason] * 3
+    assert [finding.key for finding in config.findings] == ["adapter.kinds", "adapter.depth", "adapter.targets[0].rank"]

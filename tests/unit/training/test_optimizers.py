@@ -293,3 +293,21 @@ def test_norm_of_gradients_that_are_not_finite_is_not_finite(value: float) -> No
     assert parameters[1].grad is not None
     parameters[1].grad[0] = value
     assert not clip_gradients(parameters, 0.0).isfinite()
+
+
+def test_own_rates_and_decays_form_groups_beside_lora_plus() -> None:
+    names = [f"{layer}.{part}.weight" for layer in ("one", "two", "three") for part in ("lora_down", "lora_up")]
+    parameters = [(name, nn.Parameter(torch.zeros(2, 2))) for name in names]
+    rates = dict.fromkeys(names[2:4], (0.5, None)) | dict.fromkeys(names[4:], (1.0, 0.0))
+    groups = parameter_groups(parameters, settings(lr=1e-3, weight_decay=0.1), 4.0, rates)
+    assert [(group["names"], group["lr"], group["weight_decay"], group["name"]) for group in groups] == [
+        (["one.lora_down.weight"], 1e-3, 0.1, "lr_1.00e-03"),
+        (["three.lora_down.weight"], 1e-3, 0.0, "lr_1.00e-03"),
+        (["two.lora_down.weight"], 5e-4, 0.1, "lr_5.00e-04"),
+        (["one.lora_up.weight"], 4e-3, 0.1, "lr_4.00e-03"),
+        (["three.lora_up.weight"], 4e-3, 0.0, "lr_4.00e-03"),
+        (["two.lora_up.weight"], 2e-3, 0.1, "lr_2.00e-03"),
+    ]
+    optimizer = build_optimizer(parameters, settings(lr=1e-3), 4.0, rates)
+    set_learning_rate(optimizer, 1e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2, 5e-3, 4e-2, 4e-2, 2e-2]

@@ -34,9 +34,11 @@ _PLACES = {
     "make_process": "family",
     "open_base": "family",
     "options_of": "state_dict",
+    "read_published_lora": "lora",
     "null_inputs": "conditioning",
     "plan_model": "family",
     "text_inputs": "conditioning",
+    "write_published_lora": "lora",
     "forward_flops": "flops",
     "training_flops": "flops",
 }

@@ -58,6 +58,45 @@ def no_guidance(key: str, reason: str) -> Diagnostic:
     return Diagnostic("warning", key, f"has no effect because {reason}")
 
 
+KINDS = {
+    "double_attn": "double_blocks.*.attn.*",
+    "single_attn": "single_blocks.*.attn.*",
+    "single_mlp": "single_blocks.*.mlp.*",
+    "double_mlp": "double_blocks.*.[img_mlp,txt_mlp].*",
+    "modulation": "**.[norm,img_norm1,txt_norm1].linear",
+}
+"""Layers that a LoRA may adapt; the published trainer knows the first three."""
+PUBLISHED_KINDS = ["double_attn", "single_attn", "single_mlp"]
+
+
+def _by_block(blocks: str, count: int, step: int, last: int) -> list[dict[str, Any]]:
+    """Ranks that rise with the number of a block, from 8."""
+    return [{"pattern": f"{blocks}.[{index}].**", "rank": 8 + step * index // last} for index in range(count)]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "minimal": {"kinds": ["single_attn"], "rank": 8, "alpha": 8.0},
+    "standard": {"kinds": ["single_attn", "single_mlp"], "rank": 16, "alpha": 16.0},
+    "character": {
+        "kinds": ["single_attn", "single_mlp"],
+        "alpha": 16.0,
+        "targets": [
+            {"pattern": "single_blocks.[0-9].**", "rank": 8, "lr_scale": 0.5},
+            {"pattern": "single_blocks.[10-19].**", "rank": 16},
+            {"pattern": "single_blocks.[20-24].**", "rank": 32, "lr_scale": 1.5},
+        ],
+    },
+    "concept": {"kinds": ["double_attn"], "rank": 32, "alpha": 16.0},
+    "full": {"kinds": PUBLISHED_KINDS, "rank": 16, "alpha": 16.0},
+    "progressive": {
+        "kinds": PUBLISHED_KINDS,
+        "alpha": 16.0,
+        "targets": _by_block("double_blocks", 15, 16, 14) + _by_block("single_blocks", 25, 24, 24),
+    },
+}
+"""Published choices of layers and ranks, for the published 15 double and 25 single blocks."""
+
+
 def check(config: "RunConfig") -> list[Diagnostic]:
     """Static rules of this family."""
     found: list[Diagnostic] = []
@@ -156,6 +195,7 @@ SPEC = ModelSpec(
     clip_tokenizer="openai/clip-vit-large-patch14",
     expert_keys=("lune_features", "sol_stats", "sol_spatial"),
     defaults={
+        "adapter.alpha": 16.0,
         "optimizer.betas": [0.9, 0.95],
         "scheduler.warmup_steps": 1000,
         "log.every_steps": 100,
@@ -195,9 +235,23 @@ SPEC = ModelSpec(
     block_lists=("double_blocks", "single_blocks"),
     adapters=AdapterTargets(
         layers={
-            "double_blocks": ("attn.txt_qkv", "attn.img_qkv", "attn.txt_out", "attn.img_out"),
-            "single_blocks": ("attn.qkv", "attn.out_proj", "mlp.fc1", "mlp.fc2"),
+            "double_blocks": (
+                "attn.txt_qkv",
+                "attn.img_qkv",
+                "attn.txt_out",
+                "attn.img_out",
+                "img_mlp.fc1",
+                "img_mlp.fc2",
+                "txt_mlp.fc1",
+                "txt_mlp.fc2",
+                "img_norm1.linear",
+                "txt_norm1.linear",
+            ),
+            "single_blocks": ("attn.qkv", "attn.out_proj", "mlp.fc1", "mlp.fc2", "norm.linear"),
         },
+        kinds=KINDS,
+        usual=("single_attn", "single_mlp"),
+        presets=PRESETS,
         network_module="networks.lora_tinyflux",
     ),
     quantizable=r"(double|single)_blocks\.\d+\.(?!.*norm).*",
