@@ -73,6 +73,11 @@ class RunConfig(RunFile):
         """Warnings and notes found while loading."""
         return self._findings
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
+        return bool(self.validation.split) if self.save.best is None else self.save.best
+
     def set_keys(self) -> list[str]:
         """Keys that a person set, in the file or on the command line."""
         return [key for key, origin in self._origins.items() if origin in ("file", "cli")]

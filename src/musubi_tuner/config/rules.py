@@ -346,6 +346,16 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         ),
         (config.train.on_nonfinite == "stop", ("train.max_skipped_updates",), 'train.on_nonfinite is "stop"'),
         (not config.ema.enabled, ("sample.use_ema",), "ema.enabled is false"),
+        (
+            not config.validation.split,
+            tuple(p.key for p in parameters() if p.section == "validation" and p.name != "split"),
+            "validation.split is 0",
+        ),
+        (
+            bool(config.validation.split) and config.validation.weights == "ema" and not config.ema.enabled,
+            ("validation.weights",),
+            "ema.enabled is false; the trained weights are measured",
+        ),
         (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
         (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
         (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),

@@ -512,6 +512,31 @@ class EmaSection(Section):
     warmup: bool = param(False, "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates.")
 
 
+class ValidationSection(Section):
+    """The loss on images that are never trained, with the same noise and noise levels every time."""
+
+    split: float = param(
+        0.0, "Share of the images, taken out before repeats, that are not trained but measured; 0 = off.",
+        flat=("validation_split",), ge=0, le=0.5,
+    )  # fmt: skip
+    seed: int = param(
+        42, "Seed of the choice of these images and of their noise.", flat=("validation_seed",), ge=0, lt=2**32
+    )
+    every_steps: int | None = param(
+        None, "Measure every so many updates, beside the end; 0 = off.", flat=("validate_every_n_steps",), ge=0,
+        resume="free",
+    )  # fmt: skip
+    every_epochs: int | None = param(
+        1, "Measure every so many epochs, beside the end; 0 = off.", flat=("validate_every_n_epochs",), ge=0,
+        resume="free",
+    )  # fmt: skip
+    times: int = param(8, "Noise levels at which each image is measured, evenly spread over [0, 1].", ge=1, le=100)
+    max_images: int | None = param(None, "Measure at most so many of the images taken out; absent = all.", ge=1)
+    weights: Literal["ema", "model"] = param(
+        "ema", "Measure the averaged weights, where ema.enabled keeps them, or those that train."
+    )
+
+
 class SaveSection(Section):
     """Checkpoints on the way; the final one is always written."""
 
@@ -526,6 +551,10 @@ class SaveSection(Section):
     dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
                          flat=("save_precision",), resume="free")  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
+    best: bool | None = param(
+        None, "Keep the weights of the lowest validation loss (without validation: of the lowest mean training loss of an epoch) "
+        "as `best`; absent = with validation only.", resume="free",
+    )  # fmt: skip
     release: bool = param(True, "End with a folder that from_pretrained loads.", resume="free")
     comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
                                 resume="free")  # fmt: skip
@@ -634,6 +663,7 @@ class RunFile(Section):
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
     ema: EmaSection = EmaSection()
+    validation: ValidationSection = ValidationSection()
     save: SaveSection = SaveSection()
     sample: SampleSection = SampleSection()
     log: LogSection = LogSection()
@@ -645,8 +675,8 @@ class RunFile(Section):
 AMBIGUOUS = {
     "resolution", "size", "width", "height", "steps", "warmup", "enabled", "run", "path", "weights", "unet", "release",
     "state", "private", "token", "folder", "pictures", "guidance", "loss", "workers", "geometry", "lune", "sol", "solver",
-    "rank", "alpha", "include", "exclude", "only", "merge", "comment", "shift", "dropout", "max_norm", "preset", "kinds",
-    "depth", "targets", "lr_scale",
+    "rank", "alpha", "include", "exclude", "split", "times", "best", "only", "merge", "comment", "shift", "dropout", "max_norm",
+    "preset", "kinds", "depth", "targets", "lr_scale",
 }  # fmt: skip
 """Last parts of keys that are no option names of their own: alone they would say too little, or mean something else."""
 

@@ -8,7 +8,6 @@ writes into the run folder:
     loss.png            the losses over the updates
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -68,7 +67,9 @@ def scored_prompts(config: RunConfig) -> tuple[list[Combination], set[Combinatio
 
 def score_run(config: RunConfig) -> dict[str, Any]:
     """Draw, check and write the files; returns the content of accuracy.json."""
+    from musubi_tuner.training.curves import plot_losses, read_rows
     from musubi_tuner.training.generate import Generator
+    from musubi_tuner.training.metrics import FILE
 
     begun = time.perf_counter()
     demo = config.demo
@@ -81,7 +82,7 @@ def score_run(config: RunConfig) -> dict[str, Any]:
     result["seconds"] = round(time.perf_counter() - begun, 1)
     folder = config.output_dir
     _contact_sheet(folder / "contact_sheet.png", pictures, wanted, unseen)
-    plot_losses(folder / "metrics.jsonl", folder / "loss.png", config.run.name)
+    plot_losses(read_rows(folder / FILE), folder / "loss.png", config.run.name)
     write_json(folder / "accuracy.json", result)
     return result
 
@@ -120,33 +121,6 @@ def _contact_sheet(
             (left, top + side + 3), "\n".join(lines), fill="black" if right else "#d02020", font=font, spacing=1
         )
     save_png(path, np.asarray(sheet))
-
-
-def plot_losses(metrics: Path, target: Path, title: str) -> None:
-    """Losses and learning rate of a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from musubi_tuner.files import replace_file
-
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, (losses, rate) = pyplot.subplots(
-        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-    tags = [tag for tag in rows[-1] if tag.startswith("loss/") and tag != "loss/total"]
-    for tag in tags:
-        points = [(row["step"], row[tag]) for row in rows if tag in row]
-        losses.plot(*zip(*points), label=tag.removeprefix("loss/"))
-    losses.set(yscale="log", ylabel="loss (mean since the last line)", title=title)
-    losses.grid(alpha=0.3)
-    losses.legend()
-    rate.plot([row["step"] for row in rows], [row["train/lr"] for row in rows], color="tab:grey")
-    rate.set(xlabel="update", ylabel="learning rate")
-    rate.grid(alpha=0.3)
-    replace_file(target, lambda path: figure.savefig(path, format="png", dpi=120))
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

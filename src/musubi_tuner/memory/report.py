@@ -74,7 +74,9 @@ def disk_lines(config: RunConfig, items: Sequence[Item], steps: Steps, plan: Mod
     caches = cache_bytes(config, items, plan)
     weights, state = checkpoint_bytes(config, plan, found)
     count = _kept_checkpoints(config, steps)
-    total = count * (weights + (state if config.save.state else 0)) + (weights if config.save.release else 0)
+    total = count * (weights + (state if config.save.state else 0)) + weights * (
+        config.save.release + config.keeps_best
+    )
     each = f"{gib(weights)} of weights" + (f" and {gib(state)} of state" if config.save.state else "")
     lines = [f"  disk     caches up to {gib(caches)}; {count} checkpoint(s) of {each}: {gib(total)}"]
     place = next(

@@ -6,7 +6,8 @@ from typing import Any
 
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
-from musubi_tuner.data.sources import Found, scan
+from musubi_tuner.data.sources import Found, Item, scan
+from musubi_tuner.data.split import hold_out
 
 
 @dataclass
@@ -14,10 +15,12 @@ class Plan:
     """What there is to do.
 
     Attributes:
-        found: items of the data sets. status: by kind of cache. steps: length of the run.
+        found: items of the data sets. held_out: those that are not trained. status: by kind of cache, for all items.
+        steps: length of the run.
     """
 
     found: Found
+    held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
 
@@ -30,8 +33,9 @@ class Plan:
 def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: bool = True) -> Plan:
     """Look at the data and the caches; data errors come before torch is imported."""
     found = scan(config.datasets, config.spec.code)
+    trained, held_out = hold_out(found.items, config.validation)
     buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
-    for item in found.items:
+    for item in trained:
         buckets[item.bucket, item.batch_size] += item.num_repeats
     steps = calculate_steps(
         [(count, size) for (_, size), count in buckets.items()],
@@ -45,7 +49,7 @@ def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: boo
     if "experts" in kinds:
         options = config.spec.load("checkpoint_options")(config)
     status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
-    return Plan(found, status, steps)
+    return Plan(found, held_out, status, steps)
 
 
 def describe(config: RunConfig, plan: Plan, processes: int) -> str:
@@ -59,6 +63,13 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}",
         f"  data     {len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}",
     ]
+    if plan.held_out:
+        count = min(len(plan.held_out), config.validation.max_images or len(plan.held_out))
+        measured = "" if count == len(plan.held_out) else f", {count} of them measured"
+        lines.append(
+            f"  validate {len(plan.held_out)} image(s) held out{measured}, at {config.validation.times} noise levels; "
+            f"{len(plan.found.items) - len(plan.held_out)} are trained"
+        )
     for kind, status in plan.status.items():
         text = f"{status.fresh} up to date, {len(status.due)} to make"
         reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
@@ -91,5 +102,9 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         saves.append(f"every {config.save.every_steps} updates (newest {config.save.keep_last_steps or 'all'} kept)")
     if config.save.every_epochs:
         saves.append(f"every {config.save.every_epochs} epoch(s) (newest {config.save.keep_last_epochs or 'all'} kept)")
+    if config.keeps_best:
+        saves.append(
+            "the best by " + ("validation loss" if config.validation.split else "mean training loss of an epoch")
+        )
     lines.append(f"  save     {', '.join([*saves, 'at the end'])} into {config.output_dir}")
     return "\n".join(lines)

@@ -2,9 +2,10 @@
 
     <name>.safetensors  <name>_ema.safetensors                 weights for other programs, in save.dtype
     <name>-step00001000.safetensors  <name>-000004.safetensors the same on the way
+    best.safetensors  best_ema.safetensors                     those of the lowest validation loss
     <name>-step00001000-state/  <name>-state/                  everything needed to continue, float32:
         model  ema  optimizer .safetensors, state.json, manifest.json (sha256 of the others)
-    checkpoints.json                                           names (final, step_1000, epoch_4) -> files
+    checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files
     config.json                                                geometry and options of the model
 
 A state is written beside, flushed and renamed; reading verifies the manifest. Only files listed in checkpoints.json
@@ -13,6 +14,7 @@ are ever removed.
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -45,7 +47,11 @@ LIST_FILE = "checkpoints.json"
 
 @dataclass
 class Entry:
-    """One checkpoint: file names relative to the run folder, absent parts empty."""
+    """One checkpoint: file names relative to the run folder, absent parts empty.
+
+    Attributes:
+        metric, value: of the best checkpoint: by what it is the best.
+    """
 
     step: int
     epoch: int
@@ -53,6 +59,39 @@ class Entry:
     model: str = ""
     ema: str = ""
     state: str = ""
+    metric: str = ""
+    value: float | None = None
+
+
+@dataclass
+class Best:
+    """The lowest value of a metric so far; none is below infinity.
+
+    Attributes:
+        total, updates: of the losses of the present epoch, where their mean is the metric.
+    """
+
+    metric: str
+    value: float = math.inf
+    total: float = 0.0
+    updates: int = 0
+
+    def improve(self, value: float) -> bool:
+        """Take over a value if it is lower; NaN never is."""
+        if not value < self.value:
+            return False
+        self.value = value
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a state."""
+        return {**vars(self), "value": None if self.value == math.inf else self.value}
+
+    def load_state(self, stored: dict[str, Any] | None) -> None:
+        """Continue from a state, if it followed the same metric."""
+        if stored and stored["metric"] == self.metric:
+            self.value = math.inf if stored["value"] is None else stored["value"]
+            self.total, self.updates = stored["total"], stored["updates"]
 
 
 @dataclass

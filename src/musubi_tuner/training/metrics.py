@@ -2,6 +2,8 @@
 
     loss/total  loss/main  loss/<term>     means over the updates since the last line
     train/lr  train/grad_norm  train/epoch
+    loss/val  loss/val_sigma_<noise level>  a line of their own after each validation
+    loss/epoch                              likewise after an epoch, where the best epoch is kept
 
 A line of metrics.jsonl keeps wall-clock values apart, under "clock": everything else of a resumed run equals that of
 an undisturbed one. The state stores the file's length, and resuming cuts the file there.
@@ -65,9 +67,15 @@ class Metrics:
         now = time.perf_counter()
         seconds = max(now - self._mark, 1e-9)
         rate = self._images / seconds
-        left = (self.total - step) * seconds / max(step - self._step, 1)
+        step_seconds = seconds / max(step - self._step, 1)
+        left = (self.total - step) * step_seconds
         self._mark, self._images, self._step = now, 0, step
-        clock = {"images_per_second": round(rate, 3), "seconds_left": round(left, 1), "wall": round(time.time(), 3)}
+        clock = {
+            "images_per_second": round(rate, 3),
+            "step_seconds": round(step_seconds, 4),
+            "seconds_left": round(left, 1),
+            "wall": round(time.time(), 3),
+        }
         if peak_gib is not None:
             clock["peak_gib"] = round(peak_gib, 3)
         with self.path.open("a", encoding="utf-8") as file:
@@ -89,6 +97,16 @@ class Metrics:
         if peak_gib is not None:
             parts.append(f"{peak_gib:.1f} GiB")
         self.say("  ".join(parts))
+
+    def measured(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Write what was measured between updates; it took ``seconds``, which are not those of an update."""
+        self._mark += seconds
+        clock = {"seconds": round(seconds, 3), "wall": round(time.time(), 3)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values, "clock": clock}) + "\n")
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

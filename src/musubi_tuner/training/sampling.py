@@ -5,7 +5,8 @@ times are float32; both guidance branches go through the model in one forward pa
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,33 @@ def draw(
                wanted.multiplier, wanted.negative is None)  # fmt: skip
         groups.setdefault(key, []).append(index)
     drawn: dict[int, Tensor] = {}
+    with evaluating(model):
+        try:
+            for members in groups.values():
+                _set_strength(model, own[members[0]].multiplier)
+                for start in range(0, len(members), batch_size):
+                    batch = members[start : start + batch_size]
+                    texts = [prompts.prompts[index].text for index in batch]
+                    latents = _draw_batch(
+                        model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast
+                    )
+                    drawn.update(zip(batch, latents))
+                    progress(len(batch))
+        finally:
+            _set_strength(model, 1.0)
+    return [drawn[index] for index in range(len(own))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module is as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for members in groups.values():
-            _set_strength(model, own[members[0]].multiplier)
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                texts = [prompts.prompts[index].text for index in batch]
-                latents = _draw_batch(
-                    model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast
-                )
-                drawn.update(zip(batch, latents))
-                progress(len(batch))
+        yield
     finally:
-        _set_strength(model, 1.0)
         for module, training in modes.items():
             module.training = training
-    return [drawn[index] for index in range(len(own))]
 
 
 def _set_strength(model: nn.Module, multiplier: float) -> None:

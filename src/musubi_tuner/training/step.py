@@ -14,7 +14,7 @@ from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import perturb
-from musubi_tuner.models.spec import Process
+from musubi_tuner.models.spec import LossTerm, Process
 from musubi_tuner.randomness import normal, uniform
 
 
@@ -120,6 +120,17 @@ def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws
     """
     x0 = batch.latents
     time = process.time(draws.time, (x0.shape[-2], x0.shape[-1]), draws.uniforms)
+    terms = losses_at(model, process, batch, draws, time, update)
+    loss = torch.stack([term.weight * term.per_sample_B.sum() for term in terms.values()]).sum()
+    sums = {name: term.per_sample_B.detach().sum() for name, term in terms.items()}
+    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach())
+
+
+def losses_at(
+    model: nn.Module, process: Process, batch: Batch, draws: Draws, time: Tensor, update: int
+) -> dict[str, LossTerm]:
+    """Forward one micro-batch at given times; its loss terms, one float32 value per sample each."""
+    x0 = batch.latents
     noisy = process.add_noise(x0, draws.noise if draws.input_noise is None else draws.input_noise, time)
     target = process.target(x0, draws.noise)
     inputs = process.conditioning(batch, time, draws.uniforms)
@@ -128,7 +139,4 @@ def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws
 
     # Losses are float32: the autocast of the model ends here.
     with torch.autocast(x0.device.type, enabled=False):
-        terms = process.losses(prediction.float(), target, time, inputs, extra, update)
-        loss = torch.stack([term.weight * term.per_sample_B.sum() for term in terms.values()]).sum()
-    sums = {name: term.per_sample_B.detach().sum() for name, term in terms.items()}
-    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach())
+        return process.losses(prediction.float(), target, time, inputs, extra, update)

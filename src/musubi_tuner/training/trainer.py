@@ -1,7 +1,7 @@
 """The training loop.
 
     for every update: forward and backward its micro-batches -> clip -> check finite -> step -> EMA -> count
-                      -> log / sample / save if due
+                      -> log / validate / sample / save if due
 
 An update is processes x accumulation consecutive micro-batches of the epoch's plan; its loss is the sum over its samples
 divided by their number. Randomness is keyed by what it is for, so nothing random has to be saved: a state holds
@@ -13,11 +13,12 @@ The model goes through accelerate for data parallelism; order, schedule and prec
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, write_text
@@ -47,6 +49,7 @@ from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
+    Best,
     CheckpointList,
     Entry,
     TrainingState,
@@ -71,6 +74,7 @@ from musubi_tuner.training.optimizers import (
 from musubi_tuner.training.sampling import EncodedPrompts, decode_images, draw, encode_prompts, save_samples
 from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
+from musubi_tuner.training.validation import METRIC, Validator
 
 Listing = Callable[[Entry], None]
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,11 +114,13 @@ def default_settings() -> dict[str, Any]:
     return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
-def data_digest(items: list[Item]) -> str:
-    """Changes when images, captions, buckets, repeats or batch sizes of a run change."""
+def data_digest(items: list[Item], held_out: Sequence[Item] = ()) -> str:
+    """Changes when images, captions, buckets, repeats or batch sizes of a run change, or which images are held out."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+    for item in held_out:
+        digest.update(repr(("held out", item.key, item.caption, item.bucket, item.batch_size)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -167,11 +173,15 @@ class Trainer:
         sizes = len({item.bucket for item in items})
         self.kernels = apply_backend_flags(config.run, self.device, sizes)
         self.environment = environment(config, threads, self.processes, self.device)
-        self.data_digest = data_digest(items)
+        self.items = items
+        trained, held_out = hold_out(items, config.validation)
+        self.data_digest = data_digest(trained, held_out)
         self.folder, self.name = config.output_dir, config.run.name
-        self.dataset = CachedDataset(config, items, needed_kinds(config))
+        kinds = needed_kinds(config)
+        self.dataset = CachedDataset(config, trained, kinds)
+        self.measured = CachedDataset(config, held_out[: config.validation.max_images], kinds) if held_out else None
         self.plan_items = self.dataset.plan_items()
-        self.steps = count_steps(config, items, self.processes)
+        self.steps = count_steps(config, trained, self.processes)
         self.total = self.steps.total_updates
         self.position = Position()
 
@@ -189,11 +199,11 @@ class Trainer:
         if self.main and slow:
             print('warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
                   'or "auto"')  # fmt: skip
-        self.config, chosen = resolve_swap(self.config, self.dataset.items, free)
+        self.config, chosen = resolve_swap(self.config, self.items, free)
         config = self.config
         if self.main:
             lines = [
-                *estimate_lines(config, self.dataset.items, self.steps, self.device, free),
+                *estimate_lines(config, self.items, self.steps, self.device, free),
                 *([chosen] if chosen else []),
                 *([self.kernels] if self.kernels else []),
             ]
@@ -220,6 +230,18 @@ class Trainer:
             warmup_type=config.scheduler.warmup_type,
             total_steps=self.total,
         )
+        self.validator = None
+        if self.measured is not None:
+            self.validator = Validator(
+                self.measured,
+                self.process,
+                config.validation,
+                device=self.device,
+                autocast=self.autocast,
+                rank=self.accelerator.process_index,
+                processes=self.processes,
+            )
+        self.best = Best(METRIC if self.validator else "loss/epoch") if config.keeps_best else None
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
         metrics_length = self._resume()
@@ -339,6 +361,8 @@ class Trainer:
             for name, value in values["window"].items()
         }
         self.window_updates = values["window_updates"]
+        if self.best:
+            self.best.load_state(values.get("best"))
         if self.main:
             print(f"continuing from {path.name}: step {self.position.step} of {self.total}")
         return int(values["metrics_bytes"])
@@ -401,6 +425,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict() if self.scaler else None,
                 "window": {name: value.item() for name, value in self.window.items()},
                 "window_updates": self.window_updates,
+                "best": self.best.state() if self.best else None,
                 "metrics_bytes": self.metrics.length,
                 "config": fixed_settings(self.config, self.processes),
                 "data": self.data_digest,
@@ -449,6 +474,11 @@ class Trainer:
             epoch_ends = position.update == self.steps.updates_per_epoch
             if self._log_due(is_last):
                 self._log()
+            if epoch_ends:
+                self._end_epoch()
+            validation = config.validation
+            if is_last or self._due(validation.every_steps, validation.every_epochs, epoch_ends):
+                self._validate()
             if self._due(config.sample.every_steps, config.sample.every_epochs, epoch_ends):
                 self._sample()
             stopping = self._stop_signal()
@@ -553,6 +583,7 @@ class Trainer:
                     self._accumulate(tag, value.to(self._sum_device, torch.float64))
             if self.ema:
                 self.ema.update(self.trained)
+            self._add_to_epoch(sums["total"] / update.samples)
             for name, value in sums.items():
                 self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
             self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
@@ -635,6 +666,74 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
         self.window, self.window_updates = {}, 0
+
+    @property
+    def _follows_epochs(self) -> bool:
+        """Whether the best epoch by training loss is kept."""
+        return self.best is not None and self.validator is None
+
+    def _add_to_epoch(self, loss: Tensor) -> None:
+        """Count the loss of an update into the mean of its epoch."""
+        if self.best and self._follows_epochs:
+            loss = loss.to(self._sum_device, torch.float64)
+            if self.processes > 1:
+                # At once, not at the end: so the sum has one order, however often the run is interrupted.
+                torch.distributed.all_reduce(loss)
+            self.best.total += float(loss)
+            self.best.updates += 1
+
+    def _end_epoch(self) -> None:
+        """Compare the mean loss of a whole epoch with that of the best."""
+        if self.best and self._follows_epochs and self.best.updates:
+            mean = self.best.total / self.best.updates
+            self.best.total, self.best.updates = 0.0, 0
+            better = self.best.improve(mean)
+            if self.metrics:
+                self.metrics.measured(self.position.step, {self.best.metric: mean}, 0.0)
+            if better:
+                self._save_best()
+
+    def _validate(self) -> None:
+        """Measure the held-out images, on all processes together, and keep the weights if they are the best."""
+        if self.validator is None or self.measured is None:
+            return
+        begun = time.perf_counter()
+        averaged = self.config.validation.weights == "ema" and self.ema is not None and self.ema.updates > 0
+        with self.ema.applied(self.trained) if averaged and self.ema else contextlib.nullcontext():
+            if self.swap is not None:
+                self.swap.refresh()
+            values = self.validator.measure(unwrap(self.model), self.position.step)
+        if self.swap is not None:
+            self.swap.refresh()
+        value = values[METRIC]
+        better = self.best is not None and self.best.improve(value)
+        if self.metrics:
+            seconds = time.perf_counter() - begun
+            self.metrics.measured(self.position.step, values, seconds)
+            self.metrics.say(
+                f"step {self.position.step}: validation loss {value:.4f}{', the lowest so far' if better else ''} "
+                f"({'averaged' if averaged else 'trained'} weights, {len(self.measured)} image(s) at "
+                f"{len(self.validator.times)} noise levels, {format_seconds(seconds)})"
+            )
+            if not math.isfinite(value):
+                self.metrics.say(f"warning: step {self.position.step}: the validation loss is not finite")
+        if better:
+            self._save_best()
+
+    def _save_best(self) -> None:
+        """Write weights and averages as `best`; a run continues from its states, so there is none here."""
+        if self.main:
+            assert self.best is not None
+            entry = Entry(self.position.step, self.position.epoch + 1, "best", model="best.safetensors")
+            entry.metric, entry.value = self.best.metric, self.best.value
+            self._save_weights(entry.model, self.trained.state_dict(), "model")
+            if self.ema:
+                entry.ema = "best_ema.safetensors"
+                self._save_weights(entry.ema, self.ema.shadow, "ema")
+            checkpoints = CheckpointList.read(self.folder, self.name)
+            checkpoints.add("best", entry)
+            fault_point("best.listed")
+        self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
         """Draw the sample prompts on the main process; the others wait."""
@@ -765,6 +864,8 @@ class Trainer:
                 root = {path.name: path for path in sorted((self.folder / "release").iterdir())}
                 self.uploader.upload("Release", [], to_root=root)
             assert self.metrics is not None
+            if self._follows_epochs and self.best and self.best.value == math.inf:
+                self.metrics.say("note: no epoch was trained to its end, so save.best kept nothing")
             taken = format_seconds(time.monotonic() - self.begun)
             self.metrics.say(
                 f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "

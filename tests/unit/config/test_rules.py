@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.config import RunConfig, validate
+from musubi_tuner.config import RunConfig, load_config, validate
 from musubi_tuner.config.diagnostics import Diagnostic, format_problems
 from musubi_tuner.config.rules import unwritable
 from musubi_tuner.models.tinyflux.options import resolve_experts
@@ -150,6 +150,7 @@ def no_effect(key: str, reason: str) -> str:
 
 UNIFORM = 'objective.timestep_sampling is "uniform"'
 NO_PROMPTS, NO_REPO, NOT_SAVED = "sample.prompts is absent", "hub.repo_id is absent", "nothing is saved on the way"
+NO_SPLIT = "validation.split is 0"
 NO_WARMUP, ONE_PROCESS = "scheduler.warmup_steps is 0", "distributed.num_processes is 1"
 SNR_OFF, EMA_OFF = "the min-SNR weight is off", "ema.enabled is false"
 NO_UPLOAD_LINES = 'run_name = "x"\nprivate = false\ntoken = "t"\ntimeout_seconds = 5'
@@ -179,6 +180,10 @@ NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_la
          {"run.allow_tf32": 'run.device is "cpu"', "run.cudnn_benchmark": 'run.device is "cpu"'}),
         ({"run": "deterministic = true\nallow_tf32 = true"}, {"run.allow_tf32": "run.deterministic is true"}),
         ({"save": 'comment = "my cat"'}, {"save.comment": "only adapter files carry it"}),
+        ({"validation": 'seed = 1\ntimes = 4\nevery_steps = 5\nweights = "model"'},
+         dict.fromkeys(("validation.seed", "validation.times", "validation.every_steps", "validation.weights"), NO_SPLIT)),
+        ({"validation": 'split = 0.1\nweights = "ema"', "ema": "enabled = false"},
+         {"validation.weights": f"{EMA_OFF}; the trained weights are measured"}),
     ],
 )  # fmt: skip
 def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str], warnings_of: WarningsOf) -> None:
@@ -199,6 +204,8 @@ def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str]
         {"optimizer": 'type = "Adafactor"'},
         {"save": "every_steps = 0\nevery_epochs = 0"},
         {"distributed": "num_processes = 2\nmain_process_port = 29500"},
+        {"validation": 'split = 0.1\nseed = 1\ntimes = 4\nweights = "model"', "ema": "enabled = false"},
+        {"validation": "split = 0.0"},
     ],
 )
 def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
@@ -224,6 +231,21 @@ def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
 def test_setting_that_nothing_reads_is_warned_of(changes: dict[str, str], key: str, warnings_of: WarningsOf) -> None:
     (message,) = warnings_of(**changes)
     assert message.startswith(f"{key}: has no effect because ")
+
+
+@pytest.mark.parametrize(
+    ("tables", "kept"),
+    [
+        ({}, False),
+        ({"validation": "split = 0.1"}, True),
+        ({"validation": "split = 0.1", "save": "best = false"}, False),
+        ({"save": "best = true"}, True),
+    ],
+)
+def test_the_best_is_kept_where_it_is_asked_for_or_validated(
+    tables: dict[str, str], kept: bool, write: Callable[..., Path]
+) -> None:
+    assert load_config(write(**tables)).keeps_best is kept
 
 
 def test_default_of_the_family_is_not_blamed_on_the_user(warnings_of: WarningsOf) -> None:

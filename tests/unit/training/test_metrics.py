@@ -83,7 +83,7 @@ def test_line_holds_step_values_and_clock(metrics: Writers) -> None:
     (line,) = metrics.lines()
     clock = line.pop("clock")
     assert line == {"step": 10, **VALUES}
-    assert set(clock) == {"images_per_second", "seconds_left", "wall"}
+    assert set(clock) == {"images_per_second", "step_seconds", "seconds_left", "wall"}
 
 
 def test_values_are_written_without_loss(metrics: Writers) -> None:
@@ -135,6 +135,19 @@ def test_time_left_is_that_of_the_updates_left(metrics: Writers) -> None:
     # Five updates took 0.05 s and a little, and five are left; the last line has none left.
     assert 0.0 < first < 5
     assert second == 0.0
+
+
+def test_what_is_measured_between_updates_has_a_line_of_its_own_and_is_not_counted_as_their_time(
+    metrics: Writers,
+) -> None:
+    writer = metrics()
+    time.sleep(0.6)
+    writer.measured(1, {"loss/val": 0.1 + 0.2}, 0.6)
+    writer.log(1, VALUES, peak_gib=None)
+    first, second = metrics.lines()
+    assert first.pop("clock")["seconds"] == 0.6
+    assert first == {"step": 1, "loss/val": 0.1 + 0.2}
+    assert second["clock"]["step_seconds"] < 0.5
 
 
 # Resuming

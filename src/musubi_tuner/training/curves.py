@@ -1,0 +1,257 @@
+"""Curves of a run, drawn from its metrics.jsonl.
+
+    losses.png           losses of training and, where there is one, validation
+    learning_rate.png    as the optimizer had it
+    gradient_norm.png    before clipping
+    loss_by_noise.png    validation loss at each noise level, over the updates and at a few of them
+    step_time.png        seconds per update, and images per second
+
+A curve of many points is drawn pale, with its running mean over it. A picture whose values the file lacks is not made.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from musubi_tuner.errors import DataError
+from musubi_tuner.files import replace_file
+from musubi_tuner.training.metrics import FILE
+
+Row = dict[str, Any]
+Points = tuple[np.ndarray, np.ndarray]
+MANY = 120
+"""Points from which on a curve is smoothed."""
+SHOWN_STEPS = 5
+"""Validations that are drawn over the noise level."""
+VAL_SIGMA = "loss/val_sigma_"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Lines of a metrics file; one that a killed run left half is passed over.
+
+    Raises:
+        DataError: if the file is missing, holds something else, or nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the output folder of a run, which holds {FILE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number}: is no line of metrics ({line[:40]!r})") from error
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: holds no lines yet; the run has not logged an update (see log.every_steps)")
+    return rows
+
+
+def points(rows: Iterable[Row], tag: str) -> Points:
+    """Steps and values of a tag, where it was written; ``clock/<name>`` is a value of the clock."""
+    clock, _, name = tag.partition("/")
+    sources = ((row["step"], row.get("clock", {}) if clock == "clock" else row) for row in rows)
+    key = name if clock == "clock" else tag
+    found = [(step, values[key]) for step, values in sources if isinstance(values.get(key), int | float)]
+    steps, values = (np.array([pair[axis] for pair in found], dtype=float) for axis in (0, 1))
+    return steps, values
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over a centred window, shorter at the ends; values that are not finite are left out."""
+    good = np.isfinite(values)
+    ones = np.ones(window)
+    total, count = (np.convolve(x, ones)[window // 2 :][: len(values)] for x in (np.where(good, values, 0.0), good))
+    return total / np.where(count > 0, count, np.nan)
+
+
+def _curve(axes: Any, found: Points, label: str, smooth: bool = True, **style: Any) -> None:
+    """One curve, smoothed if it is long."""
+    steps, values = found
+    if len(steps) < MANY or not smooth:
+        marker = "o" if len(steps) < 30 else None
+        axes.plot(steps, values, label=label, marker=marker, markersize=3, **style)
+        return
+    (pale,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8, **style)
+    axes.plot(steps, running_mean(values, max(3, len(steps) // 40)), label=label, color=pale.get_color())
+
+
+def _log_if_wide(axes: Any, *values: np.ndarray) -> None:
+    """A log scale where positive values differ more than fivefold."""
+    every = np.concatenate([value[np.isfinite(value)] for value in values])
+    if len(every) and every.min() > 0 and every.max() > 5 * every.min():
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        if every.max() < 100 * every.min():
+            # A decade or two has too few powers of ten to read values from.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(axes: Any, title: str, ylabel: str, xlabel: str = "update") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if xlabel == "update":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.grid(alpha=0.3)
+
+
+def _legend(axes: Any, **options: Any) -> None:
+    """Names of the curves, beside the axes so that they cover none."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, **options)
+
+
+def _figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, layout="constrained", **options)
+
+
+def _save(figure: Any, target: Path) -> None:
+    from matplotlib import pyplot
+
+    replace_file(target, lambda path: figure.savefig(path, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def loss_tags(rows: Iterable[Row]) -> list[str]:
+    """Losses to draw: the parts of the training loss, its total where it is more than one part, and the validation loss."""
+    found = dict.fromkeys(
+        tag for row in rows for tag in row if tag.startswith("loss/") and not tag.startswith(VAL_SIGMA)
+    )
+    parts = [tag for tag in found if tag not in ("loss/total", "loss/val", "loss/epoch")]
+    whole = ["loss/total"] if len(parts) > 1 and "loss/total" in found else []
+    return [*whole, *parts, *(tag for tag in ("loss/epoch", "loss/val") if tag in found)]
+
+
+def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
+    """Losses over the updates; false if there are none."""
+    tags = loss_tags(rows)
+    if not tags:
+        return False
+    figure, axes = _figure(figsize=(9, 5))
+    names = {"loss/val": "validation", "loss/epoch": "mean of the epoch"}
+    for tag in tags:
+        style: dict[str, Any] = {"color": "black"} if tag in names else {}
+        _curve(axes, points(rows, tag), names.get(tag, tag.removeprefix("loss/")), **style)
+    _log_if_wide(axes, *(points(rows, tag)[1] for tag in tags))
+    _finish(axes, f"{title}: losses", "loss")
+    _legend(axes)
+    _save(figure, target)
+    return True
+
+
+def _plot_one(rows: list[Row], target: Path, title: str, *, tags: dict[str, str], ylabel: str, wide: bool) -> bool:
+    """Curves of a few tags on one pair of axes."""
+    shown = {label: points(rows, tag) for tag, label in tags.items() if len(points(rows, tag)[0])}
+    if not shown:
+        return False
+    figure, axes = _figure(figsize=(8, 4))
+    for label, found in shown.items():
+        _curve(axes, found, label, smooth=wide)
+    if wide:
+        _log_if_wide(axes, *(values for _, values in shown.values()))
+    else:
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    _finish(axes, f"{title}: {ylabel}", ylabel)
+    if len(shown) > 1:
+        _legend(axes)
+    _save(figure, target)
+    return True
+
+
+def plot_step_time(rows: list[Row], target: Path, title: str) -> bool:
+    """Seconds per update above, images per second below."""
+    seconds, rate = points(rows, "clock/step_seconds"), points(rows, "clock/images_per_second")
+    if not len(seconds[0]):
+        return False
+    figure, (upper, lower) = _figure(2, figsize=(8, 6), sharex=True)
+    _curve(upper, seconds, "seconds")
+    _curve(lower, rate, "images", color="tab:green")
+    _log_if_wide(upper, seconds[1])
+    if upper.get_yscale() == "linear":
+        upper.set_ylim(bottom=0)
+    lower.set_ylim(bottom=0)
+    _finish(upper, f"{title}: time of an update, mean since the last line", "seconds", "")
+    _finish(lower, "", "images per second")
+    _save(figure, target)
+    return True
+
+
+def plot_loss_by_noise(rows: list[Row], target: Path, title: str) -> bool:
+    """Validation loss at each noise level: over the updates on the left, over the noise level on the right."""
+    from matplotlib import colormaps
+
+    tags = sorted({tag for row in rows for tag in row if tag.startswith(VAL_SIGMA)})
+    if not tags:
+        return False
+    sigmas = [float(tag.removeprefix(VAL_SIGMA)) for tag in tags]
+    measured = [row for row in rows if tags[0] in row]
+    figure, (left, right) = _figure(1, 2, figsize=(13, 5))
+    colours = colormaps["viridis"]
+    for tag, sigma in zip(tags, sigmas):
+        _curve(left, points(measured, tag), f"{sigma:g}", color=colours(0.95 * sigma))
+    every = [points(measured, tag)[1] for tag in tags]
+    chosen = np.unique(np.linspace(0, len(measured) - 1, min(SHOWN_STEPS, len(measured))).round().astype(int))
+    for number, index in enumerate(chosen):
+        row = measured[index]
+        shade = colormaps["cividis"](0.95 * (1 - (number + 1) / len(chosen)))
+        right.plot(sigmas, [row[tag] for tag in tags], marker="o", markersize=4, color=shade, label=f"{row['step']:,}")
+    for axes in (left, right):
+        _log_if_wide(axes, *every)
+    _finish(left, f"{title}: validation loss by noise level", "loss")
+    _finish(right, "the same over the noise level", "loss", "noise level (0 = image, 1 = noise)")
+    right.set_xlim(0, 1)
+    _legend(left, title="noise level", fontsize="small", ncols=-(-len(tags) // 20))
+    _legend(right, title="update", fontsize="small")
+    _save(figure, target)
+    return True
+
+
+PLOTS: dict[str, Callable[[list[Row], Path, str], bool]] = {
+    "losses.png": plot_losses,
+    "learning_rate.png": partial(
+        _plot_one, tags={"train/lr": "down matrices and the rest", "train/lr_plus": "up matrices (LoRA+)"},
+        ylabel="learning rate", wide=False,
+    ),
+    "gradient_norm.png": partial(
+        _plot_one, tags={"train/grad_norm": "gradient norm"}, ylabel="gradient norm before clipping", wide=True
+    ),
+    "loss_by_noise.png": plot_loss_by_noise,
+    "step_time.png": plot_step_time,
+}  # fmt: skip
+
+
+def plot_run(metrics: Path, folder: Path, title: str) -> tuple[list[Path], list[str]]:
+    """Draw all curves of a metrics file.
+
+    Returns:
+        The pictures made, and the names of those whose values are not there.
+
+    Raises:
+        DataError: if the file cannot be read, or the folder cannot be written.
+    """
+    rows = read_rows(metrics)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder with --output") from error
+    made = [folder / name for name, plot in PLOTS.items() if plot(rows, folder / name, title)]
+    return made, [name for name in PLOTS if folder / name not in made]
