@@ -4,8 +4,8 @@
     text     {stem}_{code}_te.safetensors
     experts  {stem}_{code}_experts.safetensors
 
-A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents (F = 1, sizes in latent cells), ``name_{dtype}`` otherwise; keys
-that end in ``_mask`` carry no dtype. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
+A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents and the loss mask beside them, ``mask_weights`` (F = 1, sizes in
+latent cells), ``name_{dtype}`` otherwise; keys that end in ``_mask`` carry no dtype. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
 Naming follows musubi-tuner.
 """
 
@@ -73,7 +73,7 @@ def plain_name(key: str) -> str:
             break
     else:
         return key
-    if key.startswith("latents_"):
+    if key.startswith(("latents_", "mask_weights_")):
         key = re.sub(r"_(\d+x)?\d+x\d+$", "", key)
     return key
 
@@ -81,6 +81,11 @@ def plain_name(key: str) -> str:
 def latents_key(shape: tuple[int, ...], dtype: str) -> str:
     """Key of image latents [C, H, W]."""
     return f"latents_1x{shape[-2]}x{shape[-1]}_{dtype}"
+
+
+def mask_key(shape: tuple[int, ...]) -> str:
+    """Key of a loss mask [H, W], always float32."""
+    return f"mask_weights_1x{shape[-2]}x{shape[-1]}_float32"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import latents_key
+from musubi_tuner.caching.file_format import latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import KindStatus
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
+from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.errors import ConfigError
@@ -24,7 +25,14 @@ def image_tensor(item: Item) -> Tensor:
 
 
 def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
-    """Encode images into latents [C, H / 8, W / 8]."""
+    """Encode images into latents [C, H / 8, W / 8], with their loss masks at the same size."""
+
+    def read(item: Item) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = image_tensor(item)
+        if item.mask is None:
+            return pixels, {}
+        mask = torch.from_numpy(to_latent(read_mask(item.mask, item.path), item.placement, config.spec.vae_factor))
+        return pixels, {mask_key(tuple(mask.shape)): mask}
 
     def open_encoder(status: KindStatus) -> Encoder:
         from musubi_tuner.encoders.autoencoder import load_autoencoder
@@ -38,15 +46,15 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         stored = storage_dtype(config, "float32")
         print(f"latents: {path} in {dtype} on {device}")
 
-        def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
-            batch = torch.stack(pixels)
+        def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
+            batch = torch.stack([pixels for pixels, _ in inputs])
             noise = None
             if config.cache.latent_mode == "sample":
                 shape = (vae.channels, batch.shape[2] // vae.factor, batch.shape[3] // vae.factor)
                 noise = torch.stack([normal(shape, config.cache.seed, "latent", item.id, 0) for item in items])
             latents = vae.encode(batch, noise, spec.latent_shift).cpu()
             name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."))
-            return [{name: store(latent, stored)} for latent in latents]
+            return [{name: store(latent, stored), **mask} for latent, (_, mask) in zip(latents, inputs, strict=True)]
 
         return encode
 
@@ -60,7 +68,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
             "vae_shift_applied": str(config.spec.latent_shift).lower(),
         }
 
-    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, image_tensor, metadata)
+    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, read, metadata)
     return run_job(config, job, options, family)
 
 

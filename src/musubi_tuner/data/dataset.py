@@ -63,9 +63,9 @@ class CachedDataset(Dataset[Batch]):
         roots = {str(index): dataset.cache_directory for index, dataset in enumerate(config.datasets)}
         self.items = list(items)
         self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, kinds, config.spec.code)
-        self._check_sizes(config.spec.vae_factor, config.spec.latent_channels)
+        self._check_sizes(config.spec.vae_factor, config.spec.latent_channels, masked=config.train.masked_loss)
 
-    def _check_sizes(self, factor: int, channels: int) -> None:
+    def _check_sizes(self, factor: int, channels: int, masked: bool) -> None:
         wrong = []
         for item, files in zip(self.items, self.files):
             width, height = item.bucket
@@ -75,6 +75,10 @@ class CachedDataset(Dataset[Batch]):
                 wrong.append(f"{item.id}: {files['latents'].path.name} holds no latents")
             elif entry.shape != expected:
                 wrong.append(f"{item.id}: latents {list(entry.shape)}, this run needs {list(expected)}")
+            elif masked:
+                mask = files["latents"].tensors.get("mask_weights")
+                if (mask.shape if mask else None) != (expected[1:] if item.mask else None):
+                    wrong.append(f"{item.id}: {files['latents'].path.name} holds {'another' if mask else 'no'} mask")
         if wrong:
             shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
             raise CacheError(

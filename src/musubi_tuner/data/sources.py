@@ -11,7 +11,8 @@ from pathlib import Path
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place
-from musubi_tuner.data.images import EXTENSIONS, image_size
+from musubi_tuner.data.images import EXTENSIONS, has_alpha, image_size
+from musubi_tuner.data.masks import Mask
 from musubi_tuner.errors import DataError
 
 _SHOWN = 10
@@ -26,6 +27,7 @@ class Item:
         key: the same with the dataset's number in front, unique in the run.
         cache_directory: folder of its cache files (a sub-folder mirrors the image's where needed).
         size: (width, height) upright. placement: how it becomes its bucket.
+        mask: where its loss mask comes from; None if it has none.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Item:
     placement: Placement
     num_repeats: int
     batch_size: int
+    mask: Mask | None = None
 
     @property
     def stem(self) -> str:
@@ -111,6 +114,7 @@ class _Entry:
     path: Path
     caption: str
     id: str
+    mask_path: Path | None = None
 
 
 def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
@@ -124,16 +128,9 @@ def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: l
     if not root.is_dir():
         problems.append(f"{dataset.name}.image_directory: {root}: no such folder")
         return
-    walk = root.rglob("*") if dataset.recursive else root.iterdir()
-    cache = dataset.cache_directory.resolve()
-    images = sorted(
-        path
-        for path in walk
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not path.name.startswith(".")
-        and (cache == root.resolve() or not path.resolve().is_relative_to(cache))
-    )
+    others = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
+    images = _images(root, dataset.recursive, [folder for folder in others if folder.resolve() != root.resolve()])
+    masks = _mask_files(dataset, problems)
     missing: list[Path] = []
     for path in images:
         caption = _caption(path.with_suffix(dataset.caption_extension), problems)
@@ -142,7 +139,13 @@ def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: l
             if dataset.missing_caption in ("error", "skip"):
                 continue
             caption = "" if dataset.missing_caption == "empty" else path.stem.replace("_", " ").replace("-", " ")
-        yield _Entry(path, caption, path.relative_to(root).with_suffix("").as_posix())
+        name = path.relative_to(root).with_suffix("").as_posix()
+        yield _Entry(path, caption, name, masks.get(name))
+    ids = {path.relative_to(root).with_suffix("").as_posix() for path in images}
+    spare = sorted(str(path) for name, path in masks.items() if name not in ids)
+    if spare:
+        names = ", ".join(Path(text).name for text in spare[:3]) + (", ..." if len(spare) > 3 else "")
+        notes.append(f"{dataset.name}: {len(spare)} files in {dataset.mask_directory} belong to no image ({names})")
     if missing:
         names = ", ".join(path.name for path in missing[:3]) + (", ..." if len(missing) > 3 else "")
         text = f"{len(missing)} of {len(images)} images in {root} have no {dataset.caption_extension} file ({names})"
@@ -152,6 +155,35 @@ def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: l
             )
         else:
             notes.append(f'{dataset.name}: {text}; missing_caption = "{dataset.missing_caption}"')
+
+
+def _images(root: Path, recursive: bool, without: list[Path]) -> list[Path]:
+    """Picture files of a folder, sorted; those below the folders ``without`` are left out."""
+    walk = root.rglob("*") if recursive else root.iterdir()
+    left_out = [folder.resolve() for folder in without]
+    return sorted(
+        path
+        for path in walk
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not any(path.resolve().is_relative_to(folder) for folder in left_out)
+    )
+
+
+def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
+    """The files of the mask folder by the id of their image; whatever their extension."""
+    root, found = dataset.mask_directory, dict[str, Path]()
+    if root is None:
+        return found
+    if not root.is_dir():
+        problems.append(f"{dataset.name}.mask_directory: {root}: no such folder")
+        return found
+    for path in _images(root, dataset.recursive, []):
+        first = found.setdefault(path.relative_to(root).with_suffix("").as_posix(), path)
+        if first != path:
+            problems.append(f"{first} and {path} are masks of the same image; keep one")
+    return found
 
 
 def _caption(path: Path, problems: list[str]) -> str | None:
@@ -179,7 +211,7 @@ def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Ite
     except UnicodeDecodeError as error:
         problems.append(f"{source}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
         return
-    rows: list[tuple[Path, str]] = []
+    rows: list[tuple[Path, str, Path | None]] = []
     missing: list[str] = []
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -195,14 +227,14 @@ def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Ite
             f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({names}); "
             f'missing_caption = "{dataset.missing_caption}"'
         )
-    parent = _common_parent([path for path, _ in rows])
-    for path, caption in sorted(rows):
-        yield _Entry(path, caption, path.absolute().relative_to(parent).with_suffix("").as_posix())
+    parent = _common_parent([path for path, _, _ in rows])
+    for path, caption, mask in sorted(rows, key=lambda row: row[:2]):
+        yield _Entry(path, caption, path.absolute().relative_to(parent).with_suffix("").as_posix(), mask)
 
 
 def _row(
     line: str, where: str, folder: Path, dataset: DatasetConfig, problems: list[str], missing: list[str]
-) -> tuple[Path, str] | None:
+) -> tuple[Path, str, Path | None] | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -219,12 +251,11 @@ def _row(
     if not isinstance(text, str):
         problems.append(f"{where}: image_path is missing")
         return None
-    path = Path(text)
-    if not path.is_absolute() and not path.exists() and (folder / path).exists():
-        path = folder / path
+    path = _near(text, folder)
     if not path.is_file():
         problems.append(f"{where}: image {text}: no such file")
         return None
+    mask = _row_mask(row.get("mask_path"), where, folder, dataset, problems)
     if caption is None:
         if dataset.missing_caption != "error":
             missing.append(path.name)
@@ -243,7 +274,32 @@ def _row(
     if not isinstance(caption, str):
         problems.append(f"{where}: caption is {caption!r}, expected a text")
         return None
-    return path, caption.strip()
+    return path, caption.strip(), mask
+
+
+def _near(text: str, folder: Path) -> Path:
+    """A path of a JSONL file: as it is, or below the folder of the file."""
+    path = Path(text)
+    return folder / path if not path.is_absolute() and not path.exists() and (folder / path).exists() else path
+
+
+def _row_mask(value: object, where: str, folder: Path, dataset: DatasetConfig, problems: list[str]) -> Path | None:
+    """The mask that a line names; an empty one counts as none."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        problems.append(f"{where}: mask_path is {value!r}, expected a text")
+        return None
+    if dataset.mask_source not in ("file", "smpl"):
+        problems.append(
+            f'{where}: has a mask_path, but mask_source is "{dataset.mask_source}", which reads no mask files'
+        )
+        return None
+    path = _near(value, folder)
+    if not path.is_file():
+        problems.append(f"{where}: mask {value}: no such file")
+        return None
+    return path
 
 
 def _common_parent(paths: list[Path]) -> Path:
@@ -277,9 +333,11 @@ def _items(
         try:
             size = image_size(entry.path)
             bucket = selector.select(size)
+            mask = _mask(dataset, entry, size)
         except DataError as error:
             text = str(error)
-            problems.append(text if str(entry.path) in text else f"{entry.path}: {text}")
+            named = str(entry.path) in text or (entry.mask_path is not None and str(entry.mask_path) in text)
+            problems.append(text if named else f"{entry.path}: {text}")
             continue
         folder = entry.id.rpartition("/")[0]
         yield Item(
@@ -292,7 +350,32 @@ def _items(
             placement=place(size, bucket),
             num_repeats=dataset.num_repeats,
             batch_size=dataset.batch_size,
+            mask=mask,
         )
+
+
+def _mask(dataset: DatasetConfig, entry: _Entry, size: Size) -> Mask | None:
+    """Where the mask of an image comes from.
+
+    Raises:
+        DataError: if its file is not a picture of the image's size.
+    """
+    match dataset.mask_source:
+        case "none":
+            return None
+        case "product":
+            return Mask("product")
+        case "alpha":
+            return Mask("alpha") if has_alpha(entry.path) else None
+    if entry.mask_path is None:
+        return None
+    found = image_size(entry.mask_path)
+    if found != size:
+        raise DataError(
+            f"{entry.mask_path}: is {found[0]}x{found[1]}, its image {entry.path} is {size[0]}x{size[1]}; save the mask at the "
+            "size of the image"
+        )
+    return Mask(dataset.mask_source, entry.mask_path)
 
 
 def _with_progress(entries: list[_Entry], name: str) -> Iterable[_Entry]:

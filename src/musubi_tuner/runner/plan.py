@@ -6,6 +6,7 @@ from typing import Any
 
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.data.masks import mask_lines
 from musubi_tuner.data.sources import Found, scan
 
 
@@ -59,6 +60,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}",
         f"  data     {len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}",
     ]
+    lines += mask_lines(config, plan.found.items)
     for kind, status in plan.status.items():
         text = f"{status.fresh} up to date, {len(status.due)} to make"
         reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)

@@ -110,11 +110,13 @@ def default_settings() -> dict[str, Any]:
     return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
-def data_digest(items: list[Item]) -> str:
-    """Changes when images, captions, buckets, repeats or batch sizes of a run change."""
+def data_digest(items: list[Item], masked: bool) -> str:
+    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+        if masked and item.mask is not None:
+            digest.update(repr(item.mask.source).encode())
     return digest.hexdigest()[:16]
 
 
@@ -164,7 +166,7 @@ class Trainer:
         self.processes = self.accelerator.num_processes
         threads = set_threads(config.run.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.environment = environment(config, threads, self.processes, self.device)
-        self.data_digest = data_digest(items)
+        self.data_digest = data_digest(items, config.train.masked_loss)
         self.folder, self.name = config.output_dir, config.run.name
         self.dataset = CachedDataset(config, items, needed_kinds(config))
         self.plan_items = self.dataset.plan_items()
@@ -358,7 +360,7 @@ class Trainer:
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
         if values["data"] != self.data_digest:
-            differences.append("the data set has other images, captions, buckets or batch sizes")
+            differences.append("the data set has other images, captions, masks, buckets or batch sizes")
         if values.get("base") != self.base:
             differences.append("the checkpoint below the adapter holds other weights")
         if differences:

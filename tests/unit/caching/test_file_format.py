@@ -14,6 +14,7 @@ from musubi_tuner.caching.file_format import (
     cache_path,
     kind_of,
     latents_key,
+    mask_key,
     plain_name,
     read_header,
 )
@@ -113,7 +114,7 @@ class TestKeys:
             ("lune_features_float32", "lune_features"),
             ("sol_spatial_float16", "sol_spatial"),
             ("ids_int32", "ids"),
-            ("mask_weights_1x12x8_float32", "mask_weights_1x12x8"),
+            ("mask_weights_1x12x8_float32", "mask_weights"),
             ("no_dtype_here", "no_dtype_here"),
             ("xfloat32", "xfloat32"),
         ],
@@ -279,3 +280,8 @@ def test_this_module_and_its_readers_do_not_load_torch() -> None:
     code = "import sys, musubi_tuner.caching.index, musubi_tuner.caching.status; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
+
+
+def test_mask_has_a_plain_name_without_size_and_dtype() -> None:
+    assert mask_key((96, 64)) == "mask_weights_1x96x64_float32"
+    assert plain_name(mask_key((96, 64))) == "mask_weights"

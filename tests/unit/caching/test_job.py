@@ -561,3 +561,46 @@ def test_a_killed_job_leaves_complete_files_only_and_is_continued(project: Any, 
     assert summary()[-1] == "latents: encoded 2, up to date 2, failed 0"
     assert project.files() == whole
     assert list((project.root / "cache").glob(".tmp-*")) == []
+
+
+class TestMasks:
+    def test_masks_lie_beside_the_latents_at_their_size(self, project: Any) -> None:
+        project.picture("a", (100, 70))
+        project.picture("b")
+        rows = np.zeros((70, 100), dtype=np.uint8)
+        rows[:35] = 255
+        (project.root / "masks").mkdir()
+        Image.fromarray(rows).save(project.root / "masks" / "a.png")
+        project.tables["datasets"][0]["mask_directory"] = "masks"
+        assert project.run("latents") == 0
+        first, second = project.items()
+        tensors = load_file(cache_path(first, "latents", "tf"))
+        assert set(tensors) == {"latents_1x6x10_float32", "mask_weights_1x6x10_float32"}
+        mask = tensors["mask_weights_1x6x10_float32"]
+        assert mask.dtype == torch.float32
+        assert mask[:3].eq(1).all()
+        assert mask[3:].eq(0).all()
+        assert set(load_file(cache_path(second, "latents", "tf"))) == {"latents_1x8x8_float32"}
+
+    def test_masks_stay_float32_where_latents_are_halved(self, project: Any) -> None:
+        project.picture("a")
+        project.tables["datasets"][0]["mask_source"] = "product"
+        project.tables["cache"]["dtype"] = "bfloat16"
+        assert project.run("latents") == 0
+        (entry,) = project.items()
+        dtypes = {key: tensor.dtype for key, tensor in load_file(cache_path(entry, "latents", "tf")).items()}
+        assert dtypes == {"latents_1x8x8_bfloat16": torch.bfloat16, "mask_weights_1x8x8_float32": torch.float32}
+
+    def test_a_broken_mask_is_named_and_the_others_go_on(
+        self, project: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in "ab":
+            project.picture(name)
+        (project.root / "masks").mkdir()
+        path = project.root / "masks" / "a.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        project.tables["datasets"][0]["mask_directory"] = "masks"
+        assert project.run("latents") == 1
+        assert "masks/a.png: broken image" in capsys.readouterr().err
+        assert [cache_path(item, "latents", "tf").exists() for item in project.items()] == [False, True]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, read_header
+from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, mask_key, read_header
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.dataset import CachedDataset, PlannedBatches, read_tensor
+from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import CacheError
@@ -303,3 +305,34 @@ def test_loader_workers_read_the_same_batches(config: RunConfig, items: list[Ite
     found = list(loader)
     assert [entry.items for entry in found] == [["a", "b"], ["d"], ["c"]]
     assert torch.equal(found[0].latents, torch.stack([latents["a"], latents["b"]]))
+
+
+# Masks
+
+
+def with_mask(item: Item) -> Item:
+    return replace(item, mask=Mask("product"))
+
+
+def masked_run(config: RunConfig, masked_loss: bool = True) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"masked_loss": masked_loss})})
+
+
+def test_a_mixed_batch_marks_who_has_a_mask(config: RunConfig, items: list[Item]) -> None:
+    latents = write_latents(items)
+    mask = numbers(8, 8).sigmoid()
+    write(items[0], "latents", {"latents_1x8x8_float32": latents["a"], mask_key((8, 8)): mask})
+    found = CachedDataset(masked_run(config), [with_mask(items[0]), *items[1:]], ["latents"])[batch(0, 1)]
+    assert torch.equal(found.tensors["mask_weights"], torch.stack([mask, torch.zeros(8, 8)]))
+    assert found.valid["mask_weights"].tolist() == [True, False]
+
+
+def test_latents_cached_with_other_masks_are_refused_where_masks_count(config: RunConfig, items: list[Item]) -> None:
+    latents = write_latents(items)
+    path = write(items[1], "latents", {"latents_1x8x8_float32": latents["b"], mask_key((8, 8)): torch.ones(8, 8)})
+    own = [with_mask(items[0]), *items[1:]]
+    with pytest.raises(CacheError) as caught:
+        CachedDataset(masked_run(config), own, ["latents"])
+    name = cache_path(items[0], "latents", "tf").name
+    assert str(caught.value).splitlines()[1:] == [f"  a: {name} holds no mask", f"  b: {path.name} holds another mask"]
+    CachedDataset(masked_run(config, False), own, ["latents"])
