@@ -38,6 +38,7 @@ _WORDS = {
     "storage": "cache.dtype",
     "precision": "the encoder's precision",
     "mask": "the source of the mask",
+    "captions": "the list of captions",
 }
 
 
@@ -102,7 +103,7 @@ class Expectation:
                 "mask": item.mask.source if item.mask else None,
             }
         else:
-            own = {"caption": item.caption}
+            own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
                 own["bucket"] = list(item.bucket)
         own["item"] = item.id

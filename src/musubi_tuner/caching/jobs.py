@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import latents_key, mask_key
+from musubi_tuner.caching.file_format import caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import KindStatus
@@ -85,16 +85,19 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
             nonlocal truncated
-            encoded = encoders.encode([item.caption for item in items])
+            encoded = encoders.encode([caption for item in items for caption in item.captions])
             truncated += encoders.truncated
-            return [
-                {
-                    f"t5_vec_{suffix}": store(encoded["t5_vec"][row], stored),
-                    **({"t5_mask": encoded["t5_mask"][row]} if config.spec.t5_attention_mask else {}),
-                    f"clip_l_pooler_{suffix}": store(encoded["clip_l_pooler"][row], stored),
-                }
-                for row in range(len(items))
-            ]
+            rows = iter(range(len(encoded["t5_vec"])))
+            found: list[Encoded] = []
+            for item in items:
+                tensors: Encoded = {}
+                for number, row in zip(range(len(item.captions)), rows, strict=False):
+                    for name in ("t5_vec", "clip_l_pooler"):
+                        tensors[f"{caption_name(name, number)}_{suffix}"] = store(encoded[name][row], stored)
+                    if config.spec.t5_attention_mask:
+                        tensors[caption_name("t5_mask", number)] = encoded["t5_mask"][row]
+                found.append(tensors)
+            return found
 
         return encode
 
@@ -106,7 +109,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
 
 def _caption_metadata(item: Item) -> dict[str, str]:
-    return {"caption1": item.caption}
+    return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
 
 
 class TextEncoders:
@@ -228,12 +231,18 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
               f"time {family['expert_time']}")  # fmt: skip
 
         def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
-            features = _teacher_features(items, pixels, clip, teachers, vae, grid, family, config)
-            return [
-                {"t_buckets_float32": grid}
-                | {f"{name}_{suffix}": store(value[row], stored) for name, value in features.items()}
-                for row in range(len(items))
-            ]
+            images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
+            found: list[Encoded] = [{"t_buckets_float32": grid} for _ in items]
+            for number in range(max(len(item.captions) for item in items)):
+                rows = [row for row, item in enumerate(items) if number < len(item.captions)]
+                some = [items[row] for row in rows]
+                seen = None if images is None else images[rows]
+                features = _teacher_features(some, number, seen, clip, teachers, grid, family, config)
+                for name, value in features.items():
+                    key = f"{caption_name(name, number)}_{suffix}"
+                    for row, tensor in zip(rows, value, strict=True):
+                        found[row][key] = store(tensor, stored)
+            return found
 
         return encode
 
@@ -246,22 +255,25 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
 
 def _teacher_features(
     items: list[Item],
-    pixels: list[Any],
+    number: int,
+    images: Tensor | None,
     clip: Any,
     teachers: list[tuple[Any, list[str]]],
-    vae: Any,
     grid: Tensor,
     family: dict[str, Any],
     config: RunConfig,
 ) -> dict[str, Tensor]:
-    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher."""
-    text = clip.encode([item.caption for item in items])
+    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher.
+
+    Args:
+        number: which caption of the items. images: their latents, if the teachers see them.
+    """
+    text = clip.encode([item.captions[number] for item in items])
     times = len(grid)
-    images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
     rows, columns = teacher_grid(items[0], config.experts.resolution, keep_aspect=images is not None)
     noise = torch.stack(
         [
-            normal((4, rows, columns), config.experts.seed, "teacher", item.id, 0, bucket)
+            normal((4, rows, columns), config.experts.seed, "teacher", item.id, number, bucket)
             for item in items
             for bucket in range(times)
         ]

@@ -4,6 +4,7 @@ Values are looked up in the dataset, then in [general], then in the family's def
 `cache_directory` are never inherited.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 MissingCaption = Literal["error", "skip", "empty", "stem"]
 MaskSource = Literal["none", "file", "alpha", "product", "smpl"]
 """Where the loss mask of an image comes from; see data/masks.py."""
+CAPTION_TRANSFORMS = ("object_relations", "imagenet")
+"""Transforms that have a name; see data/captions.py."""
 
 SHARED_KEYS: dict[str, str] = {
     "resolution": "resolution",
@@ -26,6 +29,8 @@ SHARED_KEYS: dict[str, str] = {
     "recursive": "bool",
     "mask_source": "mask_source",
     "alpha_mask": "bool",
+    "caption_columns": "names",
+    "caption_transform": "caption_transform",
 }
 _DATASET_ONLY: dict[str, str] = {
     "image_directory": "text",
@@ -69,6 +74,8 @@ class DatasetConfig:
         batch_size: images per micro-batch and process.
         mask_source: where loss masks come from. mask_directory: files of the images' stems; set with an image_directory
             whose source is file or smpl.
+        caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
+            `CAPTION_TRANSFORMS`, or package.module:function.
     """
 
     name: str
@@ -85,6 +92,8 @@ class DatasetConfig:
     recursive: bool
     mask_source: MaskSource = "none"
     mask_directory: Path | None = None
+    caption_columns: tuple[str, ...] = ()
+    caption_transform: str | None = None
 
 
 def _check_value(kind: str, value: Any) -> str | None:
@@ -101,6 +110,14 @@ def _check_value(kind: str, value: Any) -> str | None:
             return f"is {value!r}, expected one of {', '.join(get_args(MissingCaption))}"
         case "mask_source" if value not in get_args(MaskSource):
             return f"is {value!r}, expected one of {', '.join(get_args(MaskSource))}"
+        case "names":
+            texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+            if not texts or not value or len(set(value)) != len(value):
+                return f"is {value!r}, expected a list of different names"
+        case "caption_transform":
+            named = value in CAPTION_TRANSFORMS if isinstance(value, str) else False
+            if not named and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value)):
+                return f"is {value!r}, expected one of {', '.join(CAPTION_TRANSFORMS)}, or package.module:function"
         case "resolution":
             sides = [value] if is_int else value
             whole = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
@@ -222,6 +239,15 @@ def _resolve_one(
                     f"Use at least {2 * step}x{2 * step}, or enable_bucket = false",
                 )
             )
+    if "image_jsonl_file" not in own:
+        if "caption_columns" in own:
+            problems.append(
+                Diagnostic("error", f"{where}.caption_columns", "names columns of image_jsonl_file; remove the key")
+            )
+        if values.get("caption_transform") == "imagenet":
+            problems.append(
+                Diagnostic("error", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file')
+            )
     mask_source = _mask_source(where, own, values, problems)
     if sum(problem.level == "error" for problem in problems) > before:
         return None
@@ -243,6 +269,8 @@ def _resolve_one(
         recursive=values["recursive"],
         mask_source=mask_source,
         mask_directory=locate(own["mask_directory"]) if "mask_directory" in own else None,
+        caption_columns=tuple(values.get("caption_columns", ())),
+        caption_transform=values.get("caption_transform"),
     )
 
 

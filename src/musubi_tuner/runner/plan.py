@@ -60,6 +60,9 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}",
         f"  data     {len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}",
     ]
+    several = sum(len(item.captions) > 1 for item in plan.found.items)
+    if several:
+        lines.append(f"  captions {several} images have several; each presentation draws one")
     lines += mask_lines(config, plan.found.items)
     for kind, status in plan.status.items():
         text = f"{status.fresh} up to date, {len(status.due)} to make"

@@ -115,6 +115,8 @@ def data_digest(items: list[Item], masked: bool) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+        if item.more_captions:
+            digest.update(repr(item.more_captions).encode())
         if masked and item.mask is not None:
             digest.update(repr(item.mask.source).encode())
     return digest.hexdigest()[:16]
@@ -439,7 +441,7 @@ class Trainer:
             rank=self.accelerator.process_index,
         )[position.update :]
         updates = updates[: self.total - position.step]
-        batches = self._batches(updates)
+        batches = self._batches(updates, self.position.epoch)
         for update in updates:
             self._update(update, batches)
             is_last = position.step >= self.total
@@ -459,10 +461,10 @@ class Trainer:
                 )
         return False
 
-    def _batches(self, updates: list[Update]) -> Iterator[Batch]:
+    def _batches(self, updates: list[Update], epoch: int) -> Iterator[Batch]:
         """This rank's micro-batches in order, read ahead by loader workers if there are any."""
         mine = [batch for update in updates for _, batch in self._work_of(update)]
-        source = PlannedBatches(self.dataset, mine)
+        source = PlannedBatches(self.dataset, mine, epoch)
         workers = self.config.train.loader_workers
         if workers == 0:
             return (source[index] for index in range(len(source)))

@@ -78,7 +78,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 14
+    assert len(fields(DatasetConfig)) == 16
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -378,3 +378,39 @@ def test_listing_has_no_mask_folder(problems: Problems, project: Path) -> None:
     assert problems(data=listing) == [
         "datasets[0].mask_directory: belongs to image_directory; lines of image_jsonl_file name their mask in mask_path"
     ]
+
+
+# Captions
+
+
+@pytest.mark.parametrize("name", ["object_relations", "package.module:function"])
+def test_transform_has_a_name_or_is_a_function(name: str, load: Load) -> None:
+    assert only(load(data=f'[general]\ncaption_transform = "{name}"\n{IMAGES}')).caption_transform == name
+
+
+def test_columns_of_captions_belong_to_a_listing(load: Load, problems: Problems, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
+    keys = 'caption_columns = ["a", "b"]\ncaption_transform = "imagenet"\n'
+    dataset = only(load(data=listing + keys))
+    assert (dataset.caption_columns, dataset.caption_transform) == (("a", "b"), "imagenet")
+    assert problems(data=IMAGES + keys) == [
+        "datasets[0].caption_columns: names columns of image_jsonl_file; remove the key",
+        'datasets[0].caption_transform: "imagenet" reads columns of image_jsonl_file',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("caption_columns = []", "caption_columns: is [], expected a list of different names"),
+        ('caption_columns = "a"', "caption_columns: is 'a', expected a list of different names"),
+        ('caption_columns = ["a", "a"]', "caption_columns: is ['a', 'a'], expected a list of different names"),
+        (
+            'caption_transform = "imagnet"',
+            "caption_transform: is 'imagnet', expected one of object_relations, imagenet, or package.module:function",
+        ),
+    ],
+)
+def test_captions_of_another_form_are_refused(line: str, message: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{line}\n") == [f"datasets[0].{message}"]

@@ -17,6 +17,7 @@ from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import CacheError
+from musubi_tuner.randomness import uniform
 
 RUN = """
 schema_version = 1
@@ -291,7 +292,7 @@ def test_the_plan_sees_bucket_repeats_and_batch_size(config: RunConfig, items: l
 
 def test_planned_batches_are_read_by_position(config: RunConfig, items: list[Item]) -> None:
     write_latents(items)
-    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(1, 2), batch(3)])
+    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(1, 2), batch(3)], 0)
     assert len(planned) == 2
     assert [planned[index].items for index in range(2)] == [["b", "c"], ["d"]]
 
@@ -300,7 +301,7 @@ def test_loader_workers_read_the_same_batches(config: RunConfig, items: list[Ite
     from torch.utils.data import DataLoader
 
     latents = write_latents(items)
-    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(0, 1), batch(3), batch(2)])
+    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(0, 1), batch(3), batch(2)], 0)
     loader = DataLoader(planned, batch_size=None, num_workers=2)
     found = list(loader)
     assert [entry.items for entry in found] == [["a", "b"], ["d"], ["c"]]
@@ -336,3 +337,43 @@ def test_latents_cached_with_other_masks_are_refused_where_masks_count(config: R
     name = cache_path(items[0], "latents", "tf").name
     assert str(caught.value).splitlines()[1:] == [f"  a: {name} holds no mask", f"  b: {path.name} holds another mask"]
     CachedDataset(masked_run(config, False), own, ["latents"])
+
+
+# Several captions
+
+
+def test_the_draw_of_a_caption_is_keyed_by_epoch_and_presentation(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2), "t5_vec_v1_float32": torch.ones(2)})
+    own = [replace(item, more_captions=("another",)) for item in items]
+    dataset = CachedDataset(config, own, ["latents", "text"])
+    planned = [MicroBatch((0,), (number,)) for number in range(200)]
+
+    def drawn(epoch: int) -> list[int]:
+        source = PlannedBatches(dataset, planned, epoch)
+        return [int(source[number].tensors["t5_vec"][0, 0]) for number in range(200)]
+
+    expected = [int(2 * uniform(config.run.seed, "caption", 3, number)) for number in range(200)]
+    assert drawn(3) == expected
+    assert drawn(4) != expected
+    assert 70 < sum(expected) < 130
+
+
+def test_shapes_are_those_of_one_caption(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2), "t5_vec_v1_float32": torch.ones(2)})
+    own = [replace(item, more_captions=("another",)) for item in items]
+    assert CachedDataset(config, own, ["latents", "text"]).shapes() == {"latents": (16, 8, 8), "t5_vec": (2,)}
+
+
+def test_files_of_other_captions_are_refused(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2)})
+    own = [replace(items[0], more_captions=("another",)), *items[1:]]
+    with pytest.raises(CacheError) as caught:
+        CachedDataset(config, own, ["latents", "text"])
+    name = cache_path(items[0], "text", "tf").name
+    assert str(caught.value).splitlines()[1:] == [f"  a: {name} is of 1 captions, the data has 2"]
