@@ -16,6 +16,7 @@ from torch import Tensor
 
 from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.flow import (
+    MaskSettings,
     distillation_loss,
     drop_conditioning,
     flux_shift,
@@ -78,8 +79,10 @@ def flow_inputs(golden: Golden) -> tuple[Tensor, Tensor, Tensor]:
     return golden["in.flow.data"], golden["in.flow.noise"], 1 - golden["in.flow.t"]
 
 
-def process(lune: bool = False, sol: bool = False, **settings: Any) -> TinyFluxProcess:
-    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(lune, sol, "sum"))
+def process(
+    lune: bool = False, sol: bool = False, masks: MaskSettings | None = None, **settings: Any
+) -> TinyFluxProcess:
+    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(lune, sol, "sum"), masks=masks)
 
 
 def on_grid(tokens: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def main_loss(
     spatial: bool = False,
     mask: tuple[float, float] | None = None,
 ) -> Tensor:
-    """The main loss composed as `TinyFluxProcess.losses` does, with a mask in addition."""
+    """The main loss composed as `TinyFluxProcess.losses` does."""
     error = element(on_grid(golden["in.flow.v_pred"]), on_grid(golden["out.flow.velocity"]))
     if spatial:
         error = error * spatial_weight(golden["in.loss.spatial"], *error.shape[-2:])[:, None]
@@ -251,17 +254,30 @@ def test_noisy_latents_of_a_process_equal_the_published_ones(golden: Golden) -> 
         ("mse_spatial", {"min_snr_gamma": 0.0, "spatial_weighting": True}),
         ("huber_0.1", {"min_snr_gamma": 0.0, "loss": "huber"}),
         ("huber_0.5", {"min_snr_gamma": 0.0, "loss": "huber", "huber_delta": 0.5}),
+        ("mse_mask", {"min_snr_gamma": 0.0, "masks": MaskSettings(2.0, 0.5)}),
+        ("mse_mask_3_0.25", {"min_snr_gamma": 0.0, "masks": MaskSettings(3.0, 0.25)}),
+        ("huber_0.1_all", {"loss": "huber", "spatial_weighting": True, "masks": MaskSettings(2.0, 0.5)}),
     ],
 )
 def test_main_loss_of_a_process_equals_the_published_one(name: str, settings: dict[str, Any], golden: Golden) -> None:
     everyone = torch.ones(4, dtype=torch.bool)
     teacher = {"stats": torch.zeros(4, 3), "spatial": golden["in.loss.spatial"], "feed": everyone, "distil": everyone}
     guesses = {"sol_stats_pred": torch.zeros(4, 3), "sol_spatial_pred": torch.zeros(4, 8, 8)}
-    terms = process(sol=True, **settings).losses(
+    own = process(sol=True, **settings)
+    batch = SimpleNamespace(
+        tensors={
+            "t5_vec": torch.zeros(4, 2, 3),
+            "clip_l_pooler": torch.zeros(4, 3),
+            "mask_weights": golden["in.loss.mask"],
+        },
+        valid={"mask_weights": everyone},
+    )
+    inputs = own.conditioning(batch, golden["in.flow.t"], dict.fromkeys(own.uniforms, torch.ones(4)))
+    terms = own.losses(
         on_grid(golden["in.flow.v_pred"]),
         on_grid(golden["out.flow.velocity"]),
         golden["in.flow.t"],
-        {"sol": teacher},
+        {**inputs, "sol": teacher},
         guesses,
         update=0,
     )

@@ -4,8 +4,9 @@
     text     {stem}_{code}_te.safetensors
     experts  {stem}_{code}_experts.safetensors
 
-A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents (F = 1, sizes in latent cells), ``name_{dtype}`` otherwise; keys
-that end in ``_mask`` carry no dtype. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
+A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents and the loss mask beside them, ``mask_weights`` (F = 1, sizes in
+latent cells), ``name_{dtype}`` otherwise; keys that end in ``_mask`` carry no dtype. Where an image has several captions, what belongs to caption k = 1, 2, ... has
+``_v{k}`` behind its name: ``t5_vec_v1_bfloat16``, ``t5_v1_mask``; the first caption's names are those of a single one. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
 Naming follows musubi-tuner.
 """
 
@@ -13,6 +14,7 @@ import json
 import re
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def plain_name(key: str) -> str:
             break
     else:
         return key
-    if key.startswith("latents_"):
+    if key.startswith(("latents_", "mask_weights_")):
         key = re.sub(r"_(\d+x)?\d+x\d+$", "", key)
     return key
 
@@ -81,6 +83,26 @@ def plain_name(key: str) -> str:
 def latents_key(shape: tuple[int, ...], dtype: str) -> str:
     """Key of image latents [C, H, W]."""
     return f"latents_1x{shape[-2]}x{shape[-1]}_{dtype}"
+
+
+def mask_key(shape: tuple[int, ...]) -> str:
+    """Key of a loss mask [H, W], always float32."""
+    return f"mask_weights_1x{shape[-2]}x{shape[-1]}_float32"
+
+
+def caption_name(name: str, caption: int) -> str:
+    """Plain name of a tensor that belongs to a caption: ``t5_vec`` -> ``t5_vec_v1``, ``t5_mask`` -> ``t5_v1_mask``."""
+    if not caption:
+        return name
+    stem, mask = (name.removesuffix("_mask"), "_mask") if name.endswith("_mask") else (name, "")
+    return f"{stem}_v{caption}{mask}"
+
+
+@cache
+def split_caption(name: str) -> tuple[str, int]:
+    """The opposite of `caption_name`: plain name of the first caption's tensor, and the caption's number."""
+    found = re.fullmatch(r"(.+)_v([1-9]\d*)(_mask)?", name)
+    return (found[1] + (found[3] or ""), int(found[2])) if found else (name, 0)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ _WORDS = {
     "clip_act": "model.clip_act",
     "storage": "cache.dtype",
     "precision": "the encoder's precision",
+    "mask": "the source of the mask",
+    "captions": "the list of captions",
 }
 
 
@@ -90,7 +92,7 @@ class Expectation:
     options: dict[str, Any]
 
     def of(self, item: Item) -> Fingerprint:
-        """The fingerprint of an item, without its image."""
+        """The fingerprint of an item, without the state of its files."""
         assert self.shared is not None
         own: Fingerprint = {}
         if self.kind == "latents":
@@ -98,9 +100,10 @@ class Expectation:
                 "bucket": list(item.bucket),
                 "resized": list(item.placement.resized),
                 "crop": list(item.placement.crop),
+                "mask": item.mask.source if item.mask else None,
             }
         else:
-            own = {"caption": item.caption}
+            own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
                 own["bucket"] = list(item.bucket)
         own["item"] = item.id
@@ -110,6 +113,13 @@ class Expectation:
     def needs_image(self) -> bool:
         """Whether the content of the image decides."""
         return self.kind == "latents" or self.options.get("expert_input") == "noised_image"
+
+    def files(self, item: Item) -> dict[str, Path]:
+        """The files of an item whose content decides, by the name of their state in the fingerprint."""
+        found = {"image": item.path} if self.needs_image else {}
+        if self.kind == "latents" and item.mask is not None and item.mask.path is not None:
+            found["mask_image"] = item.mask.path
+        return found
 
 
 def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, download: bool) -> Expectation:
@@ -217,9 +227,10 @@ def stale_reason(item: Item, expected: Expectation, code: str, *, by_name: bool 
     if stored is None:
         return "it does not say what made it (no fingerprint)"
     reason = difference(stored, expected.of(item))
-    if reason is None and expected.needs_image:
-        known = stored.get("image") or {}
-        now = image_state(item.path, with_hash=False)
-        if {key: known.get(key) for key in now} != now and known.get("sha256") != hash_file(item.path):
-            reason = "the image has changed"
-    return reason
+    if reason is not None:
+        return reason
+    for name, file in expected.files(item).items():
+        known, now = stored.get(name) or {}, image_state(file, with_hash=False)
+        if {key: known.get(key) for key in now} != now and known.get("sha256") != hash_file(file):
+            return f"the {'mask' if name == 'mask_image' else 'image'} has changed"
+    return None

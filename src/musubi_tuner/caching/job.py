@@ -225,8 +225,7 @@ def _write_batch(
             )
             tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
         fingerprint = status.expected.of(item)
-        if status.expected.needs_image:
-            fingerprint["image"] = image_state(item.path, with_hash=True)
+        fingerprint |= {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
         metadata = {
             "architecture": config.spec.full_name,
             "format_version": FORMAT_VERSION,

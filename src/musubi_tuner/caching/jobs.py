@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import latents_key
+from musubi_tuner.caching.file_format import caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import KindStatus
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
+from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.errors import ConfigError
@@ -24,7 +25,14 @@ def image_tensor(item: Item) -> Tensor:
 
 
 def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
-    """Encode images into latents [C, H / 8, W / 8]."""
+    """Encode images into latents [C, H / 8, W / 8], with their loss masks at the same size."""
+
+    def read(item: Item) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = image_tensor(item)
+        if item.mask is None:
+            return pixels, {}
+        mask = torch.from_numpy(to_latent(read_mask(item.mask, item.path), item.placement, config.spec.vae_factor))
+        return pixels, {mask_key(tuple(mask.shape)): mask}
 
     def open_encoder(status: KindStatus) -> Encoder:
         from musubi_tuner.encoders.autoencoder import load_autoencoder
@@ -38,15 +46,15 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         stored = storage_dtype(config, "float32")
         print(f"latents: {path} in {dtype} on {device}")
 
-        def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
-            batch = torch.stack(pixels)
+        def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
+            batch = torch.stack([pixels for pixels, _ in inputs])
             noise = None
             if config.cache.latent_mode == "sample":
                 shape = (vae.channels, batch.shape[2] // vae.factor, batch.shape[3] // vae.factor)
                 noise = torch.stack([normal(shape, config.cache.seed, "latent", item.id, 0) for item in items])
             latents = vae.encode(batch, noise, spec.latent_shift).cpu()
             name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."))
-            return [{name: store(latent, stored)} for latent in latents]
+            return [{name: store(latent, stored), **mask} for latent, (_, mask) in zip(latents, inputs, strict=True)]
 
         return encode
 
@@ -60,7 +68,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
             "vae_shift_applied": str(config.spec.latent_shift).lower(),
         }
 
-    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, image_tensor, metadata)
+    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, read, metadata)
     return run_job(config, job, options, family)
 
 
@@ -77,16 +85,19 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
             nonlocal truncated
-            encoded = encoders.encode([item.caption for item in items])
+            encoded = encoders.encode([caption for item in items for caption in item.captions])
             truncated += encoders.truncated
-            return [
-                {
-                    f"t5_vec_{suffix}": store(encoded["t5_vec"][row], stored),
-                    **({"t5_mask": encoded["t5_mask"][row]} if config.spec.t5_attention_mask else {}),
-                    f"clip_l_pooler_{suffix}": store(encoded["clip_l_pooler"][row], stored),
-                }
-                for row in range(len(items))
-            ]
+            rows = iter(range(len(encoded["t5_vec"])))
+            found: list[Encoded] = []
+            for item in items:
+                tensors: Encoded = {}
+                for number, row in zip(range(len(item.captions)), rows, strict=False):
+                    for name in ("t5_vec", "clip_l_pooler"):
+                        tensors[f"{caption_name(name, number)}_{suffix}"] = store(encoded[name][row], stored)
+                    if config.spec.t5_attention_mask:
+                        tensors[caption_name("t5_mask", number)] = encoded["t5_mask"][row]
+                found.append(tensors)
+            return found
 
         return encode
 
@@ -98,7 +109,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
 
 def _caption_metadata(item: Item) -> dict[str, str]:
-    return {"caption1": item.caption}
+    return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
 
 
 class TextEncoders:
@@ -220,12 +231,18 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
               f"time {family['expert_time']}")  # fmt: skip
 
         def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
-            features = _teacher_features(items, pixels, clip, teachers, vae, grid, family, config)
-            return [
-                {"t_buckets_float32": grid}
-                | {f"{name}_{suffix}": store(value[row], stored) for name, value in features.items()}
-                for row in range(len(items))
-            ]
+            images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
+            found: list[Encoded] = [{"t_buckets_float32": grid} for _ in items]
+            for number in range(max(len(item.captions) for item in items)):
+                rows = [row for row, item in enumerate(items) if number < len(item.captions)]
+                some = [items[row] for row in rows]
+                seen = None if images is None else images[rows]
+                features = _teacher_features(some, number, seen, clip, teachers, grid, family, config)
+                for name, value in features.items():
+                    key = f"{caption_name(name, number)}_{suffix}"
+                    for row, tensor in zip(rows, value, strict=True):
+                        found[row][key] = store(tensor, stored)
+            return found
 
         return encode
 
@@ -238,22 +255,25 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
 
 def _teacher_features(
     items: list[Item],
-    pixels: list[Any],
+    number: int,
+    images: Tensor | None,
     clip: Any,
     teachers: list[tuple[Any, list[str]]],
-    vae: Any,
     grid: Tensor,
     family: dict[str, Any],
     config: RunConfig,
 ) -> dict[str, Tensor]:
-    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher."""
-    text = clip.encode([item.caption for item in items])
+    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher.
+
+    Args:
+        number: which caption of the items. images: their latents, if the teachers see them.
+    """
+    text = clip.encode([item.captions[number] for item in items])
     times = len(grid)
-    images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
     rows, columns = teacher_grid(items[0], config.experts.resolution, keep_aspect=images is not None)
     noise = torch.stack(
         [
-            normal((4, rows, columns), config.experts.seed, "teacher", item.id, 0, bucket)
+            normal((4, rows, columns), config.experts.seed, "teacher", item.id, number, bucket)
             for item in items
             for bucket in range(times)
         ]

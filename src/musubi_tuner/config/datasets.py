@@ -4,6 +4,7 @@ Values are looked up in the dataset, then in [general], then in the family's def
 `cache_directory` are never inherited.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any, Literal, get_args
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 
 MissingCaption = Literal["error", "skip", "empty", "stem"]
+MaskSource = Literal["none", "file", "alpha", "product", "smpl"]
+"""Where the loss mask of an image comes from; see data/masks.py."""
+CAPTION_TRANSFORMS = ("object_relations", "imagenet")
+"""Transforms that have a name; see data/captions.py."""
 
 SHARED_KEYS: dict[str, str] = {
     "resolution": "resolution",
@@ -22,11 +27,16 @@ SHARED_KEYS: dict[str, str] = {
     "num_repeats": "count",
     "missing_caption": "missing_caption",
     "recursive": "bool",
+    "mask_source": "mask_source",
+    "alpha_mask": "bool",
+    "caption_columns": "names",
+    "caption_transform": "caption_transform",
 }
 _DATASET_ONLY: dict[str, str] = {
     "image_directory": "text",
     "image_jsonl_file": "text",
     "cache_directory": "text",
+    "mask_directory": "text",
 }
 _IGNORED = {"fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"}
 _REFUSED = {
@@ -37,8 +47,7 @@ _REFUSED = {
     "flux_kontext_no_resize_control": "control images are for editing models; this architecture takes none",
     "qwen_image_edit_no_resize_control": "control images are for editing models; this architecture takes none",
     "qwen_image_edit_control_resolution": "control images are for editing models; this architecture takes none",
-    "mask_directory": "loss masks are not built yet",
-    "alpha_mask": "loss masks are not built yet",
+    "mask_path": "it is a column of image_jsonl_file; a folder of masks is mask_directory",
 }
 _VIDEO = {
     "video_directory",
@@ -63,6 +72,10 @@ class DatasetConfig:
         resolution: (width, height) in pixels; the area when buckets are on.
         caption_extension: with its dot.
         batch_size: images per micro-batch and process.
+        mask_source: where loss masks come from. mask_directory: files of the images' stems; set with an image_directory
+            whose source is file or smpl.
+        caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
+            `CAPTION_TRANSFORMS`, or package.module:function.
     """
 
     name: str
@@ -77,6 +90,10 @@ class DatasetConfig:
     num_repeats: int
     missing_caption: MissingCaption
     recursive: bool
+    mask_source: MaskSource = "none"
+    mask_directory: Path | None = None
+    caption_columns: tuple[str, ...] = ()
+    caption_transform: str | None = None
 
 
 def _check_value(kind: str, value: Any) -> str | None:
@@ -91,6 +108,16 @@ def _check_value(kind: str, value: Any) -> str | None:
             return f"is {value!r}, expected a whole number of at least 1"
         case "missing_caption" if value not in get_args(MissingCaption):
             return f"is {value!r}, expected one of {', '.join(get_args(MissingCaption))}"
+        case "mask_source" if value not in get_args(MaskSource):
+            return f"is {value!r}, expected one of {', '.join(get_args(MaskSource))}"
+        case "names":
+            texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+            if not texts or not value or len(set(value)) != len(value):
+                return f"is {value!r}, expected a list of different names"
+        case "caption_transform":
+            named = value in CAPTION_TRANSFORMS if isinstance(value, str) else False
+            if not named and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value)):
+                return f"is {value!r}, expected one of {', '.join(CAPTION_TRANSFORMS)}, or package.module:function"
         case "resolution":
             sides = [value] if is_int else value
             whole = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
@@ -212,6 +239,16 @@ def _resolve_one(
                     f"Use at least {2 * step}x{2 * step}, or enable_bucket = false",
                 )
             )
+    if "image_jsonl_file" not in own:
+        if "caption_columns" in own:
+            problems.append(
+                Diagnostic("error", f"{where}.caption_columns", "names columns of image_jsonl_file; remove the key")
+            )
+        if values.get("caption_transform") == "imagenet":
+            problems.append(
+                Diagnostic("error", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file')
+            )
+    mask_source = _mask_source(where, own, values, problems)
     if sum(problem.level == "error" for problem in problems) > before:
         return None
     directory: Path | None = locate(own["image_directory"]) if "image_directory" in own else None
@@ -230,7 +267,36 @@ def _resolve_one(
         num_repeats=values["num_repeats"],
         missing_caption=values["missing_caption"],
         recursive=values["recursive"],
+        mask_source=mask_source,
+        mask_directory=locate(own["mask_directory"]) if "mask_directory" in own else None,
+        caption_columns=tuple(values.get("caption_columns", ())),
+        caption_transform=values.get("caption_transform"),
     )
+
+
+def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:
+    """Where the masks of a dataset come from: as said, else from files where files are named."""
+
+    def error(key: str, message: str) -> None:
+        problems.append(Diagnostic("error", f"{where}.{key}", message))
+
+    directory, listing = "mask_directory" in own, "image_jsonl_file" in own
+    source: MaskSource = values.get("mask_source") or ("file" if directory or listing else "none")
+    if values.get("alpha_mask"):
+        if values.get("mask_source", "alpha") != "alpha":
+            error("alpha_mask", f'is true, but mask_source is "{source}"; keep one')
+        elif directory:
+            error("alpha_mask", "is true, and mask_directory is given; keep one")
+        source = "alpha"
+    elif directory and source not in ("file", "smpl"):
+        error("mask_directory", f'is given, but mask_source is "{source}", which reads no mask files; keep one')
+    if directory and listing:
+        error("mask_directory", "belongs to image_directory; lines of image_jsonl_file name their mask in mask_path")
+    if directory and own["mask_directory"] == own.get("image_directory"):
+        error("mask_directory", "is the image_directory; put the masks into a folder of their own")
+    if source in ("file", "smpl") and not directory and not listing:
+        error("mask_directory", f'is missing, and mask_source is "{source}"; name the folder of the files')
+    return source
 
 
 def _near(name: str, side: int, step: int) -> str:

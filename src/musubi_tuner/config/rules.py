@@ -90,6 +90,10 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
                         f"{value - value % step + step}",
                     )
                 )
+    if train.masked_loss and train.mask_foreground == train.mask_background == 0:
+        found.append(
+            _error("train.mask_foreground", "and mask_background are 0: no masked image could be learned from")
+        )
     if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
     return found
@@ -356,6 +360,11 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("validation.weights",),
             "ema.enabled is false; the trained weights are measured",
         ),
+        (
+            not config.train.masked_loss,
+            ("train.mask_foreground", "train.mask_background", "train.mask_normalize"),
+            "train.masked_loss is false",
+        ),
         (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
         (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
         (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),
@@ -466,6 +475,8 @@ def _files(config: RunConfig) -> list[Diagnostic]:
             found.append(_error(f"{dataset.name}.image_directory", f"{folder}: no such folder"))
         if listing is not None and not listing.is_file():
             found.append(_error(f"{dataset.name}.image_jsonl_file", f"{listing}: no such file"))
+        if dataset.mask_directory is not None and not dataset.mask_directory.is_dir():
+            found.append(_error(f"{dataset.name}.mask_directory", f"{dataset.mask_directory}: no such folder"))
     problem = unwritable(config.output_dir)
     if problem:
         found.append(_error("run.output_dir", problem))

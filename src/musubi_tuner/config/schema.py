@@ -405,6 +405,14 @@ class TrainSection(Section):
     grad_accum_steps: int = param(
         1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536, resume="free"
     )
+    masked_loss: bool = param(
+        False, "Weigh the loss of each position by the image's mask; the datasets say where masks are."
+    )
+    mask_foreground: float = param(1.0, "Weight of the loss where the mask is white.", ge=0, le=100)
+    mask_background: float = param(0.0, "Weight of the loss where the mask is black.", ge=0, le=100)
+    mask_normalize: bool = param(
+        False, "Divide the weights of a masked image by their mean, so that its loss keeps its scale."
+    )
     max_grad_norm: float = param(1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = param(
         "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 where the device has it, "

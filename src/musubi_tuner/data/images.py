@@ -1,6 +1,7 @@
 """Reading pictures: size, orientation, colour, resizing. Torch-free."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,21 +69,66 @@ def image_size(path: Path) -> Size:
     return (height, width) if turned else (width, height)
 
 
+def has_alpha(path: Path) -> bool:
+    """Whether a picture has an alpha channel or a transparent colour, from the header alone.
+
+    Raises:
+        DataError: if it is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    except _BROKEN as error:
+        raise DataError(f"{path}: not a readable image ({_reason(error)})") from error
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode a picture upright, as RGB; an alpha channel is dropped.
 
     Raises:
         DataError: if it is broken or cut short.
     """
+    return _open(path, lambda image: _opaque(image).convert("RGB"))
+
+
+def open_upright(path: Path) -> Image.Image:
+    """Decode a picture upright, grey (mode L) if it is stored grey, else as RGB; an alpha channel is dropped.
+
+    Raises:
+        DataError: if it is broken or cut short.
+    """
+
+    def convert(image: Image.Image) -> Image.Image:
+        grey = image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
+        return _opaque(image).convert("L" if grey else "RGB")
+
+    return _open(path, convert)
+
+
+def open_alpha(path: Path) -> Image.Image:
+    """The alpha channel of a picture, upright; white where it has none.
+
+    Raises:
+        DataError: if it is broken or cut short.
+    """
+    return _open(path, lambda image: image.convert("RGBA").getchannel("A"))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The same picture in a mode that Pillow converts without loss."""
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return image.point(lambda value: value / 257).convert("L")
+    return image
+
+
+def _open(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Decode, convert and turn upright."""
     try:
         with Image.open(path) as file:
-            image: Image.Image = file
             turn = _TRANSPOSE.get(_orientation(file, path))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            elif image.mode.startswith("I;16") or image.mode == "I":
-                image = image.point(lambda value: value / 257).convert("L")
-            image = image.convert("RGB")
+            image = convert(file)
             return image if turn is None else image.transpose(turn)
     except _BROKEN as error:
         raise DataError(f"{path}: broken image ({_reason(error)}); replace or remove it") from error

@@ -5,27 +5,34 @@ Everything wrong with the data is collected and raised at once, before anything 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place
-from musubi_tuner.data.images import EXTENSIONS, image_size
+from musubi_tuner.data.captions import Transform, make_transform
+from musubi_tuner.data.images import EXTENSIONS, has_alpha, image_size
+from musubi_tuner.data.masks import Mask
 from musubi_tuner.errors import DataError
 
 _SHOWN = 10
+PROMPTS = "prompts.txt"
+"""File of a folder whose lines are the captions of its images, sorted by name."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image with its caption.
+    """One image with its captions.
 
     Attributes:
         id: path relative to the dataset's root, POSIX, without extension; the key of its random draws.
         key: the same with the dataset's number in front, unique in the run.
         cache_directory: folder of its cache files (a sub-folder mirrors the image's where needed).
         size: (width, height) upright. placement: how it becomes its bucket.
+        mask: where its loss mask comes from; None if it has none.
+        more_captions: beside ``caption``; each presentation takes one of all.
     """
 
     id: str
@@ -37,6 +44,13 @@ class Item:
     placement: Placement
     num_repeats: int
     batch_size: int
+    mask: Mask | None = None
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions."""
+        return (self.caption, *self.more_captions)
 
     @property
     def stem(self) -> str:
@@ -109,40 +123,64 @@ def _root_name(dataset: DatasetConfig) -> str:
 @dataclass(frozen=True)
 class _Entry:
     path: Path
-    caption: str
+    captions: tuple[str, ...]
     id: str
+    mask_path: Path | None = None
 
 
 def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
+    try:
+        transform = make_transform(dataset.caption_transform)
+    except DataError as error:
+        problems.append(f"{dataset.name}.{error}")
+        return
     if dataset.image_directory is not None:
-        yield from _directory(dataset, dataset.image_directory, problems, notes)
+        yield from _directory(dataset, dataset.image_directory, transform, problems, notes)
     else:
-        yield from _jsonl(dataset, problems, notes)
+        yield from _jsonl(dataset, transform, problems, notes)
 
 
-def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
+def _transformed(
+    transform: Transform, captions: list[str], columns: Mapping[str, Any], where: str, problems: list[str]
+) -> tuple[str, ...]:
+    """Captions after the transform; empty ones beside others are left out. None remain where something is wrong."""
+    try:
+        found = [caption.strip() for caption in transform(captions, columns)]
+    except DataError as error:
+        problems.append(f"{where}: {error}")
+        return ()
+    return tuple(caption for caption in found if caption) or tuple(found[:1])
+
+
+def _directory(
+    dataset: DatasetConfig, root: Path, transform: Transform, problems: list[str], notes: list[str]
+) -> Iterator[_Entry]:
     if not root.is_dir():
         problems.append(f"{dataset.name}.image_directory: {root}: no such folder")
         return
-    walk = root.rglob("*") if dataset.recursive else root.iterdir()
-    cache = dataset.cache_directory.resolve()
-    images = sorted(
-        path
-        for path in walk
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not path.name.startswith(".")
-        and (cache == root.resolve() or not path.resolve().is_relative_to(cache))
-    )
+    others = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
+    images = _images(root, dataset.recursive, [folder for folder in others if folder.resolve() != root.resolve()])
+    masks = _mask_files(dataset, problems)
     missing: list[Path] = []
-    for path in images:
-        caption = _caption(path.with_suffix(dataset.caption_extension), problems)
+    listed = _prompts(dataset, root, images, problems, notes)
+    for index, path in enumerate(images):
+        columns = {"image_path": str(path)}
+        caption = listed[index] if listed else _caption(path.with_suffix(dataset.caption_extension), problems)
         if caption is None:
             missing.append(path)
             if dataset.missing_caption in ("error", "skip"):
+                transform([], columns)
                 continue
             caption = "" if dataset.missing_caption == "empty" else path.stem.replace("_", " ").replace("-", " ")
-        yield _Entry(path, caption, path.relative_to(root).with_suffix("").as_posix())
+        name = path.relative_to(root).with_suffix("").as_posix()
+        captions = _transformed(transform, [caption], columns, str(path), problems)
+        if captions:
+            yield _Entry(path, captions, name, masks.get(name))
+    ids = {path.relative_to(root).with_suffix("").as_posix() for path in images}
+    spare = sorted(str(path) for name, path in masks.items() if name not in ids)
+    if spare:
+        names = ", ".join(Path(text).name for text in spare[:3]) + (", ..." if len(spare) > 3 else "")
+        notes.append(f"{dataset.name}: {len(spare)} files in {dataset.mask_directory} belong to no image ({names})")
     if missing:
         names = ", ".join(path.name for path in missing[:3]) + (", ..." if len(missing) > 3 else "")
         text = f"{len(missing)} of {len(images)} images in {root} have no {dataset.caption_extension} file ({names})"
@@ -154,10 +192,69 @@ def _directory(dataset: DatasetConfig, root: Path, problems: list[str], notes: l
             notes.append(f'{dataset.name}: {text}; missing_caption = "{dataset.missing_caption}"')
 
 
+def _prompts(
+    dataset: DatasetConfig, root: Path, images: list[Path], problems: list[str], notes: list[str]
+) -> list[str] | None:
+    """Captions of the images in order, from a file with one line for each; a blank line is an empty caption."""
+    path = root / PROMPTS
+    if not path.is_file() or any(image.with_suffix(dataset.caption_extension) == path for image in images):
+        return None
+    text = _caption_file(path, problems)
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    if dataset.recursive:
+        problems.append(
+            f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
+        )
+    elif len(lines) != len(images):
+        problems.append(
+            f"{path}: has {len(lines)} lines for {len(images)} images; write one line for each image, sorted by name (a blank "
+            "line is an empty caption), or rename the file"
+        )
+    else:
+        notes.append(f"{dataset.name}: captions are the lines of {path}")
+        return lines
+    return [""] * len(images)
+
+
+def _images(root: Path, recursive: bool, without: list[Path]) -> list[Path]:
+    """Picture files of a folder, sorted; those below the folders ``without`` are left out."""
+    walk = root.rglob("*") if recursive else root.iterdir()
+    left_out = [folder.resolve() for folder in without]
+    return sorted(
+        path
+        for path in walk
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not any(path.resolve().is_relative_to(folder) for folder in left_out)
+    )
+
+
+def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
+    """The files of the mask folder by the id of their image; whatever their extension."""
+    root, found = dataset.mask_directory, dict[str, Path]()
+    if root is None:
+        return found
+    if not root.is_dir():
+        problems.append(f"{dataset.name}.mask_directory: {root}: no such folder")
+        return found
+    for path in _images(root, dataset.recursive, []):
+        first = found.setdefault(path.relative_to(root).with_suffix("").as_posix(), path)
+        if first != path:
+            problems.append(f"{first} and {path} are masks of the same image; keep one")
+    return found
+
+
 def _caption(path: Path, problems: list[str]) -> str | None:
     """The whole file, stripped; None if there is none."""
+    text = _caption_file(path, problems)
+    return None if text is None else text.strip()
+
+
+def _caption_file(path: Path, problems: list[str]) -> str | None:
+    """The whole file; None if there is none."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -168,7 +265,14 @@ def _caption(path: Path, problems: list[str]) -> str | None:
         return ""
 
 
-def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
+@dataclass(frozen=True, order=True)
+class _Row:
+    path: Path
+    captions: tuple[str, ...]
+    mask: Path | None = field(compare=False)
+
+
+def _jsonl(dataset: DatasetConfig, transform: Transform, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
     source = dataset.image_jsonl_file
     assert source is not None
     try:
@@ -179,14 +283,14 @@ def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Ite
     except UnicodeDecodeError as error:
         problems.append(f"{source}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
         return
-    rows: list[tuple[Path, str]] = []
+    rows: list[_Row] = []
     missing: list[str] = []
     count = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         count += 1
-        row = _row(line, f"{source} line {number}", source.parent, dataset, problems, missing)
+        row = _row(line, f"{source} line {number}", source.parent, dataset, transform, problems, missing)
         if row:
             rows.append(row)
     if missing:
@@ -195,14 +299,22 @@ def _jsonl(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Ite
             f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({names}); "
             f'missing_caption = "{dataset.missing_caption}"'
         )
-    parent = _common_parent([path for path, _ in rows])
-    for path, caption in sorted(rows):
-        yield _Entry(path, caption, path.absolute().relative_to(parent).with_suffix("").as_posix())
+    parent = _common_parent([row.path for row in rows])
+    for row in sorted(rows):
+        yield _Entry(
+            row.path, row.captions, row.path.absolute().relative_to(parent).with_suffix("").as_posix(), row.mask
+        )
 
 
 def _row(
-    line: str, where: str, folder: Path, dataset: DatasetConfig, problems: list[str], missing: list[str]
-) -> tuple[Path, str] | None:
+    line: str,
+    where: str,
+    folder: Path,
+    dataset: DatasetConfig,
+    transform: Transform,
+    problems: list[str],
+    missing: list[str],
+) -> _Row | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -215,35 +327,66 @@ def _row(
         if key.startswith(("control_path", "image_path_")) and key != "image_path_0":
             problems.append(f"{where}: {key} is for editing models; this architecture takes one image per line")
             return None
-    text, caption = row.get("image_path", row.get("image_path_0")), row.get("caption")
+    text = row.get("image_path", row.get("image_path_0"))
     if not isinstance(text, str):
         problems.append(f"{where}: image_path is missing")
         return None
-    path = Path(text)
-    if not path.is_absolute() and not path.exists() and (folder / path).exists():
-        path = folder / path
+    path = _near(text, folder)
     if not path.is_file():
         problems.append(f"{where}: image {text}: no such file")
         return None
-    if caption is None:
+    mask = _row_mask(row.get("mask_path"), where, folder, dataset, problems)
+    given = {column: row.get(column) for column in dataset.caption_columns or ("caption",)}
+    wrong = [column for column, value in given.items() if value is not None and not isinstance(value, str)]
+    if wrong:
+        problems.append(f"{where}: {wrong[0]} is {given[wrong[0]]!r}, expected a text")
+        return None
+    captions = [value.strip() for value in given.values() if value is not None]
+    if dataset.caption_columns:  # empty ones are captions that were not made
+        captions = [caption for caption in captions if caption]
+    if not captions and dataset.caption_transform != "imagenet":
         if dataset.missing_caption != "error":
             missing.append(path.name)
         match dataset.missing_caption:
             case "error":
                 problems.append(
-                    f'{where}: caption is missing; write it, or set missing_caption = "skip", "empty" or "stem"'
+                    f'{where}: {" and ".join(given)} is missing; write it, or set missing_caption = "skip", "empty" or "stem"'
                 )
                 return None
             case "skip":
+                transform([], row)
                 return None
             case "empty":
-                caption = ""
+                captions = [""]
             case "stem":
-                caption = path.stem.replace("_", " ").replace("-", " ")
-    if not isinstance(caption, str):
-        problems.append(f"{where}: caption is {caption!r}, expected a text")
+                captions = [path.stem.replace("_", " ").replace("-", " ")]
+    made = _transformed(transform, captions, row, where, problems)
+    return _Row(path, made, mask) if made else None
+
+
+def _near(text: str, folder: Path) -> Path:
+    """A path of a JSONL file: as it is, or below the folder of the file."""
+    path = Path(text)
+    return folder / path if not path.is_absolute() and not path.exists() and (folder / path).exists() else path
+
+
+def _row_mask(value: object, where: str, folder: Path, dataset: DatasetConfig, problems: list[str]) -> Path | None:
+    """The mask that a line names; an empty one counts as none."""
+    if value is None or value == "":
         return None
-    return path, caption.strip()
+    if not isinstance(value, str):
+        problems.append(f"{where}: mask_path is {value!r}, expected a text")
+        return None
+    if dataset.mask_source not in ("file", "smpl"):
+        problems.append(
+            f'{where}: has a mask_path, but mask_source is "{dataset.mask_source}", which reads no mask files'
+        )
+        return None
+    path = _near(value, folder)
+    if not path.is_file():
+        problems.append(f"{where}: mask {value}: no such file")
+        return None
+    return path
 
 
 def _common_parent(paths: list[Path]) -> Path:
@@ -277,22 +420,50 @@ def _items(
         try:
             size = image_size(entry.path)
             bucket = selector.select(size)
+            mask = _mask(dataset, entry, size)
         except DataError as error:
             text = str(error)
-            problems.append(text if str(entry.path) in text else f"{entry.path}: {text}")
+            named = str(entry.path) in text or (entry.mask_path is not None and str(entry.mask_path) in text)
+            problems.append(text if named else f"{entry.path}: {text}")
             continue
         folder = entry.id.rpartition("/")[0]
         yield Item(
             id=entry.id,
             key=f"{index}:{entry.id}",
             path=entry.path,
-            caption=entry.caption,
+            caption=entry.captions[0],
             cache_directory=dataset.cache_directory / folder if folder else dataset.cache_directory,
             size=size,
             placement=place(size, bucket),
             num_repeats=dataset.num_repeats,
             batch_size=dataset.batch_size,
+            mask=mask,
+            more_captions=entry.captions[1:],
         )
+
+
+def _mask(dataset: DatasetConfig, entry: _Entry, size: Size) -> Mask | None:
+    """Where the mask of an image comes from.
+
+    Raises:
+        DataError: if its file is not a picture of the image's size.
+    """
+    match dataset.mask_source:
+        case "none":
+            return None
+        case "product":
+            return Mask("product")
+        case "alpha":
+            return Mask("alpha") if has_alpha(entry.path) else None
+    if entry.mask_path is None:
+        return None
+    found = image_size(entry.mask_path)
+    if found != size:
+        raise DataError(
+            f"{entry.mask_path}: is {found[0]}x{found[1]}, its image {entry.path} is {size[0]}x{size[1]}; save the mask at the "
+            "size of the image"
+        )
+    return Mask(dataset.mask_source, entry.mask_path)
 
 
 def _with_progress(entries: list[_Entry], name: str) -> Iterable[_Entry]:

@@ -17,6 +17,7 @@ from musubi_tuner.flow.interpolation import (
     x0_from_velocity,
 )
 from musubi_tuner.flow.losses import (
+    MaskSettings,
     distillation_loss,
     drop_conditioning,
     huber_loss,
@@ -38,6 +39,7 @@ from musubi_tuner.flow.weighting import MIN_SNR_FORMS, min_snr_weight, ramp
 __all__ = [
     "MIN_SNR_FORMS",
     "SOLVERS",
+    "MaskSettings",
     "NoiseSettings",
     "distillation_loss",
     "drop_conditioning",

@@ -1,5 +1,7 @@
 """Element-wise losses and the weights laid over them. Everything is computed and returned in float32."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,22 @@ def mask_weight(mask_BHW: Tensor, foreground: float = 2.0, background: float = 0
     """Weight of each latent pixel from a soft mask in [0, 1]: ``mask * foreground + (1 - mask) * background``."""
     mask = mask_BHW.float()
     return mask * foreground + (1 - mask) * background
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How loss masks weigh: see `mask_weight`; ``normalize`` divides the weights of a sample by their mean."""
+
+    foreground: float
+    background: float
+    normalize: bool = False
+
+    def weights(self, mask_BHW: Tensor, valid_B: Tensor) -> Tensor:
+        """Weight of each latent pixel [B, H, W]; samples without a mask (``valid_B`` false) weigh 1 everywhere."""
+        weights = mask_weight(mask_BHW, self.foreground, self.background)
+        if self.normalize:
+            weights = weights / (weights.mean(dim=(1, 2), keepdim=True) + 1e-6)
+        return torch.where(valid_B.view(-1, 1, 1), weights, torch.ones_like(weights))
 
 
 def distillation_loss(prediction_BE: Tensor, target_BE: Tensor, mode: str = "cosine", delta: float = 0.1) -> Tensor:

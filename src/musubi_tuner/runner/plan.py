@@ -6,6 +6,7 @@ from typing import Any
 
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.data.masks import mask_lines
 from musubi_tuner.data.sources import Found, Item, scan
 from musubi_tuner.data.split import hold_out
 
@@ -70,6 +71,10 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             f"  validate {len(plan.held_out)} image(s) held out{measured}, at {config.validation.times} noise levels; "
             f"{len(plan.found.items) - len(plan.held_out)} are trained"
         )
+    several = sum(len(item.captions) > 1 for item in plan.found.items)
+    if several:
+        lines.append(f"  captions {several} images have several; each presentation draws one")
+    lines += mask_lines(config, plan.found.items)
     for kind, status in plan.status.items():
         text = f"{status.fresh} up to date, {len(status.due)} to make"
         reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)

@@ -114,11 +114,15 @@ def default_settings() -> dict[str, Any]:
     return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
-def data_digest(items: list[Item], held_out: Sequence[Item] = ()) -> str:
-    """Changes when images, captions, buckets, repeats or batch sizes of a run change, or which images are held out."""
+def data_digest(items: list[Item], masked: bool, held_out: Sequence[Item] = ()) -> str:
+    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+        if item.more_captions:
+            digest.update(repr(item.more_captions).encode())
+        if masked and item.mask is not None:
+            digest.update(repr(item.mask.source).encode())
     for item in held_out:
         digest.update(repr(("held out", item.key, item.caption, item.bucket, item.batch_size)).encode())
     return digest.hexdigest()[:16]
@@ -175,7 +179,7 @@ class Trainer:
         self.environment = environment(config, threads, self.processes, self.device)
         self.items = items
         trained, held_out = hold_out(items, config.validation)
-        self.data_digest = data_digest(trained, held_out)
+        self.data_digest = data_digest(trained, config.train.masked_loss, held_out)
         self.folder, self.name = config.output_dir, config.run.name
         kinds = needed_kinds(config)
         self.dataset = CachedDataset(config, trained, kinds)
@@ -387,7 +391,7 @@ class Trainer:
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
         if values["data"] != self.data_digest:
-            differences.append("the data set has other images, captions, buckets or batch sizes")
+            differences.append("the data set has other images, captions, masks, buckets or batch sizes")
         if values.get("base") != self.base:
             differences.append("the checkpoint below the adapter holds other weights")
         if differences:
@@ -467,7 +471,7 @@ class Trainer:
             rank=self.accelerator.process_index,
         )[position.update :]
         updates = updates[: self.total - position.step]
-        batches = self._batches(updates)
+        batches = self._batches(updates, self.position.epoch)
         for update in updates:
             self._update(update, batches)
             is_last = position.step >= self.total
@@ -492,10 +496,10 @@ class Trainer:
                 )
         return False
 
-    def _batches(self, updates: list[Update]) -> Iterator[Batch]:
+    def _batches(self, updates: list[Update], epoch: int) -> Iterator[Batch]:
         """This rank's micro-batches in order, read ahead by loader workers if there are any."""
         mine = [batch for update in updates for _, batch in self._work_of(update)]
-        source = PlannedBatches(self.dataset, mine)
+        source = PlannedBatches(self.dataset, mine, epoch)
         workers = self.config.train.loader_workers
         if workers == 0:
             return (source[index] for index in range(len(source)))

@@ -12,10 +12,13 @@ from musubi_tuner.caching.file_format import (
     DTYPES,
     KINDS,
     cache_path,
+    caption_name,
     kind_of,
     latents_key,
+    mask_key,
     plain_name,
     read_header,
+    split_caption,
 )
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
@@ -113,7 +116,7 @@ class TestKeys:
             ("lune_features_float32", "lune_features"),
             ("sol_spatial_float16", "sol_spatial"),
             ("ids_int32", "ids"),
-            ("mask_weights_1x12x8_float32", "mask_weights_1x12x8"),
+            ("mask_weights_1x12x8_float32", "mask_weights"),
             ("no_dtype_here", "no_dtype_here"),
             ("xfloat32", "xfloat32"),
         ],
@@ -279,3 +282,27 @@ def test_this_module_and_its_readers_do_not_load_torch() -> None:
     code = "import sys, musubi_tuner.caching.index, musubi_tuner.caching.status; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
+
+
+def test_mask_has_a_plain_name_without_size_and_dtype() -> None:
+    assert mask_key((96, 64)) == "mask_weights_1x96x64_float32"
+    assert plain_name(mask_key((96, 64))) == "mask_weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "expected"),
+    [
+        ("t5_vec", 0, "t5_vec"),
+        ("t5_vec", 1, "t5_vec_v1"),
+        ("t5_mask", 2, "t5_v2_mask"),
+        ("sol_stats", 10, "sol_stats_v10"),
+    ],
+)
+def test_names_of_captions_convert_both_ways(name: str, caption: int, expected: str) -> None:
+    assert caption_name(name, caption) == expected
+    assert split_caption(expected) == (name, caption)
+
+
+@pytest.mark.parametrize("name", ["t5_vec", "t_buckets", "latents_v", "_v1", "x_v0", "x_v01"])
+def test_other_names_belong_to_the_first_caption(name: str) -> None:
+    assert split_caption(name) == (name, 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.caching.file_format import KINDS, cache_path, read_header
@@ -464,3 +465,48 @@ def test_always_makes_nothing_due_where_nothing_is_encoded(cached: Any) -> None:
     items = cached.items(config)
     assert len(examine(config, items, "text", {}).due) == len(items)
     assert examine(config, items, "text", {}, encodes=False).due == {}
+
+
+class TestMasks:
+    @pytest.fixture
+    def masked(self, project: Any) -> Any:
+        """Two items, the first with a mask file, whose latents are cached."""
+        project.picture("a")
+        project.picture("b")
+        (project.root / "masks").mkdir()
+        Image.new("L", (64, 64), 255).save(project.root / "masks" / "a.png")
+        project.tables["datasets"][0]["mask_directory"] = "masks"
+        assert project.run("latents") == 0
+        return project
+
+    def test_masks_that_were_just_cached_are_fresh_and_touching_them_changes_nothing(self, masked: Any) -> None:
+        assert reasons(masked, "latents") == {}
+        os.utime(masked.root / "masks" / "a.png", ns=(1, 1))
+        assert reasons(masked, "latents") == {}
+
+    def test_another_mask_makes_the_latents_stale_and_nothing_else(self, masked: Any) -> None:
+        assert masked.run("text") == masked.run("experts") == 0
+        Image.new("L", (64, 64), 254).save(masked.root / "masks" / "a.png")
+        assert reasons(masked, "latents") == {"a": "the mask has changed"}
+        assert reasons(masked, "text") == reasons(masked, "experts") == {}
+
+    def test_a_mask_that_comes_or_goes_makes_the_latents_stale(self, masked: Any) -> None:
+        (masked.root / "masks" / "a.png").rename(masked.root / "masks" / "b.png")
+        assert reasons(masked, "latents") == {
+            "a": "the source of the mask was 'file', now None",
+            "b": "the source of the mask was None, now 'file'",
+        }
+
+    def test_another_source_makes_the_latents_stale(self, masked: Any) -> None:
+        masked.tables["datasets"][0]["mask_source"] = "smpl"
+        assert reasons(masked, "latents") == {"a": "the source of the mask was 'file', now 'smpl'"}
+
+    def test_latents_that_say_nothing_of_masks_stay_fresh_for_images_without_one(self, cached: Any) -> None:
+        for item in cached.items():
+            path = cache_path(item, "latents", "tf")
+            header, tensors = read_header(path), load_file(path)
+            fingerprint = header.fingerprint
+            assert fingerprint is not None
+            del fingerprint["mask"]
+            save_file(tensors, path, metadata={**header.metadata, "fingerprint": json.dumps(fingerprint)})
+        assert reasons(cached, "latents") == {}

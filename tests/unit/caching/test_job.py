@@ -1,5 +1,6 @@
 """The frame of a cache job: its fixed batches, what it writes and leaves alone, and how it fails. Real jobs are run."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner.caching.file_format import KINDS, cache_path
+from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, read_header, split_caption
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
 from musubi_tuner.caching.jobs import image_tensor, teacher_grid, time_buckets
 from musubi_tuner.data.buckets import place
@@ -561,3 +562,157 @@ def test_a_killed_job_leaves_complete_files_only_and_is_continued(project: Any, 
     assert summary()[-1] == "latents: encoded 2, up to date 2, failed 0"
     assert project.files() == whole
     assert list((project.root / "cache").glob(".tmp-*")) == []
+
+
+class TestMasks:
+    def test_masks_lie_beside_the_latents_at_their_size(self, project: Any) -> None:
+        project.picture("a", (100, 70))
+        project.picture("b")
+        rows = np.zeros((70, 100), dtype=np.uint8)
+        rows[:35] = 255
+        (project.root / "masks").mkdir()
+        Image.fromarray(rows).save(project.root / "masks" / "a.png")
+        project.tables["datasets"][0]["mask_directory"] = "masks"
+        assert project.run("latents") == 0
+        first, second = project.items()
+        tensors = load_file(cache_path(first, "latents", "tf"))
+        assert set(tensors) == {"latents_1x6x10_float32", "mask_weights_1x6x10_float32"}
+        mask = tensors["mask_weights_1x6x10_float32"]
+        assert mask.dtype == torch.float32
+        assert mask[:3].eq(1).all()
+        assert mask[3:].eq(0).all()
+        assert set(load_file(cache_path(second, "latents", "tf"))) == {"latents_1x8x8_float32"}
+
+    def test_masks_stay_float32_where_latents_are_halved(self, project: Any) -> None:
+        project.picture("a")
+        project.tables["datasets"][0]["mask_source"] = "product"
+        project.tables["cache"]["dtype"] = "bfloat16"
+        assert project.run("latents") == 0
+        (entry,) = project.items()
+        dtypes = {key: tensor.dtype for key, tensor in load_file(cache_path(entry, "latents", "tf")).items()}
+        assert dtypes == {"latents_1x8x8_bfloat16": torch.bfloat16, "mask_weights_1x8x8_float32": torch.float32}
+
+    def test_a_broken_mask_is_named_and_the_others_go_on(
+        self, project: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in "ab":
+            project.picture(name)
+        (project.root / "masks").mkdir()
+        path = project.root / "masks" / "a.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        project.tables["datasets"][0]["mask_directory"] = "masks"
+        assert project.run("latents") == 1
+        assert "masks/a.png: broken image" in capsys.readouterr().err
+        assert [cache_path(item, "latents", "tf").exists() for item in project.items()] == [False, True]
+
+
+class TestSeveralCaptions:
+    @pytest.fixture
+    def several(self, project: Any) -> Any:
+        """Pictures a and b of one bucket, from a listing, with three captions and with one."""
+        texts = {"a": ["a red circle", "a blue square", "a green triangle"], "b": ["a blue circle"]}
+        rows = []
+        for name, captions in texts.items():
+            project.picture(name)
+            columns = {f"text{number}": caption for number, caption in enumerate(captions)}
+            rows.append(json.dumps({"image_path": f"images/{name}.png", **columns}))
+        (project.root / "list.jsonl").write_text("\n".join(rows))
+        project.tables["datasets"] = [
+            {
+                "image_jsonl_file": "list.jsonl",
+                "cache_directory": "cache",
+                "caption_columns": ["text0", "text1", "text2"],
+            }
+        ]
+        return project
+
+    @pytest.mark.parametrize("kind", ["text", "experts"])
+    def test_each_caption_has_the_tensors_of_a_file_of_its_own(self, several: Any, kind: str) -> None:
+        several.tables["cache"] |= {"experts_batch_size": 2, "text_batch_size": 1}
+        several.tables["experts"]["expert_input"] = "random"
+        assert several.run(kind) == 0
+        first, second = several.items()
+        together = load_file(cache_path(first, kind, "tf"))
+        names = [plain_name(key) for key in together]
+        plain = {
+            "text": ["t5_vec", "t5_mask", "clip_l_pooler"],
+            "experts": ["lune_features", "sol_stats", "sol_spatial"],
+        }
+        assert sorted(name for name in names if name != "t_buckets") == sorted(
+            caption_name(name, number) for name in plain[kind] for number in range(3)
+        )
+        header = read_header(cache_path(first, kind, "tf"))
+        assert [header.metadata[f"caption{number}"] for number in (1, 2, 3)] == list(first.captions)
+        alone = read_header(cache_path(second, kind, "tf"))
+        assert {split_caption(plain_name(key))[1] for key in alone.tensors} == {0}
+        assert "caption2" not in alone.metadata
+        # Texts are encoded one by one here, so each equals the file of an image with that caption alone.
+        several.tables["cache"]["experts_batch_size"] = 1
+        for number, caption in enumerate(first.captions):
+            several.tables["datasets"][0] |= {"caption_columns": [f"text{number}"], "missing_caption": "skip"}
+            several.tables["datasets"][0]["cache_directory"] = f"cache{number}"
+            assert several.run(kind) == 0
+            entry = several.items()[0]
+            assert entry.captions == (caption,)
+            single = {plain_name(key): value for key, value in load_file(cache_path(entry, kind, "tf")).items()}
+            for name in plain[kind]:
+                found = together[next(key for key in together if plain_name(key) == caption_name(name, number))]
+                if kind == "text" or number == 0:
+                    assert torch.allclose(found.float(), single[name].float(), atol=1e-5)
+                else:  # the teachers' noise is the caption's own
+                    assert found.shape == single[name].shape
+                    assert not torch.allclose(found, single[name], atol=1e-5)
+
+    def test_teachers_read_each_caption(self, several: Any) -> None:
+        several.tables["experts"]["expert_input"] = "random"
+        found = []
+        for columns in (["text0", "text1"], ["text0", "text2"]):
+            several.tables["datasets"][0]["caption_columns"] = columns
+            assert several.run("experts") == 0
+            found.append(load_file(cache_path(several.items()[0], "experts", "tf")))
+        assert torch.equal(*(tensors["lune_features_float32"] for tensors in found))
+        assert not torch.allclose(*(tensors["lune_features_v1_float32"] for tensors in found), atol=1e-5)
+
+    def test_text_and_teachers_of_a_presentation_are_of_one_caption(self, several: Any) -> None:
+        for kind in KINDS:
+            assert several.run(kind) == 0
+        items = several.items()
+        dataset = CachedDataset(several.config(), items, list(KINDS))
+        text, experts = (load_file(cache_path(items[0], kind, "tf")) for kind in ("text", "experts"))
+        taken = set()
+        for presentation in range(30):
+            found = dataset[MicroBatch((0, 1), (presentation, presentation))]
+            assert set(found.tensors) == {
+                "t5_vec", "t5_mask", "clip_l_pooler", "lune_features", "sol_stats", "sol_spatial", "t_buckets",
+            }  # fmt: skip
+            number = dataset.caption_of(0, 0, presentation)
+            pairs = {
+                "t5_vec": text[caption_name("t5_vec", number) + "_bfloat16"],
+                "t5_mask": text[caption_name("t5_mask", number)],
+                "lune_features": experts[caption_name("lune_features", number) + "_float32"],
+                "sol_spatial": experts[caption_name("sol_spatial", number) + "_float32"],
+            }
+            assert all(torch.equal(found.tensors[name][0], expected) for name, expected in pairs.items())
+            taken.add(number)
+        assert taken == {0, 1, 2}
+
+    def test_other_captions_make_text_and_experts_stale(self, several: Any, summary: Summary) -> None:
+        for kind in KINDS:
+            assert several.run(kind) == 0
+        several.tables["datasets"][0]["caption_columns"] = ["text0", "text2"]
+        summary()
+        for kind in KINDS:
+            assert several.run(kind, dry_run=True) == 0
+        assert summary() == [
+            "latents: would encode 0, up to date 2",
+            "text: would encode 1, up to date 1",
+            "  1 x the list of captions was ['a red circle', 'a blue square', 'a green triangle'], now "
+            "['a red circle', 'a green triangle']",
+            "experts: would encode 1, up to date 1",
+            "  1 x the list of captions was ['a red circle', 'a blue square', 'a green triangle'], now "
+            "['a red circle', 'a green triangle']",
+        ]
+        several.tables["datasets"][0]["caption_columns"] = ["text0"]
+        assert several.run("text", dry_run=True) == 0
+        assert summary()[0] == "text: would encode 1, up to date 1"

@@ -78,7 +78,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 12
+    assert len(fields(DatasetConfig)) == 16
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -149,7 +149,7 @@ def test_unknown_key_of_general(problems: Problems) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", ["image_directory", "image_jsonl_file", "cache_directory"])
+@pytest.mark.parametrize("key", ["image_directory", "image_jsonl_file", "cache_directory", "mask_directory"])
 def test_key_that_is_not_inherited_is_refused_in_general(key: str, problems: Problems) -> None:
     assert problems(data=f'[general]\n{key} = "images"\n{IMAGES}') == [
         f"general.{key}: belongs into [[datasets]]; it is not inherited"
@@ -183,8 +183,7 @@ def test_video_is_refused(key: str, problems: Problems) -> None:
         ("qwen_image_edit_no_resize_control", "control images are for editing models; this architecture takes none"),
         ("qwen_image_edit_control_resolution", "control images are for editing models; this architecture takes none"),
         ("multiple_target", "layered targets are for another architecture"),
-        ("mask_directory", "loss masks are not built yet"),
-        ("alpha_mask", "loss masks are not built yet"),
+        ("mask_path", "it is a column of image_jsonl_file; a folder of masks is mask_directory"),
     ],
 )
 def test_key_that_is_not_supported_is_refused_with_its_reason(key: str, reason: str, problems: Problems) -> None:
@@ -316,3 +315,102 @@ def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
 def test_no_upscale_without_buckets_has_no_effect_and_says_so(warnings_of: Callable[..., list[str]]) -> None:
     (message,) = warnings_of(data=f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true\n")
     assert message.startswith("datasets[0].bucket_no_upscale: has no effect")
+
+
+# Masks
+
+
+@pytest.mark.parametrize(
+    ("keys", "source"),
+    [
+        ("", "none"),
+        ('mask_directory = "masks"', "file"),
+        ('mask_directory = "masks"\nmask_source = "smpl"', "smpl"),
+        ("alpha_mask = true", "alpha"),
+        ('alpha_mask = true\nmask_source = "alpha"', "alpha"),
+        ('mask_source = "product"', "product"),
+    ],
+)
+def test_mask_source_follows_from_what_is_given(keys: str, source: str, load: Load, project: Path) -> None:
+    (project / "masks").mkdir()
+    dataset = only(load(data=f"{IMAGES}{keys}\n"))
+    assert dataset.mask_source == source
+    assert dataset.mask_directory == (Path("masks") if "mask_directory" in keys else None)
+
+
+def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
+    assert only(load(data=listing)).mask_source == "file"
+    assert only(load(data=f'[general]\nmask_source = "product"\n{listing}')).mask_source == "product"
+    assert only(load(data=f'{listing}mask_source = "none"\n')).mask_source == "none"
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ('mask_source = "file"', 'mask_directory: is missing, and mask_source is "file"; name the folder of the files'),
+        ('mask_source = "smpl"', 'mask_directory: is missing, and mask_source is "smpl"; name the folder of the files'),
+        (
+            'mask_source = "product"\nmask_directory = "images2"',
+            'mask_directory: is given, but mask_source is "product", which reads no mask files; keep one',
+        ),
+        ('alpha_mask = true\nmask_directory = "images2"', "alpha_mask: is true, and mask_directory is given; keep one"),
+        ('alpha_mask = true\nmask_source = "product"', 'alpha_mask: is true, but mask_source is "product"; keep one'),
+        (
+            'mask_directory = "images"',
+            "mask_directory: is the image_directory; put the masks into a folder of their own",
+        ),
+        ('mask_directory = "no"', "mask_directory: no: no such folder"),
+        ('mask_source = "red"', "mask_source: is 'red', expected one of none, file, alpha, product, smpl"),
+    ],
+)
+def test_masks_that_contradict_each_other_are_refused(
+    keys: str, problem: str, problems: Problems, project: Path
+) -> None:
+    (project / "images2").mkdir()
+    assert problems(data=f"{IMAGES}{keys}\n") == [f"datasets[0].{problem}"]
+
+
+def test_listing_has_no_mask_folder(problems: Problems, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\nmask_directory = "images"\n'
+    assert problems(data=listing) == [
+        "datasets[0].mask_directory: belongs to image_directory; lines of image_jsonl_file name their mask in mask_path"
+    ]
+
+
+# Captions
+
+
+@pytest.mark.parametrize("name", ["object_relations", "package.module:function"])
+def test_transform_has_a_name_or_is_a_function(name: str, load: Load) -> None:
+    assert only(load(data=f'[general]\ncaption_transform = "{name}"\n{IMAGES}')).caption_transform == name
+
+
+def test_columns_of_captions_belong_to_a_listing(load: Load, problems: Problems, project: Path) -> None:
+    (project / "list.jsonl").touch()
+    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
+    keys = 'caption_columns = ["a", "b"]\ncaption_transform = "imagenet"\n'
+    dataset = only(load(data=listing + keys))
+    assert (dataset.caption_columns, dataset.caption_transform) == (("a", "b"), "imagenet")
+    assert problems(data=IMAGES + keys) == [
+        "datasets[0].caption_columns: names columns of image_jsonl_file; remove the key",
+        'datasets[0].caption_transform: "imagenet" reads columns of image_jsonl_file',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("caption_columns = []", "caption_columns: is [], expected a list of different names"),
+        ('caption_columns = "a"', "caption_columns: is 'a', expected a list of different names"),
+        ('caption_columns = ["a", "a"]', "caption_columns: is ['a', 'a'], expected a list of different names"),
+        (
+            'caption_transform = "imagnet"',
+            "caption_transform: is 'imagnet', expected one of object_relations, imagenet, or package.module:function",
+        ),
+    ],
+)
+def test_captions_of_another_form_are_refused(line: str, message: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{line}\n") == [f"datasets[0].{message}"]

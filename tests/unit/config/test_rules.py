@@ -525,3 +525,26 @@ def test_output_folder_without_permission(tmp_path: Path) -> None:
         assert unwritable(tmp_path / "new") == f"{tmp_path}: no permission to write; choose another folder"
     finally:
         tmp_path.chmod(0o700)
+
+
+# Masks
+
+
+def test_weights_of_masks_are_those_of_the_family(load: Load) -> None:
+    train = load().train
+    assert (train.mask_foreground, train.mask_background) == (2.0, 0.5)
+    assert (type(train)().mask_foreground, type(train)().mask_background) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("line", ["mask_foreground = 3", "mask_background = 0.1", "mask_normalize = true"])
+def test_weights_of_masks_have_no_effect_without_the_masked_loss(line: str, warnings_of: WarningsOf) -> None:
+    key = f"train.{line.partition(' ')[0]}"
+    line = line.replace("= 3", "= 3.0")
+    assert warnings_of(train=line) == [f"{key}: has no effect because train.masked_loss is false"]
+    assert warnings_of(train=f"masked_loss = true\n{line}") == []
+
+
+def test_masks_that_leave_nothing_to_learn_are_refused(problems: Problems) -> None:
+    assert problems(train="masked_loss = true\nmask_foreground = 0.0\nmask_background = 0.0") == [
+        "train.mask_foreground: and mask_background are 0: no masked image could be learned from"
+    ]

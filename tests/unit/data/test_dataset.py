@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, read_header
+from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, mask_key, read_header
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.dataset import CachedDataset, PlannedBatches, read_tensor
+from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import CacheError
+from musubi_tuner.randomness import uniform
 
 RUN = """
 schema_version = 1
@@ -289,7 +292,7 @@ def test_the_plan_sees_bucket_repeats_and_batch_size(config: RunConfig, items: l
 
 def test_planned_batches_are_read_by_position(config: RunConfig, items: list[Item]) -> None:
     write_latents(items)
-    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(1, 2), batch(3)])
+    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(1, 2), batch(3)], 0)
     assert len(planned) == 2
     assert [planned[index].items for index in range(2)] == [["b", "c"], ["d"]]
 
@@ -298,8 +301,79 @@ def test_loader_workers_read_the_same_batches(config: RunConfig, items: list[Ite
     from torch.utils.data import DataLoader
 
     latents = write_latents(items)
-    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(0, 1), batch(3), batch(2)])
+    planned = PlannedBatches(CachedDataset(config, items, ["latents"]), [batch(0, 1), batch(3), batch(2)], 0)
     loader = DataLoader(planned, batch_size=None, num_workers=2)
     found = list(loader)
     assert [entry.items for entry in found] == [["a", "b"], ["d"], ["c"]]
     assert torch.equal(found[0].latents, torch.stack([latents["a"], latents["b"]]))
+
+
+# Masks
+
+
+def with_mask(item: Item) -> Item:
+    return replace(item, mask=Mask("product"))
+
+
+def masked_run(config: RunConfig, masked_loss: bool = True) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"masked_loss": masked_loss})})
+
+
+def test_a_mixed_batch_marks_who_has_a_mask(config: RunConfig, items: list[Item]) -> None:
+    latents = write_latents(items)
+    mask = numbers(8, 8).sigmoid()
+    write(items[0], "latents", {"latents_1x8x8_float32": latents["a"], mask_key((8, 8)): mask})
+    found = CachedDataset(masked_run(config), [with_mask(items[0]), *items[1:]], ["latents"])[batch(0, 1)]
+    assert torch.equal(found.tensors["mask_weights"], torch.stack([mask, torch.zeros(8, 8)]))
+    assert found.valid["mask_weights"].tolist() == [True, False]
+
+
+def test_latents_cached_with_other_masks_are_refused_where_masks_count(config: RunConfig, items: list[Item]) -> None:
+    latents = write_latents(items)
+    path = write(items[1], "latents", {"latents_1x8x8_float32": latents["b"], mask_key((8, 8)): torch.ones(8, 8)})
+    own = [with_mask(items[0]), *items[1:]]
+    with pytest.raises(CacheError) as caught:
+        CachedDataset(masked_run(config), own, ["latents"])
+    name = cache_path(items[0], "latents", "tf").name
+    assert str(caught.value).splitlines()[1:] == [f"  a: {name} holds no mask", f"  b: {path.name} holds another mask"]
+    CachedDataset(masked_run(config, False), own, ["latents"])
+
+
+# Several captions
+
+
+def test_the_draw_of_a_caption_is_keyed_by_epoch_and_presentation(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2), "t5_vec_v1_float32": torch.ones(2)})
+    own = [replace(item, more_captions=("another",)) for item in items]
+    dataset = CachedDataset(config, own, ["latents", "text"])
+    planned = [MicroBatch((0,), (number,)) for number in range(200)]
+
+    def drawn(epoch: int) -> list[int]:
+        source = PlannedBatches(dataset, planned, epoch)
+        return [int(source[number].tensors["t5_vec"][0, 0]) for number in range(200)]
+
+    expected = [int(2 * uniform(config.run.seed, "caption", 3, number)) for number in range(200)]
+    assert drawn(3) == expected
+    assert drawn(4) != expected
+    assert 70 < sum(expected) < 130
+
+
+def test_shapes_are_those_of_one_caption(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2), "t5_vec_v1_float32": torch.ones(2)})
+    own = [replace(item, more_captions=("another",)) for item in items]
+    assert CachedDataset(config, own, ["latents", "text"]).shapes() == {"latents": (16, 8, 8), "t5_vec": (2,)}
+
+
+def test_files_of_other_captions_are_refused(config: RunConfig, items: list[Item]) -> None:
+    write_latents(items)
+    for item in items:
+        write(item, "text", {"t5_vec_float32": torch.zeros(2)})
+    own = [replace(items[0], more_captions=("another",)), *items[1:]]
+    with pytest.raises(CacheError) as caught:
+        CachedDataset(config, own, ["latents", "text"])
+    name = cache_path(items[0], "text", "tf").name
+    assert str(caught.value).splitlines()[1:] == [f"  a: {name} is of 1 captions, the data has 2"]

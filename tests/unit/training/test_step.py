@@ -1,17 +1,21 @@
 """The training step: what is dropped, what is fed, what is paid, and that no draw depends on the batch it falls into."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.config.schema import ExpertsSection, ObjectiveSection, TrainSection
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
-from musubi_tuner.flow import distillation_loss, min_snr_weight
+from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight
+from musubi_tuner.models.flux_dev import family as flux_family
+from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
+from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
 from musubi_tuner.training.step import Draws, make_draws, stratified_draws, training_step
 
@@ -633,3 +637,83 @@ def test_stratified_draws_do_not_depend_on_how_the_update_is_cut() -> None:
     whole = torch.cat(stratified_draws((planned(*range(8)),), seed=1, epoch=0, update=3))
     split = (planned(0, 1, 2), planned(3), planned(*range(4, 8)))
     assert torch.equal(torch.cat(stratified_draws(split, seed=1, epoch=0, update=3)), whole)
+
+
+# Masks
+
+
+def masked_batch(masks: Tensor, valid: list[bool]) -> Batch:
+    batch = make_batch(len(masks))
+    batch.tensors["mask_weights"], batch.valid["mask_weights"] = masks, torch.tensor(valid)
+    return batch
+
+
+def flux_process(masks: MaskSettings | None) -> Any:
+    return FluxProcess(ObjectiveSection(timestep_sampling="uniform", min_snr_gamma=0.0), masks)
+
+
+def tiny_process(masks: MaskSettings | None) -> Any:
+    objective = ObjectiveSection(min_snr_gamma=0.0)
+    return TinyFluxProcess(objective, TeacherSettings(False, False, "sum"), masks=masks)
+
+
+def main_losses(own: Any, batch: Batch, error: Tensor) -> Tensor:
+    """The main loss of each sample where the squared error of every element is given."""
+    time = torch.full((len(error),), 0.3)
+    draws = {name: torch.ones(len(error)) for name in TinyFluxProcess.uniforms}
+    inputs = own.conditioning(batch, time, draws)
+    return own.losses(error.sqrt(), torch.zeros_like(error), time, inputs, {}, 0)["main"].per_sample_B
+
+
+@pytest.mark.parametrize("make", [tiny_process, flux_process])
+def test_each_position_weighs_by_its_mask_and_a_missing_mask_weighs_1(make: Any) -> None:
+    masks = torch.zeros(3, 4, 6)
+    masks[0, :2] = 1.0
+    masks[0, 2] = 0.25
+    batch = masked_batch(masks, [True, True, False])
+    error = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    found = main_losses(make(MaskSettings(2.0, 0.5)), batch, error)
+    rows = error.mean(dim=(1, 3))  # [B, rows of the latent]
+    expected = torch.stack(
+        [
+            (2 * rows[0, 0] + 2 * rows[0, 1] + 0.875 * rows[0, 2] + 0.5 * rows[0, 3]) / 4,
+            0.5 * rows[1].mean(),
+            rows[2].mean(),
+        ]
+    )
+    assert (found - expected).abs().max().item() <= 1e-6
+    plain = main_losses(make(None), batch, error)
+    assert (plain - rows.mean(1)).abs().max().item() <= 1e-6
+
+
+@pytest.mark.parametrize("make", [tiny_process, flux_process])
+def test_normalised_masks_keep_the_scale_of_each_sample(make: Any) -> None:
+    masks = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1))
+    batch = masked_batch(masks, [True, True, False])
+    found = main_losses(make(MaskSettings(1.0, 0.0, normalize=True)), batch, torch.full((3, *SHAPE), 0.5))
+    assert (found - 0.5).abs().max().item() <= 1e-5
+    error = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    found = main_losses(make(MaskSettings(1.0, 0.0, normalize=True)), batch, error)
+    expected = (error * masks[:, None]).mean((1, 2, 3)) / (masks.mean((1, 2)) + 1e-6)
+    assert (found - expected)[:2].abs().max().item() <= 1e-6
+
+
+def test_an_empty_mask_gives_a_loss_of_zero_and_no_nan() -> None:
+    batch = masked_batch(torch.zeros(1, 4, 6), [True])
+    for normalize in (False, True):
+        own = tiny_process(MaskSettings(1.0, 0.0, normalize))
+        assert main_losses(own, batch, torch.ones(1, *SHAPE)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("family", [tinyflux_family, flux_family])
+def test_settings_of_masks_reach_the_process(family: Any) -> None:
+    experts = ExpertsSection(enable_lune=False, enable_sol=False)
+    options = {"sol_spatial_norm": "sum", "t5_attn_mask": False}
+
+    def masks(**settings: Any) -> MaskSettings | None:
+        train = TrainSection(mask_foreground=3.0, mask_background=0.25, mask_normalize=True, **settings)
+        config = SimpleNamespace(objective=ObjectiveSection(), experts=experts, train=train)
+        return family.make_process(config, options).masks
+
+    assert masks(masked_loss=True) == MaskSettings(3.0, 0.25, normalize=True)
+    assert masks() is None

@@ -8,6 +8,7 @@ from musubi_tuner.adapters.attach import target_paths
 from musubi_tuner.config import RunConfig
 from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.flow import MaskSettings
 from musubi_tuner.models.checkpoints import WeightFile, sample_identity
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
@@ -102,4 +103,6 @@ def options_of(file: WeightFile) -> dict[str, Any]:
 
 def make_process(config: RunConfig, options: dict[str, Any]) -> FluxProcess:
     """The process of a run."""
-    return FluxProcess(config.objective)
+    train = config.train
+    masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
+    return FluxProcess(config.objective, masks if train.masked_loss else None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.flow import (
+    MaskSettings,
     NoiseSettings,
     huber_loss,
     interpolate,
@@ -35,8 +36,8 @@ class FluxProcess:
 
     time_draw = "uniform"
 
-    def __init__(self, objective: ObjectiveSection) -> None:
-        self.objective = objective
+    def __init__(self, objective: ObjectiveSection, masks: MaskSettings | None = None) -> None:
+        self.objective, self.masks = objective, masks
         mode = objective.timestep_sampling
         self.uniforms: tuple[str, ...] = ("mixture",) if mode.startswith("qinglong") else ()
         self.noise_settings = NoiseSettings(
@@ -73,8 +74,10 @@ class FluxProcess:
         return noise.float() - x0.float()
 
     def conditioning(self, batch: Any, time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
-        """Text encodings, and the embedded guidance of training."""
+        """Text encodings, the embedded guidance of training, and weights of the loss."""
         inputs = text_inputs(batch.tensors, use_mask=False)
+        if self.masks is not None and "mask_weights" in batch.tensors:
+            inputs["mask_weights"] = self.masks.weights(batch.tensors["mask_weights"], batch.valid["mask_weights"])
         guidance = torch.full((len(time_B),), self.objective.guidance_scale, device=time_B.device)
         return {**inputs, "guidance": guidance}
 
@@ -112,6 +115,8 @@ class FluxProcess:
             if settings.loss == "huber"
             else squared_error(prediction, target)
         )
+        if "mask_weights" in inputs:
+            error = error * inputs["mask_weights"][:, None]
         main = error.flatten(1).mean(1) * noise_level_weight(time_B, settings.weighting_scheme)
         if settings.min_snr_gamma:
             main = main * min_snr_weight(1 - time_B, settings.min_snr_gamma, settings.min_snr_form)

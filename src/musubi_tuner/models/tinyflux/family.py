@@ -6,6 +6,7 @@ import torch
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.flow import MaskSettings
 from musubi_tuner.models.checkpoints import WeightFile, sample_identity
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
@@ -162,4 +163,11 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
 def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
     """The process of a run."""
     teachers = TeacherSettings(config.experts.enable_lune, config.experts.enable_sol, options["sol_spatial_norm"])
-    return TinyFluxProcess(config.objective, teachers, text_mask=options["t5_attn_mask"])
+    train = config.train
+    masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
+    return TinyFluxProcess(
+        config.objective,
+        teachers,
+        text_mask=options["t5_attn_mask"],
+        masks=masks if train.masked_loss else None,
+    )

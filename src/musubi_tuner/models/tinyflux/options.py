@@ -199,6 +199,8 @@ SPEC = ModelSpec(
         "optimizer.betas": [0.9, 0.95],
         "scheduler.warmup_steps": 1000,
         "log.every_steps": 100,
+        "train.mask_foreground": 2.0,
+        "train.mask_background": 0.5,
         "sample.every_steps": 2000,
         "save.every_epochs": 1,
     },

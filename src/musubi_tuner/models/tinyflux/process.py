@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import (
+    MaskSettings,
     distillation_loss,
     drop_conditioning,
     flux_shift,
@@ -75,8 +76,14 @@ class TinyFluxProcess:
 
     uniforms = ("text_dropout", "lune_dropout", "sol_dropout", "guidance", "guidance_dropout")
 
-    def __init__(self, objective: ObjectiveSection, teachers: TeacherSettings, text_mask: bool = False) -> None:
-        self.objective, self.teachers, self.text_mask = objective, teachers, text_mask
+    def __init__(
+        self,
+        objective: ObjectiveSection,
+        teachers: TeacherSettings,
+        text_mask: bool = False,
+        masks: MaskSettings | None = None,
+    ) -> None:
+        self.objective, self.teachers, self.text_mask, self.masks = objective, teachers, text_mask, masks
         self.time_draw = "normal" if objective.timestep_sampling == "logit_normal" else "uniform"
 
     def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
@@ -103,7 +110,7 @@ class TinyFluxProcess:
         return x0.float() - noise.float()
 
     def conditioning(self, batch: Any, time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
-        """Text after dropout, and teacher features looked up at t, each with the mask of the samples that have them."""
+        """Text after dropout, and teacher features looked up at t, each with the mask of the samples that have them; weights of the loss."""
         settings = self.objective
         keep_text = uniforms["text_dropout"] >= settings.text_dropout
         inputs: dict[str, Any] = {
@@ -115,6 +122,8 @@ class TinyFluxProcess:
         inputs["guidance_mask"] = uniforms["guidance_dropout"] >= settings.guidance_dropout
         if self.text_mask:
             inputs["text_mask"] = batch.tensors["t5_mask"].bool()
+        if self.masks is not None and "mask_weights" in batch.tensors:
+            inputs["mask_weights"] = self.masks.weights(batch.tensors["mask_weights"], batch.valid["mask_weights"])
         if self.teachers.lune and "lune_features" in batch.tensors:
             features = linear_lookup(batch.tensors["lune_features"], time_grid(batch), time_B)
             inputs["lune"] = self._teacher(
@@ -209,6 +218,8 @@ class TinyFluxProcess:
             weights = spatial_weight(sol["spatial"], *target.shape[-2:])
             weights = torch.where(sol["distil"].view(-1, 1, 1), weights, torch.ones_like(weights))
             error = error * weights[:, None]
+        if "mask_weights" in inputs:
+            error = error * inputs["mask_weights"][:, None]
         main = error.flatten(1).mean(1)
         if settings.min_snr_gamma:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)

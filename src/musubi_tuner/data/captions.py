@@ -1,0 +1,111 @@
+"""Captions made from captions or from the columns of a JSONL line: the named transforms, and any function. Torch-free.
+
+    object_relations   "subject, object, " or "subject, " in front, each for half of the items: one generator seeded 42,
+                       one draw per item in the order of the data set
+    imagenet           subject, class, subclass, label, caption, synset, imagenet, joined by commas; the label is left out
+                       where the classifier was confident and wrong
+    package.module:function   called as function(caption, columns) for each caption; returns the new one
+
+Transforms run while the data is listed, so that fingerprints see their result.
+"""
+
+import importlib
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from musubi_tuner.errors import DataError
+
+Columns = Mapping[str, Any]
+"""A JSONL line; of an image in a folder only its ``image_path``."""
+Transform = Callable[[list[str], Columns], list[str]]
+"""New captions of an item from its captions. Called once for each item of a data set, in order."""
+CONFIDENT = 0.5
+"""From this confidence on, a wrong prediction takes an item's label away."""
+PREFIXES = ("subject, object, ", "subject, ")
+
+
+def object_relations() -> Transform:
+    """A prefix for each item, drawn anew from the start."""
+    draws = random.Random(42)
+
+    def prefixed(captions: list[str], columns: Columns) -> list[str]:
+        prefix = PREFIXES[draws.random() >= 0.5]
+        return [prefix + caption for caption in captions]
+
+    return prefixed
+
+
+def imagenet_caption(caption: str, columns: Columns) -> str:
+    """Caption of an ImageNet item from what is known of it.
+
+    Args:
+        caption: the prompt it was made from; may be empty.
+        columns: ``semantic_class``, ``semantic_subclass``, ``label``, ``synset_id``, ``pred_confidence``, ``top1_correct``,
+            ``top5_correct``; missing ones count as empty, 0 and false.
+
+    Raises:
+        DataError: naming a column of another type.
+    """
+    label = _column(columns, "label", str, "").replace("_", " ")
+    confident = _column(columns, "pred_confidence", float, 0.0) >= CONFIDENT
+    right = [_column(columns, name, bool, False) for name in ("top1_correct", "top5_correct")]
+    parts = [
+        "subject",
+        _column(columns, "semantic_class", str, "") or "object",
+        _column(columns, "semantic_subclass", str, ""),
+        "" if confident and not any(right) else label,
+        caption,
+        _column(columns, "synset_id", str, ""),
+        "imagenet",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _column(columns: Columns, name: str, kind: type, default: Any) -> Any:
+    value = columns.get(name)
+    if value is None:
+        return default
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (kind is float and isinstance(value, bool)):
+        words = {str: "a text", float: "a number", bool: "true or false"}
+        raise DataError(f"{name} is {value!r}, expected {words[kind]}")
+    return value
+
+
+def make_transform(name: str | None) -> Transform:
+    """The transform of a data set by its name; None = captions stay as they are.
+
+    Raises:
+        DataError: if a function cannot be imported.
+    """
+    if name is None:
+        return lambda captions, columns: captions
+    if name == "object_relations":
+        return object_relations()
+    if name == "imagenet":
+        return lambda captions, columns: [imagenet_caption(caption, columns) for caption in captions or [""]]
+    return _own(name)
+
+
+def _own(name: str) -> Transform:
+    """A person's function, whatever it raises or returns told apart."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise DataError(f"caption_transform: {name} cannot be imported ({type(error).__name__}: {error})") from error
+
+    def transformed(captions: list[str], columns: Columns) -> list[str]:
+        found = []
+        for caption in captions:
+            try:
+                value = function(caption, columns)
+            except Exception as error:
+                raise DataError(f"caption_transform: {name} failed ({type(error).__name__}: {error})") from error
+            if not isinstance(value, str):
+                raise DataError(f"caption_transform: {name} returned {value!r}, expected a text")
+            found.append(value)
+        return found
+
+    return transformed

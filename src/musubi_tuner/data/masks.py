@@ -1,0 +1,130 @@
+"""Loss masks: which part of a picture the loss looks at. Torch-free.
+
+Sources, each a grey picture of the size of its image, white = foreground:
+
+    file      a grey picture; of a coloured one the red channel
+    alpha     the alpha channel of the image; an image without one has no mask
+    product   the image itself: foreground where the RGB distance to the median colour of the four corners is above 30
+    smpl      a body rendering: foreground where a grey one is above 20, and where a coloured one is not green,
+              that is not (g > r + 20 and g > b + 20)
+
+A mask takes the resize and crop of its image and is then averaged over the pixels of a latent cell, so that it keeps
+soft values. An image without a mask weighs 1 everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from musubi_tuner.config.datasets import MaskSource
+from musubi_tuner.data.buckets import Placement
+from musubi_tuner.data.images import open_alpha, open_image, open_upright, resize_crop
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from musubi_tuner.config import RunConfig
+    from musubi_tuner.data.sources import Item
+
+CORNER = 100
+"""Side of the corner squares whose median is a product picture's background, in pixels."""
+PRODUCT_DISTANCE = 30
+SMPL_MARGIN = 20
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the mask of an image comes from.
+
+    Attributes:
+        path: the file of the sources file and smpl; the others look at the image.
+    """
+
+    source: MaskSource
+    path: Path | None = None
+
+
+def product_mask(image: Image.Image) -> "np.ndarray":
+    """Foreground of a product picture [height, width] by its distance from the colour of the corners."""
+    import numpy as np
+
+    pixels = np.asarray(image.convert("RGB"))
+    first, last = slice(None, CORNER), slice(-CORNER, None)
+    corners = [pixels[rows, columns].reshape(-1, 3) for rows in (first, last) for columns in (first, last)]
+    background = np.median(np.concatenate(corners), axis=0).astype(np.uint8)
+    distance = np.linalg.norm(pixels.astype(np.float32) - background.astype(np.float32), axis=-1)
+    return distance > PRODUCT_DISTANCE
+
+
+def smpl_mask(image: Image.Image) -> "np.ndarray":
+    """Foreground of a body rendering [height, width]: bright in a grey one, not green in a coloured one."""
+    import numpy as np
+
+    if image.mode == "L":
+        return np.asarray(image) > SMPL_MARGIN
+    red, green, blue = np.asarray(image.convert("RGB")).astype(np.float32).transpose(2, 0, 1)
+    return ~((green > red + SMPL_MARGIN) & (green > blue + SMPL_MARGIN))
+
+
+def read_mask(mask: Mask, image_path: Path) -> Image.Image:
+    """The mask of an image at the image's size, grey.
+
+    Raises:
+        DataError: if a file is broken.
+    """
+    import numpy as np
+
+    match mask.source:
+        case "file":
+            assert mask.path is not None
+            return open_image(mask.path).getchannel("R")
+        case "alpha":
+            return open_alpha(image_path)
+        case "product":
+            found = product_mask(open_image(image_path))
+        case "smpl":
+            assert mask.path is not None
+            found = smpl_mask(open_upright(mask.path))
+        case _:
+            raise ValueError(f"mask source {mask.source!r} has no mask")
+    return Image.fromarray(found.astype(np.uint8) * np.uint8(255))
+
+
+def to_latent(mask: Image.Image, placement: Placement, factor: int) -> "np.ndarray":
+    """Put a grey mask into its image's bucket and average it over latent cells.
+
+    Args:
+        factor: pixels per latent cell.
+
+    Returns:
+        float32 [height / factor, width / factor] in [0, 1].
+    """
+    import numpy as np
+
+    pixels = np.asarray(resize_crop(mask, placement), dtype=np.float32) / 255
+    height, width = pixels.shape
+    return pixels.reshape(height // factor, factor, width // factor, factor).mean((1, 3))
+
+
+def mask_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
+    """What the plan says about masks: how many there are, and a warning where they and the loss do not agree."""
+    count, settings = sum(item.mask is not None for item in items), config.train
+    if settings.masked_loss and not count:
+        return [
+            f"warning: train.masked_loss is on, 0 of {len(items)} images have a mask; give mask_directory, mask_path or "
+            "alpha_mask, or turn it off"
+        ]
+    if count and not settings.masked_loss:
+        return [
+            f"warning: {count} of {len(items)} images have a mask, which is not used because train.masked_loss is false"
+        ]
+    if not count:
+        return []
+    scale = ", divided by their mean" if settings.mask_normalize else ""
+    return [
+        f"  masks    {count} of {len(items)} images, weights {settings.mask_background:g} to "
+        f"{settings.mask_foreground:g}{scale}; the others weigh 1"
+    ]
