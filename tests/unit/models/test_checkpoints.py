@@ -507,10 +507,10 @@ def test_float32_masters_from_a_bfloat16_file(tmp_path: Path) -> None:
 def test_missing_and_unexpected_keys_are_counted_and_named(tmp_path: Path) -> None:
     path, state = tmp_path / "any.safetensors", weights()
     del state["img_in.bias"]
-    save_file({**state, "guidance_in.mlp.0.bias": torch.zeros(3)}, path, metadata=HEADER)
+    save_file({**state, "vector_in.mlp.0.bias": torch.zeros(3)}, path, metadata=HEADER)
     assert message_of(path) == (
         f"{path}: is not a TinyFlux-Deep v4.2 checkpoint: 1 of 87 keys missing (img_in.bias); "
-        "1 of 87 keys unexpected (guidance_in.mlp.0.bias)"
+        "1 of 87 keys unexpected (vector_in.mlp.0.bias)"
     )
 
 
@@ -544,20 +544,6 @@ def test_lora_file_is_called_a_lora(key: str, header: dict[str, str] | None, tmp
     path = tmp_path / "any.safetensors"
     save_file({key: torch.zeros(2, 32)}, path, metadata=header)
     assert message_of(path).startswith(f"{path}: is not a TinyFlux-Deep v4.2 checkpoint but a LoRA: ")
-
-
-@pytest.mark.parametrize("header", [None, HEADER], ids=["no config", "config"])
-def test_v3_file_is_called_v3(header: dict[str, str] | None, tmp_path: Path) -> None:
-    path = tmp_path / "any.safetensors"
-    state = {
-        key.replace("lune_predictor.", "expert_predictor."): value
-        for key, value in weights().items()
-        if not key.startswith(("sol_prior.", "t5_pool.", "text_balance")) and "spatial_to_mod" not in key
-    }
-    save_file(state, path, metadata=header)
-    assert message_of(path).startswith(
-        f"{path}: is not a TinyFlux-Deep v4.2 checkpoint but one of v3, whose upgrade is not built yet: "
-    )
 
 
 def test_file_of_another_model_without_config(tmp_path: Path) -> None:
