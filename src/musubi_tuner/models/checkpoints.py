@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +347,9 @@ def read_weights(path: Path, config: Path | None = None, origin: str | None = No
     if not found.tensors and path.suffix == ".pt" and beside.is_file():
         # The v4.1 trainer kept optimizer and position in the torch file, and the weights beside it.
         logger.warning("%s holds no weights; using %s", path, beside.name)
-        path, found = beside, replace(_read_safetensors(beside), config=found.config)
+        held, path = found.config, beside
+        found = _read_safetensors(beside)
+        found.config = found.config or held
     found.origin = str(path) if origin is None else origin
     found.tensors = {strip_wrappers(key): tensor for key, tensor in found.tensors.items()}
     if not found.tensors:

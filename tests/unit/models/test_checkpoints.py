@@ -584,3 +584,34 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write(tmp_path / "any.safetensors", 1)
     assert mark_of(load_model("~/any.safetensors")) == 1
     assert mark_of(load_model(f"~/{run_folder(tmp_path / 'run').name}:step_100")) == 1
+
+
+# Names of checkpoints, and torch files of the published trainer
+
+
+def test_latest_is_the_newest_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    assert mark_of(load_model(f"{run_folder(tmp_path / 'run')}:latest")) == 3
+    for mark, name in enumerate(("best", "step_900", "step_1000")):
+        write(tmp_path / "published" / f"{name}.safetensors", mark)
+    published = tmp_path / "published"
+    assert mark_of(load_model(f"{published}:latest")) == 2
+    assert mark_of(load_model(f"{published}:step_900")) == 1
+    assert mark_of(load_model(f"{published}:best")) == 0
+
+
+def test_torch_file_under_a_trainers_name_is_found_in_a_folder(tmp_path: Path) -> None:
+    torch.save({"model": weights(1), "model_config": TINY.to_dict(), "step": 5}, tmp_path / "step_5.pt")
+    assert mark_of(load_model(tmp_path)) == 1
+
+
+def test_torch_file_without_weights_leads_to_those_beside_it(tmp_path: Path) -> None:
+    torch.save({"step": 5, "epoch": 1, "optimizer": {"state": {}}}, tmp_path / "step_5.pt")
+    write(tmp_path / "step_5.safetensors", 2)
+    assert mark_of(load_model(tmp_path / "step_5.pt")) == 2
+
+
+def test_explicit_ema_file_may_be_a_whole_path(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", 1)
+    other = write(tmp_path / "elsewhere" / "average.safetensors", 2)
+    assert mark_of(load_model(tmp_path, ema_file=str(other))) == 2
+    assert message_of(tmp_path, ema_file=f"{other}x") == f"{other}x: file not found"
