@@ -5,6 +5,8 @@ from pathlib import Path
 
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w./-]+)?")
+_PUBLISHED = re.compile(r"hub(:[\w./-]+)?")
+_CHECKPOINT = re.compile(r"final|best|latest|(step|epoch)_\d+")
 
 
 def locate(text: str, config_path: Path) -> Path:
@@ -18,7 +20,30 @@ def locate(text: str, config_path: Path) -> Path:
         return path
     folder = config_path.resolve().parent
     project = folder.parent if folder.name == "toml" else folder
-    return project / path if (project / path).exists() else path
+    there = (project / path).exists() or (run_checkpoint(text)[0] is None and run_checkpoint(str(project / path))[0])
+    return project / path if there else path
+
+
+def run_checkpoint(text: str) -> tuple[Path | None, str]:
+    """Folder and name of ``folder:name``, a checkpoint of a run folder; None if there is no such folder."""
+    before, colon, name = text.rpartition(":")
+    folder = Path(before).expanduser()
+    return (folder if colon and before and not Path(text).exists() and folder.is_dir() else None), name
+
+
+def exists(path: Path) -> bool:
+    """Whether a path, or the run folder of ``folder:name``, is there."""
+    return path.exists() or run_checkpoint(str(path))[0] is not None
+
+
+def is_checkpoint_name(text: str) -> bool:
+    """Whether a text names a checkpoint within a run folder."""
+    return _CHECKPOINT.fullmatch(text) is not None
+
+
+def is_published(text: str) -> bool:
+    """Whether a text means a family's own repository: ``hub`` or ``hub:file``, and no local path."""
+    return _PUBLISHED.fullmatch(text) is not None and not Path(text).exists() and run_checkpoint(text)[0] is None
 
 
 def is_repository(text: str) -> bool:
@@ -30,8 +55,8 @@ def is_hub_id(text: str) -> bool:
     """Whether a text can only mean ``owner/name`` or ``owner/name:file`` on the hub, not a local path.
 
     A text that ends like a weights file, or that exists, is a path; so is everything with more than one slash
-    before the colon.
+    before the colon, and ``folder:name`` with a folder that exists.
     """
-    if Path(text).expanduser().exists() or not _HUB_ID.fullmatch(text):
+    if Path(text).expanduser().exists() or not _HUB_ID.fullmatch(text) or run_checkpoint(text)[0] is not None:
         return False
     return ":" in text or not text.endswith(WEIGHT_SUFFIXES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
-from musubi_tuner.config.paths import is_hub_id, is_repository
+from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
@@ -94,6 +94,23 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(
             _error("train.mask_foreground", "and mask_background are 0: no masked image could be learned from")
         )
+    if config.ema.enabled and config.ema.init == "checkpoint":
+        if config.model.init == "scratch":
+            found.append(_error("ema.init", 'is "checkpoint", but model.init is "scratch"; write ema.init = "model"'))
+        if config.adapter.type != "none":
+            found.append(
+                _error(
+                    "ema.init",
+                    'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"',
+                )
+            )
+        if config.ema.warmup:
+            found.append(
+                _error(
+                    "ema.warmup",
+                    'would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false',
+                )
+            )
     if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
     return found
@@ -341,12 +358,17 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("objective.min_snr_form", "objective.min_snr_gamma"),
             "the min-SNR weight is off",
         ),
-        (not config.ema.enabled, ("ema.decay", "ema.warmup"), "ema.enabled is false"),
+        (not config.ema.enabled, ("ema.decay", "ema.warmup", "ema.init"), "ema.enabled is false"),
         (config.model.init == "checkpoint", ("model.init_scheme",), 'model.init is "checkpoint"'),
         (
             config.model.init == "scratch",
-            ("model.rope_freqs", "model.weights", "model.revision"),
+            ("model.rope_freqs", "model.weights", "model.revision", "model.ema_file", "model.upgrade_neutral"),
             'model.init is "scratch"',
+        ),
+        (
+            config.model.ema_file is not None and config.ema.init == "model",
+            ("model.weights",),
+            "model.ema_file names the weights",
         ),
         (config.train.on_nonfinite == "stop", ("train.max_skipped_updates",), 'train.on_nonfinite is "stop"'),
         (not config.ema.enabled, ("sample.use_ema",), "ema.enabled is false"),
@@ -440,6 +462,13 @@ def _family(config: RunConfig) -> list[Diagnostic]:
     return found + (spec.check(config) if spec.check else [])
 
 
+_RUN_NAMES = {
+    "none": 'a new model is model.init = "scratch"',
+    "latest": 'an interrupted run goes on by itself (resume.from = "auto"); for another run write folder:latest',
+}
+"""Load targets of other trainers -> what says the same here."""
+
+
 def _files(config: RunConfig) -> list[Diagnostic]:
     """Files that must exist, and a place to write to."""
     found: list[Diagnostic] = []
@@ -449,7 +478,14 @@ def _files(config: RunConfig) -> list[Diagnostic]:
                                      "experts.lune", "experts.sol", "adapter.init_from"]  # fmt: skip
     texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
     for key, text in texts:
-        if text is not None and not is_hub_id(text) and not config.locate(text).exists():
+        if text is None or is_hub_id(text) or exists(config.locate(text)):
+            continue
+        if key == "model.path" and is_published(text):
+            if not config.spec.hub_id:
+                found.append(_error(key, f"{text}: {config.spec.title} has no published repository; write owner/name"))
+        elif key == "model.path" and (text == "none" or is_checkpoint_name(text)):
+            found.append(_error(key, f"{text}: {_RUN_NAMES.get(text, f'write the folder too, as in folder:{text}')}"))
+        else:
             found.append(_error(key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)"))
     needed = {"model.vae_path": "images", "model.clip_path": "captions", "model.t5_path": "captions"}
     for key, what in needed.items():

@@ -87,9 +87,21 @@ class ModelSection(Section):
         "checkpoint", "Start from `path`, or from random weights of the shape in [model.geometry]."
     )
     path: str | None = param(
-        None, "Checkpoint: a file, a folder, or `owner/repo[:subfolder or file]` on the hub.", flat=("dit",), path=True
+        None,
+        "Checkpoint: a file, a folder, `folder:name` (final, best, latest, step_N, epoch_N), or on the hub "
+        "`owner/repo[:subfolder or file]`; `hub` stands for the published repository.",
+        flat=("dit",),
+        path=True,
     )
     weights: Literal["model", "ema"] = param("model", "Which weights of the checkpoint to start from.")
+    ema_file: str | None = param(
+        None,
+        "Exact name of the averaged weights, beside the checkpoint or in its repository, or a whole path: the run starts "
+        'from them, or its average does with ema.init = "checkpoint"; absent = the usual names.',
+    )
+    upgrade_neutral: bool = param(
+        True, "Parts that an older checkpoint lacks start so that it computes what it did, as far as they can."
+    )
     revision: str | None = param(None, "Branch, tag or commit for hub ids; absent = main.")
     geometry: dict[str, Any] = param({}, "Shape of a new model: the fields of its config.json.")
     init_scheme: Literal["reference", "adaln_zero"] = param(
@@ -518,6 +530,9 @@ class EmaSection(Section):
     enabled: bool = param(True, "Keep the average.")
     decay: float = param(0.9999, "Share of the old average kept at every update.", ge=0, lt=1)
     warmup: bool = param(False, "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates.")
+    init: Literal["model", "checkpoint"] = param(
+        "model", "Start the average as a copy of the model, or from the averaged weights of the checkpoint."
+    )
 
 
 class ValidationSection(Section):

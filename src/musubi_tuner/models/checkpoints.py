@@ -1,13 +1,15 @@
 """Finding and reading weight files: local files, folders, and repositories on the hub.
 
-A source is a file, a folder, ``folder:name`` for a run folder of this trainer (name = final, best, step_N, epoch_N),
-or ``owner/repo[:subfolder or file]`` on the hub. Pickled files are read with ``weights_only`` only.
+A source is a file, a folder, ``folder:name`` for a checkpoint of a run folder (name = final, best, latest, step_N,
+epoch_N), ``owner/repo[:subfolder or file]`` on the hub, or ``hub[:subfolder or file]`` for the family's own repository.
+A folder is searched by the same rules here and on the hub. Pickled files are read with ``weights_only`` only.
 """
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
+from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.models.hub import Repository
 
+logger = logging.getLogger(__name__)
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 """Left in key names by torch.compile and by data parallel wrappers."""
 MODEL_FILES = (
@@ -42,6 +46,7 @@ class WeightFile:
         tensors: key -> tensor; may be views of the mapped file, so copy them.
         metadata: header of a safetensors file. config: geometry found in, or beside, the file; None if there is none.
         options: recorded options of training, from the config's ``_metadata.options`` or the header.
+        origin: what a person would call the file; its path, or repository and name.
     """
 
     path: Path
@@ -49,226 +54,309 @@ class WeightFile:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight file that a source led to.
+
+    Attributes:
+        path: where it lies now. origin: what a person would call it. config: json of the geometry for a file that has none
+            in its header or beside it.
+    """
+
+    path: Path
+    origin: str
+    config: Path | None = None
 
 
 def find_weights(
+    source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None
+) -> Path:
+    """The path of `locate_weights`."""
+    return locate_weights(source, ema=ema, ema_file=ema_file, revision=revision).path
+
+
+def locate_weights(
     source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None,
-    other_spelling: Callable[[str], str | None] = lambda repo: None,
-) -> Path:  # fmt: skip
-    """Turn a source into the path of one weight file, downloading it if it is on the hub.
+    published: Sequence[str] = (),
+) -> Found:  # fmt: skip
+    """Turn a source into one weight file, downloading it if it is on the hub.
 
     Args:
         source: see the module text.
         ema: take the averaged weights.
-        ema_file: exact name of the averaged file beside or below the source; implies ``ema``.
+        ema_file: exact name of the averaged file beside or below the source, or its whole path; implies ``ema``.
         revision: branch, tag or commit on the hub.
-        other_spelling: suggests another repository when one is not found.
+        published: repositories of the family; ``hub`` means the first, and one is suggested when another is not found.
 
     Raises:
         CheckpointError: saying what was looked for.
     """
     text = str(source)
+    if ema_file is not None and Path(ema_file).expanduser().is_absolute():
+        path = Path(ema_file).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"{path}: file not found")
+        return Found(path, str(path))
     ema = ema or ema_file is not None
     path = Path(text).expanduser()
     if path.is_file():
-        return _ema_twin(path, ema_file) if ema else path
+        place = _Folder(path.parent)
+        return place.found(_ema_twin(place, path.name, ema_file) if ema else path.name)
     if path.is_dir():
-        return _in_folder(path, ema, ema_file)
-    folder, colon, name = text.rpartition(":")
-    if colon and Path(folder).expanduser().is_dir():
-        named = _named(Path(folder).expanduser(), name, ema and ema_file is None)
-        return _ema_twin(named, ema_file) if ema_file else named
+        return _choose(_Folder(path), ema, ema_file)
+    folder, name = run_checkpoint(text)
+    if folder is not None:
+        place = _Folder(folder)
+        chosen = _named(place, name, ema and ema_file is None)
+        return place.found(_ema_twin(place, chosen, ema_file) if ema_file else chosen)
+    if is_published(text):
+        if not published:
+            raise CheckpointError(f"{text}: this model has no published repository; write owner/name instead of hub")
+        text = published[0] + text.removeprefix("hub")
     if is_hub_id(text):
-        return _on_hub(text, ema, ema_file, revision, other_spelling)
+        return _on_hub(text, ema, ema_file, revision, published)
+    if is_checkpoint_name(text):
+        raise CheckpointError(f"{text}: names a checkpoint of a run; write its folder too, as in folder:{text}")
+    if text == "none":
+        raise CheckpointError('none: names no weights; a new model is made with model.init = "scratch"')
     raise CheckpointError(f"{text}: file not found, and not a hub id of the form owner/name")
 
 
-def _ema_twin(path: Path, ema_file: str | None) -> Path:
+class _Folder:
+    """A folder of weight files on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def names(self) -> list[str]:
+        """Of everything directly in it."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def said(self, name: str) -> str:
+        """A file of it, for messages."""
+        return str(self.folder / name)
+
+    def fetch(self, name: str) -> Path:
+        return self.folder / name
+
+    def found(self, name: str) -> Found:
+        return Found(self.folder / name, self.said(name))
+
+
+class _HubFolder:
+    """The root or a subfolder of a repository."""
+
+    def __init__(self, repository: Repository, files: Sequence[str], folder: str = "") -> None:
+        self.repository, self.files, self.folder = repository, files, folder
+        self.prefix = f"{folder}/" if folder else ""
+
+    def __str__(self) -> str:
+        return f"{self.repository}{f': {self.folder}' if self.folder else ''}"
+
+    def names(self) -> list[str]:
+        below = [name.removeprefix(self.prefix) for name in self.files if name.startswith(self.prefix)]
+        return sorted({name.partition("/")[0] for name in below})
+
+    def has(self, name: str) -> bool:
+        return self.prefix + name in self.files
+
+    def said(self, name: str) -> str:
+        return f"{self.repository}: {self.prefix}{name}"
+
+    def fetch(self, name: str) -> Path:
+        return self.repository.fetch(self.prefix + name)
+
+    def found(self, name: str) -> Found:
+        """Download a weight file with the config that belongs to it: one beside it, else one at the root."""
+        path, whole = self.fetch(name), self.prefix + name
+        folder, _, file = whole.rpartition("/")
+        beside = [f"{folder}/{config}" if folder else config for config in config_names(file)]
+        config = next((wanted for wanted in (*beside, *CONFIG_FILES) if wanted in self.files), None)
+        return Found(path, self.said(name), self.repository.fetch(config) if config else None)
+
+
+_Place = _Folder | _HubFolder
+
+
+def config_names(file: str) -> tuple[str, ...]:
+    """Names under which the geometry of a weight file may lie beside it, best first."""
+    return (f"{Path(file).stem.removesuffix('_ema')}.json", *CONFIG_FILES)
+
+
+def _ema_twin(place: _Place, name: str, ema_file: str | None) -> str:
+    """Name of the averaged weights that belong to a file."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.rpartition(".")
     if ema_file:
-        twin = path.parent / ema_file
-    elif path.stem.endswith("_ema") or path.name in EMA_FILES:
-        return path
+        candidates = [folder + slash + ema_file]
+    elif stem.endswith("_ema") or file in EMA_FILES:
+        return name
     else:
-        candidates = [path.with_name(f"{path.stem}_ema{path.suffix}")]
-        if path.name in MODEL_FILES:
-            candidates += [path.parent / name for name in EMA_FILES]
-        twin = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-    if not twin.is_file():
-        raise CheckpointError(f"{twin}: no averaged weights beside {path.name}; take the model weights instead")
+        names = [f"{stem}_ema{dot}{suffix}", f"{stem}_ema.safetensors", *(EMA_FILES if file in MODEL_FILES else ())]
+        candidates = [folder + slash + candidate for candidate in names]
+    twin = next((candidate for candidate in candidates if place.has(candidate)), None)
+    if twin is None:
+        raise CheckpointError(
+            f"{place.said(candidates[0])}: no averaged weights beside {file}; take the model weights instead"
+        )
     return twin
 
 
-def _in_folder(folder: Path, ema: bool, ema_file: str | None) -> Path:
+def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
+    """The weights of a folder, by the names that trainers give them."""
     if ema_file:
-        if not (folder / ema_file).is_file():
-            raise CheckpointError(f"{folder / ema_file}: file not found")
-        return folder / ema_file
+        if not place.has(ema_file):
+            raise CheckpointError(f"{place.said(ema_file)}: file not found")
+        return place.found(ema_file)
     names = EMA_FILES if ema else MODEL_FILES
     for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "checkpoints.json").is_file():
-        return _named(folder, None, ema)
+        if place.has(name):
+            return place.found(name)
+    if place.has("checkpoints.json"):
+        return place.found(_named(place, None, ema))
+    held = place.names()
     if ema:
-        for pattern in ("*_ema.safetensors", "*_ema.pt"):
-            found = [path for path in folder.glob(pattern) if not re.search(r"(step|epoch)_?\d|-\d{6}_", path.name)]
+        for suffix in ("_ema.safetensors", "_ema.pt"):
+            found = [
+                name for name in held if name.endswith(suffix) and not re.search(r"(step|epoch)_?\d|-\d{6}_", name)
+            ]
             if len(found) == 1:
-                return found[0]
-    legacy = _reference_names(folder, ema)
-    if legacy:
-        return legacy
-    held = sorted(path.name for path in folder.iterdir())[:8]
+                return place.found(found[0])
+    known = next(iter(_trainer_names(held, ema)), None)
+    if known:
+        return place.found(known)
     raise CheckpointError(
-        f"{folder}: holds no {'averaged ' if ema else ''}weights; looked for {', '.join(names)}, checkpoints.json, "
-        f"final, best, step_N and epoch_N; found {', '.join(held) or 'nothing'}"
+        f"{place}: holds no {'averaged ' if ema else ''}weights; looked for {', '.join(names)}, checkpoints.json, "
+        f"final, best, step_N and epoch_N; found {', '.join(held[:8]) or 'nothing'}"
     )
 
 
-def _reference_names(folder: Path, ema: bool) -> Path | None:
-    """Names of the published trainer: final, best, highest step_N, highest epoch_N."""
-    suffix = "_ema" if ema else ""
-    for name in ("final", "best"):
-        path = folder / f"{name}{suffix}.safetensors"
-        if path.is_file():
-            return path
-    for kind in ("step", "epoch"):
-        numbered = [
-            (int(match[1]), path)
-            for path in folder.glob(f"{kind}_*.safetensors")
-            if (match := re.fullmatch(rf"{kind}_(\d+){suffix}", path.stem))
+def _trainer_names(held: Sequence[str], ema: bool) -> list[str]:
+    """Files under the names of trainers, best first.
+
+    final, best, highest step_N, highest epoch_N of the published trainer; then those of a run of this one, which its
+    ``<name>.config.toml`` names.
+    """
+    suffix = r"_ema" if ema else ""
+    patterns = [rf"final{suffix}", rf"best{suffix}", rf"step_(\d+){suffix}", rf"epoch_(\d+){suffix}"]
+    for run in (name.removesuffix(".config.toml") for name in held if name.endswith(".config.toml")):
+        patterns += [re.escape(run) + part for part in (suffix, rf"-step(\d{{8}}){suffix}", rf"-(\d{{6}}){suffix}")]
+    chosen = []
+    for pattern in patterns:
+        matches = [
+            (int((match.groups() or ("0",))[0]), name.endswith(".safetensors"), name)
+            for name in held
+            if (match := re.fullmatch(rf"{pattern}\.(?:safetensors|pt)", name))
         ]
-        if numbered:
-            return max(numbered)[1]
-    return None
+        chosen += [name for _, _, name in sorted(matches, reverse=True)]
+    return chosen
 
 
-def _named(folder: Path, name: str | None, ema: bool) -> Path:
-    """A checkpoint of a run folder by name, through its checkpoints.json."""
+def _named(place: _Place, name: str | None, ema: bool) -> str:
+    """File of a checkpoint by name: through checkpoints.json, or in folders of the published trainer by its own name.
+
+    ``latest`` is the newest checkpoint; None the final one, else the best, else the newest.
+    """
+    if name is not None and not place.has("checkpoints.json"):
+        known = _trainer_names(place.names(), ema)
+        wanted = re.compile(r"(step|epoch)_\d+" if name == "latest" else re.escape(name))
+        file = next((f for f in known if wanted.fullmatch(f.rpartition(".")[0].removesuffix("_ema"))), None)
+        if file:
+            return file
     try:
-        entries = dict(json.loads((folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"])
+        entries = dict(json.loads(_text_of(place, "checkpoints.json"))["checkpoints"])
         if not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("an entry is not an object")
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{folder}: has no readable checkpoints.json, so '{name}' cannot be looked up; name a file"
+            f"{place}: has no readable checkpoints.json, so '{name}' cannot be looked up; name a file"
         ) from None
     if name is None:
-        name = next((n for n in ("final", "best") if n in entries), None) or (list(entries)[-1] if entries else "final")
+        name = next((n for n in ("final", "best") if n in entries), "latest")
+    if name == "latest" and entries:
+        name = list(entries)[-1]
     if name not in entries:
-        raise CheckpointError(f"{folder}: no checkpoint '{name}'; it has {', '.join(entries) or 'none'}")
+        raise CheckpointError(f"{place}: no checkpoint '{name}'; it has {', '.join(entries) or 'none'}")
     file = entries[name].get("ema" if ema else "model")
     if not file:
-        raise CheckpointError(f"{folder}: checkpoint '{name}' has no {'averaged ' if ema else ''}weights")
-    if not (folder / file).is_file():
-        raise CheckpointError(f"{folder / file}: listed in checkpoints.json, but not there")
-    return folder / file
+        raise CheckpointError(f"{place}: checkpoint '{name}' has no {'averaged ' if ema else ''}weights")
+    if not place.has(file):
+        raise CheckpointError(f"{place.said(file)}: listed in checkpoints.json, but not there")
+    return str(file)
 
 
-def _on_hub(
-    text: str, ema: bool, ema_file: str | None, revision: str | None, other_spelling: Callable[[str], str | None]
-) -> Path:
+def _text_of(place: _Place, name: str) -> str:
+    if not place.has(name):
+        raise FileNotFoundError(name)
+    return place.fetch(name).read_text(encoding="utf-8")
+
+
+def _on_hub(text: str, ema: bool, ema_file: str | None, revision: str | None, published: Sequence[str]) -> Found:
+    """Weights in a repository: what the part after the colon names, a file or a folder."""
     repo, _, tail = text.partition(":")
-    names: list[str]
-    folder = ""
-    if tail.endswith(WEIGHT_SUFFIXES):
-        folder, _, file = tail.rpartition("/")
-        stem, dot, suffix = file.rpartition(".")
-        names = [f"{stem}_ema{dot}{suffix}"] if ema and not stem.endswith("_ema") else [file]
-    else:
-        folder = tail.strip("/")
-        names = list(EMA_FILES[:2]) if ema else ["model.safetensors"]
-    if ema_file:
-        names = [ema_file]
-    candidates = [f"{folder}/{name}" if folder else name for name in names]
-    if tail and not tail.endswith(WEIGHT_SUFFIXES):
-        candidates.append(f"{folder}{'_ema' if ema else ''}.safetensors")
-    path = first_on_hub(repo, candidates, revision, other_spelling)
-    for name in CONFIG_FILES:
-        if optional_on_hub(repo, f"{folder}/{name}" if folder else name, revision):
-            break
-    return path
-
-
-def first_on_hub(
-    repo: str, names: Sequence[str], revision: str | None, other_spelling: Callable[[str], str | None] = lambda r: None
-) -> Path:
-    """Download the first of these files that a repository has.
-
-    Raises:
-        CheckpointError: naming repository, revision, licence page and token variable.
-    """
-    import logging
-
-    for name in names:
-        path = optional_on_hub(repo, name, revision, other_spelling)
-        if path:
-            if name != names[0]:
-                logging.getLogger(__name__).warning("%s has no %s; using %s", repo, names[0], name)
-            return path
-    raise CheckpointError(f"{repo} (revision {revision or 'main'}) on the hub has none of {', '.join(names)}")
-
-
-def optional_on_hub(
-    repo: str, name: str, revision: str | None, other_spelling: Callable[[str], str | None] = lambda r: None
-) -> Path | None:
-    """Download a file, or None if the repository does not have it.
-
-    Raises:
-        CheckpointError: if the repository cannot be read; says how to get access.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"{repo} (revision {revision or 'main'})"
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except GatedRepoError:
+    tail = tail.strip("/")
+    repository = Repository(repo, revision, published)
+    files = repository.names()
+    root = _HubFolder(repository, files)
+    if ema_file and root.has(ema_file):
+        return root.found(ema_file)
+    # step_N alone lies where the published trainer uploads it.
+    ends = ("",) if tail.endswith(WEIGHT_SUFFIXES) else WEIGHT_SUFFIXES
+    spelled = [f"{folder}{tail}{end}" for folder in ("", "checkpoints/") for end in ends] if tail else []
+    file = next((name for name in spelled if root.has(name)), None)
+    if file:
+        return root.found(_ema_twin(root, file, ema_file) if ema else file)
+    folder = _HubFolder(repository, files, tail)
+    if not folder.names():
+        parent, _, name = tail.rpartition("/")
+        if is_checkpoint_name(name):
+            for place in (parent, f"{parent}/checkpoints" if parent else "checkpoints"):
+                above = _HubFolder(repository, files, place)
+                if above.has("checkpoints.json") or (name == "latest" and _trainer_names(above.names(), ema)):
+                    return above.found(_named(above, name, ema))
         raise CheckpointError(
-            f"{where}: access is gated. Accept the licence at https://huggingface.co/{repo} and put your token into HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{where}: no such revision on the hub") from None
-    except RepositoryNotFoundError:
-        hint = other_spelling(repo)
-        raise CheckpointError(
-            f"{where}: no such repository on the hub, or it is private (put your token into HF_TOKEN)."
-            + (f" Did you mean {hint}?" if hint else "")
-        ) from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{where}: {name} is not in the local cache and the hub cannot be reached. Connect once, or download the "
-            "files and give their folder"
-        ) from None
-    except EntryNotFoundError:
-        return None
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{where}: the hub answered: {error}") from error
+            f"{repository}: has no file or folder {tail}; it holds {', '.join(root.names()[:8]) or 'nothing'}"
+        )
+    found = _choose(folder, ema, ema_file)
+    first = (EMA_FILES if ema else MODEL_FILES)[0]
+    if ema_file is None and not folder.has(first):
+        logger.warning("%s has no %s; using %s", folder, first, found.origin.rpartition(": ")[2])
+    return found
 
 
-def read_weights(path: Path) -> WeightFile:
+def read_weights(path: Path, config: Path | None = None, origin: str | None = None) -> WeightFile:
     """Read a weight file and the geometry that belongs to it.
+
+    Args:
+        config: json of the geometry, where the file has none in its header or beside it. origin: see `WeightFile`.
 
     Raises:
         CheckpointError: if the file is cut short, of another kind, or holds no tensors.
     """
-    if path.suffix in (".safetensors", ".sft"):
-        found = _read_safetensors(path)
-    else:
-        found = _read_pickle(path)
+    found = _read_safetensors(path) if path.suffix in (".safetensors", ".sft") else _read_pickle(path)
+    beside = path.with_suffix(".safetensors")
+    if not found.tensors and path.suffix == ".pt" and beside.is_file():
+        # The v4.1 trainer kept optimizer and position in the torch file, and the weights beside it.
+        logger.warning("%s holds no weights; using %s", path, beside.name)
+        held, path = found.config, beside
+        found = _read_safetensors(beside)
+        found.config = found.config or held
+    found.origin = str(path) if origin is None else origin
     found.tensors = {strip_wrappers(key): tensor for key, tensor in found.tensors.items()}
     if not found.tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     if found.config is None:
-        for name in (f"{path.stem.removesuffix('_ema')}.json", *CONFIG_FILES):
-            sibling = path.with_name(name)
-            if sibling.is_file():
+        for sibling in (*(path.with_name(name) for name in config_names(path.name)), config):
+            if sibling is not None and sibling.is_file():
                 found.config = read_json_object(sibling)
                 recorded = as_object(found.config.get("_metadata", {}), f"{sibling}: _metadata")
                 found.options = found.options or as_object(recorded.get("options", {}), f"{sibling}: options")

@@ -48,6 +48,7 @@ class ModelSpec:
         code: short name in cache file names; full_name: in cache metadata and configs.
         pixel_step: image sides are multiples of this. vae_factor: pixels per latent cell.
         latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
+        hub_id: published repository of the family, for which ``hub`` stands; None if it has none.
         sample_size: default side of a drawn picture in pixels.
         t5_preset: published T5 that a single file without config is taken for; t5_attention_mask: whether T5 sees it.
         guidance_embedded: the model takes a guidance number; classifier-free guidance is then separate.
@@ -83,6 +84,7 @@ class ModelSpec:
     sample_size: int
     t5_tokenizer: str
     clip_tokenizer: str
+    hub_id: str | None = None
     t5_preset: str = "base"
     t5_attention_mask: bool = True
     guidance_embedded: bool = False
@@ -121,6 +123,7 @@ class Trainee:
         model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
         notes: lines for the person, about what was merged into it.
         base: identity of the weights that stay frozen; a run that continues must find the same.
+        average: weights that the moving average begins with, where it does not begin with the model.
     """
 
     model: "nn.Module"
@@ -128,6 +131,7 @@ class Trainee:
     options: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     base: str | None = None
+    average: "dict[str, Tensor] | None" = None
 
 
 @dataclass

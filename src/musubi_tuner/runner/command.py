@@ -170,10 +170,10 @@ class Runner:
 
     def _plan_memory(self, plan: "Plan") -> None:
         """Print what the run needs of memory, disk and time, where the model's shape is known without a download."""
-        from musubi_tuner.config.paths import is_hub_id
+        from musubi_tuner.config.paths import is_hub_id, is_published
 
         path = self.config.model.path
-        if path is not None and is_hub_id(path):
+        if path is not None and (is_hub_id(path) or is_published(path)):
             print("  memory   is estimated when the checkpoint is here")
             return
         from musubi_tuner.device import choose_device

@@ -10,6 +10,7 @@ import torch
 
 from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
@@ -44,8 +45,8 @@ class Generator:
         """Load a checkpoint for drawing with the encoders and the objective of a run file.
 
         Args:
-            checkpoint: file, folder, ``folder:name`` or hub id; absent = the model of the run: its output folder, or with an
-                adapter its base.
+            checkpoint: file, folder, ``folder:name``, name of a checkpoint of the run, or hub id; absent = the model of the
+                run: its output folder, or with an adapter its base.
             ema: take the averaged weights, where a run trains the model itself.
             adapters: adapter files with their strengths. The first is attached, so that prompts can change its strength;
                 the others are merged.
@@ -61,7 +62,10 @@ class Generator:
         if config.adapter.type != "none" and checkpoint is None:
             file = spec.load("open_base")(config)
         else:
+            if checkpoint and is_checkpoint_name(checkpoint) and not Path(checkpoint).exists():
+                checkpoint = f"{config.output_dir}:{checkpoint}"
             file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
+        print(f"weights: {file.origin or file.path}")
         model = spec.load("load_for_run")(file, config)
         swap = config.memory.blocks_to_swap
         if swap == "auto":

@@ -31,7 +31,10 @@ def _parser(architecture: str, description: str) -> Parser:
     parser.add_argument("config", help="run file (TOML)")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
     parser.add_argument("--from_file", metavar="FILE", help="prompt file: .txt with one per line, .toml or .json")
-    parser.add_argument("--checkpoint", help="file, folder, folder:name (final, step_1000) or hub id")
+    parser.add_argument(
+        "--checkpoint",
+        help="file, folder, folder:name (final, latest, step_1000), such a name alone for the run's own, or hub id",
+    )
     parser.add_argument("--raw_weights", action="store_true", help="draw with the trained weights, not their average")
     parser.add_argument("--lora_weight", nargs="+", default=[], metavar="FILE", help="adapters to draw with; a run that trains "
                         "one draws with its own unless given ('none' = without)")  # fmt: skip

@@ -224,6 +224,10 @@ class Trainer:
         if self.swap is not None and not self.adapters:
             self.swap.watch(self.optimizer)
         self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
+        if self.ema and trainee.average is not None:
+            report = self.ema.load_shadow(trainee.average, self.trained)
+            if self.main:
+                print(f"average: {report.loaded} tensors of the checkpoint, {report.initialized} copied from the model")
         self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
         self.autocast = AUTOCAST[config.train.mixed_precision]
         self.schedule = make_schedule(
@@ -744,7 +748,8 @@ class Trainer:
         if self.prompts is not None and self.metrics is not None:
             settings = sample_settings(self.config)
             bare = unwrap(self.model)
-            use_ema = self.config.sample.use_ema and self.ema is not None and self.ema.updates > 0
+            begun = self.ema is not None and (self.ema.updates > 0 or self.config.ema.init == "checkpoint")
+            use_ema = self.config.sample.use_ema and begun
             with self.ema.applied(self.trained) if use_ema and self.ema else contextlib.nullcontext():
                 if self.swap is not None:
                     self.swap.refresh()

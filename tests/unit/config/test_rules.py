@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -548,3 +549,52 @@ def test_masks_that_leave_nothing_to_learn_are_refused(problems: Problems) -> No
     assert problems(train="masked_loss = true\nmask_foreground = 0.0\nmask_background = 0.0") == [
         "train.mask_foreground: and mask_background are 0: no masked image could be learned from"
     ]
+
+
+def test_checkpoint_of_a_run_folder_and_the_published_repository_are_accepted(
+    load: Callable[..., RunConfig], project: Path
+) -> None:
+    (project / "older").mkdir()
+    for path in ("older:latest", str(project / "older:step_5"), "hub", "hub:step_5", "owner/name:sub/file"):
+        assert load(model=f'path = "{path}"').model.path == path
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none", 'model.path: none: a new model is model.init = "scratch"'),
+        ("best", "model.path: best: write the folder too, as in folder:best"),
+        (
+            "latest",
+            'model.path: latest: an interrupted run goes on by itself (resume.from = "auto"); for another run write '
+            "folder:latest",
+        ),
+    ],
+)
+def test_load_targets_that_mean_something_else_here_say_what(
+    path: str, message: str, problems: Callable[..., list[str]]
+) -> None:
+    assert message in problems(model=f'path = "{path}"')
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            {"model": 'init = "scratch"', "without": ("model.path",)},
+            'ema.init: is "checkpoint", but model.init is "scratch"; write ema.init = "model"',
+        ),
+        (
+            {"adapter": 'type = "lora"'},
+            'ema.init: is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"',
+        ),
+        (
+            {"ema": 'init = "checkpoint"\nwarmup = true'},
+            'ema.warmup: would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false',
+        ),
+    ],
+)
+def test_average_of_a_checkpoint_needs_one_that_is_kept(
+    tables: dict[str, Any], message: str, problems: Callable[..., list[str]]
+) -> None:
+    assert message in problems(**{"ema": 'init = "checkpoint"', **tables})

@@ -514,10 +514,10 @@ def test_float32_masters_from_a_bfloat16_file(tmp_path: Path) -> None:
 def test_missing_and_unexpected_keys_are_counted_and_named(tmp_path: Path) -> None:
     path, state = tmp_path / "any.safetensors", weights()
     del state["img_in.bias"]
-    save_file({**state, "guidance_in.mlp.0.bias": torch.zeros(3)}, path, metadata=HEADER)
+    save_file({**state, "vector_in.mlp.0.bias": torch.zeros(3)}, path, metadata=HEADER)
     assert message_of(path) == (
         f"{path}: is not a TinyFlux-Deep v4.2 checkpoint: 1 of 87 keys missing (img_in.bias); "
-        "1 of 87 keys unexpected (guidance_in.mlp.0.bias)"
+        "1 of 87 keys unexpected (vector_in.mlp.0.bias)"
     )
 
 
@@ -551,20 +551,6 @@ def test_lora_file_is_called_a_lora(key: str, header: dict[str, str] | None, tmp
     path = tmp_path / "any.safetensors"
     save_file({key: torch.zeros(2, 32)}, path, metadata=header)
     assert message_of(path).startswith(f"{path}: is not a TinyFlux-Deep v4.2 checkpoint but a LoRA: ")
-
-
-@pytest.mark.parametrize("header", [None, HEADER], ids=["no config", "config"])
-def test_v3_file_is_called_v3(header: dict[str, str] | None, tmp_path: Path) -> None:
-    path = tmp_path / "any.safetensors"
-    state = {
-        key.replace("lune_predictor.", "expert_predictor."): value
-        for key, value in weights().items()
-        if not key.startswith(("sol_prior.", "t5_pool.", "text_balance")) and "spatial_to_mod" not in key
-    }
-    save_file(state, path, metadata=header)
-    assert message_of(path).startswith(
-        f"{path}: is not a TinyFlux-Deep v4.2 checkpoint but one of v3, whose upgrade is not built yet: "
-    )
 
 
 def test_file_of_another_model_without_config(tmp_path: Path) -> None:
@@ -605,3 +591,34 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write(tmp_path / "any.safetensors", 1)
     assert mark_of(load_model("~/any.safetensors")) == 1
     assert mark_of(load_model(f"~/{run_folder(tmp_path / 'run').name}:step_100")) == 1
+
+
+# Names of checkpoints, and torch files of the published trainer
+
+
+def test_latest_is_the_newest_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    assert mark_of(load_model(f"{run_folder(tmp_path / 'run')}:latest")) == 3
+    for mark, name in enumerate(("best", "step_900", "step_1000")):
+        write(tmp_path / "published" / f"{name}.safetensors", mark)
+    published = tmp_path / "published"
+    assert mark_of(load_model(f"{published}:latest")) == 2
+    assert mark_of(load_model(f"{published}:step_900")) == 1
+    assert mark_of(load_model(f"{published}:best")) == 0
+
+
+def test_torch_file_under_a_trainers_name_is_found_in_a_folder(tmp_path: Path) -> None:
+    torch.save({"model": weights(1), "model_config": TINY.to_dict(), "step": 5}, tmp_path / "step_5.pt")
+    assert mark_of(load_model(tmp_path)) == 1
+
+
+def test_torch_file_without_weights_leads_to_those_beside_it(tmp_path: Path) -> None:
+    torch.save({"step": 5, "epoch": 1, "optimizer": {"state": {}}}, tmp_path / "step_5.pt")
+    write(tmp_path / "step_5.safetensors", 2)
+    assert mark_of(load_model(tmp_path / "step_5.pt")) == 2
+
+
+def test_explicit_ema_file_may_be_a_whole_path(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", 1)
+    other = write(tmp_path / "elsewhere" / "average.safetensors", 2)
+    assert mark_of(load_model(tmp_path, ema_file=str(other))) == 2
+    assert message_of(tmp_path, ema_file=f"{other}x") == f"{other}x: file not found"

@@ -1,21 +1,17 @@
 """Uploads arrive where others look for them, and no answer of the server, nor its silence, disturbs the training.
 
-The hub is a small HTTP server on this machine that answers the requests of huggingface_hub.
+The hub is `hub_server`, on this machine.
 """
 
-import base64
-import hashlib
-import json
 import logging
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hub_server import Hub, environment, serving
 from musubi_tuner.config.schema import HubSection
 from musubi_tuner.training.hub import HubUploader
 
@@ -23,137 +19,14 @@ TOKEN = "hf_SecretOfTheTest0123456789"
 REPO = "someone/cats"
 
 
-class Hub(ThreadingHTTPServer):
-    """What the server was asked, and the files that it was given.
-
-    Attributes:
-        status: answer to every request; a refusal repeats the token, as a careless proxy might. silent: never answer.
-        over: the test is over. asked: the first request is here.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.status, self.silent = 200, False
-        self.over = threading.Event()
-        self.asked = threading.Event()
-        self.tokens: set[str | None] = set()
-        self.created: list[dict[str, Any]] = []
-        self.blobs: dict[str, bytes] = {}
-        self.commits: list[tuple[str, dict[str, bytes]]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Answers(BaseHTTPRequestHandler):
-    """The endpoints that creating a repository and committing files use."""
-
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        hub, body = self.server, self.body()
-        hub.tokens.add(self.headers.get("authorization"))
-        hub.asked.set()
-        if hub.silent:
-            hub.over.wait()
-            return
-        if hub.status != 200:
-            self.answer({"error": f"refused: {self.headers.get('authorization')}"}, hub.status)
-        elif self.path == "/api/repos/create":
-            hub.created.append(json.loads(body))
-            self.answer({"url": f"{hub.url}/{REPO}"})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif self.path == f"/api/models/{REPO}/preupload/main":
-            # Weights go to the large file storage, small texts into the commit, as on the real hub.
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
-        elif self.path == f"/{REPO}.git/info/lfs/objects/batch":
-            objects = [self.actions(wanted) for wanted in json.loads(body)["objects"]]
-            self.answer({"transfer": "basic", "objects": objects})
-        elif self.path == "/lfs/verify":
-            wanted = json.loads(body)
-            known = len(hub.blobs.get(wanted["oid"], b"")) == wanted["size"]
-            self.answer({}, 200 if known else 404)
-        elif self.path == f"/api/models/{REPO}/commit/main":
-            hub.commits.append(self.commit([json.loads(line) for line in body.splitlines() if line]))
-            self.answer({"commitUrl": f"{hub.url}/{REPO}/commit/{'0' * 40}", "commitOid": "0" * 40})
-        else:
-            self.answer({"error": "unknown"}, 404)
-
-    def do_PUT(self) -> None:
-        content = self.body()
-        self.server.blobs[hashlib.sha256(content).hexdigest()] = content
-        self.answer({})
-
-    def actions(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        places = {"upload": f"/lfs/{wanted['oid']}", "verify": "/lfs/verify"}
-        actions = {name: {"href": self.server.url + place} for name, place in places.items()}
-        return {"oid": wanted["oid"], "size": wanted["size"], "actions": actions}
-
-    def commit(self, lines: list[dict[str, Any]]) -> tuple[str, dict[str, bytes]]:
-        """Message and files of a commit."""
-        message, files = "", {}
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "header":
-                message = value["summary"]
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.server.blobs[value["oid"]]
-            else:
-                assert (line["key"], value["encoding"]) == ("file", "base64")
-                files[value["path"]] = base64.b64decode(value["content"])
-        return message, files
-
-    def body(self) -> bytes:
-        if self.headers.get("transfer-encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("content-length", 0)))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return content
-
-    def answer(self, value: dict[str, Any], status: int = 200) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: the tests read what is printed."""
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        for name, value in environment(server.url, str(tmp_path / "hub home")).items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 def settings(**values: Any) -> HubSection:

@@ -140,6 +140,8 @@ SPEC = ModelSpec(
         "model.init_scheme": "its shape is read from the checkpoint",
         "model.rope_freqs": "its rotary frequencies are computed, not stored",
         "model.weights": "its checkpoints hold no averaged weights",
+        "model.ema_file": "its checkpoints hold no averaged weights",
+        "model.upgrade_neutral": "its checkpoints have one version",
         "model.t5_attn_mask": "FLUX.1 is trained with padding visible",
     },
     check=check,

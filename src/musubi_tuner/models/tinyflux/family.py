@@ -1,19 +1,25 @@
 """What the trainer, the sampler and the cache jobs ask of the TinyFlux family."""
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import MaskSettings
-from musubi_tuner.models.checkpoints import WeightFile, sample_identity
+from musubi_tuner.models.checkpoints import WeightFile, check_keys, sample_identity
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
 from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
+from musubi_tuner.models.tinyflux.upgrade import remap, shapes, summary
+
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(config: RunConfig) -> WeightFile | None:
@@ -21,8 +27,31 @@ def open_checkpoint(config: RunConfig) -> WeightFile | None:
     if config.model.init == "scratch":
         return None
     assert config.model.path is not None
+    # With ema.init = "checkpoint" the file named is where the average starts, not the model.
+    ema_file = config.model.ema_file if config.ema.init == "model" else None
     source = str(config.locate(config.model.path))
-    return load_checkpoint(source, ema=config.model.weights == "ema", revision=config.model.revision)
+    return load_checkpoint(source, ema=config.model.weights == "ema", ema_file=ema_file, revision=config.model.revision)
+
+
+def _average(config: RunConfig, geometry: TinyFluxConfig, notes: list[str]) -> dict[str, Tensor]:
+    """Averaged weights of the checkpoint under the model's names; keys they lack are left out."""
+    assert config.model.path is not None
+    file = load_checkpoint(
+        str(config.locate(config.model.path)),
+        ema=True,
+        ema_file=config.model.ema_file,
+        revision=config.model.revision,
+        complete=False,
+    )
+    own = shapes(geometry)
+    tensors, report = remap(file.tensors, own)
+    unexpected = {key: file.tensors[key] for key in report.unexpected}
+    what = f"{file.path}: is not an average of the model {config.model.path}"
+    check_keys(own, {**tensors, **report.mismatched, **unexpected}, what, optional=report.missing)
+    notes.append(f"average: starts from {file.origin}")
+    if report.dropped:
+        notes.append(f"  dropped {len(report.dropped)}: {', '.join(summary(report.dropped))}")
+    return tensors
 
 
 def checkpoint_options(config: RunConfig) -> dict[str, Any]:
@@ -55,13 +84,18 @@ def load_for_training(config: RunConfig) -> Trainee:
         ConfigError: if the run uses a teacher that the model has no part for.
     """
     file = open_checkpoint(config)
+    notes: list[str] = []
+    average = None
     if file is None:
         geometry = geometry_of(config)
         model = build(geometry).to_empty(device="cpu")
         initialize(model, config.model.init_scheme, torch.Generator().manual_seed(config.run.seed))
     else:
-        model = load_model(file, rope_freqs=config.model.rope_freqs)
+        notes.append(f"weights: {file.origin}")
+        model = _load(file, config, notes.append)
         geometry = model.config
+        if config.ema.enabled and config.ema.init == "checkpoint":
+            average = _average(config, geometry, notes)
     for enabled, built, name in (
         (config.experts.enable_lune, geometry.use_lune_expert, "lune"),
         (config.experts.enable_sol, geometry.use_sol_prior, "sol"),
@@ -76,9 +110,16 @@ def load_for_training(config: RunConfig) -> Trainee:
         "t5_attn_mask": config.model.t5_attn_mask,
     }
     idle = [] if geometry.guidance_embeds or file is None else written_guidance(config)
-    notes = [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
+    notes += [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
     base = sample_identity(file) if file is not None and config.adapter.type != "none" else None
-    return Trainee(model, geometry, options, [*notes, *_freeze_base(model, config)], base)
+    return Trainee(model, geometry, options, notes + _freeze_base(model, config), base, average)
+
+
+def _load(file: WeightFile, config: RunConfig, report: Callable[[str], None] = logger.warning) -> TinyFluxDeep:
+    settings = config.model
+    return load_model(
+        file, rope_freqs=settings.rope_freqs, neutral=settings.upgrade_neutral, seed=config.run.seed, report=report
+    )
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -95,7 +136,7 @@ def open_base(config: RunConfig) -> WeightFile:
 
 def load_for_run(file: WeightFile, config: RunConfig) -> TinyFluxDeep:
     """A checkpoint as a run computes with it, what it merges included."""
-    model = load_model(file, rope_freqs=config.model.rope_freqs)
+    model = _load(file, config)
     _freeze_base(model, config)
     return model
 

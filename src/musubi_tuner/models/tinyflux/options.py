@@ -191,6 +191,7 @@ SPEC = ModelSpec(
     latent_channels=16,
     latent_shift=False,
     sample_size=512,
+    hub_id=HUB_ID,
     t5_tokenizer="google/flan-t5-base",
     clip_tokenizer="openai/clip-vit-large-patch14",
     expert_keys=("lune_features", "sol_stats", "sol_spatial"),

@@ -1,9 +1,11 @@
 """TinyFlux checkpoints: building on the meta device, loading in every accepted form.
 
 Key names are the published ones, used unchanged. Accepted on the way in: wrapper prefixes, ``expert_gate`` of shape
-[1], rotary buffers missing from very old files.
+[1], rotary buffers missing from very old files, and files of v3 and v4.1, which `upgrade` brings to v4.2.
 """
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import WeightFile, copy_weights, find_weights, read_weights
+from musubi_tuner.models.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
+from musubi_tuner.models.tinyflux.upgrade import is_older, remap, shapes, summary, upgrade_weights
+
+logger = logging.getLogger(__name__)
 
 
 def build(config: TinyFluxConfig) -> TinyFluxDeep:
@@ -23,21 +28,50 @@ def build(config: TinyFluxConfig) -> TinyFluxDeep:
         return TinyFluxDeep(config)
 
 
-def other_spelling(repo: str) -> str | None:
-    """The other of the two repository names in use."""
-    return {HUB_ID: OTHER_HUB_ID, OTHER_HUB_ID: HUB_ID}.get(repo)
-
-
 def load_checkpoint(
-    source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None
+    source: str | Path,
+    *,
+    ema: bool = False,
+    ema_file: str | None = None,
+    revision: str | None = None,
+    complete: bool = True,
 ) -> WeightFile:
-    """Find and read a TinyFlux checkpoint: a file, a folder, a run folder, or a hub id.
+    """Find and read a TinyFlux checkpoint: a file, a folder, a run folder, or a hub id; ``hub`` is the published one.
+
+    Args:
+        complete: take what averaged weights lack from the model weights of the same source.
 
     Raises:
         CheckpointError: if it is not there or not readable.
     """
-    path = find_weights(source, ema=ema, ema_file=ema_file, revision=revision, other_spelling=other_spelling)
-    return read_weights(path)
+
+    def read(ema: bool, ema_file: str | None) -> WeightFile:
+        found = locate_weights(source, ema=ema, ema_file=ema_file, revision=revision, published=(HUB_ID, OTHER_HUB_ID))
+        return read_weights(found.path, found.config, found.origin)
+
+    file = read(ema, ema_file)
+    if complete and (ema or ema_file is not None):
+        _complete(file, lambda: read(False, None))
+    return file
+
+
+def _complete(file: WeightFile, read_model: Callable[[], WeightFile]) -> None:
+    """Copy the keys that averaged weights lack from the model weights, if those have them."""
+    try:
+        own = shapes(checkpoint_geometry(file))
+        lacking = [key for key in remap(file.tensors, own)[1].missing if not key.startswith("rope.")]
+        model = read_model() if lacking else None
+    except CheckpointError:
+        return  # reported where the file is loaded
+    if model is not None and model.path != file.path:
+        given = remap(model.tensors, own)[0]
+        copied = {key: given[key] for key in lacking if key in given}
+        file.tensors.update(copied)
+        if copied:
+            parts = ", ".join(summary(copied))
+            logger.warning(
+                "%s: lacks %d keys (%s); they are taken from %s", file.origin, len(copied), parts, model.origin
+            )
 
 
 def load_model(
@@ -49,14 +83,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     rope_freqs: str = "checkpoint",
     device: torch.device | str = "cpu",
+    neutral: bool = True,
+    seed: int = 0,
+    report: Callable[[str], None] = logger.warning,
 ) -> TinyFluxDeep:
-    """Load a model in eval mode, into storage of its own.
+    """Load a model in eval mode, into storage of its own. Files of v3 and v4.1 are upgraded.
 
     Args:
         source: see `load_checkpoint`, or what it returned.
         ema: take the averaged weights; ema_file: exact name of their file.
         dtype: of parameters; rotary buffers stay float32.
         rope_freqs: ``checkpoint`` uses the stored frequencies, ``exact`` computes them again.
+        neutral, seed: of an upgrade; see `upgrade_weights`. report: receives its lines.
 
     Raises:
         CheckpointError: listing missing and unexpected keys, if the file holds another model.
@@ -69,17 +107,32 @@ def load_model(
         else load_checkpoint(source, ema=ema, ema_file=ema_file, revision=revision)
     )
     geometry = checkpoint_geometry(file)
+    tensors = upgraded(file, geometry, neutral=neutral, seed=seed, report=report)
+    if rope_freqs == "exact":
+        for axis, width in enumerate(geometry.axes_dims_rope):
+            tensors[f"rope.freqs_{axis}"] = rotary_frequencies(width)
     model = build(geometry).to(dtype).to_empty(device=device)
-    exact = {f"rope.freqs_{axis}": rotary_frequencies(width) for axis, width in enumerate(geometry.axes_dims_rope)}
-    tensors = dict(file.tensors)
-    for key, frequencies in exact.items():
-        if rope_freqs == "exact" and key in tensors:
-            tensors[key] = frequencies
-    missing = [key for key in exact if key not in tensors]
-    copy_weights(model, tensors, _what(file), optional=missing)
-    for key in missing:
-        model.rope.get_buffer(key.removeprefix("rope.")).copy_(exact[key])
+    copy_weights(model, tensors, _what(file))
     return model.eval()
+
+
+def upgraded(
+    file: WeightFile, geometry: TinyFluxConfig, *, neutral: bool, seed: int, report: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """All tensors of the v4.2 model that a file is loaded into.
+
+    Raises:
+        CheckpointError: listing missing, unexpected and mis-shaped keys. Whole parts may be missing from older files only.
+    """
+    older = is_older(file)
+    what = f"{file.path}: is an older TinyFlux checkpoint that cannot be upgraded" if older else _what(file)
+    tensors, done = upgrade_weights(
+        file.tensors, geometry, neutral=neutral, seed=seed, strict=True, whole_parts=older, what=what
+    )
+    if not done.is_plain:
+        for line in done.lines(file.origin or str(file.path)):
+            report(line)
+    return tensors
 
 
 def load_to_merge(file: WeightFile) -> TinyFluxDeep:
@@ -113,24 +166,19 @@ def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:
             what = str(file.path) if "img_in.weight" in file.tensors else _what(file)
             raise CheckpointError(f"{what}: its config does not fit together: {error}") from error
     published = TinyFluxConfig()
-    shapes = {key: tensor.shape for key, tensor in build(published).state_dict().items()}
-    differing = [
-        key for key, shape in shapes.items() if key in file.tensors and file.tensors[key].shape.numel() != shape.numel()
-    ]
-    if differing or not set(shapes) & set(file.tensors):
-        found = differing[0] if differing else next(iter(file.tensors))
+    fitting, report = remap(file.tensors, shapes(published))
+    if report.mismatched or not fitting:
+        key, tensor = next(iter((report.mismatched or file.tensors).items()))
         raise CheckpointError(
-            f"{_what(file)}: it has no config in its header or beside it, and {found} {list(file.tensors[found].shape)} does "
-            "not belong to the published geometry. Put the model's config.json beside the file"
+            f"{_what(file)}: it has no config in its header or beside it, and {key} {list(tensor.shape)} does not "
+            "belong to the published geometry. Put the model's config.json beside the file"
         )
     return published
 
 
 def _what(file: WeightFile) -> str:
     text = f"{file.path}: is not a TinyFlux-Deep v4.2 checkpoint"
-    if any(key.startswith("expert_predictor.") for key in file.tensors):
-        text += " but one of v3, whose upgrade is not built yet"
-    elif any(key.startswith(("lora_unet_", "lora_te")) or ".lora_" in key for key in file.tensors):
+    if any(key.startswith(("lora_unet_", "lora_te")) or ".lora_" in key for key in file.tensors):
         text += " but a LoRA"
     return text
 
