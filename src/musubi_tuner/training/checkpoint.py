@@ -73,7 +73,7 @@ class Best:
 
     metric: str
     value: float = math.inf
-    total: float = 0.0
+    total: float | torch.Tensor = 0.0
     updates: int = 0
 
     def improve(self, value: float) -> bool:
@@ -85,7 +85,8 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a state."""
-        return {**vars(self), "value": None if self.value == math.inf else self.value}
+        value = None if self.value == math.inf else self.value
+        return {"metric": self.metric, "value": value, "total": float(self.total), "updates": self.updates}
 
     def load_state(self, stored: dict[str, Any] | None) -> None:
         """Continue from a state, if it followed the same metric."""

@@ -248,6 +248,7 @@ class Trainer:
                 autocast=self.autocast,
                 rank=self.accelerator.process_index,
                 processes=self.processes,
+                hidden=config.spec.expert_keys,
             )
         self.best = Best(METRIC if self.validator else "loss/epoch") if config.keeps_best else None
         self.window: dict[str, Tensor] = {}
@@ -687,13 +688,13 @@ class Trainer:
             if self.processes > 1:
                 # At once, not at the end: so the sum has one order, however often the run is interrupted.
                 torch.distributed.all_reduce(loss)
-            self.best.total += float(loss)
+            self.best.total = self.best.total + loss  # on the device, without waiting for it
             self.best.updates += 1
 
     def _end_epoch(self) -> None:
         """Compare the mean loss of a whole epoch with that of the best."""
         if self.best and self._follows_epochs and self.best.updates:
-            mean = self.best.total / self.best.updates
+            mean = float(self.best.total) / self.best.updates
             self.best.total, self.best.updates = 0.0, 0
             better = self.best.improve(mean)
             if self.metrics:

@@ -1,7 +1,7 @@
 """The loss on images that are never trained.
 
-Every image is measured at the same noise levels with the same noise each time, in evaluation mode and without dropping
-text or teachers, so that two values differ by the weights alone. Noise is keyed (seed, "validation", item), times are the
+Every image is measured at the same noise levels with the same noise each time, in evaluation mode, with its text and
+without features of teachers, as pictures are drawn; so two values differ by the weights alone. Noise is keyed (seed, "validation", item), times are the
 middles of equal slices of [0, 1]; what the loss is weighed with in training counts here too.
 
     loss/val                       mean of the main loss over images and times
@@ -13,6 +13,7 @@ touched.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Validator:
 
     Args:
         dataset: of the images that are measured. rank, processes: this process among all.
+        hidden: cached tensors that count as missing: features of teachers.
         autocast: compute dtype of the model's matrix products, None = that of its weights.
     """
 
@@ -66,10 +68,11 @@ class Validator:
         autocast: torch.dtype | None,
         rank: int = 0,
         processes: int = 1,
+        hidden: Sequence[str] = (),
     ) -> None:
         self.dataset, self.process, self.settings = dataset, process, settings
         self.device, self.autocast = device, autocast
-        self.processes = processes
+        self.processes, self.hidden = processes, hidden
         self.times = time_grid(settings.times)
         self.batches = validation_batches(dataset.items)[rank::processes]
         sigmas = process.sigma(torch.tensor(self.times, dtype=torch.float64)).tolist()
@@ -95,6 +98,8 @@ class Validator:
     def _rows(self, model: nn.Module, planned: MicroBatch, update: int) -> Tensor:
         """Main loss of every image of a batch at every time, [B, times] float64 on the CPU."""
         batch = self.dataset[planned].to(self.device)
+        hidden = {name: torch.zeros_like(batch.valid[name]) for name in self.hidden if name in batch.valid}
+        batch = replace(batch, valid={**batch.valid, **hidden})
         shape, count = tuple(batch.latents.shape[1:]), len(planned)
         noise = torch.stack([normal(shape, self.settings.seed, "validation", item) for item in batch.items])
         keep = {name: torch.full((count,), KEEP) for name in self.process.uniforms}
