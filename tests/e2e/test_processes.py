@@ -118,6 +118,24 @@ def test_a_run_of_two_processes_continues_in_one_that_accumulates(
     assert_same_model(out, alone)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_log_line_over_an_interruption_holds_the_losses_of_all_processes(
+    processes: int, setting: Setting, alone: Path, python: Callable[..., Result]
+) -> None:
+    """Saved after update 5, between the lines of updates 3 and 6."""
+    config = setting.new(f"lines {processes}", save={"every_steps": 5}, log={"every_steps": 3, "tensorboard": False})
+    command = [*LAUNCH, REPOSITORY / "train.py", config]
+    killed = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true", MUSUBI_FAULT="train.update:5")
+    assert killed.code != 0
+    if processes == 1:
+        command = [REPOSITORY / "train.py", config, "--grad_accum_steps", "2"]
+    python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true").expect(0)
+    single = {row["step"]: row["loss/total"] for row in metrics(alone)}
+    for row in metrics(config.parent / "out"):
+        mean = sum(single[row["step"] - back] for back in range(3)) / 3
+        assert row["loss/total"] == pytest.approx(mean, rel=1e-4)
+
+
 def test_continuing_with_fewer_micro_batches_per_update_is_refused(
     begun_by_two: Path, server: ForkServer, tmp_path: Path
 ) -> None:

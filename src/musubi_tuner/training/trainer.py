@@ -369,6 +369,9 @@ class Trainer:
             name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
             for name, value in values["window"].items()
         }
+        if not self.main:
+            # The main process continues with the losses of all.
+            self.window = {name: value * (not name.startswith("loss/")) for name, value in self.window.items()}
         self.window_updates = values["window_updates"]
         if self.best:
             self.best.load_state(values.get("best"))
@@ -788,6 +791,8 @@ class Trainer:
         by_epoch = bool(save.every_epochs) and epoch_ends and (self.position.epoch + 1) % (save.every_epochs or 1) == 0
         if not (by_step or by_epoch or stopping):
             return
+        if self.processes > 1:
+            self._gather_window()
         if self.main:
             if by_step or stopping:
                 self._save(f"step_{step}", "step", f"{self.name}-step{step:08d}", force_state=bool(stopping))
@@ -795,6 +800,14 @@ class Trainer:
                 epoch = self.position.epoch + 1
                 self._save(f"epoch_{epoch}", "epoch", f"{self.name}-{epoch:06d}")
         self.accelerator.wait_for_everyone()
+
+    def _gather_window(self) -> None:
+        """Bring the losses since the last log line to the main process, whose state must hold those of all ranks."""
+        tags = sorted(tag for tag in self.window if tag.startswith("loss/"))
+        if tags:
+            totals = torch.stack([self.window[tag] for tag in tags])
+            torch.distributed.all_reduce(totals)
+            self.window |= {tag: total if self.main else torch.zeros_like(total) for tag, total in zip(tags, totals)}
 
     def _save(
         self,
