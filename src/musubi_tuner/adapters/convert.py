@@ -5,8 +5,8 @@
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight / .lora_B.weight               no alpha, layers split
     published  double_blocks_0_attn_img_qkv.lora_A / .lora_B, of a family's own trainer                 alpha in the header
 
-Published files are read and written by the family (models/<family>/lora.py). Elsewhere, where there is no alpha, its factor alpha / rank is folded into the matrices: the square root of its size into both, its
-sign into B. Paths are restored through the family's list of layers, never guessed from underscores.
+Published files are read and written by the family (models/<family>/lora.py). Elsewhere, where there is no alpha, its factor
+alpha / rank is folded into the matrices: the square root of its size into both, its sign into B. Paths are restored through the family's list of layers, never guessed from underscores.
 
 Layers that our models fuse (q, k, v; the first projection of single blocks) are split for diffusers: A is the same for
 all parts, B is cut by rows. On the way back equal A's give the fused layer exactly; different ones are stacked, B becomes

@@ -5,8 +5,9 @@
     experts  {stem}_{code}_experts.safetensors
 
 A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents and the loss mask beside them, ``mask_weights`` (F = 1, sizes in
-latent cells), ``name_{dtype}`` otherwise; keys that end in ``_mask`` carry no dtype. Where an image has several captions, what belongs to caption k = 1, 2, ... has
-``_v{k}`` behind its name: ``t5_vec_v1_bfloat16``, ``t5_v1_mask``; the first caption's names are those of a single one. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
+latent cells), ``name_{dtype}`` otherwise; keys that end in ``_mask`` carry no dtype. Where an image has several captions,
+what belongs to caption k = 1, 2, ... has ``_v{k}`` behind its name: ``t5_vec_v1_bfloat16``, ``t5_v1_mask``; the first
+caption's names are those of a single one. The header holds strings only; ``fingerprint`` is JSON (see fingerprint.py).
 Naming follows musubi-tuner.
 """
 
