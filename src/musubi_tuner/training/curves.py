@@ -133,7 +133,10 @@ def _save(figure: Any, target: Path) -> None:
 def loss_tags(rows: Iterable[Row]) -> list[str]:
     """Losses to draw: the parts of the training loss, its total where it is more than one part, and the validation loss."""
     found = dict.fromkeys(
-        tag for row in rows for tag in row if tag.startswith("loss/") and not tag.startswith(VAL_SIGMA)
+        tag
+        for row in rows
+        for tag in row
+        if tag.startswith("loss/") and not tag.startswith(VAL_SIGMA) and not tag.endswith("_weight")
     )
     parts = [tag for tag in found if tag not in ("loss/total", "loss/val", "loss/epoch")]
     whole = ["loss/total"] if len(parts) > 1 and "loss/total" in found else []

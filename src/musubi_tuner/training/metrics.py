@@ -1,6 +1,7 @@
 """What is written down while training: console lines, metrics.jsonl and TensorBoard, with one vocabulary of tags.
 
     loss/total  loss/main  loss/<term>     means over the updates since the last line
+    loss/<term>_weight                     factor of a term other than main in the last update
     train/lr  train/grad_norm  train/epoch
     loss/val  loss/val_sigma_<noise level>  a line of their own after each validation
     loss/epoch                              likewise after an epoch, where the best epoch is kept
@@ -88,7 +89,7 @@ class Metrics:
             f"step {step}/{self.total}",
             f"loss {values['loss/total']:.4f}",
             *(f"{tag.removeprefix('loss/')} {value:.4f}" for tag, value in values.items()
-              if tag.startswith("loss/") and tag not in ("loss/total", "loss/main")),
+              if tag.startswith("loss/") and tag not in ("loss/total", "loss/main") and not tag.endswith("_weight")),
             f"lr {values['train/lr']:.2e}",
             f"grad norm {values['train/grad_norm']:.3f}",
             f"{rate:.1f} images/s",

@@ -105,11 +105,13 @@ class StepOutput:
     Attributes:
         loss: weighted sum of all terms over the samples; its backward is the caller's.
         terms: unweighted sum over the samples by name, detached. time: the family's times, [B].
+        weights: factor of every term but the main one.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     time: Tensor
+    weights: dict[str, float]
 
 
 def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws, update: int) -> StepOutput:
@@ -123,7 +125,8 @@ def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws
     terms = losses_at(model, process, batch, draws, time, update)
     loss = torch.stack([term.weight * term.per_sample_B.sum() for term in terms.values()]).sum()
     sums = {name: term.per_sample_B.detach().sum() for name, term in terms.items()}
-    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach())
+    weights = {name: term.weight for name, term in terms.items() if name != "main"}
+    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach(), weights)
 
 
 def losses_at(

@@ -253,6 +253,7 @@ class Trainer:
         self.best = Best(METRIC if self.validator else "loss/epoch") if config.keeps_best else None
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
+        self.term_weights: dict[str, float] = {}
         metrics_length = self._resume()
         if self.swap is not None:
             self.swap.refresh()
@@ -565,6 +566,7 @@ class Trainer:
                 loss = output.loss * weight
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             seen += batch.items if index is not None else []
+            self.term_weights |= output.weights
             for name, value in output.terms.items():
                 # A rank without work of its own still names the terms, so that all ranks reduce the same ones.
                 sums.setdefault(name, torch.zeros((), device=self.device))
@@ -666,6 +668,7 @@ class Trainer:
             lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
             values = {
                 **ordered,
+                **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
                 "train/lr": lr,
                 "train/grad_norm": means["train/grad_norm"],
                 "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
