@@ -18,7 +18,6 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compiling import check_backend
 from musubi_tuner.memory.compose import compose_memory, freeze_of
 from musubi_tuner.memory.fp8_compute import compute_in_fp8
-from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.registry import MODELS
@@ -118,8 +117,9 @@ def test_numbers_and_number_of_compilations(settings: dict[str, Any]) -> None:
     names = list(model.state_dict())
     for size in (*BUCKETS, *BUCKETS):
         assert_close(run(model, size), run(eager, size))
-    # Double blocks: the first one's image needs no gradient. Every form fixed at first, then symbolic: 2 x 2 + 1 x 2.
-    assert counters["stats"]["unique_graphs"] <= 6, dict(counters["stats"])
+    # Forms of inputs: with and without gradient for double blocks (the first one's image needs none), with for single ones,
+    # and without when they are recomputed. Each is compiled for fixed sizes at first, then for symbolic ones.
+    assert counters["stats"]["unique_graphs"] <= 2 * (4 if memory.checkpoints else 3), dict(counters["stats"])
     assert not counters["graph_break"]
     assert list(model.state_dict()) == names and not any("_orig_mod" in name for name, _ in model.named_modules())
     before = counters["stats"]["unique_graphs"]
@@ -136,30 +136,6 @@ def test_products_in_fp8() -> None:
     compute_in_fp8(model, backward=True)
     compose_memory(model, MemorySection(base_storage="fp8_scaled", fp8_scale="row", compile=True), MODELS["fd"], CPU)
     assert_close(run(model, (8, 8)), run(eager, (8, 8)))
-
-
-def test_no_dequantised_weight_is_kept() -> None:
-    """Without checkpointing the backward pass keeps codes, which are there anyway, and no other form of a weight."""
-    memory = MemorySection(base_storage="fp8_scaled", compile=True)
-    model = flux(memory)
-    compose_memory(model, memory, MODELS["fd"], CPU)
-    frozen = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
-    sides = {(layer.out_features, layer.in_features) for layer in frozen}
-    sides |= {(columns, rows) for rows, columns in sides}
-    stored = {layer.stored.untyped_storage().data_ptr() for layer in frozen if layer.stored is not None}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(model, (8, 8))
-    codes = [t for t in kept if t.untyped_storage().data_ptr() in stored]
-    assert len(codes) >= len(frozen) // 2
-    dense = [tuple(t.shape) for t in kept if t.dtype != torch.float8_e4m3fn and tuple(t.shape) in sides]
-    # 64x64 is also the shape of activations here ([tokens, width] of 8x8 pixels), which adapters keep.
-    assert [shape for shape in dense if shape != (64, 64)] == []
 
 
 def test_tinyflux_trained_in_full() -> None:
@@ -190,14 +166,15 @@ def test_tinyflux_trained_in_full() -> None:
         (found, grads), (expected, expected_grads) = step(model, *size), step(eager, *size)
         assert torch.allclose(found, expected, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(grads, expected_grads))
-    assert counters["stats"]["unique_graphs"] <= 4, dict(counters["stats"])
+    # Two kinds of blocks, forward and recomputed, for fixed sizes and for symbolic ones.
+    assert counters["stats"]["unique_graphs"] <= 8, dict(counters["stats"])
 
 
 def test_too_many_compilations_are_an_error() -> None:
     memory = MemorySection(compile=True, compile_dynamic="false", compile_limit=2)
     model = flux(memory)
     compose_memory(model, memory, MODELS["fd"], CPU)
-    with pytest.raises(ConfigError, match=r"memory\.compile: a block was compiled 2 times .* compile_dynamic"):
+    with pytest.raises(ConfigError, match=r"memory\.compile: a block was compiled 2 times, .*compile_dynamic"):
         for size in BUCKETS:
             run(model, size)
 
