@@ -107,7 +107,7 @@ def is_older(file: WeightFile) -> bool:
     if any(key.startswith(V3) for key in file.tensors):
         return True
     stated = set(file.config or {})
-    return any(
+    return "img_in.weight" in file.tensors and any(
         not stated.intersection(switches) and not any(key.startswith(part) for key in file.tensors)
         for part, switches in SWITCHES.items()
     )
