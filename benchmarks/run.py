@@ -1,5 +1,6 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [flops | full_size | memory] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [distillation | flops | full_size | memory] [options]
 
+    distillation the demo with teachers and without: validation loss and the checker's score
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
     memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
     full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
@@ -9,6 +10,7 @@ Results that were measured are kept in benchmarks/RESULTS.md, with their conditi
 
 import sys
 
+import distillation
 import full_size
 import memory
 
@@ -40,6 +42,7 @@ def flops() -> int:
 def main() -> int:
     """Run the benchmark named on the command line."""
     commands = {
+        "distillation": lambda: distillation.main(sys.argv[2:]),
         "flops": flops,
         "full_size": lambda: full_size.main(sys.argv[2:]),
         "memory": lambda: memory.main(sys.argv[2:]),
