@@ -136,6 +136,29 @@ class Trainee:
 
 
 @dataclass
+class PublishedState:
+    """A checkpoint of a family's own trainer, under the names of the run that goes on from it.
+
+    Attributes:
+        model: state dict of the run's model, float32. ema: of its average; None if the file has none.
+        optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry; see `training.optimizers`.
+        step, epoch: updates and epochs done. best: lowest mean training loss of an epoch; None if unknown.
+        rate: learning rate of the next update there; None if unknown.
+        notes: lines for the person.
+    """
+
+    model: "dict[str, Tensor]"
+    ema: "dict[str, Tensor] | None"
+    optimizer: "dict[str, Tensor]"
+    scalars: dict[str, dict[str, Any]]
+    step: int
+    epoch: int
+    best: float | None = None
+    rate: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class ModelPlan:
     """A run's model without storage, and what a step with it needs to know.
 
