@@ -42,6 +42,10 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         raise ConfigError(f"{config.path}: {config.spec.title} has no trainer of its own to import from") from None
     if config.adapter.type != "none":
         raise ConfigError(f'{path}: is of a whole model, and adapter.type is "{config.adapter.type}"; write "none"')
+    if config.resume.from_ != "auto":
+        raise ConfigError(
+            f'resume.from: is "{config.resume.from_}", so the run would not go on from what is imported; write "auto"'
+        )
     processes = config.distributed.num_processes
     trained, held_out = hold_out(scan(config.datasets, config.spec.code).items, config.validation)
     steps = count_steps(config, trained, processes)

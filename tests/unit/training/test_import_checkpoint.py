@@ -389,7 +389,7 @@ def test_v41_without_its_weights_or_in_another_order_is_refused(tmp_path: Path, 
     save_file({**load_file(tmp_path / "step_5.safetensors"), **unused}, tmp_path / "step_5.safetensors")
     assert "parameters is not recorded, and the model has others" in imported(path, code=1)
     printed = imported(path, "--fresh_optimizer")
-    assert "weights: left out single_blocks.0.attn.spatial_to_mod.bias, which the model does not use" in printed
+    assert "weights: left out spatial_to_mod, which the model does not use" in printed
     (tmp_path / "step_5.safetensors").rename(tmp_path / "other.safetensors")
     model = {"path": str(tmp_path / "other.safetensors")}
     expected = f"error: {path}: holds no weights, and step_5.safetensors is not beside it"
@@ -543,6 +543,8 @@ def test_run_folder_must_be_empty(tmp_path: Path, imported: Callable[..., str]) 
 
 def test_runs_that_cannot_go_on_from_such_a_file(tmp_path: Path, imported: Callable[..., str]) -> None:
     path = Published().save(tmp_path / "step_0.pt")
+    error = imported(path, code=2, resume={"from": "none"})
+    assert 'error: resume.from: is "none", so the run would not go on from what is imported; write "auto"' in error
     error = imported(path, code=2, adapter={"type": "lora"}, ema={"enabled": False, "decay": None})
     assert 'is of a whole model, and adapter.type is "lora"; write "none"' in error
     (tmp_path / "flux.safetensors").touch()

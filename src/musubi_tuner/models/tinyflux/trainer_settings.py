@@ -273,9 +273,12 @@ class _Reader(Builder):
         if not given("sample_prompts"):
             yield ("sample_prompts", "sample_every"), "nothing is drawn"
         yield ("sample_dir",), "samples go to sample/ below run.output_dir"
+        uploads = ("hf_run_name", "upload_every_steps", "upload_every_epochs", "upload_logs", "upload_samples")
         if given("hf_repo_id") is None:
-            uploads = ("hf_run_name", "upload_every_steps", "upload_every_epochs", "upload_logs", "upload_samples")
             yield uploads, "nothing is uploaded without hf_repo_id"
+        elif not (given("upload_every_steps") or given("upload_every_epochs")):
+            # Here, a repository without intervals gets every checkpoint.
+            yield ("hf_repo_id", *uploads), "nothing is uploaded while both intervals are 0; hub.repo_id uploads all"
         yield [key for key in ("max_epochs", "compile_mode", "hf_repo_id", "hf_run_name") if given(key) is None], "off"
 
     @property
