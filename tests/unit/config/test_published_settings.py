@@ -265,6 +265,12 @@ def test_fields_without_effect_are_left_out_and_the_run_has_none_either(
     assert as_run({**DEFAULTS, **changes}).findings == []
 
 
+def test_keeping_no_file_is_said_to_keep_all() -> None:
+    converted = imported(keep_last_n_steps=0).report.converted
+    rule = "all are kept; that trainer deletes even the newest"
+    assert ("keep_last_n_steps", 0, "save.keep_last_steps", 0, rule) in converted
+
+
 def test_settings_of_uploads() -> None:
     """The intervals are of two keys of [hub]; a version without them says that they are lost."""
     given = {"hf_repo_id": "me/mine", "upload_every_steps": 100, "upload_every_epochs": 2, "upload_logs": True,
