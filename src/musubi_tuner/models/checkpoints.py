@@ -217,11 +217,11 @@ def _ema_twin(place: _Place, name: str, ema_file: str | None) -> str:
 
 
 def _holds_average(path: Path) -> bool:
-    """Whether a torch file of a trainer has the averaged weights in it; they are not read."""
+    """Whether a torch file of a trainer has the averaged weights in it."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        return False  # not a torch file of today's form; what is wrong with it is said where it is read
+        held = read_torch_file(path)
+    except CheckpointError:
+        return False  # what is wrong with the file is said where its weights are read
     return isinstance(held, dict) and averaged_inside(held) is not None
 
 
@@ -450,13 +450,13 @@ def _read_safetensors(path: Path) -> WeightFile:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What a file of ``torch.save`` holds; nothing in it is run.
+    """What a file of ``torch.save`` holds; nothing in it is run, and tensors are views of the mapped file.
 
     Raises:
         CheckpointError: if it is no such file, cut short, or holds objects that need code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: cannot be read as plain weights (not a torch file, or more than tensors in it). Files that need code to "
