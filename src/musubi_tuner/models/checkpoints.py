@@ -8,7 +8,10 @@ A folder is searched by the same rules here and on the hub. Pickled files are re
 import hashlib
 import json
 import logging
+import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,11 +207,29 @@ def _ema_twin(place: _Place, name: str, ema_file: str | None) -> str:
         names = [f"{stem}_ema{dot}{suffix}", f"{stem}_ema.safetensors", *(EMA_FILES if file in MODEL_FILES else ())]
         candidates = [folder + slash + candidate for candidate in names]
     twin = next((candidate for candidate in candidates if place.has(candidate)), None)
+    if twin is None and not ema_file and suffix in ("pt", "pth") and _holds_average(place.fetch(name)):
+        return name
     if twin is None:
         raise CheckpointError(
             f"{place.said(candidates[0])}: no averaged weights beside {file}; take the model weights instead"
         )
     return twin
+
+
+def _holds_average(path: Path) -> bool:
+    """Whether a torch file of a trainer has the averaged weights in it."""
+    try:
+        held = read_torch_file(path)
+    except CheckpointError:
+        return False  # what is wrong with the file is said where its weights are read
+    return isinstance(held, dict) and averaged_inside(held) is not None
+
+
+def averaged_inside(held: dict[str, Any]) -> dict[str, Any] | None:
+    """Averaged weights in what a torch file of the published trainer holds."""
+    ema = held.get("ema")
+    shadow = ema.get("shadow") if isinstance(ema, dict) else None
+    return shadow if isinstance(shadow, dict) else None
 
 
 def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
@@ -333,16 +354,17 @@ def _on_hub(text: str, ema: bool, ema_file: str | None, revision: str | None, pu
     return found
 
 
-def read_weights(path: Path, config: Path | None = None, origin: str | None = None) -> WeightFile:
+def read_weights(path: Path, config: Path | None = None, origin: str | None = None, *, ema: bool = False) -> WeightFile:
     """Read a weight file and the geometry that belongs to it.
 
     Args:
         config: json of the geometry, where the file has none in its header or beside it. origin: see `WeightFile`.
+        ema: of a torch file that holds averaged weights beside others, take those.
 
     Raises:
         CheckpointError: if the file is cut short, of another kind, or holds no tensors.
     """
-    found = _read_safetensors(path) if path.suffix in (".safetensors", ".sft") else _read_pickle(path)
+    found = _read_safetensors(path) if path.suffix in (".safetensors", ".sft") else _read_pickle(path, ema)
     beside = path.with_suffix(".safetensors")
     if not found.tensors and path.suffix == ".pt" and beside.is_file():
         # The v4.1 trainer kept optimizer and position in the torch file, and the weights beside it.
@@ -427,13 +449,14 @@ def _read_safetensors(path: Path) -> WeightFile:
     return WeightFile(path, tensors, metadata, config, options)
 
 
-def _read_pickle(path: Path) -> WeightFile:
-    import pickle
-    import struct
-    import zipfile
+def read_torch_file(path: Path) -> Any:
+    """What a file of ``torch.save`` holds; nothing in it is run, and tensors are views of the mapped file.
 
+    Raises:
+        CheckpointError: if it is no such file, cut short, or holds objects that need code.
+    """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: cannot be read as plain weights (not a torch file, or more than tensors in it). Files that need code to "
@@ -444,14 +467,17 @@ def _read_pickle(path: Path) -> WeightFile:
             f"{path}: cannot be read as plain weights (not a complete torch file); copy or download it again, or convert it to "
             "safetensors"
         ) from error
+
+
+def _read_pickle(path: Path, ema: bool) -> WeightFile:
+    loaded = read_torch_file(path)
     config, metadata = None, {}
     if isinstance(loaded, dict):
         config = loaded.get("model_config")
         metadata = _header_of(loaded)
-        for key in ("model", "state_dict", "model_state_dict"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
+        inside = [loaded.get(key) for key in ("model", "state_dict", "model_state_dict")]
+        candidates = [averaged_inside(loaded) if ema else None, *inside]
+        loaded = next((held for held in candidates if isinstance(held, dict)), loaded)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a dictionary of tensors")
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}

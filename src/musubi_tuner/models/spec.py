@@ -64,7 +64,8 @@ class ModelSpec:
             ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
             ``open_base`` for a run with adapters; ``plan_model`` for the
             memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools; ``read_published_lora`` and
-            ``write_published_lora`` where the published trainer has LoRA files of its own;
+            ``write_published_lora`` where the published trainer has LoRA files of its own, ``read_published_settings``
+            and ``read_published_state`` where it has settings (torch-free) and checkpoints;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
@@ -132,6 +133,29 @@ class Trainee:
     notes: list[str] = field(default_factory=list)
     base: str | None = None
     average: "dict[str, Tensor] | None" = None
+
+
+@dataclass
+class PublishedState:
+    """A checkpoint of a family's own trainer, under the names of the run that goes on from it.
+
+    Attributes:
+        model: state dict of the run's model, float32. ema: of its average; None if the file has none.
+        optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry; see `training.optimizers`.
+        step, epoch: updates and epochs done. best: lowest mean training loss of an epoch; None if unknown.
+        rate: learning rate of the next update there; None if unknown.
+        notes: lines for the person.
+    """
+
+    model: "dict[str, Tensor]"
+    ema: "dict[str, Tensor] | None"
+    optimizer: "dict[str, Tensor]"
+    scalars: dict[str, dict[str, Any]]
+    step: int
+    epoch: int
+    best: float | None = None
+    rate: float | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -408,7 +408,8 @@ class Trainer:
                 f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
                 "\n  " + "\n  ".join(differences)
             )
-        changed = compare_config(values["environment"], self.environment)
+        # An imported state does not know where it was made.
+        changed = compare_config(values["environment"], self.environment) if values["environment"] else []
         if changed:
             text = "this run continues under other conditions, so it may differ in the last bits: " + "; ".join(changed)
             if self.config.run.strict:

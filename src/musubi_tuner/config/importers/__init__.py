@@ -1,6 +1,23 @@
 """Reading other trainers' option files. Every key of the source is in exactly one list of the report. Torch-free."""
 
+from typing import Any
+
 from musubi_tuner.config.importers.musubi import import_musubi, looks_flat
 from musubi_tuner.config.importers.report import Imported, Report
 
-__all__ = ["Imported", "Report", "import_musubi", "looks_flat"]
+__all__ = ["Imported", "Report", "import_musubi", "import_published", "looks_flat"]
+
+
+def import_published(document: dict[str, Any]) -> Imported | None:
+    """Translate the settings of a family's own trainer; None if no family knows them."""
+    from musubi_tuner.models.registry import MODELS
+
+    for code in MODELS:
+        try:
+            read = MODELS[code].load("read_published_settings")
+        except AttributeError:
+            continue
+        imported: Imported | None = read(document)
+        if imported is not None:
+            return imported
+    return None

@@ -1,6 +1,7 @@
 """Rewrite another tool's option file as a run file: python -m musubi_tuner.config.importers FILE -o run.toml"""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import tomli_w
 
 from musubi_tuner.config.command_line import Parser
-from musubi_tuner.config.importers import import_musubi, looks_flat
+from musubi_tuner.config.importers import Imported, import_musubi, import_published, looks_flat
 from musubi_tuner.config.load import read_toml
 from musubi_tuner.config.paths import locate
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
@@ -26,16 +27,16 @@ def _main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", help="option file of musubi-tuner (TOML)")
+    parser.add_argument(
+        "file", help="option file of musubi-tuner (TOML), or the training_config.json of a family's own trainer"
+    )
     parser.add_argument("-o", "--output", required=True, help="run file to write")
+    parser.add_argument("--dataset_config", help="data set file that the run file will name")
     options = parser.parse_args(arguments)
     source, target = Path(options.file), Path(options.output)
-    document = read_toml(source)
-    if looks_flat(document) != "musubi":
-        raise ConfigError(f"{source}: is no option file of musubi-tuner")
     if target.exists():
         raise ConfigError(f"--output {target}: exists already; choose another name")
-    imported = import_musubi(document, lambda text: locate(text, source))
+    imported = _imported(source)
     for source_key, key, value in imported.report.carried:
         print(f"carried    {source_key} -> {key} = {value!r}")
     errors = 0
@@ -43,7 +44,12 @@ def _main(arguments: Sequence[str]) -> int:
         print(f"{finding.level:<10} {finding}")
         errors += finding.level == "error"
     tables = dict(imported.document)
-    if "dataset_config" in tables:
+    if options.dataset_config is not None:
+        tables["dataset_config"] = options.dataset_config
+    if not imported.general:
+        if "dataset_config" not in tables:
+            print("note       the data set is not in this file: add dataset_config, or [[datasets]], to the run file")
+    elif "dataset_config" in tables:
         print(
             "note       the data set file is read with our defaults from now on: check resolution and enable_bucket there"
         )
@@ -53,6 +59,32 @@ def _main(arguments: Sequence[str]) -> int:
     write_text(target, header + tomli_w.dumps(tables))
     print(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
     return EXIT_OK if not errors else 1
+
+
+def _imported(source: Path) -> Imported:
+    """Read a file of any kind that is known.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if source.suffix != ".json":
+        document = read_toml(source)
+        if looks_flat(document) != "musubi":
+            raise ConfigError(f"{source}: is no option file of musubi-tuner")
+        return import_musubi(document, lambda text: locate(text, source))
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such file") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: not a JSON file ({error})") from error
+    imported = import_published(document) if isinstance(document, dict) else None
+    if imported is None:
+        raise ConfigError(
+            f"{source}: is no training_config.json of a trainer that is known; settings such as learning_rate and total_steps "
+            "are expected"
+        )
+    return imported
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.diagnostics import did_you_mean
-from musubi_tuner.config.importers.report import Imported, Report
-from musubi_tuner.config.schema import Parameter, flat_names, parameters
+from musubi_tuner.config.importers.builder import Builder
+from musubi_tuner.config.importers.report import Imported
+from musubi_tuner.config.schema import Parameter, flat_names
 
 DEFAULTS: dict[str, Any] = {
     "adapter.rank": 4,
@@ -105,14 +106,12 @@ def import_musubi(document: dict[str, Any], locate: Callable[[str], Path]) -> Im
     return _Importer(locate).run(document)
 
 
-class _Importer:
+class _Importer(Builder):
     def __init__(self, locate: Callable[[str], Path]) -> None:
-        self.locate, self.report = locate, Report()
-        self.known = {parameter.key: parameter for parameter in parameters()}
+        super().__init__()
+        self.locate = locate
         self.flat = flat_names()
-        self.values: dict[str, Any] = {}
         self.options: dict[str, Any] = {}
-        self.names: dict[str, str] = {}
 
     def run(self, document: dict[str, Any]) -> Imported:
         tables = {key: value for key, value in document.items() if isinstance(value, dict)}
@@ -134,29 +133,6 @@ class _Importer:
             self._plain(key, value)
         self._defaults()
         return Imported(self._nested(), dict(GENERAL), self.report, self.names)
-
-    # -- setting values ----------------------------------------------------------------------------------------------
-
-    def _carry(self, source: str, key: str, value: Any) -> None:
-        self._store(source, key, value)
-        self.report.carried.append((source, key, value))
-
-    def _convert(self, source: str, old: Any, key: str, value: Any, rule: str) -> None:
-        self._store(source, key, value)
-        self.report.converted.append((source, old, key, value, rule))
-
-    def _store(self, source: str, key: str, value: Any) -> None:
-        self.values[key], self.names[key] = value, source
-
-    def _refuse(self, source: str, reason: str) -> None:
-        self.report.refused.append((source, reason))
-
-    def _nested(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"schema_version": 1}
-        for key, value in self.values.items():
-            section, _, name = key.rpartition(".")
-            (document.setdefault(section, {}) if section else document)[name] = value
-        return document
 
     # -- tables of ours ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ class Report:
         dropped_harmless, dropped_changes_result: source key, reason.
         secrets_removed: source keys. unknown: source key, hint. refused: source key, reason: what is not built.
         needs_you: source key, what a person must do.
+        ignores_unknown: unknown keys are a warning, not an error.
     """
 
     carried: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -28,6 +29,7 @@ class Report:
     unknown: list[tuple[str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     needs_you: list[tuple[str, str]] = field(default_factory=list)
+    ignores_unknown: bool = False
 
     def keys(self) -> list[str]:
         """Source keys of all lists, in their order."""
@@ -38,7 +40,10 @@ class Report:
     def diagnostics(self) -> Iterator[Diagnostic]:
         """Errors for what cannot be done, warnings for what is lost, notes for what was changed."""
         for key, hint in self.unknown:
-            yield Diagnostic("error", key, f"unknown key.{hint}")
+            if self.ignores_unknown:
+                yield Diagnostic("warning", key, f"is left out: unknown key.{hint}")
+            else:
+                yield Diagnostic("error", key, f"unknown key.{hint}")
         for key, reason in (*self.refused, *self.needs_you):
             yield Diagnostic("error", key, reason)
         for key, reason in self.dropped_changes_result:

@@ -35,6 +35,8 @@ _PLACES = {
     "open_base": "family",
     "options_of": "state_dict",
     "read_published_lora": "lora",
+    "read_published_settings": "trainer_settings",
+    "read_published_state": "trainer_state",
     "null_inputs": "conditioning",
     "plan_model": "family",
     "text_inputs": "conditioning",

@@ -47,7 +47,7 @@ def load_checkpoint(
 
     def read(ema: bool, ema_file: str | None) -> WeightFile:
         found = locate_weights(source, ema=ema, ema_file=ema_file, revision=revision, published=(HUB_ID, OTHER_HUB_ID))
-        return read_weights(found.path, found.config, found.origin)
+        return read_weights(found.path, found.config, found.origin, ema=ema or ema_file is not None)
 
     file = read(ema, ema_file)
     if complete and (ema or ema_file is not None):
