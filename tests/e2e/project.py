@@ -479,7 +479,7 @@ class CacheRehearsal:
         assert f"{job}: encoded {len(expected) - len(before)}, up to date {len(before)}, failed 0" in again.out
         assert differing(cache_files(cache), expected) == []
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert not list(cache.glob(".tmp-*"))
+        assert not list(cache.glob(".tmp-*")) + list(cache.glob(".*.half"))
         return len(before)
 
 

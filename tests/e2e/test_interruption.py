@@ -64,8 +64,11 @@ def jobs(
         ("latents", "file.renamed:5", 5),
         ("text", "cache.text.batch:2", 8),
         ("text", "file.written:6", 5),
-        ("experts", "cache.experts.batch:3", 5),
-        ("experts", "file.written:2", 1),
+        # Nine halves in six batches, then as many files.
+        ("experts", "cache.experts.batch:3", 0),
+        ("experts", "cache.experts.batch:9", 5),
+        ("experts", "file.written:2", 0),
+        ("experts", "file.written:11", 1),
     ],
 )
 def test_a_killed_cache_job_continues_to_the_same_files(job: str, point: str, left: int, jobs: CacheRehearsal) -> None:

@@ -99,6 +99,11 @@ def caption_name(name: str, caption: int) -> str:
     return f"{stem}_v{caption}{mask}"
 
 
+def caption_metadata(item: Item) -> dict[str, str]:
+    """Header entries of an item's captions: ``caption1``, ``caption2``, ..."""
+    return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
+
+
 @cache
 def split_caption(name: str) -> tuple[str, int]:
     """The opposite of `caption_name`: plain name of the first caption's tensor, and the caption's number."""

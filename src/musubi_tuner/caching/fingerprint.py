@@ -39,7 +39,10 @@ _WORDS = {
     "precision": "the encoder's precision",
     "mask": "the source of the mask",
     "captions": "the list of captions",
+    "sol_source": "experts.sol_source",
 }
+_UNSTATED = {"sol_source": "extracted"}
+"""What files hold that were written before a key existed."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,9 @@ def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
     elif kind == "text":
         roles = {"t5": "model.t5_path", "clip": "model.clip_path", "t5_tokenizer": "model.t5_tokenizer",
                  "clip_tokenizer": "model.clip_tokenizer"}  # fmt: skip
-    elif kind == "experts":
+    elif kind == "experts" and config.experts.extracted:
         roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
-        if config.experts.enable_lune:
-            roles["lune"] = "experts.lune"
-        if config.experts.enable_sol:
-            roles["sol"] = "experts.sol"
+        roles |= {name: f"experts.{name}" for name in config.experts.extracted}
         if config.experts.vae is not None:
             roles["expert_vae"] = "experts.vae"
     found = {}
@@ -130,7 +130,8 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
         download: fetch encoders from the hub; otherwise a missing one leaves `Expectation.shared` empty.
     """
     paths = encoder_sources(config, kind).paths(download=download)
-    own = options if kind == "experts" else {}
+    extracted = config.experts.extracted
+    own = options if kind == "experts" and extracted else {}
     if any(path is None for path in paths.values()):
         return Expectation(kind, None, own)
     shared: Fingerprint = {"format": FORMAT_VERSION, "architecture": config.spec.full_name}
@@ -160,13 +161,17 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
         shared |= {
             "lune_enabled": experts.enable_lune,
             "sol_enabled": experts.enable_sol,
-            "expert_input": own["expert_input"],
-            "expert_time": own["expert_time"],
-            "resolution": experts.resolution,
+            "sol_source": experts.sol_source if experts.enable_sol else "extracted",
             "time_buckets": experts.time_buckets,
-            "seed": experts.seed,
-            "precision": experts.dtype,
         }
+        if extracted:
+            shared |= {
+                "expert_input": own["expert_input"],
+                "expert_time": own["expert_time"],
+                "resolution": experts.resolution,
+                "seed": experts.seed,
+                "precision": experts.dtype,
+            }
     return Expectation(kind, shared, own)
 
 
@@ -194,7 +199,7 @@ def image_state(path: Path, *, with_hash: bool) -> Fingerprint:
 def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
     """The first thing in which a cached fingerprint differs from the expected one, in words; None if nothing does."""
     for key, value in expected.items():
-        found = stored.get(key)
+        found = stored.get(key, _UNSTATED.get(key))
         if found != value:
             name = _WORDS.get(key, key)
             return f"{name} was {_short(found)}, now {_short(value)}"
@@ -212,7 +217,11 @@ def stale_reason(item: Item, expected: Expectation, code: str, *, by_name: bool 
     Args:
         by_name: accept any complete file of the right name, whatever made it.
     """
-    path = cache_path(item, expected.kind, code)
+    return file_reason(cache_path(item, expected.kind, code), item, expected, by_name=by_name)
+
+
+def file_reason(path: Path, item: Item, expected: Expectation, *, by_name: bool = False) -> str | None:
+    """Why a file does not hold what this run would make for an item; None if it does."""
     try:
         header = read_header(path)
     except FileNotFoundError:

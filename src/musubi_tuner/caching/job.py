@@ -4,10 +4,15 @@ The items of a bucket, sorted, are cut into a fixed partition of batches, whatev
 item is computed whole, and only the due files are written. So a file has the same content whether it was made in the
 first run, after an interruption, or on another machine with ``--shard i/n`` (shards are made of whole batches).
 
+A job whose networks are not to be in memory together walks over its batches twice (`Job.finish`). What the first walk
+found waits in a hidden file beside each item's own, ``.{name}.half``, with the same fingerprint: a job that is killed in
+between goes on from there, and removes these files as it writes the real ones.
+
 A broken image is reported and the others go on; the job then ends with exit code 1. Files appear complete or not at
-all. Nothing is ever deleted.
+all. Nothing but halves and temporary files is ever deleted.
 """
 
+import gc
 import json
 import os
 import sys
@@ -20,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner import __version__
-from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path
-from musubi_tuner.caching.fingerprint import image_state
+from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, kind_of, read_header
+from musubi_tuner.caching.fingerprint import Fingerprint, file_reason, image_state
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Encoded = dict[str, "Tensor"]
+HALF_SUFFIX = ".half"
 
 
 @dataclass
@@ -53,7 +59,8 @@ class Outcome:
     encoded: int = 0
     skipped: int = 0
     orphans: int = 0
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Key of an item -> what is wrong with it."""
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -87,6 +94,8 @@ class Job:
         open: loads the encoders and returns the function that encodes a batch from items and what `read` returned.
         read: per item, in threads, ahead of the encoder; raises UserError for a broken file.
         metadata: header entries per item, beside the common ones.
+        finish: loads other networks once those of `open` are gone, and returns the function that encodes a batch from
+            items and what the first one returned for them; what it returns is written. None = one walk.
     """
 
     kind: str
@@ -95,6 +104,7 @@ class Job:
     open: Callable[[KindStatus], Encoder]
     read: Callable[[Item], Any] | None = None
     metadata: Callable[[Item], dict[str, str]] = lambda item: {}
+    finish: Callable[[KindStatus], Encoder] | None = None
 
 
 def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: dict[str, Any]) -> int:
@@ -127,6 +137,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
             for reason, count in status.reasons:
                 print(f"  {count} x {reason}")
             return EXIT_OK
+        if options.shard == (1, 1):
+            _remove_abandoned(config, job.kind, mine if job.finish else [])
         if mine:
             if options.shard == (1, 1):
                 for folder in {
@@ -142,7 +154,7 @@ def _busy(folder: Path, holder: str) -> CacheError:
 
 
 def _summary(kind: str, outcome: Outcome) -> int:
-    for text in outcome.failed[:10]:
+    for text in list(outcome.failed.values())[:10]:
         print(f"failed: {text}", file=sys.stderr)
     if len(outcome.failed) > 10:
         print(f"... and {len(outcome.failed) - 10} more", file=sys.stderr)
@@ -156,19 +168,119 @@ def _summary(kind: str, outcome: Outcome) -> int:
 def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome) -> None:
     from tqdm import tqdm
 
-    encode = job.open(status)
-    due = sum(item.key in status.due for batch in batches for item in batch)
-    with tqdm(total=due, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
-        for batch, inputs in _read_ahead(batches, job.read, config.cache.workers):
-            good = [(item, value) for item, value in zip(batch, inputs) if not isinstance(value, UserError)]
-            outcome.failed += [str(value) for value in inputs if isinstance(value, UserError)]
-            if good:
-                encoded = encode([item for item, _ in good], [value for _, value in good])
-                written = _write_batch(config, job, status, [item for item, _ in good], encoded, outcome)
-                outcome.encoded += written
-                bar.update(written)
+    walks = 1 if job.finish is None else 2
+    total = walks * sum(_due(batch, status) for batch in batches)
+    with tqdm(total=total, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
+        if job.finish is None:
+            fingerprint = partial(_fingerprint, status)
+            for items, encoded in _walk(config, status, batches, job.read, job.open, outcome):
+                bar.update(_write_batch(config, job, status, items, encoded, fingerprint, outcome))
+        else:
+            _encode_halves(config, job, status, batches, outcome, bar)
+            free_memory()
+            _finish_halves(config, job, status, batches, outcome, bar)
     if hasattr(os, "sync"):
         os.sync()
+
+
+def _due(items: list[Item], status: KindStatus) -> int:
+    return sum(item.key in status.due for item in items)
+
+
+def _walk(
+    config: RunConfig,
+    status: KindStatus,
+    batches: list[list[Item]],
+    read: Callable[[Item], Any] | None,
+    open_encoder: Callable[[KindStatus], Encoder],
+    outcome: Outcome,
+) -> Iterator[tuple[list[Item], list[Encoded]]]:
+    """Items of every batch that could be read, encoded; batches of which none of these is due are left out."""
+    if not batches:
+        return
+    encode = open_encoder(status)
+    for batch, inputs in _read_ahead(batches, read, config.cache.workers):
+        good = [(item, value) for item, value in zip(batch, inputs) if not isinstance(value, UserError)]
+        outcome.failed |= {item.key: str(value) for item, value in zip(batch, inputs) if isinstance(value, UserError)}
+        items = [item for item, _ in good]
+        if _due(items, status):
+            yield items, encode(items, [value for _, value in good])
+
+
+def half_path(path: Path) -> Path:
+    """Where the first half of a cache file waits for the second."""
+    return path.with_name(f".{path.name}{HALF_SUFFIX}")
+
+
+def _half(config: RunConfig, kind: str, item: Item) -> Path:
+    return half_path(cache_path(item, kind, config.spec.code))
+
+
+def _remove_abandoned(config: RunConfig, kind: str, batches: list[list[Item]]) -> None:
+    """Delete halves that no batch waits for: their items were finished, left the data set, or are made in one walk now."""
+    wanted = {_half(config, kind, item) for batch in batches for item in batch}
+    for root in {dataset.cache_directory for dataset in config.datasets}:
+        for path in root.rglob(f".*{HALF_SUFFIX}"):
+            name = path.name.removeprefix(".").removesuffix(HALF_SUFFIX)
+            if kind_of(name, config.spec.code) == kind and path not in wanted:
+                path.unlink(missing_ok=True)
+
+
+def _remove_halves(config: RunConfig, kind: str, items: Iterable[Item]) -> None:
+    for item in items:
+        _half(config, kind, item).unlink(missing_ok=True)
+
+
+def free_memory() -> None:
+    """Give back the memory of networks that nothing uses any more; their hooks are cycles, which wait for the collector."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _encode_halves(
+    config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome, bar: Any
+) -> None:
+    """The first walk: halves of whole batches, so that the second has the same batches; complete ones are kept."""
+
+    def waits(item: Item) -> bool:
+        path = _half(config, job.kind, item)
+        return config.cache.run != "always" and file_reason(path, item, status.expected) is None
+
+    open_batches = [batch for batch in batches if not all(waits(item) for item in batch)]
+    bar.update(sum(_due(batch, status) for batch in batches) - sum(_due(batch, status) for batch in open_batches))
+    for items, encoded in _walk(config, status, open_batches, job.read, job.open, outcome):
+        for item, tensors in zip(items, encoded):
+            _write(_half(config, job.kind, item), config, job, item, _fingerprint(status, item), tensors)
+        fault_point(f"cache.{job.kind}.batch")
+        bar.update(_due(items, status))
+
+
+def _finish_halves(
+    config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome, bar: Any
+) -> None:
+    """The second walk: items whose first half failed are left out, and halves go as soon as their batch is written."""
+    from safetensors.torch import load_file
+
+    def read(item: Item) -> Encoded:
+        # Copies: the file is removed while they are in use.
+        return {key: tensor.clone() for key, tensor in load_file(_half(config, job.kind, item)).items()}
+
+    def fingerprint(item: Item) -> Fingerprint:
+        """As the first half has it: the image may have changed since."""
+        found = read_header(_half(config, job.kind, item)).fingerprint
+        assert found is not None
+        return found
+
+    assert job.finish is not None
+    rest = [[item for item in batch if item.key not in outcome.failed] for batch in batches]
+    rest = [batch for batch in rest if _due(batch, status)]
+    for items, encoded in _walk(config, status, rest, read, job.finish, outcome):
+        bar.update(_write_batch(config, job, status, items, encoded, fingerprint, outcome))
+        _remove_halves(config, job.kind, items)
+    _remove_halves(config, job.kind, (item for batch in batches for item in batch))
 
 
 def _read_ahead(
@@ -199,13 +311,39 @@ def _read_ahead(
             yield first, [future.result() for future in futures]
 
 
-def _write_batch(
-    config: RunConfig, job: Job, status: KindStatus, items: list[Item], encoded: Iterable[Encoded], outcome: Outcome
-) -> int:
-    """Write the due files of a batch; readers recognise a file that a power cut shortened by its length."""
-    import torch
+def _fingerprint(status: KindStatus, item: Item) -> Fingerprint:
+    """What makes the file of an item, with the state of its images now."""
+    states = {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
+    return status.expected.of(item) | states
 
+
+def _write(path: Path, config: RunConfig, job: Job, item: Item, fingerprint: Fingerprint, tensors: Encoded) -> None:
+    """Write one file; readers recognise a file that a power cut shortened by its length."""
     from musubi_tuner.tensors import save_tensors
+
+    metadata = {
+        "architecture": config.spec.full_name,
+        "format_version": FORMAT_VERSION,
+        "code_version": __version__,
+        "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
+        **job.metadata(item),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    replace_file(path, partial(save_tensors, contiguous, metadata=metadata), sync=False)
+
+
+def _write_batch(
+    config: RunConfig,
+    job: Job,
+    status: KindStatus,
+    items: list[Item],
+    encoded: Iterable[Encoded],
+    fingerprint: Callable[[Item], Fingerprint],
+    outcome: Outcome,
+) -> int:
+    """Write the due files of a batch and return how many."""
+    import torch
 
     written = 0
     for item, tensors in zip(items, encoded):
@@ -215,7 +353,7 @@ def _write_batch(
             key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
         ]
         if bad and config.cache.nan_policy == "error":
-            outcome.failed.append(
+            outcome.failed[item.key] = (
                 f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
             )
             continue
@@ -224,20 +362,9 @@ def _write_batch(
                 f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr
             )
             tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
-        fingerprint = status.expected.of(item)
-        fingerprint |= {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
-        metadata = {
-            "architecture": config.spec.full_name,
-            "format_version": FORMAT_VERSION,
-            "code_version": __version__,
-            "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
-            **job.metadata(item),
-        }
-        target = cache_path(item, job.kind, config.spec.code)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        replace_file(target, partial(save_tensors, contiguous, metadata=metadata), sync=False)
+        _write(cache_path(item, job.kind, config.spec.code), config, job, item, fingerprint(item), tensors)
         written += 1
+    outcome.encoded += written
     fault_point(f"cache.{job.kind}.batch")
     return written
 

@@ -1,11 +1,12 @@
-"""The three cache jobs: latents, text, experts. Each encodes items through `job.run_job`."""
+"""The cache jobs of latents and texts, which encode items through `job.run_job`, and the list of all (`JOBS`)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import caption_name, latents_key, mask_key
+from musubi_tuner.caching.experts import cache_experts
+from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import KindStatus
@@ -101,15 +102,11 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
         return encode
 
-    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=_caption_metadata)
+    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata)
     code = run_job(config, job, options, family)
     if truncated:
         print(f"note: {truncated} captions are longer than the encoders take and were cut")
     return code
-
-
-def _caption_metadata(item: Item) -> dict[str, str]:
-    return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
 
 
 class TextEncoders:
@@ -155,142 +152,6 @@ class TextEncoders:
             assert clip.pooled is not None
             parts.append({"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled})
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def time_buckets(count: int) -> Tensor:
-    """Centres of ``count`` equal slices of [0, 1]: 0.05, 0.15, ..., 0.95 for ten."""
-    return (torch.arange(count, dtype=torch.float64) + 0.5).div(count).float()
-
-
-def teacher_grid(item: Item, resolution: int, keep_aspect: bool) -> tuple[int, int]:
-    """Rows and columns of the teacher's latent: the item's aspect at about resolution^2 pixels, sides multiples of 64.
-
-    Without ``keep_aspect`` a square.
-    """
-    if not keep_aspect:
-        return resolution // 8, resolution // 8
-    width, height = item.bucket
-    factor = resolution / (width * height) ** 0.5
-    rows, columns = (max(64, round(side * factor / 64) * 64) // 8 for side in (height, width))
-    return rows, columns
-
-
-def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
-    """Run the teachers at every time bucket and keep their features."""
-    experts = config.experts
-    sees_image = family["expert_input"] == "noised_image"
-
-    def read(item: Item) -> Tensor | None:
-        if not sees_image:
-            return None
-        from musubi_tuner.data.buckets import place
-
-        rows, columns = teacher_grid(item, experts.resolution, keep_aspect=True)
-        image = resize_crop(open_image(item.path), place(item.size, (columns * 8, rows * 8)))
-        return torch.from_numpy(to_array(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-    def open_encoder(status: KindStatus) -> Encoder:
-        from musubi_tuner.encoders.autoencoder import load_autoencoder
-        from musubi_tuner.encoders.teachers import load_teacher
-        from musubi_tuner.encoders.text import load_clip
-        from musubi_tuner.errors import CheckpointError
-
-        device = choose_device(config.run.device)
-        dtype = encoder_dtype(experts.dtype, device, gpu="float16")
-        paths = encoder_sources(config, "experts").paths(download=True)
-        assert paths["unet"] is not None and paths["clip"] is not None
-        clip = load_clip(
-            paths["clip"], paths.get("clip_tokenizer"), config.spec.clip_tokenizer, dtype=dtype, device=device
-        )
-        wanted = {"lune": experts.enable_lune, "sol": experts.enable_sol}
-        teachers = []
-        names = [name for name, enabled in wanted.items() if enabled]
-        if len(names) == 2 and paths.get("lune") == paths.get("sol"):
-            teachers.append(
-                (load_teacher(paths["unet"], paths.get("lune"), name="lune", dtype=dtype, device=device), names)
-            )
-        else:
-            for name in names:
-                teacher = load_teacher(paths["unet"], paths.get(name), name=name, dtype=dtype, device=device)
-                teachers.append((teacher, [name]))
-        wide = int(teachers[0][0].unet.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
-        if wide != clip.width:
-            raise CheckpointError(
-                f"experts.unet: expects text of width {wide}, but model.clip_path gives {clip.width}; SD1.5 belongs to CLIP-L"
-            )
-        vae = None
-        if sees_image:
-            assert paths["expert_vae"] is not None
-            vae = load_autoencoder(
-                paths["expert_vae"], channels=4, dtype=torch.float32, device=device, key="experts.vae"
-            )
-        grid = time_buckets(experts.time_buckets)
-        stored = storage_dtype(config, "float32")
-        suffix = str(stored).removeprefix("torch.")
-        print(f"experts: {', '.join(names)} in {dtype} on {device}, input {family['expert_input']}, "
-              f"time {family['expert_time']}")  # fmt: skip
-
-        def encode(items: list[Item], pixels: list[Any]) -> list[Encoded]:
-            images = None if vae is None else vae.encode(torch.stack(pixels), None, use_shift=False).cpu()
-            found: list[Encoded] = [{"t_buckets_float32": grid} for _ in items]
-            for number in range(max(len(item.captions) for item in items)):
-                rows = [row for row, item in enumerate(items) if number < len(item.captions)]
-                some = [items[row] for row in rows]
-                seen = None if images is None else images[rows]
-                features = _teacher_features(some, number, seen, clip, teachers, grid, family, config)
-                for name, value in features.items():
-                    key = f"{caption_name(name, number)}_{suffix}"
-                    for row, tensor in zip(rows, value, strict=True):
-                        found[row][key] = store(tensor, stored)
-            return found
-
-        return encode
-
-    def metadata(item: Item) -> dict[str, str]:
-        return {**_caption_metadata(item), "time_convention": "data_at_1", "seed": str(experts.seed)}
-
-    job = Job("experts", config.cache.experts_batch_size, True, open_encoder, read, metadata)
-    return run_job(config, job, options, family)
-
-
-def _teacher_features(
-    items: list[Item],
-    number: int,
-    images: Tensor | None,
-    clip: Any,
-    teachers: list[tuple[Any, list[str]]],
-    grid: Tensor,
-    family: dict[str, Any],
-    config: RunConfig,
-) -> dict[str, Tensor]:
-    """Features of a batch at all times: name -> [items, times, ...]; one forward pass per teacher.
-
-    Args:
-        number: which caption of the items. images: their latents, if the teachers see them.
-    """
-    text = clip.encode([item.captions[number] for item in items])
-    times = len(grid)
-    rows, columns = teacher_grid(items[0], config.experts.resolution, keep_aspect=images is not None)
-    noise = torch.stack(
-        [
-            normal((4, rows, columns), config.experts.seed, "teacher", item.id, number, bucket)
-            for item in items
-            for bucket in range(times)
-        ]
-    )
-    t = grid.repeat(len(items))
-    latents = noise
-    if images is not None:
-        mix = t.view(-1, 1, 1, 1)
-        latents = (1 - mix) * noise + mix * images.repeat_interleave(times, dim=0)
-    timestep = 1000 * (1 - t if family["expert_time"] == "aligned" else t)
-    states = text.states.repeat_interleave(times, dim=0)
-    mask = text.mask.repeat_interleave(times, dim=0)
-    found: dict[str, Tensor] = {}
-    for teacher, names in teachers:
-        features = teacher.features(latents, timestep, states, mask, lune="lune" in names, sol="sol" in names)
-        found.update({name: value.unflatten(0, (len(items), times)) for name, value in features.items()})
-    return found
 
 
 JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}

@@ -67,6 +67,9 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(
             Diagnostic("warning", "objective.ip_noise_gamma", f"is {objective.ip_noise_gamma}; 0.1 to 0.3 is usual")
         )
+    times = config.experts.times_per_forward
+    if isinstance(times, int) and times < 1:
+        found.append(_error("experts.times_per_forward", f'is {times}, expected 1 or more, or "auto"'))
     if train.mixed_precision == "fp16" and config.run.device == "cpu":
         found.append(_error("train.mixed_precision", '"fp16" needs a GPU; use "bf16" or "no" on a CPU'))
     if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
@@ -345,7 +348,9 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     nothing = "nothing is saved on the way"
     no_steps = "save.every_steps is off" if config.save.every_epochs else nothing
     no_epochs = "save.every_epochs is off" if config.save.every_steps else nothing
-    teacher_keys = ("expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype")
+    teacher_keys = (
+        "expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype", "times_per_forward",
+    )  # fmt: skip
     uniform = config.objective.timestep_sampling == "uniform"
     fast = ("run.allow_tf32", "run.cudnn_benchmark")
     silent: list[tuple[bool, tuple[str, ...], str]] = [

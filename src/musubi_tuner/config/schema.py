@@ -163,6 +163,11 @@ class ExpertsSection(Section):
     sol: str | None = param(
         None, "Sol weights laid over the U-Net: a path or `owner/repo:file`; absent = the U-Net as it is.", path=True
     )
+    sol_source: Literal["extracted", "geometric"] = param(
+        "extracted",
+        "Where Sol comes from: extracted from the teacher's attention, or geometric, a formula of the time alone that its "
+        "author calls wrong (caches of v4.1 hold it).",
+    )
     expert_input: Literal["auto", "random", "noised_image"] = param(
         "auto",
         "What the teacher sees: noise only (published) or the noised image. auto = as the checkpoint was trained, "
@@ -181,6 +186,18 @@ class ExpertsSection(Section):
     time_buckets: int = param(10, "Number of evenly spaced times per item.", ge=1, le=100)
     seed: int = param(42, "Seed of the teacher's noise.", ge=0, lt=2**32)
     dtype: AutoDtype = param("auto", "Precision of the teachers; auto = float16 on a GPU, float32 on a CPU.")
+    times_per_forward: int | Literal["auto"] = param(
+        "auto",
+        "Times of an item that go through a teacher together; auto = all, halved whenever the memory of the GPU is too small. "
+        "Changes results by rounding only.",
+        resume="free",
+    )
+
+    @property
+    def extracted(self) -> list[str]:
+        """Names of the teachers that are run while caching."""
+        sol = self.enable_sol and self.sol_source == "extracted"
+        return [name for name, runs in (("lune", self.enable_lune), ("sol", sol)) if runs]
 
 
 class CacheSection(Section):

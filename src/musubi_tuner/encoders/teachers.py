@@ -12,21 +12,28 @@ For one layer on an h x w grid, with P the attention probabilities averaged over
     locality   1 - mean over queries of sum_k P * distance(q, k) / largest distance, clamped to [0, 1]
     map        sum over queries of P, on the grid, resized bilinearly to 8 x 8
 Across layers: plain means; clustering = 1 - entropy; the map is divided by its sum.
+
+`SplitTeacher` sends as many pictures through a teacher at once as its memory allows. `geometric_sol` needs no teacher.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from musubi_tuner.encoders.weights import materialize, on_meta, read_source
 from musubi_tuner.errors import CacheError, CheckpointError
-from musubi_tuner.models.checkpoints import read_weights
+from musubi_tuner.models.checkpoints import read_weights, strip_wrappers
+
+logger = logging.getLogger(__name__)
 
 MAP_SIZE = 8
 QUERY_BLOCK_BYTES = 64 << 20
@@ -140,10 +147,31 @@ def combine_layers(layers: Sequence[LayerSums], size: int = MAP_SIZE) -> tuple[T
     return torch.nan_to_num(stats, nan=0.5), torch.nan_to_num(spatial, nan=1 / (size * size))
 
 
+def geometric_sol(t_B: Tensor, size: int = MAP_SIZE) -> tuple[Tensor, Tensor]:
+    """A stand-in for Sol's features that knows the time alone, as TinyFlux v4.1 had it.
+
+    Its author calls it wrong: near noise the corners of the map are negative.
+
+    Args:
+        t_B: data fraction, 0 = noise, 1 = image.
+
+    Returns:
+        Stats [B, 3]: locality 1 - t, entropy t, clustering 0.5 - 0.3 |t - 0.5|; and the map 1 - r (1 - t), with r the
+        distance from the centre of [-1, 1]^2, divided by its sum, [B, size, size].
+    """
+    t = t_B.float()
+    stats = torch.stack((1 - t, t, 0.5 - 0.3 * (t - 0.5).abs()), dim=-1)
+    axis = torch.linspace(-1, 1, size, device=t.device)
+    radius = torch.sqrt(axis[:, None].square() + axis[None, :].square())
+    spatial = 1 - radius * (1 - t).view(-1, 1, 1)
+    return stats, spatial / spatial.sum(dim=(1, 2), keepdim=True)
+
+
 @dataclass
 class Capture:
-    """What one forward pass leaves behind; filled by the processors and the mid-block hook."""
+    """What one forward pass leaves behind; filled by the processors, if Sol is wanted, and by the mid-block hook."""
 
+    sol: bool = True
     layers: list[LayerSums] = field(default_factory=list)
     mid: Tensor | None = None
 
@@ -188,9 +216,10 @@ class StreamingAttention:
             mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
             mask = mask.view(len(hidden_states), attn.heads, -1, mask.shape[-1])
         record = is_self and grid is not None and grid[0] * grid[1] == q.shape[2]
-        if record and self.owner.capture is not None:
+        capture = self.owner.capture
+        if record and capture is not None and capture.sol:
             assert grid is not None
-            out = self._walk(attn, q, k, v, mask, grid, self.owner.capture)
+            out = self._walk(attn, q, k, v, mask, grid, capture)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(residual.dtype)))
@@ -261,7 +290,7 @@ class Teacher:
             CacheError: if the hooks did not fire (a compiled or foreign U-Net).
         """
         device, dtype = next(self.unet.parameters()).device, next(self.unet.parameters()).dtype
-        self.capture = Capture()
+        self.capture = Capture(sol)
         try:
             self.unet(
                 latents.to(device, dtype),
@@ -282,6 +311,70 @@ class Teacher:
             stats, spatial = combine_layers(captured.layers)
             found["sol_stats"], found["sol_spatial"] = stats.cpu(), spatial.cpu()
         return found
+
+
+class SplitTeacher:
+    """A teacher that takes as many pictures per forward pass as memory allows."""
+
+    def __init__(self, teacher: Teacher, name: str) -> None:
+        """``name`` is for messages."""
+        self.teacher, self.name = teacher, name
+        self.most: int | None = None
+        """Pictures that fit into memory together; None until too many were tried."""
+
+    def features(
+        self,
+        latents: Tensor,
+        timestep_B: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        *,
+        lune: bool,
+        sol: bool,
+        together: int | None,
+    ) -> dict[str, Tensor]:
+        """`Teacher.features` of any number of pictures; the split changes them by rounding only.
+
+        Args:
+            together: pictures per forward pass; None = all, halved whenever the device's memory is too small. What fitted
+                is kept for later calls.
+
+        Raises:
+            CacheError: if ``together`` pictures, or a single one, do not fit into memory.
+        """
+        parts: list[dict[str, Tensor]] = []
+        start = 0
+        while start < len(latents):
+            count = min(together or self.most or len(latents), len(latents) - start)
+            some = slice(start, start + count)
+            try:
+                parts.append(
+                    self.teacher.features(
+                        latents[some], timestep_B[some], text[some], text_mask[some], lune=lune, sol=sol
+                    )
+                )
+                start += count
+                continue
+            except torch.OutOfMemoryError:
+                pass  # The error holds the frames of the forward pass: nothing is freed before this block ends.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if together is not None:
+                raise CacheError(
+                    f"{self.name}: {count} pictures in one forward pass do not fit into the device's memory; lower "
+                    'experts.times_per_forward or cache.experts_batch_size, or write experts.times_per_forward = "auto"'
+                )
+            if count == 1:
+                raise CacheError(
+                    f"{self.name}: a single picture does not fit into the device's memory; end other programs there, or "
+                    'choose experts.dtype = "float16" or a smaller experts.resolution'
+                )
+            self.most = count // 2
+            logger.warning(
+                "%s: %d pictures do not fit into the device's memory together; going on with %d per forward pass",
+                self.name, count, self.most,
+            )  # fmt: skip
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _grid_setter(processors: list[StreamingAttention]) -> Any:
@@ -322,16 +415,41 @@ def load_teacher(
     return Teacher(module)
 
 
-def _lay_over(module: nn.Module, overlay: Path, what: str) -> None:
-    tensors = {key.removeprefix("unet."): tensor for key, tensor in read_weights(overlay).tensors.items()}
+def check_overlay(teacher: Teacher, overlay: Path, name: str) -> None:
+    """Look, before hours of work with another teacher, whether an overlay will fit a U-Net of the same geometry.
+
+    Raises:
+        CheckpointError: as `load_teacher`.
+    """
+    _matching(teacher.unet, _shapes(overlay), f"experts.{name}: {overlay}")
+
+
+def _shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the tensors of a weight file, from its header where it has one."""
+    if path.suffix in (".safetensors", ".sft"):
+        with suppress(SafetensorError), safe_open(str(path), "pt") as file:
+            keys = list(file.keys())
+            return {strip_wrappers(key): torch.Size(file.get_slice(key).get_shape()) for key in keys}
+    return {key: tensor.shape for key, tensor in read_weights(path).tensors.items()}
+
+
+def _matching(module: nn.Module, shapes: Mapping[str, torch.Size], what: str) -> list[str]:
+    """Keys of a module that an overlay has in the same shape, ``unet.`` left out of its names."""
+    found = {key.removeprefix("unet."): shape for key, shape in shapes.items()}
     own = module.state_dict(keep_vars=True)
-    matching = [key for key in own if key in tensors and tensors[key].shape == own[key].shape]
+    matching = [key for key in own if found.get(key) == own[key].shape]
     if len(matching) < OVERLAY_SHARE * len(own):
         absent = [key for key in own if key not in set(matching)]
         raise CheckpointError(
             f"{what}: provides {len(matching)} of {len(own)} weights of the U-Net, expected at least "
             f"{OVERLAY_SHARE:.0%}; missing or of another shape: {', '.join(absent[:4])}, ..."
         )
+    return matching
+
+
+def _lay_over(module: nn.Module, overlay: Path, what: str) -> None:
+    tensors = {key.removeprefix("unet."): tensor for key, tensor in read_weights(overlay).tensors.items()}
+    own = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for key in matching:
+        for key in _matching(module, {key: tensor.shape for key, tensor in tensors.items()}, what):
             own[key].copy_(tensors[key])

@@ -122,6 +122,13 @@ class TestSettings:
             ("experts", "experts", "expert_time", "reference", "expert_time was 'aligned', now 'reference'"),
             ("experts", "experts", "expert_input", "random", "expert_input was 'noised_image', now 'random'"),
             ("experts", "experts", "enable_lune", False, "lune_enabled was True, now False"),
+            (
+                "experts",
+                "experts",
+                "sol_source",
+                "geometric",
+                "experts.sol_source was 'extracted', now 'geometric'",
+            ),
             ("experts", "experts", "dtype", "bfloat16", "the encoder's precision was 'auto', now 'bfloat16'"),
         ],
     )
@@ -142,7 +149,7 @@ class TestSettings:
 
     def test_another_size_of_the_teachers_picture_makes_experts_stale(self, project: Any) -> None:
         """The teacher sees the item at the aspect of its bucket, so another bucket may mean another picture."""
-        from musubi_tuner.caching.jobs import teacher_grid
+        from musubi_tuner.caching.experts import teacher_grid
 
         project.picture("a", (160, 64))
         fingerprints, grids = [], []
@@ -163,6 +170,7 @@ class TestSettings:
             ("cache", "latents_batch_size", 4),
             ("cache", "workers", 0),
             ("cache", "nan_policy", "zero"),
+            ("experts", "times_per_forward", 1),
             ("train", "max_steps", 77),
             ("run", "seed", 9),
         ],
@@ -187,6 +195,27 @@ class TestSettings:
         assert difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None
         assert difference({"a": 1, "b": 3, "c": 4}, {"a": 1, "b": 2, "c": 5}) == "b was 3, now 2"
         assert difference({}, {"clip": "x"}) == "the CLIP encoder was None, now 'x'"
+
+    def test_files_that_name_no_source_of_sol_were_extracted(self, cached: Any) -> None:
+        for item in cached.items():
+            path = cache_path(item, "experts", "tf")
+            header = read_header(path)
+            fingerprint = header.fingerprint
+            assert fingerprint is not None
+            assert fingerprint.pop("sol_source") == "extracted"
+            save_file(load_file(path), path, metadata={**header.metadata, "fingerprint": json.dumps(fingerprint)})
+        assert reasons(cached, "experts") == {}
+        found = reasons(cached, "experts", cached.config(experts={"sol_source": "geometric"}))
+        assert set(found.values()) == {"experts.sol_source was 'extracted', now 'geometric'"}
+
+    def test_the_stand_in_for_sol_is_stale_where_the_teacher_is_asked_for(self, project: Any) -> None:
+        project.picture("a")
+        assert project.run("experts", project.config(experts={"sol_source": "geometric"})) == 0
+        assert reasons(project, "experts") == {"a": "experts.sol_source was 'geometric', now 'extracted'"}
+        assert reasons(project, "experts", project.config(experts={"sol_source": "geometric"})) == {}
+        # Without Sol its source does not matter.
+        (reason,) = reasons(project, "experts", project.config(experts={"enable_sol": False})).values()
+        assert reason == "sol_enabled was True, now False"
 
 
 @pytest.fixture

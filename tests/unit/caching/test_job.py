@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from musubi_tuner.caching.experts import teacher_grid, time_buckets
 from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, read_header, split_caption
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
-from musubi_tuner.caching.jobs import image_tensor, teacher_grid, time_buckets
+from musubi_tuner.caching.jobs import image_tensor
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import MicroBatch

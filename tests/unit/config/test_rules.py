@@ -355,6 +355,37 @@ def test_settings_of_a_teacher_that_is_off(warnings_of: WarningsOf) -> None:
     )
 
 
+WRONG = (
+    'experts.sol_source: is "geometric": Sol is then a formula of the time alone, the same for every picture, which its author '
+    'calls wrong; write "extracted" for the teacher\'s attention'
+)
+
+
+def test_the_geometric_sol_is_warned_of_with_what_it_leaves_idle(warnings_of: WarningsOf) -> None:
+    geometric = 'experts.sol_source is "geometric"'
+    found = warnings_of(experts='sol_source = "geometric"\nsol = "unet.safetensors"\nseed = 3')
+    assert found == [WRONG, no_effect("experts.sol", geometric)]
+    found = warnings_of(experts='sol_source = "geometric"\nenable_lune = false\nseed = 3\ntime_buckets = 4')
+    assert sorted(found) == sorted([WRONG, no_effect("experts.unet", geometric), no_effect("experts.seed", geometric)])
+    off = warnings_of(experts='sol_source = "geometric"\nenable_sol = false')
+    assert off == [no_effect("experts.sol_source", "experts.enable_sol is false")]
+
+
+def test_the_geometric_sol_alone_needs_no_unet(load: Load) -> None:
+    config = load(without=("experts.unet",), experts='sol_source = "geometric"\nenable_lune = false')
+    assert [str(finding) for finding in config.findings] == [WRONG]
+    assert config.experts.extracted == []
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_times_per_forward_is_a_positive_number_or_auto(value: int, problems: Problems, load: Load) -> None:
+    assert problems(experts=f"times_per_forward = {value}") == [
+        f'experts.times_per_forward: is {value}, expected 1 or more, or "auto"'
+    ]
+    assert load(experts="times_per_forward = 1").experts.times_per_forward == 1
+    assert load(experts='times_per_forward = "auto"').findings == []
+
+
 PUBLISHED = {"expert_input": "random", "expert_time": "reference", "sol_spatial_norm": "sum"}
 CORRECTED = {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"}
 

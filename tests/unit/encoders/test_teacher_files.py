@@ -1,5 +1,6 @@
 """Teachers: which files are accepted, what an overlay must provide, grids that are not square, and memory of Sol."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,29 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make and that are still referred to, and the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self._free, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, count: int) -> None:
+        self.now -= count
+
+
 def held_bytes(sums: LayerSums) -> int:
     return sum(value.untyped_storage().nbytes() for value in vars(sums).values() if isinstance(value, Tensor))
 
@@ -341,3 +365,30 @@ class TestMemory:
         # 16 queries of two samples at four heads; the features of the U-Net itself are smaller than that.
         assert watch.largest <= 2 * heads * tokens * 16
         assert watch.largest < 2 * heads * tokens * tokens / 10
+
+    def test_at_512_pixels_the_peak_does_not_grow_with_the_number_of_layers(
+        self, build_unet: BuildUnet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The attention of one layer has 64^2 x 64^2 numbers, 67 MB with a single head."""
+        whole, given = 4096 * 4096 * 4, inputs(64, 64, batch=1)
+        monkeypatch.setattr(teachers, "QUERY_BLOCK_BYTES", whole // 16)
+        peaks = []
+        for layers in (1, 3):
+            teacher = Teacher(build_unet(layers_per_block=layers, attention_head_dim=1))
+            with LiveBytes() as watch:
+                features(teacher, given)
+            peaks.append(watch.peak)
+        # 3 and then 7 layers of 64 x 64 tokens; the U-Net itself keeps two more skip connections of 8 channels.
+        assert peaks[1] - peaks[0] < whole / 50
+        assert peaks[1] < whole
+
+    def test_keeping_whole_attention_would_be_seen(self, build_unet: BuildUnet) -> None:
+        whole, given = 1024 * 1024 * 2 * 4, inputs(32, 32, batch=1)
+        peaks = []
+        for layers in (1, 3):
+            unet = build_unet(layers_per_block=layers)
+            unet.set_attn_processor(WholeAttention({1024: (32, 32), 256: (16, 16)}))
+            with LiveBytes() as watch, torch.no_grad():
+                unet(given["latents"], given["timestep_B"], encoder_hidden_states=given["text"])
+            peaks.append(watch.peak)
+        assert peaks[1] - peaks[0] >= 4 * whole

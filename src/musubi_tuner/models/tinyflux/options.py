@@ -116,7 +116,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
         found.append(
             Diagnostic("error", "sample.guidance", f"is {config.sample.guidance}, expected at least 1 (= off)")
         )
-    teachers = experts.enable_lune or experts.enable_sol
+    teachers = bool(experts.extracted)
     if teachers and experts.unet is None and config.cache.run != "never":
         found.append(
             Diagnostic(
@@ -176,9 +176,32 @@ def check(config: "RunConfig") -> list[Diagnostic]:
             found += [
                 Diagnostic("warning", key, f"has no effect because experts.enable_{name} is false")
                 for key in config.set_keys()
-                if key.startswith(f"objective.{name}_") or key == f"experts.{name}"
+                if key.startswith(f"objective.{name}_") or key in (f"experts.{name}", f"experts.{name}_source")
             ]
-    return found
+    return found + _geometric_sol(config)
+
+
+def _geometric_sol(config: "RunConfig") -> list[Diagnostic]:
+    """What `experts.sol_source` = "geometric" means, and what it leaves without effect."""
+    experts = config.experts
+    if not experts.enable_sol or experts.sol_source == "extracted":
+        return []
+    found = [
+        Diagnostic(
+            "warning",
+            "experts.sol_source",
+            'is "geometric": Sol is then a formula of the time alone, the same for every picture, which its author calls '
+            'wrong; write "extracted" for the teacher\'s attention',
+        )
+    ]
+    idle = ["sol"]
+    if not experts.extracted:
+        idle += ["unet", "vae", "expert_input", "expert_time", "resolution", "seed", "dtype", "times_per_forward"]
+    return found + [
+        Diagnostic("warning", key, 'has no effect because experts.sol_source is "geometric"')
+        for key in (f"experts.{name}" for name in idle)
+        if key in config.set_keys()
+    ]
 
 
 SPEC = ModelSpec(
