@@ -151,7 +151,7 @@ class ModelSection(Section):
 
 
 class ExpertsSection(Section):
-    """The SD1.5 teachers whose features are distilled; used while caching, then only their cache files."""
+    """The SD1.5 teachers whose features are distilled, used while caching only; `experts` of a dataset says what differs."""
 
     enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
     enable_sol: bool = param(True, "Cache and distil Sol, the attention statistics and map.")
@@ -181,6 +181,11 @@ class ExpertsSection(Section):
     time_buckets: int = param(10, "Number of evenly spaced times per item.", ge=1, le=100)
     seed: int = param(42, "Seed of the teacher's noise.", ge=0, lt=2**32)
     dtype: AutoDtype = param("auto", "Precision of the teachers; auto = float16 on a GPU, float32 on a CPU.")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers that are on; their names begin those of their tensors."""
+        return tuple(name for name, on in (("lune", self.enable_lune), ("sol", self.enable_sol)) if on)
 
 
 class CacheSection(Section):
