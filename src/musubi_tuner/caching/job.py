@@ -224,8 +224,9 @@ def _write_batch(
                 f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr
             )
             tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
-        fingerprint = status.expected.of(item)
-        fingerprint |= {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
+        expected = status.expected[item.dataset]
+        fingerprint = expected.of(item)
+        fingerprint |= {name: image_state(path, with_hash=True) for name, path in expected.files(item).items()}
         metadata = {
             "architecture": config.spec.full_name,
             "format_version": FORMAT_VERSION,

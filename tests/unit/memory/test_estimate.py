@@ -295,7 +295,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
                     adapter={"rank": 4}, memory={"blocks_to_swap": 4, "gradient_checkpointing": True},
                     save={"every_steps": 3, "keep_last_steps": 2, "dtype": "bfloat16"})  # fmt: skip
     config = load_config(path)
-    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1) for side in (256, 128, 256)]
+    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1, dataset=0) for side in (256, 128, 256)]
     steps = calculate_steps([(3, 1)], num_processes=1, grad_accum_steps=2, max_steps=10, max_epochs=None)
     lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
     assert lines[0].startswith("  memory   about ")
