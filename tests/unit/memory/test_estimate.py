@@ -86,7 +86,8 @@ tensors = {name: torch.randn(batch_size, *shape) for name, shape in plan.shapes.
 if "t_buckets" in tensors:
     tensors["t_buckets"] = torch.linspace(0.05, 0.95, tensors["t_buckets"].shape[1]).expand(batch_size, -1)
 valid = {name: torch.ones(batch_size, dtype=torch.bool) for name in tensors}
-batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+ids = torch.zeros(batch_size, dtype=torch.int64)
+batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
 planned = MicroBatch(tuple(range(batch_size)), tuple(range(batch_size)))
 dtype = {"no": None, "bf16": torch.bfloat16}[config.train.mixed_precision]
 for step in range(2):
