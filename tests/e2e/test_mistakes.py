@@ -559,7 +559,7 @@ def test_another_caption_since_the_run_began_is_named(
     for job in ("text", "experts"):
         server.run(job, [config], tmp_path).expect(0)
     result = server.run("train", [config], tmp_path).expect(2)
-    assert "the data set has other images, captions, masks, buckets or batch sizes" in result.err
+    assert "the data set has other images, captions, masks, buckets, batch sizes or teachers" in result.err
 
 
 def test_a_finished_run_with_another_config_is_refused_too(

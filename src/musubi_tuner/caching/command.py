@@ -59,7 +59,7 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     if config.cache.run == "never" and not options.dry_run:
         print(f'{kind}: cache.run is "never", nothing is encoded')
         return EXIT_OK
-    from musubi_tuner.caching.jobs import JOBS
+    from musubi_tuner.caching.jobs import run_jobs
     from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 
     set_threads(config.run.threads, 1)
@@ -67,4 +67,4 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     exact = config.run.model_copy(update={"allow_tf32": False})
     apply_backend_flags(exact, choose_device(config.run.device), sizes=2)
     family = config.spec.load("checkpoint_options")(config)
-    return JOBS[kind](config, job_options, family)
+    return run_jobs(config, kind, job_options, family)

@@ -23,6 +23,8 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 
 FORMAT_VERSION = "1.0.1"
+TIMES = "t_buckets"
+"""Tensor of an experts file with the ascending times [T] at which the teachers were run; the others there are tables [T, ...]."""
 KINDS = ("latents", "text", "experts")
 DTYPES = {
     "F32": "float32",

@@ -100,22 +100,22 @@ class CacheIndex:
         self.changed = False
 
 
-def open_items(items: list[Item], roots: dict[str, Path], kinds: list[str], code: str) -> list[dict[str, CachedFile]]:
+def open_items(items: list[Item], roots: list[Path], kinds: list[list[str]], code: str) -> list[dict[str, CachedFile]]:
     """Cache files of every item, by kind.
 
     Args:
-        roots: dataset number (beginning of an item's key) -> cache directory.
+        roots: cache directory of every dataset. kinds: what its items must have, and what is opened.
 
     Raises:
         CacheError: listing items whose files are missing or broken, and the job to run.
     """
-    indexes = {number: CacheIndex(root, code) for number, root in roots.items()}
+    indexes = [CacheIndex(root, code) for root in roots]
     opened: list[dict[str, CachedFile]] = []
     problems: list[str] = []
     for item in items:
-        index = indexes[item.key.partition(":")[0]]
+        index = indexes[item.dataset]
         files = {}
-        for kind in kinds:
+        for kind in kinds[item.dataset]:
             try:
                 files[kind] = index.lookup(cache_path(item, kind, code))
             except FileNotFoundError:
@@ -126,6 +126,6 @@ def open_items(items: list[Item], roots: dict[str, Path], kinds: list[str], code
     if problems:
         shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
         raise CacheError("caches are not complete; run the cache jobs first\n  " + "\n  ".join(shown))
-    for index in indexes.values():
+    for index in indexes:
         index.save()
     return opened

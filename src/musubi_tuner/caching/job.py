@@ -247,7 +247,7 @@ def _encode_halves(
 
     def waits(item: Item) -> bool:
         path = _half(config, job.kind, item)
-        return config.cache.run != "always" and file_reason(path, item, status.expected) is None
+        return config.cache.run != "always" and file_reason(path, item, status.expected[item.dataset]) is None
 
     open_batches = [batch for batch in batches if not all(waits(item) for item in batch)]
     bar.update(sum(_due(batch, status) for batch in batches) - sum(_due(batch, status) for batch in open_batches))
@@ -313,8 +313,9 @@ def _read_ahead(
 
 def _fingerprint(status: KindStatus, item: Item) -> Fingerprint:
     """What makes the file of an item, with the state of its images now."""
-    states = {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
-    return status.expected.of(item) | states
+    expected = status.expected[item.dataset]
+    states = {name: image_state(path, with_hash=True) for name, path in expected.files(item).items()}
+    return expected.of(item) | states
 
 
 def _write(path: Path, config: RunConfig, job: Job, item: Item, fingerprint: Fingerprint, tensors: Encoded) -> None:

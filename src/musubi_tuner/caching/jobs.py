@@ -9,7 +9,7 @@ from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
-from musubi_tuner.caching.status import KindStatus
+from musubi_tuner.caching.status import KindStatus, job_groups
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.masks import read_mask, to_latent
@@ -155,3 +155,17 @@ class TextEncoders:
 
 
 JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}
+
+
+def run_jobs(config: RunConfig, kind: str, options: JobOptions, family: dict[str, Any]) -> int:
+    """Do a job for the datasets that want it: once, or once for each of the [experts] that they have.
+
+    Returns:
+        0, or 1 if an item failed.
+    """
+    codes, groups = [], job_groups(config, kind)
+    for group in groups:
+        if len(groups) > 1:
+            print(f"{kind} of {', '.join(config.datasets[number].name for number in group)}:")
+        codes.append(JOBS[kind](config.limited_to(group), options, family))
+    return max(codes)

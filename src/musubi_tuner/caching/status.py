@@ -1,6 +1,7 @@
 """Which cache files are due. Torch-free: this is what the plan shows before anything heavy is loaded."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,24 @@ from typing import Any
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
 from musubi_tuner.caching.fingerprint import Expectation, expectation, stale_reason
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.sources import Item
 
 
+def wants(config: RunConfig, dataset: DatasetConfig, kind: str) -> bool:
+    """Whether the images of a dataset are trained from a kind of cache."""
+    return kind != "experts" or bool(config.spec.expert_keys and config.experts_of(dataset).teachers)
+
+
 def needed_kinds(config: RunConfig) -> list[str]:
-    """Kinds of cache that a run trains from."""
-    teachers = config.spec.expert_keys and (config.experts.enable_lune or config.experts.enable_sol)
-    return [kind for kind in KINDS if kind != "experts" or teachers]
+    """Kinds of cache that a run trains from, for some of its datasets at least."""
+    return [kind for kind in KINDS if any(wants(config, dataset, kind) for dataset in config.datasets)]
+
+
+def job_groups(config: RunConfig, kind: str) -> list[list[int]]:
+    """Numbers of the datasets that want a kind of cache, those whose files are made alike together."""
+    groups = config.dataset_groups() if kind == "experts" else [list(range(len(config.datasets)))]
+    return [group for group in groups if wants(config, config.datasets[group[0]], kind)]
 
 
 @dataclass
@@ -22,12 +34,13 @@ class KindStatus:
     """State of one kind of cache.
 
     Attributes:
+        expected: by number of the dataset, for those that want such files.
         due: item -> why its file must be made. fresh: how many need nothing.
         orphans: complete files that belong to no item of the datasets.
     """
 
     kind: str
-    expected: Expectation
+    expected: dict[int, Expectation]
     due: dict[str, str] = field(default_factory=dict)
     fresh: int = 0
     orphans: list[Path] = field(default_factory=list)
@@ -36,6 +49,11 @@ class KindStatus:
     def reasons(self) -> list[tuple[str, int]]:
         """Why files are due, most frequent first, at most three."""
         return Counter(self.due.values()).most_common(3)
+
+    def of(self, items: Sequence[Item]) -> "KindStatus":
+        """What it says of some of the items that want such files."""
+        due = {item.key: self.due[item.key] for item in items if item.key in self.due}
+        return KindStatus(self.kind, self.expected, due, len(items) - len(due))
 
 
 def examine(
@@ -53,11 +71,17 @@ def examine(
         encodes: whether the caller makes files; where nothing is encoded, ``cache.run = "always"`` makes none due.
     """
     code = config.spec.code
-    status = KindStatus(kind, expectation(config, kind, options, download=download))
+    status = KindStatus(kind, {})
+    for group in job_groups(config, kind):
+        made = expectation(config.limited_to(group), kind, options, download=download)
+        status.expected.update(dict.fromkeys(group, made))
     by_name = config.cache.skip_existing == "name"
     for item in items:
+        expected = status.expected.get(item.dataset)
+        if expected is None:
+            continue
         reason = "cache.run is always" if encodes and config.cache.run == "always" else None
-        reason = reason or stale_reason(item, status.expected, code, by_name=by_name)
+        reason = reason or stale_reason(item, expected, code, by_name=by_name)
         if reason is None:
             status.fresh += 1
         else:

@@ -1,12 +1,12 @@
 """The musubi dataset file: `[general]` and `[[datasets]]`, alone or inside a run file. Torch-free.
 
-Values are looked up in the dataset, then in [general], then in the family's defaults. Source keys and
-`cache_directory` are never inherited.
+Values are looked up in the dataset, then in [general], then in the family's defaults. Source keys,
+`cache_directory` and `experts` are never inherited.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,7 +37,10 @@ _DATASET_ONLY: dict[str, str] = {
     "image_jsonl_file": "text",
     "cache_directory": "text",
     "mask_directory": "text",
+    "experts": "experts",
 }
+NO_TEACHERS = {"enable_lune": False, "enable_sol": False}
+"""What ``experts = false`` stands for."""
 _IGNORED = {"fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"}
 _REFUSED = {
     "control_directory": "control images are for editing models; this architecture takes none",
@@ -76,6 +79,7 @@ class DatasetConfig:
             whose source is file or smpl.
         caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
             `CAPTION_TRANSFORMS`, or package.module:function.
+        experts: what its images have instead of the same keys of [experts]; see `RunConfig.experts_of`.
     """
 
     name: str
@@ -94,6 +98,7 @@ class DatasetConfig:
     mask_directory: Path | None = None
     caption_columns: tuple[str, ...] = ()
     caption_transform: str | None = None
+    experts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _check_value(kind: str, value: Any) -> str | None:
@@ -114,6 +119,8 @@ def _check_value(kind: str, value: Any) -> str | None:
             texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
             if not texts or not value or len(set(value)) != len(value):
                 return f"is {value!r}, expected a list of different names"
+        case "experts" if value is not False and not isinstance(value, dict):
+            return f"is {value!r}, expected false, for no teachers, or a table of keys that differ from [experts]"
         case "caption_transform":
             named = value in CAPTION_TRANSFORMS if isinstance(value, str) else False
             if not named and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value)):
@@ -271,6 +278,7 @@ def _resolve_one(
         mask_directory=locate(own["mask_directory"]) if "mask_directory" in own else None,
         caption_columns=tuple(values.get("caption_columns", ())),
         caption_transform=values.get("caption_transform"),
+        experts=NO_TEACHERS if own.get("experts") is False else own.get("experts", {}),
     )
 
 

@@ -5,7 +5,8 @@ Everything that is wrong is collected and raised as one `ConfigError`.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -16,6 +17,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, format_pro
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.schema import (
     SECTION_ALIASES,
+    ExpertsSection,
     Parameter,
     RunFile,
     Section,
@@ -77,6 +79,24 @@ class RunConfig(RunFile):
     def keeps_best(self) -> bool:
         """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
         return bool(self.validation.split) if self.save.best is None else self.save.best
+
+    def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
+        """[experts] as it is for the images of a dataset."""
+        return self.experts.model_copy(update=dict(dataset.experts))
+
+    def dataset_groups(self) -> list[list[int]]:
+        """Numbers of the datasets, those with the same [experts] together."""
+        groups: dict[str, list[int]] = {}
+        for number, dataset in enumerate(self._datasets):
+            groups.setdefault(self.experts_of(dataset).model_dump_json(), []).append(number)
+        return list(groups.values())
+
+    def limited_to(self, numbers: Sequence[int]) -> "RunConfig":
+        """The run over one of `dataset_groups`, with the [experts] of those datasets."""
+        datasets = [self._datasets[number] for number in numbers]
+        limited = self.model_copy(update={"experts": self.experts_of(datasets[0])})
+        limited._datasets = datasets
+        return limited
 
     def set_keys(self) -> list[str]:
         """Keys that a person set, in the file or on the command line."""
@@ -150,6 +170,7 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         datasets, found = resolve_datasets(
             tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path)
         )
+        datasets = [_checked_experts(dataset, spec, found) for dataset in datasets]
         problems += found
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
@@ -312,6 +333,26 @@ def _validate(
     for parameter in parameters():
         origins.setdefault(parameter.key, "default")
     return config
+
+
+ONE_WAY = ("expert_input", "expert_time", "sol_source", "sol_spatial_norm")
+"""Keys of [experts] that say how features are made and scaled; a model learns from features of one making."""
+
+
+def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Diagnostic]) -> DatasetConfig:
+    """The dataset, without its ``experts`` if something is wrong in there."""
+    found = [
+        Diagnostic("error", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
+        for key in ONE_WAY if key in dataset.experts
+    ]  # fmt: skip
+    try:
+        ExpertsSection.model_validate(dict(dataset.experts))
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            problem = _explain({**item, "loc": ("experts", *item["loc"])}, spec)
+            found.append(replace(problem, key=problem.key.removeprefix("experts.")))
+    problems += [replace(problem, key=f"{dataset.name}.experts.{problem.key}") for problem in found]
+    return replace(dataset, experts={}) if found else dataset
 
 
 def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:

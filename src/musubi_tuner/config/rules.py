@@ -2,14 +2,16 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
-from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.schema import ExpertsSection, parameters
 from musubi_tuner.errors import ConfigError
 
 
@@ -20,6 +22,7 @@ def validate(config: RunConfig) -> list[Diagnostic]:
         *_adapter(config),
         *_memory(config),
         *_no_effect(config),
+        *_teachers(config),
         *_family(config),
         *_files(config),
     ]
@@ -67,9 +70,13 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(
             Diagnostic("warning", "objective.ip_noise_gamma", f"is {objective.ip_noise_gamma}; 0.1 to 0.3 is usual")
         )
-    times = config.experts.times_per_forward
-    if isinstance(times, int) and times < 1:
-        found.append(_error("experts.times_per_forward", f'is {times}, expected 1 or more, or "auto"'))
+    places = {"experts": config.experts} | {
+        f"{own.name}.experts": config.experts_of(own) for own in config.datasets if own.experts
+    }
+    for place, experts in places.items():
+        times = experts.times_per_forward
+        if isinstance(times, int) and times < 1:
+            found.append(_error(f"{place}.times_per_forward", f'is {times}, expected 1 or more, or "auto"'))
     if train.mixed_precision == "fp16" and config.run.device == "cpu":
         found.append(_error("train.mixed_precision", '"fp16" needs a GPU; use "bf16" or "no" on a CPU'))
     if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
@@ -447,6 +454,64 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     ]
 
 
+def _teachers(config: RunConfig) -> list[Diagnostic]:
+    """Rules between [experts] and what datasets say of it."""
+    found, run = [], config.experts
+    changed = [dataset for dataset in config.datasets if dataset.experts]
+    if changed and not config.spec.expert_keys:
+        reason = config.spec.why_not("experts.enable_lune")
+        return [
+            _error(f"{dataset.name}.experts", f"does not apply to {config.spec.title}: {reason}") for dataset in changed
+        ]
+    for dataset in changed:
+        found += _own_teachers(f"{dataset.name}.experts", dataset.experts, run, config.experts_of(dataset))
+    users = {name: [d for d in config.datasets if name in config.experts_of(d).teachers] for name in run.teachers}
+    for name in run.teachers if changed else ():
+        if not users[name]:
+            found.append(
+                _error(f"experts.enable_{name}", "is true, but every dataset turns it off; set it to false, or leave it on in one")
+            )  # fmt: skip
+    for name in [key.removeprefix("experts.") for key in config.set_keys() if key.startswith("experts.")]:
+        others = users.get(name, [dataset for every in users.values() for dataset in every])
+        if others and not name.startswith("enable_") and all(name in dataset.experts for dataset in others):
+            found.append(
+                Diagnostic(
+                    "warning", f"experts.{name}", "has no effect because every dataset with teachers has its own"
+                )
+            )
+    return found
+
+
+def _own_teachers(
+    where: str, own: Mapping[str, Any], run: ExpertsSection, resolved: ExpertsSection
+) -> list[Diagnostic]:
+    """Rules of one dataset's ``experts``.
+
+    Args:
+        own: as written. run: [experts]. resolved: both together.
+    """
+    found = [
+        _error(f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a dataset cannot turn on what the run "
+               f"does not learn from; set experts.enable_{name} = true, and false in the other datasets")
+        for name in resolved.teachers if name not in run.teachers
+    ]  # fmt: skip
+    if not run.teachers:
+        return found or [
+            Diagnostic("warning", where, "has no effect because experts.enable_lune and enable_sol are false")
+        ]
+    silent = {name: f"enable_{name} is false here" for name in ("lune", "sol") if name not in resolved.teachers}
+    if not resolved.teachers:
+        silent |= {key: "both teachers are off here" for key in own if not key.startswith("enable_")}
+    if run.expert_input == "random":
+        silent["vae"] = 'experts.expert_input is "random"'
+    found += [
+        Diagnostic("warning", f"{where}.{key}", f"has no effect because {reason}")
+        for key, reason in silent.items()
+        if key in own
+    ]
+    return found
+
+
 def _family(config: RunConfig) -> list[Diagnostic]:
     """What a family does not know, and its own rules."""
     spec, found = config.spec, []
@@ -482,6 +547,9 @@ def _files(config: RunConfig) -> list[Diagnostic]:
                                      "model.clip_tokenizer", "model.t5_tokenizer", "experts.unet", "experts.vae",
                                      "experts.lune", "experts.sol", "adapter.init_from"]  # fmt: skip
     texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
+    for dataset in config.datasets:
+        own = [name for name in dataset.experts if f"experts.{name}" in inputs]
+        texts += [(f"{dataset.name}.experts.{name}", dataset.experts[name]) for name in own]
     for key, text in texts:
         if text is None or is_hub_id(text) or exists(config.locate(text)):
             continue

@@ -151,7 +151,7 @@ class ModelSection(Section):
 
 
 class ExpertsSection(Section):
-    """The SD1.5 teachers whose features are distilled; used while caching, then only their cache files."""
+    """The SD1.5 teachers whose features are distilled, used while caching only; `experts` of a dataset says what differs."""
 
     enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
     enable_sol: bool = param(True, "Cache and distil Sol, the attention statistics and map.")
@@ -198,6 +198,11 @@ class ExpertsSection(Section):
         """Names of the teachers that are run while caching."""
         sol = self.enable_sol and self.sol_source == "extracted"
         return [name for name, runs in (("lune", self.enable_lune), ("sol", sol)) if runs]
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers that are on; their names begin those of their tensors."""
+        return tuple(name for name, on in (("lune", self.enable_lune), ("sol", self.enable_sol)) if on)
 
 
 class CacheSection(Section):

@@ -44,7 +44,11 @@ def resolved_toml(config: RunConfig) -> str:
     if "general" in data:
         lines += ["", "[general]", *tomli_w.dumps(data["general"]).splitlines()]
     for dataset in data.get("datasets", []):
-        lines += ["", "[[datasets]]", *tomli_w.dumps(dataset).splitlines()]
+        nested = {key: value for key, value in dataset.items() if isinstance(value, dict)}
+        plain = {key: value for key, value in dataset.items() if key not in nested}
+        lines += ["", "[[datasets]]", *tomli_w.dumps(plain).splitlines()]
+        for key, table in nested.items():
+            lines += ["", f"[datasets.{key}]", *tomli_w.dumps(table).splitlines()]
     return "\n".join(lines) + "\n"
 
 

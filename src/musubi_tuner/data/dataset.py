@@ -1,5 +1,6 @@
 """Cache files as micro-batches. Every tensor is read into memory of its own, never mapped."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from musubi_tuner.caching.file_format import TensorEntry, split_caption
+from musubi_tuner.caching.file_format import TIMES, TensorEntry, split_caption
 from musubi_tuner.caching.index import CachedFile, open_items
+from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
@@ -25,6 +27,7 @@ class Batch:
         latents: [B, C, H, W] float32. tensors: everything else by plain name, stacked.
         valid: name -> [B] boolean, false where an item has no such tensor (its row is zero).
         items: ids, for messages. presentations: running numbers in the epoch, the key of random draws.
+        dataset_ids: number of the dataset that each item is from, [B] int64.
     """
 
     latents: Tensor
@@ -32,6 +35,7 @@ class Batch:
     valid: dict[str, Tensor]
     items: list[str]
     presentations: tuple[int, ...]
+    dataset_ids: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -47,6 +51,7 @@ class Batch:
             {name: move(tensor) for name, tensor in self.valid.items()},
             self.items,
             self.presentations,
+            move(self.dataset_ids),
         )
 
 
@@ -54,18 +59,46 @@ class CachedDataset(Dataset[Batch]):
     """Reads micro-batches from cache files.
 
     Args:
-        items: of all datasets; code: architecture code of the files.
+        items: of all datasets. kinds: of cache that are opened, for the datasets that want them.
 
     Raises:
         CacheError: if files are missing or broken, or latents have another size than their bucket.
     """
 
     def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str]) -> None:
-        roots = {str(index): dataset.cache_directory for index, dataset in enumerate(config.datasets)}
+        roots = [dataset.cache_directory for dataset in config.datasets]
+        wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
         self.items, self.seed = list(items), config.run.seed
-        self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, kinds, config.spec.code)
+        self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)
+        self.tables = {*config.spec.expert_keys, TIMES}
+        self._leave_out_teachers(config)
+        self._check_times(config.spec.expert_keys)
         self._check_sizes(config.spec.vae_factor, config.spec.latent_channels, masked=config.train.masked_loss)
         self._check_captions()
+
+    def _leave_out_teachers(self, config: RunConfig) -> None:
+        """Forget the tensors of teachers that a dataset has not, or has no longer."""
+        keys = config.spec.expert_keys
+        off = [
+            {name for name in keys if name.partition("_")[0] not in config.experts_of(dataset).teachers}
+            for dataset in config.datasets
+        ]
+        for item, files in zip(self.items, self.files):
+            if off[item.dataset] and "experts" in files:
+                path, tensors = files["experts"].path, files["experts"].tensors
+                names = [name for name in tensors if split_caption(name)[0] not in off[item.dataset]]
+                files["experts"] = CachedFile(path, {name: tensors[name] for name in names})
+
+    def _check_times(self, keys: Sequence[str]) -> None:
+        """Tables of teachers must have an entry for every time of their file."""
+        wrong = []
+        for item, files in zip(self.items, self.files):
+            entries = files["experts"].tensors if "experts" in files else {}
+            times = entries[TIMES].shape if TIMES in entries else ()
+            for name, entry in entries.items():
+                if split_caption(name)[0] in keys and entry.shape[:1] != times:
+                    wrong.append(f"{item.id}: {name} is {list(entry.shape)}, {TIMES} is {list(times) or 'missing'}")
+        _refuse("features of teachers do not fit their times; run the experts job again", wrong)
 
     def _check_sizes(self, factor: int, channels: int, masked: bool) -> None:
         wrong = []
@@ -81,11 +114,7 @@ class CachedDataset(Dataset[Batch]):
                 mask = files["latents"].tensors.get("mask_weights")
                 if (mask.shape if mask else None) != (expected[1:] if item.mask else None):
                     wrong.append(f"{item.id}: {files['latents'].path.name} holds {'another' if mask else 'no'} mask")
-        if wrong:
-            shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
-            raise CacheError(
-                "latents were cached with other settings; run the latents job again\n  " + "\n  ".join(shown)
-            )
+        _refuse("latents were cached with other settings; run the latents job again", wrong)
 
     def _check_captions(self) -> None:
         """Files of text and experts must hold what belongs to every caption."""
@@ -97,18 +126,17 @@ class CachedDataset(Dataset[Batch]):
                     wrong.append(
                         f"{item.id}: {file.path.name} is of {held} captions, the data has {len(item.captions)}"
                     )
-        if wrong:
-            shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
-            raise CacheError("caches are of other captions; run the cache jobs again\n  " + "\n  ".join(shown))
+        _refuse("caches are of other captions; run the cache jobs again", wrong)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the first item and its first caption, by plain name."""
-        return {
-            name: entry.shape
-            for file in self.files[0].values()
-            for name, entry in file.tensors.items()
-            if not split_caption(name)[1]
-        }
+    def shapes(self) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
+        """The shapes that occur, each once: number of a dataset, and shape of every tensor of a first caption by plain name."""
+        found = set()
+        for item, files in zip(self.items, self.files):
+            entries = [
+                pair for file in files.values() for pair in file.tensors.items() if not split_caption(pair[0])[1]
+            ]
+            found.add((item.dataset, tuple((name, entry.shape) for name, entry in entries)))
+        return [(number, dict(shapes)) for number, shapes in sorted(found)]
 
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know."""
@@ -125,22 +153,27 @@ class CachedDataset(Dataset[Batch]):
         ]
         names = sorted({name for row in rows for name in row} - {"latents"})
         tensors, valid = {}, {}
+        times = max(len(row.get(TIMES, ())) for row in rows)
         for name in names:
-            like = next(row[name] for row in rows if name in row)
-            for index, row in zip(batch.items, rows):
-                if name in row and row[name].shape != like.shape:
+            given = [row.get(name) for row in rows]
+            if name in self.tables:
+                given = [None if table is None else _lengthened(table, times, name) for table in given]
+            like = next(tensor for tensor in given if tensor is not None)
+            for index, tensor in zip(batch.items, given):
+                if tensor is not None and tensor.shape != like.shape:
                     raise CacheError(
-                        f"{self.items[index].id}: its {name} is {list(row[name].shape)}, others of its batch have "
+                        f"{self.items[index].id}: its {name} is {list(tensor.shape)}, others of its batch have "
                         f"{list(like.shape)}; the caches were made with different settings, run the cache jobs again"
                     )
-            tensors[name] = torch.stack([row.get(name, torch.zeros_like(like)) for row in rows])
-            valid[name] = torch.tensor([name in row for row in rows])
+            tensors[name] = torch.stack([torch.zeros_like(like) if tensor is None else tensor for tensor in given])
+            valid[name] = torch.tensor([tensor is not None for tensor in given])
         return Batch(
             torch.stack([row["latents"] for row in rows]).float(),
             tensors,
             valid,
             [self.items[index].id for index in batch.items],
             batch.presentations,
+            torch.tensor([self.items[index].dataset for index in batch.items]),
         )
 
     def __len__(self) -> int:
@@ -163,6 +196,23 @@ class CachedDataset(Dataset[Batch]):
             except (OSError, EOFError) as error:
                 raise CacheError(f"{cached.path}: changed or removed while training ({error})") from error
         return tensors
+
+
+def _refuse(head: str, wrong: list[str]) -> None:
+    """Stop if something is wrong, and show the first ten.
+
+    Raises:
+        CacheError: with the head as its first line.
+    """
+    if wrong:
+        shown = wrong[:10] + ([f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+        raise CacheError("\n  ".join([head, *shown]))
+
+
+def _lengthened(table: Tensor, length: int, name: str) -> Tensor:
+    """A table [T, ...] with as many entries as the longest of its batch; `linear_lookup` ignores those at infinite times."""
+    rest = table.new_full((length - len(table), *table.shape[1:]), math.inf if name == TIMES else 0)
+    return torch.cat([table, rest]) if len(rest) else table
 
 
 def _of_caption(tensors: Mapping[str, TensorEntry], caption: int) -> dict[str, TensorEntry]:

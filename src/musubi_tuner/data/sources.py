@@ -48,6 +48,11 @@ class Item:
     more_captions: tuple[str, ...] = ()
 
     @property
+    def dataset(self) -> int:
+        """Number of its dataset."""
+        return int(self.key.partition(":")[0])
+
+    @property
     def captions(self) -> tuple[str, ...]:
         """All captions."""
         return (self.caption, *self.more_captions)

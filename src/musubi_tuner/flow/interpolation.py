@@ -128,12 +128,13 @@ def unpack_patches(tokens_BNC: Tensor, height: int, width: int, patch: int = 2) 
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
 
 
-def linear_lookup(values_BTd: Tensor, grid_T: Tensor, t_B: Tensor) -> Tensor:
+def linear_lookup(values_BTd: Tensor, grid: Tensor, t_B: Tensor) -> Tensor:
     """Interpolate tabulated values at one time per sample.
 
     Args:
         values_BTd: [B, T, ...] one table per sample.
-        grid_T: ascending times of the table; need not be evenly spaced.
+        grid: ascending times of the tables, [T] for all or [B, T] for each; need not be evenly spaced. Where tables of
+            different lengths are stacked, a shorter grid ends with times of infinity, whose entries are never read.
         t_B: [B]; times outside the grid take the end value.
 
     Returns:
@@ -142,16 +143,21 @@ def linear_lookup(values_BTd: Tensor, grid_T: Tensor, t_B: Tensor) -> Tensor:
     Raises:
         ValueError: if the numbers of samples or of table entries do not agree.
     """
-    if t_B.shape != values_BTd.shape[:1]:
-        raise ValueError(f"got {tuple(t_B.shape)} times, expected ({len(values_BTd)},): one value per sample")
-    if grid_T.shape != values_BTd.shape[1:2]:
-        raise ValueError(f"the grid has {tuple(grid_T.shape)} times, the tables {values_BTd.shape[1]} entries")
-    grid = grid_T.float()
-    t = t_B.float().clamp(grid[0], grid[-1])
-    if len(grid) == 1:
-        return values_BTd[:, 0].float()
-    low = (torch.searchsorted(grid, t, right=True) - 1).clamp(0, len(grid) - 2)
-    rows = torch.arange(len(t), device=values_BTd.device)
-    left, right = values_BTd[rows, low].float(), values_BTd[rows, low + 1].float()
-    a = per_sample((t - grid[low]) / (grid[low + 1] - grid[low]), left)
+    count, length = values_BTd.shape[:2]
+    if t_B.shape != (count,):
+        raise ValueError(f"got {tuple(t_B.shape)} times, expected ({count},): one value per sample")
+    if grid.shape not in ((length,), (count, length)):
+        raise ValueError(f"the grid has {tuple(grid.shape)} times, the tables {length} entries")
+    grid_BT = grid.float().expand(count, length).contiguous()
+    last = grid_BT.isfinite().sum(1) - 1
+    rows = torch.arange(count, device=values_BTd.device)
+    t = torch.minimum(torch.maximum(t_B.float(), grid_BT[:, 0]), grid_BT[rows, last])
+    low = (torch.searchsorted(grid_BT, t[:, None], right=True)[:, 0] - 1).clamp(min=0)
+    low = torch.minimum(low, (last - 1).clamp(min=0))
+    high = torch.minimum(low + 1, last)
+    width = grid_BT[rows, high] - grid_BT[rows, low]
+    # A grid of one time has no width, and neither has the row of zeros of a sample without a table.
+    width = torch.where(width > 0, width, torch.ones_like(width))
+    left, right = values_BTd[rows, low].float(), values_BTd[rows, high].float()
+    a = per_sample((t - grid_BT[rows, low]) / width, left)
     return (1 - a) * left + a * right

@@ -363,7 +363,8 @@ def _empty_batch(
     size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
     tensors = {name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()}
     valid = dict.fromkeys(tensors, torch.ones(batch_size, dtype=torch.bool))
-    batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+    ids = torch.zeros(batch_size, dtype=torch.int64)
+    batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
     uniforms = {name: torch.full((batch_size,), 0.5) for name in process.uniforms}
     return batch, Draws(torch.zeros(size), torch.full((batch_size,), 0.5), uniforms)
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,11 +94,15 @@ def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> By
     spec, chosen = config.spec, config.cache.dtype
     sizes = {"latents": "float32", "text": "bfloat16", "experts": "float32"}
     widths = {kind: getattr(torch, dtype if chosen == "auto" else chosen).itemsize for kind, dtype in sizes.items()}
+    counts, groups = Counter(item.dataset for item in items), config.dataset_groups()
     inputs = 0
-    for name, shape in plan.shapes.items():
-        inputs += torch.Size(shape).numel() * widths["experts" if name in spec.expert_keys else "text"]
+    for group in groups:
+        own = plan if len(groups) == 1 else spec.load("plan_model")(config.limited_to(group))
+        for name, shape in own.shapes.items():
+            size = torch.Size(shape).numel() * widths["experts" if name in spec.expert_keys else "text"]
+            inputs += size * sum(counts[number] for number in group)
     cells = sum(item.bucket[0] * item.bucket[1] // spec.vae_factor**2 for item in items)
-    return cells * spec.latent_channels * widths["latents"] + inputs * len(items)
+    return cells * spec.latent_channels * widths["latents"] + inputs
 
 
 def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tuple[Bytes, Bytes]:

@@ -52,7 +52,8 @@ class ModelSpec:
         sample_size: default side of a drawn picture in pixels.
         t5_preset: published T5 that a single file without config is taken for; t5_attention_mask: whether T5 sees it.
         guidance_embedded: the model takes a guidance number; classifier-free guidance is then separate.
-        expert_keys: names of the teacher tensors in an experts cache; empty = no such job.
+        expert_keys: names of the teacher tensors in an experts cache, each begun by the name of its teacher; empty = no such
+            job.
         defaults: dotted config key -> value where the family differs from the schema.
         dataset_defaults: shared dataset key -> value.
         choices: dotted config key -> the values that this family knows, where it does not know all.

@@ -53,6 +53,25 @@ def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: boo
     return Plan(found, held_out, status, steps)
 
 
+def _state(status: KindStatus) -> str:
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
+    return f"{status.fresh} up to date, {len(status.due)} to make" + (f" ({reasons})" if reasons else "")
+
+
+def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
+    """Teachers of every dataset and the state of their features, where not all datasets have the same."""
+    if kind != "experts" or len(config.dataset_groups()) == 1:
+        return []
+    lines = []
+    for number, dataset in enumerate(config.datasets):
+        own, items = config.experts_of(dataset), [item for item in plan.found.items if item.dataset == number]
+        text = f"no teachers: {len(items)} images are trained without"
+        if own.teachers:
+            text = f"{' and '.join(own.teachers)} at {own.time_buckets} times: {_state(plan.status[kind].of(items))}"
+        lines.append(f"           {dataset.name}: {text}")
+    return lines
+
+
 def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     """The plan as text."""
     steps, train = plan.steps, config.train
@@ -76,9 +95,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         lines.append(f"  captions {several} images have several; each presentation draws one")
     lines += mask_lines(config, plan.found.items)
     for kind, status in plan.status.items():
-        text = f"{status.fresh} up to date, {len(status.due)} to make"
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
-        lines.append(f"  {kind:<8} {text}" + (f" ({reasons})" if reasons else ""))
+        lines.append(f"  {kind:<8} {_state(status)}")
+        lines += _dataset_lines(config, plan, kind)
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"

@@ -18,7 +18,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,14 @@ def default_settings() -> dict[str, Any]:
     return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
-def data_digest(items: list[Item], masked: bool, held_out: Sequence[Item] = ()) -> str:
-    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out."""
+def data_digest(
+    items: list[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out.
+
+    Args:
+        teachers: how [experts] differs in every dataset.
+    """
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
@@ -125,7 +131,25 @@ def data_digest(items: list[Item], masked: bool, held_out: Sequence[Item] = ()) 
             digest.update(repr(item.mask.source).encode())
     for item in held_out:
         digest.update(repr(("held out", item.key, item.caption, item.bucket, item.batch_size)).encode())
+    for number, own in enumerate(teachers):
+        if own:
+            digest.update(repr(("experts", number, sorted(own.items()))).encode())
     return digest.hexdigest()[:16]
+
+
+def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedDataset]) -> None:
+    """Compare what is cached, of every dataset, with what the model takes.
+
+    Raises:
+        ConfigError: naming the dataset where there are several.
+    """
+    for cached in datasets:
+        for number, shapes in cached.shapes():
+            try:
+                config.spec.load("check_caches")(config, geometry, shapes)
+            except ConfigError as error:
+                where = f"{config.datasets[number].name}: " if len(config.datasets) > 1 else ""
+                raise ConfigError(f"{where}{error}") from error
 
 
 def environment(config: RunConfig, threads: int, processes: int, device: torch.device) -> dict[str, Any]:
@@ -179,7 +203,11 @@ class Trainer:
         self.environment = environment(config, threads, self.processes, self.device)
         self.items = items
         trained, held_out = hold_out(items, config.validation)
-        self.data_digest = data_digest(trained, config.train.masked_loss, held_out)
+        teachers = [
+            {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
+            for dataset in config.datasets
+        ]
+        self.data_digest = data_digest(trained, config.train.masked_loss, held_out, teachers)
         self.folder, self.name = config.output_dir, config.run.name
         kinds = needed_kinds(config)
         self.dataset = CachedDataset(config, trained, kinds)
@@ -215,7 +243,7 @@ class Trainer:
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
-        config.spec.load("check_caches")(config, self.geometry, self.dataset.shapes())
+        check_caches(config, self.geometry, [dataset for dataset in (self.dataset, self.measured) if dataset])
         self.process = config.spec.load("make_process")(config, self.options)
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
         self.parameters = trainable(self.trained)
@@ -400,7 +428,7 @@ class Trainer:
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
         if values["data"] != self.data_digest:
-            differences.append("the data set has other images, captions, masks, buckets or batch sizes")
+            differences.append("the data set has other images, captions, masks, buckets, batch sizes or teachers")
         if values.get("base") != self.base:
             differences.append("the checkpoint below the adapter holds other weights")
         if differences:

@@ -130,11 +130,11 @@ class Project:
 
     def run(self, kind: str, config: RunConfig | None = None, **options: Any) -> int:
         """Run a real cache job and return its exit code."""
-        from musubi_tuner.caching.jobs import JOBS
+        from musubi_tuner.caching.jobs import run_jobs
 
         config = config or self.config()
         family = config.spec.load("checkpoint_options")(config)
-        return JOBS[kind](config, JobOptions(**options), family)
+        return run_jobs(config, kind, JobOptions(**options), family)
 
     def files(self) -> dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]]:
         """All cache files by path below the cache folder: metadata, and dtype, shape and bytes of every tensor.

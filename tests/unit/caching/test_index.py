@@ -18,12 +18,12 @@ from musubi_tuner.errors import CacheError
 KINDS_LIST = list(KINDS)
 
 
-def roots(project: Any) -> dict[str, Path]:
-    return {str(n): dataset.cache_directory for n, dataset in enumerate(project.config().datasets)}
+def roots(project: Any) -> list[Path]:
+    return [dataset.cache_directory for dataset in project.config().datasets]
 
 
 def open_all(project: Any) -> list[dict[str, CachedFile]]:
-    return open_items(project.items(), roots(project), KINDS_LIST, "tf")
+    return open_items(project.items(), roots(project), [KINDS_LIST], "tf")
 
 
 def from_headers(project: Any) -> list[dict[str, CachedFile]]:
@@ -180,7 +180,7 @@ def test_sub_folders_are_part_of_the_names(project: Any) -> None:
     project.picture("x/a")
     project.picture("y/a")
     assert project.run("text") == 0
-    found = open_items(project.items(), roots(project), ["text"], "tf")
+    found = open_items(project.items(), roots(project), [["text"]], "tf")
     assert [files["text"].path.as_posix() for files in found] == [
         "cache/x/a_tf_te.safetensors",
         "cache/y/a_tf_te.safetensors",
@@ -202,7 +202,7 @@ def test_missing_files_are_listed_with_the_job_and_at_most_ten(project: Any) -> 
     for index in range(6):
         project.picture(f"p{index}")
     with pytest.raises(CacheError) as caught:
-        open_items(project.items(), roots(project), ["latents", "text"], "tf")
+        open_items(project.items(), roots(project), [["latents", "text"]], "tf")
     head, *lines = str(caught.value).split("\n  ")
     assert head == "caches are not complete; run the cache jobs first"
     assert lines[:2] == [

@@ -184,7 +184,9 @@ def test_an_item_without_a_teacher_tensor_gets_a_zero_row_that_is_marked(config:
             {"t_buckets_float32": torch.arange(10.0)}
             | {name: tensor for name, tensor in stored.items() if name.removesuffix("_float32") in keys},
         )
-    found = CachedDataset(config, items, ["latents", "experts"])[batch(0, 1, 2)]
+    both = config.experts.model_copy(update={"enable_lune": True, "enable_sol": True})
+    dataset = CachedDataset(config.model_copy(update={"experts": both}), items, ["latents", "experts"])
+    found = dataset[batch(0, 1, 2)]
     assert {name: valid.tolist() for name, valid in found.valid.items()} == {
         "lune_features": [True, False, True],
         "sol_stats": [True, True, False],
@@ -365,7 +367,10 @@ def test_shapes_are_those_of_one_caption(config: RunConfig, items: list[Item]) -
     for item in items:
         write(item, "text", {"t5_vec_float32": torch.zeros(2), "t5_vec_v1_float32": torch.ones(2)})
     own = [replace(item, more_captions=("another",)) for item in items]
-    assert CachedDataset(config, own, ["latents", "text"]).shapes() == {"latents": (16, 8, 8), "t5_vec": (2,)}
+    assert CachedDataset(config, own, ["latents", "text"]).shapes() == [
+        (0, {"latents": (16, 6, 10), "t5_vec": (2,)}),
+        (0, {"latents": (16, 8, 8), "t5_vec": (2,)}),
+    ]
 
 
 def test_files_of_other_captions_are_refused(config: RunConfig, items: list[Item]) -> None:

@@ -335,6 +335,26 @@ def test_lookup_in_a_half_precision_table_is_interpolated_in_float32() -> None:
     assert found.item() == 1.00048828125
 
 
+def test_lookup_on_grids_of_several_kinds_equals_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.tensor(times) for times in ([0.05, 0.3, 0.7, 0.95], [0.25, 0.75], [0.5], [0.1, 0.2, 0.9, 1.0])]
+    tables = [torch.randn(len(grid), 3, generator=generator) for grid in grids]
+    stacked = torch.full((4, 4, 3), math.nan)
+    times = torch.full((4, 4), math.inf)
+    for row, (grid, table) in enumerate(zip(grids, tables)):
+        stacked[row, : len(grid)], times[row, : len(grid)] = table, grid
+    for t in (*torch.linspace(0, 1, 41).tolist(), 0.3, 0.7):
+        found = linear_lookup(stacked, times, torch.full((4,), t))
+        for row, (grid, table) in enumerate(zip(grids, tables)):
+            assert torch.equal(found[row], linear_lookup(table[None], grid, torch.tensor([t]))[0]), (row, t)
+
+
+def test_lookup_of_a_sample_without_a_table_is_finite_and_leaves_the_others_alone() -> None:
+    tables = torch.tensor([[[0.0], [0.0], [0.0]], [[1.0], [2.0], [4.0]]])
+    grids = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.5, 1.0]])
+    assert linear_lookup(tables, grids, torch.tensor([0.3, 0.75])).flatten().tolist() == [0.0, 3.0]
+
+
 def test_lookup_needs_one_time_per_sample() -> None:
     with pytest.raises(ValueError, match="one value per sample"):
         linear_lookup(torch.zeros(3, 4, 2), torch.linspace(0, 1, 4), torch.zeros(2))

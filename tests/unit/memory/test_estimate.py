@@ -86,7 +86,8 @@ tensors = {name: torch.randn(batch_size, *shape) for name, shape in plan.shapes.
 if "t_buckets" in tensors:
     tensors["t_buckets"] = torch.linspace(0.05, 0.95, tensors["t_buckets"].shape[1]).expand(batch_size, -1)
 valid = {name: torch.ones(batch_size, dtype=torch.bool) for name in tensors}
-batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)))
+ids = torch.zeros(batch_size, dtype=torch.int64)
+batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
 planned = MicroBatch(tuple(range(batch_size)), tuple(range(batch_size)))
 dtype = {"no": None, "bf16": torch.bfloat16}[config.train.mixed_precision]
 for step in range(2):
@@ -295,7 +296,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
                     adapter={"rank": 4}, memory={"blocks_to_swap": 4, "gradient_checkpointing": True},
                     save={"every_steps": 3, "keep_last_steps": 2, "dtype": "bfloat16"})  # fmt: skip
     config = load_config(path)
-    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1) for side in (256, 128, 256)]
+    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1, dataset=0) for side in (256, 128, 256)]
     steps = calculate_steps([(3, 1)], num_processes=1, grad_accum_steps=2, max_steps=10, max_epochs=None)
     lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
     assert lines[0].startswith("  memory   about ")

@@ -70,7 +70,8 @@ def make_batch(count: int = 4, without_teacher: tuple[int, ...] = (), dtype: tor
         for row in without_teacher:
             tensors[name][row] = 0
             valid[name][row] = False
-    return Batch(latents, tensors, valid, [f"item {i}" for i in range(count)], tuple(range(count)))
+    ids = torch.zeros(count, dtype=torch.int64)
+    return Batch(latents, tensors, valid, [f"item {i}" for i in range(count)], tuple(range(count)), ids)
 
 
 def part(batch: Batch, rows: slice) -> Batch:
@@ -82,6 +83,7 @@ def part(batch: Batch, rows: slice) -> Batch:
         {name: batch.valid[name][rows] for name in names},
         batch.items[rows],
         batch.presentations[rows],
+        batch.dataset_ids[rows],
     )
 
 
@@ -317,7 +319,7 @@ def guesses() -> dict[str, Tensor]:
 
 
 def test_main_loss_is_the_mean_squared_error_of_each_sample() -> None:
-    terms = losses(process(min_snr_gamma=0.0), {})
+    terms = losses(process(lune=False, sol=False, min_snr_gamma=0.0), {})
     prediction, target = predictions()
     assert set(terms) == {"main"}
     assert terms["main"].weight == 1.0
@@ -406,6 +408,16 @@ def test_samples_that_do_not_distil_have_a_zero_term() -> None:
     terms = losses(own, conditioning(own, make_batch(without_teacher=(0, 2))))
     for name in ("lune", "sol"):
         assert (terms[name].per_sample_B != 0).tolist() == [False, True, False, True]
+
+
+def test_teachers_of_a_run_have_their_terms_even_in_batches_without_features() -> None:
+    # Processes add up their terms by position: those of a batch from a dataset without teachers must be the same ones.
+    own, batch = process(), make_batch(without_teacher=(0, 1, 2, 3))
+    terms = losses(own, conditioning(own, part(batch, slice(0, 4))), update=5000)
+    assert list(terms) == ["main", "lune", "sol"]
+    for name in ("lune", "sol"):
+        assert terms[name].per_sample_B.tolist() == [0.0] * 4
+        assert terms[name].weight == losses(own, conditioning(own), update=5000)[name].weight > 0
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ class Pictures:
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         valid = {name: torch.ones(len(rows), dtype=torch.bool) for name in tensors}
         items = [self.items[index].id for index in planned.items]
-        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations)
+        ids = torch.zeros(len(planned), dtype=torch.int64)
+        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations, ids)
 
 
 def make_model(dropout: float = 0.0) -> nn.Module:

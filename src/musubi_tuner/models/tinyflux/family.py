@@ -161,7 +161,8 @@ def _freeze_base(model: TinyFluxDeep, config: RunConfig) -> list[str]:
 def plan_model(config: RunConfig) -> ModelPlan:
     """The model of a run without storage."""
     geometry, experts = geometry_of(config), config.experts
-    length, times, side = config.model.t5_max_tokens, experts.time_buckets, geometry.sol_spatial_size
+    times = max(config.experts_of(dataset).time_buckets for dataset in config.datasets)
+    length, side = config.model.t5_max_tokens, geometry.sol_spatial_size
     shapes: dict[str, tuple[int, ...]] = {
         "t5_vec": (length, geometry.joint_attention_dim),
         "t5_mask": (length,),

@@ -116,8 +116,9 @@ def check(config: "RunConfig") -> list[Diagnostic]:
         found.append(
             Diagnostic("error", "sample.guidance", f"is {config.sample.guidance}, expected at least 1 (= off)")
         )
-    teachers = bool(experts.extracted)
-    if teachers and experts.unet is None and config.cache.run != "never":
+    every = [config.experts_of(dataset) for dataset in config.datasets] or [experts]
+    used = [own for own in every if own.extracted]
+    if any(own.unet is None for own in used) and config.cache.run != "never":
         found.append(
             Diagnostic(
                 "error",
@@ -126,7 +127,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
                 "enable_sol = false to train without teachers",
             )
         )
-    if teachers and resolve_experts(config)["expert_input"] == "noised_image" and experts.vae is None:
+    if resolve_experts(config)["expert_input"] == "noised_image" and any(own.vae is None for own in used):
         found.append(
             Diagnostic(
                 "error",

@@ -5,8 +5,10 @@
 In the noise fraction that `flow` speaks, sigma = 1 - t. The shift bends t, so a shift above 1 moves training and
 sampling towards clean images, the opposite of FLUX.
 
-Beside the main loss there are two distillation terms, present where a sample has teacher features:
-Lune (predicted against real mid-block features) and Sol (attention statistics and map).
+Beside the main loss there are two distillation terms, one for each teacher of the run:
+Lune (predicted against real mid-block features) and Sol (attention statistics and map). Samples without features of a
+teacher, such as those of a dataset that has none, take the model's own guess and add nothing to its term. The features
+of a sample are looked up on its own grid of times.
 """
 
 from dataclasses import dataclass
@@ -55,11 +57,6 @@ def scale_sol_map(map_BSS: Tensor, norm: str) -> Tensor:
     if norm == "max":
         return map_BSS / map_BSS.amax(dim=(1, 2), keepdim=True).clamp(min=1e-8)
     raise ValueError(f"unknown sol_spatial_norm '{norm}'; known: sum, mean, max")
-
-
-def time_grid(batch: Any) -> Tensor:
-    """Times at which the teachers were run, [T]: equal for all samples that have features, zero for the others."""
-    return batch.tensors["t_buckets"].amax(dim=0)
 
 
 @dataclass(frozen=True)
@@ -125,13 +122,13 @@ class TinyFluxProcess:
         if self.masks is not None and "mask_weights" in batch.tensors:
             inputs["mask_weights"] = self.masks.weights(batch.tensors["mask_weights"], batch.valid["mask_weights"])
         if self.teachers.lune and "lune_features" in batch.tensors:
-            features = linear_lookup(batch.tensors["lune_features"], time_grid(batch), time_B)
+            features = linear_lookup(batch.tensors["lune_features"], batch.tensors["t_buckets"], time_B)
             inputs["lune"] = self._teacher(
                 {"features": features}, batch.valid["lune_features"], uniforms["lune_dropout"],
                 settings.lune_teacher_dropout, keep_text,
             )  # fmt: skip
         if self.teachers.sol and "sol_stats" in batch.tensors:
-            grid = time_grid(batch)
+            grid = batch.tensors["t_buckets"]
             maps = linear_lookup(batch.tensors["sol_spatial"], grid, time_B)
             target = {
                 "stats": linear_lookup(batch.tensors["sol_stats"], grid, time_B),
@@ -206,7 +203,7 @@ class TinyFluxProcess:
         extra: dict[str, Any],
         update: int,
     ) -> dict[str, LossTerm]:
-        """``main``, and ``lune`` and ``sol`` where the batch has teacher features."""
+        """``main``, and ``lune`` and ``sol`` where the run has these teachers: in every batch, so that all processes add up the same."""
         settings = self.objective
         error = (
             huber_loss(prediction, target, settings.huber_delta)
@@ -224,14 +221,19 @@ class TinyFluxProcess:
         if settings.min_snr_gamma:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
         terms = {"main": LossTerm(main, 1.0)}
-        if lune is not None:
-            loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode, settings.huber_delta)
-            weight = ramp(update, settings.lune_warmup_steps, settings.lune_weight)
-            terms["lune"] = LossTerm(torch.where(lune["distil"], loss, torch.zeros_like(loss)), weight)
-        if sol is not None:
-            loss = sol_loss(extra["sol_stats_pred"], sol["stats"], extra["sol_spatial_pred"], sol["spatial"])
-            weight = ramp(update, settings.sol_warmup_steps, settings.sol_weight)
-            terms["sol"] = LossTerm(torch.where(sol["distil"], loss, torch.zeros_like(loss)), weight)
+        nothing = torch.zeros_like(time_B)
+        if self.teachers.lune:
+            loss = nothing
+            if lune is not None:
+                loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode, settings.huber_delta)
+                loss = torch.where(lune["distil"], loss, nothing)
+            terms["lune"] = LossTerm(loss, ramp(update, settings.lune_warmup_steps, settings.lune_weight))
+        if self.teachers.sol:
+            loss = nothing
+            if sol is not None:
+                loss = sol_loss(extra["sol_stats_pred"], sol["stats"], extra["sol_spatial_pred"], sol["spatial"])
+                loss = torch.where(sol["distil"], loss, nothing)
+            terms["sol"] = LossTerm(loss, ramp(update, settings.sol_warmup_steps, settings.sol_weight))
         return terms
 
     def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
