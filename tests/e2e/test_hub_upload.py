@@ -3,7 +3,7 @@
 The hub is `hub_server`, on this machine.
 """
 
-import json
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import pytest
 from project import REPOSITORY, ForkServer, Result, copy_tree, differing, final_files, metrics, write_run
 
 from hub_server import Hub, environment, serving
+from musubi_tuner.config import load_config
+from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.upload_run import main as upload_run
 
 REPO = "someone/photos"
@@ -54,8 +56,8 @@ class Setting:
     def variables(self, hub: Hub) -> dict[str, str]:
         return {**environment(hub.url, str(self.folder / "hub home")), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
 
-    def train(self, config: Path, hub: Hub, **variables: str) -> Result:
-        return self.server.run("train", [config], config.parent, **self.variables(hub), **variables)
+    def train(self, config: Path, hub: Hub, *options: str, **variables: str) -> Result:
+        return self.server.run("train", [config, *options], config.parent, **self.variables(hub), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +166,17 @@ def test_errors_of_the_hub_neither_stop_nor_change_the_training(hub: Hub, settin
     """One checkpoint meets a wrong token, the next a broken server, three times; then all is well."""
     hub.troubles = [401, 500, 500, 500]
     config = setting.new("errors", {"upload_logs": False})
-    result = setting.train(config, hub).expect(0)
+    options = ["--set", "sample.seed=3", "--huggingface_token", "hf_secret_of_the_line"]
+    result = setting.train(config, hub, *options).expect(0)
+    assert hub.tokens == {"Bearer hf_secret_of_the_line"}
     assert_same_training(config.parent / "out", alone)
     assert [message for message, _ in hub.commits] == ["Checkpoint step 12", "Release step 12"]
     assert_named(result, "Checkpoint step 5", "put a token with write access into HF_TOKEN")
     assert_named(result, "Checkpoint step 10", "500")
     assert "hub: uploaded to someone/photos: 1 checkpoint(s), the release step 12" in result.out
-    assert f"python -m musubi_tuner.upload_run '{config}'" in result.out or f"upload_run {config}" in result.out
-    assert "hf_test" not in result.out + result.err
+    command = ["python", "-m", "musubi_tuner.upload_run", str(config), *options[:2]]
+    assert f"to upload what this run's folder holds: {shlex.join(command)}\n" in result.out
+    assert "hf_secret" not in result.out + result.err
 
 
 def test_silence_of_the_hub_neither_stops_nor_changes_the_training(hub: Hub, setting: Setting, alone: Path) -> None:
@@ -211,24 +216,41 @@ def test_on_a_schedule_of_its_own_the_newest_checkpoint_is_uploaded_once(hub: Hu
     assert {name.rpartition("/")[2]: files[name] for name in files if name.startswith(f"{RUN}photos-state/")} == state
 
 
-def test_the_best_checkpoint_is_the_release(hub: Hub, setting: Setting) -> None:
-    config = setting.new(
-        "best",
-        {"release": "best", "upload_logs": False},
-        save={"every_steps": 0},
-        optimizer={"lr": 1.0},  # so that the first measurement is the best
-        validation={"split": 0.5, "seed": 2, "times": 2, "every_steps": 6, "every_epochs": 0},
-    )
+def test_logs_go_up_with_each_checkpoint_and_a_checkpoint_goes_up_once(
+    hub: Hub, setting: Setting, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.silent = True
+    for name, value in setting.variables(hub).items():
+        monkeypatch.setenv(name, value)
+    config = setting.new("by hand", {"finish_seconds": 0})
+    copy_tree(alone, config.parent / "out")
+    uploads = RunUploads(load_config(config))
+    uploads.newest()
+    uploads.newest()
+    assert hub.asked.wait(60)
+    assert uploads.uploader.left == 2
+    uploads.finish()
+    assert [commit.message for commit in uploads.uploader.failed] == ["Logs", "Checkpoint step 12"]
+    assert capsys.readouterr().out.startswith("hub: waiting for 2 upload(s), at most 0 s (hub.finish_seconds)\n")
+
+
+def test_the_best_checkpoint_is_the_release(hub: Hub, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch of a run that ends early in its second is the first, which ends at 6."""
+    changes: dict[str, Any] = {"train": {"max_steps": 8}, "save": {"every_steps": 0, "best": True}}
+    config = setting.new("best", {"release": "best", "upload_logs": False}, **changes)
     setting.train(config, hub).expect(0)
-    out, files = config.parent / "out", uploaded(hub)
-    best = json.loads((out / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]["best"]
-    assert messages(hub, "Release")[-1] == f"Release step {best['step']}"
-    assert best["step"] != STEPS
+    assert [message for message, _ in hub.commits] == ["Release step 6", "Checkpoint step 8"]
+    out, (_, files) = config.parent / "out", hub.commits[0]
+    assert set(files) == RELEASE
     assert files["model.safetensors"] == (out / "best.safetensors").read_bytes()
     assert files["ema.safetensors"] == (out / "best_ema.safetensors").read_bytes()
     assert files["config.json"] == (out / "config.json").read_bytes()
-    assert f"trained for {best['step']} updates" in files["README.md"].decode()
-    assert files[f"{RUN}photos.safetensors"] == (out / "photos.safetensors").read_bytes()
+    assert "trained for 6 updates" in files["README.md"].decode()
+    # What this start of the program did not upload, since an earlier one found it, goes up at the end.
+    for name, value in setting.variables(hub).items():
+        monkeypatch.setenv(name, value)
+    assert upload_run([str(config)]) == 0
+    assert [message for message, _ in hub.commits[2:]] == ["Checkpoint step 8", "Release step 6"]
 
 
 @pytest.mark.slow
