@@ -111,6 +111,8 @@ def test_commits_arrive_in_order_at_their_places_in_a_private_repository(hub: Hu
     card = "---\nlibrary_name: x\n---\n# cat\n"
     root = {"model.safetensors": run / "cat-step00000010.safetensors", "README.md": card}
     uploader.upload("release", "Release step 10", root)
+    wait_until(lambda: uploader.left == 0)
+    assert not list(run.glob(".tmp-*/*"))  # a pruned file takes up no space once it is uploaded
     uploader.close()
     assert counts(uploader) == (2, 0)
     assert hub.commits == [
