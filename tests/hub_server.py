@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         status: answer to every request; a refusal repeats the token, as a careless proxy might. silent: never answer.
+        troubles: answers to the first requests, one each; then `status` counts. gate: while it is not set, requests wait.
         over: the test is over. asked: the first request is here.
         repositories: ``owner/name`` -> path -> content, for downloads. gated: of them, those that need a licence.
         downloads: paths of the files that were fetched.
@@ -32,6 +33,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
         self.status, self.silent = 200, False
+        self.troubles: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
         self.over = threading.Event()
         self.asked = threading.Event()
         self.tokens: set[str | None] = set()
@@ -60,8 +64,11 @@ class Answers(BaseHTTPRequestHandler):
         if hub.silent:
             hub.over.wait()
             return
-        if hub.status != 200:
-            self.answer({"error": f"refused: {self.headers.get('authorization')}"}, hub.status)
+        while not hub.gate.wait(0.02) and not hub.over.is_set():
+            pass
+        status = hub.troubles.pop(0) if hub.troubles else hub.status
+        if status != 200:
+            self.answer({"error": f"refused: {self.headers.get('authorization')}"}, status)
         elif self.path == "/api/repos/create":
             hub.created.append(json.loads(body))
             made = hub.created[-1]

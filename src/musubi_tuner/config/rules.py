@@ -123,6 +123,10 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
             )
     if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
+    if config.hub.repo_id is not None and config.hub.release == "best" and not config.keeps_best:
+        found.append(
+            _error("hub.release", 'is "best", but no best is kept; write save.best = true, or set validation.split')
+        )
     return found
 
 
@@ -434,6 +438,16 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             config.hub.repo_id is None,
             tuple(p.key for p in parameters() if p.section == "hub" and p.name != "repo_id"),
             "hub.repo_id is absent",
+        ),
+        (
+            config.hub.repo_id is not None and config.hub.upload_samples and config.sample.prompts is None,
+            ("hub.upload_samples",),
+            "sample.prompts is absent",
+        ),
+        (
+            config.hub.repo_id is not None and not (config.save.every_steps or config.save.every_epochs),
+            tuple(key for key in ("hub.every_steps", "hub.every_epochs") if config.get(key)),
+            nothing,
         ),
         (
             config.distributed.num_processes == 1,

@@ -651,7 +651,7 @@ class LogSection(Section):
 
 
 class HubSection(Section):
-    """Upload of checkpoints to a repository on the hub; never stops the training."""
+    """Upload of a run to a repository on the hub; never stops the training."""
 
     repo_id: str | None = param(None, "Repository `owner/name`; absent = no upload.", flat=("huggingface_repo_id",),
                                 resume="free")  # fmt: skip
@@ -659,7 +659,35 @@ class HubSection(Section):
     private: bool = param(True, "Visibility of a repository that has to be created.", resume="free")
     token: str | None = param(None, "Access token; better left to the HF_TOKEN variable.", flat=("huggingface_token",),
                               secret=True, resume="free")  # fmt: skip
-    timeout_seconds: int = param(600, "An upload that takes longer is given up.", ge=1, resume="free")
+    every_steps: int = param(
+        0, "Upload the newest checkpoint every so many updates; 0 here and below = every checkpoint when it is saved. The final "
+        "one is always uploaded.", flat=("upload_every_steps",), ge=0, resume="free",
+    )  # fmt: skip
+    every_epochs: int = param(
+        0, "Upload the newest checkpoint every so many epochs.", flat=("upload_every_epochs",), ge=0, resume="free"
+    )
+    release: Literal["final", "best", "none"] = param(
+        "final", "Checkpoint that `owner/name` loads, at the root of the repository: the final one, or the best so far whenever "
+        "there is a better one.", resume="free",
+    )  # fmt: skip
+    upload_samples: bool = param(True, "Upload the pictures that are drawn, to samples/.", resume="free")
+    upload_logs: bool = param(
+        True,
+        "Upload TensorBoard events and metrics.jsonl to logs/, with each checkpoint and at the end.",
+        resume="free",
+    )
+    upload_state: bool = param(
+        False, "Upload states with the checkpoints, to continue elsewhere: several times as much data.", resume="free"
+    )
+    timeout_seconds: int = param(
+        600, "An upload that takes longer, its three attempts together, is given up.", ge=1, resume="free"
+    )
+    retry_seconds: float = param(
+        5.0, "Pause before the second attempt; four times as long before the third.", ge=0, le=3600, resume="free"
+    )
+    finish_seconds: int = param(
+        1800, "A run that ends waits so long for uploads that are left; then they are given up and named.", ge=0, resume="free"
+    )  # fmt: skip
 
 
 class ResumeSection(Section):

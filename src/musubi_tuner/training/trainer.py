@@ -71,9 +71,11 @@ from musubi_tuner.training.optimizers import (
     set_learning_rate,
     trainable,
 )
+from musubi_tuner.training.release import write_release
 from musubi_tuner.training.sampling import EncodedPrompts, decode_images, draw, encode_prompts, save_samples
 from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
+from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
 
 Listing = Callable[[Entry], None]
@@ -216,6 +218,7 @@ class Trainer:
         self.steps = count_steps(config, trained, self.processes)
         self.total = self.steps.total_updates
         self.position = Position()
+        self.uploads: RunUploads | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -298,11 +301,8 @@ class Trainer:
                 length=metrics_length,
                 tensorboard=config.log.tensorboard,
             )
-        self.uploader = None
         if self.main and config.hub.repo_id is not None:
-            from musubi_tuner.training.hub import HubUploader
-
-            self.uploader = HubUploader(config.hub, self.name)
+            self.uploads = RunUploads(config)
 
     @property
     def adapters(self) -> bool:
@@ -495,8 +495,6 @@ class Trainer:
         finally:
             if self.metrics:
                 self.metrics.close()
-            if self.uploader:
-                self.uploader.close()
 
     def _epoch(self) -> bool:
         """Run what is left of an epoch; true when the run is complete."""
@@ -527,6 +525,8 @@ class Trainer:
             if is_last:
                 return True
             self._save_if_due(epoch_ends, stopping)
+            if self.uploads and self._due(config.hub.every_steps, config.hub.every_epochs, epoch_ends):
+                self.uploads.newest()
             fault_point("train.update")
             if stopping:
                 raise Interrupted(
@@ -777,6 +777,8 @@ class Trainer:
             checkpoints = CheckpointList.read(self.folder, self.name)
             checkpoints.add("best", entry)
             fault_point("best.listed")
+            if self.uploads and self.config.hub.release == "best":
+                self.uploads.release(entry)
         self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
@@ -815,6 +817,8 @@ class Trainer:
             )
             self.metrics.image("samples", sheet, self.position.step)
             self.metrics.say(f"step {self.position.step}: drew {len(pictures)} samples into {folder}")
+            if self.uploads:
+                self.uploads.samples(self.position.step)
         self.accelerator.wait_for_everyone()
 
     def _save_if_due(self, epoch_ends: bool, stopping: int) -> None:
@@ -867,11 +871,8 @@ class Trainer:
         checkpoints.prune("epoch", config.save.keep_last_epochs)
         if self.metrics:
             self.metrics.say(f"step {position.step}: saved {entry.model}")
-        if self.uploader:
-            files = [self.folder / part for part in (entry.model, entry.ema) if part]
-            files += [self.folder / name for name in ("config.json", f"{self.name}.config.toml")]
-            files = [path for path in files if path.exists()]
-            self.uploader.upload(f"Checkpoint step {position.step}", files)
+        if self.uploads:
+            self.uploads.saved(entry)
         return entry
 
     def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str) -> None:
@@ -915,9 +916,6 @@ class Trainer:
         """The final checkpoint and the release folder."""
         if self.main:
             self._save("final", "final", self.name, before_listing=self._release)
-            if self.config.save.release and self.uploader:
-                root = {path.name: path for path in sorted((self.folder / "release").iterdir())}
-                self.uploader.upload("Release", [], to_root=root)
             assert self.metrics is not None
             if self._follows_epochs and self.best and self.best.value == math.inf:
                 self.metrics.say("note: no epoch was trained to its end, so save.best kept nothing")
@@ -930,9 +928,14 @@ class Trainer:
                 self.metrics.say(f"note: {self.swap.recoveries} blocks had to be fetched on the spot instead of ahead")
         self.accelerator.wait_for_everyone()
 
+    def finish_uploads(self) -> None:
+        """Upload the logs and wait for all uploads, however the run ended."""
+        if self.uploads:
+            self.uploads.finish()
+
     def _release(self, entry: Entry) -> None:
         if self.config.save.release:
-            write_release(self.folder, self.name, entry, self.config, self.steps.images_per_epoch)
+            write_release(self.config, entry)
 
 
 def load_vae(config: RunConfig, device: torch.device) -> Any:
@@ -1017,40 +1020,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def write_release(folder: Path, name: str, entry: Entry, config: RunConfig, images: int) -> Path:
-    """A folder that from_pretrained loads: weights, averages, config and a short model card."""
-    import shutil
-
-    from musubi_tuner.files import replace_file
-
-    release = folder / "release"
-    release.mkdir(exist_ok=True)
-    adapters = config.adapter.type != "none"
-    pairs = {"model.safetensors": entry.model, "ema.safetensors": entry.ema, "config.json": "config.json"}
-    contents = """`model.safetensors` holds the trained weights, `ema.safetensors` their moving average, `config.json` the geometry and the
-options of training."""
-    if adapters:
-        pairs = {f"{name}.safetensors": entry.model, f"{name}_ema.safetensors": entry.ema}
-        contents = (
-            f"`{name}.safetensors` is a LoRA of rank {config.adapter.rank} under the names of musubi-tuner and sd-scripts; "
-            "`python -m musubi_tuner.convert_lora` writes those of diffusers and ComfyUI."
-        )
-    for target, origin in pairs.items():
-        if origin:
-            replace_file(release / target, lambda path, o=origin: shutil.copyfile(folder / o, path) and None)  # type: ignore[misc]
-    card = f"""---
-library_name: musubi-tinyflux
----
-# {name}
-
-{"A LoRA on " if adapters else ""}{config.spec.title} trained for {entry.step} updates on {images} images per epoch with musubi-tinyflux {__version__}.
-
-{contents}
-"""
-    write_text(release / "README.md", card)
-    return release
-
-
 def train(config: RunConfig, items: list[Item]) -> None:
     """Train a run whose caches are complete, alone or as one process of several."""
     trainer = Trainer(config, items)
@@ -1063,9 +1032,11 @@ def train(config: RunConfig, items: list[Item]) -> None:
             )
             # What an interrupted start may still resume from is pruned at its next save, not here.
             tidy(folder, config.run.name)
+            stack.callback(trainer.finish_uploads)
         trainer.accelerator.wait_for_everyone()
         trainer.build()
         trainer.run()
-    trainer.accelerator.wait_for_everyone()
-    if trainer.processes > 1:
-        torch.distributed.destroy_process_group()
+        trainer.accelerator.wait_for_everyone()
+        if trainer.processes > 1:
+            # Before the main process waits for its uploads: the others need not.
+            torch.distributed.destroy_process_group()

@@ -142,6 +142,22 @@ def test_repository_id_may_be_the_name_of_a_local_folder_too(load: Load, project
     assert load(hub='repo_id = "owner/cat"').hub.repo_id == "owner/cat"
 
 
+@pytest.mark.parametrize(
+    ("tables", "kept"),
+    [({}, False), ({"save": "best = true"}, True), ({"validation": "split = 0.1"}, True),
+     ({"validation": "split = 0.1", "save": "best = false"}, False)],
+)  # fmt: skip
+def test_the_best_is_the_release_only_where_it_is_kept(
+    tables: dict[str, str], kept: bool, problems: Problems, load: Load
+) -> None:
+    hub = REPOSITORY + 'release = "best"'
+    if kept:
+        assert load(hub=hub, **tables).hub.release == "best"
+    else:
+        refusal = 'hub.release: is "best", but no best is kept; write save.best = true, or set validation.split'
+        assert problems(hub=hub, **tables) == [refusal]
+
+
 # Settings without effect
 
 
@@ -154,7 +170,10 @@ NO_PROMPTS, NO_REPO, NOT_SAVED = "sample.prompts is absent", "hub.repo_id is abs
 NO_SPLIT = "validation.split is 0"
 NO_WARMUP, ONE_PROCESS = "scheduler.warmup_steps is 0", "distributed.num_processes is 1"
 SNR_OFF, EMA_OFF = "the min-SNR weight is off", "ema.enabled is false"
-NO_UPLOAD_LINES = 'run_name = "x"\nprivate = false\ntoken = "t"\ntimeout_seconds = 5'
+NO_UPLOAD = {"run_name": '"x"', "private": "false", "token": '"t"', "every_steps": "5", "every_epochs": "1", "release": '"best"',
+             "upload_samples": "true", "upload_logs": "false", "upload_state": "true", "timeout_seconds": "5",
+             "retry_seconds": "1.0", "finish_seconds": "5"}  # fmt: skip
+REPOSITORY = 'repo_id = "owner/cat"\n'
 NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_last_epochs = 2"
 
 
@@ -173,8 +192,11 @@ NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_la
          {"optimizer.betas": "Adafactor has its own", "optimizer.eps": "Adafactor has its own"}),
         ({"sample": "every_steps = 5\nsteps = 3\nguidance = 2.0"},
          {"sample.every_steps": NO_PROMPTS, "sample.steps": NO_PROMPTS, "sample.guidance": NO_PROMPTS}),
-        ({"hub": NO_UPLOAD_LINES},
-         {"hub.run_name": NO_REPO, "hub.private": NO_REPO, "hub.token": NO_REPO, "hub.timeout_seconds": NO_REPO}),
+        ({"hub": "\n".join(f"{key} = {value}" for key, value in NO_UPLOAD.items())},
+         {f"hub.{key}": NO_REPO for key in NO_UPLOAD}),
+        ({"hub": REPOSITORY + "upload_samples = true"}, {"hub.upload_samples": NO_PROMPTS}),
+        ({"hub": REPOSITORY + "every_steps = 5\nevery_epochs = 1", "save": "every_steps = 0\nevery_epochs = 0"},
+         {"hub.every_steps": NOT_SAVED, "hub.every_epochs": NOT_SAVED}),
         ({"distributed": "main_process_port = 29500"}, {"distributed.main_process_port": ONE_PROCESS}),
         ({"save": NO_SAVE_LINES}, {"save.keep_last_steps": NOT_SAVED, "save.keep_last_epochs": NOT_SAVED}),
         ({"run": 'device = "cpu"\nallow_tf32 = false\ncudnn_benchmark = false'},
@@ -196,6 +218,11 @@ def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str]
     [
         {"objective": 'loss = "huber"\nhuber_delta = 0.2'},
         {"objective": 'lune_mode = "huber"\nhuber_delta = 0.2'},
+        {"hub": REPOSITORY + "upload_samples = false\nevery_steps = 0", "save": "every_steps = 0"},
+        {
+            "hub": REPOSITORY + "upload_samples = true\nevery_epochs = 2",
+            "sample": 'prompts = ["a cat"]\nevery_steps = 5',
+        },
         {"objective": "min_snr_gamma = 0"},
         {"objective": 'min_snr_form = "none"'},
         {"objective": 'min_snr_gamma = 0\nmin_snr_form = "none"'},
