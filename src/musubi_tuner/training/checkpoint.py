@@ -17,7 +17,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -197,13 +197,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> None:
-    """Write a weight file; floating tensors of at least one axis are cast to ``dtype``."""
+def save_weights(
+    path: Path, tensors: dict[str, Tensor], dtype: str, metadata: dict[str, str], exact: Collection[str] = ()
+) -> None:
+    """Write a weight file; floating tensors of at least one axis are cast to ``dtype``, but for those named in ``exact``."""
     wanted = getattr(torch, dtype)
-    cast = {
-        key: (t.detach().to("cpu", wanted) if t.is_floating_point() and t.ndim else t.detach().cpu()).contiguous()
-        for key, t in tensors.items()
-    }
+
+    def cast_of(key: str, tensor: Tensor) -> Tensor:
+        is_cast = tensor.is_floating_point() and tensor.ndim and key not in exact
+        return (tensor.detach().to("cpu", wanted) if is_cast else tensor.detach().cpu()).contiguous()
+
+    cast = {key: cast_of(key, tensor) for key, tensor in tensors.items()}
     replace_file(path, partial(save_tensors, separate(cast), metadata=metadata))
 
 

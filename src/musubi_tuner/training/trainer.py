@@ -851,7 +851,9 @@ class Trainer:
         if self.adapters:
             save_adapter(self.folder / name, tensors, self._metadata(weights), getattr(torch, dtype))
         else:
-            save_weights(self.folder / name, tensors, dtype, self._metadata(weights))
+            # Buffers are constants of the model, which rounding would change.
+            exact = {key for key, _ in self.trained.named_buffers()}
+            save_weights(self.folder / name, tensors, dtype, self._metadata(weights), exact)
 
     def _metadata(self, weights: str) -> dict[str, str]:
         """Header of a weight file."""
@@ -867,6 +869,7 @@ class Trainer:
                 epoch=self.position.epoch + 1,
                 optimizer=self.optimizer,
                 weights=weights,
+                options=self.options,
             )
         return {
             "format": "pt",
