@@ -643,6 +643,10 @@ class LogSection(Section):
 
     every_steps: int = param(10, "Updates between log lines.", flat=("log_every",), ge=1, resume="free")
     tensorboard: bool = param(True, "Write TensorBoard events to `logs/`.", resume="free")
+    noise_bins: int = param(
+        8, "Equal slices of the noise level, for each of which the training loss is logged; 0 = off.", ge=0, le=100,
+        resume="free",
+    )  # fmt: skip
 
 
 class HubSection(Section):

@@ -43,6 +43,8 @@ from musubi_tuner.tensors import save_tensors
 logger = logging.getLogger(__name__)
 STATE_FORMAT = 1
 LIST_FILE = "checkpoints.json"
+EARLIER_METRICS = {"loss/epoch": "epoch/loss"}
+"""Name of a metric in states of earlier versions -> its name."""
 
 
 @dataclass
@@ -65,16 +67,10 @@ class Entry:
 
 @dataclass
 class Best:
-    """The lowest value of a metric so far; none is below infinity.
-
-    Attributes:
-        total, updates: of the losses of the present epoch, where their mean is the metric.
-    """
+    """The lowest value of a metric so far; none is below infinity."""
 
     metric: str
     value: float = math.inf
-    total: float | torch.Tensor = 0.0
-    updates: int = 0
 
     def improve(self, value: float) -> bool:
         """Take over a value if it is lower; NaN never is."""
@@ -86,13 +82,12 @@ class Best:
     def state(self) -> dict[str, Any]:
         """Plain data for a state."""
         value = None if self.value == math.inf else self.value
-        return {"metric": self.metric, "value": value, "total": float(self.total), "updates": self.updates}
+        return {"metric": self.metric, "value": value}
 
     def load_state(self, stored: dict[str, Any] | None) -> None:
         """Continue from a state, if it followed the same metric."""
-        if stored and stored["metric"] == self.metric:
+        if stored and EARLIER_METRICS.get(stored["metric"], stored["metric"]) == self.metric:
             self.value = math.inf if stored["value"] is None else stored["value"]
-            self.total, self.updates = stored["total"], stored["updates"]
 
 
 @dataclass

@@ -7,6 +7,9 @@ An update is processes x accumulation consecutive micro-batches of the epoch's p
 divided by their number. Randomness is keyed by what it is for, so nothing random has to be saved: a state holds
 weights, averages, optimizer tensors and a position.
 
+A micro-batch waits for nothing that the device computes. An update waits once, to see whether its gradient is finite; several
+processes wait once more, to agree on a signal to stop.
+
 The model goes through accelerate for data parallelism; order, schedule and precision stay ours.
 """
 
@@ -63,6 +66,7 @@ from musubi_tuner.training.checkpoint import (
 )
 from musubi_tuner.training.ema import EMA, unwrap
 from musubi_tuner.training.metrics import Metrics, format_seconds
+from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -250,9 +254,13 @@ class Trainer:
                 processes=self.processes,
                 hidden=config.spec.expert_keys,
             )
-        self.best = Best(METRIC if self.validator else "loss/epoch") if config.keeps_best else None
+        self.best = Best(METRIC if self.validator else "epoch/loss") if config.keeps_best else None
+        self.best_step = 0
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
+        self.bins = NoiseBins(config.log.noise_bins, self._sum_device)
+        self.epoch_total = torch.zeros((), dtype=torch.float64, device=self._sum_device)
+        self.epoch_updates = 0
         self.term_weights: dict[str, float] = {}
         metrics_length = self._resume()
         if self.swap is not None:
@@ -370,9 +378,15 @@ class Trainer:
             name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
             for name, value in values["window"].items()
         }
+        self.bins.load_state(values.get("noise_bins"))
         if not self.main:
             # The main process continues with the losses of all.
             self.window = {name: value * (not name.startswith("loss/")) for name, value in self.window.items()}
+            self.bins.clear()
+        # States of earlier versions hold it beside the best value.
+        epoch = values.get("epoch_loss") or values.get("best") or {}
+        self.epoch_total += epoch.get("total", 0.0)
+        self.epoch_updates = epoch.get("updates", 0)
         self.window_updates = values["window_updates"]
         if self.best:
             self.best.load_state(values.get("best"))
@@ -438,6 +452,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict() if self.scaler else None,
                 "window": {name: value.item() for name, value in self.window.items()},
                 "window_updates": self.window_updates,
+                "noise_bins": self.bins.state(),
+                "epoch_loss": {"total": float(self.epoch_total), "updates": self.epoch_updates},
                 "best": self.best.state() if self.best else None,
                 "metrics_bytes": self.metrics.length,
                 "config": fixed_settings(self.config, self.processes),
@@ -540,6 +556,7 @@ class Trainer:
             strata = stratified_draws(update.micro_batches, config.run.seed, position.epoch, position.step)
         work = self._work_of(update)
         sums: dict[str, Tensor] = {}
+        table = torch.zeros(2, self.bins.count, device=self.device)
         seen: list[str] = []
         for number, (index, planned) in enumerate(work):
             batch = next(batches).to(self.device)
@@ -572,9 +589,11 @@ class Trainer:
                 sums.setdefault(name, torch.zeros((), device=self.device))
                 if index is not None:
                     sums[name] = sums[name] + value
-        self._step(update, sums, seen)
+            if index is not None and self.bins.count:
+                table = table + binned(self.process.sigma(output.time), output.main, self.bins.count)
+        self._step(update, sums, table, seen)
 
-    def _step(self, update: Update, sums: dict[str, Tensor], seen: list[str]) -> None:
+    def _step(self, update: Update, sums: dict[str, Tensor], table: Tensor, seen: list[str]) -> None:
         """Clip, check, step, average, count."""
         config, position = self.config, self.position
         if self.processes > 1 and self.host:
@@ -600,6 +619,7 @@ class Trainer:
             self._add_to_epoch(sums["total"] / update.samples)
             for name, value in sums.items():
                 self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
+            self.bins.add(table)
             self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
             self.window_updates += 1
         else:
@@ -660,15 +680,19 @@ class Trainer:
             # Every rank knows the loss of its own samples; all else is the same everywhere.
             shares = torch.tensor([1.0 if tag.startswith("loss/") else 1.0 / self.processes for tag in tags])
             totals = totals.float() * shares.to(totals.device)
+        totals = torch.cat((totals, self.bins.table.flatten().to(totals.dtype)))
+        if self.processes > 1:
             torch.distributed.all_reduce(totals)
         if self.metrics:
-            means = {tag: value / self.window_updates for tag, value in zip(tags, totals.tolist())}
+            numbers = totals.tolist()
+            means = {tag: value / self.window_updates for tag, value in zip(tags, numbers)}
             ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
             ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
             lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
             values = {
                 **ordered,
                 **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
+                **self.bins.means(numbers[len(tags) :]),
                 "train/lr": lr,
                 "train/grad_norm": means["train/grad_norm"],
                 "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
@@ -681,6 +705,7 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
         self.window, self.window_updates = {}, 0
+        self.bins.clear()
 
     @property
     def _follows_epochs(self) -> bool:
@@ -689,24 +714,24 @@ class Trainer:
 
     def _add_to_epoch(self, loss: Tensor) -> None:
         """Count the loss of an update into the mean of its epoch."""
-        if self.best and self._follows_epochs:
-            loss = loss.to(self._sum_device, torch.float64)
-            if self.processes > 1:
-                # At once, not at the end: so the sum has one order, however often the run is interrupted.
-                torch.distributed.all_reduce(loss)
-            self.best.total = self.best.total + loss  # on the device, without waiting for it
-            self.best.updates += 1
+        loss = loss.to(self._sum_device, torch.float64)
+        if self.processes > 1:
+            # At once, not at the end: so the sum has one order, however often the run is interrupted.
+            torch.distributed.all_reduce(loss)
+        self.epoch_total = self.epoch_total + loss  # on the device, without waiting for it
+        self.epoch_updates += 1
 
     def _end_epoch(self) -> None:
-        """Compare the mean loss of a whole epoch with that of the best."""
-        if self.best and self._follows_epochs and self.best.updates:
-            mean = float(self.best.total) / self.best.updates
-            self.best.total, self.best.updates = 0.0, 0
-            better = self.best.improve(mean)
-            if self.metrics:
-                self.metrics.measured(self.position.step, {self.best.metric: mean}, 0.0)
-            if better:
-                self._save_best()
+        """Write the mean loss of an epoch, and keep its weights if it is the lowest and there is no validation."""
+        if not self.epoch_updates:
+            return
+        step, mean = self.position.step, float(self.epoch_total) / self.epoch_updates
+        self.epoch_total, self.epoch_updates = torch.zeros_like(self.epoch_total), 0
+        if self.metrics:
+            place = self.position.epoch + 1
+            self.metrics.measured(step, {"epoch/loss": mean, "epoch/step": step}, 0.0, place=place)
+        if self.best and self._follows_epochs and self.best.improve(mean):
+            self._save_best()
 
     def _validate(self) -> None:
         """Measure the held-out images, on all processes together, and keep the weights if they are the best."""
@@ -811,6 +836,10 @@ class Trainer:
             totals = torch.stack([self.window[tag] for tag in tags])
             torch.distributed.all_reduce(totals)
             self.window |= {tag: total if self.main else torch.zeros_like(total) for tag, total in zip(tags, totals)}
+        if self.bins.count:
+            torch.distributed.all_reduce(self.bins.table)
+            if not self.main:
+                self.bins.clear()
 
     def _save(
         self,
