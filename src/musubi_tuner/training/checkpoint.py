@@ -5,7 +5,8 @@
     best.safetensors  best_ema.safetensors                     those of the lowest validation loss
     <name>-step00001000-state/  <name>-state/                  everything needed to continue, float32:
         model  ema  optimizer .safetensors, state.json, manifest.json (sha256 of the others)
-    checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files
+    checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files; the final
+                                                               checkpoint has the names of those due at its step too
     config.json                                                geometry and options of the model
 
 A state is written beside, flushed and renamed; reading verifies the manifest. Only files listed in checkpoints.json
@@ -18,7 +19,7 @@ import math
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,21 @@ class CheckpointList:
         entries = {name: vars(entry) for name, entry in self.entries.items()}
         write_json(self.folder / LIST_FILE, {"run": self.run, "checkpoints": entries})
 
-    def add(self, name: str, entry: Entry) -> None:
-        """Append a checkpoint and write the list."""
-        self.entries.pop(name, None)
-        self.entries[name] = entry
+    def add(self, name: str, entry: Entry, others: Mapping[str, str] | None = None) -> None:
+        """Append a checkpoint and write the list.
+
+        Args:
+            others: further names of it, with their kinds; they come before ``name``. Names that meant its files before they
+                were written again are dropped.
+        """
+        files = {entry.model, entry.ema, entry.state} - {""}
+        own = {**{other: replace(entry, kind=kind) for other, kind in (others or {}).items()}, name: entry}
+        kept = {
+            other: old
+            for other, old in self.entries.items()
+            if other not in own and (old.step == entry.step or not files & {old.model, old.ema, old.state})
+        }
+        self.entries = {**kept, **own}
         self.write()
 
     def adopt(self) -> None:

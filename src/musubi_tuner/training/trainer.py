@@ -21,7 +21,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from musubi_tuner.files import fault_point, folder_lock, write_text
+from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
@@ -372,7 +372,7 @@ class Trainer:
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.position = Position(**values["position"])
-        if self.position.update >= self.steps.updates_per_epoch:
+        if self.position.update >= self.steps.updates_per_epoch and self.position.step < self.total:
             self.position.epoch, self.position.update = self.position.epoch + 1, 0
         self.window = {
             name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
@@ -513,7 +513,7 @@ class Trainer:
             stopping = self._stop_signal()
             if is_last:
                 return True
-            self._save_if_due(epoch_ends, stopping)
+            self._save_if_due(stopping)
             fault_point("train.update")
             if stopping:
                 raise Interrupted(
@@ -773,6 +773,7 @@ class Trainer:
             checkpoints = CheckpointList.read(self.folder, self.name)
             checkpoints.add("best", entry)
             fault_point("best.listed")
+            self.best_step = entry.step
         self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
@@ -813,20 +814,27 @@ class Trainer:
             self.metrics.say(f"step {self.position.step}: drew {len(pictures)} samples into {folder}")
         self.accelerator.wait_for_everyone()
 
-    def _save_if_due(self, epoch_ends: bool, stopping: int) -> None:
-        save, step = self.config.save, self.position.step
-        by_step = bool(save.every_steps) and step % (save.every_steps or 1) == 0
-        by_epoch = bool(save.every_epochs) and epoch_ends and (self.position.epoch + 1) % (save.every_epochs or 1) == 0
-        if not (by_step or by_epoch or stopping):
+    def _due_checkpoints(self, stopping: int = 0) -> dict[str, str]:
+        """Names of the checkpoints on the way that are due now, with their kinds."""
+        save, step, epoch = self.config.save, self.position.step, self.position.epoch + 1
+        epoch_ends = self.position.update == self.steps.updates_per_epoch
+        found = {}
+        if stopping or self._due(save.every_steps, None, epoch_ends):
+            found[f"step_{step}"] = "step"
+        if self._due(None, save.every_epochs, epoch_ends):
+            found[f"epoch_{epoch}"] = "epoch"
+        return found
+
+    def _save_if_due(self, stopping: int) -> None:
+        due = self._due_checkpoints(stopping)
+        if not due:
             return
         if self.processes > 1:
             self._gather_window()
         if self.main:
-            if by_step or stopping:
-                self._save(f"step_{step}", "step", f"{self.name}-step{step:08d}", force_state=bool(stopping))
-            if by_epoch:
-                epoch = self.position.epoch + 1
-                self._save(f"epoch_{epoch}", "epoch", f"{self.name}-{epoch:06d}")
+            stems = {"step": f"step{self.position.step:08d}", "epoch": f"{self.position.epoch + 1:06d}"}
+            for name, kind in due.items():
+                self._save(name, kind, f"{self.name}-{stems[kind]}", force_state=bool(stopping) and kind == "step")
         self.accelerator.wait_for_everyone()
 
     def _gather_window(self) -> None:
@@ -848,20 +856,27 @@ class Trainer:
         stem: str,
         force_state: bool = False,
         before_listing: Listing = lambda entry: None,
+        names: Mapping[str, str] | None = None,
     ) -> Entry:
-        """Write weights, averages and state under one stem, and list them; what is not listed is made again."""
+        """Write weights, averages and state under one stem, and list them; what is not listed is made again.
+
+        Args:
+            names: under which it is listed too, with their kinds.
+        """
         config, position = self.config, self.position
         entry = Entry(position.step, position.epoch + 1, kind, model=f"{stem}.safetensors")
-        self._save_weights(entry.model, self.trained.state_dict(), "model")
+        # What was kept as the best at this very step is not written a second time.
+        is_best = self.best_step == position.step
+        self._save_weights(entry.model, self.trained.state_dict(), "model", "best.safetensors" if is_best else "")
         if self.ema:
             entry.ema = f"{stem}_ema.safetensors"
-            self._save_weights(entry.ema, self.ema.shadow, "ema")
+            self._save_weights(entry.ema, self.ema.shadow, "ema", "best_ema.safetensors" if is_best else "")
         if config.save.state or force_state:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, self._state())
         before_listing(entry)
         checkpoints = CheckpointList.read(self.folder, self.name)
-        checkpoints.add(entry_name, entry)
+        checkpoints.add(entry_name, entry, names)
         fault_point("checkpoint.listed")
         checkpoints.prune("step", config.save.keep_last_steps)
         checkpoints.prune("epoch", config.save.keep_last_epochs)
@@ -874,8 +889,10 @@ class Trainer:
             self.uploader.upload(f"Checkpoint step {position.step}", files)
         return entry
 
-    def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str) -> None:
-        """Write one file of weights, of the model or of its adapters."""
+    def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str, same: str = "") -> None:
+        """Write one file of weights, of the model or of its adapters; ``same`` is a file that holds them already."""
+        if same and link_file(self.folder / same, self.folder / name):
+            return
         dtype = self.config.save.dtype
         if self.adapters:
             save_adapter(self.folder / name, tensors, self._metadata(weights), getattr(torch, dtype))
@@ -917,7 +934,7 @@ class Trainer:
     def _finish(self) -> None:
         """The final checkpoint and the release folder."""
         if self.main:
-            self._save("final", "final", self.name, before_listing=self._release)
+            self._save("final", "final", self.name, before_listing=self._release, names=self._due_checkpoints())
             if self.config.save.release and self.uploader:
                 root = {path.name: path for path in sorted((self.folder / "release").iterdir())}
                 self.uploader.upload("Release", [], to_root=root)
