@@ -294,7 +294,6 @@ class Trainer:
         memory, spec = self.config.memory, self.config.spec
         trained, report = (model, notes) if not self.adapters else prepare_adapters(model, self.config)
         if self.adapters:
-            # A frozen model computes as it will when it draws; only its adapters drop anything out.
             report = [*notes, *report]
             model.eval()
         self.swap, lines = compose_memory(model, memory, spec, self.device)
@@ -307,7 +306,12 @@ class Trainer:
             )
         if self.main and report:
             print("\n".join(report))
-        return model, trained.train()
+        trained.train()
+        for module in trained.modules():
+            # What is frozen computes as it will when it draws; only what trains drops anything out.
+            if not any(parameter.requires_grad for parameter in module.parameters()) and list(module.parameters()):
+                module.eval()
+        return model, trained
 
     def _parallel(self, bare: torch.nn.Module) -> torch.nn.Module:
         """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
