@@ -57,6 +57,18 @@ def replace_file(target: Path, write: Callable[[Path], object], *, sync: bool = 
         sync_path(target.parent)
 
 
+def link_file(source: Path, target: Path) -> bool:
+    """Give a file a second name instead of writing it again; false where the file system has no such links.
+
+    Nothing here writes into a file that exists, so replacing one of the two leaves the other as it was.
+    """
+    try:
+        replace_file(target, lambda path: os.link(source, path))
+    except OSError:
+        return False
+    return True
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace a text file."""
     replace_file(target, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))

@@ -7,6 +7,7 @@ Layers are changed one by one, in float32; the result is stored in the dtype of 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,9 @@ def _main(arguments: Sequence[str]) -> int:
               + (f"; not used: {', '.join(skipped)}" if skipped else ""))  # fmt: skip
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     kept = {key: value for key, value in base.metadata.items() if key != "_quantization_metadata"}
+    # The merged file stands alone, whatever lay beside that of the model.
+    if base.config is not None:
+        kept |= {"config_json": json.dumps(base.config), "options_json": json.dumps(base.options)}
     metadata = {**kept, "modelspec.merged_from": ", ".join(Path(file).name for file in files)}
     replace_file(output, partial(save_tensors, tensors, metadata=metadata))
     print(f"{output}: {spec.title} with {len(files)} LoRA merged, {len(tensors)} tensors")

@@ -3,7 +3,8 @@
     python -m musubi_tuner.plot_metrics RUN
 
 RUN is an output folder, or the run file (TOML) that names it. The files go into RUN/plots: losses.png, learning_rate.png,
-gradient_norm.png, loss_by_noise.png (with [validation]) and step_time.png. A run that still trains can be drawn too.
+gradient_norm.png, training_by_noise.png, loss_by_noise.png (with [validation]) and step_time.png. A run that still trains
+can be drawn too.
 """
 
 import argparse

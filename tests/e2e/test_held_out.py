@@ -12,6 +12,7 @@ from project import (
     GEOMETRY,
     REPOSITORY,
     ForkServer,
+    all_lines,
     content,
     copy_tree,
     differing,
@@ -73,11 +74,7 @@ def validated(setting: Setting) -> tuple[str, Path]:
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in metrics(folder) if "loss/val" in row]
-
-
-def training(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in metrics(folder) if "loss/total" in row]
+    return [row for row in all_lines(folder) if "loss/val" in row]
 
 
 def best_of(folder: Path) -> dict[str, Any]:
@@ -116,7 +113,7 @@ def test_held_out_images_are_cached_and_not_trained(validated: tuple[str, Path])
     assert len(held) == 4 and len(kept) + len(held) == 9
     assert f"{len(held)} image(s) held out, at 4 noise levels; {len(kept)} are trained" in printed
     assert f"data     9 images, {len(kept)} per epoch" in printed
-    epoch_end = next(row for row in training(out) if row["train/epoch"] == 1)
+    epoch_end = next(row for row in metrics(out) if row["train/epoch"] == 1)
     assert epoch_end["train/images"] == len(kept)
 
 
@@ -134,7 +131,7 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(validated: tuple[s
 def test_measuring_leaves_no_trace_in_the_training(setting: Setting, validated: tuple[str, Path]) -> None:
     rarely = setting.train(setting.new("rarely", validation={**SPLIT, "every_steps": 0}))
     assert [row["step"] for row in measured(rarely)] == [STEPS]
-    assert training(rarely) == training(validated[1])
+    assert metrics(rarely) == metrics(validated[1])
     assert differing(final_files(rarely), final_files(validated[1])) == []
     assert measured(rarely)[-1] == measured(validated[1])[-1]
 
@@ -146,7 +143,7 @@ def test_a_killed_run_continues_to_the_same_numbers_and_the_same_best(
     config = setting.new(f"killed {point}")
     setting.server.run("train", [config], config.parent, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
     out = setting.train(config)
-    assert metrics(out) == metrics(validated[1])
+    assert all_lines(out) == all_lines(validated[1])
     assert differing(final_files(out), final_files(validated[1])) == []
     assert best_of(out) == best_of(validated[1])
     assert best_files(out) == best_files(validated[1])
@@ -176,21 +173,22 @@ def test_two_processes_measure_what_one_measures(
 def test_without_validation_the_best_is_the_epoch_of_the_lowest_mean_loss(setting: Setting) -> None:
     changes: dict[str, Any] = {"validation": {}, "save": {"every_steps": 4, "best": True}}
     out = setting.train(setting.new("epochs", train={"max_steps": 12}, **changes))
-    epochs = [row for row in metrics(out) if "loss/epoch" in row]
-    losses = [row["loss/total"] for row in training(out)]
+    epochs = [row for row in all_lines(out) if "epoch/loss" in row]
+    losses = [row["loss/total"] for row in metrics(out)]
     begun = 0
     for row in epochs:
         own = losses[begun : row["step"]]
-        assert row["loss/epoch"] == pytest.approx(sum(own) / len(own), rel=1e-12)
+        assert row["epoch/step"] == row["step"]
+        assert row["epoch/loss"] == pytest.approx(sum(own) / len(own), rel=1e-12)
         begun = row["step"]
     assert len(epochs) == 2 and not measured(out)
-    lowest = min(epochs, key=lambda row: row["loss/epoch"])
+    lowest = min(epochs, key=lambda row: row["epoch/loss"])
     entry = best_of(out)
-    assert (entry["metric"], entry["step"], entry["value"]) == ("loss/epoch", lowest["step"], lowest["loss/epoch"])
+    assert (entry["metric"], entry["step"], entry["value"]) == ("epoch/loss", lowest["step"], lowest["epoch/loss"])
     config = setting.new("epochs killed", train={"max_steps": 12}, **changes)
     setting.server.run("train", [config], config.parent, MUSUBI_FAULT="train.update:9").expect(-signal.SIGKILL)
     again = setting.train(config)
-    assert metrics(again) == metrics(out)
+    assert all_lines(again) == all_lines(out)
     assert best_of(again) == entry and best_files(again) == best_files(out)
 
 
@@ -200,7 +198,7 @@ def test_with_blocks_in_main_memory_the_numbers_are_the_same(setting: Setting) -
     common: dict[str, Any] = {"model": {**tables["model"], "geometry": geometry}, "train": {"max_steps": 4}}
     plain = setting.train(setting.new("deep", **common))
     swapped = setting.train(setting.new("swapped", **common, memory={"blocks_to_swap": 3}))
-    assert metrics(swapped) == metrics(plain)
+    assert all_lines(swapped) == all_lines(plain)
     assert best_files(swapped) == best_files(plain)
 
 

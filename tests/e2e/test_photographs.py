@@ -130,7 +130,9 @@ def test_files_may_be_read_by_whom_the_umask_allows(trained: Trained) -> None:
 
 def test_metrics_hold_every_loss_and_keep_the_clock_apart(trained: Trained) -> None:
     row = json.loads((trained.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    assert set(row) == {"step", "loss/total", "loss/main", "loss/lune", "loss/sol", "loss/lune_weight", "loss/sol_weight", "train/lr", "train/grad_norm",
+    levels = {tag for tag in row if tag.startswith("loss/sigma_")}
+    assert levels and levels <= {f"loss/sigma_{(index + 0.5) / 8:.3f}" for index in range(8)}
+    assert set(row) - levels == {"step", "loss/total", "loss/main", "loss/lune", "loss/sol", "loss/lune_weight", "loss/sol_weight", "train/lr", "train/grad_norm",
                         "train/epoch", "train/images", "train/skipped", "clock"}  # fmt: skip
     assert set(row["clock"]) >= {"images_per_second", "wall"}
     # 20 updates in epochs of 6: three whole epochs of 9 images, and two more updates of 1 or 2 images.

@@ -123,17 +123,25 @@ def test_a_log_line_over_an_interruption_holds_the_losses_of_all_processes(
     processes: int, setting: Setting, alone: Path, python: Callable[..., Result]
 ) -> None:
     """Saved after update 5, between the lines of updates 3 and 6."""
-    config = setting.new(f"lines {processes}", save={"every_steps": 5}, log={"every_steps": 3, "tensorboard": False})
+    log = {"every_steps": 3, "noise_bins": 1, "tensorboard": False}
+    config = setting.new(f"lines {processes}", save={"every_steps": 5}, log=log)
     command = [*LAUNCH, REPOSITORY / "train.py", config]
     killed = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true", MUSUBI_FAULT="train.update:5")
     assert killed.code != 0
     if processes == 1:
         command = [REPOSITORY / "train.py", config, "--grad_accum_steps", "2"]
     python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true").expect(0)
-    single = {row["step"]: row["loss/total"] for row in metrics(alone)}
+    single = {row["step"]: row for row in metrics(alone)}
+    images = {
+        step: row["train/images"] - single.get(step - 1, {"train/images": 0})["train/images"]
+        for step, row in single.items()
+    }
     for row in metrics(config.parent / "out"):
-        mean = sum(single[row["step"] - back] for back in range(3)) / 3
-        assert row["loss/total"] == pytest.approx(mean, rel=1e-4)
+        steps = [row["step"] - back for back in range(3)]
+        assert row["loss/total"] == pytest.approx(sum(single[step]["loss/total"] for step in steps) / 3, rel=1e-4)
+        # With one slice of the noise level, its loss is the mean over all images since the last line.
+        total = sum(single[step]["loss/main"] * images[step] for step in steps)
+        assert row["loss/sigma_0.500"] == pytest.approx(total / sum(images[step] for step in steps), rel=1e-4)
 
 
 def test_continuing_with_fewer_micro_batches_per_update_is_refused(

@@ -111,6 +111,23 @@ class ModelSection(Section):
     rope_freqs: Literal["checkpoint", "exact"] = param(
         "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
     )
+    text_positions: Literal["zero", "index"] | None = param(
+        None,
+        "Position of text tokens in attention: none, as published, or their number; only a new model may choose; absent = as "
+        "in the checkpoint, and none in a new model.",
+    )
+    temperature_per_head: bool | None = param(
+        None,
+        "Give each attention head its own temperature of Sol instead of their mean; only a new model may choose; absent = as "
+        "in the checkpoint, and false in a new model.",
+    )
+    timestep_scale: float | None = param(
+        None,
+        "Factor of the time inside its embedding, 1 as published; more tells close times better apart; only a new model may "
+        "choose; absent = as in the checkpoint, and 1 in a new model.",
+        gt=0,
+        le=1e6,
+    )
     vae_path: str | None = param(None, "Autoencoder: a file, a folder or a hub id.", flat=("vae", "ae"), path=True)
     clip_path: str | None = param(
         None,
@@ -648,6 +665,10 @@ class LogSection(Section):
 
     every_steps: int = param(10, "Updates between log lines.", flat=("log_every",), ge=1, resume="free")
     tensorboard: bool = param(True, "Write TensorBoard events to `logs/`.", resume="free")
+    noise_bins: int = param(
+        8, "Equal slices of the noise level, for each of which the training loss is logged; 0 = off.", ge=0, le=100,
+        resume="free",
+    )  # fmt: skip
 
 
 class HubSection(Section):

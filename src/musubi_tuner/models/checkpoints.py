@@ -376,13 +376,15 @@ def read_weights(path: Path, config: Path | None = None, origin: str | None = No
     found.tensors = {strip_wrappers(key): tensor for key, tensor in found.tensors.items()}
     if not found.tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    place = f"{path}: config"
     if found.config is None:
         for sibling in (*(path.with_name(name) for name in config_names(path.name)), config):
             if sibling is not None and sibling.is_file():
-                found.config = read_json_object(sibling)
-                recorded = as_object(found.config.get("_metadata", {}), f"{sibling}: _metadata")
-                found.options = found.options or as_object(recorded.get("options", {}), f"{sibling}: options")
+                found.config, place = read_json_object(sibling), str(sibling)
                 break
+    if found.config is not None and not found.options:
+        recorded = as_object(found.config.get("_metadata", {}), f"{place}: _metadata")
+        found.options = as_object(recorded.get("options", {}), f"{place}: options")
     return found
 
 

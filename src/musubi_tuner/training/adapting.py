@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -78,8 +79,13 @@ def adapter_metadata(
     epoch: int,
     optimizer: torch.optim.Optimizer,
     weights: str,
+    options: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Header of an adapter file: the fields that sd-scripts and musubi-tuner write, and modelspec. All values are texts."""
+    """Header of an adapter file: the fields that sd-scripts and musubi-tuner write, and modelspec. All values are texts.
+
+    Args:
+        options: of the model below the adapter; see `Trainee`.
+    """
     adapter, objective, train, spec = config.adapter, config.objective, config.train, config.spec
     sizes = Counter((layer.rank, float(layer.alpha)) for _, layer in adapters.items())
     (rank, alpha), _ = sizes.most_common(1)[0]
@@ -155,6 +161,7 @@ def adapter_metadata(
         "modelspec.title": config.run.name,
         "modelspec.resolution": f"{side[0]}x{side[1]}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime()),
+        **({"options_json": json.dumps(dict(options))} if options else {}),
         "weights": weights,
     }
 

@@ -5,7 +5,8 @@
     best.safetensors  best_ema.safetensors                     those of the lowest validation loss
     <name>-step00001000-state/  <name>-state/                  everything needed to continue, float32:
         model  ema  optimizer .safetensors, state.json, manifest.json (sha256 of the others)
-    checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files
+    checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files; the final
+                                                               checkpoint has the names of those due at its step too
     config.json                                                geometry and options of the model
 
 A state is written beside, flushed and renamed; reading verifies the manifest. Only files listed in checkpoints.json
@@ -17,8 +18,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from musubi_tuner.tensors import save_tensors
 logger = logging.getLogger(__name__)
 STATE_FORMAT = 1
 LIST_FILE = "checkpoints.json"
+EARLIER_METRICS = {"loss/epoch": "epoch/loss"}
+"""Name of a metric in states of earlier versions -> its name."""
 
 
 @dataclass
@@ -65,16 +68,10 @@ class Entry:
 
 @dataclass
 class Best:
-    """The lowest value of a metric so far; none is below infinity.
-
-    Attributes:
-        total, updates: of the losses of the present epoch, where their mean is the metric.
-    """
+    """The lowest value of a metric so far; none is below infinity."""
 
     metric: str
     value: float = math.inf
-    total: float | torch.Tensor = 0.0
-    updates: int = 0
 
     def improve(self, value: float) -> bool:
         """Take over a value if it is lower; NaN never is."""
@@ -86,13 +83,12 @@ class Best:
     def state(self) -> dict[str, Any]:
         """Plain data for a state."""
         value = None if self.value == math.inf else self.value
-        return {"metric": self.metric, "value": value, "total": float(self.total), "updates": self.updates}
+        return {"metric": self.metric, "value": value}
 
     def load_state(self, stored: dict[str, Any] | None) -> None:
         """Continue from a state, if it followed the same metric."""
-        if stored and stored["metric"] == self.metric:
+        if stored and EARLIER_METRICS.get(stored["metric"], stored["metric"]) == self.metric:
             self.value = math.inf if stored["value"] is None else stored["value"]
-            self.total, self.updates = stored["total"], stored["updates"]
 
 
 @dataclass
@@ -131,10 +127,21 @@ class CheckpointList:
         entries = {name: vars(entry) for name, entry in self.entries.items()}
         write_json(self.folder / LIST_FILE, {"run": self.run, "checkpoints": entries})
 
-    def add(self, name: str, entry: Entry) -> None:
-        """Append a checkpoint and write the list."""
-        self.entries.pop(name, None)
-        self.entries[name] = entry
+    def add(self, name: str, entry: Entry, others: Mapping[str, str] | None = None) -> None:
+        """Append a checkpoint and write the list.
+
+        Args:
+            others: further names of it, with their kinds; they come before ``name``. Names that meant its files before they
+                were written again are dropped.
+        """
+        files = {entry.model, entry.ema, entry.state} - {""}
+        own = {**{other: replace(entry, kind=kind) for other, kind in (others or {}).items()}, name: entry}
+        kept = {
+            other: old
+            for other, old in self.entries.items()
+            if other not in own and (old.step == entry.step or not files & {old.model, old.ema, old.state})
+        }
+        self.entries = {**kept, **own}
         self.write()
 
     def adopt(self) -> None:
@@ -197,13 +204,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], dtype: str, metadata: dict[str, str]) -> None:
-    """Write a weight file; floating tensors of at least one axis are cast to ``dtype``."""
+def save_weights(
+    path: Path, tensors: dict[str, Tensor], dtype: str, metadata: dict[str, str], exact: Collection[str] = ()
+) -> None:
+    """Write a weight file; floating tensors of at least one axis are cast to ``dtype``, but for those named in ``exact``."""
     wanted = getattr(torch, dtype)
-    cast = {
-        key: (t.detach().to("cpu", wanted) if t.is_floating_point() and t.ndim else t.detach().cpu()).contiguous()
-        for key, t in tensors.items()
-    }
+
+    def cast_of(key: str, tensor: Tensor) -> Tensor:
+        is_cast = tensor.is_floating_point() and tensor.ndim and key not in exact
+        return (tensor.detach().to("cpu", wanted) if is_cast else tensor.detach().cpu()).contiguous()
+
+    cast = {key: cast_of(key, tensor) for key, tensor in tensors.items()}
     replace_file(path, partial(save_tensors, separate(cast), metadata=metadata))
 
 

@@ -1,10 +1,11 @@
 """Curves of a run, drawn from its metrics.jsonl.
 
-    losses.png           losses of training and, where there is one, validation
-    learning_rate.png    as the optimizer had it
-    gradient_norm.png    before clipping
-    loss_by_noise.png    validation loss at each noise level, over the updates and at a few of them
-    step_time.png        seconds per update, and images per second
+    losses.png               losses of training and, where there is one, validation
+    learning_rate.png        as the optimizer had it
+    gradient_norm.png        before clipping
+    training_by_noise.png    training loss around each noise level, over the updates and in a few parts of the run
+    loss_by_noise.png        validation loss at each noise level, over the updates and at a few of them
+    step_time.png            seconds per update, and images per second
 
 A curve of many points is drawn pale, with its running mean over it. A picture whose values the file lacks is not made.
 """
@@ -19,14 +20,14 @@ import numpy as np
 
 from musubi_tuner.errors import DataError
 from musubi_tuner.files import replace_file
-from musubi_tuner.training.metrics import FILE
+from musubi_tuner.training.metrics import FILE, SIGMA
 
 Row = dict[str, Any]
 Points = tuple[np.ndarray, np.ndarray]
 MANY = 120
 """Points from which on a curve is smoothed."""
 SHOWN_STEPS = 5
-"""Validations that are drawn over the noise level."""
+"""Validations, or parts of the training, that are drawn over the noise level."""
 VAL_SIGMA = "loss/val_sigma_"
 
 
@@ -73,6 +74,12 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     ones = np.ones(window)
     total, count = (np.convolve(x, ones)[window // 2 :][: len(values)] for x in (np.where(good, values, 0.0), good))
     return total / np.where(count > 0, count, np.nan)
+
+
+def mean_of(values: np.ndarray) -> float:
+    """Mean of the finite values; NaN of none."""
+    good = values[np.isfinite(values)]
+    return float(good.mean()) if len(good) else float("nan")
 
 
 def _curve(axes: Any, found: Points, label: str, smooth: bool = True, **style: Any) -> None:
@@ -136,11 +143,12 @@ def loss_tags(rows: Iterable[Row]) -> list[str]:
         tag
         for row in rows
         for tag in row
-        if tag.startswith("loss/") and not tag.startswith(VAL_SIGMA) and not tag.endswith("_weight")
+        if tag == "epoch/loss"
+        or (tag.startswith("loss/") and not tag.startswith((VAL_SIGMA, SIGMA)) and not tag.endswith("_weight"))
     )
-    parts = [tag for tag in found if tag not in ("loss/total", "loss/val", "loss/epoch")]
+    parts = [tag for tag in found if tag not in ("loss/total", "loss/val", "epoch/loss")]
     whole = ["loss/total"] if len(parts) > 1 and "loss/total" in found else []
-    return [*whole, *parts, *(tag for tag in ("loss/epoch", "loss/val") if tag in found)]
+    return [*whole, *parts, *(tag for tag in ("epoch/loss", "loss/val") if tag in found)]
 
 
 def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
@@ -149,9 +157,11 @@ def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
     if not tags:
         return False
     figure, axes = _figure(figsize=(9, 5))
-    names = {"loss/val": "validation", "loss/epoch": "mean of the epoch"}
+    names = {"loss/val": "validation", "epoch/loss": "mean of the epoch"}
     for tag in tags:
         style: dict[str, Any] = {"color": "black"} if tag in names else {}
+        if tag == "epoch/loss":
+            style["linestyle"] = "--"
         _curve(axes, points(rows, tag), names.get(tag, tag.removeprefix("loss/")), **style)
     _log_if_wide(axes, *(points(rows, tag)[1] for tag in tags))
     _finish(axes, f"{title}: losses", "loss")
@@ -198,28 +208,40 @@ def plot_step_time(rows: list[Row], target: Path, title: str) -> bool:
     return True
 
 
-def plot_loss_by_noise(rows: list[Row], target: Path, title: str) -> bool:
-    """Validation loss at each noise level: over the updates on the left, over the noise level on the right."""
+def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str, what: str, parts: bool) -> bool:
+    """Loss at each noise level: over the updates on the left, over the noise level on the right.
+
+    Args:
+        prefix: of the tags, before the noise level. what: names the loss.
+        parts: show means over parts of the run on the right, for values of which one line is mostly chance.
+    """
     from matplotlib import colormaps
 
-    tags = sorted({tag for row in rows for tag in row if tag.startswith(VAL_SIGMA)})
+    tags = sorted({tag for row in rows for tag in row if tag.startswith(prefix)})
     if not tags:
         return False
-    sigmas = [float(tag.removeprefix(VAL_SIGMA)) for tag in tags]
-    measured = [row for row in rows if tags[0] in row]
+    sigmas = [float(tag.removeprefix(prefix)) for tag in tags]
+    measured = [row for row in rows if any(tag in row for tag in tags)]
     figure, (left, right) = _figure(1, 2, figsize=(13, 5))
     colours = colormaps["viridis"]
     for tag, sigma in zip(tags, sigmas):
         _curve(left, points(measured, tag), f"{sigma:g}", color=colours(0.95 * sigma))
     every = [points(measured, tag)[1] for tag in tags]
-    chosen = np.unique(np.linspace(0, len(measured) - 1, min(SHOWN_STEPS, len(measured))).round().astype(int))
-    for number, index in enumerate(chosen):
-        row = measured[index]
-        shade = colormaps["cividis"](0.95 * (1 - (number + 1) / len(chosen)))
-        right.plot(sigmas, [row[tag] for tag in tags], marker="o", markersize=4, color=shade, label=f"{row['step']:,}")
+    shown = min(SHOWN_STEPS, len(measured))
+    if parts:
+        groups = np.array_split(np.arange(len(measured)), shown)
+    else:
+        groups = list(np.unique(np.linspace(0, len(measured) - 1, shown).round().astype(int))[:, None])
+    for number, group in enumerate(groups):
+        chosen = [measured[index] for index in group]
+        means = [mean_of(points(chosen, tag)[1]) for tag in tags]
+        shade = colormaps["cividis"](0.95 * (1 - (number + 1) / len(groups)))
+        first, last = chosen[0]["step"], chosen[-1]["step"]
+        label = f"{last:,}" if first == last else f"{first:,} to {last:,}"
+        right.plot(sigmas, means, marker="o", markersize=4, color=shade, label=label)
     for axes in (left, right):
         _log_if_wide(axes, *every)
-    _finish(left, f"{title}: validation loss by noise level", "loss")
+    _finish(left, f"{title}: {what} by noise level", "loss")
     _finish(right, "the same over the noise level", "loss", "noise level (0 = image, 1 = noise)")
     right.set_xlim(0, 1)
     _legend(left, title="noise level", fontsize="small", ncols=-(-len(tags) // 20))
@@ -237,7 +259,8 @@ PLOTS: dict[str, Callable[[list[Row], Path, str], bool]] = {
     "gradient_norm.png": partial(
         _plot_one, tags={"train/grad_norm": "gradient norm"}, ylabel="gradient norm before clipping", wide=True
     ),
-    "loss_by_noise.png": plot_loss_by_noise,
+    "training_by_noise.png": partial(plot_loss_by_noise, prefix=SIGMA, what="training loss", parts=True),
+    "loss_by_noise.png": partial(plot_loss_by_noise, prefix=VAL_SIGMA, what="validation loss", parts=False),
     "step_time.png": plot_step_time,
 }  # fmt: skip
 

@@ -80,11 +80,10 @@ class Generator:
         off = {"gradient_checkpointing": False, "checkpoint_offload": False, "compile": False}
         memory = config.memory.model_copy(update={**off, "blocks_to_swap": swap})
         compose_memory(model, memory, spec, device)
-        options = {
-            "sol_spatial_norm": "sum",
-            "t5_attn_mask": config.model.t5_attn_mask,
-            **spec.load("options_of")(file),
-        }
+        masked = {"t5_attn_mask": config.model.t5_attn_mask}
+        options = {"sol_spatial_norm": "sum", **masked, **spec.load("options_of")(file)}
+        if config.adapter.type != "none" and checkpoint is None:
+            options |= masked  # as the adapter was trained, whatever the model below it was
         process = spec.load("make_process")(config, options)
         encoders, vae = TextEncoders(config, device), load_vae(config, device)
         return cls(config, model, process, encoders, vae, device, bool(options["t5_attn_mask"]))

@@ -2,9 +2,11 @@
 
     loss/total  loss/main  loss/<term>     means over the updates since the last line
     loss/<term>_weight                     factor of a term other than main in the last update
+    loss/sigma_<noise level>               main loss of the samples around a noise level, see `noise_bins`
     train/lr  train/grad_norm  train/epoch
     loss/val  loss/val_sigma_<noise level>  a line of their own after each validation
-    loss/epoch                              likewise after an epoch, where the best epoch is kept
+    epoch/loss  epoch/step                  likewise after an epoch: mean loss of its updates, and the updates done; in
+                                            TensorBoard over the number of the epoch
 
 A line of metrics.jsonl keeps wall-clock values apart, under "clock": everything else of a resumed run equals that of
 an undisturbed one. The state stores the file's length, and resuming cuts the file there.
@@ -19,6 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 FILE = "metrics.jsonl"
+SIGMA = "loss/sigma_"
+"""Begins the tags of the training loss by noise level."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -89,7 +93,8 @@ class Metrics:
             f"step {step}/{self.total}",
             f"loss {values['loss/total']:.4f}",
             *(f"{tag.removeprefix('loss/')} {value:.4f}" for tag, value in values.items()
-              if tag.startswith("loss/") and tag not in ("loss/total", "loss/main") and not tag.endswith("_weight")),
+              if tag.startswith("loss/") and tag not in ("loss/total", "loss/main")
+              and not tag.endswith("_weight") and not tag.startswith(SIGMA)),
             f"lr {values['train/lr']:.2e}",
             f"grad norm {values['train/grad_norm']:.3f}",
             f"{rate:.1f} images/s",
@@ -99,15 +104,19 @@ class Metrics:
             parts.append(f"{peak_gib:.1f} GiB")
         self.say("  ".join(parts))
 
-    def measured(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Write what was measured between updates; it took ``seconds``, which are not those of an update."""
+    def measured(self, step: int, values: dict[str, float], seconds: float, *, place: int | None = None) -> None:
+        """Write what was measured between updates; it took ``seconds``, which are not those of an update.
+
+        Args:
+            place: where TensorBoard shows it; absent = at the step.
+        """
         self._mark += seconds
         clock = {"seconds": round(seconds, 3), "wall": round(time.time(), 3)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "clock": clock}) + "\n")
         if self.writer:
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+                self.writer.add_scalar(tag, value, step if place is None else place)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -34,12 +34,16 @@ class Draws:
     input_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
-        """The same draws on a device."""
+        """The same draws on a device, without waiting for what it computes."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor
+
         return Draws(
-            self.noise.to(device),
-            self.time.to(device),
-            {name: u.to(device) for name, u in self.uniforms.items()},
-            None if self.input_noise is None else self.input_noise.to(device),
+            move(self.noise),
+            move(self.time),
+            {name: move(u) for name, u in self.uniforms.items()},
+            None if self.input_noise is None else move(self.input_noise),
         )
 
 
@@ -105,12 +109,14 @@ class StepOutput:
     Attributes:
         loss: weighted sum of all terms over the samples; its backward is the caller's.
         terms: unweighted sum over the samples by name, detached. time: the family's times, [B].
+        main: the main term of each sample, [B], detached.
         weights: factor of every term but the main one.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     time: Tensor
+    main: Tensor
     weights: dict[str, float]
 
 
@@ -126,7 +132,8 @@ def training_step(model: nn.Module, process: Process, batch: Batch, draws: Draws
     loss = torch.stack([term.weight * term.per_sample_B.sum() for term in terms.values()]).sum()
     sums = {name: term.per_sample_B.detach().sum() for name, term in terms.items()}
     weights = {name: term.weight for name, term in terms.items() if name != "main"}
-    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach(), weights)
+    main = terms["main"].per_sample_B.detach()
+    return StepOutput(loss, {**sums, "total": loss.detach()}, time.detach(), main, weights)
 
 
 def losses_at(

@@ -7,6 +7,9 @@ An update is processes x accumulation consecutive micro-batches of the epoch's p
 divided by their number. Randomness is keyed by what it is for, so nothing random has to be saved: a state holds
 weights, averages, optimizer tensors and a position.
 
+A micro-batch waits for nothing that the device computes. An update waits once, to see whether its gradient is finite; several
+processes wait once more, to agree on a signal to stop.
+
 The model goes through accelerate for data parallelism; order, schedule and precision stay ours.
 """
 
@@ -42,7 +45,7 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from musubi_tuner.files import fault_point, folder_lock, write_text
+from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
@@ -63,6 +66,7 @@ from musubi_tuner.training.checkpoint import (
 )
 from musubi_tuner.training.ema import EMA, unwrap
 from musubi_tuner.training.metrics import Metrics, format_seconds
+from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -281,9 +285,13 @@ class Trainer:
                 processes=self.processes,
                 hidden=config.spec.expert_keys,
             )
-        self.best = Best(METRIC if self.validator else "loss/epoch") if config.keeps_best else None
+        self.best = Best(METRIC if self.validator else "epoch/loss") if config.keeps_best else None
+        self.best_step = 0
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
+        self.bins = NoiseBins(config.log.noise_bins, self._sum_device)
+        self.epoch_total = torch.zeros((), dtype=torch.float64, device=self._sum_device)
+        self.epoch_updates = 0
         self.term_weights: dict[str, float] = {}
         metrics_length = self._resume()
         if self.swap is not None:
@@ -314,7 +322,6 @@ class Trainer:
         memory, spec = self.config.memory, self.config.spec
         trained, report = (model, notes) if not self.adapters else prepare_adapters(model, self.config)
         if self.adapters:
-            # A frozen model computes as it will when it draws; only its adapters drop anything out.
             report = [*notes, *report]
             model.eval()
         self.swap, lines = compose_memory(model, memory, spec, self.device)
@@ -327,7 +334,12 @@ class Trainer:
             )
         if self.main and report:
             print("\n".join(report))
-        return model, trained.train()
+        trained.train()
+        for module in trained.modules():
+            # What is frozen computes as it will when it draws; only what trains drops anything out.
+            if not any(parameter.requires_grad for parameter in module.parameters()) and list(module.parameters()):
+                module.eval()
+        return model, trained
 
     def _parallel(self, bare: torch.nn.Module) -> torch.nn.Module:
         """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
@@ -392,15 +404,21 @@ class Trainer:
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.position = Position(**values["position"])
-        if self.position.update >= self.steps.updates_per_epoch:
+        if self.position.update >= self.steps.updates_per_epoch and self.position.step < self.total:
             self.position.epoch, self.position.update = self.position.epoch + 1, 0
         self.window = {
             name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
             for name, value in values["window"].items()
         }
+        self.bins.load_state(values.get("noise_bins"))
         if not self.main:
             # The main process continues with the losses of all.
             self.window = {name: value * (not name.startswith("loss/")) for name, value in self.window.items()}
+            self.bins.clear()
+        # States of earlier versions hold it beside the best value.
+        epoch = values.get("epoch_loss") or values.get("best") or {}
+        self.epoch_total += epoch.get("total", 0.0)
+        self.epoch_updates = epoch.get("updates", 0)
         self.window_updates = values["window_updates"]
         if self.best:
             self.best.load_state(values.get("best"))
@@ -467,6 +485,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict() if self.scaler else None,
                 "window": {name: value.item() for name, value in self.window.items()},
                 "window_updates": self.window_updates,
+                "noise_bins": self.bins.state(),
+                "epoch_loss": {"total": float(self.epoch_total), "updates": self.epoch_updates},
                 "best": self.best.state() if self.best else None,
                 "metrics_bytes": self.metrics.length,
                 "config": fixed_settings(self.config, self.processes),
@@ -524,7 +544,7 @@ class Trainer:
             stopping = self._stop_signal()
             if is_last:
                 return True
-            self._save_if_due(epoch_ends, stopping)
+            self._save_if_due(stopping)
             if self.uploads and self._due(config.hub.every_steps, config.hub.every_epochs, epoch_ends):
                 self.uploads.newest()
             fault_point("train.update")
@@ -569,6 +589,7 @@ class Trainer:
             strata = stratified_draws(update.micro_batches, config.run.seed, position.epoch, position.step)
         work = self._work_of(update)
         sums: dict[str, Tensor] = {}
+        table = torch.zeros(2, self.bins.count, device=self.device)
         seen: list[str] = []
         for number, (index, planned) in enumerate(work):
             batch = next(batches).to(self.device)
@@ -601,9 +622,11 @@ class Trainer:
                 sums.setdefault(name, torch.zeros((), device=self.device))
                 if index is not None:
                     sums[name] = sums[name] + value
-        self._step(update, sums, seen)
+            if index is not None and self.bins.count:
+                table = table + binned(self.process.sigma(output.time), output.main, self.bins.count)
+        self._step(update, sums, table, seen)
 
-    def _step(self, update: Update, sums: dict[str, Tensor], seen: list[str]) -> None:
+    def _step(self, update: Update, sums: dict[str, Tensor], table: Tensor, seen: list[str]) -> None:
         """Clip, check, step, average, count."""
         config, position = self.config, self.position
         if self.processes > 1 and self.host:
@@ -629,6 +652,7 @@ class Trainer:
             self._add_to_epoch(sums["total"] / update.samples)
             for name, value in sums.items():
                 self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
+            self.bins.add(table)
             self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
             self.window_updates += 1
         else:
@@ -689,15 +713,19 @@ class Trainer:
             # Every rank knows the loss of its own samples; all else is the same everywhere.
             shares = torch.tensor([1.0 if tag.startswith("loss/") else 1.0 / self.processes for tag in tags])
             totals = totals.float() * shares.to(totals.device)
+        totals = torch.cat((totals, self.bins.table.flatten().to(totals.dtype)))
+        if self.processes > 1:
             torch.distributed.all_reduce(totals)
         if self.metrics:
-            means = {tag: value / self.window_updates for tag, value in zip(tags, totals.tolist())}
+            numbers = totals.tolist()
+            means = {tag: value / self.window_updates for tag, value in zip(tags, numbers)}
             ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
             ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
             lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
             values = {
                 **ordered,
                 **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
+                **self.bins.means(numbers[len(tags) :]),
                 "train/lr": lr,
                 "train/grad_norm": means["train/grad_norm"],
                 "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
@@ -710,6 +738,7 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
         self.window, self.window_updates = {}, 0
+        self.bins.clear()
 
     @property
     def _follows_epochs(self) -> bool:
@@ -718,24 +747,24 @@ class Trainer:
 
     def _add_to_epoch(self, loss: Tensor) -> None:
         """Count the loss of an update into the mean of its epoch."""
-        if self.best and self._follows_epochs:
-            loss = loss.to(self._sum_device, torch.float64)
-            if self.processes > 1:
-                # At once, not at the end: so the sum has one order, however often the run is interrupted.
-                torch.distributed.all_reduce(loss)
-            self.best.total = self.best.total + loss  # on the device, without waiting for it
-            self.best.updates += 1
+        loss = loss.to(self._sum_device, torch.float64)
+        if self.processes > 1:
+            # At once, not at the end: so the sum has one order, however often the run is interrupted.
+            torch.distributed.all_reduce(loss)
+        self.epoch_total = self.epoch_total + loss  # on the device, without waiting for it
+        self.epoch_updates += 1
 
     def _end_epoch(self) -> None:
-        """Compare the mean loss of a whole epoch with that of the best."""
-        if self.best and self._follows_epochs and self.best.updates:
-            mean = float(self.best.total) / self.best.updates
-            self.best.total, self.best.updates = 0.0, 0
-            better = self.best.improve(mean)
-            if self.metrics:
-                self.metrics.measured(self.position.step, {self.best.metric: mean}, 0.0)
-            if better:
-                self._save_best()
+        """Write the mean loss of an epoch, and keep its weights if it is the lowest and there is no validation."""
+        if not self.epoch_updates:
+            return
+        step, mean = self.position.step, float(self.epoch_total) / self.epoch_updates
+        self.epoch_total, self.epoch_updates = torch.zeros_like(self.epoch_total), 0
+        if self.metrics:
+            place = self.position.epoch + 1
+            self.metrics.measured(step, {"epoch/loss": mean, "epoch/step": step}, 0.0, place=place)
+        if self.best and self._follows_epochs and self.best.improve(mean):
+            self._save_best()
 
     def _validate(self) -> None:
         """Measure the held-out images, on all processes together, and keep the weights if they are the best."""
@@ -779,6 +808,7 @@ class Trainer:
             fault_point("best.listed")
             if self.uploads and self.config.hub.release == "best":
                 self.uploads.release(entry)
+            self.best_step = entry.step
         self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
@@ -821,20 +851,27 @@ class Trainer:
                 self.uploads.samples(self.position.step)
         self.accelerator.wait_for_everyone()
 
-    def _save_if_due(self, epoch_ends: bool, stopping: int) -> None:
-        save, step = self.config.save, self.position.step
-        by_step = bool(save.every_steps) and step % (save.every_steps or 1) == 0
-        by_epoch = bool(save.every_epochs) and epoch_ends and (self.position.epoch + 1) % (save.every_epochs or 1) == 0
-        if not (by_step or by_epoch or stopping):
+    def _due_checkpoints(self, stopping: int = 0) -> dict[str, str]:
+        """Names of the checkpoints on the way that are due now, with their kinds."""
+        save, step, epoch = self.config.save, self.position.step, self.position.epoch + 1
+        epoch_ends = self.position.update == self.steps.updates_per_epoch
+        found = {}
+        if stopping or self._due(save.every_steps, None, epoch_ends):
+            found[f"step_{step}"] = "step"
+        if self._due(None, save.every_epochs, epoch_ends):
+            found[f"epoch_{epoch}"] = "epoch"
+        return found
+
+    def _save_if_due(self, stopping: int) -> None:
+        due = self._due_checkpoints(stopping)
+        if not due:
             return
         if self.processes > 1:
             self._gather_window()
         if self.main:
-            if by_step or stopping:
-                self._save(f"step_{step}", "step", f"{self.name}-step{step:08d}", force_state=bool(stopping))
-            if by_epoch:
-                epoch = self.position.epoch + 1
-                self._save(f"epoch_{epoch}", "epoch", f"{self.name}-{epoch:06d}")
+            stems = {"step": f"step{self.position.step:08d}", "epoch": f"{self.position.epoch + 1:06d}"}
+            for name, kind in due.items():
+                self._save(name, kind, f"{self.name}-{stems[kind]}", force_state=bool(stopping) and kind == "step")
         self.accelerator.wait_for_everyone()
 
     def _gather_window(self) -> None:
@@ -844,6 +881,10 @@ class Trainer:
             totals = torch.stack([self.window[tag] for tag in tags])
             torch.distributed.all_reduce(totals)
             self.window |= {tag: total if self.main else torch.zeros_like(total) for tag, total in zip(tags, totals)}
+        if self.bins.count:
+            torch.distributed.all_reduce(self.bins.table)
+            if not self.main:
+                self.bins.clear()
 
     def _save(
         self,
@@ -852,20 +893,27 @@ class Trainer:
         stem: str,
         force_state: bool = False,
         before_listing: Listing = lambda entry: None,
+        names: Mapping[str, str] | None = None,
     ) -> Entry:
-        """Write weights, averages and state under one stem, and list them; what is not listed is made again."""
+        """Write weights, averages and state under one stem, and list them; what is not listed is made again.
+
+        Args:
+            names: under which it is listed too, with their kinds.
+        """
         config, position = self.config, self.position
         entry = Entry(position.step, position.epoch + 1, kind, model=f"{stem}.safetensors")
-        self._save_weights(entry.model, self.trained.state_dict(), "model")
+        # What was kept as the best at this very step is not written a second time.
+        is_best = self.best_step == position.step
+        self._save_weights(entry.model, self.trained.state_dict(), "model", "best.safetensors" if is_best else "")
         if self.ema:
             entry.ema = f"{stem}_ema.safetensors"
-            self._save_weights(entry.ema, self.ema.shadow, "ema")
+            self._save_weights(entry.ema, self.ema.shadow, "ema", "best_ema.safetensors" if is_best else "")
         if config.save.state or force_state:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, self._state())
         before_listing(entry)
         checkpoints = CheckpointList.read(self.folder, self.name)
-        checkpoints.add(entry_name, entry)
+        checkpoints.add(entry_name, entry, names)
         fault_point("checkpoint.listed")
         checkpoints.prune("step", config.save.keep_last_steps)
         checkpoints.prune("epoch", config.save.keep_last_epochs)
@@ -875,13 +923,17 @@ class Trainer:
             self.uploads.saved(entry)
         return entry
 
-    def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str) -> None:
-        """Write one file of weights, of the model or of its adapters."""
+    def _save_weights(self, name: str, tensors: dict[str, Tensor], weights: str, same: str = "") -> None:
+        """Write one file of weights, of the model or of its adapters; ``same`` is a file that holds them already."""
+        if same and link_file(self.folder / same, self.folder / name):
+            return
         dtype = self.config.save.dtype
         if self.adapters:
             save_adapter(self.folder / name, tensors, self._metadata(weights), getattr(torch, dtype))
         else:
-            save_weights(self.folder / name, tensors, dtype, self._metadata(weights))
+            # Buffers are constants of the model, which rounding would change.
+            exact = {key for key, _ in self.trained.named_buffers()}
+            save_weights(self.folder / name, tensors, dtype, self._metadata(weights), exact)
 
     def _metadata(self, weights: str) -> dict[str, str]:
         """Header of a weight file."""
@@ -897,6 +949,7 @@ class Trainer:
                 epoch=self.position.epoch + 1,
                 optimizer=self.optimizer,
                 weights=weights,
+                options=self.options,
             )
         return {
             "format": "pt",
@@ -915,7 +968,7 @@ class Trainer:
     def _finish(self) -> None:
         """The final checkpoint and the release folder."""
         if self.main:
-            self._save("final", "final", self.name, before_listing=self._release)
+            self._save("final", "final", self.name, before_listing=self._release, names=self._due_checkpoints())
             assert self.metrics is not None
             if self._follows_epochs and self.best and self.best.value == math.inf:
                 self.metrics.say("note: no epoch was trained to its end, so save.best kept nothing")

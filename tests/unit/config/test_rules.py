@@ -656,3 +656,31 @@ def test_average_of_a_checkpoint_needs_one_that_is_kept(
     tables: dict[str, Any], message: str, problems: Callable[..., list[str]]
 ) -> None:
     assert message in problems(**{"ema": 'init = "checkpoint"', **tables})
+
+
+# Options of new models
+
+
+def test_options_of_the_model_are_no_fields_of_its_geometry(problems: Problems) -> None:
+    found = problems(model=SCRATCH + '\ngeometry = {text_positions = "index"}', **NEW_MODEL)
+    assert found == ["model.geometry.text_positions: unknown key."]
+
+
+def test_a_temperature_per_head_needs_sol(warnings_of: WarningsOf) -> None:
+    model = SCRATCH + "\ntemperature_per_head = true\ngeometry = {use_sol_prior = false}"
+    experts = 'vae = "vae.safetensors"\nenable_sol = false'
+    found = warnings_of(model=model, without=("model.path",), experts=experts)
+    assert found == ["model.temperature_per_head: has no effect because model.geometry.use_sol_prior is false"]
+
+
+@pytest.mark.parametrize("line", ['text_positions = "index"', "temperature_per_head = true", "timestep_scale = 2.0"])
+def test_other_families_have_no_such_options(line: str, problems: Problems) -> None:
+    found = problems(model=f'arch = "fd"\n{line}', without=("experts.unet",))
+    assert [text.split(":")[0] for text in found] == [f"model.{line.split()[0]}"]
+    assert "does not apply to FLUX.1-dev" in found[0]
+
+
+@pytest.mark.parametrize("value", ["0.0", "-1.0"])
+def test_the_time_scale_is_positive(value: str, problems: Problems) -> None:
+    (found,) = problems(model=f"timestep_scale = {value}")
+    assert found.startswith("model.timestep_scale:")

@@ -167,10 +167,10 @@ def test_options_are_read_from_the_config_beside_the_file(tmp_path: Path) -> Non
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", header={**HEADER, "options_json": '{"text_positions": "index"}'})
+    path = write(tmp_path / "a.safetensors", header={**HEADER, "options_json": '{"text_order": "index"}'})
     with pytest.raises(CheckpointError) as caught:
         options_of(load_checkpoint(path))
-    assert str(caught.value) == f"{path}: was trained with unknown options text_positions; update musubi-tinyflux"
+    assert str(caught.value) == f"{path}: was trained with unknown options text_order; update musubi-tinyflux"
 
 
 # Folders

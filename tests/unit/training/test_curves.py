@@ -12,7 +12,8 @@ from musubi_tuner.errors import EXIT_OK, DataError
 from musubi_tuner.plot_metrics import main
 from musubi_tuner.training.curves import PLOTS, loss_tags, plot_run, points, read_rows, running_mean
 
-ALL = ["losses.png", "learning_rate.png", "gradient_norm.png", "loss_by_noise.png", "step_time.png"]
+ALL = ["losses.png", "learning_rate.png", "gradient_norm.png", "training_by_noise.png", "loss_by_noise.png",
+       "step_time.png"]  # fmt: skip
 
 
 def make_rows(count: int = 300, validation: bool = True) -> list[dict[str, Any]]:
@@ -20,7 +21,11 @@ def make_rows(count: int = 300, validation: bool = True) -> list[dict[str, Any]]
     for step in range(1, count + 1):
         clock = {"images_per_second": 10.0, "step_seconds": 0.2}
         loss = {"loss/total": 1.1 / step, "loss/main": 1 / step, "loss/lune": 0.5}
-        rows.append({"step": step, **loss, "train/lr": 1e-4, "train/grad_norm": 2.0 / step, "clock": clock})
+        # A line has the noise levels that its samples happened to have.
+        noise = {f"loss/sigma_{sigma:.3f}": sigma / step for sigma in (0.25, 0.75) if step % 3 or sigma < 0.5}
+        rows.append({"step": step, **loss, **noise, "train/lr": 1e-4, "train/grad_norm": 2.0 / step, "clock": clock})
+        if step % 50 == 0:
+            rows.append({"step": step, "epoch/loss": 1 / step, "epoch/step": step, "clock": {"seconds": 0.0}})
         if validation and step % 100 == 0:
             bins = {f"loss/val_sigma_{sigma:.3f}": sigma / step for sigma in (0.25, 0.75)}
             rows.append({"step": step, "loss/val": 0.5 / step, **bins, "clock": {"seconds": 1.0}})
@@ -62,11 +67,11 @@ def test_one_line_and_values_that_are_not_finite_can_be_drawn(tmp_path: Path) ->
     rows[0]["loss/main"] = float("nan")
     rows[0]["train/grad_norm"] = float("inf")
     made, _ = plot_run(write(tmp_path, rows), tmp_path / "plots", "run")
-    assert len(made) == 4
+    assert len(made) == 5
 
 
 def test_the_total_is_drawn_where_it_has_several_parts() -> None:
-    assert loss_tags(make_rows(100)) == ["loss/total", "loss/main", "loss/lune", "loss/val"]
+    assert loss_tags(make_rows(100)) == ["loss/total", "loss/main", "loss/lune", "epoch/loss", "loss/val"]
     assert loss_tags([{"step": 1, "loss/total": 1.0, "loss/main": 1.0}]) == ["loss/main"]
 
 

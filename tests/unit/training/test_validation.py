@@ -195,12 +195,14 @@ def test_the_best_is_the_lowest_and_is_never_nan() -> None:
 
 
 def test_the_best_continues_from_a_state_of_the_same_metric_only() -> None:
-    best = Best(METRIC, 1.5, 3.0, 2)
-    again, other = Best(METRIC), Best("loss/epoch")
+    best = Best(METRIC, 1.5)
+    again, other = Best(METRIC), Best("epoch/loss")
     again.load_state(best.state())
     other.load_state(best.state())
     assert again == best
-    assert other == Best("loss/epoch")
+    assert other == Best("epoch/loss")
+    other.load_state({"metric": "loss/epoch", "value": 0.5, "total": 3.0, "updates": 2})  # of an earlier version
+    assert other.value == 0.5
     fresh = Best(METRIC)
     fresh.load_state(Best(METRIC).state())
     fresh.load_state(None)

@@ -1,7 +1,9 @@
 """What the trainer, the sampler and the cache jobs ask of the TinyFlux family."""
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from musubi_tuner.models.checkpoints import WeightFile, check_keys, sample_ident
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
-from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance
+from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance, written_options
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
 from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, summary
@@ -30,7 +32,27 @@ def open_checkpoint(config: RunConfig) -> WeightFile | None:
     # With ema.init = "checkpoint" the file named is where the average starts, not the model.
     ema_file = config.model.ema_file if config.ema.init == "model" else None
     source = str(config.locate(config.model.path))
-    return load_checkpoint(source, ema=config.model.weights == "ema", ema_file=ema_file, revision=config.model.revision)
+    file = load_checkpoint(source, ema=config.model.weights == "ema", ema_file=ema_file, revision=config.model.revision)
+    _check_options(file, config)
+    return file
+
+
+def _check_options(file: WeightFile, config: RunConfig) -> None:
+    """Refuse settings under which the weights of a checkpoint would compute something else than they were trained to.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    own = asdict(checkpoint_geometry(file).options)
+    wrong = [
+        f"model.{name} is {json.dumps(value)}, and it was trained with {json.dumps(own[name])}; remove the key"
+        for name, value in written_options(config).items()
+        if value != own[name]
+    ]
+    if options_of(file).get("t5_attn_mask") and not config.model.t5_attn_mask:
+        wrong.append("model.t5_attn_mask is false, and it was trained with padding hidden; set it to true")
+    if wrong:
+        raise ConfigError(f"the checkpoint {config.model.path} does not go with this run: " + "; ".join(wrong))
 
 
 def _average(config: RunConfig, geometry: TinyFluxConfig, notes: list[str]) -> dict[str, Tensor]:
@@ -70,7 +92,7 @@ def checkpoint_options(config: RunConfig) -> dict[str, Any]:
 def geometry_of(config: RunConfig) -> TinyFluxConfig:
     """Shape of the model that a run trains."""
     if config.model.init == "scratch":
-        return TinyFluxConfig.from_dict(config.model.geometry)
+        return TinyFluxConfig.from_dict(config.model.geometry).with_options(written_options(config))
     file = open_checkpoint(config)
     assert file is not None
     return checkpoint_geometry(file)
@@ -105,10 +127,17 @@ def load_for_training(config: RunConfig) -> Trainee:
                 f"experts.enable_{name} is true, but the checkpoint {config.model.path} was built without that part; "
                 f"set experts.enable_{name} = false"
             )
+    recorded = options_of(file) if file else {}
     options = {
-        **resolve_experts(config, options_of(file) if file else {}),
+        **resolve_experts(config, recorded),
         "t5_attn_mask": config.model.t5_attn_mask,
+        **geometry.options.changed(),
     }
+    notes += [
+        f"note: {config.model.path} was trained with {key} = {before}, and this run uses {options[key]}"
+        for key, before in recorded.items()
+        if options.get(key) != before
+    ]
     idle = [] if geometry.guidance_embeds or file is None else written_guidance(config)
     notes += [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
     base = sample_identity(file) if file is not None and config.adapter.type != "none" else None

@@ -3,11 +3,15 @@
 `config.json` is a flat object of exactly these fields (``axes_dims_rope`` a list), optionally with one object
 ``_metadata``. Reading ignores unknown keys and keys that start with an underscore; older spellings are mapped.
 ``guidance_embeds`` is of models before v4.2 and of our own: it is written only where it is true.
+
+`ModelOptions` say how a model computes with the same weights. They are no fields of `config.json`: those that differ from
+the published model stand among the options of training, in ``_metadata.options`` and in the header of weight files.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +25,43 @@ LEGACY_NAMES = {
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """What a new model may compute otherwise than the published one; the defaults are the published ways.
+
+    Attributes:
+        text_positions: ``zero``: text tokens carry no position; ``index``: the i-th is at (i, 0, 0), in both kinds of blocks.
+        temperature_per_head: divide the queries of each head by its own temperature of Sol, not by the mean over heads.
+        timestep_scale: the time embedding is of t times this; Sol's geometric terms keep t.
+
+    Raises:
+        ValueError: naming the value that is not possible.
+    """
+
+    text_positions: str = "zero"
+    temperature_per_head: bool = False
+    timestep_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.text_positions not in ("zero", "index"):
+            raise ValueError(f"text_positions is {self.text_positions!r}, expected 'zero' or 'index'")
+        if not isinstance(self.temperature_per_head, bool):
+            raise ValueError(f"temperature_per_head is {self.temperature_per_head!r}, expected true or false")
+        scale = self.timestep_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"timestep_scale is {scale!r}, expected a positive number")
+        object.__setattr__(self, "timestep_scale", float(scale))
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the published model."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True)
 class TinyFluxConfig:
     """Geometry of a TinyFlux model; the defaults are the published 245 M parameter model.
+
+    Attributes:
+        options: how it computes; not part of `config.json`, see `ModelOptions`.
 
     Raises:
         ValueError: naming the numbers, if they do not fit together.
@@ -51,6 +90,7 @@ class TinyFluxConfig:
     freeze_sol: bool = False
     use_t5_vec: bool = True
     guidance_embeds: bool = False
+    options: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -93,6 +133,8 @@ class TinyFluxConfig:
 
     def _check_types(self) -> None:
         for field in fields(self):
+            if field.name == "options":
+                continue
             value = getattr(self, field.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if field.type is int:
@@ -113,9 +155,23 @@ class TinyFluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
     @classmethod
+    def shape_fields(cls) -> set[str]:
+        """Names of the fields of `config.json`."""
+        return {field.name for field in fields(cls)} - {"options"}
+
+    def with_options(self, values: Mapping[str, Any]) -> Self:
+        """The same shape with the model options among ``values``, the others as published.
+
+        Raises:
+            ValueError: naming a value that is not possible.
+        """
+        known = {field.name for field in fields(ModelOptions)}
+        return replace(self, options=ModelOptions(**{name: values[name] for name in known & set(values)}))
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a `config.json` object; unknown and underscored keys are ignored, legacy names are mapped."""
-        known = {field.name for field in fields(cls)}
+        known = cls.shape_fields()
         current = {name: value for name, value in values.items() if name in known}
         for old, new in LEGACY_NAMES.items():
             if old in values:
@@ -123,15 +179,16 @@ class TinyFluxConfig:
         return cls(**current)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, fields in order."""
+        """Plain JSON values, fields in order, without the options."""
         values = {**asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+        del values["options"]
         if not self.guidance_embeds:
             del values["guidance_embeds"]
         return values
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read a `config.json`.
+        """Read a `config.json`, with the options that its ``_metadata`` records.
 
         Raises:
             ValueError: if the file is not a JSON object, or its numbers do not fit together.
@@ -142,14 +199,18 @@ class TinyFluxConfig:
             raise ValueError(f"{path}: not a JSON file ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
+        metadata = values.get("_metadata")
+        options = metadata.get("options") if isinstance(metadata, dict) else None
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values).with_options(options if isinstance(options, dict) else {})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_json(self, metadata: dict[str, Any] | None = None) -> str:
-        """Text of a `config.json`, with ``metadata`` under ``_metadata`` if given."""
-        values = self.to_dict()
+        """Text of a `config.json`, with ``metadata`` and the options that differ from the published model under ``_metadata``."""
+        values, metadata = self.to_dict(), dict(metadata or {})
+        if self.options.changed():
+            metadata["options"] = {**metadata.get("options", {}), **self.options.changed()}
         if metadata:
             values["_metadata"] = metadata
         return json.dumps(values, indent=2) + "\n"

@@ -6,7 +6,8 @@
     single blocks: one sequence [text, image], attention then MLP
     velocity = final_linear(RMSNorm(img))
 
-Time t counts from 0 (noise) to 1 (image) and enters the embedding as it is; the output is ``x0 - noise``.
+Time t counts from 0 (noise) to 1 (image) and enters the embedding as it is; the output is ``x0 - noise``. New models may
+compute three things otherwise, see `geometry.ModelOptions`.
 Sol sharpens or softens attention (temperature) and modulates image queries and keys (spatial map).
 
 Guarantees: float32 numbers equal the published code (tests/golden). Whatever the compute dtype, timestep
@@ -34,7 +35,7 @@ ROPE_BASE = 10000.0
 
 
 def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:
-    """Numbered text positions (i, 0, 0), [length, 3] float32; the published model does not use them."""
+    """Numbered text positions (i, 0, 0), [length, 3] float32; the published model leaves them all at zero."""
     ids = torch.zeros(length, 3, device=device)
     ids[:, 0] = torch.arange(length, device=device)
     return ids
@@ -139,9 +140,10 @@ class BlockInputs:
     """What every block of one forward pass shares.
 
     Attributes:
-        rope_img: cosines and sines of the image tokens. rope_all: of text and image, for single blocks.
+        rope_img: cosines and sines of the image tokens. rope_all: of text and image, for single blocks. rope_txt: of the
+            text tokens, for double blocks of models with text positions, or None.
         map_B1N: Sol's importance map at latent resolution, or None.
-        sharpness: 1 / temperature [B, 1, 1, 1] that multiplies queries, or None.
+        sharpness: 1 / temperature [B, 1 or A, 1, 1] that multiplies queries, or None.
         key_mask: [B, 1, 1, L + N] boolean, true = may be attended to, or None.
     """
 
@@ -152,8 +154,9 @@ class BlockInputs:
         map_B1N: Tensor | None,
         sharpness: Tensor | None,
         key_mask: Tensor | None,
+        rope_txt: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.rope_img, self.rope_all = rope_img, rope_all
+        self.rope_img, self.rope_all, self.rope_txt = rope_img, rope_all, rope_txt
         self.map_B1N, self.sharpness, self.key_mask = map_B1N, sharpness, key_mask
 
 
@@ -176,6 +179,8 @@ class DoubleAttention(nn.Module):
         txt_qk, txt_v = split_heads(self.txt_qkv(txt), self.heads)
         img_qk, img_v = split_heads(self.img_qkv(img), self.heads)
         img_qk = rotate(img_qk, shared.rope_img)
+        if shared.rope_txt is not None:
+            txt_qk = rotate(txt_qk, shared.rope_txt)
         if shared.map_B1N is not None:
             img_qk = scale_float(img_qk, modulation(self.spatial_to_mod, shared.map_B1N))
         img_q, img_k = img_qk
@@ -331,7 +336,8 @@ class TinyFluxDeep(nn.Module):
             pooled_projections: CLIP pooled text [B, P].
             timestep: t in [0, 1], 0 = noise, [B]; float32 is kept as float32.
             img_ids: [N, 3] or [B, N, 3] (row 0 serves all); built from height and width when absent.
-            txt_ids: [L, 3] or [B, L, 3]; absent = all zero. Acts in single blocks only.
+            txt_ids: [L, 3] or [B, L, 3]; absent = all zero, or numbered in models with text positions. Acts in single
+                blocks, and in double blocks of such models only.
             lune_features: teacher features [B, E]. sol_stats: [B, 3]. sol_spatial: [B, S, S].
             return_expert_pred: return the pair (velocity, experts).
             height, width: latent size; absent = read from img_ids, else the square root of N.
@@ -362,7 +368,7 @@ class TinyFluxDeep(nn.Module):
         pooled = pooled_projections.to(self.dtype)
         img, txt = self.img_in(hidden_states.to(self.dtype)), self.txt_in(t5)
 
-        time_emb = self.time_in(t)
+        time_emb = self.time_in(t * self.config.options.timestep_scale)
         vec = time_emb + self._text_vector(t5, pooled, text_mask)
         lune, sol = None, None
         if self.config.use_lune_expert:
@@ -413,8 +419,10 @@ class TinyFluxDeep(nn.Module):
         width: int,
         text_mask: Tensor | None,
     ) -> BlockInputs:
+        options = self.config.options
+        numbered = options.text_positions == "index"
         if txt_ids is None:
-            txt_ids = img_ids.new_zeros(text_tokens, 3)
+            txt_ids = text_ids(text_tokens, img_ids.device) if numbered else img_ids.new_zeros(text_tokens, 3)
         elif txt_ids.ndim == 3:
             txt_ids = txt_ids[0]
         cos, sin = self.rope(torch.cat((txt_ids.float(), img_ids.float())))
@@ -425,8 +433,11 @@ class TinyFluxDeep(nn.Module):
             rope_img=(cos[text_tokens:], sin[text_tokens:]),
             rope_all=(cos, sin),
             map_B1N=None if sol is None else upsample_map(sol["spatial_importance"], height, width),
-            sharpness=None if sol is None else 1 / attention_temperature(sol["temperature"]),
+            sharpness=None
+            if sol is None
+            else 1 / attention_temperature(sol["temperature"], options.temperature_per_head),
             key_mask=key_mask,
+            rope_txt=(cos[:text_tokens], sin[:text_tokens]) if numbered else None,
         )
 
 

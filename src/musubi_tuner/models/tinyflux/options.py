@@ -46,6 +46,14 @@ def resolve_experts(config: "RunConfig", checkpoint: dict[str, Any] | None = Non
     return resolved
 
 
+def written_options(config: "RunConfig") -> dict[str, Any]:
+    """The model options that a run file sets; see `geometry.ModelOptions`."""
+    from musubi_tuner.models.tinyflux.geometry import ModelOptions
+
+    found = {field.name: getattr(config.model, field.name) for field in fields(ModelOptions)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def written_guidance(config: "RunConfig") -> list[str]:
     """Keys of embedded guidance that a person wrote."""
     return [
@@ -139,7 +147,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
     if model.init == "scratch":
         from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 
-        known = {field.name for field in fields(TinyFluxConfig)}
+        known = TinyFluxConfig.shape_fields()
         for key in model.geometry:
             if key not in known:
                 from musubi_tuner.config.diagnostics import did_you_mean
@@ -155,6 +163,9 @@ def check(config: "RunConfig") -> list[Diagnostic]:
                     found += [
                         no_guidance(key, "model.geometry.guidance_embeds is false") for key in written_guidance(config)
                     ]
+                if model.temperature_per_head is not None and not geometry.use_sol_prior:
+                    reason = "has no effect because model.geometry.use_sol_prior is false"
+                    found.append(Diagnostic("warning", "model.temperature_per_head", reason))
                 for enabled, built, name in (
                     (experts.enable_lune, geometry.use_lune_expert, "lune"),
                     (experts.enable_sol, geometry.use_sol_prior, "sol"),

@@ -2,7 +2,7 @@
 
 Lune: a guess of the teacher's pooled mid-block features, projected into the conditioning vector.
 Sol: a guess of attention statistics and of an importance map, turned into one attention temperature per
-sample and a multiplicative modulation of image queries and keys.
+sample (or per head, in new models that ask for it) and a multiplicative modulation of image queries and keys.
 
 Where a sample has real teacher features they replace the guess; `mask` chooses per sample. The guess is always
 computed: the distillation loss needs it, and data parallel training then sees every parameter in the graph.
@@ -139,9 +139,10 @@ def modulation(to_mod: nn.Conv2d, map_B1N: Tensor) -> Tensor:
     return (weight * map_B1N + bias).clamp(-MODULATION_LIMIT, MODULATION_LIMIT).exp().unsqueeze(-1)
 
 
-def attention_temperature(temperature_BA: Tensor) -> Tensor:
-    """One temperature per sample [B, 1, 1, 1] float32: the mean over heads, at least 0.1.
+def attention_temperature(temperature_BA: Tensor, per_head: bool = False) -> Tensor:
+    """Temperature of the attention, at least 0.1, float32: one per sample [B, 1, 1, 1], or per head [B, A, 1, 1].
 
     The published model averages the heads away, so the per-head spread of `SolPrior` cancels.
     """
-    return temperature_BA.mean(dim=1).clamp(min=MIN_TEMPERATURE).view(-1, 1, 1, 1)
+    temperature = temperature_BA if per_head else temperature_BA.mean(dim=1, keepdim=True)
+    return temperature.clamp(min=MIN_TEMPERATURE)[:, :, None, None]

@@ -6,6 +6,7 @@ Key names are the published ones, used unchanged. Accepted on the way in: wrappe
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
-from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+from musubi_tuner.models.tinyflux.geometry import ModelOptions, TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
 from musubi_tuner.models.tinyflux.upgrade import is_older, remap, shapes, summary, upgrade_weights
@@ -156,15 +157,19 @@ def from_pretrained(
 def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:
     """Geometry of a checkpoint: from its header or a json beside it, else the published one if all shapes agree.
 
+    The options of the model that the checkpoint records are part of it.
+
     Raises:
-        CheckpointError: if there is no geometry and the shapes are not the published ones, or the numbers do not fit.
+        CheckpointError: if there is no geometry and the shapes are not the published ones, the numbers do not fit, or the
+            checkpoint records an option that this version does not know.
     """
+    try:
+        stated = TinyFluxConfig.from_dict(file.config or {}).with_options(options_of(file))
+    except (TypeError, ValueError) as error:
+        what = str(file.path) if "img_in.weight" in file.tensors else _what(file)
+        raise CheckpointError(f"{what}: its config does not fit together: {error}") from error
     if file.config is not None:
-        try:
-            return TinyFluxConfig.from_dict(file.config)
-        except (TypeError, ValueError) as error:
-            what = str(file.path) if "img_in.weight" in file.tensors else _what(file)
-            raise CheckpointError(f"{what}: its config does not fit together: {error}") from error
+        return stated
     published = TinyFluxConfig()
     fitting, report = remap(file.tensors, shapes(published))
     if report.mismatched or not fitting:
@@ -173,7 +178,7 @@ def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:
             f"{_what(file)}: it has no config in its header or beside it, and {key} {list(tensor.shape)} does not "
             "belong to the published geometry. Put the model's config.json beside the file"
         )
-    return published
+    return stated
 
 
 def _what(file: WeightFile) -> str:
@@ -184,13 +189,13 @@ def _what(file: WeightFile) -> str:
 
 
 def options_of(file: WeightFile) -> dict[str, Any]:
-    """Training options recorded in a checkpoint.
+    """Options of the training and of the model recorded in a checkpoint.
 
     Raises:
         CheckpointError: for an option this version does not know; it may change what the weights mean.
     """
     known = {"expert_input", "expert_time", "sol_spatial_norm", "t5_attn_mask"}
-    unknown = sorted(set(file.options) - known)
+    unknown = sorted(set(file.options) - known - {field.name for field in fields(ModelOptions)})
     if unknown:
         raise CheckpointError(
             f"{file.path}: was trained with unknown options {', '.join(unknown)}; update musubi-tinyflux"

@@ -45,6 +45,9 @@ def upgrade_file(
     if ema:
         average = load_checkpoint(source, ema=True, ema_file=ema_file, revision=revision, complete=False)
     geometry = checkpoint_geometry(model)
+    if to == "v3" and geometry.options.changed():
+        names = ", ".join(geometry.options.changed())
+        raise CheckpointError(f"{model.path}: was trained with {names}, which v3 does not know; it has no v3 form")
     written = v3_geometry(geometry) if to == "v3" else geometry
     tensors: dict[str, Tensor] | None = None
     lines = []

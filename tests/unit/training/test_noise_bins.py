@@ -1,0 +1,65 @@
+"""Training losses by noise level: the plain mean of each slice, whatever the split into micro-batches, lines and starts."""
+
+import pytest
+import torch
+
+from musubi_tuner.training.noise_bins import NoiseBins, binned
+from musubi_tuner.training.validation import METRIC, time_grid
+
+CPU = torch.device("cpu")
+
+
+def filled(sigma: torch.Tensor, loss: torch.Tensor, count: int = 4, parts: int = 1) -> NoiseBins:
+    bins = NoiseBins(count, CPU)
+    for some, own in zip(sigma.chunk(parts), loss.chunk(parts)):
+        bins.add(binned(some, own, count))
+    return bins
+
+
+def means(bins: NoiseBins) -> dict[str, float]:
+    return bins.means(bins.table.flatten().tolist())
+
+
+@pytest.mark.parametrize("parts", [1, 5, 37])
+def test_a_slice_holds_the_mean_loss_of_its_samples_however_they_are_split(parts: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sigma, loss = torch.rand(200, generator=generator), torch.rand(200, generator=generator)
+    found = means(filled(sigma, loss, parts=parts))
+    for index, middle in enumerate((0.125, 0.375, 0.625, 0.875)):
+        inside = [float(x) for s, x in zip(sigma, loss) if index / 4 <= float(s) < (index + 1) / 4]
+        assert found[f"loss/sigma_{middle:.3f}"] == pytest.approx(sum(inside) / len(inside), rel=1e-6)
+
+
+def test_tags_are_those_of_the_validation_at_as_many_noise_levels() -> None:
+    validation = [f"{METRIC}_sigma_{middle:.3f}" for middle in time_grid(8)]
+    assert [tag.replace("loss/", "loss/val_") for tag in NoiseBins(8, CPU).tags] == validation
+
+
+def test_both_ends_belong_to_their_slices_and_empty_slices_are_left_out() -> None:
+    assert means(filled(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 6.0]))) == {
+        "loss/sigma_0.125": 2.0,
+        "loss/sigma_0.875": 6.0,
+    }
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_slice() -> None:
+    found = means(filled(torch.tensor([0.1, 0.9]), torch.tensor([1.0, float("inf")])))
+    assert found == {"loss/sigma_0.125": 1.0, "loss/sigma_0.875": float("inf")}
+
+
+def test_a_state_continues_and_one_of_other_slices_counts_for_nothing() -> None:
+    begun = filled(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 3.0]))
+    again, other = NoiseBins(4, CPU), NoiseBins(2, CPU)
+    for bins in (again, other):
+        bins.load_state(begun.state())
+        bins.load_state(None)
+    assert means(again) == {"loss/sigma_0.125": 2.0}
+    assert means(other) == {}
+    again.clear()
+    assert means(again) == {}
+
+
+def test_none_are_kept_where_there_are_no_slices() -> None:
+    bins = NoiseBins(0, CPU)
+    assert bins.state() == [[], []] and means(bins) == {}
+    bins.load_state(bins.state())

@@ -1,0 +1,662 @@
+"""Runs of a few updates inside the test's own process: what settings of a run file do, and what is left of a run.
+
+The images are tensors in memory in the place of cache files, and the model has one block of each kind.
+"""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from musubi_tuner import merge_lora
+from musubi_tuner.config import load_config
+from musubi_tuner.data.buckets import place
+from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.models.checkpoints import find_weights
+from musubi_tuner.models.tinyflux import from_pretrained, load_model
+from musubi_tuner.models.tinyflux.model import rotary_frequencies
+from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
+from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
+from musubi_tuner.training.trainer import Trainer
+
+SIZES = [(32, 32), (48, 32), (32, 32), (32, 32)]
+IMAGES = 8
+"""Six of one bucket and two of another: with batches of 2, an epoch is four micro-batches."""
+GEOMETRY = {
+    "hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 12,
+    "pooled_projection_dim": 10, "num_double_layers": 1, "num_single_layers": 1, "axes_dims_rope": [4, 6, 6],
+    "lune_expert_dim": 6, "lune_hidden_dim": 16, "lune_dropout": 0.5, "sol_spatial_size": 4, "sol_hidden_dim": 12,
+}  # fmt: skip
+TEACHERS = {"expert_input": "random", "expert_time": "reference"}
+
+
+def make_item(number: int) -> Item:
+    size = SIZES[number % len(SIZES)]
+    name = f"image {number}"
+    return Item(name, f"0:{name}", Path(f"{name}.png"), "text", Path("cache"), size, place(size, size), 1, 2)
+
+
+class Pictures:
+    """Images in memory, with the interface of the cached dataset."""
+
+    def __init__(self, config: Any, items: list[Item], kinds: list[str]) -> None:
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        width, height = self.items[index].bucket
+        maps = torch.rand(2, 4, 4, generator=generator)
+        return {
+            "latents": torch.randn(16, height // 8, width // 8, generator=generator),
+            "t5_vec": torch.randn(5, 12, generator=generator),
+            "t5_mask": torch.tensor([1, 1, 1, 1, 0]),
+            "clip_l_pooler": torch.randn(10, generator=generator),
+            "t_buckets": torch.tensor([0.0, 1.0]),
+            "lune_features": torch.randn(2, 6, generator=generator),
+            "sol_stats": torch.rand(2, 3, generator=generator),
+            "sol_spatial": maps / maps.sum(dim=(1, 2), keepdim=True),
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.row(0).items()}
+
+    def plan_items(self) -> list[PlanItem]:
+        return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
+
+    def read(self, planned: MicroBatch, epoch: int) -> Batch:
+        rows = [self.row(index) for index in planned.items]
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        valid = {name: torch.ones(len(rows), dtype=torch.bool) for name in tensors}
+        items = [self.items[index].id for index in planned.items]
+        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations)
+
+
+Start = Callable[..., Trainer]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this file are made."""
+    return tmp_path_factory.mktemp("trainer")
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path) -> Iterator[Start]:
+    """Build the trainer of a run file: the folder's name, then changes by table; None leaves a key out."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trainer_module, "CachedDataset", Pictures)
+    patch.setattr(trainer_module, "estimate_lines", lambda *arguments: [])  # takes longer than the updates
+
+    def begin(name: str, **changes: dict[str, Any]) -> Trainer:
+        trainer = Trainer(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        trainer.build()
+        return trainer
+
+    yield begin
+    patch.undo()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def write(root: Path, **changes: dict[str, Any]) -> Path:
+    """A run file of four updates, an epoch."""
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "output_dir": str(root / "out"), "seed": 3, "device": "cpu", "threads": 1},
+        "model": {"arch": "tf", "init": "scratch", "geometry": GEOMETRY},
+        "experts": TEACHERS,
+        "cache": {"run": "never"},
+        "train": {"max_steps": 4, "mixed_precision": "no"},
+        "optimizer": {"lr": 1e-2},
+        "scheduler": {"warmup_steps": 0},
+        "save": {"every_steps": 0, "every_epochs": 0, "state": False},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    for table, values in changes.items():
+        tables[table] = {**tables.get(table, {}), **values}
+    root.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {
+        name: {key: value for key, value in values.items() if value is not None} for name, values in tables.items()
+    }
+    document |= {"schema_version": 1, "datasets": [{"image_directory": str(root)}], "general": {"resolution": 32}}
+    path = root / "run.toml"
+    path.write_text(tomli_w.dumps(document), encoding="utf-8")
+    return path
+
+
+def lines(trainer: Trainer) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key != "clock"} for row in rows]
+
+
+def updates(trainer: Trainer) -> list[dict[str, Any]]:
+    return [row for row in lines(trainer) if "loss/total" in row]
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def entries(trainer: Trainer) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((trainer.folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
+    return found
+
+
+# Waiting for the device
+
+
+class Reads:
+    """Counts what makes a host wait for a device: values that become numbers, tensors that come to the host, shapes that depend on values."""
+
+    CALLS = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"})
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        reads = self
+
+        class Calls(TorchFunctionMode):
+            """Calls in Python; most end in an operation that is not counted a second time."""
+
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = getattr(func, "__name__", "")
+                before = len(reads.found)
+                result = func(*args, **(kwargs or {}))
+                if name in reads.CALLS:
+                    reads.found[before:] = [name]
+                return result
+
+        class Operations(TorchDispatchMode):
+            """Operations, also of the backward pass and of the optimizer."""
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                chosen = args[1] if func is torch.ops.aten.index.Tensor else ()
+                by_mask = any(index is not None and index.dtype == torch.bool for index in chosen)
+                if by_mask or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                    reads.found.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Operations(), Calls():
+            yield
+
+
+def test_the_counter_counts() -> None:
+    reads, one = Reads(), torch.ones(2)
+    with reads.counting():
+        one.sum().item()
+        bool(one.isfinite().all())
+        one.tolist()
+        one[one > 0].mul_(2)
+        (one + one)[torch.tensor([0])]
+    assert reads.found == ["item", "__bool__", "tolist", "aten.index.Tensor"]
+
+
+@pytest.mark.parametrize("case", ["teachers", "lora", "no_bins"])
+def test_a_micro_batch_waits_for_nothing_and_an_update_once(
+    case: str, start: Start, monkeypatch: pytest.MonkeyPatch, trained: Trainer
+) -> None:
+    changes: dict[str, Any] = {"train": {"grad_accum_steps": 2}, "log": {"every_steps": 100}, "ema": {"decay": 0.9}}
+    if case == "no_bins":
+        changes["log"]["noise_bins"] = 0
+    if case == "lora":
+        changes |= on_checkpoint(trained, adapter={"type": "lora", "rank": 2, "max_norm": 1.0})
+    trainer = start(f"reads {case}", **changes)
+    reads, phases = Reads(), dict[str, int]()
+    inner = trainer._step
+
+    def step(*arguments: Any) -> None:
+        phases["micro-batches"] = len(reads.found)
+        inner(*arguments)
+        phases["step"] = len(reads.found) - phases["micro-batches"]
+
+    monkeypatch.setattr(trainer, "_step", step)
+    counted: list[dict[str, int]] = []
+    whole = trainer._update
+
+    def one(*arguments: Any) -> None:
+        reads.found.clear()
+        with reads.counting():
+            whole(*arguments)
+        counted.append(dict(phases))
+
+    monkeypatch.setattr(trainer, "_update", one)
+    trainer.run()
+    assert counted == [{"micro-batches": 0, "step": 1}] * 4, reads.found
+
+
+# Options of the model
+
+
+OPTIONS: dict[str, Any] = {"text_positions": "index", "temperature_per_head": True, "timestep_scale": 1000.0}
+RECORDED: dict[str, Any] = {**OPTIONS, "sol_spatial_norm": "mean", "t5_attn_mask": True, **TEACHERS}
+
+
+@pytest.fixture(scope="module")
+def trained(start: Start) -> Trainer:
+    """A run of a new model with every option that differs from the published model."""
+    trainer = start(
+        "every option",
+        model={"geometry": {**GEOMETRY, "guidance_embeds": True}, "t5_attn_mask": True, **OPTIONS},
+        experts={**TEACHERS, "sol_spatial_norm": "mean"},
+        save={"dtype": "bfloat16"},
+        train={"max_steps": 2},
+    )
+    trainer.run()
+    return trainer
+
+
+def on_checkpoint(trained: Trainer, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes of a run file that continue the checkpoint of another run."""
+    model = {"init": "checkpoint", "geometry": None, "path": str(trained.folder), "t5_attn_mask": True}
+    return {**changes, "model": {**model, **changes.get("model", {})}}
+
+
+@pytest.mark.parametrize("name", [*RECORDED, "guidance_embeds"])
+def test_an_option_is_in_every_file_of_a_run_and_comes_back_from_each(name: str, trained: Trainer) -> None:
+    files = [trained.folder / f"{part}.safetensors" for part in ("tiny", "tiny_ema", "release/model", "release/ema")]
+    configs = [trained.folder / "config.json", trained.folder / "release" / "config.json"]
+    for values in [json.loads(path.read_text(encoding="utf-8")) for path in configs]:
+        found = values if name == "guidance_embeds" else values["_metadata"]["options"]
+        assert found[name] == RECORDED.get(name, True)
+    for path in files:
+        key = "config_json" if name == "guidance_embeds" else "options_json"
+        assert json.loads(header(path)[key])[name] == RECORDED.get(name, True)
+    for model in (load_model(trained.folder), from_pretrained(trained.folder / "release", ema=True)):
+        if name in OPTIONS:
+            assert getattr(model.config.options, name) == OPTIONS[name]
+        assert model.config == trained.geometry
+
+
+@pytest.mark.parametrize("kind", ["header", "config beside", "torch file", "upgraded", "merged"])
+def test_options_come_back_from_every_form_of_file(kind: str, trained: Trainer, start: Start, tmp_path: Path) -> None:
+    source, path = trained.folder / "tiny.safetensors", tmp_path / "model.safetensors"
+    tensors = load_file(source)
+    if kind == "header":
+        save_file(tensors, path, header(source))
+    elif kind == "config beside":
+        save_file(tensors, path)
+        (tmp_path / "config.json").write_bytes((trained.folder / "config.json").read_bytes())
+    elif kind == "torch file":
+        path = tmp_path / "model.pt"
+        config = json.loads((trained.folder / "config.json").read_text(encoding="utf-8"))
+        torch.save({"model": tensors, "model_config": config}, path)
+    elif kind == "upgraded":
+        upgrade_file(str(source), path)
+        assert json.loads(header(path)["options_json"]) == RECORDED
+    else:
+        adapted = start(
+            "adapter", **on_checkpoint(trained, adapter={"type": "lora", "rank": 2}, train={"max_steps": 1})
+        )
+        adapted.run()
+        lora = adapted.folder / "tiny.safetensors"
+        assert json.loads(header(lora)["options_json"]) == RECORDED
+        base = tmp_path / "base" / "model.safetensors"
+        base.parent.mkdir()
+        save_file(tensors, base)  # its config and options lie beside it, and must get into the merged file
+        (base.parent / "config.json").write_bytes((trained.folder / "config.json").read_bytes())
+        words = ["--dit", str(base), "--arch", "tf", "--lora_weight", str(lora), "--save_merged_model", str(path)]
+        assert merge_lora.main(words) == 0
+        assert json.loads(header(path)["options_json"]) == RECORDED
+    assert asdict(load_model(path).config.options) == OPTIONS
+
+
+def test_options_that_v3_does_not_know_have_no_v3_form(trained: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="text_positions, temperature_per_head, timestep_scale, which v3 does not know"
+    ):
+        upgrade_file(str(trained.folder), tmp_path / "v3.safetensors", to="v3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("text_order", "index"), ("text_positions", "middle"), ("timestep_scale", 0)]
+)
+def test_an_option_that_is_not_known_is_refused_wherever_a_model_is_loaded(
+    key: str, value: Any, trained: Trainer, tmp_path: Path
+) -> None:
+    source, path = trained.folder / "tiny.safetensors", tmp_path / "model.safetensors"
+    options = json.dumps({**RECORDED, key: value})
+    save_file(load_file(source), path, {**header(source), "options_json": options})
+    with pytest.raises(CheckpointError, match=key):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("text_positions", "zero", 'model.text_positions is "zero", and it was trained with "index"; remove the key'),
+        ("temperature_per_head", False, "model.temperature_per_head is false, and it was trained with true"),
+        ("timestep_scale", 1.0, "model.timestep_scale is 1.0, and it was trained with 1000.0"),
+        ("t5_attn_mask", False, "model.t5_attn_mask is false, and it was trained with padding hidden; set it to true"),
+    ],
+)
+def test_training_a_checkpoint_with_another_option_is_refused(
+    key: str, value: Any, message: str, trained: Trainer, tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path, **on_checkpoint(trained, model={key: value})))
+    for name in ("load_for_training", "plan_model", "open_base"):
+        with pytest.raises(ConfigError) as caught:
+            config.spec.load(name)(config)
+        assert message in str(caught.value) and str(trained.folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Trainer, tmp_path: Path) -> None:
+    own = OPTIONS if written else {}
+    config = load_config(write(tmp_path, **on_checkpoint(trained, model=own, experts={"expert_input": "auto"})))
+    trainee = config.spec.load("load_for_training")(config)
+    assert trainee.options == RECORDED
+    assert trainee.geometry == trained.geometry
+    assert config.spec.load("plan_model")(config).model.config == trained.geometry
+
+
+def test_another_choice_of_the_teachers_is_said(trained: Trainer, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, **on_checkpoint(trained, experts={**TEACHERS, "sol_spatial_norm": "max"})))
+    trainee = config.spec.load("load_for_training")(config)
+    (note,) = [note for note in trainee.notes if note.startswith("note:")]
+    assert note == f"note: {trained.folder} was trained with sol_spatial_norm = mean, and this run uses max"
+
+
+def test_published_options_are_not_recorded(start: Start) -> None:
+    trainer = start("published", model={"text_positions": "zero", "timestep_scale": 1.0})
+    assert set(trainer.options) == {"expert_input", "expert_time", "sol_spatial_norm", "t5_attn_mask"}
+
+
+def test_exact_rotary_frequencies_survive_saving_in_bfloat16(trained: Trainer, start: Start, tmp_path: Path) -> None:
+    """They are stored as they are, so they come back without the setting, and rounded ones stay rounded."""
+    source, rounded = trained.folder / "tiny.safetensors", tmp_path / "rounded.safetensors"
+    tensors = load_file(source)
+    exact = {f"rope.freqs_{axis}": rotary_frequencies(width) for axis, width in enumerate(GEOMETRY["axes_dims_rope"])}  # type: ignore[arg-type]
+    save_file({**tensors, **{key: t.bfloat16() for key, t in exact.items()}}, rounded, header(source))
+    for choice in ("checkpoint", "exact"):
+        model = {"path": str(rounded), "rope_freqs": choice}
+        changes = on_checkpoint(trained, model=model, train={"max_steps": 1}, save={"dtype": "bfloat16"})
+        trainer = start(f"rope {choice}", **changes)
+        trainer.run()
+        for name in ("tiny", "tiny_ema"):
+            found = load_model(trainer.folder / f"{name}.safetensors").state_dict()
+            for key, frequencies in exact.items():
+                wanted = frequencies if choice == "exact" else frequencies.bfloat16().float()
+                assert torch.equal(found[key], wanted)
+    assert not torch.equal(exact["rope.freqs_2"], exact["rope.freqs_2"].bfloat16().float())
+
+
+# Files of a run
+
+
+def test_a_weight_file_says_what_it_is(trained: Trainer) -> None:
+    for name, weights in (("tiny", "model"), ("tiny_ema", "ema")):
+        found = header(trained.folder / f"{name}.safetensors")
+        expected = {"format": "pt", "architecture": "tinyflux", "modelspec.architecture": "TinyFlux",
+                    "modelspec.title": "tiny", "weights": weights, "step": "2", "epoch": "1"}  # fmt: skip
+        assert found.items() >= expected.items()
+        assert json.loads(found["config_json"]) == trained.geometry.to_dict()
+        assert found["code_version"]
+
+
+@pytest.fixture(scope="module")
+def saved(start: Start) -> Trainer:
+    """Eight updates, two epochs, with checkpoints at every second update and epoch; the last update ends an epoch."""
+    trainer = start(
+        "saved",
+        train={"max_steps": 8},
+        save={"every_steps": 2, "every_epochs": 1, "keep_last_steps": 2, "best": True, "state": True},
+        optimizer={"lr": 1e-3},
+    )
+    trainer.run()
+    return trainer
+
+
+def test_epochs_have_files_and_names(saved: Trainer) -> None:
+    assert find_weights(f"{saved.folder}:epoch_1") == saved.folder / "tiny-000001.safetensors"
+    assert find_weights(f"{saved.folder}:epoch_1", ema=True) == saved.folder / "tiny-000001_ema.safetensors"
+    assert (saved.folder / "tiny-000001-state" / "manifest.json").is_file()
+    entry = entries(saved)["epoch_1"]
+    assert (entry["kind"], entry["step"], entry["epoch"]) == ("epoch", 4, 1)
+    assert header(saved.folder / "tiny-000001.safetensors")["epoch"] == "1"
+
+
+def test_the_last_update_is_saved_once_and_found_by_all_its_names(saved: Trainer) -> None:
+    names = ("final", "step_8", "epoch_2", "latest")
+    for ema, suffix in ((False, ""), (True, "_ema")):
+        assert {find_weights(f"{saved.folder}:{name}", ema=ema) for name in names} == {
+            saved.folder / f"tiny{suffix}.safetensors"
+        }
+    assert not list(saved.folder.glob("tiny-step00000008*")) and not list(saved.folder.glob("tiny-000002*"))
+    assert {name: entry["kind"] for name, entry in entries(saved).items()} == {
+        "epoch_1": "epoch", "step_6": "step", "best": "best", "step_8": "step", "epoch_2": "epoch", "final": "final",
+    }  # fmt: skip
+
+
+def test_the_best_weights_at_the_last_update_are_one_file_of_two_names(saved: Trainer) -> None:
+    assert entries(saved)["best"]["step"] == 8
+    for suffix in ("", "_ema"):
+        best, final = (saved.folder / f"{name}{suffix}.safetensors" for name in ("best", "tiny"))
+        assert best.samefile(final)
+    assert find_weights(f"{saved.folder}:best") == saved.folder / "best.safetensors"
+    assert not (saved.folder / "tiny-step00000006.safetensors").samefile(saved.folder / "best.safetensors")
+
+
+def test_without_links_the_best_weights_are_written_twice(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    trainer = start("no links", save={"best": True})
+    trainer.run()
+    best, final = (load_file(trainer.folder / f"{name}.safetensors") for name in ("best", "tiny"))
+    assert all(torch.equal(best[key], final[key]) for key in final)
+
+
+def test_a_run_that_goes_on_keeps_its_best_and_forgets_the_names_of_the_old_end(start: Start) -> None:
+    save = {"every_steps": 4, "keep_last_steps": 0, "best": True, "state": True}
+    first = start("goes on", save=save)
+    first.run()
+    assert entries(first)["step_4"]["model"] == "tiny.safetensors" and entries(first)["best"]["step"] == 4
+    before = (first.folder / "best.safetensors").read_bytes()
+    # A rate of training so high that the second epoch is worse.
+    again = start("goes on", save=save, train={"max_steps": 6})
+    again.run()
+    assert {name: entry["step"] for name, entry in entries(again).items()} == {"best": 4, "final": 6}
+    assert (again.folder / "best.safetensors").read_bytes() == before
+    assert header(again.folder / "tiny.safetensors")["step"] == "6"
+
+
+# What is logged
+
+
+def test_an_epoch_ends_with_the_mean_loss_of_its_updates(saved: Trainer) -> None:
+    rows = lines(saved)
+    epochs = [row for row in rows if "epoch/loss" in row]
+    losses = [row["loss/total"] for row in rows if "loss/total" in row]
+    assert [(row["step"], row["epoch/step"]) for row in epochs] == [(4, 4), (8, 8)]
+    for row, own in zip(epochs, (losses[:4], losses[4:]), strict=True):
+        assert set(row) == {"step", "epoch/loss", "epoch/step"}
+        assert row["epoch/loss"] == pytest.approx(sum(own) / 4, rel=1e-12)
+
+
+def test_tensorboard_shows_epochs_over_their_number(start: Start) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = start("events", train={"max_steps": 8}, log={"every_steps": 4, "tensorboard": True})
+    trainer.run()
+    events = EventAccumulator(str(trainer.folder / "logs"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("epoch/step")] == [(1, 4.0), (2, 8.0)]
+    assert [event.step for event in events.Scalars("epoch/loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("loss/total")] == [4, 8]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_lines_hold_the_mean_loss_around_each_noise_level(
+    accumulation: int, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+    step = trainer_module.training_step
+
+    def watched(*arguments: Any) -> Any:
+        output = step(*arguments)
+        # TinyFlux counts its time from noise to image.
+        seen.extend(zip((1 - output.time).tolist(), output.main.tolist()))
+        return output
+
+    monkeypatch.setattr(trainer_module, "training_step", watched)
+    changes: dict[str, Any] = {"train": {"grad_accum_steps": accumulation, "max_steps": 4 // accumulation}}
+    trainer = start(f"levels {accumulation}", log={"every_steps": 2, "noise_bins": 4}, **changes)
+    trainer.run()
+    rows = updates(trainer)
+    per_line = len(seen) // len(rows)
+    for number, row in enumerate(rows):
+        own = seen[number * per_line : (number + 1) * per_line]
+        found = {tag: value for tag, value in row.items() if tag.startswith("loss/sigma_")}
+        expected: dict[str, list[float]] = {}
+        for sigma, loss in own:
+            expected.setdefault(f"loss/sigma_{(math.floor(sigma * 4) + 0.5) / 4:.3f}", []).append(loss)
+        assert found == pytest.approx({tag: sum(own) / len(own) for tag, own in expected.items()}, rel=1e-5)
+        assert len(found) >= 2
+
+
+def test_an_interrupted_run_writes_the_lines_of_an_undisturbed_one(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {
+        "train": {"max_steps": 8}, "log": {"every_steps": 4}, "save": {"every_steps": 6, "state": True},
+    }  # fmt: skip
+    whole = start("undisturbed", **changes)
+    whole.run()
+
+    def die(name: str) -> None:
+        if name == "train.update" and broken.position.step == 6:
+            raise KeyboardInterrupt
+
+    broken = start("interrupted", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "fault_point", die)
+        with pytest.raises(KeyboardInterrupt):
+            broken.run()
+    again = start("interrupted", **changes)
+    assert again.position.step == 6
+    again.run()
+    assert lines(again) == lines(whole)
+    assert [row["step"] for row in lines(whole)] == [4, 4, 8, 8]
+
+
+# Settings that must act
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.0])
+def test_gradients_are_clipped_to_the_limit_of_the_run_file(limit: float, start: Start) -> None:
+    trainer = start(f"clipped {limit}", train={"max_grad_norm": limit, "max_steps": 1}, optimizer={"betas": [0.5, 0.9]})
+    trainer.run()
+    # After one update the first moment is half of the gradient that the optimizer was given.
+    moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    given = 2 * math.sqrt(sum(float(moment.double().square().sum()) for moment in moments))
+    norm = updates(trainer)[0]["train/grad_norm"]
+    assert norm > 0.01
+    assert given == pytest.approx(limit or norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(("decay", "warmup", "kept"), [(0.75, False, 0.75), (0.99, True, 0.1)])
+def test_the_average_follows_the_run_file(decay: float, warmup: bool, kept: float, start: Start) -> None:
+    trainer = start(f"average {decay}", ema={"decay": decay, "warmup": warmup}, train={"max_steps": 1})
+    before = {key: value.clone() for key, value in trainer.trained.state_dict().items()}
+    trainer.run()
+    assert trainer.ema is not None
+    after = trainer.trained.state_dict()
+    for key, shadow in trainer.ema.shadow.items():
+        torch.testing.assert_close(shadow, kept * before[key] + (1 - kept) * after[key], atol=1e-6, rtol=1e-4)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_the_rates_are_those_of_the_run_file(kind: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler: dict[str, Any] = {"type": kind, "warmup_steps": 3, "warmup_type": "cosine"}
+    if kind != "constant":
+        scheduler["min_lr"] = 2e-3
+    trainer = start(f"rates {kind}", scheduler=scheduler, train={"max_steps": 8})
+    used: list[float] = []
+    step = trainer.optimizer.step
+    monkeypatch.setattr(
+        trainer.optimizer, "step", lambda: (used.extend({g["lr"] for g in trainer.optimizer.param_groups}), step())
+    )
+    trainer.run()
+    shapes = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": linear_schedule}
+    least = 1.0 if kind == "constant" else 0.2
+    expected = [1e-2 * shapes[kind](k, 3, 8, least, "cosine") for k in range(8)]
+    assert used == pytest.approx(expected)
+    assert [row["train/lr"] for row in updates(trainer)] == pytest.approx(expected)
+    assert len(set(used)) > 3
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_samples_take_the_average_if_the_run_file_says_so(
+    use_ema: bool, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+
+    def draw(model: torch.nn.Module, *arguments: Any, **settings: Any) -> list[Tensor]:
+        drawn.append(model.get_parameter("img_in.weight").detach().clone())
+        return []
+
+    monkeypatch.setattr(Trainer, "_prepare_samples", lambda trainer: (Prompts(), None))
+    monkeypatch.setattr(trainer_module, "draw", draw)
+    monkeypatch.setattr(trainer_module, "decode_images", lambda *arguments: [])
+    monkeypatch.setattr(trainer_module, "save_samples", lambda *arguments: None)
+    sample = {"prompts": ["a cat"], "every_steps": 4, "use_ema": use_ema}
+    trainer = start(f"samples {use_ema}", sample=sample, ema={"decay": 0.9})
+    trainer.run()
+    assert trainer.ema is not None
+    average, own = trainer.ema.shadow["img_in.weight"], trainer.trained.get_parameter("img_in.weight")
+    assert not torch.equal(average, own)
+    (weights,) = drawn
+    assert torch.equal(weights, average if use_ema else own)
+
+
+class Prompts:
+    """Stands for encoded prompts."""
+
+    prompts: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("case", ["adapter", "frozen predictor"])
+def test_what_is_frozen_drops_nothing_out_while_the_rest_trains(
+    case: str, trained: Trainer, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "adapter":
+        prepare = trainer_module.prepare_adapters
+        # However the model comes from its file.
+        monkeypatch.setattr(trainer_module, "prepare_adapters", lambda model, config: prepare(model.train(), config))
+        adapter = {"type": "lora", "rank": 2, "dropout": 0.1}
+        trainer = start("frozen", **on_checkpoint(trained, adapter=adapter))
+        inside = set(trainer.trained.modules())
+    else:
+        trainer = start("frozen lune", model={"geometry": {**GEOMETRY, "freeze_lune": True}})
+        inside = set(trainer.model.modules()) - set(trainer.model.get_submodule("lune_predictor").modules())
+    modes = {name: module.training for name, module in trainer.model.named_modules() if module not in inside}
+    assert modes and set(modes.values()) == {False}
+    assert trainer.trained.training and any(name.startswith("lune_predictor") for name in modes)
