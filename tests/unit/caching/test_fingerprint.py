@@ -362,6 +362,14 @@ class TestForeignFiles:
         shutil.copyfile(folder / "b_tf_te.safetensors", folder / "a_tf_te.safetensors")
         assert reasons(cached, "text") == {"a": "caption was 'a blue square', now 'a red circle'"}
 
+    def test_a_file_of_another_item_with_the_same_caption_is_stale(self, project: Any) -> None:
+        for name in ("a", "b"):
+            project.picture(name, caption="a circle")
+        assert project.run("text") == 0
+        folder = project.root / "cache"
+        shutil.copyfile(folder / "b_tf_te.safetensors", folder / "a_tf_te.safetensors")
+        assert reasons(project, "text") == {"a": "item was 'b', now 'a'"}
+
     def test_headers_hold_the_facts_that_others_read(self, cached: Any) -> None:
         (first, _) = cached.items()
         latents = read_header(cache_path(first, "latents", "tf")).metadata

@@ -520,6 +520,21 @@ class TestTeacherInputs:
         assert project.run("experts") == 0
         assert (second - load_file(path)["lune_features_float32"]).abs().max() > 1e-4
 
+    def test_noise_belongs_to_the_item_and_not_to_its_place(self, project: Any) -> None:
+        project.tables["experts"]["expert_input"] = "random"  # so that nothing else tells the items apart
+        for name in "ab":
+            project.picture(name)
+
+        def features(**cache: Any) -> list[torch.Tensor]:
+            assert project.run("experts", project.config(cache=cache)) == 0
+            files = [project.root / "cache" / f"{name}_tf_experts.safetensors" for name in "ab"]
+            return [load_file(path)["lune_features_float32"] for path in files]
+
+        first, second = features(experts_batch_size=2)
+        assert (first - second).abs().max() > 1e-3
+        for found, expected in zip(features(run="always"), (first, second), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # another batch sums in another order
+
     def test_switched_off_teachers_leave_no_tensors(self, project: Any) -> None:
         project.picture("a")
         path = project.root / "cache" / "a_tf_experts.safetensors"

@@ -54,7 +54,7 @@ def test_background_is_the_median_of_four_squares_of_100_pixels_and_of_nothing_b
 
 def test_median_between_two_colours_is_cut_to_a_whole_number() -> None:
     pixels = np.zeros((200, 200, 3), dtype=np.uint8)
-    pixels[100:] = (0, 0, 61)  # the median is 30.5: cut to 30, the upper half is 30 away and the lower 31
+    pixels[:100], pixels[100:] = (0, 0, 1), (0, 0, 62)  # the median is 31.5: cut to 31, the halves are 30 and 31 away
     mask = product_mask(Image.fromarray(pixels))
     assert not mask[:100].any()
     assert mask[100:].all()

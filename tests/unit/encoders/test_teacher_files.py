@@ -289,6 +289,13 @@ class TestGrids:
         with pytest.raises(CacheError, match=r"Sol: no self-attention layer was captured; is this U-Net an SD1\.5"):
             features(Teacher(bare), inputs(8, 8))
 
+    def test_a_mid_block_that_is_not_captured_is_an_error(self, unet: Any) -> None:
+        """As in compiled networks, which may pass over hooks."""
+        teacher = Teacher(unet)
+        unet.mid_block._forward_hooks.clear()
+        with pytest.raises(CacheError, match=r"Lune: the U-Net's mid block was not captured; is it compiled\?"):
+            features(teacher, inputs(8, 8))
+
     def test_nothing_is_captured_outside_of_features(self, unet: Any) -> None:
         teacher, given = Teacher(unet), inputs(8, 8)
         with pytest.raises(RuntimeError):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
@@ -160,6 +162,13 @@ def test_every_block_computes_twice_in_a_training_step() -> None:
     assert count_calls(model, lambda: run(model)) == [1] * 5
     checkpoint_blocks(model, BLOCK_LISTS)
     assert count_calls(model, lambda: run(model)) == [2] * 5
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_memory_setting_acts_on_a_model_that_trains(on: bool) -> None:
+    model = random_model()
+    compose_memory(model, MemorySection(gradient_checkpointing=on), MODELS["tf"], torch.device("cpu"))
+    assert count_calls(model, lambda: run(model)) == [1 + on] * 5
 
 
 def test_only_the_named_lists_are_checkpointed() -> None:

@@ -344,6 +344,16 @@ def test_latent_size_is_read_from_image_ids() -> None:
         assert torch.equal(model(**given, img_ids=image_positions(16, 4).expand(2, -1, -1)), explicit)
 
 
+@pytest.mark.parametrize("name", ["img_ids", "txt_ids"])
+def test_ids_that_differ_between_samples_are_refused(name: str) -> None:
+    model, given = random_model(), inputs(8, 8)
+    count = {"img_ids": 64, "txt_ids": given["encoder_hidden_states"].shape[1]}[name]
+    ids = torch.zeros(2, count, 3)
+    ids[1, 0, 0] = 1
+    with pytest.raises(ValueError, match=f"{name} differ between the samples of the batch; pictures of another size"):
+        model(**given, height=8, width=8, **{name: ids})
+
+
 def test_latent_size_is_as_given_then_from_ids_then_a_square() -> None:
     assert latent_size(64, image_positions(16, 4), 4, 16) == (4, 16)
     assert latent_size(64, image_positions(16, 4), None, None) == (16, 4)

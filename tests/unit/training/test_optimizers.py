@@ -125,6 +125,14 @@ def test_settings_reach_the_optimizer() -> None:
         assert group["weight_decay"] == decay
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("AdamW", "torch"), ("AdamW8bit", "bitsandbytes"), ("Adafactor", "transformers")]
+)
+def test_type_chooses_the_optimizer(name: str, module: str) -> None:
+    chosen = type(build(Net(), settings(type=name)))
+    assert (chosen.__name__, chosen.__module__.partition(".")[0]) == (name, module)
+
+
 def test_adamw_equals_its_formula() -> None:
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     section = settings(lr=0.1, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.01)

@@ -335,9 +335,9 @@ class TinyFluxDeep(nn.Module):
             encoder_hidden_states: T5 states [B, L, J].
             pooled_projections: CLIP pooled text [B, P].
             timestep: t in [0, 1], 0 = noise, [B]; float32 is kept as float32.
-            img_ids: [N, 3] or [B, N, 3] (row 0 serves all); built from height and width when absent.
-            txt_ids: [L, 3] or [B, L, 3]; absent = all zero, or numbered in models with text positions. Acts in single
-                blocks, and in double blocks of such models only.
+            img_ids: [N, 3] or [B, N, 3] (all rows alike); built from height and width when absent.
+            txt_ids: [L, 3] or [B, L, 3] (all rows alike); absent = all zero, or numbered in models with text positions. Acts
+                in single blocks, and in double blocks of such models only.
             lune_features: teacher features [B, E]. sol_stats: [B, 3]. sol_spatial: [B, S, S].
             return_expert_pred: return the pair (velocity, experts).
             height, width: latent size; absent = read from img_ids, else the square root of N.
@@ -352,8 +352,8 @@ class TinyFluxDeep(nn.Module):
             the flat aliases ``lune_pred``, ``sol_stats_pred``, ``sol_spatial_pred``.
 
         Raises:
-            ValueError: if the latent size is unknown or does not match the number of tokens, or if guidance is missing
-                where it is embedded, or given where it is not.
+            ValueError: if the latent size is unknown or does not match the number of tokens, if ids differ between samples,
+                or if guidance is missing where it is embedded, or given where it is not.
         """
         if (guidance is None) == self.config.guidance_embeds:
             verb = "embeds guidance; give one number per sample" if guidance is None else "has no guidance embedding"
@@ -362,8 +362,7 @@ class TinyFluxDeep(nn.Module):
         height, width = latent_size(tokens, img_ids, height, width)
         if img_ids is None:
             img_ids = image_positions(height, width, hidden_states.device)
-        elif img_ids.ndim == 3:
-            img_ids = img_ids[0]
+        img_ids = shared_ids(img_ids, "img_ids")
         t5 = encoder_hidden_states.to(self.dtype)
         pooled = pooled_projections.to(self.dtype)
         img, txt = self.img_in(hidden_states.to(self.dtype)), self.txt_in(t5)
@@ -423,8 +422,7 @@ class TinyFluxDeep(nn.Module):
         numbered = options.text_positions == "index"
         if txt_ids is None:
             txt_ids = text_ids(text_tokens, img_ids.device) if numbered else img_ids.new_zeros(text_tokens, 3)
-        elif txt_ids.ndim == 3:
-            txt_ids = txt_ids[0]
+        txt_ids = shared_ids(txt_ids, "txt_ids")
         cos, sin = self.rope(torch.cat((txt_ids.float(), img_ids.float())))
         key_mask = None
         if text_mask is not None:
@@ -448,6 +446,21 @@ def pool_text(t5_BLJ: Tensor, text_mask: Tensor | None = None) -> Tensor:
         logits = logits.masked_fill(~text_mask.bool(), float("-inf"))
     weights = torch.softmax(logits, dim=-1)
     return (weights.unsqueeze(-1) * t5_BLJ.float()).sum(1).to(t5_BLJ.dtype)
+
+
+def shared_ids(ids: Tensor, name: str) -> Tensor:
+    """Position ids [tokens, 3] of all samples of a batch, from those or from [B, tokens, 3]; the latter waits for the device.
+
+    Raises:
+        ValueError: if they differ between samples; angles are computed once for a batch.
+    """
+    if ids.ndim == 2:
+        return ids
+    if not torch.equal(ids, ids[:1].expand_as(ids)):
+        raise ValueError(
+            f"{name} differ between the samples of the batch; pictures of another size need a batch of their own"
+        )
+    return ids[0]
 
 
 def latent_size(tokens: int, img_ids: Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:

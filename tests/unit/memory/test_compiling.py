@@ -1,0 +1,69 @@
+"""Compilation reaches every block with its settings; what it does to numbers is tested in tests/slow/test_compile.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.config as limits
+from torch import nn
+
+from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
+
+GEOMETRY = {
+    "hidden_size": 16, "num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": [2, 2, 4], "num_double_layers": 2,
+    "num_single_layers": 3, "lune_expert_dim": 8, "lune_hidden_dim": 8, "sol_hidden_dim": 8,
+}  # fmt: skip
+
+
+def model() -> nn.Module:
+    return TinyFluxDeep(TinyFluxConfig.from_dict(GEOMETRY))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """What torch.compile is asked for: blocks and options; it compiles nothing."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def compile_nothing(function: Any, **options: Any) -> Any:
+        calls.append((function.__self__, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield calls
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_every_block_goes_through_the_compiler(on: bool, asked: list[tuple[Any, dict[str, Any]]]) -> None:
+    trained = model()
+    names = list(trained.state_dict())
+    _, lines = compose_memory(trained, MemorySection(compile=on), MODELS["tf"], torch.device("cpu"))
+    assert [block for block, _ in asked] == ([*trained.double_blocks, *trained.single_blocks] if on else [])
+    assert any(line.startswith("compile: ") for line in lines) == on
+    assert list(trained.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"backend": "inductor", "mode": None, "dynamic": None}),
+        ({"compile_mode": "max-autotune"}, {"backend": "inductor", "mode": "max-autotune", "dynamic": None}),
+        (
+            {"compile_backend": "eager", "compile_dynamic": "false"},
+            {"backend": "eager", "mode": None, "dynamic": False},
+        ),
+        ({"compile_dynamic": "true"}, {"backend": "inductor", "mode": None, "dynamic": True}),
+    ],
+)
+def test_settings_reach_the_compiler(
+    settings: dict[str, Any], expected: dict[str, Any], asked: list[tuple[Any, dict[str, Any]]]
+) -> None:
+    memory = MemorySection(compile=True, compile_limit=5, **settings)
+    compose_memory(model(), memory, MODELS["tf"], torch.device("cpu"))
+    assert [options for _, options in asked] == [expected] * 5
+    # Beyond its limit torch would compute uncompiled, in silence.
+    assert limits.recompile_limit == 5 and limits.fail_on_recompile_limit_hit
