@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from musubi_tuner import __version__
 from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path
-from musubi_tuner.caching.fingerprint import image_state
+from musubi_tuner.caching.fingerprint import Fingerprint, image_state
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
@@ -112,9 +112,7 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
     with ExitStack() as stack:
         if not options.dry_run:
             for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
-                # Shards may share a folder: each locks its own name.
-                name = f".lock_{job.kind}_{options.shard[0]}of{options.shard[1]}"
-                stack.enter_context(folder_lock(folder, partial(_busy, folder), name))
+                stack.enter_context(lock_for_job(folder, job.kind, options.shard))
         status = examine(config, found.items, job.kind, family_options, download=True)
         batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
@@ -128,6 +126,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                 print(f"  {count} x {reason}")
             return EXIT_OK
         if mine:
+            if status.mixture:
+                print(f"warning: {status.mixture}", file=sys.stderr)
             if options.shard == (1, 1):
                 for folder in {
                     item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()
@@ -135,6 +135,11 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                     remove_leftovers(folder)
             _encode(config, job, status, mine, outcome)
     return _summary(job.kind, outcome)
+
+
+def lock_for_job(folder: Path, kind: str, shard: tuple[int, int] = (1, 1)) -> AbstractContextManager[None]:
+    """Hold a cache folder for one writer of a kind. Shards may share a folder: each locks its own name."""
+    return folder_lock(folder, partial(_busy, folder), f".lock_{kind}_{shard[0]}of{shard[1]}")
 
 
 def _busy(folder: Path, holder: str) -> CacheError:
@@ -202,44 +207,57 @@ def _read_ahead(
 def _write_batch(
     config: RunConfig, job: Job, status: KindStatus, items: list[Item], encoded: Iterable[Encoded], outcome: Outcome
 ) -> int:
-    """Write the due files of a batch; readers recognise a file that a power cut shortened by its length."""
-    import torch
-
-    from musubi_tuner.tensors import save_tensors
-
+    """Write the due files of a batch."""
     written = 0
     for item, tensors in zip(items, encoded):
         if item.key not in status.due:
             continue
-        bad = [
-            key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-        ]
-        if bad and config.cache.nan_policy == "error":
-            outcome.failed.append(
-                f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
-            )
-            continue
-        if bad:
-            print(
-                f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr
-            )
-            tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
         fingerprint = status.expected.of(item)
         fingerprint |= {name: image_state(path, with_hash=True) for name, path in status.expected.files(item).items()}
-        metadata = {
-            "architecture": config.spec.full_name,
-            "format_version": FORMAT_VERSION,
-            "code_version": __version__,
-            "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
-            **job.metadata(item),
-        }
-        target = cache_path(item, job.kind, config.spec.code)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        replace_file(target, partial(save_tensors, contiguous, metadata=metadata), sync=False)
+        try:
+            write_item(config, job.kind, item, tensors, fingerprint, job.metadata(item))
+        except CacheError as error:
+            outcome.failed.append(str(error))
+            continue
         written += 1
     fault_point(f"cache.{job.kind}.batch")
     return written
+
+
+def write_item(
+    config: RunConfig, kind: str, item: Item, tensors: Encoded, fingerprint: Fingerprint, metadata: dict[str, str]
+) -> None:
+    """Write one cache file; readers recognise a file that a power cut shortened by its length.
+
+    Args:
+        metadata: header entries beside the common ones.
+
+    Raises:
+        CacheError: for values that are not finite, unless cache.nan_policy sets them to 0.
+    """
+    import torch
+
+    from musubi_tuner.tensors import save_tensors
+
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad and config.cache.nan_policy == "error":
+        raise CacheError(
+            f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
+        )
+    if bad:
+        print(f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr)
+        tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
+    header = {
+        "architecture": config.spec.full_name,
+        "format_version": FORMAT_VERSION,
+        "code_version": __version__,
+        "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
+        **metadata,
+    }
+    target = cache_path(item, kind, config.spec.code)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    replace_file(target, partial(save_tensors, contiguous, metadata=header), sync=False)
 
 
 def storage_dtype(config: RunConfig, default: str) -> "Any":

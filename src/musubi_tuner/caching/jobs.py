@@ -1,5 +1,6 @@
 """The three cache jobs: latents, text, experts. Each encodes items through `job.run_job`."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
 
 
@@ -58,18 +60,22 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
 
         return encode
 
-    def metadata(item: Item) -> dict[str, str]:
-        (width, height), (bucket_width, bucket_height) = item.size, item.bucket
-        return {
-            "width": str(width),
-            "height": str(height),
-            "bucket_width": str(bucket_width),
-            "bucket_height": str(bucket_height),
-            "vae_shift_applied": str(config.spec.latent_shift).lower(),
-        }
-
-    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, read, metadata)
+    job = Job(
+        "latents", config.cache.latents_batch_size, True, open_encoder, read, partial(latents_metadata, config.spec)
+    )
     return run_job(config, job, options, family)
+
+
+def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
+    """Header entries of a latents file."""
+    (width, height), (bucket_width, bucket_height) = item.size, item.bucket
+    return {
+        "width": str(width),
+        "height": str(height),
+        "bucket_width": str(bucket_width),
+        "bucket_height": str(bucket_height),
+        "vae_shift_applied": str(spec.latent_shift).lower(),
+    }
 
 
 def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
@@ -101,14 +107,15 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
         return encode
 
-    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=_caption_metadata)
+    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata)
     code = run_job(config, job, options, family)
     if truncated:
         print(f"note: {truncated} captions are longer than the encoders take and were cut")
     return code
 
 
-def _caption_metadata(item: Item) -> dict[str, str]:
+def caption_metadata(item: Item) -> dict[str, str]:
+    """Header entries of a file that captions decide."""
     return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
 
 
@@ -247,7 +254,7 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
         return encode
 
     def metadata(item: Item) -> dict[str, str]:
-        return {**_caption_metadata(item), "time_convention": "data_at_1", "seed": str(experts.seed)}
+        return {**caption_metadata(item), "time_convention": "data_at_1", "seed": str(experts.seed)}
 
     job = Job("experts", config.cache.experts_batch_size, True, open_encoder, read, metadata)
     return run_job(config, job, options, family)

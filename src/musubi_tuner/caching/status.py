@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
-from musubi_tuner.caching.fingerprint import Expectation, expectation, stale_reason
+from musubi_tuner.caching.fingerprint import Expectation, expectation, file_state, is_imported
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
 
@@ -22,7 +22,7 @@ class KindStatus:
     """State of one kind of cache.
 
     Attributes:
-        due: item -> why its file must be made. fresh: how many need nothing.
+        due: item -> why its file must be made. fresh: how many need nothing. imported: how many of these were imported.
         orphans: complete files that belong to no item of the datasets.
     """
 
@@ -30,12 +30,24 @@ class KindStatus:
     expected: Expectation
     due: dict[str, str] = field(default_factory=dict)
     fresh: int = 0
+    imported: int = 0
     orphans: list[Path] = field(default_factory=list)
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
         """Why files are due, most frequent first, at most three."""
         return Counter(self.due.values()).most_common(3)
+
+    @property
+    def mixture(self) -> str | None:
+        """A warning where imported files stand beside files of this run's encoders; None if they do not."""
+        own = self.fresh - self.imported + len(self.due)
+        if not self.imported or not own:
+            return None
+        return (
+            f"{self.kind}: {self.imported} files are imported, {own} are made by this run's encoders; they may differ in what "
+            "the import does not know, such as weights, precision and crop"
+        )
 
 
 def examine(
@@ -56,10 +68,13 @@ def examine(
     status = KindStatus(kind, expectation(config, kind, options, download=download))
     by_name = config.cache.skip_existing == "name"
     for item in items:
-        reason = "cache.run is always" if encodes and config.cache.run == "always" else None
-        reason = reason or stale_reason(item, status.expected, code, by_name=by_name)
+        if encodes and config.cache.run == "always":
+            status.due[item.key] = "cache.run is always"
+            continue
+        reason, stored = file_state(item, status.expected, code, by_name=by_name)
         if reason is None:
             status.fresh += 1
+            status.imported += is_imported(stored)
         else:
             status.due[item.key] = reason
     status.orphans = find_orphans(items, kind, code, [dataset.cache_directory for dataset in config.datasets])

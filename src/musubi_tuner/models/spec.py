@@ -64,7 +64,8 @@ class ModelSpec:
             ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
             ``open_base`` for a run with adapters; ``plan_model`` for the
             memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools; ``read_published_lora`` and
-            ``write_published_lora`` where the published trainer has LoRA files of its own;
+            ``write_published_lora`` where the published trainer has LoRA files of its own; ``open_published_caches`` where
+            it has cache files of its own;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.

@@ -76,9 +76,12 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         lines.append(f"  captions {several} images have several; each presentation draws one")
     lines += mask_lines(config, plan.found.items)
     for kind, status in plan.status.items():
-        text = f"{status.fresh} up to date, {len(status.due)} to make"
+        imported = f" ({status.imported} of them imported)" if status.imported else ""
+        text = f"{status.fresh} up to date{imported}, {len(status.due)} to make"
         reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
         lines.append(f"  {kind:<8} {text}" + (f" ({reasons})" if reasons else ""))
+        if status.mixture:
+            lines.append(f"warning: {status.mixture}")
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
