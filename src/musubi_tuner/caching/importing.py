@@ -91,7 +91,6 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
     """
     dataset, items = _items(config, options.dataset)
     foreign = _open(config, sources, options.kinds)
-    _check_prompts(foreign, items)
     family = config.spec.load("checkpoint_options")(config)
     tasks = []
     for kind, rows in foreign.kinds.items():
@@ -102,6 +101,7 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
         tasks.append(task)
         if kind == "latents":
             _check_latents(config, foreign, task, items)
+    _check_prompts(foreign, items)
     with ExitStack() as stack:
         if not options.dry_run:
             for task in tasks:

@@ -238,9 +238,9 @@ def _shard_files(folder: Path, count: int, possible: int | None, key: str) -> tu
         match = SHARD.fullmatch(path.name)
         number = int(match[1]) if match else -1
         if number < 0 or (possible is not None and number >= possible) or number in by_number:
+            has = "" if possible is None else f", which has {possible}"
             raise CacheError(
-                f"{path}: is no shard of this build, which has {'shards' if possible is None else possible}; it is left from "
-                "another one, whose trainer would read it in too. Move it away"
+                f"{path}: is no shard of this build{has}; it is left from another one, and would be read as rows. Move it away"
             )
         by_number[number] = path
     missing = [index for index in range(count) if index not in by_number]
@@ -269,10 +269,7 @@ def _flat(sources: Sequence[Path]) -> _Found | None:
         raise CacheError(
             f"{', '.join(map(str, sources))}: holds the sets {', '.join(wanted)}; import one at a time, by naming its files"
         )
-    found = _Found(
-        f"v4.1 files of {wanted[0]} in {', '.join(sorted({str(p.parent) for p in _flatten(chosen)}))}", [], {}
-    )
-    found.geometric = True
+    found = _Found("", [], {}, geometric=True)
     latents: _Part | None = None
     for (name, part), paths in sorted(chosen.items()):
         if name != wanted[0]:
@@ -295,16 +292,13 @@ def _flat(sources: Sequence[Path]) -> _Found | None:
             continue
         found.parts[part] = _read(part, [path], [rows], without=("latents",))
         found.parts[part].total = rows
+    found.form = f"v4.1 files of {wanted[0]} in {', '.join(sorted({str(path.parent) for path in found.files}))}"
     if latents is not None:
         found.parts["latents"] = latents
     if found.masks is not None and (latents is None or len(found.masks) != latents.rows):
         held = "none" if latents is None else str(latents.rows)
         raise CacheError(f"{found.form}: {len(found.masks)} masks for {held} latents; expected as many")
     return found
-
-
-def _flatten(chosen: dict[tuple[str, str], list[Path]]) -> list[Path]:
-    return [path for paths in chosen.values() for path in paths]
 
 
 # Reading

@@ -1,0 +1,53 @@
+"""Training from nothing but imported caches: no encoder, no teacher, only the pictures that the rows belong to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import CAPTIONS, TEACHER_WIDTH, WIDTH, ForkServer, metrics, write_run
+
+from musubi_tuner.caching.__main__ import main
+from reference_caches import make_columns, write_shards
+
+TIMES = (0.125, 0.375, 0.625, 0.875)
+FILES = sorted(["astronaut.png", "camera.png", "chelsea.png", "coffee.jpg", "coins.bmp", "galaxies.jpg", "moon.webp",
+                "rocket.jpg", "stamp.png"])  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path, photographs: Path, encoders: Path) -> Path:
+    """A run of two updates whose encoders and teachers are not given; the photographs are squashed to squares."""
+    model = dict.fromkeys(("vae_path", "clip_path", "t5_path"))
+    teachers: dict[str, Any] = dict.fromkeys(("unet", "vae", "lune", "sol"))
+    teachers |= {"expert_input": "random", "expert_time": "reference", "resolution": 512}
+    return write_run(
+        tmp_path, photographs, encoders, model=model, experts=teachers,
+        cache={"run": "never", "dtype": None, "latent_mode": "sample"},
+        general={"resolution": 128, "enable_bucket": False, "batch_size": 3},
+        train={"max_steps": 2, "mixed_precision": "no"},
+    )  # fmt: skip
+
+
+def test_a_run_trains_from_imported_caches_alone(
+    config: Path, photographs: Path, tmp_path: Path, server: ForkServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = make_columns(
+        len(FILES), latents=(16, 16, 16), text=(24, WIDTH), clip=WIDTH, times=TIMES, lune=TEACHER_WIDTH
+    )
+    prompts = [CAPTIONS[name.partition(".")[0]] for name in FILES]
+    source = write_shards(tmp_path / "published", columns, prompts, size=4)
+    refused = server.run("train", [config], tmp_path).expect(1)
+    assert "caches are not complete" in refused.err
+    assert main(["import", str(config), str(source)]) == 0
+    assert "experts: imported 9, up to date 0, failed 0\n" in capsys.readouterr().out
+    result = server.run("train", [config], tmp_path).expect(0)
+    for kind in ("latents", "text", "experts"):
+        assert f"  {kind:<8} 9 up to date (9 of them imported), 0 to make\n" in result.out
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row[f"loss/{term}"] > 0 for row in rows for term in ("main", "lune", "sol"))
+    # The rows decide: with other latents the same run has another loss.
+    louder = write_shards(tmp_path / "louder", {**columns, "latents": columns["latents"] * 2}, prompts, size=9)
+    assert main(["import", str(config), str(louder), "--replace", "--only", "latents"]) == 0
+    server.run("train", [config, "--set", f"run.output_dir={tmp_path / 'again'}"], tmp_path).expect(0)
+    assert metrics(tmp_path / "again")[0]["loss/main"] > 1.5 * rows[0]["loss/main"]
