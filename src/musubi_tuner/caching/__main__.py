@@ -1,4 +1,5 @@
-"""``python -m musubi_tuner.caching ACTION CONFIG``: the cache jobs, and the removal of files that belong to no item."""
+"""``python -m musubi_tuner.caching ACTION CONFIG``: the cache jobs, the import of other caches, and the removal of files that
+belong to no item."""
 
 import sys
 from collections.abc import Sequence
@@ -21,10 +22,16 @@ def _main(arguments: Sequence[str]) -> int:
         from musubi_tuner.caching.command import main as job
 
         return job(arguments[0], arguments[1:])
+    if arguments and arguments[0] == "import":
+        from musubi_tuner.caching.import_command import main as bring_in
+
+        return bring_in(arguments[1:])
     parser = Parser(prog="python -m musubi_tuner.caching", description="Look after cache folders.")
-    actions = ["gc", *KINDS]
+    actions = ["gc", "import", *KINDS]
     parser.add_argument(
-        "action", choices=actions, help="gc: remove files that belong to no item; others: that cache job"
+        "action",
+        choices=actions,
+        help="gc: remove files that belong to no item; import: take over caches of the published trainer; others: that cache job",
     )
     parser.add_argument("config", help="run file (TOML)")
     parser.add_argument("--yes", action="store_true", help="do not ask")

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, read_header
+from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_name, read_header
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
 from musubi_tuner.encoders.locate import Source, find_tokenizer, hash_file, identity, source, tokenizer_identity
 from musubi_tuner.errors import CacheError
 
 Fingerprint = dict[str, Any]
+IMPORTED = "imported"
+"""Value of ``provenance`` in the fingerprint of an imported file; absent in files that the jobs made."""
 _WORDS = {
     "format": "the cache format",
     "bucket": "the bucket",
@@ -83,17 +85,24 @@ class Expectation:
     """What every file of one kind must state, and what is added per item.
 
     Attributes:
-        shared: the part common to all items; None if an encoder is not at hand, so that nothing can be verified.
+        shared: the part common to all items.
         options: resolved options of the family (expert_input and the like).
+        complete: false if an encoder is not at hand, so that only imported files can be verified.
+        needed: plain names that a file must hold and an imported one may lack.
     """
 
     kind: str
-    shared: Fingerprint | None
+    shared: Fingerprint
     options: dict[str, Any]
+    complete: bool = True
+    needed: tuple[str, ...] = ()
 
     def of(self, item: Item) -> Fingerprint:
         """The fingerprint of an item, without the state of its files."""
-        assert self.shared is not None
+        return {**self.shared, **self.of_item(item)}
+
+    def of_item(self, item: Item) -> Fingerprint:
+        """The part that is the item's own."""
         own: Fingerprint = {}
         if self.kind == "latents":
             own = {
@@ -107,7 +116,7 @@ class Expectation:
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
                 own["bucket"] = list(item.bucket)
         own["item"] = item.id
-        return {**self.shared, **own}
+        return own
 
     @property
     def needs_image(self) -> bool:
@@ -127,13 +136,12 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
 
     Args:
         options: of the family, with ``auto`` resolved.
-        download: fetch encoders from the hub; otherwise a missing one leaves `Expectation.shared` empty.
+        download: fetch encoders from the hub; otherwise a missing one leaves it not `Expectation.complete`.
     """
     paths = encoder_sources(config, kind).paths(download=download)
     extracted = config.experts.extracted
     own = options if kind == "experts" and extracted else {}
-    if any(path is None for path in paths.values()):
-        return Expectation(kind, None, own)
+    complete = all(path is not None for path in paths.values())
     shared: Fingerprint = {"format": FORMAT_VERSION, "architecture": config.spec.full_name}
     if kind == "experts" and own.get("expert_input") != "noised_image":
         paths.pop("expert_vae", None)
@@ -172,7 +180,8 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
                 "seed": experts.seed,
                 "precision": experts.dtype,
             }
-    return Expectation(kind, shared, own)
+    needed = ("t5_mask",) if kind == "text" and config.model.t5_attn_mask else ()
+    return Expectation(kind, shared, own, complete, needed)
 
 
 def _tokenizers(config: RunConfig, paths: dict[str, Path | None]) -> Fingerprint:
@@ -211,31 +220,49 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def stale_reason(item: Item, expected: Expectation, code: str, *, by_name: bool = False) -> str | None:
-    """Why the cache file of an item must be made again; None if it is fresh.
+def is_imported(stored: Fingerprint | None) -> bool:
+    """Whether a fingerprint is of a file that was imported from another program's caches."""
+    return stored is not None and stored.get("provenance") == IMPORTED
+
+
+def file_state(
+    item: Item, expected: Expectation, code: str, *, by_name: bool = False
+) -> tuple[str | None, Fingerprint | None]:
+    """Why the cache file of an item must be made again, None if it is fresh; and the fingerprint that it holds.
 
     Args:
         by_name: accept any complete file of the right name, whatever made it.
     """
-    return file_reason(cache_path(item, expected.kind, code), item, expected, by_name=by_name)
+    return state_at(cache_path(item, expected.kind, code), item, expected, by_name=by_name)
 
 
-def file_reason(path: Path, item: Item, expected: Expectation, *, by_name: bool = False) -> str | None:
-    """Why a file does not hold what this run would make for an item; None if it does."""
+def state_at(
+    path: Path, item: Item, expected: Expectation, *, by_name: bool = False
+) -> tuple[str | None, Fingerprint | None]:
+    """Why a file does not hold what this run would make for an item, None if it does; and the fingerprint that it holds."""
     try:
         header = read_header(path)
     except FileNotFoundError:
-        return "missing"
+        return "missing", None
     except CacheError as error:
-        return str(error)
-    if by_name:
-        return None
-    if expected.shared is None:
-        return "its encoder is not downloaded yet, so it cannot be checked"
+        return str(error), None
     stored = header.fingerprint
+    reason = None if by_name else _verify(item, expected, stored)
+    if expected.needed and not by_name and reason is None:
+        held = {plain_name(key) for key in header.tensors}
+        reason = next((f"it holds no {name}" for name in expected.needed if name not in held), None)
+    return reason, stored
+
+
+def _verify(item: Item, expected: Expectation, stored: Fingerprint | None) -> str | None:
+    if not expected.complete and not is_imported(stored):
+        return "its encoder is not downloaded yet, so it cannot be checked"
     if stored is None:
         return "it does not say what made it (no fingerprint)"
-    reason = difference(stored, expected.of(item))
+    wanted = expected.of(item)
+    if is_imported(stored):  # it does not know its encoders; what it does say must agree
+        wanted = {key: value for key, value in wanted.items() if key in stored}
+    reason = difference(stored, wanted)
     if reason is not None:
         return reason
     for name, file in expected.files(item).items():

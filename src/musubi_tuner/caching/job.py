@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from musubi_tuner import __version__
 from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, kind_of, read_header
-from musubi_tuner.caching.fingerprint import Fingerprint, file_reason, image_state
+from musubi_tuner.caching.fingerprint import Fingerprint, image_state, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
@@ -122,9 +122,7 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
     with ExitStack() as stack:
         if not options.dry_run:
             for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
-                # Shards may share a folder: each locks its own name.
-                name = f".lock_{job.kind}_{options.shard[0]}of{options.shard[1]}"
-                stack.enter_context(folder_lock(folder, partial(_busy, folder), name))
+                stack.enter_context(lock_for_job(folder, job.kind, options.shard))
         status = examine(config, found.items, job.kind, family_options, download=True)
         batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
@@ -140,6 +138,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
         if options.shard == (1, 1):
             _remove_abandoned(config, job.kind, mine if job.finish else [])
         if mine:
+            if status.mixture:
+                print(f"warning: {status.mixture}", file=sys.stderr)
             if options.shard == (1, 1):
                 for folder in {
                     item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()
@@ -147,6 +147,11 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                     remove_leftovers(folder)
             _encode(config, job, status, mine, outcome)
     return _summary(job.kind, outcome)
+
+
+def lock_for_job(folder: Path, kind: str, shard: tuple[int, int] = (1, 1)) -> AbstractContextManager[None]:
+    """Hold a cache folder for one writer of a kind. Shards may share a folder: each locks its own name."""
+    return folder_lock(folder, partial(_busy, folder), f".lock_{kind}_{shard[0]}of{shard[1]}")
 
 
 def _busy(folder: Path, holder: str) -> CacheError:
@@ -247,13 +252,13 @@ def _encode_halves(
 
     def waits(item: Item) -> bool:
         path = _half(config, job.kind, item)
-        return config.cache.run != "always" and file_reason(path, item, status.expected[item.dataset]) is None
+        return config.cache.run != "always" and state_at(path, item, status.expected[item.dataset])[0] is None
 
     open_batches = [batch for batch in batches if not all(waits(item) for item in batch)]
     bar.update(sum(_due(batch, status) for batch in batches) - sum(_due(batch, status) for batch in open_batches))
     for items, encoded in _walk(config, status, open_batches, job.read, job.open, outcome):
         for item, tensors in zip(items, encoded):
-            _write(_half(config, job.kind, item), config, job, item, _fingerprint(status, item), tensors)
+            write_item(_half(config, job.kind, item), config, _fingerprint(status, item), job.metadata(item), tensors)
         fault_point(f"cache.{job.kind}.batch")
         bar.update(_due(items, status))
 
@@ -318,22 +323,6 @@ def _fingerprint(status: KindStatus, item: Item) -> Fingerprint:
     return expected.of(item) | states
 
 
-def _write(path: Path, config: RunConfig, job: Job, item: Item, fingerprint: Fingerprint, tensors: Encoded) -> None:
-    """Write one file; readers recognise a file that a power cut shortened by its length."""
-    from musubi_tuner.tensors import save_tensors
-
-    metadata = {
-        "architecture": config.spec.full_name,
-        "format_version": FORMAT_VERSION,
-        "code_version": __version__,
-        "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
-        **job.metadata(item),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    replace_file(path, partial(save_tensors, contiguous, metadata=metadata), sync=False)
-
-
 def _write_batch(
     config: RunConfig,
     job: Job,
@@ -344,30 +333,61 @@ def _write_batch(
     outcome: Outcome,
 ) -> int:
     """Write the due files of a batch and return how many."""
-    import torch
-
     written = 0
     for item, tensors in zip(items, encoded):
         if item.key not in status.due:
             continue
-        bad = [
-            key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-        ]
-        if bad and config.cache.nan_policy == "error":
-            outcome.failed[item.key] = (
-                f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
-            )
+        try:
+            tensors = finite(config, item, tensors)
+        except CacheError as error:
+            outcome.failed[item.key] = str(error)
             continue
-        if bad:
-            print(
-                f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr
-            )
-            tensors = {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
-        _write(cache_path(item, job.kind, config.spec.code), config, job, item, fingerprint(item), tensors)
+        write_item(cache_path(item, job.kind, config.spec.code), config, fingerprint(item), job.metadata(item), tensors)
         written += 1
     outcome.encoded += written
     fault_point(f"cache.{job.kind}.batch")
     return written
+
+
+def finite(config: RunConfig, item: Item, tensors: Encoded) -> Encoded:
+    """The tensors, in which values that are not finite are 0 if cache.nan_policy says so.
+
+    Raises:
+        CacheError: naming such tensors, if it does not.
+    """
+    import torch
+
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if not bad:
+        return tensors
+    if config.cache.nan_policy == "error":
+        raise CacheError(
+            f"{item.path}: {', '.join(bad)} is not finite; a wider precision for the encoder or cache.dtype may help"
+        )
+    print(f"warning: {item.path}: values that are not finite in {', '.join(bad)} were set to 0", file=sys.stderr)
+    return {key: torch.nan_to_num(t, 0, 0, 0) if key in bad else t for key, t in tensors.items()}
+
+
+def write_item(
+    path: Path, config: RunConfig, fingerprint: Fingerprint, metadata: dict[str, str], tensors: Encoded
+) -> None:
+    """Write one file; readers recognise a file that a power cut shortened by its length.
+
+    Args:
+        metadata: header entries beside the common ones.
+    """
+    from musubi_tuner.tensors import save_tensors
+
+    header = {
+        "architecture": config.spec.full_name,
+        "format_version": FORMAT_VERSION,
+        "code_version": __version__,
+        "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
+        **metadata,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    replace_file(path, partial(save_tensors, contiguous, metadata=header), sync=False)
 
 
 def storage_dtype(config: RunConfig, default: str) -> "Any":

@@ -1,5 +1,6 @@
 """The cache jobs of latents and texts, which encode items through `job.run_job`, and the list of all (`JOBS`)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
 
 
@@ -59,18 +61,22 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
 
         return encode
 
-    def metadata(item: Item) -> dict[str, str]:
-        (width, height), (bucket_width, bucket_height) = item.size, item.bucket
-        return {
-            "width": str(width),
-            "height": str(height),
-            "bucket_width": str(bucket_width),
-            "bucket_height": str(bucket_height),
-            "vae_shift_applied": str(config.spec.latent_shift).lower(),
-        }
-
-    job = Job("latents", config.cache.latents_batch_size, True, open_encoder, read, metadata)
+    job = Job(
+        "latents", config.cache.latents_batch_size, True, open_encoder, read, partial(latents_metadata, config.spec)
+    )
     return run_job(config, job, options, family)
+
+
+def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
+    """Header entries of a latents file."""
+    (width, height), (bucket_width, bucket_height) = item.size, item.bucket
+    return {
+        "width": str(width),
+        "height": str(height),
+        "bucket_width": str(bucket_width),
+        "bucket_height": str(bucket_height),
+        "vae_shift_applied": str(spec.latent_shift).lower(),
+    }
 
 
 def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
-from musubi_tuner.caching.fingerprint import Expectation, expectation, stale_reason
+from musubi_tuner.caching.fingerprint import Expectation, expectation, file_state, is_imported
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.sources import Item
@@ -35,7 +35,7 @@ class KindStatus:
 
     Attributes:
         expected: by number of the dataset, for those that want such files.
-        due: item -> why its file must be made. fresh: how many need nothing.
+        due: item -> why its file must be made. fresh: how many need nothing. imported: which of these were imported.
         orphans: complete files that belong to no item of the datasets.
     """
 
@@ -43,6 +43,7 @@ class KindStatus:
     expected: dict[int, Expectation]
     due: dict[str, str] = field(default_factory=dict)
     fresh: int = 0
+    imported: set[str] = field(default_factory=set)
     orphans: list[Path] = field(default_factory=list)
 
     @property
@@ -52,8 +53,20 @@ class KindStatus:
 
     def of(self, items: Sequence[Item]) -> "KindStatus":
         """What it says of some of the items that want such files."""
-        due = {item.key: self.due[item.key] for item in items if item.key in self.due}
-        return KindStatus(self.kind, self.expected, due, len(items) - len(due))
+        keys = {item.key for item in items}
+        due = {key: reason for key, reason in self.due.items() if key in keys}
+        return KindStatus(self.kind, self.expected, due, len(keys) - len(due), self.imported & keys)
+
+    @property
+    def mixture(self) -> str | None:
+        """A warning where imported files stand beside files of this run's encoders; None if they do not."""
+        own = self.fresh - len(self.imported) + len(self.due)
+        if not self.imported or not own:
+            return None
+        return (
+            f"{self.kind}: {len(self.imported)} files are imported, {own} are made by this run's encoders; they may differ in what "
+            "the import does not know, such as weights, precision and crop"
+        )
 
 
 def examine(
@@ -80,10 +93,14 @@ def examine(
         expected = status.expected.get(item.dataset)
         if expected is None:
             continue
-        reason = "cache.run is always" if encodes and config.cache.run == "always" else None
-        reason = reason or stale_reason(item, expected, code, by_name=by_name)
+        if encodes and config.cache.run == "always":
+            status.due[item.key] = "cache.run is always"
+            continue
+        reason, stored = file_state(item, expected, code, by_name=by_name)
         if reason is None:
             status.fresh += 1
+            if is_imported(stored):
+                status.imported.add(item.key)
         else:
             status.due[item.key] = reason
     status.orphans = find_orphans(items, kind, code, [dataset.cache_directory for dataset in config.datasets])

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 
 MissingCaption = Literal["error", "skip", "empty", "stem"]
-MaskSource = Literal["none", "file", "alpha", "product", "smpl"]
+MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 """Where the loss mask of an image comes from; see data/masks.py."""
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 """Transforms that have a name; see data/captions.py."""

@@ -7,6 +7,7 @@ Sources, each a grey picture of the size of its image, white = foreground:
     product   the image itself: foreground where the RGB distance to the median colour of the four corners is above 30
     smpl      a body rendering: foreground where a grey one is above 20, and where a coloured one is not green,
               that is not (g > r + 20 and g > b + 20)
+    imported  what was imported with the latents; no image can make it
 
 A mask takes the resize and crop of its image and is then averaged over the pixels of a latent cell, so that it keeps
 soft values. An image without a mask weighs 1 everywhere.
@@ -22,6 +23,7 @@ from PIL import Image
 from musubi_tuner.config.datasets import MaskSource
 from musubi_tuner.data.buckets import Placement
 from musubi_tuner.data.images import open_alpha, open_image, open_upright, resize_crop
+from musubi_tuner.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,11 +75,16 @@ def read_mask(mask: Mask, image_path: Path) -> Image.Image:
     """The mask of an image at the image's size, grey.
 
     Raises:
-        DataError: if a file is broken.
+        DataError: if a file is broken, or the mask can only be imported.
     """
     import numpy as np
 
     match mask.source:
+        case "imported":
+            raise DataError(
+                f'{image_path}: mask_source is "imported", so its latents can only be imported: python -m musubi_tuner.caching '
+                "import"
+            )
         case "file":
             assert mask.path is not None
             return open_image(mask.path).getchannel("R")

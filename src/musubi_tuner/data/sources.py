@@ -369,6 +369,20 @@ def _row(
     return _Row(path, made, mask) if made else None
 
 
+def in_listed_order(items: Iterable[Item], dataset: DatasetConfig) -> list[Item]:
+    """Items of one dataset in the order of their source: a folder by file name, a JSONL file by line.
+
+    Caches of other programs know items by this order only; `scan` sorts by id, which differs (``a-1.png`` before ``a.png``).
+    """
+    if dataset.image_jsonl_file is None:
+        return sorted(items, key=lambda item: item.path)
+    lines = dataset.image_jsonl_file.read_text(encoding="utf-8-sig").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    paths = [_near(row.get("image_path", row.get("image_path_0")), dataset.image_jsonl_file.parent) for row in rows]
+    place = {path: index for index, path in enumerate(paths)}
+    return sorted(items, key=lambda item: place[item.path])
+
+
 def _near(text: str, folder: Path) -> Path:
     """A path of a JSONL file: as it is, or below the folder of the file."""
     path = Path(text)
@@ -456,8 +470,8 @@ def _mask(dataset: DatasetConfig, entry: _Entry, size: Size) -> Mask | None:
     match dataset.mask_source:
         case "none":
             return None
-        case "product":
-            return Mask("product")
+        case "product" | "imported":
+            return Mask(dataset.mask_source)
         case "alpha":
             return Mask("alpha") if has_alpha(entry.path) else None
     if entry.mask_path is None:

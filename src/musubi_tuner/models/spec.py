@@ -66,7 +66,8 @@ class ModelSpec:
             ``open_base`` for a run with adapters; ``plan_model`` for the
             memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools; ``read_published_lora`` and
             ``write_published_lora`` where the published trainer has LoRA files of its own, ``read_published_settings``
-            and ``read_published_state`` where it has settings (torch-free) and checkpoints;
+            and ``read_published_state`` where it has settings (torch-free) and checkpoints, ``open_published_caches`` where
+            it has cache files;
             ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.

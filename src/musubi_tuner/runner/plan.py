@@ -55,7 +55,8 @@ def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: boo
 
 def _state(status: KindStatus) -> str:
     reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
-    return f"{status.fresh} up to date, {len(status.due)} to make" + (f" ({reasons})" if reasons else "")
+    imported = f" ({len(status.imported)} of them imported)" if status.imported else ""
+    return f"{status.fresh} up to date{imported}, {len(status.due)} to make" + (f" ({reasons})" if reasons else "")
 
 
 def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
@@ -97,6 +98,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     for kind, status in plan.status.items():
         lines.append(f"  {kind:<8} {_state(status)}")
         lines += _dataset_lines(config, plan, kind)
+        if status.mixture:
+            lines.append(f"warning: {status.mixture}")
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"

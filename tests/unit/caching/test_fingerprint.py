@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.caching.file_format import KINDS, cache_path, read_header
-from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, image_state, stale_reason
+from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, file_state, image_state
 from musubi_tuner.caching.status import examine, needed_kinds
 from musubi_tuner.config import RunConfig
 from musubi_tuner.encoders.locate import file_sha256, hash_file, identity
@@ -318,7 +318,7 @@ class TestEncoders:
 
     def test_an_encoder_that_is_not_downloaded_leaves_everything_due(self, cached: Any) -> None:
         config = cached.config(model={"vae_path": "nobody/nothing-of-this-name:vae"})
-        assert expectation(config, "latents", {}, download=False).shared is None
+        assert not expectation(config, "latents", {}, download=False).complete
         reason = "its encoder is not downloaded yet, so it cannot be checked"
         assert reasons(cached, "latents", config) == {"a": reason, "b": reason}
 
@@ -492,7 +492,7 @@ def test_a_fingerprint_holds_all_that_decides_the_content(cached: Any) -> None:
             image = stored.pop("image", None)
             assert stored == expected.of(item)
             assert (image is not None) == expected.needs_image == (kind != "text")
-            assert stale_reason(item, expected, "tf") is None
+            assert file_state(item, expected, "tf")[0] is None
 
 
 def test_always_makes_nothing_due_where_nothing_is_encoded(cached: Any) -> None:

@@ -329,6 +329,7 @@ def test_no_upscale_without_buckets_has_no_effect_and_says_so(warnings_of: Calla
         ("alpha_mask = true", "alpha"),
         ('alpha_mask = true\nmask_source = "alpha"', "alpha"),
         ('mask_source = "product"', "product"),
+        ('mask_source = "imported"', "imported"),
     ],
 )
 def test_mask_source_follows_from_what_is_given(keys: str, source: str, load: Load, project: Path) -> None:
@@ -362,7 +363,7 @@ def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load,
             "mask_directory: is the image_directory; put the masks into a folder of their own",
         ),
         ('mask_directory = "no"', "mask_directory: no: no such folder"),
-        ('mask_source = "red"', "mask_source: is 'red', expected one of none, file, alpha, product, smpl"),
+        ('mask_source = "red"', "mask_source: is 'red', expected one of none, file, alpha, product, smpl, imported"),
     ],
 )
 def test_masks_that_contradict_each_other_are_refused(

@@ -33,6 +33,7 @@ _PLACES = {
     "load_to_merge": "state_dict",
     "make_process": "family",
     "open_base": "family",
+    "open_published_caches": "published_caches",
     "options_of": "state_dict",
     "read_published_lora": "lora",
     "read_published_settings": "trainer_settings",

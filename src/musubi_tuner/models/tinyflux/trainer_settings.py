@@ -342,10 +342,6 @@ class _Reader(Builder):
 
     def _plain(self, source: str) -> None:
         key, value = PLAIN[source], self.options[source]
-        if key not in self.known:
-            if source in self.written:
-                self._lose(source, "this version has no setting for it")
-            return
         kind = self.known[key].type_name
         if kind == "float" and type(value) is int:
             value = float(value)
