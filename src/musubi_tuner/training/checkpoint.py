@@ -44,7 +44,9 @@ from musubi_tuner.tensors import save_tensors
 logger = logging.getLogger(__name__)
 STATE_FORMAT = 1
 LIST_FILE = "checkpoints.json"
-EARLIER_METRICS = {"loss/epoch": "epoch/loss"}
+EPOCH_METRIC = "epoch/loss"
+"""Mean training loss of an epoch: what the best checkpoint has lowest where nothing is held out."""
+EARLIER_METRICS = {"loss/epoch": EPOCH_METRIC}
 """Name of a metric in states of earlier versions -> its name."""
 
 

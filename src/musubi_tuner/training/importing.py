@@ -15,12 +15,16 @@ from musubi_tuner.data.split import hold_out
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.models.spec import PublishedState
-from musubi_tuner.training.checkpoint import Best, CheckpointList, TrainingState, find_states, write_state
+from musubi_tuner.training.checkpoint import (
+    EPOCH_METRIC,
+    Best,
+    CheckpointList,
+    TrainingState,
+    find_states,
+    write_state,
+)
 from musubi_tuner.training.schedulers import make_schedule
-from musubi_tuner.training.trainer import Position, count_steps, data_digest, fixed_settings
-
-METRIC = "loss/epoch"
-"""What the best value of a published trainer is: the lowest mean training loss of an epoch."""
+from musubi_tuner.training.trainer import Position, count_steps, data_digest, fixed_settings, other_teachers
 
 
 def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) -> list[str]:
@@ -56,7 +60,8 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         )
     keeps_average = config.ema.enabled and state.ema is not None
     average = state.ema if keeps_average else state.model
-    best = Best(METRIC, math.inf if state.best is None else state.best)
+    # In a published trainer, too, it is the lowest mean training loss of an epoch.
+    best = Best(EPOCH_METRIC, math.inf if state.best is None else state.best)
     values = {
         "step": state.step,
         "position": vars(Position(step=state.step, epoch=state.epoch)),
@@ -68,7 +73,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         "best": best.state(),
         "metrics_bytes": 0,
         "config": fixed_settings(config, processes),
-        "data": data_digest(trained, config.train.masked_loss, held_out),
+        "data": data_digest(trained, config.train.masked_loss, held_out, other_teachers(config)),
         "base": None,
         "environment": {},
         "code_version": __version__,
@@ -105,10 +110,10 @@ def _report(config: RunConfig, state: PublishedState, total: int, moments: bool)
     if state.best is None:
         lines.append("best: not in the file")
     elif config.keeps_best and not config.validation.split:
-        lines.append(f"best: {METRIC} {state.best:.4f}; best.safetensors is written when a lower one comes")
+        lines.append(f"best: {EPOCH_METRIC} {state.best:.4f}; best.safetensors is written when a lower one comes")
     else:
         reason = "the run follows the validation loss" if config.validation.split else "save.best is off"
-        lines.append(f"best: {METRIC} {state.best:.4f} is left out, because {reason}")
+        lines.append(f"best: {EPOCH_METRIC} {state.best:.4f} is left out, because {reason}")
     schedule = make_schedule(
         config.scheduler.type,
         lr=config.optimizer.lr,

@@ -52,6 +52,7 @@ from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
+    EPOCH_METRIC,
     Best,
     CheckpointList,
     Entry,
@@ -120,13 +121,21 @@ def default_settings() -> dict[str, Any]:
     return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
 
 
+def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
+    """How [experts] differs in every dataset."""
+    return [
+        {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
+        for dataset in config.datasets
+    ]
+
+
 def data_digest(
     items: list[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out.
 
     Args:
-        teachers: how [experts] differs in every dataset.
+        teachers: what `other_teachers` gives.
     """
     digest = hashlib.sha256()
     for item in items:
@@ -209,11 +218,7 @@ class Trainer:
         self.environment = environment(config, threads, self.processes, self.device)
         self.items = items
         trained, held_out = hold_out(items, config.validation)
-        teachers = [
-            {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
-            for dataset in config.datasets
-        ]
-        self.data_digest = data_digest(trained, config.train.masked_loss, held_out, teachers)
+        self.data_digest = data_digest(trained, config.train.masked_loss, held_out, other_teachers(config))
         self.folder, self.name = config.output_dir, config.run.name
         kinds = needed_kinds(config)
         self.dataset = CachedDataset(config, trained, kinds)
@@ -285,7 +290,7 @@ class Trainer:
                 processes=self.processes,
                 hidden=config.spec.expert_keys,
             )
-        self.best = Best(METRIC if self.validator else "epoch/loss") if config.keeps_best else None
+        self.best = Best(METRIC if self.validator else EPOCH_METRIC) if config.keeps_best else None
         self.best_step = 0
         self.window: dict[str, Tensor] = {}
         self.window_updates = 0
@@ -762,7 +767,7 @@ class Trainer:
         self.epoch_total, self.epoch_updates = torch.zeros_like(self.epoch_total), 0
         if self.metrics:
             place = self.position.epoch + 1
-            self.metrics.measured(step, {"epoch/loss": mean, "epoch/step": step}, 0.0, place=place)
+            self.metrics.measured(step, {EPOCH_METRIC: mean, "epoch/step": step}, 0.0, place=place)
         if self.best and self._follows_epochs and self.best.improve(mean):
             self._save_best()
 

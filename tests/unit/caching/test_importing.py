@@ -78,6 +78,12 @@ def bring(project: Any, *sources: Path, config: RunConfig | None = None, **optio
     return import_caches(config or project.config(), sources, ImportOptions(**options))
 
 
+def flat(project: Any, *arguments: Any) -> Path:
+    """Flat files of v4.1, and a run that takes their Sol."""
+    project.tables["experts"]["sol_source"] = "geometric"
+    return write_flat(*arguments)
+
+
 def stored(project: Any, name: str) -> dict[str, Tensor]:
     """Tensors of an item by plain name, of all its files."""
     item = next(item for item in project.items() if item.id == name)
@@ -137,6 +143,7 @@ def test_rows_of_every_form_reach_the_images_in_the_order_of_their_names(
     form: str, run: Any, columns: Columns, prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = FORMS[form](tmp_path / "caches", columns, prompts)
+    run.tables["experts"]["sol_source"] = "geometric" if form == "v4.1" else "extracted"
     assert bring(run, source) == 0
     assert_rows(run, columns)
     assert reasons(run) == {}
@@ -150,7 +157,7 @@ def test_rows_of_every_form_reach_the_images_in_the_order_of_their_names(
 
 
 def test_headers_say_what_is_known_and_that_it_was_imported(run: Any, columns: Columns, tmp_path: Path) -> None:
-    bring(run, write_flat(tmp_path / "caches", columns, "three"))
+    bring(run, flat(run, tmp_path / "caches", columns, "three"))
     item = run.items()[1]
     facts = {}
     for kind in KINDS:
@@ -190,6 +197,9 @@ def test_sol_of_a_folder_is_extracted_and_its_fourth_statistic_makes_it_geometri
     sol = torch.load(source / "sol.pt", weights_only=True)
     sol["stats"] = torch.cat([sol["stats"], torch.ones(3, 3, 1)], dim=-1)
     torch.save(sol, source / "sol.pt")
+    with pytest.raises(ConfigError, match=r"experts\.sol_source was 'geometric', now 'extracted'"):
+        bring(run, source, replace=True)
+    run.tables["experts"]["sol_source"] = "geometric"
     bring(run, source, replace=True)
     fingerprint = read_header(cache_path(run.items()[0], "experts", "tf")).fingerprint
     assert fingerprint is not None and fingerprint["sol_source"] == "geometric"
@@ -563,7 +573,7 @@ class TestFlatFiles:
         ]
         columns = columns_of(3)
         two = {**columns, "latents": columns["latents"][:2]}
-        assert bring(run, write_flat(tmp_path / "caches", two, "portraits")) == 0
+        assert bring(run, flat(run, tmp_path / "caches", two, "portraits")) == 0
         found = stored(run, "b")  # the first line, though the second item
         assert torch.equal(found["latents"], columns["latents"][0])
         assert torch.equal(found["t5_vec"], columns["t5_embeds"][0])
@@ -589,7 +599,7 @@ class TestFlatFiles:
         self, run: Any, columns: Columns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         masks = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(3))
-        source = write_flat(tmp_path / "caches", columns, "sportfashion", masks)
+        source = flat(run, tmp_path / "caches", columns, "sportfashion", masks)
         assert bring(run, source) == 0
         assert 'note     masks left out; mask_source = "imported" takes them\n' in capsys.readouterr().out
         assert "mask_weights" not in stored(run, "a")
@@ -610,11 +620,11 @@ class TestFlatFiles:
     ) -> None:
         run.tables["datasets"][0]["mask_source"] = "imported"
         with pytest.raises(DataError, match='holds no masks, but mask_source is "imported"'):
-            bring(run, write_flat(tmp_path / "caches", columns, "schnell"))
+            bring(run, flat(run, tmp_path / "caches", columns, "schnell"))
         assert run.run("latents") == 1
         assert 'mask_source is "imported", so its latents can only be imported' in capsys.readouterr().err
         masks = torch.full((3, 8, 8), 2.0)
-        assert bring(run, write_flat(tmp_path / "caches", columns, "schnell", masks)) == 1
+        assert bring(run, flat(run, tmp_path / "caches", columns, "schnell", masks)) == 1
         assert "its mask has values from 2 to 2, expected 0 to 1" in capsys.readouterr().err
 
     def test_masks_of_the_dataset_are_squashed_as_the_pictures_were(
@@ -628,7 +638,7 @@ class TestFlatFiles:
         ramp[:, :12] = 255  # the left eighth, which the crop would lose
         Image.fromarray(ramp).save(run.root / "masks" / "a.png")
         run.tables["datasets"][0]["mask_directory"] = "masks"
-        assert bring(run, write_flat(tmp_path / "caches", columns, "three")) == 0
+        assert bring(run, flat(run, tmp_path / "caches", columns, "three")) == 0
         mask = stored(run, "a")["mask_weights"]
         assert torch.allclose(mask[:, 0], torch.ones(8))
         assert torch.allclose(mask[:, 4:], torch.ones(8, 4))
@@ -638,7 +648,7 @@ class TestFlatFiles:
 
     def test_one_set_of_several_is_named_by_a_file(self, run: Any, columns: Columns, tmp_path: Path) -> None:
         other = columns_of(3, seed=1)
-        folder = write_flat(tmp_path / "caches", columns, "portrait")
+        folder = flat(run, tmp_path / "caches", columns, "portrait")
         write_flat(folder, other, "imagenet")
         with pytest.raises(
             CacheError, match="holds the sets imagenet, portrait; import one at a time, by naming its files"
@@ -648,21 +658,21 @@ class TestFlatFiles:
         assert_rows(run, other)
 
     def test_files_of_one_set_may_lie_in_two_folders(self, run: Any, columns: Columns, tmp_path: Path) -> None:
-        folder = write_flat(tmp_path / "encodings", columns, "portrait")
+        folder = flat(run, tmp_path / "encodings", columns, "portrait")
         (tmp_path / "latents").mkdir()
         (folder / "portrait_latents_3.pt").rename(tmp_path / "latents" / "portrait_latents_3.pt")
         assert bring(run, folder, tmp_path / "latents") == 0
         assert_rows(run, columns)
 
     def test_two_lengths_of_one_set_are_not_guessed(self, run: Any, columns: Columns, tmp_path: Path) -> None:
-        folder = write_flat(tmp_path / "caches", columns, "portrait")
+        folder = flat(run, tmp_path / "caches", columns, "portrait")
         save(columns_of(2)["latents"], folder / "portrait_latents_2.pt")
         with pytest.raises(CacheError, match=r"portrait_latents_2\.pt and .*portrait_latents_3\.pt: are both latents"):
             bring(run, folder)
         assert bring(run, folder / "portrait_latents_3.pt", folder) == 0
 
     def test_a_name_that_lies_about_its_rows(self, run: Any, columns: Columns, tmp_path: Path) -> None:
-        folder = write_flat(tmp_path / "caches", columns, "portrait")
+        folder = flat(run, tmp_path / "caches", columns, "portrait")
         (folder / "portrait_latents_3.pt").rename(folder / "portrait_latents_4.pt")
         with pytest.raises(CacheError, match=r"portrait_latents_4\.pt: holds 3 rows, its name says 4"):
             bring(run, folder)
@@ -670,7 +680,7 @@ class TestFlatFiles:
     def test_a_set_without_latents_gives_the_rest(
         self, run: Any, columns: Columns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder = write_flat(tmp_path / "caches", columns, "schnell")
+        folder = flat(run, tmp_path / "caches", columns, "schnell")
         (folder / "schnell_latents_3.pt").unlink()
         assert bring(run, folder) == 0
         assert reasons(run) == {"latents": {"missing"}}

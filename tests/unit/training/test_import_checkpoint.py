@@ -272,9 +272,9 @@ def test_state_begins_an_epoch(tmp_path: Path, imported: Callable[..., str]) -> 
     assert values["position"] == {
         "step": 5, "epoch": 2, "update": 0, "images": 0, "skipped": 0, "skipped_in_a_row": 0
     }  # fmt: skip
-    assert values["best"] == {"metric": "loss/epoch", "value": 0.5, "total": 0.0, "updates": 0}
+    assert values["best"] == {"metric": "epoch/loss", "value": 0.5}
     assert values["ema_updates"] == 5 and values["metrics_bytes"] == 0 and values["window"] == {}
-    assert "best: loss/epoch 0.5000; best.safetensors is written when a lower one comes" in printed
+    assert "best: epoch/loss 0.5000; best.safetensors is written when a lower one comes" in printed
     assert "data: which images of epoch 3 were trained is not in the file" in printed
     assert printed.endswith(f"{state}: step 5 of 20\n")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".tmp-")] == []
@@ -300,7 +300,7 @@ def test_run_that_follows_its_validation_leaves_the_best_value_behind(
     assert "best: not in the file" in imported(path)
     path = Published().save(tmp_path / "step_0.pt", best_loss=0.25)
     folders = [{"output_dir": str(tmp_path / name)} for name in ("two", "three")]
-    text = "best: loss/epoch 0.2500 is left out, because "
+    text = "best: epoch/loss 0.2500 is left out, because "
     assert f"{text}the run follows the validation loss" in imported(path, run=folders[0], validation={"split": 0.34})
     assert f"{text}save.best is off" in imported(path, run=folders[1], save={"best": False})
 
