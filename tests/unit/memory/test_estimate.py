@@ -328,7 +328,7 @@ def test_what_binds(tmp_path: Path) -> None:
 
 def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}))
-    items: Any = [SimpleNamespace(bucket=(128, 128), batch_size=1)]
+    items: Any = [SimpleNamespace(bucket=(128, 128), batch_size=1, dataset=0)]
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
     plan = config.spec.load("plan_model")(config)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -78,8 +78,8 @@ class Pictures:
             "sol_spatial": maps / maps.sum(dim=(1, 2), keepdim=True),
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.row(0).items()}
+    def shapes(self) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
+        return [(0, {name: tuple(tensor.shape) for name, tensor in self.row(0).items()})]
 
     def plan_items(self) -> list[PlanItem]:
         return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
@@ -89,7 +89,8 @@ class Pictures:
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         valid = {name: torch.ones(len(rows), dtype=torch.bool) for name in tensors}
         items = [self.items[index].id for index in planned.items]
-        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations)
+        ids = torch.zeros(len(rows), dtype=torch.int64)
+        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations, ids)
 
 
 Start = Callable[..., Trainer]
