@@ -113,7 +113,8 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     process = spec.load("make_process")(config, {})
     size = (1, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
     tensors = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
-    batch = Batch(torch.randn(size), tensors, {name: torch.ones(1, dtype=torch.bool) for name in tensors}, ["x"], (0,))
+    valid = {name: torch.ones(1, dtype=torch.bool) for name in tensors}
+    batch = Batch(torch.randn(size), tensors, valid, ["x"], (0,), torch.zeros(1, dtype=torch.int64))
 
     def step(index: int) -> None:
         draws = make_draws(process, size[1:], MicroBatch((0,), (0,)), 1, index).to(device)

@@ -95,8 +95,15 @@ def plain() -> dict[bool, Any]:
     return {dropout: train(prepare("plain", dropout=0.1 * dropout), 20) for dropout in (False, True)}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 25, 36, 37, 53])
+def cases(counts: list[int], quick: set[tuple[int, bool]]) -> list[Any]:
+    """Every number of blocks without and with checkpointing; all but a few belong to the slow suite."""
+    pairs = [(count, checkpointing) for count in counts for checkpointing in (False, True)]
+    return [pytest.param(*pair, marks=[] if pair in quick else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("count", "checkpointing"), cases([1, 2, 25, 36, 37, 53], {(1, False), (25, True), (37, False), (53, True)})
+)
 def test_twenty_steps_are_those_without_swap(count: int, checkpointing: bool, plain: dict[bool, Any]) -> None:
     model = prepare("plain")
     if checkpointing:
@@ -106,8 +113,7 @@ def test_twenty_steps_are_those_without_swap(count: int, checkpointing: bool, pl
     assert swap.recoveries == 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("count", [1, 20, 36])
+@pytest.mark.parametrize(("count", "checkpointing"), cases([1, 20, 36], {(20, False), (36, True)}))
 def test_tinyflux_too(count: int, checkpointing: bool) -> None:
     spec = MODELS["tf"]
 
@@ -330,8 +336,7 @@ def swapped_training(model: TinyFluxDeep, count: int, **options: Any) -> BlockSw
     return BlockSwap(model, swapped_counts(count, counts), CPU, **options)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("count", [1, 20, 36])
+@pytest.mark.parametrize(("count", "checkpointing"), cases([1, 20, 36], {(20, False), (36, True)}))
 def test_twenty_steps_of_a_trained_model(count: int, checkpointing: bool) -> None:
     model = tinyflux(15, 25)
     if checkpointing:
