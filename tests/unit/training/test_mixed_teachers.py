@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import cache_path
@@ -180,6 +180,20 @@ def test_features_that_the_model_cannot_take_are_refused_with_the_name_of_their_
         check_caches(config, GEOMETRY, [CachedDataset(config, items, kinds)])
     assert str(caught.value).startswith("datasets[3]: [model.geometry] and encoders do not belong together: ")
     assert str(caught.value).endswith("lune_expert_dim is 6, but experts.unet gave lune_features of 7")
+
+
+def test_text_without_its_mask_is_refused_where_the_model_takes_it(config: RunConfig) -> None:
+    masked = config.model_copy(update={"model": config.model.model_copy(update={"t5_attn_mask": True})})
+    items, kinds = scan(config.datasets, "tf").items, ["latents", "text"]
+    check_caches(masked, GEOMETRY, [CachedDataset(config, items, kinds)])
+    path = cache_path(items[3], "text", "tf")
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != "t5_mask"}, path)
+    without = [CachedDataset(config, items, kinds)]
+    check_caches(config, GEOMETRY, without)
+    with pytest.raises(
+        ConfigError, match=r"datasets\[3\]: model\.t5_attn_mask is true, but text caches hold no t5_mask"
+    ):
+        check_caches(masked, GEOMETRY, without)
 
 
 def test_state_knows_the_teachers_of_datasets_where_they_differ(config: RunConfig) -> None:

@@ -211,8 +211,14 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
     """Compare the widths of cached tensors with those that the model takes.
 
     Raises:
-        ConfigError: naming the geometry's field and the encoder's key, for all that differ.
+        ConfigError: naming the geometry's field and the encoder's key, for all that differ; or if the mask of the text is
+            wanted and not cached.
     """
+    if config.model.t5_attn_mask and "t5_mask" not in shapes:
+        raise ConfigError(
+            "model.t5_attn_mask is true, but text caches hold no t5_mask (those of the published trainer have none); set it to "
+            f"false, or make them again: python -m musubi_tuner.caching text {config.path}"
+        )
     expected = {
         "t5_vec": ("joint_attention_dim", "model.t5_path"),
         "clip_l_pooler": ("pooled_projection_dim", "model.clip_path"),
