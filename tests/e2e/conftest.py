@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from project import ForkServer, Result, make_encoders, make_photographs, run_command, write_run
+from project import ForkServer, Place, Result, make_encoders, make_photographs, run_command, write_run
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +69,11 @@ def new_run(tmp_path: Path, photographs: Path, encoders: Path) -> Callable[..., 
         return write_run(root or tmp_path, images or photographs, encoders, file_name, **changes)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path, server: ForkServer
+) -> Place:
+    """Where the runs of the file are made."""
+    return Place(tmp_path_factory.mktemp("runs"), photographs, encoders, caches, server)

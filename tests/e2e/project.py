@@ -407,6 +407,22 @@ EVERYTHING = 1_000_000
 """More passes than any run makes: a fault that never fires and only counts."""
 
 
+@dataclass
+class Place:
+    """Where the runs of a test file are made, from photographs, encoders and caches that all files share."""
+
+    folder: Path
+    photographs: Path
+    encoders: Path
+    caches: Path
+    server: ForkServer
+
+    def write(self, name: str, **tables: Any) -> Path:
+        """A run file with its caches in a new folder."""
+        copy_tree(self.caches, self.folder / name / "cache")
+        return write_run(self.folder / name, self.photographs, self.encoders, **tables)
+
+
 class Rehearsal:
     """One run that is trained undisturbed once, and then again with its plug pulled."""
 

@@ -3,7 +3,6 @@
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,15 @@ import pytest
 from project import (
     GEOMETRY,
     REPOSITORY,
-    ForkServer,
+    Place,
     all_lines,
     content,
-    copy_tree,
     differing,
     final_files,
     make_flux,
     metrics,
     run_tables,
     write_flux_run,
-    write_run,
 )
 
 from musubi_tuner.config import load_config
@@ -36,22 +33,12 @@ STEPS = 10
 TAGS = ["loss/val", *(f"loss/val_sigma_{sigma}" for sigma in ("0.125", "0.375", "0.625", "0.875"))]
 
 
-@dataclass
-class Setting:
-    """Where the runs of this file are made."""
-
-    folder: Path
-    photographs: Path
-    encoders: Path
-    caches: Path
-    server: ForkServer
-
+class Setting(Place):
     def new(self, name: str, **changes: Any) -> Path:
         """A run file with its caches in a new folder."""
-        copy_tree(self.caches, self.folder / name / "cache")
         train = {"max_steps": STEPS, "mixed_precision": "no", **changes.pop("train", {})}
         common: dict[str, Any] = {"train": train, "save": {"every_steps": 4}, "validation": SPLIT}
-        return write_run(self.folder / name, self.photographs, self.encoders, **{**common, **changes})
+        return self.write(name, **{**common, **changes})
 
     def train(self, config: Path) -> Path:
         """Train to the end; returns the output folder."""
@@ -60,10 +47,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(
-    tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path, server: ForkServer
-) -> Setting:
-    return Setting(tmp_path_factory.mktemp("validation"), photographs, encoders, caches, server)
+def setting(place: Place) -> Setting:
+    return Setting(**vars(place))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ The hub is `hub_server`, on this machine.
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import REPOSITORY, ForkServer, Result, copy_tree, differing, final_files, metrics, write_run
+from project import REPOSITORY, Place, Result, copy_tree, differing, final_files, metrics
 
 from hub_server import Hub, environment, serving
 from musubi_tuner.config import load_config
@@ -35,23 +34,13 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
-@dataclass
-class Setting:
-    """Where the runs of this file are made."""
-
-    folder: Path
-    photographs: Path
-    encoders: Path
-    caches: Path
-    server: ForkServer
-
+class Setting(Place):
     def new(self, name: str, hub: dict[str, Any] | None, **changes: Any) -> Path:
         """A run file with its caches in a new folder."""
-        copy_tree(self.caches, self.folder / name / "cache")
         tables: dict[str, Any] = {"train": {"max_steps": STEPS}, "save": {"every_steps": 5, "keep_last_steps": 1}}
         if hub is not None:
             tables["hub"] = {"repo_id": REPO, "retry_seconds": 0.0, **hub}
-        return write_run(self.folder / name, self.photographs, self.encoders, **{**tables, **changes})
+        return self.write(name, **{**tables, **changes})
 
     def variables(self, hub: Hub) -> dict[str, str]:
         return {**environment(hub.url, str(self.folder / "hub home")), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
@@ -61,10 +50,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(
-    tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path, server: ForkServer
-) -> Setting:
-    return Setting(tmp_path_factory.mktemp("uploads"), photographs, encoders, caches, server)
+def setting(place: Place) -> Setting:
+    return Setting(**vars(place))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,22 @@
 """Two processes train the model that one process trains with twice the accumulation, however they are started."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from project import REPOSITORY, ForkServer, Result, cache_paths, copy_tree, differing, final_files, metrics, write_run
+from project import (
+    REPOSITORY,
+    ForkServer,
+    Place,
+    Result,
+    cache_paths,
+    copy_tree,
+    differing,
+    final_files,
+    metrics,
+)
 from safetensors.torch import load_file
 
 DATA = {"resolution": 128, "batch_size": 2, "num_repeats": 3}
@@ -18,26 +27,17 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
 
-@dataclass
-class Setting:
-    """Where the runs of this file are made."""
-
-    folder: Path
-    photographs: Path
-    encoders: Path
-    caches: Path
-
+class Setting(Place):
     def new(self, name: str, **changes: Any) -> Path:
         """A run file with its caches in a new folder."""
-        copy_tree(self.caches, self.folder / name / "cache")
         train = {"max_steps": STEPS, "mixed_precision": "no", **changes.pop("train", {})}
         common: dict[str, Any] = {"general": DATA, "train": train, "save": {"every_steps": 0}}
-        return write_run(self.folder / name, self.photographs, self.encoders, **{**common, **changes})
+        return self.write(name, **{**common, **changes})
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path) -> Setting:
-    return Setting(tmp_path_factory.mktemp("processes"), photographs, encoders, caches)
+def setting(place: Place) -> Setting:
+    return Setting(**vars(place))
 
 
 @pytest.fixture(scope="module")

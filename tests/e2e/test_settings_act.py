@@ -5,7 +5,6 @@ start weights.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from project import GEOMETRY, ForkServer, copy_tree, metrics, write_run
+from project import GEOMETRY, Place, metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -36,33 +35,21 @@ STILL: dict[str, Any] = {
 """Two epochs of two updates: nine photographs make six micro-batches, so the second update of an epoch is short."""
 
 
-@dataclass
-class Setting:
-    """Where the runs of this file are made."""
-
-    folder: Path
-    photographs: Path
-    encoders: Path
-    caches: Path
-    server: ForkServer
-
+class Setting(Place):
     def train(self, name: str, **changes: Any) -> tuple[Path, str]:
         """Train in a new folder; returns its run file and what was printed."""
-        copy_tree(self.caches, self.folder / name / "cache")
         tables = {
             table: {**STILL.get(table, {}), **changes.get(table, {})} for table in {*STILL, *changes} - {"datasets"}
         }
         tables |= {"datasets": changes["datasets"]} if "datasets" in changes else {}
-        config = write_run(self.folder / name, self.photographs, self.encoders, **tables)
+        config = self.write(name, **tables)
         self.server.run("latents", [config], config.parent).expect(0)  # only masks make some due
         return config, self.server.run("train", [config], config.parent).expect(0).out
 
 
 @pytest.fixture(scope="module")
-def setting(
-    tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path, server: ForkServer
-) -> Setting:
-    return Setting(tmp_path_factory.mktemp("settings"), photographs, encoders, caches, server)
+def setting(place: Place) -> Setting:
+    return Setting(**vars(place))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from torch import Tensor
 from musubi_tuner.caching.file_format import caption_metadata, caption_name
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
-from musubi_tuner.caching.status import KindStatus
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.images import open_image, resize_crop, to_array
@@ -144,7 +143,7 @@ class ExpertsJob:
             load_teacher(paths["unet"], overlay, name=names[0], dtype=self.dtype, device=self.device), title
         )
 
-    def open(self, status: KindStatus) -> Encoder:
+    def open(self) -> Encoder:
         """Load CLIP, the autoencoder and the first teacher, which may be both."""
         from musubi_tuner.encoders.autoencoder import load_autoencoder
         from musubi_tuner.encoders.teachers import check_overlay
@@ -197,7 +196,7 @@ class ExpertsJob:
 
         return encode
 
-    def open_second(self, status: KindStatus) -> Encoder:
+    def open_second(self) -> Encoder:
         """Load the second teacher, which sees what the half files hold for it."""
         names = self.names[1:]
         teacher = self._load(names, self._paths())
@@ -215,7 +214,7 @@ class ExpertsJob:
 
         return encode
 
-    def open_geometric(self, status: KindStatus) -> Encoder:
+    def open_geometric(self) -> Encoder:
         """No teacher at all: Sol's stand-in alone."""
         print("experts: Sol by formula, no teacher is run")
 

@@ -109,7 +109,7 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
                 stack.enter_context(lock_for_job(dataset.cache_directory, task.kind))
         for task in tasks:
             _examine(config, foreign, task, items)
-        _print_plan(config, foreign, tasks, dataset, items)
+        _print_plan(foreign, tasks, dataset, items)
         _refuse_conflicts(tasks, options)
         if options.dry_run:
             return EXIT_OK
@@ -288,9 +288,7 @@ def _refuse_conflicts(tasks: list[_Task], options: ImportOptions) -> None:
         )
 
 
-def _print_plan(
-    config: RunConfig, foreign: ForeignCaches, tasks: list[_Task], dataset: DatasetConfig, items: list[Item]
-) -> None:
+def _print_plan(foreign: ForeignCaches, tasks: list[_Task], dataset: DatasetConfig, items: list[Item]) -> None:
     order = "the lines of its listing" if dataset.image_jsonl_file else "file names"
     print(f"import   {foreign.form}")
     print(f"  into     {dataset.name}: {len(items)} images in the order of {order}, {items[0].id} to {items[-1].id}")

@@ -101,10 +101,10 @@ class Job:
     kind: str
     batch_size: int
     by_bucket: bool
-    open: Callable[[KindStatus], Encoder]
+    open: Callable[[], Encoder]
     read: Callable[[Item], Any] | None = None
     metadata: Callable[[Item], dict[str, str]] = lambda item: {}
-    finish: Callable[[KindStatus], Encoder] | None = None
+    finish: Callable[[], Encoder] | None = None
 
 
 def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: dict[str, Any]) -> int:
@@ -197,13 +197,13 @@ def _walk(
     status: KindStatus,
     batches: list[list[Item]],
     read: Callable[[Item], Any] | None,
-    open_encoder: Callable[[KindStatus], Encoder],
+    open_encoder: Callable[[], Encoder],
     outcome: Outcome,
 ) -> Iterator[tuple[list[Item], list[Encoded]]]:
     """Items of every batch that could be read, encoded; batches of which none of these is due are left out."""
     if not batches:
         return
-    encode = open_encoder(status)
+    encode = open_encoder()
     for batch, inputs in _read_ahead(batches, read, config.cache.workers):
         good = [(item, value) for item, value in zip(batch, inputs) if not isinstance(value, UserError)]
         outcome.failed |= {item.key: str(value) for item, value in zip(batch, inputs) if isinstance(value, UserError)}

@@ -10,7 +10,7 @@ from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
-from musubi_tuner.caching.status import KindStatus, job_groups
+from musubi_tuner.caching.status import job_groups
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.masks import read_mask, to_latent
@@ -37,7 +37,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         mask = torch.from_numpy(to_latent(read_mask(item.mask, item.path), item.placement, config.spec.vae_factor))
         return pixels, {mask_key(tuple(mask.shape)): mask}
 
-    def open_encoder(status: KindStatus) -> Encoder:
+    def open_encoder() -> Encoder:
         from musubi_tuner.encoders.autoencoder import load_autoencoder
 
         spec, device = config.spec, choose_device(config.run.device)
@@ -83,7 +83,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
     """Encode captions with T5 and CLIP."""
     truncated = 0
 
-    def open_encoder(status: KindStatus) -> Encoder:
+    def open_encoder() -> Encoder:
         device = choose_device(config.run.device)
         encoders = TextEncoders(config, device)
         stored = storage_dtype(config, "bfloat16")

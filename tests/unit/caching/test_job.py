@@ -174,7 +174,7 @@ class TestWriting:
             seen.append([entry.id for entry in items])
             return [{"latents_1x8x8_float32": torch.zeros(16, 8, 8)} for _ in items]
 
-        job, config = Job("latents", 2, True, lambda status: encode), project.config()
+        job, config = Job("latents", 2, True, lambda: encode), project.config()
         assert run_job(config, job, JobOptions(), {}) == 0
         assert seen == [["a", "b"], ["c", "d"], ["e"]]
         seen.clear()
@@ -354,7 +354,7 @@ class TestFailures:
             raise DataError(f"{entry.path}: no")
 
         config = project.config()
-        job = Job("latents", 1, True, lambda status: lambda items, inputs: [], fail)
+        job = Job("latents", 1, True, lambda: lambda items, inputs: [], fail)
         assert run_job(config, job, JobOptions(), {}) == 1
         lines = capsys.readouterr().err.splitlines()
         assert lines[0] == "failed: images/p00.png: no"
@@ -378,7 +378,7 @@ class TestFailures:
             return [{"x_float32": torch.zeros(1)} for _ in items]
 
         config = project.config(cache={"workers": workers})
-        assert run_job(config, Job("latents", 3, True, lambda status: encode, read), JobOptions(), {}) == 0
+        assert run_job(config, Job("latents", 3, True, lambda: encode, read), JobOptions(), {}) == 0
         assert seen == names
 
     def test_the_encoders_are_not_opened_when_nothing_is_due(self, project: Any) -> None:
@@ -449,7 +449,7 @@ class TestValues:
                 for entry in items
             ]
 
-        return Job("latents", 2, True, lambda status: encode)
+        return Job("latents", 2, True, lambda: encode)
 
     def test_an_item_that_is_not_finite_fails_and_the_others_are_written(
         self, project: Any, job: Job, capsys: pytest.CaptureFixture[str]

@@ -305,6 +305,8 @@ def test_unknown_fields_are_warned_of_and_left_out(project: Path, capsys: pytest
         ({"use_huber_loss": 1}, "use_huber_loss: is 1, expected one of true, false"),
         ({"dtype": "torch.float64"}, "dtype: is 'torch.float64', expected one of torch.bfloat16, "),
         ({"checkpoint_dir": None}, "checkpoint_dir: is None, expected a text"),
+        ({"shift": None}, "shift: is null, and a run file has no null"),
+        ({"sample_prompts": ["a cat", None]}, 'sample_prompts: is ["a cat", null], and a run file has no null'),
     ],
 )
 def test_values_that_no_run_can_have(

@@ -17,22 +17,8 @@ from musubi_tuner.models.checkpoints import find_weights, read_weights, strip_wr
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_checkpoint, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.state_dict import options_of
+from tiny import TINY
 
-TINY = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=24,
-    pooled_projection_dim=20,
-    num_double_layers=1,
-    num_single_layers=1,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=40,
-    lune_hidden_dim=16,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
 HEADER = {"config_json": TINY.to_json()}
 Weights = dict[str, Tensor]
 

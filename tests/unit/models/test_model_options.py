@@ -14,22 +14,9 @@ from musubi_tuner.models.tinyflux.geometry import ModelOptions
 from musubi_tuner.models.tinyflux.model import BlockInputs, text_ids, timestep_embedding
 from musubi_tuner.models.tinyflux.sol import attention_temperature
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
+from tiny import TINY
 
-SMALL = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=24,
-    pooled_projection_dim=20,
-    num_double_layers=2,
-    num_single_layers=2,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=10,
-    lune_hidden_dim=16,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
+SMALL = replace(TINY, num_double_layers=2, num_single_layers=2, lune_expert_dim=10)
 
 
 def make(**changes: Any) -> TinyFluxDeep:

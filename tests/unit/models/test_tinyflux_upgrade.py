@@ -17,22 +17,8 @@ from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, load_checkpoint, load_model
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, upgrade_weights, v3_geometry, v3_shapes
+from tiny import TINY
 
-TINY = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=24,
-    pooled_projection_dim=20,
-    num_double_layers=1,
-    num_single_layers=1,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=40,
-    lune_hidden_dim=16,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
 NO_SOL = replace(TINY, use_sol_prior=False)
 Weights = dict[str, Tensor]
 

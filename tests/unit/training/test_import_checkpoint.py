@@ -474,8 +474,10 @@ def renumbered(loop: Published) -> dict[str, Any]:
         ),
         (lambda loop: changed(loop, exp_avg="?"), "exp_avg of text_balance is a str"),
         (lambda loop: {"state": {}}, "its optimizer has no param_groups and state"),
+        (lambda loop: {"state": {}, "param_groups": [{"lr": 1.0}]}, "are not numbered from 0"),
+        (lambda loop: {**changed(loop), "state": {0: 1.0}}, "does not hold its moments by name"),
     ],
-    ids=["groups", "numbers", "count", "order", "8bit", "kind", "none"],
+    ids=["groups", "numbers", "count", "order", "8bit", "kind", "none", "no numbers", "no names"],
 )
 def test_moments_that_fit_no_parameter_are_refused_and_may_be_left_behind(
     change: Callable[[Published], dict[str, Any]], expected: str, tmp_path: Path, imported: Callable[..., str]

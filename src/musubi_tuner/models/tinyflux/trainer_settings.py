@@ -5,6 +5,7 @@ weight decay, one coin per batch for the teachers) is written into the run file 
 way. Its gaps are not copied: a number of kept files below 1 keeps all of them here, and deletes even the newest there.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -342,6 +343,9 @@ class _Reader(Builder):
 
     def _plain(self, source: str) -> None:
         key, value = PLAIN[source], self.options[source]
+        if value is None or (isinstance(value, list) and None in value):
+            self._refuse(source, f"is {json.dumps(value)}, and a run file has no null; give a value")
+            return
         kind = self.known[key].type_name
         if kind == "float" and type(value) is int:
             value = float(value)

@@ -164,9 +164,10 @@ def _order(
         raise CheckpointError(f"{what}: its optimizer has no param_groups and state; {INSTEAD}")
     if len(groups) != 1:
         raise CheckpointError(f"{what}: its optimizer has {len(groups)} groups of parameters, expected 1; {INSTEAD}")
-    count = len(groups[0]["params"])
-    if list(groups[0]["params"]) != list(range(count)):
+    numbers = groups[0].get("params") if isinstance(groups[0], dict) else None
+    if not isinstance(numbers, list) or numbers != list(range(len(numbers))):
         raise CheckpointError(f"{what}: the parameters of its optimizer are not numbered from 0; {INSTEAD}")
+    count = len(numbers)
     ours = {key: report.remapped.get(key, key) for key in weights}
     parameters = [key for key in weights if not key.startswith("rope.freqs_") and not key.endswith(".sin_basis")]
     if "model" not in held:
@@ -197,6 +198,8 @@ def _moments(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Moments by our names: tensors by ``parameter/entry``, and plain values by parameter and entry."""
     held: dict[int, dict[str, Any]] = state["state"]
+    if not all(isinstance(values, dict) for values in held.values()):
+        raise CheckpointError(f"{what}: its optimizer does not hold its moments by name; {INSTEAD}")
     entries = {entry for values in held.values() for entry in values}
     kind = next((name for name, known in ENTRIES.items() if entries <= known), None)
     if held and kind != wanted:
