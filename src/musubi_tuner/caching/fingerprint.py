@@ -42,8 +42,9 @@ _WORDS = {
     "mask": "the source of the mask",
     "captions": "the list of captions",
     "sol_source": "experts.sol_source",
+    "squashed": "squashing of the image",
 }
-_UNSTATED = {"sol_source": "extracted"}
+_UNSTATED = {"sol_source": "extracted", "squashed": False}
 """What files hold that were written before a key existed."""
 
 
@@ -114,7 +115,7 @@ class Expectation:
         else:
             own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
-                own["bucket"] = list(item.bucket)
+                own |= {"bucket": list(item.bucket), "squashed": item.squashed}
         own["item"] = item.id
         return own
 

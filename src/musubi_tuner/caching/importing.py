@@ -35,7 +35,7 @@ from musubi_tuner.caching.jobs import latents_metadata
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
-from musubi_tuner.data.buckets import Placement
+from musubi_tuner.data.buckets import squash
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item, in_listed_order, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError
@@ -376,8 +376,7 @@ def _mask(config: RunConfig, foreign: ForeignCaches, item: Item, row: int) -> Te
         if not ((mask >= 0) & (mask <= 1)).all():
             raise CacheError(f"its mask has values from {mask.min():.4g} to {mask.max():.4g}, expected 0 to 1")
         return mask
-    enlarged = any(own < side for own, side in zip(item.size, item.bucket, strict=True))
-    squashed = Placement(item.bucket, item.bucket, (0, 0), "lanczos" if enlarged else "area")
+    squashed = squash(item.size, item.bucket)
     return torch.from_numpy(to_latent(read_mask(item.mask, item.path), squashed, config.spec.vae_factor))
 
 

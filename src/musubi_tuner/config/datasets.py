@@ -15,6 +15,8 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 MissingCaption = Literal["error", "skip", "empty", "stem"]
 MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 """Where the loss mask of an image comes from; see data/masks.py."""
+Resize = Literal["crop", "squash"]
+"""How an image becomes its bucket: its centre, or all of it with other proportions."""
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 """Transforms that have a name; see data/captions.py."""
 
@@ -22,6 +24,7 @@ SHARED_KEYS: dict[str, str] = {
     "resolution": "resolution",
     "enable_bucket": "bool",
     "bucket_no_upscale": "bool",
+    "resize": "resize",
     "caption_extension": "text",
     "batch_size": "count",
     "num_repeats": "count",
@@ -75,6 +78,7 @@ class DatasetConfig:
         resolution: (width, height) in pixels; the area when buckets are on.
         caption_extension: with its dot.
         batch_size: images per micro-batch and process.
+        resize: how an image becomes its bucket.
         mask_source: where loss masks come from. mask_directory: files of the images' stems; set with an image_directory
             whose source is file or smpl.
         caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
@@ -94,6 +98,7 @@ class DatasetConfig:
     num_repeats: int
     missing_caption: MissingCaption
     recursive: bool
+    resize: Resize = "crop"
     mask_source: MaskSource = "none"
     mask_directory: Path | None = None
     caption_columns: tuple[str, ...] = ()
@@ -115,6 +120,8 @@ def _check_value(kind: str, value: Any) -> str | None:
             return f"is {value!r}, expected one of {', '.join(get_args(MissingCaption))}"
         case "mask_source" if value not in get_args(MaskSource):
             return f"is {value!r}, expected one of {', '.join(get_args(MaskSource))}"
+        case "resize" if value not in get_args(Resize):
+            return f"is {value!r}, expected one of {', '.join(get_args(Resize))}"
         case "names":
             texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
             if not texts or not value or len(set(value)) != len(value):
@@ -274,6 +281,7 @@ def _resolve_one(
         num_repeats=values["num_repeats"],
         missing_caption=values["missing_caption"],
         recursive=values["recursive"],
+        resize=values.get("resize", "crop"),
         mask_source=mask_source,
         mask_directory=locate(own["mask_directory"]) if "mask_directory" in own else None,
         caption_columns=tuple(values.get("caption_columns", ())),

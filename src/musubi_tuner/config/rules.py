@@ -405,6 +405,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         ),
         (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
         (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
+        (not config.save.state, ("save.keep_last_states",), "save.state is false"),
         (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),
         (
             not (config.experts.enable_lune or config.experts.enable_sol),

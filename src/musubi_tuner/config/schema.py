@@ -410,6 +410,10 @@ class ObjectiveSection(Section):
     min_snr_form: Literal["published", "x0", "vpred", "none"] = param(
         "published", "Formula of the min-SNR weight; see flow/weighting.py."
     )
+    precision: Literal["float32", "bfloat16"] = param(
+        "float32",
+        "Times, noise, noisy latents, targets and losses; bfloat16 rounds each, as published: times above 0.998 become 1.",
+    )
     spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
     text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
     guidance_min: float = param(
@@ -432,10 +436,17 @@ class ObjectiveSection(Section):
     )
     lune_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1)
     sol_weight: float = param(0.05, "Weight of the Sol distillation loss.", ge=0, le=100)
+    sol_stats_weight: float = param(1.0, "Share of the attention statistics in the Sol loss.", ge=0, le=100)
+    sol_spatial_weight: float = param(1.0, "Share of the attention map in the Sol loss.", ge=0, le=100)
     sol_warmup_steps: int = param(2000, "Updates until the Sol weight is reached.", ge=0)
     sol_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1)
     teacher_dropout_mode: Literal["sample", "batch"] = param(
         "sample", "One coin per sample, or one per micro-batch as published."
+    )
+    missing_teacher: Literal["predict", "zeros"] = param(
+        "predict",
+        "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
+        "to be learned, as published.",
     )
     distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still pay the distillation loss.")
     drop_experts_with_text: bool = param(
@@ -612,6 +623,10 @@ class SaveSection(Section):
     keep_last_epochs: int | None = param(3, "Newest epoch checkpoints kept; 0 = all.", ge=0, resume="free")
     dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
                          flat=("save_precision",), resume="free")  # fmt: skip
+    keep_last_states: int | None = param(
+        2, "Newest states kept, of all checkpoints together; weights stay without them; 0 = as long as their weights.", ge=0,
+        resume="free",
+    )  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
     best: bool | None = param(
         None, "Keep the weights of the lowest validation loss (without validation: of the lowest mean training loss of an epoch) "
@@ -698,7 +713,10 @@ class HubSection(Section):
         resume="free",
     )
     upload_state: bool = param(
-        False, "Upload states with the checkpoints, to continue elsewhere: several times as much data.", resume="free"
+        False,
+        "Upload states with the checkpoints, to continue elsewhere: several times as much data.",
+        flat=("save_state_to_huggingface",),
+        resume="free",
     )
     timeout_seconds: int = param(
         600, "An upload that takes longer, its three attempts together, is given up.", ge=1, resume="free"
@@ -716,7 +734,8 @@ class ResumeSection(Section):
 
     from_: str = param(
         "auto",
-        "auto = the newest good state of this run, or a new start; none = always start over; or the path of a state.",
+        "auto = the newest good state of this run, or a new start; none = a new start; or the path of a state. The last two need an "
+        "output_dir without later checkpoints.",
         flat=("resume",),
         alias="from",
         resume="free",

@@ -62,6 +62,14 @@ def place(image: Size, bucket: Size) -> Placement:
     return Placement(bucket, resized, crop, "lanczos" if factor > 1 else "area")
 
 
+def squash(image: Size, bucket: Size) -> Placement:
+    """Resize to the bucket without a crop, whatever that does to the proportions."""
+    if image == bucket:
+        return Placement(bucket, image, (0, 0), "none")
+    larger = any(side > own for own, side in zip(image, bucket, strict=True))
+    return Placement(bucket, bucket, (0, 0), "lanczos" if larger else "area")
+
+
 class BucketSelector:
     """The bucket list of a resolution, and the choice for an image.
 

@@ -71,10 +71,13 @@ class CachedDataset(Dataset[Batch]):
         self.items, self.seed = list(items), config.run.seed
         self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)
         self.tables = {*config.spec.expert_keys, TIMES}
+        self.substitutes: dict[str, Tensor] = {}
         self._leave_out_teachers(config)
         self._check_times(config.spec.expert_keys)
         self._check_sizes(config.spec.vae_factor, config.spec.latent_channels, masked=config.train.masked_loss)
         self._check_captions()
+        if config.objective.missing_teacher == "zeros":
+            self._fill_in_zeros()
 
     def _leave_out_teachers(self, config: RunConfig) -> None:
         """Forget the tensors of teachers that a dataset has not, or has no longer."""
@@ -88,6 +91,14 @@ class CachedDataset(Dataset[Batch]):
                 path, tensors = files["experts"].path, files["experts"].tensors
                 names = [name for name in tensors if split_caption(name)[0] not in off[item.dataset]]
                 files["experts"] = CachedFile(path, {name: tensors[name] for name in names})
+
+    def _fill_in_zeros(self) -> None:
+        """Give items without the table of a teacher that others have one of zeros."""
+        for files in self.files:
+            for name, entry in files["experts"].tensors.items() if "experts" in files else ():
+                plain = split_caption(name)[0]
+                if plain in self.tables and plain not in self.substitutes:
+                    self.substitutes[plain] = torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype))
 
     def _check_times(self, keys: Sequence[str]) -> None:
         """Tables of teachers must have an entry for every time of their file."""
@@ -151,6 +162,9 @@ class CachedDataset(Dataset[Batch]):
             self._read(index, self.caption_of(index, epoch, presentation))
             for index, presentation in zip(batch.items, batch.presentations, strict=True)
         ]
+        for row in rows:
+            for name, zeros in self.substitutes.items():
+                row.setdefault(name, zeros[: len(row.get(TIMES, zeros))])
         names = sorted({name for row in rows for name in row} - {"latents"})
         tensors, valid = {}, {}
         times = max(len(row.get(TIMES, ())) for row in rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.datasets import DatasetConfig
-from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place
+from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
 from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.images import EXTENSIONS, has_alpha, image_size
 from musubi_tuner.data.masks import Mask
@@ -33,6 +33,7 @@ class Item:
         size: (width, height) upright. placement: how it becomes its bucket.
         mask: where its loss mask comes from; None if it has none.
         more_captions: beside ``caption``; each presentation takes one of all.
+        squashed: whether its proportions give way to those of its bucket, for the teachers too.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Item:
     batch_size: int
     mask: Mask | None = None
     more_captions: tuple[str, ...] = ()
+    squashed: bool = False
 
     @property
     def dataset(self) -> int:
@@ -453,11 +455,12 @@ def _items(
             caption=entry.captions[0],
             cache_directory=dataset.cache_directory / folder if folder else dataset.cache_directory,
             size=size,
-            placement=place(size, bucket),
+            placement=squash(size, bucket) if dataset.resize == "squash" else place(size, bucket),
             num_repeats=dataset.num_repeats,
             batch_size=dataset.batch_size,
             mask=mask,
             more_captions=entry.captions[1:],
+            squashed=dataset.resize == "squash",
         )
 
 

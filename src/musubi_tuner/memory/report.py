@@ -75,10 +75,9 @@ def disk_lines(config: RunConfig, items: Sequence[Item], steps: Steps, plan: Mod
     caches = cache_bytes(config, items, plan)
     weights, state = checkpoint_bytes(config, plan, found)
     count = _kept_checkpoints(config, steps)
-    total = count * (weights + (state if config.save.state else 0)) + weights * (
-        config.save.release + config.keeps_best
-    )
-    each = f"{gib(weights)} of weights" + (f" and {gib(state)} of state" if config.save.state else "")
+    states = min(count, config.save.keep_last_states or count) if config.save.state else 0
+    total = (count + config.save.release + config.keeps_best) * weights + states * state
+    each = f"{gib(weights)} of weights" + (f", {states} state(s) of {gib(state)}" if states else "")
     lines = [f"  disk     caches up to {gib(caches)}; {count} checkpoint(s) of {each}: {gib(total)}"]
     place = next(
         path for path in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if path.exists()

@@ -231,7 +231,7 @@ class Runner:
 
         folder, save = self.config.output_dir, self.config.save
         with folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here")):
-            tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs)
+            tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""

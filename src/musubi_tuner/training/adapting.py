@@ -180,5 +180,6 @@ def _describe(dataset: DatasetConfig) -> dict[str, Any]:
         "num_repeats": dataset.num_repeats,
         "enable_bucket": dataset.enable_bucket,
         "bucket_no_upscale": dataset.bucket_no_upscale,
+        "resize": dataset.resize,
         "image_directory": None if source is None else source.name,
     }

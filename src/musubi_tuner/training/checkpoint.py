@@ -182,8 +182,27 @@ class CheckpointList:
                 if part and part not in used:
                     _remove(self.folder / part)
 
+    def prune_states(self, keep: int | None) -> None:
+        """Remove all but the newest ``keep`` states of all kinds, and leave their weights; None or 0 keeps all."""
+        steps = {entry.state: entry.step for entry in self.entries.values() if entry.state}
+        surplus = sorted(steps, key=lambda name: steps[name])[:-keep] if keep else []
+        if not surplus:
+            return
+        for entry in self.entries.values():
+            if entry.state in surplus:
+                entry.state = ""
+        self.write()
+        for name in surplus:
+            _remove(self.folder / name)
 
-def tidy(folder: Path, run: str, keep_steps: int | None = None, keep_epochs: int | None = None) -> None:
+
+def tidy(
+    folder: Path,
+    run: str,
+    keep_steps: int | None = None,
+    keep_epochs: int | None = None,
+    keep_states: int | None = None,
+) -> None:
     """Bring a run folder into order after a killed start; call it only while holding the folder's lock.
 
     Temporary files go, complete checkpoints that are not listed are listed, and all are pruned as the run would.
@@ -194,6 +213,7 @@ def tidy(folder: Path, run: str, keep_steps: int | None = None, keep_epochs: int
     checkpoints.adopt()
     checkpoints.prune("step", keep_steps)
     checkpoints.prune("epoch", keep_epochs)
+    checkpoints.prune_states(keep_states)
 
 
 def _remove(path: Path) -> None:

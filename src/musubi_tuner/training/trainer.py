@@ -142,6 +142,8 @@ def data_digest(
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
         if item.more_captions:
             digest.update(repr(item.more_captions).encode())
+        if item.squashed:
+            digest.update(b"squashed")
         if masked and item.mask is not None:
             digest.update(repr(item.mask.source).encode())
     for item in held_out:
@@ -395,6 +397,7 @@ class Trainer:
     def _resume(self) -> int:
         """Restore a state if there is one; returns the length of metrics.jsonl that belongs to it."""
         found = self._find_state()
+        self._refuse_going_back(found[1]["position"]["step"] if found else 0)
         if found is None:
             return 0
         path, values = found
@@ -447,6 +450,23 @@ class Trainer:
                 f"resume.from: {wanted}: no such state folder; give auto, none, or a folder ending in -state"
             )
         return path, read_values(path)
+
+    def _refuse_going_back(self, step: int) -> None:
+        """Two branches of a run in one folder would overwrite and prune each other's checkpoints.
+
+        Raises:
+            ConfigError: if a person names a beginning before what the folder holds.
+        """
+        if self.config.resume.from_ == "auto":
+            return
+        entries = CheckpointList.read(self.folder, self.name).entries
+        later = [name for name, entry in entries.items() if entry.step > step]
+        if later:
+            raise ConfigError(
+                f'resume.from: "{self.config.resume.from_}" begins at step {step}, and {self.folder} holds later checkpoints '
+                f"({', '.join(later)}), which would be mixed up with the new ones. Choose another run.output_dir (--fresh does), "
+                "or move them away"
+            )
 
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
@@ -922,6 +942,7 @@ class Trainer:
         fault_point("checkpoint.listed")
         checkpoints.prune("step", config.save.keep_last_steps)
         checkpoints.prune("epoch", config.save.keep_last_epochs)
+        checkpoints.prune_states(config.save.keep_last_states)
         if self.metrics:
             self.metrics.say(f"step {position.step}: saved {entry.model}")
         if self.uploads:

@@ -147,6 +147,13 @@ class TestSettings:
         }
         assert reasons(cached, "text", cached.config(general={"resolution": 128})) == {}
 
+    def test_squashing_makes_latents_and_what_teachers_saw_stale(self, cached: Any) -> None:
+        squashed = cached.config(general={"resize": "squash"})
+        # The other image has the proportions of its bucket, but another picture may reach its teachers.
+        assert set(reasons(cached, "latents", squashed)) <= {"a", "b"}
+        assert reasons(cached, "experts", squashed) == dict.fromkeys("ab", "squashing of the image was False, now True")
+        assert reasons(cached, "text", squashed) == {}
+
     def test_another_size_of_the_teachers_picture_makes_experts_stale(self, project: Any) -> None:
         """The teacher sees the item at the aspect of its bucket, so another bucket may mean another picture."""
         from musubi_tuner.caching.experts import teacher_grid

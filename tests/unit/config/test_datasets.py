@@ -78,7 +78,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 17
+    assert len(fields(DatasetConfig)) == 18
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -315,6 +315,13 @@ def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
 def test_no_upscale_without_buckets_has_no_effect_and_says_so(warnings_of: Callable[..., list[str]]) -> None:
     (message,) = warnings_of(data=f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true\n")
     assert message.startswith("datasets[0].bucket_no_upscale: has no effect")
+
+
+def test_resize_is_a_choice(load: Load, problems: Problems) -> None:
+    assert only(load(data=IMAGES)).resize == "crop"
+    assert only(load(data=f'{IMAGES}resize = "squash"\n')).resize == "squash"
+    (message,) = problems(data=f'{IMAGES}resize = "stretch"\n')
+    assert message == "datasets[0].resize: is 'stretch', expected one of crop, squash"
 
 
 # Masks

@@ -109,6 +109,28 @@ def test_every_row_has_the_teachers_of_its_dataset(config: RunConfig, items: lis
     }
 
 
+@pytest.mark.parametrize("rows", [(0, 1, 2, 3), (1,), (1, 2), (3, 1)])
+def test_teachers_that_a_dataset_lacks_are_zeros_that_count_if_asked(
+    config: RunConfig, items: list[Item], rows: tuple[int, ...]
+) -> None:
+    """As published: fed and learned like features."""
+    write_all(items)
+    planned = MicroBatch(rows, rows)
+    plain = CachedDataset(config, items, KINDS)[planned]
+    objective = config.objective.model_copy(update={"missing_teacher": "zeros"})
+    found = CachedDataset(config.model_copy(update={"objective": objective}), items, KINDS)[planned]
+    for name, width in (("lune_features", (6,)), ("sol_stats", (3,)), ("sol_spatial", (4, 4))):
+        assert found.valid[name].all()
+        looked_up = linear_lookup(found.tensors[name], found.tensors["t_buckets"], torch.full((len(rows),), 0.4))
+        assert looked_up.shape == (len(rows), *width)
+        for row in range(len(rows)):
+            if name in plain.valid and plain.valid[name][row]:
+                times, table = plain.tensors["t_buckets"][row : row + 1], plain.tensors[name][row : row + 1]
+                assert torch.equal(looked_up[row], linear_lookup(table, times, torch.tensor([0.4]))[0])
+            else:
+                assert not looked_up[row].any()
+
+
 def test_tables_of_different_lengths_come_in_one_batch_each_with_its_own_times(
     config: RunConfig, items: list[Item]
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.data.buckets import Placement, place, squash
+from musubi_tuner.data.images import resize_crop
 from musubi_tuner.data.sources import Found, scan
 from musubi_tuner.errors import DataError
 
@@ -162,6 +164,32 @@ class TestMissingCaptions:
         (problem,) = problems(dataset(missing_caption="skip"))
         assert "holds no images" not in problem
         assert "caption" in problem
+
+
+class TestResize:
+    @pytest.mark.parametrize(
+        ("size", "kept"),
+        [((128, 40), "lanczos"), ((64, 64), "lanczos"), ((512, 256), "area"), ((96, 48), "none")],
+    )
+    def test_a_squashed_image_loses_its_proportions_and_nothing_else(
+        self, tmp_path: Path, picture: Make, dataset: Entry, size: tuple[int, int], kept: str
+    ) -> None:
+        picture(tmp_path / "images" / "a.png", size)
+        sides = {"resolution": (96, 48), "enable_bucket": False}
+        (cut,) = scan([dataset(**sides)], "tf").items
+        (item,) = scan([dataset(**sides, resize="squash")], "tf").items
+        assert not cut.squashed and item.squashed
+        assert item.bucket == cut.bucket == (96, 48)
+        assert item.placement == Placement((96, 48), (96, 48), (0, 0), kept)
+
+    def test_what_a_crop_leaves_out_is_in_a_squashed_picture(self, tmp_path: Path) -> None:
+        wide = Image.new("RGB", (96, 32), (0, 0, 0))
+        wide.paste((255, 0, 0), (0, 0, 32, 32))
+        wide.paste((0, 0, 255), (64, 0, 96, 32))
+        cut = resize_crop(wide, place(wide.size, (32, 32)))
+        whole = resize_crop(wide, squash(wide.size, (32, 32)))
+        assert cut.getpixel((2, 16)) == cut.getpixel((29, 16)) == (0, 0, 0)
+        assert (whole.getpixel((2, 16)), whole.getpixel((29, 16))) == ((255, 0, 0), (0, 0, 255))
 
 
 class TestFolderProblems:

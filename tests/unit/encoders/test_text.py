@@ -1,8 +1,10 @@
 """Text encoders: every accepted file gives the states of transformers, and every other file says what is wrong."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from musubi_tuner.encoders.text import TextEncoder, find_tokenizer, load_clip, load_t5, load_tokenizer
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.models.tinyflux import TinyFluxDeep, encode_clip, encode_t5, initialize
+from tiny import TINY
 
 CLIP_FORMS = ("folder", "sharded", "prefixed", "unprefixed", "all in one", "header")
 T5_FORMS = ("folder", "sharded", "embed_tokens only", "shared only", "both", "with decoder", "all in one", "header")
@@ -30,6 +34,40 @@ def open_clip(path: Path, tokenizer: Path | None = None, **options: Any) -> Text
 def open_t5(path: Path, tokenizer: Path | None = None, **options: Any) -> TextEncoder:
     settings = {"max_tokens": 16, "dtype": torch.float32, "device": "cpu"} | options
     return load_t5(path, tokenizer, NO_HUB, **settings)
+
+
+def test_the_page_of_tinyflux_shows_how_to_call_the_model(
+    tmp_path: Path, clip_files: dict[str, Path], t5_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    page = (Path(__file__).parents[3] / "docs" / "tinyflux.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, files in (("clip", clip_files), ("t5", t5_files)):
+        shutil.copytree(files["folder"], tmp_path / name)
+    widths = {
+        "joint_attention_dim": open_t5(tmp_path / "t5").width,
+        "pooled_projection_dim": open_clip(tmp_path / "clip").width,
+    }
+    model = TinyFluxDeep(replace(TINY, **widths))
+    initialize(model, "reference", torch.Generator().manual_seed(0))
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("model", "ema"):
+        save_file(dict(model.state_dict()), tmp_path / "checkpoint" / f"{name}.safetensors")
+    (tmp_path / "checkpoint" / "config.json").write_text(model.config.to_json({}))
+    exec(compile(snippet, "docs/tinyflux.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([2, 3840, 4]) torch.Size([2, 40]) torch.Size([2, 3])\n"
+
+
+def test_helpers_give_what_the_model_takes(
+    clip_files: dict[str, Path], t5_files: dict[str, Path], texts: list[str]
+) -> None:
+    clip, t5 = open_clip(clip_files["folder"]), open_t5(t5_files["folder"])
+    assert torch.equal(encode_t5(t5, texts), t5.encode(texts).states)
+    pooled = clip.encode(texts).pooled
+    assert pooled is not None and torch.equal(encode_clip(clip, texts), pooled)
+    with pytest.raises(ValueError, match="encode_clip needs CLIP"):
+        encode_clip(t5, texts)
 
 
 def failure(load: Callable[..., TextEncoder], *arguments: Any) -> str:

@@ -301,7 +301,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
     assert lines[0].startswith("  memory   about ")
     assert re.search(r"activations by bucket: from .* \(128x128, batch 1\) to .* \(256x256, batch 1\)", lines[2])
-    assert re.search(r"disk     caches up to .*; 3 checkpoint\(s\) of .* of weights and .* of state", lines[3])
+    assert re.search(r"disk     caches up to .*; 3 checkpoint\(s\) of .* of weights, 2 state\(s\) of ", lines[3])
     assert re.search(r"10\^12 operations per update and process, at least [\w.]+ ?s? at .*", lines[4])
     assert re.search(r"GiB? are moved, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5])
     assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")

@@ -426,6 +426,27 @@ def test_files_shared_with_a_kept_checkpoint_stay(tmp_path: Path) -> None:
     assert content(tmp_path) == {"checkpoints.json", shared.model, shared.state} | names_of(2)
 
 
+@pytest.mark.parametrize(("keep", "left"), [(1, (4,)), (2, (3, 4)), (9, (1, 3, 4)), (0, (1, 3, 4)), (None, (1, 3, 4))])
+def test_states_are_pruned_apart_from_their_weights(keep: int | None, left: tuple[int, ...], tmp_path: Path) -> None:
+    entries = {
+        "step_4": step_entry(4),
+        "step_1": step_entry(1),
+        "best": Entry(2, 1, "best", "best.safetensors"),
+        "epoch_1": Entry(3, 1, "epoch", "run-000001.safetensors", "", "run-000001-state"),
+        "final": step_entry(4),
+    }
+    checkpoints = listed(tmp_path, entries)
+    before = content(tmp_path)
+    checkpoints.prune_states(keep)
+    states = {1: "run-step00000001-state", 3: "run-000001-state", 4: "run-step00000004-state"}
+    assert before - content(tmp_path) == {states[step] for step in states if step not in left}
+    found = CheckpointList.read(tmp_path, "run").entries
+    assert {name: entry.state for name, entry in found.items() if entry.state} == {
+        name: states[entry.step] for name, entry in entries.items() if entry.step in left
+    }
+    assert [entry.model for entry in found.values()] == [entry.model for entry in entries.values()]
+
+
 def test_pruning_bears_files_that_are_gone_already(tmp_path: Path) -> None:
     checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2)})
     (tmp_path / step_entry(1).model).unlink()

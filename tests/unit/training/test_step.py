@@ -401,6 +401,42 @@ def test_sol_term_is_the_error_of_statistics_and_map() -> None:
     torch.testing.assert_close(losses(own, inputs)["sol"].per_sample_B, stats + spatial)
     arguments = (guess["sol_stats_pred"], inputs["sol"]["stats"], guess["sol_spatial_pred"], inputs["sol"]["spatial"])
     torch.testing.assert_close(sol_loss(*arguments, 2.0, 0.5), 2 * stats + spatial / 2)
+    weighed = losses(process(sol_stats_weight=2.0, sol_spatial_weight=0.5), inputs)
+    torch.testing.assert_close(weighed["sol"].per_sample_B, 2 * stats + spatial / 2)
+
+
+# Precision
+
+
+def test_times_reach_one_only_where_they_are_rounded_to_bfloat16() -> None:
+    draws = torch.tensor([-1.0, 0.0, 6.0, 20.0])
+    exact = process().time(draws, (4, 6), {})
+    rounded = process(precision="bfloat16").time(draws, (4, 6), {})
+    assert exact.max().item() < 1
+    assert rounded.dtype == torch.float32
+    assert rounded[2:].tolist() == [1.0, 1.0]
+    assert torch.equal(rounded, exact.bfloat16().float())
+
+
+def test_everything_that_the_step_mixes_is_rounded_if_asked() -> None:
+    own, rounded = process(), process(precision="bfloat16")
+    generator = torch.Generator().manual_seed(4)
+    x0, noise = torch.randn(2, 4, *SHAPE, generator=generator)
+    time = torch.full((4,), 0.3)
+    for exact, found in (
+        (own.add_noise(x0, noise, time), rounded.add_noise(x0, noise, time)),
+        (own.target(x0, noise), rounded.target(x0, noise)),
+    ):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.bfloat16().float()) and not torch.equal(found, exact)
+        # Half a unit in the last of 8 bits, once for each of two inputs and once for the result, of values below 8.
+        torch.testing.assert_close(found, exact, rtol=0, atol=3 * 8 * 2**-9)
+    inputs = conditioning(own)
+    before, after = losses(own, inputs), losses(rounded, inputs)
+    for name in ("main", "lune", "sol"):
+        found = after[name].per_sample_B
+        assert torch.equal(found, found.bfloat16().float()) and not torch.equal(found, before[name].per_sample_B)
+        torch.testing.assert_close(found, before[name].per_sample_B, rtol=0.02, atol=0)
 
 
 def test_samples_that_do_not_distil_have_a_zero_term() -> None:

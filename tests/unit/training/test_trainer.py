@@ -426,9 +426,11 @@ def saved(start: Start) -> Trainer:
     trainer = start(
         "saved",
         train={"max_steps": 8},
-        save={"every_steps": 2, "every_epochs": 1, "keep_last_steps": 2, "best": True, "state": True},
+        save={
+            "every_steps": 2, "every_epochs": 1, "keep_last_steps": 2, "keep_last_states": 0, "best": True, "state": True,
+        },
         optimizer={"lr": 1e-3},
-    )
+    )  # fmt: skip
     trainer.run()
     return trainer
 
@@ -486,6 +488,37 @@ def test_a_run_that_goes_on_keeps_its_best_and_forgets_the_names_of_the_old_end(
     assert {name: entry["step"] for name, entry in entries(again).items()} == {"best": 4, "final": 6}
     assert (again.folder / "best.safetensors").read_bytes() == before
     assert header(again.folder / "tiny.safetensors")["step"] == "6"
+
+
+def test_the_two_newest_states_stay_and_the_weights_of_all(start: Start) -> None:
+    save = {"every_steps": 1, "every_epochs": 1, "keep_last_steps": 0, "keep_last_epochs": 0, "state": True}
+    trainer = start("states", train={"max_steps": 7}, save=save)
+    trainer.run()
+    assert sorted(path.name for path in trainer.folder.glob("*-state")) == ["tiny-state", "tiny-step00000006-state"]
+    assert sorted(path.name for path in trainer.folder.glob("tiny-*.safetensors") if "ema" not in path.name) == [
+        "tiny-000001.safetensors", *(f"tiny-step{step:08d}.safetensors" for step in range(1, 7)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("begin", "step"), [("step", 2), ("none", 0)])
+def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
+    begin: str, step: int, start: Start
+) -> None:
+    save = {"every_steps": 2, "keep_last_states": 0, "state": True}
+    first = start(f"branch {begin}", save=save)
+    first.run()
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.suffix == ".safetensors"}
+    state = first.folder / "tiny-step00000002-state"
+    with pytest.raises(ConfigError) as caught:
+        start(f"branch {begin}", save=save, resume={"from": begin if begin == "none" else str(state)})
+    message = str(caught.value)
+    assert f"begins at step {step}, and {first.folder} holds later checkpoints (" in message and "final" in message
+    assert message.endswith("Choose another run.output_dir (--fresh does), or move them away")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    elsewhere = start(f"elsewhere {begin}", save=save, resume={"from": begin if begin == "none" else str(state)})
+    assert elsewhere.position.step == step
+    # The newest state is no step back.
+    assert start(f"branch {begin}", save=save, resume={"from": str(first.folder / "tiny-state")}).position.step == 4
 
 
 # What is logged

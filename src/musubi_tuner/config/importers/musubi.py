@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "save.every_steps": 0,
     "save.keep_last_steps": 0,
     "save.keep_last_epochs": 0,
+    "save.keep_last_states": 0,
     "sample.width": 256,
     "sample.height": 256,
 }
@@ -67,7 +68,6 @@ OFF_ONLY: dict[str, str] = {
     "no_metadata": "is not built: files always say how they were made",
     "full_bf16": "is not built: adapters train in float32",
     "full_fp16": "is not built: adapters train in float32",
-    "save_state_to_huggingface": "is not built: states stay local",
     "resume_from_huggingface": "is not built: give a local state folder as resume",
     "conv_dim": "has nothing to act on: the blocks have no convolutions",
     "conv_alpha": "has nothing to act on: the blocks have no convolutions",
@@ -301,17 +301,19 @@ class _Importer(Builder):
             else:
                 self.report.needs_you.append(("lr_warmup_steps", f"is {old!r}, a share of steps that are not known here; "
                                               "give a whole number of updates"))  # fmt: skip
-        for kind, ours in (("steps", "save.keep_last_steps"), ("epochs", "save.keep_last_epochs")):
-            key, every = f"save_last_n_{kind}", options.get(f"save_every_n_{kind}")
-            if key in options:
-                value = options.pop(key)
-                if isinstance(value, int) and isinstance(every, int) and every > 0 and kind == "steps":
-                    self._convert(key, value, ours, value // every + 1, "files instead of steps")
-                else:
-                    self._carry(key, ours, value)
-            if f"{key}_state" in options:
-                options.pop(f"{key}_state")
-                self.report.dropped_changes_result.append((f"{key}_state", "states are kept as long as their files"))
+        for key, ours in (
+            ("save_last_n_steps", "save.keep_last_steps"),
+            ("save_last_n_epochs", "save.keep_last_epochs"),
+            ("save_last_n_steps_state", "save.keep_last_states"),
+            ("save_last_n_epochs_state", "save.keep_last_states"),
+        ):
+            if key not in options:
+                continue
+            value, every = options.pop(key), options.get("save_every_n_steps")
+            if isinstance(value, int) and isinstance(every, int) and every > 0 and "steps" in key:
+                self._convert(key, value, ours, value // every + 1, "files instead of steps")
+            else:
+                self._carry(key, ours, value)
         if "save_state_on_train_end" in options:
             options.pop("save_state_on_train_end")
             self.report.dropped_harmless.append(("save_state_on_train_end", "the last state is always written"))
@@ -445,7 +447,9 @@ class _Importer(Builder):
                 continue
             if section == "adapter" and self.values.get("adapter.type") != "lora":
                 continue
-            every = key.replace("keep_last_", "every_")
+            if key == "save.keep_last_states" and self.values.get("save.state") is False:
+                continue
+            every = key.replace("keep_last_", "every_").replace("every_states", "keep_last_states")
             if every != key and not self.values.get(every):
                 continue
             if spec.why_not(key) is not None:

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from musubi_tuner.models.tinyflux.conditioning import encode_clip, encode_t5
     from musubi_tuner.models.tinyflux.family import (
         checkpoint_options,
         geometry_of,
@@ -42,6 +43,8 @@ _PLACES = {
     "plan_model": "family",
     "text_inputs": "conditioning",
     "write_published_lora": "lora",
+    "encode_clip": "conditioning",
+    "encode_t5": "conditioning",
     "forward_flops": "flops",
     "training_flops": "flops",
 }
@@ -52,6 +55,8 @@ __all__ = [
     "TinyFluxProcess",
     "build",
     "checkpoint_options",
+    "encode_clip",
+    "encode_t5",
     "from_pretrained",
     "geometry_of",
     "initialize",

@@ -1,9 +1,30 @@
 """What TinyFlux is told about a picture: T5 states and CLIP's pooled text; no text is all zeros."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from musubi_tuner.encoders.text import TextEncoder
+
+
+def encode_t5(encoder: "TextEncoder", texts: Sequence[str]) -> Tensor:
+    """T5 states of texts, the model's ``encoder_hidden_states``: [B, L, J] float32 on the CPU, padded to the encoder's length."""
+    return encoder.encode(texts).states
+
+
+def encode_clip(encoder: "TextEncoder", texts: Sequence[str]) -> Tensor:
+    """CLIP's pooled texts, the model's ``pooled_projections``: [B, P] float32 on the CPU.
+
+    Raises:
+        ValueError: for an encoder that gives no pooled text, such as T5.
+    """
+    pooled = encoder.encode(texts).pooled
+    if pooled is None:
+        raise ValueError("this encoder gives no pooled text; encode_clip needs CLIP")
+    return pooled
 
 
 def text_inputs(encoded: dict[str, Tensor], use_mask: bool) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ sampling towards clean images, the opposite of FLUX.
 
 Beside the main loss there are two distillation terms, one for each teacher of the run:
 Lune (predicted against real mid-block features) and Sol (attention statistics and map). Samples without features of a
-teacher, such as those of a dataset that has none, take the model's own guess and add nothing to its term. The features
-of a sample are looked up on its own grid of times.
+teacher, such as those of a dataset that has none, take the model's own guess and add nothing to its term (unless
+`objective.missing_teacher` gives them zeros). The features of a sample are looked up on its own grid of times.
 """
 
 from dataclasses import dataclass
@@ -82,29 +82,35 @@ class TinyFluxProcess:
     ) -> None:
         self.objective, self.teachers, self.text_mask, self.masks = objective, teachers, text_mask, masks
         self.time_draw = "normal" if objective.timestep_sampling == "logit_normal" else "uniform"
+        self.dtype: torch.dtype = getattr(torch, objective.precision)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        """A value as `objective.precision` holds it, in float32."""
+        return value.to(self.dtype).float()
 
     def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
-        """t from one normal or uniform draw per sample (`time_draw`), float32 in [1e-4, 1 - 1e-4]."""
+        """t from one normal or uniform draw per sample (`time_draw`), float32 in [1e-4, 1 - 1e-4], or rounded to bfloat16."""
         settings = self.objective
-        return sample_timesteps(
+        time = sample_timesteps(
             draws_B,
             settings.timestep_sampling,
             logit_mean=settings.logit_mean,
             logit_std=settings.logit_std,
             shift=settings.shift,
         )
+        return self._rounded(time)
 
     def sigma(self, time_B: Tensor) -> Tensor:
         """Noise fraction 1 - t."""
         return 1 - time_B
 
     def add_noise(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
-        """``(1 - t) * noise + t * x0`` in float32."""
-        return interpolate(x0.float(), noise.float(), self.sigma(time_B))
+        """``(1 - t) * noise + t * x0`` in `objective.precision`, float32."""
+        return self._rounded(interpolate(self._rounded(x0), self._rounded(noise), self.sigma(time_B)))
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """``x0 - noise``, float32."""
-        return x0.float() - noise.float()
+        """``x0 - noise`` in `objective.precision`, float32."""
+        return self._rounded(self._rounded(x0) - self._rounded(noise))
 
     def conditioning(self, batch: Any, time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
         """Text after dropout, and teacher features looked up at t, each with the mask of the samples that have them; weights of the loss."""
@@ -205,7 +211,8 @@ class TinyFluxProcess:
     ) -> dict[str, LossTerm]:
         """``main``, and ``lune`` and ``sol`` where the run has these teachers: in every batch, so that all processes add up the same."""
         settings = self.objective
-        error = (
+        prediction = self._rounded(prediction)
+        error = self._rounded(
             huber_loss(prediction, target, settings.huber_delta)
             if settings.loss == "huber"
             else squared_error(prediction, target)
@@ -220,20 +227,29 @@ class TinyFluxProcess:
         main = error.flatten(1).mean(1)
         if settings.min_snr_gamma:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
-        terms = {"main": LossTerm(main, 1.0)}
+        terms = {"main": LossTerm(self._rounded(main), 1.0)}
         nothing = torch.zeros_like(time_B)
         if self.teachers.lune:
             loss = nothing
             if lune is not None:
                 loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode, settings.huber_delta)
                 loss = torch.where(lune["distil"], loss, nothing)
-            terms["lune"] = LossTerm(loss, ramp(update, settings.lune_warmup_steps, settings.lune_weight))
+            terms["lune"] = LossTerm(
+                self._rounded(loss), ramp(update, settings.lune_warmup_steps, settings.lune_weight)
+            )
         if self.teachers.sol:
             loss = nothing
             if sol is not None:
-                loss = sol_loss(extra["sol_stats_pred"], sol["stats"], extra["sol_spatial_pred"], sol["spatial"])
+                loss = sol_loss(
+                    extra["sol_stats_pred"],
+                    sol["stats"],
+                    extra["sol_spatial_pred"],
+                    sol["spatial"],
+                    settings.sol_stats_weight,
+                    settings.sol_spatial_weight,
+                )
                 loss = torch.where(sol["distil"], loss, nothing)
-            terms["sol"] = LossTerm(loss, ramp(update, settings.sol_warmup_steps, settings.sol_weight))
+            terms["sol"] = LossTerm(self._rounded(loss), ramp(update, settings.sol_warmup_steps, settings.sol_weight))
         return terms
 
     def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
