@@ -41,6 +41,7 @@ from musubi_tuner.data.sources import Item, in_listed_order, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError
 from musubi_tuner.files import remove_leftovers
 from musubi_tuner.models.foreign_caches import ForeignCaches, ForeignKind
+from musubi_tuner.units import format_bytes
 
 _SHOWN = 10
 
@@ -298,11 +299,11 @@ def _print_plan(foreign: ForeignCaches, tasks: list[_Task], dataset: DatasetConf
         print(f"  prompts  {len(foreign.prompts)} agree with the captions")
     for task in tasks:
         columns = task.source.columns
-        size = sum(rows[0].nbytes if len(rows) else 0 for rows in columns.values()) * len(task.due) / 2**30
+        size = sum(rows[0].nbytes if len(rows) else 0 for rows in columns.values()) * len(task.due)
         shapes = ", ".join(f"{name} {list(rows.shape)}" for name, rows in columns.items())
         dtype = str(next(iter(columns.values())).parts[0].dtype).removeprefix("torch.")
         done = len(task.rows) - len(task.due)
-        text = f"{len(task.due)} to write ({size:.3g} GiB), {done} up to date"
+        text = f"{len(task.due)} to write ({format_bytes(size)}), {done} up to date"
         if task.unfinished:
             text += f", {task.unfinished} not finished there"
         print(f"  {task.kind:<8} {text}; {shapes} in {dtype}")

@@ -33,6 +33,7 @@ from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.models.spec import ModelPlan, Process
 from musubi_tuner.training.step import Draws, training_step
+from musubi_tuner.units import format_bytes
 
 Bytes = int
 OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.07, "Adafactor": 0.05}
@@ -76,20 +77,17 @@ class Estimate:
             "optimizer": self.optimizer, "average": self.average, "activations": self.activations,
             "backward pass": self.passing,
         }  # fmt: skip
-        shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        lines = [f"  memory   about {gib(self.total)} on the device: {shown}"]
+        shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        lines = [f"  memory   about {format_bytes(self.total)} on the device: {shown}"]
         if self.host:
-            lines.append(f"           {gib(self.host)} of main memory for swapped blocks (pinned, up to twice that)")
+            lines.append(
+                f"           {format_bytes(self.host)} of main memory for swapped blocks (pinned, up to twice that)"
+            )
         if self.offloaded:
             lines.append(
-                f"           {gib(self.offloaded)} of main memory for the inputs of blocks (pinned, up to twice that)"
+                f"           {format_bytes(self.offloaded)} of main memory for the inputs of blocks (pinned, up to twice that)"
             )
         return lines
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def stored_bytes(layer: nn.Linear, storage: Storage, scale: str, dtype: torch.dtype) -> Bytes:
@@ -220,11 +218,11 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         needed = _moved(chosen, whole, plan.model, plan.dtype).total
         if needed <= usable:
             return chosen, (
-                f'swap: memory.blocks_to_swap = "auto" is {count}: about {gib(needed)} of {gib(free)} free, of which a tenth is '
+                f'swap: memory.blocks_to_swap = "auto" is {count}: about {format_bytes(needed)} of {format_bytes(free)} free, of which a tenth is '
                 "left alone"
             )
     raise ConfigError(
-        f'memory.blocks_to_swap: "auto" finds no number that fits: {gib(needed)} are needed with all blocks swapped, {gib(usable)} '
+        f'memory.blocks_to_swap: "auto" finds no number that fits: {format_bytes(needed)} are needed with all blocks swapped, {format_bytes(usable)} '
         "of the free memory may be used. Turn on memory.gradient_checkpointing, set memory.base_storage, or lower the "
         "resolution or the batch size"
     )

@@ -11,9 +11,9 @@ import torch
 
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
-from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Bytes, Estimate, by_need, estimate, estimate_run, gib
+from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Bytes, Estimate, by_need, estimate, estimate_run
 from musubi_tuner.models.spec import ModelPlan
-from musubi_tuner.training.metrics import format_seconds
+from musubi_tuner.units import format_bytes, format_seconds
 
 PROBE_SIDE = {"cuda": 4096, "cpu": 768}
 """Side of the matrices that are multiplied to measure a device."""
@@ -50,7 +50,7 @@ def estimate_lines(
         *time_lines(config, found, device),
     ]
     if free is not None and found.total > free:
-        lines.append(f"warning: only {gib(free)} of device memory are free; see [memory]")
+        lines.append(f"warning: only {format_bytes(free)} of device memory are free; see [memory]")
     return lines
 
 
@@ -64,7 +64,7 @@ def _spread(config: RunConfig, items: Sequence[Item], plan: ModelPlan, largest: 
         config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=small, batch_size=few, options=plan.options
     )
     shown = [
-        f"{gib(found.activations + found.passing)} ({width}x{height}, batch {size})"
+        f"{format_bytes(found.activations + found.passing)} ({width}x{height}, batch {size})"
         for found, (width, height), size in ((least, small, few), (largest, large, many))
     ]
     return [f"           activations by bucket: from {shown[0]} to {shown[1]}"]
@@ -77,14 +77,14 @@ def disk_lines(config: RunConfig, items: Sequence[Item], steps: Steps, plan: Mod
     count = _kept_checkpoints(config, steps)
     states = min(count, config.save.keep_last_states or count) if config.save.state else 0
     total = (count + config.save.release + config.keeps_best) * weights + states * state
-    each = f"{gib(weights)} of weights" + (f", {states} state(s) of {gib(state)}" if states else "")
-    lines = [f"  disk     caches up to {gib(caches)}; {count} checkpoint(s) of {each}: {gib(total)}"]
+    each = f"{format_bytes(weights)} of weights" + (f", {states} state(s) of {format_bytes(state)}" if states else "")
+    lines = [f"  disk     caches up to {format_bytes(caches)}; {count} checkpoint(s) of {each}: {format_bytes(total)}"]
     place = next(
         path for path in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if path.exists()
     )
     available = shutil.disk_usage(place).free
     if available < total:
-        lines.append(f"warning: only {gib(available)} of disk are free in {place}; see [save]")
+        lines.append(f"warning: only {format_bytes(available)} of disk are free in {place}; see [save]")
     return lines
 
 
@@ -174,14 +174,14 @@ def time_lines(config: RunConfig, found: Estimate, device: torch.device, rates: 
     if not found.moved:
         return [f"  compute  {work}; nothing is moved, so computation binds"]
     if device.type not in PROBE_SIDE:
-        return [f"  compute  {work}; {gib(found.moved * per_update)} are moved"]
+        return [f"  compute  {work}; {format_bytes(found.moved * per_update)} are moved"]
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
     rates = rates or measure_rates(device, dtype)
     computing, copying = found.operations / rates.operations, found.moved / rates.copied
     binds = "computation binds" if computing >= copying else "copying binds"
     return [
         f"  compute  {work}, at least {_seconds(computing * per_update)} at {rates.operations / 1e12:.3g} * 10^12/s;",
-        f"           {gib(found.moved * per_update)} are moved, at least {_seconds(copying * per_update)} at {gib(rates.copied)}/s: {binds}",
+        f"           {format_bytes(found.moved * per_update)} are moved, at least {_seconds(copying * per_update)} at {format_bytes(rates.copied)}/s: {binds}",
     ]
 
 

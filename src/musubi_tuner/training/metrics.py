@@ -20,18 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from musubi_tuner.units import format_seconds
+
 FILE = "metrics.jsonl"
 SIGMA = "loss/sigma_"
 """Begins the tags of the training loss by noise level."""
-
-
-def format_seconds(seconds: float) -> str:
-    """42s, 3m05s, 2h07m, 3d04h."""
-    whole = int(seconds)
-    for limit, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= limit:
-            return f"{whole // limit}{unit}{whole % limit // below:02d}{small}"
-    return f"{whole}s"
 
 
 class Metrics:

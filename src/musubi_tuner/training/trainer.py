@@ -66,7 +66,7 @@ from musubi_tuner.training.checkpoint import (
     write_state,
 )
 from musubi_tuner.training.ema import EMA, unwrap
-from musubi_tuner.training.metrics import Metrics, format_seconds
+from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.optimizers import (
     build_optimizer,
@@ -82,6 +82,7 @@ from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
+from musubi_tuner.units import format_bytes, format_seconds
 
 Listing = Callable[[Entry], None]
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -335,8 +336,8 @@ class Trainer:
         report = [*report, *lines]
         if self.swap is not None:
             report.append(
-                f"swap: {len(self.swap.streamed)} blocks stay in main memory ({self.swap.host_bytes / 2**30:.2f} GiB"
-                f"{' per process' if self.processes > 1 else ''}) and pass through {self.swap.device_bytes / 2**30:.2f} GiB "
+                f"swap: {len(self.swap.streamed)} blocks stay in main memory ({format_bytes(self.swap.host_bytes)}"
+                f"{' per process' if self.processes > 1 else ''}) and pass through {format_bytes(self.swap.device_bytes)} "
                 "of device memory"
             )
         if self.main and report:

@@ -462,7 +462,7 @@ class TestShards:
         assert_rows(run, columns, NAMES[:2])
         captured = capsys.readouterr()
         assert "note     encodings: shard_0001.pt left out: not in completed_shards\n" in captured.out
-        assert "  latents  2 to write (3.81e-06 GiB), 0 up to date, 1 not finished there; " in captured.out
+        assert "  latents  2 to write (0.0 MiB), 0 up to date, 1 not finished there; " in captured.out
         assert "text: not complete there; the rest is made by: python -m musubi_tuner.caching text" in captured.out
         assert reasons(run) == {kind: {"missing"} for kind in KINDS}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from musubi_tuner.training.metrics import FILE, Metrics, format_seconds
+from musubi_tuner.training.metrics import FILE, Metrics
+from musubi_tuner.units import format_seconds
 
 VALUES = {
     "loss/total": 0.51234,
