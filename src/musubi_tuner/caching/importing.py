@@ -256,6 +256,9 @@ def _check_latents(config: RunConfig, foreign: ForeignCaches, task: _Task, items
         raise DataError(
             f'{foreign.form}: holds {held}, but mask_source is "imported" and latents are {list(shape[1:])}'
         )
+    if task.unfinished and any(item.placement.resized != item.bucket for item in items):
+        note = 'pictures were squashed there, and the rest would be cut; resize = "squash" makes them alike'
+        foreign.notes = [*foreign.notes, note]
     if foreign.masks is not None and not masked:
         foreign.notes = [*foreign.notes, 'masks left out; mask_source = "imported" takes them']
 

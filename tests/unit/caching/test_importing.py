@@ -463,8 +463,15 @@ class TestShards:
         captured = capsys.readouterr()
         assert "note     encodings: shard_0001.pt left out: not in completed_shards\n" in captured.out
         assert "  latents  2 to write (0.0 MiB), 0 up to date, 1 not finished there; " in captured.out
+        squashed = (
+            'note     pictures were squashed there, and the rest would be cut; resize = "squash" makes them alike\n'
+        )
+        assert squashed in captured.out
         assert "text: not complete there; the rest is made by: python -m musubi_tuner.caching text" in captured.out
         assert reasons(run) == {kind: {"missing"} for kind in KINDS}
+        run.tables["general"] |= {"resize": "squash"}
+        assert bring(run, source) == 0
+        assert squashed not in capsys.readouterr().out
 
     def test_each_model_has_its_own_progress(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path
