@@ -5,7 +5,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from musubi_tuner.caching.experts import ExpertsJob
 from musubi_tuner.caching.file_format import cache_path, read_header
 from musubi_tuner.caching.job import half_path
 from musubi_tuner.caching.jobs import image_tensor
+from musubi_tuner.data.buckets import place, squash
 from musubi_tuner.encoders import teachers, text
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.teachers import SplitTeacher, Teacher, geometric_sol, load_teacher
@@ -185,6 +186,25 @@ class TestWhatATeacherSees:
         for call in watch.forwards:
             assert torch.allclose(call.pictures, torch.stack(pictures), atol=1e-6)
             assert torch.allclose(call.timesteps, torch.tensor(times), atol=1e-3)
+
+    @pytest.mark.parametrize("resize", ["crop", "squash"])
+    def test_a_picture_is_cut_or_squashed_as_for_the_model(
+        self, two: Any, watch: Watch, encoders: Path, resize: str
+    ) -> None:
+        two.picture("a", (192, 64))
+        two.tables["general"] |= {"resolution": 64, "enable_bucket": False, "resize": resize}
+        two.tables["experts"]["expert_input"] = "noised_image"
+        assert two.run("experts") == 0
+        vae = load_autoencoder(encoders / "expert_vae", channels=4, key="experts.vae")
+        (item,) = two.items()
+        assert item.squashed == (resize == "squash")
+        noise = normal((4, 8, 8), 7, "teacher", item.id, 0, 0)
+        seen = {}
+        for name, own in (("crop", place), ("squash", squash)):
+            image = image_tensor(replace(item, placement=own(item.size, item.bucket)))
+            seen[name] = 5 / 6 * noise + 1 / 6 * vae.encode(image[None], None, use_shift=False)[0]
+        assert (seen["crop"] - seen["squash"]).abs().max().item() > 0.01
+        assert torch.allclose(watch.forwards[0].pictures[0], seen[resize], atol=1e-6)
 
     def test_random_noise_is_the_same_for_any_image(self, two: Any, watch: Watch) -> None:
         two.tables["experts"]["expert_input"] = "random"
