@@ -142,7 +142,7 @@ class AdapterSet(nn.Module):
         """
         super().__init__()
         self.multiplier, self.enabled = 1.0, True
-        self._kept: dict[str, tuple[nn.Module, Tensor]] = {}
+        self._kept: dict[str, _Merged] = {}
         self.paths = {file_name(path): path for path in adapters}
         self.rates = {file_name(path): rate for path, rate in (rates or {}).items()}
         for path, adapter in adapters.items():
@@ -178,16 +178,18 @@ class AdapterSet(nn.Module):
     def merge(self, model: nn.Module) -> None:
         """Add the changes to the weights of the model that they are attached to, in float32, rounded once.
 
+        Quantised weights are held in the compute dtype until `unmerge`, beside their stored form.
+
         Raises:
             RuntimeError: if they are attached to another model, or merged already.
-            ConfigError: naming a layer whose weight is quantised, or streamed from main memory.
+            ConfigError: naming a layer whose weight is streamed from main memory.
         """
         if getattr(model, "adapters", None) is not self:
             raise RuntimeError("these adapters are not attached to this model; attach them first")
         if self.merged:
             raise RuntimeError("the adapters are merged already; unmerge them first")
         layers = {path: model.get_submodule(path) for path, _ in self.items()}
-        self._kept = {path: (layer, _mergeable(layer, path)) for path, layer in layers.items()}
+        self._kept = {path: _Merged(layer, path) for path, layer in layers.items()}
         self._apply_strength()
 
     def unmerge(self) -> None:
@@ -198,8 +200,8 @@ class AdapterSet(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("the adapters are not merged")
-        for layer, weight in self._kept.values():
-            _set_weight(layer, weight)
+        for kept in self._kept.values():
+            kept.restore()
         self._kept = {}
         self._apply_strength()
 
@@ -208,9 +210,9 @@ class AdapterSet(nn.Module):
         for path, adapter in self.items():
             adapter.multiplier, adapter.active = self.multiplier, self.enabled and not self.merged
             if self.merged:
-                layer, weight = self._kept[path]
+                kept, weight = self._kept[path], self._kept[path].weight
                 changed = (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
-                _set_weight(layer, changed if self.enabled else weight)
+                kept.put(changed if self.enabled else weight)
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
@@ -224,27 +226,42 @@ class AdapterSet(nn.Module):
         }
 
 
-def _mergeable(layer: nn.Module, path: str) -> Tensor:
-    """The weight of a layer that a change can be added to."""
-    if isinstance(layer, FrozenLinear):
-        if layer.storage != "plain" or layer.stored is None or layer.residence is not None:
-            how = f"stored as {layer.storage}" if layer.storage != "plain" else "streamed from main memory"
+class _Merged:
+    """A layer whose weight is replaced for a while; quantised ones are plain as long."""
+
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        """Keep the weight.
+
+        Raises:
+            ConfigError: if it is streamed from main memory.
+        """
+        self.layer = layer
+        if not isinstance(layer, FrozenLinear):
+            assert isinstance(layer.weight, nn.Parameter)
+            self.weight = layer.weight.data
+            return
+        if layer.residence is not None or layer.stored is None:
             raise ConfigError(
-                f"adapter: {path} is {how}, so nothing can be added to its weight; keep the adapter attached, or merge its file "
-                "before the weights are stored (adapter.merge)"
+                f"adapter: {path} is streamed from main memory, so nothing can be added to its weight; keep the adapter "
+                "attached, or merge its file before the weights are stored (adapter.merge)"
             )
-        return layer.stored
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.data
+        self.form = layer.form()
+        self.weight = layer.stored if layer.storage == "plain" else layer.dense_weight(layer.dtype)
 
+    def put(self, weight: Tensor) -> None:
+        """Compute with another weight."""
+        if isinstance(self.layer, FrozenLinear):
+            self.layer.take_form((weight, None, "plain", "no"))
+        else:
+            assert isinstance(self.layer.weight, nn.Parameter)
+            self.layer.weight.data = weight
 
-def _set_weight(layer: nn.Module, weight: Tensor) -> None:
-    if isinstance(layer, FrozenLinear):
-        layer.stored = weight
-    else:
-        assert isinstance(layer.weight, nn.Parameter)
-        layer.weight.data = weight
+    def restore(self) -> None:
+        """Put back what was there, bit for bit."""
+        if isinstance(self.layer, FrozenLinear):
+            self.layer.take_form(self.form)
+        else:
+            self.put(self.weight)
 
 
 def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection, seed: int = 0) -> AdapterSet:

@@ -25,7 +25,7 @@ from musubi_tuner.data.buckets import place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
-from musubi_tuner.errors import CheckpointError
+from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.randomness import normal
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ class ExpertsJob:
         self.names = config.experts.extracted
         self.apart = len(self.names) == 2 and config.experts.lune != config.experts.sol
         self.sees_image = bool(self.names) and family["expert_input"] == "noised_image"
+        if self.sees_image and config.experts.vae is None:
+            raise ConfigError(
+                'experts.vae: is needed, because the checkpoint was trained with expert_input = "noised_image"; give the SD1.5 '
+                'autoencoder, or set expert_input = "random"'
+            )
         self.t_T = time_buckets(config.experts.time_buckets)
         self.stored = storage_dtype(config, "float32")
 

@@ -428,7 +428,11 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             "sample.cfg_scale is 1",
         ),
         (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
-        (config.scheduler.type == "constant", ("scheduler.min_lr",), 'scheduler.type is "constant"'),
+        (
+            config.scheduler.type == "constant",
+            ("scheduler.min_lr", "scheduler.total_steps"),
+            'scheduler.type is "constant"',
+        ),
         (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
         (
             config.sample.prompts is None,

@@ -351,6 +351,9 @@ class SchedulerSection(Section):
     warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0)
     warmup_type: Literal["linear", "cosine"] = param("linear", "Shape of the warm-up.")
     min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10)
+    total_steps: int | None = param(
+        None, "Updates until cosine and linear reach their end, where they stay; absent = as many as the run has.", ge=1
+    )
 
 
 TimestepSampling = Literal[

@@ -63,11 +63,8 @@ def place(image: Size, bucket: Size) -> Placement:
 
 
 def squash(image: Size, bucket: Size) -> Placement:
-    """Resize to the bucket without a crop, whatever that does to the proportions."""
-    if image == bucket:
-        return Placement(bucket, image, (0, 0), "none")
-    larger = any(side > own for own, side in zip(image, bucket, strict=True))
-    return Placement(bucket, bucket, (0, 0), "lanczos" if larger else "area")
+    """Resize to the bucket without a crop, whatever that does to the proportions; LANCZOS both ways, as published."""
+    return Placement(bucket, bucket, (0, 0), "none" if image == bucket else "lanczos")
 
 
 class BucketSelector:

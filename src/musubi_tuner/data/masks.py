@@ -14,7 +14,7 @@ soft values. An image without a mask weighs 1 everywhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,8 @@ def to_latent(mask: Image.Image, placement: Placement, factor: int) -> "np.ndarr
     """
     import numpy as np
 
+    if all(new <= old for new, old in zip(placement.resized, mask.size, strict=True)):
+        placement = replace(placement, filter="area")  # LANCZOS would ring at the edges of a mask
     pixels = np.asarray(resize_crop(mask, placement), dtype=np.float32) / 255
     height, width = pixels.shape
     return pixels.reshape(height // factor, factor, width // factor, factor).mean((1, 3))

@@ -26,6 +26,7 @@ from musubi_tuner.models.stored import CHUNK, StoredWeight, dequantize, is_fp8
 
 Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]
+Form = tuple[Tensor | None, Tensor | None, Storage, Literal["no", "forward", "both"]]
 BLOCK = 64
 """Columns that share a scale, and values that share one in nf4."""
 INT8_MAX = 127.0
@@ -221,6 +222,14 @@ class FrozenLinear(nn.Module):
         if torch.compiler.is_compiling() or self.residence is None:
             return getattr(self, name)
         return self.residence.fetch(self, name)
+
+    def form(self) -> Form:
+        """How the weight is held; see `take_form`."""
+        return self.stored, self.scale, self.storage, self.fp8_compute
+
+    def take_form(self, form: Form) -> None:
+        """Hold another weight of the same shape, or this one otherwise: codes, scale, storage, and what is computed in fp8."""
+        self.stored, self.scale, self.storage, self.fp8_compute = form
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """fp8 codes [out, in] and a float32 scale per row, [out, 1]."""

@@ -154,6 +154,9 @@ class Runner:
         if options.plan:
             self._plan_memory(plan)
             return EXIT_OK
+        from musubi_tuner.training.checkpoint import refuse_second_branch
+
+        refuse_second_branch(config)
         if self._finished(plan.steps.total_updates):
             return self._score_demo()
         if plan.due and encode:

@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from musubi_tuner.config import RunConfig
 from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import (
@@ -183,17 +184,44 @@ class CheckpointList:
                     _remove(self.folder / part)
 
     def prune_states(self, keep: int | None) -> None:
-        """Remove all but the newest ``keep`` states of all kinds, and leave their weights; None or 0 keeps all."""
-        steps = {entry.state: entry.step for entry in self.entries.values() if entry.state}
-        surplus = sorted(steps, key=lambda name: steps[name])[:-keep] if keep else []
+        """Remove the states of all but the newest ``keep`` steps that have some, and leave their weights; None or 0 keeps all."""
+        steps = sorted({entry.step for entry in self.entries.values() if entry.state})
+        old = set(steps[:-keep] if keep else [])
+        surplus = {entry.state for entry in self.entries.values() if entry.state and entry.step in old}
         if not surplus:
             return
         for entry in self.entries.values():
             if entry.state in surplus:
                 entry.state = ""
+        # A state that was imported had no weights beside it.
+        self.entries = {name: entry for name, entry in self.entries.items() if entry.model or entry.state}
         self.write()
         for name in surplus:
             _remove(self.folder / name)
+
+
+def refuse_second_branch(config: RunConfig) -> None:
+    """Two branches of a run in one folder would overwrite and prune each other's checkpoints.
+
+    Raises:
+        ConfigError: if `resume.from` names a beginning before what the run's folder holds.
+    """
+    begin, step = config.resume.from_, 0
+    if begin == "auto":
+        return
+    if begin != "none":
+        try:
+            step = int(json.loads((config.locate(begin) / "state.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # said by name where it is read
+    entries = CheckpointList.read(config.output_dir, config.run.name).entries
+    later = [name for name, entry in entries.items() if entry.step > step]
+    if later:
+        raise ConfigError(
+            f'resume.from: "{begin}" begins at step {step}, and {config.output_dir} holds later checkpoints ({", ".join(later)}), '
+            'which would be mixed up with the new ones. Write "auto" to go on from the newest, choose another run.output_dir '
+            "(--fresh does) to branch off, or move them away"
+        )
 
 
 def tidy(

@@ -61,6 +61,7 @@ from musubi_tuner.training.checkpoint import (
     newest_good_state,
     read_tensors,
     read_values,
+    refuse_second_branch,
     save_weights,
     tidy,
     write_state,
@@ -223,6 +224,7 @@ class Trainer:
         trained, held_out = hold_out(items, config.validation)
         self.data_digest = data_digest(trained, config.train.masked_loss, held_out, other_teachers(config))
         self.folder, self.name = config.output_dir, config.run.name
+        refuse_second_branch(config)
         kinds = needed_kinds(config)
         self.dataset = CachedDataset(config, trained, kinds)
         self.measured = CachedDataset(config, held_out[: config.validation.max_images], kinds) if held_out else None
@@ -279,7 +281,7 @@ class Trainer:
             min_lr=config.scheduler.min_lr,
             warmup_steps=config.scheduler.warmup_steps,
             warmup_type=config.scheduler.warmup_type,
-            total_steps=self.total,
+            total_steps=config.scheduler.total_steps or self.total,
         )
         self.validator = None
         if self.measured is not None:
@@ -398,7 +400,6 @@ class Trainer:
     def _resume(self) -> int:
         """Restore a state if there is one; returns the length of metrics.jsonl that belongs to it."""
         found = self._find_state()
-        self._refuse_going_back(found[1]["position"]["step"] if found else 0)
         if found is None:
             return 0
         path, values = found
@@ -451,23 +452,6 @@ class Trainer:
                 f"resume.from: {wanted}: no such state folder; give auto, none, or a folder ending in -state"
             )
         return path, read_values(path)
-
-    def _refuse_going_back(self, step: int) -> None:
-        """Two branches of a run in one folder would overwrite and prune each other's checkpoints.
-
-        Raises:
-            ConfigError: if a person names a beginning before what the folder holds.
-        """
-        if self.config.resume.from_ == "auto":
-            return
-        entries = CheckpointList.read(self.folder, self.name).entries
-        later = [name for name, entry in entries.items() if entry.step > step]
-        if later:
-            raise ConfigError(
-                f'resume.from: "{self.config.resume.from_}" begins at step {step}, and {self.folder} holds later checkpoints '
-                f"({', '.join(later)}), which would be mixed up with the new ones. Choose another run.output_dir (--fresh does), "
-                "or move them away"
-            )
 
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())

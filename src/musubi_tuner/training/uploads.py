@@ -44,12 +44,16 @@ class RunUploads:
 
     def newest(self) -> None:
         """Upload the newest checkpoint, unless it was the last that was uploaded."""
-        entries = CheckpointList.read(self.folder, self.name).entries.values()
-        saved = [entry for entry in entries if entry.kind != "best"]
+        saved = self._checkpoints()
         if saved:
             newest = max(saved, key=lambda entry: entry.step)
-            if newest != self._last:
+            if self._last is None or newest.model != self._last.model:
                 self.checkpoint(newest)
+
+    def _checkpoints(self) -> list[Entry]:
+        """The checkpoints that have weights, but for the best, each once whatever its names."""
+        entries = CheckpointList.read(self.folder, self.name).entries.values()
+        return list({entry.model: entry for entry in entries if entry.model and entry.kind != "best"}.values())
 
     def checkpoint(self, entry: Entry) -> None:
         """Upload a checkpoint with the configs, and the logs so far."""
@@ -98,10 +102,8 @@ class RunUploads:
 
     def everything(self) -> None:
         """Upload what the run folder holds."""
-        entries = CheckpointList.read(self.folder, self.name).entries
-        for entry in entries.values():
-            if entry.kind != "best":
-                self.checkpoint(entry)
+        for entry in self._checkpoints():
+            self.checkpoint(entry)
         self._end_with_release()
         self.samples()
 

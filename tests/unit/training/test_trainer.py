@@ -513,7 +513,9 @@ def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
         start(f"branch {begin}", save=save, resume={"from": begin if begin == "none" else str(state)})
     message = str(caught.value)
     assert f"begins at step {step}, and {first.folder} holds later checkpoints (" in message and "final" in message
-    assert message.endswith("Choose another run.output_dir (--fresh does), or move them away")
+    assert message.endswith(
+        'Write "auto" to go on from the newest, choose another run.output_dir (--fresh does) to branch off, or move them away'
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     elsewhere = start(f"elsewhere {begin}", save=save, resume={"from": begin if begin == "none" else str(state)})
     assert elsewhere.position.step == step

@@ -310,7 +310,10 @@ class _Importer(Builder):
             if key not in options:
                 continue
             value, every = options.pop(key), options.get("save_every_n_steps")
-            if isinstance(value, int) and isinstance(every, int) and every > 0 and "steps" in key:
+            before = self.values.get(ours)
+            if isinstance(value, int) and isinstance(before, int):
+                self._convert(key, value, ours, max(value, before), "one number for both: the larger")
+            elif isinstance(value, int) and isinstance(every, int) and every > 0 and "steps" in key:
                 self._convert(key, value, ours, value // every + 1, "files instead of steps")
             else:
                 self._carry(key, ours, value)

@@ -190,6 +190,9 @@ def check(config: "RunConfig") -> list[Diagnostic]:
                 for key in config.set_keys()
                 if key.startswith(f"objective.{name}_") or key in (f"experts.{name}", f"experts.{name}_source")
             ]
+    if config.objective.missing_teacher == "zeros" and len({own.teachers for own in every}) < 2:
+        reason = "has no effect because all data sets have the same teachers"
+        found.append(Diagnostic("warning", "objective.missing_teacher", reason))
     return found + _geometric_sol(config)
 
 

@@ -154,6 +154,13 @@ WORDS: dict[str, tuple[str, dict[Any, Any]]] = {
     ),
 }  # fmt: skip
 """Field -> our key, and what its values are called there."""
+RULES = {
+    (
+        "train.mixed_precision",
+        "bf16",
+    ): 'of the computation; objective.precision = "bfloat16" rounds times, noise and losses too',
+}
+"""What else is to be said of such a value."""
 LUNE_MODES = ("cosine", "huber", "soft", "hard", "mse")
 UNSET = {
     "run.name": SPEC.full_name,
@@ -339,7 +346,7 @@ class _Reader(Builder):
         elif known == old:
             self._carry(source, key, old)
         else:
-            self._convert(source, old, key, known, "our name of it")
+            self._convert(source, old, key, known, RULES.get((key, known), "our name of it"))
 
     def _plain(self, source: str) -> None:
         key, value = PLAIN[source], self.options[source]
@@ -370,6 +377,9 @@ class _Reader(Builder):
         more |= {
             f"experts.{name}": file for name, file in OVERLAYS.items() if self.options[f"enable_{name}"] is not False
         }
+        if isinstance(self.options.get("max_epochs"), int) and self.options["lr_scheduler"] != "constant":
+            # There the rate falls over total_steps, whatever ends the run.
+            more["scheduler.total_steps"] = self.options["total_steps"]
         for key, value in more.items():
             if key not in self.values:
                 self.values[key] = value
