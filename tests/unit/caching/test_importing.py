@@ -297,15 +297,21 @@ class TestStatus:
 
 
 class TestRefusals:
-    def test_another_number_of_images(self, run: Any, prompts: list[str], tmp_path: Path) -> None:
-        source = write_folder(tmp_path / "caches", columns_of(4), None)
+    @pytest.mark.parametrize("rows", [2, 4])
+    def test_another_number_of_images(self, run: Any, tmp_path: Path, rows: int) -> None:
+        source = write_folder(tmp_path / "caches", columns_of(rows), None)
         with pytest.raises(DataError) as caught:
             bring(run, source)
         assert str(caught.value) == (
-            f"folder {source}: has 4 rows of latents, datasets[0] has 3 images; rows are known by their order only, so give "
+            f"folder {source}: has {rows} rows of latents, datasets[0] has 3 images; rows are known by their order only, so give "
             "exactly the images that the cache was made from"
         )
         assert not (run.root / "cache").exists()
+
+    def test_an_unfinished_build_of_more_images(self, run: Any, tmp_path: Path) -> None:
+        source = write_encodings_progress(tmp_path / "caches", columns_of(5), finished=4, batch=2)
+        with pytest.raises(DataError, match=r"has 4 rows of latents, datasets\[0\] has 3 images"):
+            bring(run, source)
 
     def test_prompts_that_are_not_the_captions(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path
@@ -622,6 +628,12 @@ class TestFlatFiles:
         plan = describe(config, make_plan(config, 1, download=False), 1)
         assert "  masks    3 of 3 images, weights 0.5 to 2; the others weigh 1\n" in plan
 
+    def test_masks_of_another_size_than_the_latents(self, run: Any, columns: Columns, tmp_path: Path) -> None:
+        run.tables["datasets"][0]["mask_source"] = "imported"
+        source = flat(run, tmp_path / "caches", columns, "schnell", torch.ones(3, 4, 4))
+        with pytest.raises(DataError, match=r"holds masks of \[4, 4\], but mask_source .* and latents are \[8, 8\]"):
+            bring(run, source)
+
     def test_a_mask_that_can_only_be_imported_is_never_made_up(
         self, run: Any, columns: Columns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -716,6 +728,17 @@ class TestAgain:
         assert_rows(run, columns)
         assert not list((run.root / "cache").glob(".tmp-*"))
 
+    def test_items_in_another_order_take_the_rows_of_their_new_places(
+        self, run: Any, columns: Columns, tmp_path: Path
+    ) -> None:
+        run.tables["datasets"] = [{"image_jsonl_file": "list.jsonl", "cache_directory": "cache"}]
+        source = write_folder(tmp_path / "caches", columns, None)
+        for names in (NAMES, NAMES[::-1]):
+            lines = [json.dumps({"image_path": f"images/{name}.png", "caption": CAPTIONS[name]}) for name in names]
+            (run.root / "list.jsonl").write_text("\n".join(lines))
+            assert bring(run, source) == 0
+            assert_rows(run, columns, names)
+
     def test_files_of_another_origin_are_replaced_only_when_asked(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path
     ) -> None:
@@ -779,6 +802,17 @@ class TestCommand:
         assert "into     datasets[1]: 3 images" in capsys.readouterr().out
         assert len(list((run.root / "cache").glob("*.safetensors"))) == 6
         assert not (run.root / "cache2").exists()
+
+    def test_a_dataset_takes_the_teachers_that_it_has(self, run: Any, columns: Columns, tmp_path: Path) -> None:
+        (run.root / "images2").mkdir()
+        Image.new("RGB", (64, 64)).save(run.root / "images2" / "z.png")
+        (run.root / "images2" / "z.txt").write_text("black")
+        run.tables["datasets"][0]["experts"] = {"enable_sol": False}
+        run.tables["datasets"].append({"image_directory": "images2", "cache_directory": "cache2"})
+        source = write_folder(tmp_path / "caches", columns, None, parts=("encodings", "lune"))
+        assert bring(run, source, dataset=0) == 0
+        assert "sol_stats" not in stored(run, "a")
+        assert torch.equal(stored(run, "a")["lune_features"], columns["features"][1])
 
     def test_unknown_kinds_and_unknown_options_are_wrong_input(
         self, run: Any, capsys: pytest.CaptureFixture[str]
