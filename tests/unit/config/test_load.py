@@ -1,5 +1,6 @@
 """Reading a run file: what is accepted, where values come from, and what is said about mistakes."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from musubi_tuner.config.paths import is_hub_id, locate
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
 
 Write = Callable[..., Path]
 Load = Callable[..., RunConfig]
@@ -599,6 +602,22 @@ def test_preset_lies_between_the_family_and_the_file(load: Callable[..., RunConf
     assert [config.origins[f"adapter.{key}"] for key in ("rank", "alpha", "kinds")] == ["file", "preset", "preset"]
     assert len(load(adapter=LORA + 'preset = "character"').adapter.targets) == 3
     assert load(adapter=LORA + 'preset = "character"\ntargets = []').adapter.targets == []
+
+
+@pytest.mark.parametrize("name", ["demo", "tinyflux", "tinyflux_lora", "tinyflux_scratch", "flux_dev"])
+def test_resolved_config_of_a_run_file_is_the_same_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "toml", tmp_path / "toml")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tmp_path / "toml" / f"{name}.toml")
+    (tmp_path / "again.toml").write_text(resolved_toml(config), encoding="utf-8")
+    again = load_config(tmp_path / "again.toml")
+    keys = [parameter.key for parameter in parameters() if parameter.key != "dataset_config"]
+    assert len(keys) > 150
+    assert {key: again.get(key) for key in keys} == {key: config.get(key) for key in keys}
+    assert again.datasets == config.datasets
 
 
 def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], project: Path) -> None:

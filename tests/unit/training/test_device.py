@@ -1,14 +1,17 @@
 """Switches of torch and precision, set once per process."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from musubi_tuner.config.schema import RunSection
-from musubi_tuner.device import apply_backend_flags, with_precision
+from musubi_tuner.caching.jobs import TextEncoders
+from musubi_tuner.config.schema import CacheSection, ModelSection, RunSection
+from musubi_tuner.device import apply_backend_flags, encoder_dtype, with_precision
+from musubi_tuner.models.registry import MODELS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -72,3 +75,26 @@ def test_auto_is_what_the_device_computes_in(setting: str, native: bool, monkeyp
     config: Any = _Record(train=_Record(mixed_precision=setting), run=_Record(device="cpu"))
     expected = {"auto": "bf16" if native else "no"}.get(setting, setting)
     assert with_precision(config).train.mixed_precision == expected
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_encoders_compute_as_told_or_as_their_device_allows(kind: str) -> None:
+    device = torch.device(kind)
+    assert encoder_dtype("float16", device, gpu="bfloat16") == torch.float16
+    assert encoder_dtype("auto", device, gpu="bfloat16") == (torch.bfloat16 if kind == "cuda" else torch.float32)
+
+
+def test_text_is_encoded_in_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """T5 overflows float16."""
+    loaded: list[torch.dtype] = []
+    for name in ("load_t5", "load_clip"):
+        monkeypatch.setattr(f"musubi_tuner.encoders.text.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
+    config: Any = SimpleNamespace(
+        model=ModelSection(arch="tf", t5_path="t5", clip_path="clip"), spec=MODELS["tf"], cache=CacheSection()
+    )
+    sources = SimpleNamespace(paths=lambda download: {"t5": tmp_path, "clip": tmp_path})
+    monkeypatch.setattr("musubi_tuner.caching.jobs.encoder_sources", lambda *arguments: sources)
+    for kind, expected in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        loaded.clear()
+        TextEncoders(config, torch.device(kind))
+        assert loaded == [expected, expected]

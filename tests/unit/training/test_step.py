@@ -134,6 +134,23 @@ def test_guidance_is_drawn_between_its_limits_and_dropped_on_its_own() -> None:
     assert "guidance" not in without.given
 
 
+def test_model_is_told_which_samples_have_which_features() -> None:
+    batch = make_batch(without_teacher=(3,))
+    batch.tensors["t5_mask"][0, 3:] = 0
+    settings = ObjectiveSection(lune_teacher_dropout=0.5, sol_teacher_dropout=0.5)
+    own = TinyFluxProcess(settings, TeacherSettings(True, True, "sum"), text_mask=True)
+    inputs = conditioning(own, batch, lune_dropout=[0.1, 0.9, 0.9, 0.9], sol_dropout=[0.9, 0.1, 0.9, 0.9])
+    model, time = _Listening(embeds=False), torch.full((4,), 0.25)
+    own.predict(model, torch.zeros(4, *SHAPE), time, inputs)
+    assert model.given["lune_mask"].tolist() == [False, True, True, False]
+    assert model.given["sol_mask"].tolist() == [True, False, True, False]
+    for name, (teacher, key) in {
+        "lune_features": ("lune", "features"), "sol_stats": ("sol", "stats"), "sol_spatial": ("sol", "spatial"),
+    }.items():  # fmt: skip
+        assert torch.equal(model.given[name], inputs[teacher][key]) and model.given[name].any(), name
+    assert model.given["text_mask"].tolist() == batch.tensors["t5_mask"].bool().tolist()
+
+
 # Text dropout
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from musubi_tuner.data.buckets import place
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
-from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
 from musubi_tuner.models.checkpoints import find_weights
 from musubi_tuner.models.tinyflux import from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
@@ -671,6 +671,68 @@ def test_samples_take_the_average_if_the_run_file_says_so(
     assert not torch.equal(average, own)
     (weights,) = drawn
     assert torch.equal(weights, average if use_ema else own)
+
+
+def test_a_failure_while_drawing_leaves_the_weights_that_train(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def draw(model: torch.nn.Module, *arguments: Any, **settings: Any) -> list[Tensor]:
+        seen.append(model.get_parameter("img_in.weight").detach().clone())
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(Trainer, "_prepare_samples", lambda trainer: (Prompts(), None))
+    monkeypatch.setattr(trainer_module, "draw", draw)
+    plain = start("drawing nothing")
+    plain.run()
+    trainer = start("drawing fails", sample={"prompts": ["a cat"], "every_steps": 4}, ema={"decay": 0.9})
+    with pytest.raises(RuntimeError, match="no picture"):
+        trainer.run()
+    own = trainer.trained.get_parameter("img_in.weight")
+    assert not torch.equal(seen[0], own)
+    assert torch.equal(own, plain.trained.get_parameter("img_in.weight"))
+
+
+def test_prompts_of_a_file_are_drawn(folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Encoders:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        def encode(self, texts: list[str]) -> dict[str, Tensor]:
+            return {"t5_vec": torch.zeros(len(texts), 5, 12)}
+
+    monkeypatch.setattr("musubi_tuner.caching.jobs.TextEncoders", Encoders)
+    monkeypatch.setattr(trainer_module, "load_vae", lambda *arguments: None)
+    path = folder / "prompts.txt"
+    path.write_text("a cat --s 3\n\n# a dog\na bird\n", encoding="utf-8")
+    trainer = start("prompts of a file", sample={"prompts": str(path)})
+    assert trainer.prompts is not None
+    assert [prompt.text for prompt in trainer.prompts.prompts] == ["a cat", "a bird"]
+
+
+def test_a_run_that_skips_too_many_updates_in_a_row_gives_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = trainer_module.training_step, 0
+
+    def spoiled(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        output = step(*arguments)
+        # Two bad updates, a good one, and then bad ones only.
+        return output if count == 3 else replace(output, loss=output.loss * math.nan)
+
+    monkeypatch.setattr(trainer_module, "training_step", spoiled)
+    trainer = start("gives up", train={"max_steps": 9, "on_nonfinite": "skip", "max_skipped_updates": 3})
+    with pytest.raises(TrainingError, match=r"step 6: .*; 3 updates in a row were skipped, giving up"):
+        trainer.run()
+    assert (trainer.position.skipped, trainer.position.skipped_in_a_row) == (5, 3)
+
+
+def test_parameters_of_adapters_are_counted_from_the_layers(
+    trained: Trainer, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start("counted", **on_checkpoint(trained, adapter={"type": "lora", "rank": 2}))
+    # Width 32, MLP of 4 times that: qkv, out_proj, fc1 and fc2 of the one single block, rank x (in + out) each.
+    count = 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    assert f"on 4 layers, {count:,} parameters; the model is frozen" in capsys.readouterr().out
 
 
 class Prompts:
