@@ -23,7 +23,7 @@ from musubi_tuner.data.buckets import place, squash
 from musubi_tuner.encoders import teachers, text
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.teachers import SplitTeacher, Teacher, geometric_sol, load_teacher
-from musubi_tuner.errors import CacheError, CheckpointError
+from musubi_tuner.errors import CacheError, CheckpointError, ConfigError
 from musubi_tuner.randomness import normal
 
 TIMES = 3
@@ -186,6 +186,15 @@ class TestWhatATeacherSees:
         for call in watch.forwards:
             assert torch.allclose(call.pictures, torch.stack(pictures), atol=1e-6)
             assert torch.allclose(call.timesteps, torch.tensor(times), atol=1e-3)
+
+    def test_a_checkpoint_that_was_taught_with_images_asks_for_the_autoencoder(self, two: Any, watch: Watch) -> None:
+        two.picture("a")
+        two.tables["experts"]["expert_input"] = "random"
+        del two.tables["experts"]["vae"]
+        config = two.config()
+        with pytest.raises(ConfigError, match=r"^experts\.vae: is needed, because the checkpoint was trained with"):
+            ExpertsJob(config, {"expert_input": "noised_image", "expert_time": "aligned"})
+        assert watch.loaded == []
 
     @pytest.mark.parametrize("resize", ["crop", "squash"])
     def test_a_picture_is_cut_or_squashed_as_for_the_model(

@@ -177,6 +177,11 @@ def test_every_key_is_in_one_list() -> None:
         ({"save_every_n_steps": 10, "save_last_n_steps": 30}, "save.keep_last_steps", 4),
         ({"save_every_n_steps": 10, "save_last_n_steps_state": 30}, "save.keep_last_states", 4),
         ({"save_last_n_epochs_state": 3}, "save.keep_last_states", 3),
+        (
+            {"save_every_n_steps": 10, "save_last_n_steps_state": 30, "save_last_n_epochs_state": 3},
+            "save.keep_last_states",
+            4,
+        ),
         ({}, "save.keep_last_states", 0),
         ({"num_timestep_buckets": 10}, "objective.timestep_stratified", True),
         ({"discrete_flow_shift": 3, "timestep_sampling": "shift"}, "objective.discrete_flow_shift", 3.0),

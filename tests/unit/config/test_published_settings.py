@@ -139,6 +139,20 @@ def test_what_a_short_file_leaves_out_is_listed_where_it_differs_from_ours() -> 
     assert found.document["train"] == {"max_steps": 500}
 
 
+def test_a_run_that_ends_by_epochs_keeps_the_length_of_its_schedule() -> None:
+    found = imported(max_epochs=2, total_steps=5000)
+    assert found.document["train"]["max_epochs"] == 2
+    assert found.document["scheduler"]["total_steps"] == 5000
+    assert ("scheduler.total_steps", 5000) in found.report.defaulted
+    assert "total_steps" not in imported(total_steps=5000).document["scheduler"]
+    assert "scheduler.total_steps" not in values(max_epochs=2, lr_scheduler="constant")
+
+
+def test_it_is_said_what_bfloat16_does_not_round_here() -> None:
+    (rule,) = [rule for source, *_, rule in imported(dtype="torch.bfloat16").report.converted if source == "dtype"]
+    assert rule == 'of the computation; objective.precision = "bfloat16" rounds times, noise and losses too'
+
+
 @pytest.mark.parametrize(
     ("field", "value", "key", "ours"),
     [

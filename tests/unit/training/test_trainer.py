@@ -629,6 +629,14 @@ def test_the_average_follows_the_run_file(decay: float, warmup: bool, kept: floa
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_schedule_of_its_own_length_ends_before_or_after_the_run(start: Start) -> None:
+    for length, expected in ((2, [1.0, 0.6, 0.2, 0.2]), (8, [1.0, 0.9, 0.8, 0.7])):
+        scheduler = {"type": "linear", "min_lr": 2e-3, "total_steps": length}
+        trainer = start(f"length {length}", scheduler=scheduler)
+        trainer.run()
+        assert [row["train/lr"] for row in updates(trainer)] == pytest.approx([1e-2 * rate for rate in expected])
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_the_rates_are_those_of_the_run_file(kind: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler: dict[str, Any] = {"type": kind, "warmup_steps": 3, "warmup_type": "cosine"}
