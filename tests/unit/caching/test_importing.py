@@ -526,6 +526,17 @@ class TestShards:
         ):
             bring(run, source)
 
+    def test_shards_whose_teachers_ran_at_other_times(
+        self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path
+    ) -> None:
+        source = write_shards(tmp_path / "caches", columns, prompts, 2)
+        path = source / "lune" / "shard_0001.pt"
+        content = torch.load(path, weights_only=True)
+        for times in (content["t_buckets"] * 0.5, content["t_buckets"][:2]):
+            torch.save({**content, "t_buckets": times}, path)
+            with pytest.raises(CacheError, match=r"shard_0001\.pt: t_buckets are .*, in the files before \[0\.05"):
+                bring(run, source)
+
     def test_shards_are_joined_by_number_not_by_name(self, run: Any, tmp_path: Path) -> None:
         source = write_shards(tmp_path / "caches", columns_of(3), None, 1)
         for part in ("encodings", "lune", "sol"):  # beyond 9999 a name sorts before those with four digits
@@ -627,6 +638,12 @@ class TestFlatFiles:
         CachedDataset(config, run.items(), list(KINDS))
         plan = describe(config, make_plan(config, 1, download=False), 1)
         assert "  masks    3 of 3 images, weights 0.5 to 2; the others weigh 1\n" in plan
+
+    def test_another_number_of_masks_than_latents(self, run: Any, columns: Columns, tmp_path: Path) -> None:
+        source = flat(run, tmp_path / "caches", columns, "schnell")
+        save(torch.ones(2, 8, 8), source / "schnell_masks_2.pt")
+        with pytest.raises(CacheError, match="2 masks for 3 latents; expected as many"):
+            bring(run, source)
 
     def test_masks_of_another_size_than_the_latents(self, run: Any, columns: Columns, tmp_path: Path) -> None:
         run.tables["datasets"][0]["mask_source"] = "imported"
