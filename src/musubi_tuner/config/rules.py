@@ -341,6 +341,12 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
             _error("memory.compile", "with memory.blocks_to_swap needs memory.gradient_checkpointing = true: compiled code keeps the "
                    "weights of a block until its backward pass")
         )  # fmt: skip
+    elif memory.blocks_to_swap and memory.checkpoint_every > 1:
+        found.append(
+            _error("memory.compile", "with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is "
+                   f"{memory.checkpoint_every}: compiled code keeps the weights of a block that is not recomputed until its backward "
+                   "pass; set it to 1, or one of the others off")
+        )  # fmt: skip
     if memory.blocks_to_swap and memory.compile_mode in ("reduce-overhead", "max-autotune"):
         found.append(
             _error("memory.compile_mode", f'"{memory.compile_mode}" uses CUDA graphs, whose weights cannot be streamed; use "default" '

@@ -6,11 +6,12 @@ next block computes, and comes back one block ahead of its recomputation:
     forward     block i is called: begin to copy its inputs out
     backward    block i is recomputed: wait for its inputs, begin to copy those of block i - 1 in
 
-The device then holds the inputs of two blocks. Copies change no bit. Main memory is taken from a pool, which grows to what one
-forward pass needs and serves all later ones. Only activations [B, tokens, width] move; what all blocks share stays.
+The device then holds the inputs of two blocks. Copies change no bit. Main memory is a list of flat buffers: the n-th activation
+of a forward pass takes the n-th, which grows to the largest shape it has met. So it is what the largest bucket needs, and serves
+the others too. Only activations [B, tokens, width] move; what all blocks share stays.
 """
 
-import itertools
+import heapq
 import weakref
 from typing import Any
 
@@ -26,7 +27,7 @@ def leaves(tensor: Tensor) -> bool:
 
 
 class _Kept:
-    """An activation in main memory; its buffer goes back to the pool with the last reference."""
+    """An activation in main memory; its buffer is free again with the last reference. Its key is the buffer's number."""
 
     def __init__(self, key: int, host: Tensor, device: torch.device) -> None:
         self.key, self.host, self.device = key, host, device
@@ -42,7 +43,7 @@ class _Call:
 
 
 class ActivationOffload:
-    """The pool and the copies of one model.
+    """The buffers and the copies of one model.
 
     Args:
         transfer: engine; absent = the device's.
@@ -51,10 +52,14 @@ class ActivationOffload:
     def __init__(self, device: torch.device, transfer: Transfer | None = None) -> None:
         self.transfer = transfer or transfer_for(device, "memory.checkpoint_offload")
         self.pinned = device.type == "cuda"
-        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self.keys = itertools.count()
-        self.bytes = 0
+        self.buffers: list[Tensor] = []
+        self.free: list[int] = []
         self._last: weakref.ref[_Call] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Main memory taken; torch rounds pinned memory up to a power of two."""
+        return sum(len(buffer) for buffer in self.buffers)
 
     def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Context for the call of one checkpointed block."""
@@ -67,23 +72,29 @@ class ActivationOffload:
     def _pack(self, tensor: Tensor, call: _Call) -> Any:
         if not leaves(tensor):
             return tensor
-        shape, dtype = tensor.shape, tensor.dtype
-        buffers = self.free.setdefault((shape, dtype), [])
-        if buffers:
-            host = buffers.pop()
-        else:
-            host = torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
-            self.bytes += host.numel() * host.element_size()
-        kept = _Kept(next(self.keys), host, tensor.device)
-        weakref.finalize(kept, self._return, kept.key, host).atexit = False
+        key, host = self._take(tensor)
+        kept = _Kept(key, host, tensor.device)
+        weakref.finalize(kept, self._return, key).atexit = False
         # Detached: a copy that nobody waits for must not keep the graph alive.
         self.transfer.submit(kept.key, host, tensor.detach(), self.transfer.record())
         call.kept.append(weakref.ref(kept))
         return kept
 
-    def _return(self, key: int, host: Tensor) -> None:
+    def _take(self, tensor: Tensor) -> tuple[int, Tensor]:
+        """The first free buffer, made larger where it must be: its number, and a view like the tensor."""
+        if self.free:
+            key = heapq.heappop(self.free)
+        else:
+            key = len(self.buffers)
+            self.buffers.append(torch.empty(0, dtype=torch.uint8))
+        if len(self.buffers[key]) < tensor.nbytes:
+            self.buffers[key] = torch.empty(0, dtype=torch.uint8)  # before the larger one is asked for
+            self.buffers[key] = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+        return key, self.buffers[key][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _return(self, key: int) -> None:
         self.transfer.wait(key)  # a copy that nobody waited for must not land in what comes next
-        self.free[host.shape, host.dtype].append(host)
+        heapq.heappush(self.free, key)
 
     def _unpack(self, kept: Any, call: _Call) -> Tensor:
         if isinstance(kept, Tensor):

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.memory.fp8_product import FP8_MAX, SCALE_FLOOR, TracedProduct, scaled_gradient, scaled_product
 from musubi_tuner.models.stored import CHUNK, StoredWeight, dequantize, is_fp8
@@ -265,9 +266,16 @@ class FrozenLinear(nn.Module):
             return _FrozenProduct.apply(x.to(dtype), self, dtype)
 
     def _traced(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """As plain operations: a compiler decides itself what it keeps, and takes the stored form, which costs nothing."""
-        bias = self.fetch("bias")
+        """As plain operations, which a compiler fuses.
+
+        The weight is marked as recomputed: left to choose, a compiler dequantises once and keeps the result for the backward
+        pass. So it keeps the stored form, which costs nothing, and dequantises again.
+        """
+        bias, stored = self.fetch("bias"), self.fetch("stored")
+        assert stored is not None
         if self.fp8_compute == "no":
-            return F.linear(x, self.dense_weight(dtype), None if bias is None else bias.to(dtype))
+            again = torch.is_grad_enabled() and stored.dtype != dtype
+            weight = checkpoint(self.dense_weight, dtype, use_reentrant=False) if again else self.dense_weight(dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(dtype))
         out = TracedProduct.apply(x, *self.rows(), self.fp8_compute == "both")
         return out if bias is None else out + bias.to(out.dtype)

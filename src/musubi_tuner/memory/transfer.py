@@ -63,6 +63,10 @@ class HostTransfer:
             self.wait(key)
 
 
+MANY_EVENTS = 64
+"""Remembered last copies from which on those that are done are forgotten."""
+
+
 class CudaTransfer:
     """For a GPU: a side stream copies while the compute stream works. Asynchronous only from pinned memory."""
 
@@ -90,6 +94,8 @@ class CudaTransfer:
                     tensor.record_stream(self.stream)
             event = torch.cuda.Event()
             event.record(self.stream)
+        if len(self.last) >= MANY_EVENTS:
+            self.last = {other: copy for other, copy in self.last.items() if not copy.query()}
         self.done[key] = self.last[key] = event
 
     def wait(self, key: int) -> None:

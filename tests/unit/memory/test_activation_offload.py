@@ -122,7 +122,32 @@ def test_main_memory_is_used_again() -> None:
     gc.collect()
     steps(model, 1)
     assert offload.bytes == size
-    assert sum(len(buffers) for buffers in offload.free.values()) == 10
+    assert len(offload.free) == 10
+
+
+@pytest.mark.parametrize("tokens", [(2, 4, 6, 8, 3), (8, 6, 4, 3, 2), (4, 8, 2, 8, 6)], ids=str)
+def test_main_memory_is_what_the_largest_bucket_needs(tokens: tuple[int, ...]) -> None:
+    """Whatever the order of the buckets, and for another dtype too."""
+    offload = ActivationOffload(CPU)
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], 1, offload)
+    assert same(steps(model, 10, tokens), steps(Model(), 10, tokens))
+    assert offload.bytes == 5 * 2 * (2 * 8 * 8) * 4
+    model.bfloat16()
+    model(torch.randn(2, 8, 8).bfloat16(), torch.randn(2, 8).bfloat16()).sum().backward()
+    assert offload.bytes == 5 * 2 * (2 * 8 * 8) * 4 and len(offload.free) == 10
+
+
+def test_main_memory_of_graphs_that_overlap() -> None:
+    """A graph that is dropped only when the next is there: twice the memory of one, however often."""
+    offload = ActivationOffload(CPU)
+    model = Model()
+    checkpoint_blocks(model, ["blocks"], 1, offload)
+    loss = torch.zeros(())
+    for _ in range(6):
+        loss = model(torch.randn(2, 4, 8), torch.randn(2, 8)).sum()
+    loss.backward()
+    assert offload.bytes == 2 * 5 * 2 * (2 * 4 * 8) * 4
 
 
 def test_what_a_dropped_graph_left_lands_nowhere() -> None:

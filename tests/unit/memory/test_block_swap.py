@@ -251,6 +251,41 @@ def test_exception_half_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(train(model, 2), train(reference, 2))
 
 
+def failing_in_backward(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backward pass end in a layer."""
+    layer = model.get_submodule(name)
+    forward = layer.forward
+
+    def fail(gradient: Tensor) -> None:
+        raise MemoryError("out of memory")
+
+    def fail_later(x: Tensor) -> Tensor:
+        out = forward(x)
+        out.register_hook(fail)
+        return out
+
+    monkeypatch.setattr(layer, "forward", fail_later)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["double_blocks.1.img_mlp.2", "single_blocks.3.linear1"])
+def test_exception_half_way_through_the_backward_pass(
+    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, model = prepare("plain", 4, 6), prepare("plain", 4, 6)
+    if checkpointing:
+        checkpoint_blocks(model, SPEC.block_lists)
+    swap = swapped(model, 6)
+    with monkeypatch.context() as patch:
+        failing_in_backward(model, name, patch)
+        loss = model(*inputs()).square().mean()
+        with pytest.raises(MemoryError):
+            loss.backward()
+    assert any(slot.in_use for slot in swap.slots)
+    model.adapters.zero_grad()
+    assert_same(train(model, 2), train(reference, 2))
+
+
 def test_refilling_a_buffer_too_early_raises() -> None:
     model = prepare("plain", 4, 6)
     swap = swapped(model, 6)
@@ -361,6 +396,45 @@ def test_trained_model_with_every_ring(ring: int, options: dict[str, Any], engin
     swap = swapped_training(model, 4, ring=ring, transfer=engine())
     assert_same(train_all(model, 4, swap, **options), train_all(tinyflux(), 4, **options))
     assert swap.recoveries == 0
+
+
+@settings(max_examples=8, deadline=None)
+@given(double=st.integers(1, 4), single=st.integers(1, 5), data=st.data())
+def test_any_number_of_trained_blocks(double: int, single: int, data: st.DataObject) -> None:
+    most = max(0, double - 2) + max(0, single - 2)
+    count = data.draw(st.integers(0, most))
+    options = {"accumulate": data.draw(st.integers(1, 2)), "autocast": data.draw(st.booleans())}
+    model, swap = tinyflux(double, single), None
+    if data.draw(st.booleans()):
+        checkpoint_blocks(model, MODELS["tf"].block_lists)
+    if count:
+        engine = data.draw(st.sampled_from([HostTransfer, AtOnce]))()
+        swap = swapped_training(model, count, ring=data.draw(st.integers(1, 3)), transfer=engine)
+    assert_same(train_all(model, 2, swap, **options), train_all(tinyflux(double, single), 2, **options))
+    assert swap is None or swap.recoveries == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["double_blocks.1.img_mlp.fc2", "single_blocks.3.attn.qkv"])
+def test_exception_half_way_through_a_step_of_a_trained_model(
+    name: str, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the broken step are dropped; the next one finds all weights as they were."""
+    model = tinyflux()
+    swap = swapped_training(model, 4)
+    with monkeypatch.context() as patch:
+        if backward:
+            failing_in_backward(model, name, patch)
+        else:
+
+            def fail(x: Tensor) -> Tensor:
+                raise MemoryError("out of memory")
+
+            patch.setattr(model.get_submodule(name), "forward", fail)
+        with pytest.raises(MemoryError):
+            train_all(model, 1, swap)
+    model.zero_grad()
+    assert_same(train_all(model, 3, swap), train_all(tinyflux(), 3))
 
 
 def test_copies_older_than_loaded_weights_are_found_out() -> None:

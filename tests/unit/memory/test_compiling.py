@@ -1,4 +1,4 @@
-"""Compilation reaches every block with its settings; what it does to numbers is tested in tests/slow/test_compile.py."""
+"""Compilation reaches every block with its settings, and keeps no weight; its numbers are tested in tests/slow/test_compile.py."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.config as limits
-from torch import nn
+from torch import Tensor, nn
 
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
 
 GEOMETRY = {
@@ -67,3 +69,35 @@ def test_settings_reach_the_compiler(
     assert [options for _, options in asked] == [expected] * 5
     # Beyond its limit torch would compute uncompiled, in silence.
     assert limits.recompile_limit == 5 and limits.fail_on_recompile_limit_hit
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own matters
+@pytest.mark.parametrize("storage", ["plain", "fp8", "fp8_scaled", "int8", "nf4"])
+def test_compiled_layers_keep_no_dequantised_weight(storage: Storage) -> None:
+    """Without checkpointing too: saved for the backward pass are the layers' own buffers and a few activations.
+
+    The backend traces and partitions as inductor does, and then computes as without compilation, so bits are the same.
+    """
+
+    def layer() -> FrozenLinear:
+        made = nn.Linear(64, 64)
+        return FrozenLinear.of_weight(StoredWeight.of(made.weight.detach()), made.bias, storage, torch.bfloat16)
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(layer(), nn.GELU(), layer())
+    own, others = {buffer.data_ptr() for buffer in layers.buffers()}, 0
+    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
+    expected = layers(x)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal others
+        others += 0 if tensor.data_ptr() in own else tensor.nbytes
+        return tensor
+
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = torch.compile(layers, backend="aot_eager_decomp_partition", fullgraph=True)(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, expected) and torch.equal(gradient, expected_gradient)
+    assert others <= 2 * x.nbytes  # one weight in bfloat16 is 16 times x

@@ -1,9 +1,17 @@
-"""Copies through two small buffers: all bytes arrive, in order, whatever the sizes."""
+"""Copies through two small buffers: all bytes arrive, in order, whatever the sizes. What the engine of a GPU asks of its streams."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.memory.transfer import HostTransfer, StagedTransfer, transfer_for
+from musubi_tuner.memory.activation_offload import ActivationOffload
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.transfer import MANY_EVENTS, CudaTransfer, HostTransfer, StagedTransfer, transfer_for
 
 CPU = torch.device("cpu")
 
@@ -38,3 +46,145 @@ def test_later_copy_into_the_same_target_wins() -> None:
 def test_pageable_memory_goes_through_staging() -> None:
     assert isinstance(transfer_for(CPU, pinned=False), StagedTransfer)
     assert isinstance(transfer_for(CPU), HostTransfer)
+
+
+# The engine of a GPU, with streams and events that only note what is asked of them
+
+
+class Event:
+    """Notes where it was recorded. It has passed once the host has waited for it, or when a test says so."""
+
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.passed = False
+
+    def record(self, stream: "Stream") -> None:
+        self.stream = stream
+        stream.log.append(("record", self))
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+
+class Stream:
+    """Notes what was put on it, in order."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.log: list[tuple[str, Any]] = []
+
+    def wait_event(self, event: Event) -> None:
+        assert event.stream is not None, "waits for an event that was never recorded"
+        self.log.append(("wait", event))
+
+
+class Gpu:
+    """The compute stream, and which stream copies go to."""
+
+    def __init__(self) -> None:
+        self.compute = self.current = Stream()
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+@contextmanager
+def any_device(device: torch.device) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: gpu.current)
+    monkeypatch.setattr(torch.cuda, "stream", gpu.on)
+    monkeypatch.setattr(torch.cuda, "device", any_device)
+    copy = Tensor.copy_
+
+    def noted(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        gpu.current.log.append(("copy", options))
+        return copy(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "copy_", noted)
+    return gpu
+
+
+def test_a_copy_goes_to_the_side_stream_after_its_mark(gpu: Gpu) -> None:
+    engine: Any = CudaTransfer(CPU)
+    source, target = random_bytes(100, 1), torch.zeros(100, dtype=torch.uint8)
+    mark: Any = engine.record()
+    assert gpu.compute.log == [("record", mark)]
+    engine.submit(7, target, source, mark)
+    done = engine.done[7]
+    assert engine.stream.log == [("wait", mark), ("copy", {"non_blocking": True}), ("record", done)]
+    assert gpu.compute.log == [("record", mark)] and gpu.current is gpu.compute
+    assert torch.equal(target, source)
+    engine.submit(7, target, source, None)  # no mark: nothing to wait for
+    assert [what for what, _ in engine.stream.log[3:]] == ["copy", "record"]
+
+
+def test_the_compute_stream_waits_for_a_copy_once(gpu: Gpu) -> None:
+    engine: Any = CudaTransfer(CPU)
+    for key in (0, 1):
+        engine.submit(key, torch.zeros(4), torch.ones(4), engine.record())
+    gpu.compute.log.clear()
+    second = engine.done[1]
+    engine.wait(1)
+    engine.wait(1)
+    engine.wait(2)  # never begun
+    assert gpu.compute.log == [("wait", second)] and not second.passed
+    # The host waits for the last copy of a key although the computation did so already, and once too.
+    engine.host_wait(1)
+    assert second.passed and not engine.done.keys() & {1}
+    second.passed = False
+    engine.host_wait(1)
+    assert not second.passed
+
+
+def test_copies_that_are_done_are_forgotten(gpu: Gpu) -> None:
+    """Keys that never come again and that no host waits for: what is remembered stays small."""
+    engine: Any = CudaTransfer(CPU)
+    for key in range(20 * MANY_EVENTS):
+        engine.submit(key, torch.zeros(4), torch.ones(4), None)
+        engine.wait(key)
+        engine.last[key].passed = True
+        assert len(engine.last) <= MANY_EVENTS and not engine.done
+    # Those under way are kept, however many.
+    for key in range(2 * MANY_EVENTS):
+        engine.submit(key, torch.zeros(4), torch.ones(4), None)
+    assert set(range(2 * MANY_EVENTS)) <= set(engine.last)
+
+
+def test_training_leaves_few_events_behind(gpu: Gpu) -> None:
+    """Streamed blocks and inputs kept in main memory: keys come again, so their number is that of one step."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = Model()
+    engine: Any = CudaTransfer(CPU)
+    swapping: Any = CudaTransfer(CPU)
+    checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU, engine))
+    BlockSwap(model, {"blocks": 3}, CPU, transfer=swapping)
+    for tokens in (3, 5, 4, 5):
+        model(torch.randn(1, tokens, 8, requires_grad=True)).sum().backward()
+        assert set(engine.last) == set(range(5)) and set(swapping.last) == {0, 1}
+        assert not engine.done
+    # Every copy into or out of a buffer is behind a mark of the computation.
+    for each in (engine, swapping):
+        kinds = "".join({"wait": "w", "copy": "c", "record": "r"}[what] for what, _ in each.stream.log)
+        assert kinds == "wcr" * (len(kinds) // 3)

@@ -1,5 +1,6 @@
 """FLUX.1 files: every accepted form gives the same model, everything else is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from musubi_tuner.errors import CacheError, CheckpointError
-from musubi_tuner.memory.frozen_linear import quantize_fp8
+from musubi_tuner.memory.frozen_linear import FrozenLinear, quantize_fp8
+from musubi_tuner.memory.storage import Freeze
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, load_model
 from musubi_tuner.models.flux_dev.conditioning import pooled_text, text_states
 from musubi_tuner.models.flux_dev.state_dict import (
@@ -20,6 +22,7 @@ from musubi_tuner.models.flux_dev.state_dict import (
     to_bfl,
     to_diffusers,
 )
+from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.stored import StoredWeight
 
 CONFIG = FluxConfig(
@@ -157,6 +160,36 @@ def test_scaled_fp8(shape: str, older: bool, prefix: str, weights: Tensors, tmp_
     expected = Flux(CONFIG)
     expected.load_state_dict(true)
     assert_loads(write(tmp_path / "fp8.safetensors", stored), expected.eval(), 0)
+
+
+@pytest.mark.parametrize("shape", ["tensor", "row", "block", None])
+@pytest.mark.parametrize("wanted", ["tensor", "row", "block"])
+def test_fp8_of_a_file_is_kept_bit_for_bit(shape: Any, wanted: Any, tmp_path: Path) -> None:
+    """With the scales of the file, whatever the run would choose: rescaling would round twice."""
+    config = dataclasses.replace(CONFIG, hidden_size=128, num_heads=2, axes_dim=(8, 28, 28))
+    torch.manual_seed(0)
+    weights = Flux(config).state_dict()
+    if shape is None:
+        stored = {
+            key: tensor.to(torch.float8_e4m3fn) if ".linear" in key and tensor.ndim == 2 else tensor
+            for key, tensor in weights.items()
+        }
+    else:
+        stored, _ = scaled(weights, shape, older=False)
+    path = write(tmp_path / "fp8.safetensors", stored)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    loaded = load_model(path, freeze=Freeze("fp8_scaled", MODELS["fd"].quantizable, scale=wanted))
+    layers = [(name, layer) for name, layer in loaded.named_modules() if isinstance(layer, FrozenLinear)]
+    kept = [(name, layer) for name, layer in layers if stored[f"{name}.weight"].dtype == torch.float8_e4m3fn]
+    assert len(kept) == (6 if shape is None else len(layers))
+    for name, layer in kept:
+        codes, scale = stored[f"{name}.weight"], stored.get(f"{name}.weight_scale")
+        assert layer.stored is not None and layer.stored.dtype == codes.dtype
+        assert torch.equal(layer.stored.view(torch.uint8), codes.view(torch.uint8))
+        assert (layer.scale is None) == (scale is None)
+        if scale is not None:
+            assert scale.ndim == {"tensor": 0, "row": 2, "block": 3}[shape]
+            assert layer.scale is not None and layer.scale.dtype == torch.float32 and torch.equal(layer.scale, scale)
 
 
 def test_scaled_fp8_described_in_the_header(weights: Tensors, tmp_path: Path) -> None:

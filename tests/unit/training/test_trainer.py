@@ -29,6 +29,7 @@ from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
+from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.models.checkpoints import find_weights
 from musubi_tuner.models.tinyflux import from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
@@ -165,6 +166,21 @@ def header(path: Path) -> dict[str, str]:
 def entries(trainer: Trainer) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((trainer.folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
     return found
+
+
+# Blocks in main memory
+
+
+def test_blocks_that_were_not_copied_ahead_are_counted_at_the_end(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = {"geometry": {**GEOMETRY, "num_single_layers": 4}}
+    start("ahead", model=deep, memory={"blocks_to_swap": 1}).run()
+    assert "fetched on the spot" not in capsys.readouterr().out
+    # A swap that forgets what is in its buffer, at the start and after each step, copies on the spot in all four updates.
+    monkeypatch.setattr(BlockSwap, "refresh", lambda swap: setattr(swap.slots[0], "holder", -1))
+    start("late", model=deep, memory={"blocks_to_swap": 1}).run()
+    assert "note: 4 blocks had to be fetched on the spot instead of ahead" in capsys.readouterr().out
 
 
 # Waiting for the device
