@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from musubi_tuner.config import RunConfig
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload
@@ -36,6 +37,28 @@ def freeze_of(memory: MemorySection, spec: ModelSpec, device: torch.device | Non
         scale=memory.scale,
         quantize_on=device if device is not None and device.type == "cuda" else None,
     )
+
+
+def check_machine(config: RunConfig, device: torch.device) -> None:
+    """Check what [memory] asks of this machine, before anything big is loaded or encoded.
+
+    Args:
+        config: with the precision of this machine, see `device.with_precision`.
+
+    Raises:
+        ConfigError: if a package, a kind of product or a compiler is missing.
+    """
+    memory = config.memory
+    use_attention(memory.attention, device)
+    if memory.attention == "flash" and config.train.mixed_precision == "no":
+        # Where "no" is written, the rules of the config say it; this is what "auto" has become here.
+        raise ConfigError(
+            'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision = "auto" is "no" on this device, which '
+            'only emulates bfloat16; write train.mixed_precision = "fp16", or use "sdpa"'
+        )
+    if memory.fp8_compute:
+        require_fp8(device)
+    check_backend(memory)
 
 
 def compose_memory(

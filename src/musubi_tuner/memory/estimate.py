@@ -31,6 +31,7 @@ from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
+from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan, Process
 from musubi_tuner.training.step import Draws, training_step
 from musubi_tuner.units import format_bytes
@@ -45,7 +46,8 @@ class Estimate:
     """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory, and ``offloaded``, what
     a forward pass leaves there.
 
-    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones.
+    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is how
+    swapped blocks lie in main memory. All of it is of one process.
     """
 
     weights: Bytes
@@ -61,6 +63,7 @@ class Estimate:
     operations: int = 0
     moved: Bytes = 0
     values: int = 0
+    pinned: bool = True
 
     @property
     def total(self) -> Bytes:
@@ -70,23 +73,29 @@ class Estimate:
             + self.passing
         )  # fmt: skip
 
-    def lines(self) -> list[str]:
-        """For the plan."""
+    def lines(self, processes: int = 1) -> list[str]:
+        """For the plan of a run of so many processes."""
         parts = {
             "weights": self.weights, "swap ring": self.ring, "trained": self.trained, "gradients": self.gradients,
             "optimizer": self.optimizer, "average": self.average, "activations": self.activations,
             "backward pass": self.passing,
         }  # fmt: skip
         shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-        lines = [f"  memory   about {format_bytes(self.total)} on the device: {shown}"]
-        if self.host:
-            lines.append(
-                f"           {format_bytes(self.host)} of main memory for swapped blocks (pinned, up to twice that)"
-            )
-        if self.offloaded:
-            lines.append(
-                f"           {format_bytes(self.offloaded)} of main memory for the inputs of blocks (pinned, up to twice that)"
-            )
+        where = "the device" if processes == 1 else "the device of each process"
+        lines = [f"  memory   about {format_bytes(self.total)} on {where}: {shown}"]
+        pinned = "pinned, up to twice that"
+        staged = f"not pinned; beside it {format_bytes(2 * STAGING_BYTES)} of pinned buffers for the copies"
+        for size, of, how in (
+            (self.host, "swapped blocks", pinned if self.pinned else staged),
+            (self.offloaded, "the inputs of blocks", pinned),
+        ):
+            if size:
+                each = (
+                    f" in each of {processes} processes, {format_bytes(processes * size)} in all,"
+                    if processes > 1
+                    else ""
+                )
+                lines.append(f"           {format_bytes(size)} of main memory{each} for {of} ({how})")
         return lines
 
 
@@ -146,6 +155,7 @@ def estimate(
         operations=step.operations,
         moved=_moved_bytes(host, ring, host_values) + 2 * step.offloaded,
         values=values,
+        pinned=memory.swap_pinned,
     )
 
 

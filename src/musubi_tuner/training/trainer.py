@@ -46,7 +46,7 @@ from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
-from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.compose import check_machine, compose_memory
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
@@ -207,10 +207,14 @@ class StopRequest:
 
 
 class Trainer:
-    """One run in one process of it."""
+    """One run in one process of it.
 
-    def __init__(self, config: RunConfig, items: list[Item]) -> None:
-        self.config, self.begun, self.started = config, time.monotonic(), time.time()
+    Args:
+        planned: number of swapped blocks with which the plan of memory and disk was printed already; None = it was not.
+    """
+
+    def __init__(self, config: RunConfig, items: list[Item], planned: int | None = None) -> None:
+        self.config, self.begun, self.started, self.planned = config, time.monotonic(), time.time(), planned
         self.stop = StopRequest()
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -238,6 +242,7 @@ class Trainer:
 
     def build(self) -> None:
         """Load the model and everything around it, and continue where a state left off."""
+        check_machine(self.config, self.device)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
         if self.processes > 1 and free is not None:
             # All ranks must choose the same number: the one that has least decides.
@@ -251,12 +256,12 @@ class Trainer:
         self.config, chosen = resolve_swap(self.config, self.items, free)
         config = self.config
         if self.main:
-            lines = [
-                *estimate_lines(config, self.items, self.steps, self.device, free),
-                *([chosen] if chosen else []),
-                *([self.kernels] if self.kernels else []),
-            ]
-            print("\n".join(lines), flush=True)
+            lines = [self.kernels] if self.kernels else []
+            if config.memory.blocks_to_swap != self.planned:
+                plan = estimate_lines(config, self.items, self.steps, self.device, free, self.processes)
+                lines = [*plan, *([chosen] if chosen else []), *lines]
+            if lines:
+                print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
@@ -1084,9 +1089,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def train(config: RunConfig, items: list[Item]) -> None:
-    """Train a run whose caches are complete, alone or as one process of several."""
-    trainer = Trainer(config, items)
+def train(config: RunConfig, items: list[Item], planned: int | None = None) -> None:
+    """Train a run whose caches are complete, alone or as one process of several.
+
+    Args:
+        planned: see `Trainer`.
+    """
+    trainer = Trainer(config, items, planned)
     folder = config.output_dir
     with contextlib.ExitStack() as stack:
         if trainer.main:

@@ -108,7 +108,7 @@ def start(folder: Path) -> Iterator[Start]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer_module, "CachedDataset", Pictures)
-    patch.setattr(trainer_module, "estimate_lines", lambda *arguments: [])  # takes longer than the updates
+    patch.setattr(trainer_module, "estimate_lines", lambda *_: [])  # takes longer than the updates
 
     def begin(name: str, **changes: dict[str, Any]) -> Trainer:
         trainer = Trainer(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
