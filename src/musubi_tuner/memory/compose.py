@@ -86,12 +86,26 @@ def compose_memory(
         if offload is not None and device.type == "cpu":
             lines.append("warning: memory.checkpoint_offload saves nothing here: this device computes in main memory")
         checkpoint_blocks(model, spec.block_lists, memory.checkpoint_every, offload)
+        total = sum(block_counts(model, spec.block_lists).values())
+        if memory.checkpoint_every > total:
+            lines.append(
+                f"warning: memory.checkpoint_every is {memory.checkpoint_every}, and the model has {total} blocks: only the first of "
+                "them is recomputed"
+            )
     if not memory.blocks_to_swap:
         model.to(device)
         return None, lines
     if memory.blocks_to_swap == "auto":
         raise ValueError('blocks_to_swap = "auto" must be resolved first, see memory.estimate.resolve_swap')
     counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
+    if device.type == "cpu":
+        lines.append("warning: memory.blocks_to_swap saves nothing here: this device computes in main memory")
+    streamed = sum(counts.values())
+    if memory.swap_ring > streamed and "swap_ring" in memory.model_fields_set:
+        lines.append(
+            f"warning: memory.swap_ring is {memory.swap_ring}, and {streamed} block(s) are streamed: there are no more buffers than "
+            "blocks"
+        )
     swap = BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned, bind=memory.compile)
     return swap, lines
 

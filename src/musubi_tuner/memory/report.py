@@ -56,8 +56,12 @@ def estimate_lines(
         return [f"  memory   could not be estimated for this model: {reason}"]
     finally:
         fake.disabled = before
+    unknown = []
+    if config.sample.prompts is not None and not found.decoding:
+        unknown = ["           and the autoencoder while a sample is decoded, which is counted when it is here"]
     lines = [
         *found.lines(processes),
+        *unknown,
         *spread,
         *disk_lines(config, items, steps, plan, found, missing),
         *time_lines(config, found, device, rates),

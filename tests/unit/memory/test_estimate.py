@@ -18,8 +18,9 @@ from musubi_tuner.config import calculate_steps, load_config
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
+from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.estimate import Estimate, estimate, estimate_run, resolve_swap
+from musubi_tuner.memory.estimate import Estimate, decoding_bytes, estimate, estimate_run, resolve_swap
 from musubi_tuner.memory.report import (
     Rates,
     cache_bytes,
@@ -222,6 +223,8 @@ def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
         resolve_swap(config, items(128), min(totals.values()) // 2)
     found, line = resolve_swap(config, items(128), None)
     assert found.memory.blocks_to_swap == 0 and line is not None and "computes in main memory" in line
+    _, line = resolve_swap(load_config(path, {"memory.swap_ring": 3, "memory.swap_pinned": False}), items(128), None)
+    assert line is not None and line.endswith("; memory.swap_ring and memory.swap_pinned have no effect")
     assert resolve_swap(found, items(128), 1) == (found, None)
 
 
@@ -374,3 +377,34 @@ def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     lines = found.lines(processes=3)
     assert "on the device of each process: " in lines[0]
     assert "1.00 GiB of main memory in each of 3 processes, 3.00 GiB in all, for swapped blocks" in lines[1]
+
+
+def test_decoding_counts_where_it_needs_more_than_the_backward_pass(tmp_path: Path) -> None:
+    linear = LinearPatchConfig()
+    save_file(LinearPatchAutoencoder(linear).state_dict(), tmp_path / "vae.safetensors")
+    (tmp_path / "vae.json").write_text(json.dumps(linear.to_dict()))
+    model = {"init": "scratch", "vae_path": str(tmp_path / "vae.safetensors")}
+    sample = {"prompts": ["a cat", "a dog --w 128 --h 256"], "every_steps": 1, "width": 64, "height": 64}
+    found = decoding_bytes(load_config(run_file(tmp_path, "tf", model=model, sample=sample)))
+    weights = sum(4 * p.numel() for p in LinearPatchAutoencoder(linear).parameters())
+    # Pixels come out as columns and as a picture.
+    pixels = 4 * 3 * 128 * 256
+    assert 2 * pixels < found - weights < 6 * pixels
+    assert decoding_bytes(load_config(run_file(tmp_path, "tf", model=model))) == 0
+    resting = Estimate(
+        weights=100, ring=0, trained=1, gradients=20, optimizer=2, average=4, activations=5, passing=5, host=0
+    )
+    assert (resting.total, replace(resting, decoding=29).total, replace(resting, decoding=50).total) == (137, 137, 157)
+    assert "while a sample is decoded" in replace(resting, decoding=50).lines()[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_keep_their_dtype_are_counted_in_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    small = FluxConfig(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1, vec_in_dim=64, context_in_dim=64)
+    tensors = {key: torch.zeros(t.shape, dtype=dtype) for key, t in build(small).state_dict().items()}
+    save_file(tensors, tmp_path / "flux.safetensors")
+    (tmp_path / "flux.json").write_text(json.dumps(small.to_dict()))
+    config = load_config(
+        run_file(tmp_path, "fd", model={"path": str(tmp_path / "flux.safetensors"), "keep_dtype": True})
+    )
+    assert config.spec.load("plan_model")(config).dtype == dtype

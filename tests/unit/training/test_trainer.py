@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -671,6 +672,23 @@ def test_samples_take_the_average_if_the_run_file_says_so(
     assert not torch.equal(average, own)
     (weights,) = drawn
     assert torch.equal(weights, average if use_ema else own)
+
+
+def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(path: Path, **settings: Any) -> Any:
+        given.update(settings)
+        return SimpleNamespace(set_tiling=lambda enabled: None)
+
+    monkeypatch.setattr("musubi_tuner.encoders.autoencoder.load_autoencoder", load)
+    monkeypatch.setattr("musubi_tuner.caching.jobs.TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
+    model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
+    config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))
+    trainer: Any = SimpleNamespace(config=config, main=True, device=torch.device("cuda"))
+    encoded, _ = Trainer._prepare_samples(trainer)
+    assert encoded is not None and [prompt.text for prompt in encoded.prompts] == ["a cat"]
+    assert given["device"] == torch.device("cpu") and given["dtype"] == torch.bfloat16
 
 
 class Prompts:
