@@ -45,7 +45,9 @@ def _load(file: WeightFile, config: RunConfig) -> Trainee:
     model = load_model(file, dtype=dtype, allow_schnell=config.model.allow_schnell, freeze=freeze, merge=merges)
     notes = merges.notes() if merges else []
     if dtype is not None:
-        notes += storage_notes(weights, freeze, config.spec.modulation, dtype)
+        changed = {f"{path}.weight" for path in merges.changed} if merges else set()
+        untouched = {key: weight for key, weight in weights.items() if key not in changed}
+        notes += storage_notes(untouched, freeze, config.spec.modulation, dtype)
     return Trainee(model, model.config, {}, notes, base)
 
 
