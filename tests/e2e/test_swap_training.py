@@ -47,6 +47,7 @@ def test_swapped_training_is_the_same_run(new: NewRun, plain: Path, server: Fork
     config = new("swapped", memory={"blocks_to_swap": 3, "gradient_checkpointing": True})
     result = server.run("train", [config], config.parent).expect(0)
     assert "swap: 3 blocks stay in main memory" in result.out
+    assert result.out.count("  memory   about ") == result.out.count(" while a sample is decoded") == 1
     assert "fetched on the spot" not in result.out
     assert differing(final_files(config.parent / "out"), final_files(plain)) == []
     assert metrics(config.parent / "out") == metrics(plain)
@@ -70,7 +71,9 @@ def test_two_processes_reduce_what_lies_in_main_memory(
     both = new(
         "both", **common, train={"max_steps": 10}, distributed={"num_processes": 2}, memory={"blocks_to_swap": 3}
     )
-    python(REPOSITORY / "train.py", both).expect(0)
+    result = python(REPOSITORY / "train.py", both).expect(0)
+    # The command plans the memory of its processes, and they know that it did.
+    assert result.out.count("  memory   about ") == 1 and "in each of 2 processes" in result.out
     expected, found = (load_file(run.parent / "out" / "photos.safetensors") for run in (alone, both))
     start = load_start(alone)
     moved = max(float((expected[key] - start[key]).abs().max()) for key in expected)

@@ -15,12 +15,15 @@ class RunMerges:
     Args:
         paths: all layers of the model that can be adapted.
 
+    Attributes:
+        changed: paths of the layers that it has changed.
+
     Raises:
         CheckpointError: if a file does not fit.
     """
 
     def __init__(self, config: RunConfig, paths: list[str]) -> None:
-        settings = config.adapter
+        settings, self.changed = config.adapter, set[str]()
         multipliers = settings.merge_multipliers or [1.0] * len(settings.merge)
         self.files: list[tuple[str, float, list[str], Merging]] = []
         for source, multiplier in zip(settings.merge, multipliers, strict=True):
@@ -36,8 +39,11 @@ class RunMerges:
 
     def __call__(self, path: str, weight: Tensor) -> Tensor:
         """The weight with the changes of all files."""
+        before = weight
         for _, _, _, merging in self.files:
             weight = merging(path, weight)
+        if weight is not before:
+            self.changed.add(path)
         return weight
 
     def notes(self) -> list[str]:

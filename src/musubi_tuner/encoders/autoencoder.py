@@ -9,6 +9,8 @@ Latents for the model are ``(z - shift) * scale``; a family may leave the shift 
 """
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,19 @@ class Autoencoder:
         """Precision of the weights."""
         return next(self.module.parameters()).dtype
 
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The weights on a device inside the block, and back where they were after it."""
+        home = self.device
+        # Not module.to(): the libraries override it with warnings.
+        nn.Module.to(self.module, device)
+        try:
+            yield
+        finally:
+            nn.Module.to(self.module, home)
+            if device != home and device.type == "cuda":
+                torch.cuda.empty_cache()
+
     def set_tiling(self, enabled: bool) -> None:
         """Work on large images in overlapping tiles; a linear autoencoder needs too little memory to bother."""
         if enabled and not self.linear:
@@ -151,6 +166,29 @@ def load_autoencoder(
     Raises:
         CheckpointError: if it is not an autoencoder, or one of another shape.
     """
+    config, tensors, what = _read(path, key)
+    found = Autoencoder(on_meta(lambda: _module(config, what)), config)
+    if found.channels != channels:
+        hint = " (4 channels is an SD1.5 or SDXL autoencoder)" if found.channels == 4 else ""
+        raise CheckpointError(f"{what}: has {found.channels} latent channels, expected {channels}{hint}")
+    if found.factor != factor:
+        raise CheckpointError(f"{what}: reduces images by {found.factor}, expected {factor}")
+    materialize(found.module, tensors, f"{what}: is not this autoencoder", dtype, device)
+    return found
+
+
+def plan_autoencoder(path: Path, key: str = "model.vae_path") -> Callable[[], Autoencoder]:
+    """What builds the autoencoder of a file without its weights, to be measured.
+
+    Raises:
+        CheckpointError: if it is not an autoencoder.
+    """
+    config, _, what = _read(path, key)
+    return lambda: Autoencoder(_module(config, what), config)
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Config and tensors of an autoencoder, and what begins its errors."""
     tensors, config, file = read_source(path)
     what = f"{key}: {file}"
     if any(key_.startswith(("encoder.down.", "decoder.up.")) for key_ in tensors):
@@ -163,26 +201,19 @@ def load_autoencoder(
                 f"{what}: has no config in its header or beside it, and is not the published FLUX autoencoder. "
                 "Put its config.json beside the file, or give its diffusers folder"
             )
+    return config, tensors, what
+
+
+def _module(config: dict[str, Any], what: str) -> nn.Module:
     class_name = config.get("_class_name")
     if class_name == "LinearPatchAutoencoder":
         fields = {name: config[name] for name in LinearPatchConfig.__dataclass_fields__ if name in config}
-        linear = LinearPatchConfig(**fields)
-        module = on_meta(lambda: LinearPatchAutoencoder(linear))
-    elif class_name == "AutoencoderKL":
-        kl = config
-        module = on_meta(lambda: _autoencoder_kl(kl))
-    else:
-        raise CheckpointError(
-            f"{what}: is {class_name or 'of no known class'}, expected AutoencoderKL or LinearPatchAutoencoder"
-        )
-    found = Autoencoder(module, config)
-    if found.channels != channels:
-        hint = " (4 channels is an SD1.5 or SDXL autoencoder)" if found.channels == 4 else ""
-        raise CheckpointError(f"{what}: has {found.channels} latent channels, expected {channels}{hint}")
-    if found.factor != factor:
-        raise CheckpointError(f"{what}: reduces images by {found.factor}, expected {factor}")
-    materialize(module, tensors, f"{what}: is not this autoencoder", dtype, device)
-    return found
+        return LinearPatchAutoencoder(LinearPatchConfig(**fields))
+    if class_name == "AutoencoderKL":
+        return _autoencoder_kl(config)
+    raise CheckpointError(
+        f"{what}: is {class_name or 'of no known class'}, expected AutoencoderKL or LinearPatchAutoencoder"
+    )
 
 
 def _autoencoder_kl(config: dict[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from musubi_tuner.config import RunConfig
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload
@@ -38,6 +39,28 @@ def freeze_of(memory: MemorySection, spec: ModelSpec, device: torch.device | Non
     )
 
 
+def check_machine(config: RunConfig, device: torch.device) -> None:
+    """Check what [memory] asks of this machine, before anything big is loaded or encoded.
+
+    Args:
+        config: with the precision of this machine, see `device.with_precision`.
+
+    Raises:
+        ConfigError: if a package, a kind of product or a compiler is missing.
+    """
+    memory = config.memory
+    use_attention(memory.attention, device)
+    if memory.attention == "flash" and config.train.mixed_precision == "no":
+        # Where "no" is written, the rules of the config say it; this is what "auto" has become here.
+        raise ConfigError(
+            'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision = "auto" is "no" on this device, which '
+            'only emulates bfloat16; write train.mixed_precision = "fp16", or use "sdpa"'
+        )
+    if memory.fp8_compute:
+        require_fp8(device)
+    check_backend(memory)
+
+
 def compose_memory(
     model: nn.Module, memory: MemorySection, spec: ModelSpec, device: torch.device
 ) -> tuple[BlockSwap | None, list[str]]:
@@ -63,12 +86,26 @@ def compose_memory(
         if offload is not None and device.type == "cpu":
             lines.append("warning: memory.checkpoint_offload saves nothing here: this device computes in main memory")
         checkpoint_blocks(model, spec.block_lists, memory.checkpoint_every, offload)
+        total = sum(block_counts(model, spec.block_lists).values())
+        if memory.checkpoint_every > total:
+            lines.append(
+                f"warning: memory.checkpoint_every is {memory.checkpoint_every}, and the model has {total} blocks: only the first of "
+                "them is recomputed"
+            )
     if not memory.blocks_to_swap:
         model.to(device)
         return None, lines
     if memory.blocks_to_swap == "auto":
         raise ValueError('blocks_to_swap = "auto" must be resolved first, see memory.estimate.resolve_swap')
     counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
+    if device.type == "cpu":
+        lines.append("warning: memory.blocks_to_swap saves nothing here: this device computes in main memory")
+    streamed = sum(counts.values())
+    if memory.swap_ring > streamed and "swap_ring" in memory.model_fields_set:
+        lines.append(
+            f"warning: memory.swap_ring is {memory.swap_ring}, and {streamed} block(s) are streamed: there are no more buffers than "
+            "blocks"
+        )
     swap = BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned, bind=memory.compile)
     return swap, lines
 

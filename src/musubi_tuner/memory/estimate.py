@@ -11,6 +11,7 @@
 Nothing is read from a table: the model is built and run, only without memory (torch's fake tensors).
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
@@ -31,6 +33,7 @@ from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
+from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan, Process
 from musubi_tuner.training.step import Draws, training_step
 from musubi_tuner.units import format_bytes
@@ -45,7 +48,9 @@ class Estimate:
     """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory, and ``offloaded``, what
     a forward pass leaves there.
 
-    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones.
+    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is how
+    swapped blocks lie in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
+    gradients and activations. All of it is of one process.
     """
 
     weights: Bytes
@@ -61,31 +66,41 @@ class Estimate:
     operations: int = 0
     moved: Bytes = 0
     values: int = 0
+    pinned: bool = True
+    decoding: Bytes = 0
 
     @property
     def total(self) -> Bytes:
-        """The peak on the device: everything at once, in the backward pass."""
-        return (
-            self.weights + self.ring + self.trained + self.gradients + self.optimizer + self.average + self.activations
-            + self.passing
-        )  # fmt: skip
+        """The peak on the device: in the backward pass, or where a sample is decoded."""
+        resting = self.weights + self.ring + self.trained + self.optimizer + self.average
+        return resting + max(self.gradients + self.activations + self.passing, self.decoding)
 
-    def lines(self) -> list[str]:
-        """For the plan."""
+    def lines(self, processes: int = 1) -> list[str]:
+        """For the plan of a run of so many processes."""
         parts = {
             "weights": self.weights, "swap ring": self.ring, "trained": self.trained, "gradients": self.gradients,
             "optimizer": self.optimizer, "average": self.average, "activations": self.activations,
             "backward pass": self.passing,
         }  # fmt: skip
         shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-        lines = [f"  memory   about {format_bytes(self.total)} on the device: {shown}"]
-        if self.host:
+        where = "the device" if processes == 1 else "the device of each process"
+        lines = [f"  memory   about {format_bytes(self.total)} on {where}: {shown}"]
+        pinned = "pinned, up to twice that"
+        staged = f"not pinned; beside it {format_bytes(2 * STAGING_BYTES)} of pinned buffers for the copies"
+        for size, of, how in (
+            (self.host, "swapped blocks", pinned if self.pinned else staged),
+            (self.offloaded, "the inputs of blocks", pinned),
+        ):
+            if size:
+                each = (
+                    f" in each of {processes} processes, {format_bytes(processes * size)} in all,"
+                    if processes > 1
+                    else ""
+                )
+                lines.append(f"           {format_bytes(size)} of main memory{each} for {of} ({how})")
+        if self.decoding:
             lines.append(
-                f"           {format_bytes(self.host)} of main memory for swapped blocks (pinned, up to twice that)"
-            )
-        if self.offloaded:
-            lines.append(
-                f"           {format_bytes(self.offloaded)} of main memory for the inputs of blocks (pinned, up to twice that)"
+                f"           {format_bytes(self.decoding)} on it while a sample is decoded, in place of gradients and activations"
             )
         return lines
 
@@ -146,6 +161,7 @@ def estimate(
         operations=step.operations,
         moved=_moved_bytes(host, ring, host_values) + 2 * step.offloaded,
         values=values,
+        pinned=memory.swap_pinned,
     )
 
 
@@ -171,7 +187,7 @@ def estimate_run(config: RunConfig, items: Sequence[Item], plan: ModelPlan | Non
     """
     bucket, batch_size = largest_bucket(items)
     plan = plan or config.spec.load("plan_model")(config)
-    return estimate(
+    found = estimate(
         config,
         plan.model,
         dtype=plan.dtype,
@@ -180,6 +196,62 @@ def estimate_run(config: RunConfig, items: Sequence[Item], plan: ModelPlan | Non
         batch_size=batch_size,
         options=plan.options,
     )
+    return replace(found, decoding=decoding_bytes(config))
+
+
+def decoding_bytes(config: RunConfig) -> Bytes:
+    """Weights of the autoencoder and the peak of decoding the largest sample; 0 if none are drawn, or it is not here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from musubi_tuner.caching.fingerprint import encoder_sources
+    from musubi_tuner.device import choose_device, encoder_dtype
+    from musubi_tuner.encoders.autoencoder import plan_autoencoder
+    from musubi_tuner.training.sampling import sample_prompts, sample_settings
+
+    spec, shared = config.spec, sample_settings(config)
+    own = [shared.of(prompt, index, spec.pixel_step) for index, prompt in enumerate(sample_prompts(config))]
+    path = encoder_sources(config, "latents").paths(download=False).get("vae") if own else None
+    if path is None:
+        return 0
+    largest = max(own, key=lambda one: one.width * one.height)
+    dtype = encoder_dtype(config.model.vae_dtype, choose_device(config.run.device), gpu="float32")
+    build = plan_autoencoder(path)
+    with FakeTensorMode():
+        with _default_dtype(dtype):
+            vae = build()
+        vae.module.eval()
+        vae.set_tiling(config.cache.vae_tiling)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in vae.module.state_dict().values())
+        size = (1, spec.latent_channels, largest.height // spec.vae_factor, largest.width // spec.vae_factor)
+        latents = torch.zeros(size)
+        with _Alive() as alive:
+            vae.decode(latents, spec.latent_shift)
+    return weights + alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """The most bytes at once of the tensors that are made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and id(storage) not in self.known | before:
+                self.known.add(id(storage))
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int, size: Bytes) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 MARGIN = 0.1
@@ -201,9 +273,9 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
     if config.memory.blocks_to_swap != "auto":
         return config, None
     if free is None:
-        return _with_swap(
-            config, 0
-        ), 'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory'
+        return _with_swap(config, 0), (
+            f'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory{_unused(config, 0)}'
+        )
     plan = config.spec.load("plan_model")(config)
     usable = int(free * (1 - MARGIN))
     try:
@@ -219,13 +291,19 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         if needed <= usable:
             return chosen, (
                 f'swap: memory.blocks_to_swap = "auto" is {count}: about {format_bytes(needed)} of {format_bytes(free)} free, of which a tenth is '
-                "left alone"
+                f"left alone{_unused(config, count)}"
             )
     raise ConfigError(
         f'memory.blocks_to_swap: "auto" finds no number that fits: {format_bytes(needed)} are needed with all blocks swapped, {format_bytes(usable)} '
         "of the free memory may be used. Turn on memory.gradient_checkpointing, set memory.base_storage, or lower the "
         "resolution or the batch size"
     )
+
+
+def _unused(config: RunConfig, count: int) -> str:
+    """The end of a line about auto: settings of the swap that were written for nothing."""
+    written = [key for key in config.set_keys() if key.startswith("memory.swap_")]
+    return f"; {' and '.join(written)} have no effect" if written and not count else ""
 
 
 def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dtype) -> Estimate:

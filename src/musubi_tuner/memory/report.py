@@ -4,8 +4,9 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,17 +20,29 @@ PROBE_SIDE = {"cuda": 4096, "cpu": 768}
 """Side of the matrices that are multiplied to measure a device."""
 PROBE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 
+Missing = Mapping[str, Collection[str]]
+"""Kind of cache -> keys of items."""
 NEARLY_EQUAL = 0.8
 """Buckets whose share of the largest one's pixels is above this need about as much."""
 
 
 def estimate_lines(
-    config: RunConfig, items: Sequence[Item], steps: Steps, device: torch.device, free: Bytes | None = None
+    config: RunConfig,
+    items: Sequence[Item],
+    steps: Steps,
+    device: torch.device,
+    free: Bytes | None = None,
+    processes: int = 1,
+    rates: "Rates | None" = None,
+    missing: Missing | None = None,
 ) -> list[str]:
     """What a run will need; a note where this torch cannot run a model without storage.
 
     Args:
+        config: its ``blocks_to_swap`` is a number, see `resolve_swap`.
         free: device memory in bytes, to be warned if it is less.
+        rates: of the device; absent = measured, where something is copied.
+        missing: cache files that are still to be made; absent = none.
     """
     # The mode that runs it writes its own tracebacks; whatever is wrong with the model is said by name when it is loaded.
     fake = logging.getLogger("torch._subclasses.fake_tensor")
@@ -43,11 +56,15 @@ def estimate_lines(
         return [f"  memory   could not be estimated for this model: {reason}"]
     finally:
         fake.disabled = before
+    unknown = []
+    if config.sample.prompts is not None and not found.decoding:
+        unknown = ["           and the autoencoder while a sample is decoded, which is counted when it is here"]
     lines = [
-        *found.lines(),
+        *found.lines(processes),
+        *unknown,
         *spread,
-        *disk_lines(config, items, steps, plan, found),
-        *time_lines(config, found, device),
+        *disk_lines(config, items, steps, plan, found, missing),
+        *time_lines(config, found, device, rates),
     ]
     if free is not None and found.total > free:
         lines.append(f"warning: only {format_bytes(free)} of device memory are free; see [memory]")
@@ -70,38 +87,67 @@ def _spread(config: RunConfig, items: Sequence[Item], plan: ModelPlan, largest: 
     return [f"           activations by bucket: from {shown[0]} to {shown[1]}"]
 
 
-def disk_lines(config: RunConfig, items: Sequence[Item], steps: Steps, plan: ModelPlan, found: Estimate) -> list[str]:
-    """Disk for caches and checkpoints, with a warning where it is not there."""
-    caches = cache_bytes(config, items, plan)
+def disk_lines(
+    config: RunConfig,
+    items: Sequence[Item],
+    steps: Steps,
+    plan: ModelPlan,
+    found: Estimate,
+    missing: Missing | None = None,
+) -> list[str]:
+    """Disk for caches and checkpoints, with a warning where there is too little for the checkpoints and the missing caches."""
+    caches = cache_bytes(config, items, plan).total()
     weights, state = checkpoint_bytes(config, plan, found)
     count = _kept_checkpoints(config, steps)
     states = min(count, config.save.keep_last_states or count) if config.save.state else 0
     total = (count + config.save.release + config.keeps_best) * weights + states * state
     each = f"{format_bytes(weights)} of weights" + (f", {states} state(s) of {format_bytes(state)}" if states else "")
     lines = [f"  disk     caches up to {format_bytes(caches)}; {count} checkpoint(s) of {each}: {format_bytes(total)}"]
-    place = next(
-        path for path in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if path.exists()
-    )
-    available = shutil.disk_usage(place).free
-    if available < total:
-        lines.append(f"warning: only {format_bytes(available)} of disk are free in {place}; see [save]")
+    due = cache_bytes(config, items, plan, missing or {})
+    folders = [(config.output_dir, total)]
+    folders += [(config.datasets[number].cache_directory, size) for number, size in due.items() if size]
+    disks: dict[int, tuple[Path, Bytes]] = {}
+    for folder, size in folders:
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        first, before = disks.get(place.stat().st_dev, (place, 0))
+        disks[place.stat().st_dev] = first, before + size
+    for place, needed in disks.values():
+        available = shutil.disk_usage(place).free
+        if available < needed:
+            lines.append(
+                f"warning: only {format_bytes(available)} of disk are free in {place}, and {format_bytes(needed)} are to be written "
+                "there; see [save]"
+            )
     return lines
 
 
-def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> Bytes:
-    """Of all cache files, if every caption fills its tokens."""
+def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only: Missing | None = None) -> Counter[int]:
+    """Of the cache files by number of the dataset, if every caption fills its tokens.
+
+    Args:
+        only: count these; absent = all.
+    """
     spec, chosen = config.spec, config.cache.dtype
     sizes = {"latents": "float32", "text": "bfloat16", "experts": "float32"}
     widths = {kind: getattr(torch, dtype if chosen == "auto" else chosen).itemsize for kind, dtype in sizes.items()}
-    counts, groups = Counter(item.dataset for item in items), config.dataset_groups()
-    inputs = 0
+    captions: dict[str, Counter[int]] = {kind: Counter() for kind in sizes}
+    found: Counter[int] = Counter()
+    for item in items:
+        of = {kind for kind in sizes if only is None or item.key in only.get(kind, ())}
+        for kind in of:
+            captions[kind][item.dataset] += len(item.captions)
+        if "latents" in of:
+            cells = item.bucket[0] * item.bucket[1] // spec.vae_factor**2
+            found[item.dataset] += cells * spec.latent_channels * widths["latents"]
+    groups = config.dataset_groups()
     for group in groups:
         own = plan if len(groups) == 1 else spec.load("plan_model")(config.limited_to(group))
         for name, shape in own.shapes.items():
-            size = torch.Size(shape).numel() * widths["experts" if name in spec.expert_keys else "text"]
-            inputs += size * sum(counts[number] for number in group)
-    cells = sum(item.bucket[0] * item.bucket[1] // spec.vae_factor**2 for item in items)
-    return cells * spec.latent_channels * widths["latents"] + inputs
+            kind = "experts" if name in spec.expert_keys else "text"
+            size = torch.Size(shape).numel() * widths[kind]
+            for number in group:
+                found[number] += size * captions[kind][number]
+    return found
 
 
 def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tuple[Bytes, Bytes]:

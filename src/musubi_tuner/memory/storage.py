@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Scale, Storage
 from musubi_tuner.models.checkpoints import check_keys
 from musubi_tuner.models.stored import StoredWeight
+from musubi_tuner.units import format_bytes
 
 Merge = Callable[[str, Tensor], Tensor]
 """Layer path and its weight in float32 -> the weight with adapters merged into it."""
@@ -86,6 +87,43 @@ def place_weights(
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[leaf] = tensor
+
+
+def storage_notes(
+    weights: Mapping[str, StoredWeight], freeze: Freeze | None, modulation: str, dtype: torch.dtype
+) -> list[str]:
+    """What becomes of weights that the file stores in 8 bits already, for the person.
+
+    Args:
+        modulation: regular expression of the layers that only memory.fp8_modulation keeps so. dtype: computed in.
+    """
+    stored = {key.removesuffix(".weight"): weight for key, weight in weights.items()
+              if key.endswith(".weight") and weight.is_fp8}  # fmt: skip
+    form = {path: freeze.storage_of(path) if freeze else None for path in stored}
+    kept = [path for path, storage in form.items() if storage in ("fp8", "fp8_scaled")]
+    again = [path for path, storage in form.items() if storage in ("int8", "nf4")]
+    dense = [path for path, storage in form.items() if storage in (None, "plain")]
+    lines = []
+    if kept:
+        scales = any(scale is not None for path in kept for scale in stored[path].scales)
+        lines.append(
+            f"storage: {len(kept)} layers stay as the float8 numbers of the file, {'with its' if scales else 'without'} scales, whatever "
+            "memory.base_storage and memory.fp8_scale say"
+        )
+    if again and freeze is not None:
+        lines.append(
+            f"warning: {len(again)} layers are rounded twice, to float8 in the file and to {freeze.storage} here; use the bf16 file, or "
+            'memory.base_storage = "fp8_scaled"'
+        )
+    if dense:
+        more = sum(stored[path].numel() for path in dense) * (dtype.itemsize - 1)
+        key = 'memory.base_storage = "fp8_scaled"' if not kept and not again else "memory.fp8_modulation = true"
+        possible = any(re.fullmatch(modulation, path) for path in dense) or not (kept or again)
+        lines.append(
+            f"storage: {len(dense)} layers are float8 numbers in the file and are brought to {str(dtype).removeprefix('torch.')}, "
+            f"{format_bytes(more)} more" + (f"; {key} keeps 8 bits" if possible else "")
+        )
+    return lines
 
 
 def _merged(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
 Run the same command again to continue."""
 
+_PLANNED = "MUSUBI_PLANNED"
+"""Variable that tells the processes of a run that the plan of its memory is printed: its number of swapped blocks."""
+
 
 def main(arguments: Sequence[str] | None = None, *, architecture: str | None = None) -> int:
     """Run the command and return its exit code.
@@ -159,31 +162,47 @@ class Runner:
         refuse_second_branch(config)
         if self._finished(plan.steps.total_updates):
             return self._score_demo()
-        if plan.due and encode:
-            for kind in plan.due:
-                code = self._stage(["-m", "musubi_tuner.caching", kind])
-                if code:
-                    return code
-        elif plan.due and not options.skip_cache:
+        if plan.due and not encode and not options.skip_cache:
             self._refuse_due(plan.due)
+        planned = None if options.cache_only else self._plan_memory(plan)
+        for kind in plan.due if encode else ():
+            code = self._stage(["-m", "musubi_tuner.caching", kind])
+            if code:
+                return code
         if options.cache_only:
             return EXIT_OK
-        code = self._train(plan.found.items)
+        code = self._train(plan.found.items, planned)
         return code or self._score_demo()
 
-    def _plan_memory(self, plan: "Plan") -> None:
-        """Print what the run needs of memory, disk and time, where the model's shape is known without a download."""
-        from musubi_tuner.config.paths import is_hub_id, is_published
+    def _plan_memory(self, plan: "Plan") -> int | None:
+        """Print what the run needs of memory, disk and time, where the model's shape is known without a download.
 
-        path = self.config.model.path
-        if path is not None and (is_hub_id(path) or is_published(path)):
-            print("  memory   is estimated when the checkpoint is here")
-            return
+        Returns:
+            The number of swapped blocks that it was printed for; None if it was not.
+
+        Raises:
+            ConfigError: if this machine lacks what [memory] asks for, or "auto" finds no number of blocks that fits.
+        """
+        from musubi_tuner.config.paths import is_hub_id, is_published
         from musubi_tuner.device import choose_device
+        from musubi_tuner.memory.estimate import resolve_swap
         from musubi_tuner.memory.report import estimate_lines
+        from musubi_tuner.runner.probe import probe
 
         device = choose_device(self.config.run.device)
-        print("\n".join(estimate_lines(self.config, plan.found.items, plan.steps, device)))
+        machine = probe(self.config, self.overrides, self.processes, device)
+        path = self.config.model.path
+        if path is not None and (is_hub_id(path) or is_published(path)):
+            print("  memory   is estimated when the checkpoint is here", flush=True)
+            return None
+        items = plan.found.items
+        config, chosen = resolve_swap(self.config, items, machine.free)
+        lines = estimate_lines(
+            config, items, plan.steps, device, machine.free, self.processes, machine.rates, plan.missing
+        )
+        print("\n".join([*lines, *([chosen] if chosen else [])]), flush=True)
+        assert isinstance(config.memory.blocks_to_swap, int)
+        return config.memory.blocks_to_swap
 
     def _score_demo(self) -> int:
         """Score a finished demo that has no score yet."""
@@ -254,15 +273,15 @@ class Runner:
                 "anew in a new folder, or take the changes back:\n  " + "\n  ".join(differences)
             )
 
-    def _train(self, items: list[Any]) -> int:
+    def _train(self, items: list[Any], planned: int | None) -> int:
         if self.processes > 1:
-            return self._launch()
+            return self._launch(planned)
         from musubi_tuner.training.trainer import train
 
-        train(self.config, items)
+        train(self.config, items, planned)
         return EXIT_OK
 
-    def _launch(self) -> int:
+    def _launch(self, planned: int | None) -> int:
         """Train in several processes through accelerate."""
         import socket
 
@@ -274,7 +293,7 @@ class Runner:
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(self.processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", str(port), "--module", "musubi_tuner.runner"]
-        environment = {}
+        environment = {} if planned is None else {_PLANNED: str(planned)}
         if not self._has_gpu():
             environment["ACCELERATE_USE_CPU"] = "true"
         return self._stage([*launcher, "--skip_cache"], environment)
@@ -303,5 +322,6 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
         items = plan.found.items
     from musubi_tuner.training.trainer import train
 
-    train(config, items)
+    planned = os.environ.get(_PLANNED)
+    train(config, items, None if planned is None else int(planned))
     return EXIT_OK

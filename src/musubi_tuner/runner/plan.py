@@ -30,6 +30,11 @@ class Plan:
         """Kinds of cache with files to make, in order."""
         return [kind for kind, status in self.status.items() if status.due]
 
+    @property
+    def missing(self) -> dict[str, set[str]]:
+        """Kind of cache -> keys of the items whose file is to be made."""
+        return {kind: set(status.due) for kind, status in self.status.items()}
+
 
 def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: bool = True) -> Plan:
     """Look at the data and the caches; data errors come before torch is imported."""

@@ -17,8 +17,8 @@ from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.memory.compose import block_counts, compose_memory, freeze_of, most_swapped
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.spec import ModelSpec, Process
-from musubi_tuner.training.sampling import decode_images, draw, encode_prompts
-from musubi_tuner.training.trainer import AUTOCAST, load_vae, sample_settings
+from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
+from musubi_tuner.training.trainer import AUTOCAST, load_vae
 
 
 @dataclass
@@ -79,6 +79,8 @@ class Generator:
         model.eval()
         off = {"gradient_checkpointing": False, "checkpoint_offload": False, "compile": False}
         memory = config.memory.model_copy(update={**off, "blocks_to_swap": swap})
+        if config.memory.compile:
+            print("memory.compile is for training: drawing does not compile")
         compose_memory(model, memory, spec, device)
         masked = {"t5_attn_mask": config.model.t5_attn_mask}
         options = {"sol_spatial_norm": "sum", **masked, **spec.load("options_of")(file)}

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
-from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
+from musubi_tuner.config import RunConfig
+from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts, read_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import replace_file, write_text
@@ -40,6 +41,30 @@ class EncodedPrompts:
         """Encodings of some of the texts."""
         index = torch.tensor([self.rows[text] for text in texts])
         return {key: tensor[index].to(device) for key, tensor in self.encoded.items()}
+
+
+def sample_settings(config: RunConfig) -> SampleSettings:
+    """How [sample] draws, with the family's picture size where none is given."""
+    sample, side = config.sample, config.spec.sample_size
+    return SampleSettings(
+        width=sample.width or side,
+        height=sample.height or side,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        solver=sample.solver,
+        seed=sample.seed,
+        negative=sample.negative_prompt,
+        cfg_scale=sample.cfg_scale,
+        shift=sample.shift,
+    )
+
+
+def sample_prompts(config: RunConfig) -> list[Prompt]:
+    """The prompts of [sample]; none = nothing is drawn."""
+    prompts = config.sample.prompts
+    if prompts is None:
+        return []
+    return read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
 
 
 def encode_prompts(
@@ -161,12 +186,19 @@ def _draw_batch(
     return solve(shared.solver, velocity, noise.to(device), times).cpu()
 
 
-def decode_images(vae: Autoencoder, latents: Sequence[Tensor] | Tensor, use_shift: bool) -> list[np.ndarray]:
-    """Latents to uint8 pictures [H, W, 3], one at a time."""
+def decode_images(
+    vae: Autoencoder, latents: Sequence[Tensor] | Tensor, use_shift: bool, device: torch.device | None = None
+) -> list[np.ndarray]:
+    """Latents to uint8 pictures [H, W, 3], one at a time.
+
+    Args:
+        device: where the autoencoder is meanwhile; absent = where it is.
+    """
     pictures = []
-    for latent in latents:
-        pixels = vae.decode(latent[None], use_shift)[0]
-        pictures.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+    with vae.on(device or vae.device):
+        for latent in latents:
+            pixels = vae.decode(latent[None], use_shift)[0]
+            pictures.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
     return pictures
 
 

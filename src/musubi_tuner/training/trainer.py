@@ -36,7 +36,6 @@ from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.adapters.files import save_adapter
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
-from musubi_tuner.config.prompts import SampleSettings, as_prompts, read_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
@@ -46,7 +45,7 @@ from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
-from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.compose import check_machine, compose_memory
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
@@ -78,7 +77,15 @@ from musubi_tuner.training.optimizers import (
     trainable,
 )
 from musubi_tuner.training.release import write_release
-from musubi_tuner.training.sampling import EncodedPrompts, decode_images, draw, encode_prompts, save_samples
+from musubi_tuner.training.sampling import (
+    EncodedPrompts,
+    decode_images,
+    draw,
+    encode_prompts,
+    sample_prompts,
+    sample_settings,
+    save_samples,
+)  # fmt: skip
 from musubi_tuner.training.schedulers import make_schedule
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 from musubi_tuner.training.uploads import RunUploads
@@ -207,10 +214,14 @@ class StopRequest:
 
 
 class Trainer:
-    """One run in one process of it."""
+    """One run in one process of it.
 
-    def __init__(self, config: RunConfig, items: list[Item]) -> None:
-        self.config, self.begun, self.started = config, time.monotonic(), time.time()
+    Args:
+        planned: number of swapped blocks with which the plan of memory and disk was printed already; None = it was not.
+    """
+
+    def __init__(self, config: RunConfig, items: list[Item], planned: int | None = None) -> None:
+        self.config, self.begun, self.started, self.planned = config, time.monotonic(), time.time(), planned
         self.stop = StopRequest()
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -238,6 +249,7 @@ class Trainer:
 
     def build(self) -> None:
         """Load the model and everything around it, and continue where a state left off."""
+        check_machine(self.config, self.device)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
         if self.processes > 1 and free is not None:
             # All ranks must choose the same number: the one that has least decides.
@@ -251,12 +263,12 @@ class Trainer:
         self.config, chosen = resolve_swap(self.config, self.items, free)
         config = self.config
         if self.main:
-            lines = [
-                *estimate_lines(config, self.items, self.steps, self.device, free),
-                *([chosen] if chosen else []),
-                *([self.kernels] if self.kernels else []),
-            ]
-            print("\n".join(lines), flush=True)
+            lines = [self.kernels] if self.kernels else []
+            if config.memory.blocks_to_swap != self.planned:
+                plan = estimate_lines(config, self.items, self.steps, self.device, free, self.processes)
+                lines = [*plan, *([chosen] if chosen else []), *lines]
+            if lines:
+                print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
@@ -381,19 +393,18 @@ class Trainer:
             parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
 
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
-        """Encode the sample prompts and load the autoencoder, before the model needs the memory."""
+        """Encode the sample prompts, before the model needs the memory, and load the autoencoder into main memory."""
         settings = self.config.sample
         if settings.prompts is None or not self.main:
             return None, None
         from musubi_tuner.caching.jobs import TextEncoders
 
-        prompts = settings.prompts
-        texts = read_prompts(self.config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
+        texts = sample_prompts(self.config)
         if not texts:
             raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
         encoders = TextEncoders(self.config, self.device)
         encoded = encode_prompts(encoders.encode, texts, settings.negative_prompt)
-        return encoded, load_vae(self.config, self.device)
+        return encoded, load_vae(self.config, self.device, torch.device("cpu"))
 
     # -- states --------------------------------------------------------------------------------------------------
 
@@ -844,7 +855,7 @@ class Trainer:
                 )
             if self.swap is not None:
                 self.swap.refresh()
-            pictures = decode_images(self.vae, latents, self.config.spec.latent_shift)
+            pictures = decode_images(self.vae, latents, self.config.spec.latent_shift, self.device)
             folder = self.folder / "sample"
             sheet = save_samples(
                 folder,
@@ -1002,8 +1013,12 @@ class Trainer:
             write_release(self.config, entry)
 
 
-def load_vae(config: RunConfig, device: torch.device) -> Any:
-    """The run's autoencoder, for decoding."""
+def load_vae(config: RunConfig, device: torch.device, home: torch.device | None = None) -> Any:
+    """The run's autoencoder, for decoding.
+
+    Args:
+        device: where it decodes, which decides its precision. home: where it lies; absent = there too.
+    """
     from musubi_tuner.caching.fingerprint import encoder_sources
     from musubi_tuner.device import encoder_dtype
     from musubi_tuner.encoders.autoencoder import load_autoencoder
@@ -1013,25 +1028,11 @@ def load_vae(config: RunConfig, device: torch.device) -> Any:
         raise ConfigError("model.vae_path: is needed to decode samples")
     dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
     spec = config.spec
-    vae = load_autoencoder(path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=device)
+    vae = load_autoencoder(
+        path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=home or device
+    )
     vae.set_tiling(config.cache.vae_tiling)
     return vae
-
-
-def sample_settings(config: RunConfig) -> SampleSettings:
-    """How [sample] draws, with the family's picture size where none is given."""
-    sample, side = config.sample, config.spec.sample_size
-    return SampleSettings(
-        width=sample.width or side,
-        height=sample.height or side,
-        steps=sample.steps,
-        guidance=sample.guidance,
-        solver=sample.solver,
-        seed=sample.seed,
-        negative=sample.negative_prompt,
-        cfg_scale=sample.cfg_scale,
-        shift=sample.shift,
-    )
 
 
 def count_steps(config: RunConfig, items: list[Item], processes: int) -> Any:
@@ -1084,9 +1085,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def train(config: RunConfig, items: list[Item]) -> None:
-    """Train a run whose caches are complete, alone or as one process of several."""
-    trainer = Trainer(config, items)
+def train(config: RunConfig, items: list[Item], planned: int | None = None) -> None:
+    """Train a run whose caches are complete, alone or as one process of several.
+
+    Args:
+        planned: see `Trainer`.
+    """
+    trainer = Trainer(config, items, planned)
     folder = config.output_dir
     with contextlib.ExitStack() as stack:
         if trainer.main:

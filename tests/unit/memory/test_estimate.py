@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from musubi_tuner.config import calculate_steps, load_config
+from musubi_tuner.data.buckets import place
+from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
+from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.estimate import Estimate, estimate, estimate_run, resolve_swap
+from musubi_tuner.memory.estimate import Estimate, decoding_bytes, estimate, estimate_run, resolve_swap
 from musubi_tuner.memory.report import (
     Rates,
     cache_bytes,
@@ -168,6 +171,12 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
     assert abs(total / peak - 1) < 0.15, (peak / 1e6, total / 1e6)
 
 
+def an_item(side: int, key: str = "image") -> Item:
+    return Item(
+        key, f"0:{key}", Path("a.png"), "text", Path("cache"), (side, side), place((side, side), (side, side)), 1, 1
+    )
+
+
 def of_flux(tmp_path: Path, **changes: dict[str, Any]) -> Estimate:
     config = load_config(
         run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
@@ -214,6 +223,8 @@ def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
         resolve_swap(config, items(128), min(totals.values()) // 2)
     found, line = resolve_swap(config, items(128), None)
     assert found.memory.blocks_to_swap == 0 and line is not None and "computes in main memory" in line
+    _, line = resolve_swap(load_config(path, {"memory.swap_ring": 3, "memory.swap_pinned": False}), items(128), None)
+    assert line is not None and line.endswith("; memory.swap_ring and memory.swap_pinned have no effect")
     assert resolve_swap(found, items(128), 1) == (found, None)
 
 
@@ -279,7 +290,8 @@ def test_recomputation_counts_every_nth_block(tmp_path: Path) -> None:
 
 def test_what_is_moved(tmp_path: Path) -> None:
     assert of_flux(tmp_path).moved == 0
-    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 4})
+    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 4, "swap_pinned": False})
+    assert not swapped.pinned
     assert swapped.moved == 2 * (swapped.host - swapped.ring)
     plain = of_flux(tmp_path, memory={"gradient_checkpointing": True})
     away = of_flux(tmp_path, memory={"checkpoint_offload": True})
@@ -296,7 +308,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
                     adapter={"rank": 4}, memory={"blocks_to_swap": 4, "gradient_checkpointing": True},
                     save={"every_steps": 3, "keep_last_steps": 2, "dtype": "bfloat16"})  # fmt: skip
     config = load_config(path)
-    items: Any = [SimpleNamespace(bucket=(side, side), batch_size=1, dataset=0) for side in (256, 128, 256)]
+    items = [an_item(side) for side in (256, 128, 256)]
     steps = calculate_steps([(3, 1)], num_processes=1, grad_accum_steps=2, max_steps=10, max_epochs=None)
     lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
     assert lines[0].startswith("  memory   about ")
@@ -307,7 +319,9 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
     plan = config.spec.load("plan_model")(config)
     latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
-    assert cache_bytes(config, items, plan) == latents + text
+    assert cache_bytes(config, items, plan).total() == latents + text
+    several = [replace(items[0], more_captions=("second", "third")), *items[1:]]
+    assert cache_bytes(config, several, plan).total() == latents + text * 5 // 3
     found = estimate_run(config, items)
     weights, state = checkpoint_bytes(config, plan, found)
     assert (weights, state) == (2 * found.values, (4 + 8) * found.values)
@@ -327,10 +341,70 @@ def test_what_binds(tmp_path: Path) -> None:
 
 
 def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}))
-    items: Any = [SimpleNamespace(bucket=(128, 128), batch_size=1, dataset=0)]
+    config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, save={"release": False}))
+    items = [an_item(128, "first"), an_item(128, "second")]
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
     plan = config.spec.load("plan_model")(config)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    line = disk_lines(config, items, steps, plan, estimate_run(config, items, plan))[1]
-    assert line == f"warning: only 0.0 MiB of disk are free in {tmp_path}; see [save]"
+    found = estimate_run(config, items, plan)
+    checkpoints = checkpoint_bytes(config, plan, found)[0] + checkpoint_bytes(config, plan, found)[1]
+    caches = {kind: ["0:first", "0:second"] for kind in ("latents", "text")}
+    everything = cache_bytes(config, items, plan, caches).total()
+    assert everything == cache_bytes(config, items, plan).total()
+    half = cache_bytes(config, items, plan, {kind: ["0:second"] for kind in caches}).total()
+    assert 2 * half == everything
+
+    def warnings(free: int, missing: dict[str, list[str]] | None = None) -> list[str]:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        return disk_lines(config, items, steps, plan, found, missing)[1:]
+
+    (line,) = warnings(1000)
+    assert line.startswith(f"warning: only 0.0 MiB of disk are free in {tmp_path}, and ") and line.endswith(
+        "see [save]"
+    )
+    assert warnings(checkpoints) == []
+    assert len(warnings(checkpoints, caches)) == len(warnings(checkpoints + everything - 1, caches)) == 1
+    assert warnings(checkpoints + everything, caches) == []
+
+
+def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
+    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 2**30, 2**30)
+    pinned = " of main memory for swapped blocks (pinned, up to twice that)"
+    staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for the copies)"
+    assert found.lines()[1].endswith(pinned)
+    lines = replace(found, pinned=False).lines()
+    assert lines[1].endswith(staged)
+    assert lines[2].endswith(" for the inputs of blocks (pinned, up to twice that)")
+    lines = found.lines(processes=3)
+    assert "on the device of each process: " in lines[0]
+    assert "1.00 GiB of main memory in each of 3 processes, 3.00 GiB in all, for swapped blocks" in lines[1]
+
+
+def test_decoding_counts_where_it_needs_more_than_the_backward_pass(tmp_path: Path) -> None:
+    linear = LinearPatchConfig()
+    save_file(LinearPatchAutoencoder(linear).state_dict(), tmp_path / "vae.safetensors")
+    (tmp_path / "vae.json").write_text(json.dumps(linear.to_dict()))
+    model = {"init": "scratch", "vae_path": str(tmp_path / "vae.safetensors")}
+    sample = {"prompts": ["a cat", "a dog --w 128 --h 256"], "every_steps": 1, "width": 64, "height": 64}
+    found = decoding_bytes(load_config(run_file(tmp_path, "tf", model=model, sample=sample)))
+    weights = sum(4 * p.numel() for p in LinearPatchAutoencoder(linear).parameters())
+    # Pixels come out as columns and as a picture.
+    pixels = 4 * 3 * 128 * 256
+    assert 2 * pixels < found - weights < 6 * pixels
+    assert decoding_bytes(load_config(run_file(tmp_path, "tf", model=model))) == 0
+    resting = Estimate(
+        weights=100, ring=0, trained=1, gradients=20, optimizer=2, average=4, activations=5, passing=5, host=0
+    )
+    assert (resting.total, replace(resting, decoding=29).total, replace(resting, decoding=50).total) == (137, 137, 157)
+    assert "while a sample is decoded" in replace(resting, decoding=50).lines()[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_keep_their_dtype_are_counted_in_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    small = FluxConfig(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1, vec_in_dim=64, context_in_dim=64)
+    tensors = {key: torch.zeros(t.shape, dtype=dtype) for key, t in build(small).state_dict().items()}
+    save_file(tensors, tmp_path / "flux.safetensors")
+    (tmp_path / "flux.json").write_text(json.dumps(small.to_dict()))
+    config = load_config(
+        run_file(tmp_path, "fd", model={"path": str(tmp_path / "flux.safetensors"), "keep_dtype": True})
+    )
+    assert config.spec.load("plan_model")(config).dtype == dtype

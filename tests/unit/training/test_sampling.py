@@ -1,5 +1,6 @@
 """A drawn picture depends on its prompt, its seed and the settings, and on nothing else."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -309,6 +310,25 @@ def test_decoded_pictures_are_bytes_in_rows_and_columns() -> None:
     assert first.shape == second.shape == (6, 10, 3)
     assert first.dtype == np.uint8
     assert first[0, 0].tolist() == first[5, 9].tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_autoencoder_is_on_the_device_while_it_decodes(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LinearPatchConfig()
+    vae = Autoencoder(LinearPatchAutoencoder(config), config.to_dict())
+    done: list[str] = []
+
+    def decode(*_: Any) -> Tensor:
+        done.append("decode")
+        if fails:
+            raise RuntimeError("out of memory")
+        return torch.zeros(1, 3, 16, 16)
+
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: done.append(str(device)))
+    monkeypatch.setattr(vae, "decode", decode)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        decode_images(vae, torch.zeros(1, 16, 2, 2), False, torch.device("meta"))
+    assert done == ["meta", "decode", "cpu"]
 
 
 def solid(value: int, height: int = 3, width: int = 4) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def start(folder: Path) -> Iterator[Start]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer_module, "CachedDataset", Pictures)
-    patch.setattr(trainer_module, "estimate_lines", lambda *arguments: [])  # takes longer than the updates
+    patch.setattr(trainer_module, "estimate_lines", lambda *_: [])  # takes longer than the updates
 
     def begin(name: str, **changes: dict[str, Any]) -> Trainer:
         trainer = Trainer(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
@@ -757,6 +758,23 @@ def test_parameters_of_adapters_are_counted_from_the_layers(
     # Width 32, MLP of 4 times that: qkv, out_proj, fc1 and fc2 of the one single block, rank x (in + out) each.
     count = 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     assert f"on 4 layers, {count:,} parameters; the model is frozen" in capsys.readouterr().out
+
+
+def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(path: Path, **settings: Any) -> Any:
+        given.update(settings)
+        return SimpleNamespace(set_tiling=lambda enabled: None)
+
+    monkeypatch.setattr("musubi_tuner.encoders.autoencoder.load_autoencoder", load)
+    monkeypatch.setattr("musubi_tuner.caching.jobs.TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
+    model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
+    config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))
+    trainer: Any = SimpleNamespace(config=config, main=True, device=torch.device("cuda"))
+    encoded, _ = Trainer._prepare_samples(trainer)
+    assert encoded is not None and [prompt.text for prompt in encoded.prompts] == ["a cat"]
+    assert given["device"] == torch.device("cpu") and given["dtype"] == torch.bfloat16
 
 
 class Prompts:

@@ -35,18 +35,20 @@ def load_for_training(config: RunConfig) -> Trainee:
 def _load(file: WeightFile, config: RunConfig) -> Trainee:
     from musubi_tuner.adapters.merging import RunMerges
     from musubi_tuner.memory.compose import freeze_of
+    from musubi_tuner.memory.storage import storage_notes
 
-    geometry, _ = to_bfl(file, allow_schnell=config.model.allow_schnell)
+    geometry, weights = to_bfl(file, allow_schnell=config.model.allow_schnell)
     base = sample_identity(file)
     merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
-    model = load_model(
-        file,
-        dtype=compute_dtype(config),
-        allow_schnell=config.model.allow_schnell,
-        freeze=freeze_of(config.memory, config.spec, choose_device(config.run.device)),
-        merge=merges,
-    )
-    return Trainee(model, model.config, {}, merges.notes() if merges else [], base)
+    freeze = freeze_of(config.memory, config.spec, choose_device(config.run.device))
+    dtype = compute_dtype(config)
+    model = load_model(file, dtype=dtype, allow_schnell=config.model.allow_schnell, freeze=freeze, merge=merges)
+    notes = merges.notes() if merges else []
+    if dtype is not None:
+        changed = {f"{path}.weight" for path in merges.changed} if merges else set()
+        untouched = {key: weight for key, weight in weights.items() if key not in changed}
+        notes += storage_notes(untouched, freeze, config.spec.modulation, dtype)
+    return Trainee(model, model.config, {}, notes, base)
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -62,12 +64,15 @@ def load_for_run(file: WeightFile, config: RunConfig) -> Any:
 
 def plan_model(config: RunConfig) -> ModelPlan:
     """The model of a run without storage, from the header of its checkpoint."""
-    geometry, _ = to_bfl(open_base(config), allow_schnell=config.model.allow_schnell)
+    geometry, weights = to_bfl(open_base(config), allow_schnell=config.model.allow_schnell)
+    largest = max(weights.values(), key=lambda weight: weight.numel())
     shapes = {
         "t5_vec": (config.model.t5_max_tokens, geometry.context_in_dim),
         "clip_l_pooler": (geometry.vec_in_dim,),
     }
-    return ModelPlan(build(geometry), compute_dtype(config) or torch.bfloat16, shapes, {})
+    # A float8 file with model.keep_dtype is refused when it is loaded.
+    kept = torch.bfloat16 if largest.is_fp8 else largest.dtype
+    return ModelPlan(build(geometry), compute_dtype(config) or kept, shapes, {})
 
 
 def check_caches(config: RunConfig, geometry: FluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

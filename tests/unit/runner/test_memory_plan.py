@@ -1,0 +1,137 @@
+"""What the plan says of memory: the choice of blocks_to_swap, before any cache is made, and once only."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import save_file
+
+from musubi_tuner.config import calculate_steps, load_config
+from musubi_tuner.config.load import RunConfig
+from musubi_tuner.data.buckets import place
+from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.compose import check_machine
+from musubi_tuner.models.flux_dev import FluxConfig, build
+from musubi_tuner.runner import command, probe
+from musubi_tuner.runner.command import Runner
+from musubi_tuner.runner.probe import Machine, ask_child, measure
+
+FD = FluxConfig(hidden_size=256, num_heads=2, depth=1, depth_single_blocks=4, vec_in_dim=64, context_in_dim=64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "flux.safetensors"
+    save_file({key: torch.zeros(t.shape, dtype=torch.bfloat16) for key, t in build(FD).state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(FD.to_dict()), encoding="utf-8")
+    return path
+
+
+def write(folder: Path, path: str, **memory: Any) -> Path:
+    (folder / "images").mkdir(exist_ok=True)
+    tables = {
+        "schema_version": 1,
+        "run": {"name": "x", "output_dir": str(folder / "out"), "device": "cpu"},
+        "model": {"arch": "fd", "path": path, "t5_max_tokens": 64},
+        "adapter": {"rank": 4},
+        "train": {"max_steps": 10, "mixed_precision": "no"},
+        "scheduler": {"warmup_steps": 1},
+        "cache": {"run": "never"},
+        "memory": memory,
+        "datasets": [{"image_directory": str(folder / "images")}],
+    }
+    file = folder / "run.toml"
+    file.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return file
+
+
+def a_runner(config: RunConfig, **options: Any) -> Runner:
+    given = {"plan": False, "fresh": False, "cache_only": False, "skip_cache": False, **options}
+    return Runner(config, argparse.Namespace(**given), {})
+
+
+def a_plan(due: list[str] | None = None) -> Any:
+    size = (64, 64)
+    item = Item("a", "0:a", Path("a.png"), "text", Path("cache"), size, place(size, size), 1, 1)
+    steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
+    return SimpleNamespace(
+        found=SimpleNamespace(items=[item], notes=[]), steps=steps, due=due or [], missing={}, held_out=[], status={}
+    )
+
+
+def test_plan_names_the_blocks_that_auto_chooses_and_the_free_memory(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(free=36 << 20)
+    monkeypatch.setattr(probe, "probe", lambda *_: machine)
+    auto = a_runner(load_config(write(tmp_path, str(base), blocks_to_swap="auto", swap_ring=1)))
+    assert auto._plan_memory(a_plan()) == 2
+    shown = capsys.readouterr().out
+    assert 'memory.blocks_to_swap = "auto" is 2: about ' in shown and "of 36.0 MiB free" in shown
+    assert "of main memory for swapped blocks" in shown
+    machine = Machine()
+    monkeypatch.setattr("musubi_tuner.memory.report.estimate_lines", lambda *_: [])  # they take seconds
+    assert auto._plan_memory(a_plan()) == 0
+    assert "computes in main memory" in capsys.readouterr().out
+
+
+def test_memory_is_planned_before_the_caches_and_training_is_told_so(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr("musubi_tuner.runner.plan.make_plan", lambda *_, **__: a_plan(["latents", "text"]))
+    monkeypatch.setattr("musubi_tuner.runner.plan.describe", lambda *_: "the plan")
+    monkeypatch.setattr(Runner, "_plan_memory", lambda *_: done.append("memory") or 3)
+    monkeypatch.setattr(
+        Runner, "_stage", lambda self, arguments, environment=None: done.append((arguments[-1], environment)) or 0
+    )
+    monkeypatch.setattr("musubi_tuner.training.trainer.train", lambda config, items, planned: done.append(planned))
+    config = load_config(write(tmp_path, str(base)), {"cache.run": "auto", "model.vae_path": str(base),
+                                                      "model.clip_path": str(base), "model.t5_path": str(base)})  # fmt: skip
+    assert a_runner(config).run() == 0
+    assert done == ["memory", ("latents", None), ("text", None), 3]
+    done.clear()
+    runner = a_runner(config)
+    runner.processes = 2
+    assert runner.run() == 0
+    assert done[-1][0] == "--skip_cache" and done[-1][1][command._PLANNED] == "3"
+
+
+def test_a_model_on_the_hub_is_planned_when_it_is_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = a_runner(load_config(write(tmp_path, "owner/model")))
+    assert runner._plan_memory(a_plan()) is None
+    assert capsys.readouterr().out == "  memory   is estimated when the checkpoint is here\n"
+
+
+def test_what_this_machine_lacks_is_said_before_anything_is_made(base: Path, tmp_path: Path) -> None:
+    run_file = write(tmp_path, str(base), compile=True, compile_backend="inducktor")
+    with pytest.raises(ConfigError, match=r"memory\.compile_backend: 'inducktor' is unknown"):
+        a_runner(load_config(run_file))._plan_memory(a_plan())
+
+
+def test_flash_attention_needs_the_half_precision_that_auto_may_not_give(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("musubi_tuner.memory.compose.use_attention", lambda *_: None)
+    config = load_config(write(tmp_path, str(base)))
+    memory = config.memory.model_copy(update={"attention": "flash"})
+    with pytest.raises(
+        ConfigError, match=r'"flash" computes in bf16 or fp16, and train\.mixed_precision = "auto" is "no"'
+    ):
+        check_machine(config.model_copy(update={"memory": memory}), CPU)
+
+
+def test_a_child_checks_and_the_device_is_measured(base: Path, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, str(base), blocks_to_swap=1))
+    found = measure(config, 1)
+    assert found.free is None and found.rates is not None and found.rates.copied > 1e6
+    with pytest.raises(ConfigError, match="'nocompiler' is unknown"):
+        ask_child(config, {"memory.compile": True, "memory.compile_backend": "nocompiler",
+                           "memory.gradient_checkpointing": True}, 1)  # fmt: skip
