@@ -1,7 +1,8 @@
-"""Which device and precision a setting means."""
+"""Which device and precision a setting means, and bringing the inputs of a model there."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.errors import ConfigError
 
@@ -48,6 +49,32 @@ def with_precision(config: "RunConfig") -> "RunConfig":
         return config
     precision = "bf16" if has_bf16(choose_device(config.run.device)) else "no"
     return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": precision})})
+
+
+def to_model(
+    inputs: Mapping[str, Any], device: "torch.device", dtype: "torch.dtype", exact: Collection[str]
+) -> dict[str, Any]:
+    """Arguments of a model call, every tensor on its device and in its precision.
+
+    Each family calls this right before its model, so training, validation and drawing need not know where the model is.
+    Whoever moves batches earlier does so to hide the copy.
+
+    Args:
+        inputs: by name of the argument; what is no tensor stays as it is.
+        dtype: of floating tensors; other tensors keep theirs. exact: names of floating tensors that are float32 instead.
+    """
+    import torch
+
+    def bring(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        # Moved before the cast, which would take pinned memory away. A copy to the CPU must have arrived.
+        moved = value.to(device, non_blocking=device.type != "cpu")
+        if not moved.is_floating_point():
+            return moved
+        return moved.to(torch.float32 if name in exact else dtype)
+
+    return {name: bring(name, value) for name, value in inputs.items()}
 
 
 def encoder_dtype(setting: str, device: "torch.device", gpu: str) -> "torch.dtype":

@@ -12,6 +12,7 @@ from musubi_tuner.config.schema import ExpertsSection, ObjectiveSection, TrainSe
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight
+from musubi_tuner.models.flux_dev import FluxConfig
 from musubi_tuner.models.flux_dev import family as flux_family
 from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
@@ -101,19 +102,64 @@ def conditioning(
     return own.conditioning(batch, torch.full((count,), time), uniforms(count, **values))
 
 
-# Embedded guidance
+# What a model is called with
 
 
 class _Listening(torch.nn.Module):
-    """Takes what a model is called with; a velocity of zeros comes back."""
+    """Takes what a model is called with; its image tokens come back."""
 
-    def __init__(self, embeds: bool) -> None:
+    def __init__(self, embeds: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
-        self.config, self.given = replace(TinyFluxConfig(), guidance_embeds=embeds), dict[str, Any]()
+        self.config: Any = replace(TinyFluxConfig(), guidance_embeds=embeds)
+        self.dtype, self.device, self.given = dtype, torch.device(device), dict[str, Any]()
 
-    def forward(self, tokens: Tensor, *_: Any, **given: Any) -> Any:
-        self.given = given
-        return tokens, {}
+    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+        self.given = {"hidden_states": hidden_states, **given}
+        return hidden_states, {}
+
+
+class _ListeningFlux(_Listening):
+    """The same in place of a FLUX.1."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.config = FluxConfig()
+
+    def forward(self, img: Tensor, **given: Any) -> Any:
+        self.given = {"img": img, **given}
+        return img
+
+
+EXACT = ("timestep", "timesteps", "guidance", "img_ids", "txt_ids")
+
+
+def assert_brought(given: dict[str, Any], names: set[str]) -> None:
+    """All tensors are on the device; floats are bfloat16 but for those that would lose their meaning."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    assert set(tensors) == names
+    for name, tensor in tensors.items():
+        kept = torch.bool if name.endswith("_mask") else torch.float32 if name in EXACT else torch.bfloat16
+        assert (tensor.device.type, tensor.dtype) == ("meta", kept), name
+
+
+def test_every_input_of_tinyflux_is_brought_to_the_model_right_before_the_call() -> None:
+    own = TinyFluxProcess(ObjectiveSection(), TeacherSettings(True, True, "sum"), text_mask=True)
+    inputs = conditioning(own)
+    model = _Listening(dtype=torch.bfloat16, device="meta")
+    velocity, _ = own.predict(model, torch.zeros(4, 4, 2, 2), torch.full((4,), 0.5), inputs)
+    names = {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "lune_features", "sol_stats",
+             "sol_spatial", "lune_mask", "sol_mask", "text_mask", "guidance", "guidance_mask"}  # fmt: skip
+    assert_brought(model.given, names)
+    assert velocity.shape == (4, 4, 2, 2)
+    assert inputs["t5"].device.type == "cpu" and inputs["t5"].dtype == torch.float32
+
+
+def test_every_input_of_flux_is_brought_to_the_model_right_before_the_call() -> None:
+    own = FluxProcess(ObjectiveSection(timestep_sampling="uniform"))
+    inputs = {"t5": torch.zeros(2, 5, 8), "clip": torch.zeros(2, 8), "guidance": torch.full((2,), 3.5)}
+    model = _ListeningFlux(dtype=torch.bfloat16, device="meta")
+    own.predict(model, torch.zeros(2, 16, 4, 6), torch.full((2,), 0.5).double(), inputs)
+    assert_brought(model.given, {"img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"})
 
 
 def test_guidance_is_drawn_between_its_limits_and_dropped_on_its_own() -> None:

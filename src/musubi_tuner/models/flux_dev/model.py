@@ -27,6 +27,8 @@ from musubi_tuner.models.layers import attend, rotate
 
 TIME_FACTOR = 1000.0
 NORM_EPS = 1e-6
+EXACT_INPUTS = ("img_ids", "txt_ids", "timesteps", "guidance")
+"""Arguments of the model that are float32 whatever it computes in."""
 Rope = tuple[Tensor, Tensor]
 
 
@@ -223,6 +225,11 @@ class Flux(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the input layers, to which all inputs but time, guidance and ids are cast."""
         return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input layers, which never leave it."""
+        return self.img_in.weight.device
 
     def forward(
         self,

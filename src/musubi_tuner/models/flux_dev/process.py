@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.device import to_model
 from musubi_tuner.flow import (
     MaskSettings,
     NoiseSettings,
@@ -27,6 +28,7 @@ from musubi_tuner.flow import (
 )
 from musubi_tuner.models.flux_dev.conditioning import text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH
+from musubi_tuner.models.flux_dev.model import EXACT_INPUTS
 from musubi_tuner.models.layers import image_positions
 from musubi_tuner.models.spec import LossTerm
 
@@ -88,15 +90,16 @@ class FluxProcess:
         height, width = noisy.shape[-2:]
         ids = image_positions(height // PATCH, width // PATCH, noisy.device).float().expand(len(noisy), -1, -1)
         bare: Any = getattr(model, "module", model)  # below data parallelism
-        velocity = model(
-            pack_patches(noisy, PATCH),
-            ids,
-            inputs["t5"],
-            ids.new_zeros(*inputs["t5"].shape[:2], 3),
-            time_B.float() + self.objective.timestep_offset,
-            inputs["clip"],
-            inputs.get("guidance") if bare.config.guidance_embed else None,
-        )
+        arguments: dict[str, Any] = {
+            "img": pack_patches(noisy, PATCH),
+            "img_ids": ids,
+            "txt": inputs["t5"],
+            "txt_ids": ids.new_zeros(*inputs["t5"].shape[:2], 3),
+            "timesteps": time_B.float() + self.objective.timestep_offset,
+            "y": inputs["clip"],
+            "guidance": inputs.get("guidance") if bare.config.guidance_embed else None,
+        }
+        velocity = model(**to_model(arguments, bare.device, bare.dtype, EXACT_INPUTS))
         return unpack_patches(velocity, height, width, PATCH), {}
 
     def losses(

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, w
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
 from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, summary
+
+if TYPE_CHECKING:
+    from musubi_tuner.adapters.merging import RunMerges
+    from musubi_tuner.memory.storage import Freeze
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +116,10 @@ def load_for_training(config: RunConfig) -> Trainee:
         geometry = geometry_of(config)
         model = build(geometry).to_empty(device="cpu")
         initialize(model, config.model.init_scheme, torch.Generator().manual_seed(config.run.seed))
+        merged = _freeze_new(model, config)
     else:
         notes.append(f"weights: {file.origin}")
-        model = _load(file, config, notes.append)
+        model, merged = _load(file, config, notes.append)
         geometry = model.config
         if config.ema.enabled and config.ema.init == "checkpoint":
             average = _average(config, geometry, notes)
@@ -141,14 +146,20 @@ def load_for_training(config: RunConfig) -> Trainee:
     idle = [] if geometry.guidance_embeds or file is None else written_guidance(config)
     notes += [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
     base = sample_identity(file) if file is not None and config.adapter.type != "none" else None
-    return Trainee(model, geometry, options, notes + _freeze_base(model, config), base, average)
+    return Trainee(model, geometry, options, notes + merged, base, average)
 
 
-def _load(file: WeightFile, config: RunConfig, report: Callable[[str], None] = logger.warning) -> TinyFluxDeep:
+def _load(
+    file: WeightFile, config: RunConfig, report: Callable[[str], None] = logger.warning
+) -> tuple[TinyFluxDeep, list[str]]:
+    """A checkpoint as a run computes with it, what it merges included, and notes about the merge."""
+    freeze, merges = _frozen(config, checkpoint_geometry(file))
     settings = config.model
-    return load_model(
-        file, rope_freqs=settings.rope_freqs, neutral=settings.upgrade_neutral, seed=config.run.seed, report=report
-    )
+    model = load_model(
+        file, rope_freqs=settings.rope_freqs, neutral=settings.upgrade_neutral, seed=config.run.seed, report=report,
+        freeze=freeze, merge=merges,
+    )  # fmt: skip
+    return model, merges.notes() if merges else []
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -165,26 +176,31 @@ def open_base(config: RunConfig) -> WeightFile:
 
 def load_for_run(file: WeightFile, config: RunConfig) -> TinyFluxDeep:
     """A checkpoint as a run computes with it, what it merges included."""
-    model = _load(file, config)
-    _freeze_base(model, config)
-    return model
+    return _load(file, config)[0]
 
 
-def _freeze_base(model: TinyFluxDeep, config: RunConfig) -> list[str]:
-    """Merge and store the weights of a model below adapters; returns notes about the merge."""
-    if config.adapter.type == "none":
-        return []
+def _frozen(config: RunConfig, geometry: TinyFluxConfig) -> "tuple[Freeze | None, RunMerges | None]":
+    """How the model below adapters is stored, and what is merged into it; both absent where the model itself trains."""
     from musubi_tuner.adapters.attach import target_paths
     from musubi_tuner.adapters.merging import RunMerges
     from musubi_tuner.memory.compose import freeze_of
+
+    if config.adapter.type == "none":
+        return None, None
+    merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
+    return freeze_of(config.memory, config.spec), merges
+
+
+def _freeze_new(model: TinyFluxDeep, config: RunConfig) -> list[str]:
+    """Merge and store the weights of a model that comes from no file; returns notes about the merge."""
     from musubi_tuner.memory.storage import freeze_layers, merge_layers
 
-    merges = RunMerges(config, target_paths(model, config.spec.adapters))
-    merge_layers(model, merges)
-    freeze = freeze_of(config.memory, config.spec)
+    freeze, merges = _frozen(config, model.config)
+    if merges is not None:
+        merge_layers(model, merges)
     if freeze is not None:
         freeze_layers(model, freeze)
-    return merges.notes()
+    return merges.notes() if merges else []
 
 
 def plan_model(config: RunConfig) -> ModelPlan:

@@ -29,6 +29,8 @@ from musubi_tuner.models.layers import attend, image_positions, rotate
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.sol import LunePredictor, SolPrior, attention_temperature, modulation, upsample_map
 
+EXACT_INPUTS = ("timestep", "guidance", "img_ids", "txt_ids")
+"""Arguments of the model that are float32 whatever it computes in."""
 TIME_WIDTH = 256
 """Width of the sinusoidal time embedding."""
 ROPE_BASE = 10000.0
@@ -306,6 +308,11 @@ class TinyFluxDeep(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, to which all inputs but the time are cast."""
         return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input layers, which never leave it."""
+        return self.img_in.weight.device
 
     def forward(
         self,

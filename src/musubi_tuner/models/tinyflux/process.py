@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.device import to_model
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import (
     MaskSettings,
@@ -36,6 +37,7 @@ from musubi_tuner.flow import (
     unpack_pixels,
 )
 from musubi_tuner.models.spec import LossTerm
+from musubi_tuner.models.tinyflux.model import EXACT_INPUTS
 
 SOL_MEAN_CAP = 4.0
 """With sol_spatial_norm = "mean", a map value is at most this many times the mean."""
@@ -182,22 +184,23 @@ class TinyFluxProcess:
                 "guidance_mask": inputs.get("guidance_mask"),
             }
         lune, sol = inputs.get("lune"), inputs.get("sol")
-        velocity, experts = model(
-            pack_pixels(noisy),
-            inputs["t5"],
-            inputs["clip"],
-            time_B,
-            lune_features=lune and lune["features"],
-            sol_stats=sol and sol["stats"],
-            sol_spatial=sol and sol["spatial"],
-            return_expert_pred=True,
-            height=height,
-            width=width,
-            lune_mask=lune and lune["feed"],
-            sol_mask=sol and sol["feed"],
-            text_mask=inputs.get("text_mask"),
+        arguments: dict[str, Any] = {
+            "hidden_states": pack_pixels(noisy),
+            "encoder_hidden_states": inputs["t5"],
+            "pooled_projections": inputs["clip"],
+            "timestep": time_B,
+            "lune_features": lune and lune["features"],
+            "sol_stats": sol and sol["stats"],
+            "sol_spatial": sol and sol["spatial"],
+            "return_expert_pred": True,
+            "height": height,
+            "width": width,
+            "lune_mask": lune and lune["feed"],
+            "sol_mask": sol and sol["feed"],
+            "text_mask": inputs.get("text_mask"),
             **guidance,
-        )
+        }
+        velocity, experts = model(**to_model(arguments, bare.device, bare.dtype, EXACT_INPUTS))
         return unpack_pixels(velocity, height, width), experts
 
     def losses(

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.memory.storage import Freeze, Merge, place_weights
 from musubi_tuner.models.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
+from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.models.tinyflux.geometry import ModelOptions, TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
@@ -87,8 +89,12 @@ def load_model(
     neutral: bool = True,
     seed: int = 0,
     report: Callable[[str], None] = logger.warning,
+    freeze: Freeze | None = None,
+    merge: Merge | None = None,
 ) -> TinyFluxDeep:
     """Load a model in eval mode, into storage of its own. Files of v3 and v4.1 are upgraded.
+
+    With ``freeze`` or ``merge`` the model is frozen, and its weights are read, brought to their form and placed one by one.
 
     Args:
         source: see `load_checkpoint`, or what it returned.
@@ -96,6 +102,7 @@ def load_model(
         dtype: of parameters; rotary buffers stay float32.
         rope_freqs: ``checkpoint`` uses the stored frequencies, ``exact`` computes them again.
         neutral, seed: of an upgrade; see `upgrade_weights`. report: receives its lines.
+        freeze: how Linear layers of the blocks are stored; absent = as ordinary layers. merge: changes weights before that.
 
     Raises:
         CheckpointError: listing missing and unexpected keys, if the file holds another model.
@@ -112,9 +119,22 @@ def load_model(
     if rope_freqs == "exact":
         for axis, width in enumerate(geometry.axes_dims_rope):
             tensors[f"rope.freqs_{axis}"] = rotary_frequencies(width)
+    if freeze is not None or merge is not None:
+        return _place(build(geometry), tensors, _what(file), dtype, device, freeze, merge).eval()
     model = build(geometry).to(dtype).to_empty(device=device)
     copy_weights(model, tensors, _what(file))
     return model.eval()
+
+
+def _place(
+    model: TinyFluxDeep, tensors: dict[str, Tensor], what: str, dtype: torch.dtype, device: torch.device | str,
+    freeze: Freeze | None, merge: Merge | None,
+) -> TinyFluxDeep:  # fmt: skip
+    weights = {key: StoredWeight.of(tensor) for key, tensor in tensors.items()}
+    place_weights(model, weights, what, dtype, device, freeze, merge)
+    for name in list(model.rope._buffers):
+        model.rope._buffers[name] = tensors[f"rope.{name}"].to(device, torch.float32, copy=True)
+    return model.requires_grad_(False)
 
 
 def upgraded(
