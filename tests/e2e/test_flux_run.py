@@ -327,18 +327,25 @@ def test_quantised_bases_train_nearly_the_same(
 
 
 def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServer) -> None:
-    """200 steps: the losses of a base in scaled fp8 are closer to those of the plain base than those of another seed."""
+    """200 steps: on fixed batches a base in scaled fp8 is closer to the plain base than another seed is.
+
+    In float32: a CPU that emulates bfloat16 takes 3.7 times as long for a step of this model.
+    """
+    common: dict[str, Any] = {
+        "train": {"max_steps": 200, "mixed_precision": "no"},
+        "save": {"every_steps": 0, "release": False},
+        "log": {"every_steps": 20, "tensorboard": False},
+    }
     found = {}
     for name, changes in {
         "plain": {},
         "fp8": {"memory": {"base_storage": "fp8_scaled"}},
         "seed": {"run": {"seed": 8}},
     }.items():
-        config = new_run(name, **changes, train={"max_steps": 200}, save={"every_steps": 0, "release": False},
-                         log={"every_steps": 20, "tensorboard": False})  # fmt: skip
+        config = new_run(name, **changes, **common)
         server.run("train", [config], config.parent).expect(0)
-        found[name] = np.array([row["loss/total"] for row in metrics(out(config))])
-    assert np.abs(found["fp8"] - found["plain"]).mean() < np.abs(found["seed"] - found["plain"]).mean()
+        found[name] = fixed_batch_loss(load_config(config), 1.0)
+    assert abs(found["fp8"] - found["plain"]) < abs(found["seed"] - found["plain"]), found
 
 
 def test_option_file_of_musubi_tuner_runs_as_it_is(

@@ -13,6 +13,7 @@ from project import (
     Place,
     all_lines,
     content,
+    copy_tree,
     differing,
     final_files,
     make_flux,
@@ -185,6 +186,23 @@ def test_with_blocks_in_main_memory_the_numbers_are_the_same(setting: Setting) -
     swapped = setting.train(setting.new("swapped", **common, memory={"blocks_to_swap": 3}))
     assert all_lines(swapped) == all_lines(plain)
     assert best_files(swapped) == best_files(plain)
+
+
+def test_with_frozen_blocks_streamed_the_numbers_are_the_same(setting: Setting) -> None:
+    base = make_flux(setting.folder / "deep.safetensors", depth=3, depth_single_blocks=4)
+    common: dict[str, Any] = {"train": {"max_steps": 4}, "validation": SPLIT, "save": {"every_steps": 0}}
+    found = []
+    for name, memory in (("at home", {}), ("streamed", {"blocks_to_swap": 2})):
+        folder = setting.folder / name
+        if found:
+            copy_tree(setting.folder / "at home" / "cache", folder / "cache")
+        config = write_flux_run(folder, setting.photographs, setting.encoders, base, memory=memory, **common)
+        printed = setting.server.run("train", [config], folder).expect(0).out
+        assert ("swap: 2 blocks stay in main memory" in printed) == bool(memory)
+        assert "fetched on the spot" not in printed
+        found.append((all_lines(folder / "out"), content(folder / "out" / "best.safetensors")[1]))
+    assert len([row for row in found[0][0] if "loss/val" in row]) == 2
+    assert found[0] == found[1]
 
 
 def test_trained_weights_can_be_measured_and_the_images_limited(setting: Setting, validated: tuple[str, Path]) -> None:
