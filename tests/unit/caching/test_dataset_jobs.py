@@ -149,7 +149,7 @@ def test_disk_is_counted_with_the_teachers_of_every_dataset(mixed: Any) -> None:
 
     def size() -> int:
         config = mixed.config()
-        return cache_bytes(config, mixed.items(config), config.spec.load("plan_model")(config))
+        return cache_bytes(config, mixed.items(config), config.spec.load("plan_model")(config)).total()
 
     found = size()
     mixed.tables["datasets"] = datasets(None, None, None)
