@@ -324,6 +324,14 @@ class TestRefusals:
             "ones\n  row 1, a: 'another circle' there, 'a red circle' here"
         )
 
+    def test_prompts_of_another_number_than_the_rows_say_nothing(
+        self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert bring(run, write_folder(tmp_path / "caches", columns, prompts[:2])) == 0
+        assert (
+            "  prompts  are not kept there: that the order is the same cannot be checked\n" in capsys.readouterr().out
+        )
+
     def test_the_same_prompts_in_another_order(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path
     ) -> None:
