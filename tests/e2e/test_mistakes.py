@@ -549,6 +549,17 @@ def test_another_config_lists_the_differences_and_fresh_starts_beside(
     assert not (tmp_path / "out" / "photos.safetensors").exists()
 
 
+def test_a_second_branch_in_one_folder_is_refused_before_anything_is_encoded(
+    cached_run: Callable[..., Path], tmp_path: Path, server: ForkServer
+) -> None:
+    config = cached_run(train={"max_steps": 2})
+    server.run("train", [config], tmp_path).expect(0)
+    result = server.run("train", [config, "--set", "resume.from=none"], tmp_path).expect(2)
+    assert 'resume.from: "none" begins at step 0' in result.err and "holds later checkpoints (" in result.err
+    assert "choose another run.output_dir (--fresh does)" in result.err
+    assert "  memory   " not in result.out  # which is planned right before the caches are made
+
+
 def test_another_caption_since_the_run_began_is_named(
     new_run: Callable[..., Path], images: Path, caches: Path, tmp_path: Path, server: ForkServer
 ) -> None:

@@ -52,6 +52,14 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
                 "the learning rate would never be reached",
             )
         )
+    length = config.scheduler.total_steps
+    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
+        found.append(
+            _error(
+                "scheduler.total_steps",
+                f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
+            )
+        )
     if config.scheduler.min_lr > config.optimizer.lr:
         found.append(
             _error("scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}")

@@ -169,10 +169,15 @@ class CheckpointList:
             self.entries = {**found, **self.entries}
             self.write()
 
-    def prune(self, kind: str, keep: int | None) -> None:
-        """Remove all but the newest ``keep`` checkpoints of a kind; None or 0 keeps all."""
+    def prune(self, kind: str, keep: int | None, fresh: str = "") -> None:
+        """Remove all but the newest ``keep`` checkpoints of a kind; None or 0 keeps all.
+
+        Args:
+            fresh: one that was just written; it stays even where a start that went on behind a broken state finds later ones.
+        """
         names = [name for name, entry in self.entries.items() if entry.kind == kind]
         surplus = sorted(names, key=lambda name: self.entries[name].step)[: -keep if keep else 0] if keep else []
+        surplus = [name for name in surplus if name != fresh]
         if not surplus:
             return
         removed = [self.entries.pop(name) for name in surplus]
@@ -183,10 +188,14 @@ class CheckpointList:
                 if part and part not in used:
                     _remove(self.folder / part)
 
-    def prune_states(self, keep: int | None) -> None:
-        """Remove the states of all but the newest ``keep`` steps that have some, and leave their weights; None or 0 keeps all."""
+    def prune_states(self, keep: int | None, fresh: str = "") -> None:
+        """Remove the states of all but the newest ``keep`` steps that have some, and leave their weights; None or 0 keeps all.
+
+        Args:
+            fresh: see `prune`.
+        """
         steps = sorted({entry.step for entry in self.entries.values() if entry.state})
-        old = set(steps[:-keep] if keep else [])
+        old = set(steps[:-keep] if keep else []) - {entry.step for name, entry in self.entries.items() if name == fresh}
         surplus = {entry.state for entry in self.entries.values() if entry.state and entry.step in old}
         if not surplus:
             return

@@ -936,9 +936,9 @@ class Trainer:
         checkpoints = CheckpointList.read(self.folder, self.name)
         checkpoints.add(entry_name, entry, names)
         fault_point("checkpoint.listed")
-        checkpoints.prune("step", config.save.keep_last_steps)
-        checkpoints.prune("epoch", config.save.keep_last_epochs)
-        checkpoints.prune_states(config.save.keep_last_states)
+        checkpoints.prune("step", config.save.keep_last_steps, entry_name)
+        checkpoints.prune("epoch", config.save.keep_last_epochs, entry_name)
+        checkpoints.prune_states(config.save.keep_last_states, entry_name)
         if self.metrics:
             self.metrics.say(f"step {position.step}: saved {entry.model}")
         if self.uploads:

@@ -177,6 +177,7 @@ def test_every_key_is_in_one_list() -> None:
         ({"save_every_n_steps": 10, "save_last_n_steps": 30}, "save.keep_last_steps", 4),
         ({"save_every_n_steps": 10, "save_last_n_steps_state": 30}, "save.keep_last_states", 4),
         ({"save_last_n_epochs_state": 3}, "save.keep_last_states", 3),
+        ({"huggingface_repo_id": "me/cats", "save_state_to_huggingface": True}, "hub.upload_state", True),
         (
             {"save_every_n_steps": 10, "save_last_n_steps_state": 30, "save_last_n_epochs_state": 3},
             "save.keep_last_states",

@@ -74,6 +74,13 @@ def test_warmup_longer_than_the_run(problems: Problems, load: Load) -> None:
     assert load(scheduler="warmup_steps = 2000").scheduler.warmup_steps == 2000
 
 
+def test_schedule_that_is_all_warmup(problems: Problems, load: Load) -> None:
+    assert problems(scheduler="warmup_steps = 300\ntotal_steps = 300") == [
+        "scheduler.total_steps: is 300, and warm-up alone takes scheduler.warmup_steps = 300; make it longer"
+    ]
+    assert load(scheduler="warmup_steps = 300\ntotal_steps = 301").scheduler.total_steps == 301
+
+
 def test_least_learning_rate_above_the_learning_rate(problems: Problems) -> None:
     assert problems(optimizer="lr = 1e-4", scheduler="min_lr = 0.001") == [
         "scheduler.min_lr: is 0.001, above optimizer.lr = 0.0001"
@@ -187,7 +194,11 @@ NO_SAVE_LINES = "every_steps = 0\nevery_epochs = 0\nkeep_last_steps = 2\nkeep_la
         ({"objective": 'min_snr_gamma = 3\nmin_snr_form = "none"'}, {"objective.min_snr_gamma": SNR_OFF}),
         ({"ema": "enabled = false\ndecay = 0.9\nwarmup = true"}, {"ema.decay": EMA_OFF, "ema.warmup": EMA_OFF}),
         ({"scheduler": 'warmup_steps = 0\nwarmup_type = "cosine"'}, {"scheduler.warmup_type": NO_WARMUP}),
-        ({"scheduler": 'type = "constant"\nmin_lr = 1e-6'}, {"scheduler.min_lr": 'scheduler.type is "constant"'}),
+        ({"scheduler": 'type = "constant"\nmin_lr = 1e-6\ntotal_steps = 9'},
+         dict.fromkeys(("scheduler.min_lr", "scheduler.total_steps"), 'scheduler.type is "constant"')),
+        ({"save": "state = false\nkeep_last_states = 3"}, {"save.keep_last_states": "save.state is false"}),
+        ({"objective": 'missing_teacher = "zeros"'},
+         {"objective.missing_teacher": "all data sets have the same teachers"}),
         ({"optimizer": 'type = "Adafactor"\nbetas = [0.9, 0.9]\neps = 1e-6'},
          {"optimizer.betas": "Adafactor has its own", "optimizer.eps": "Adafactor has its own"}),
         ({"sample": "every_steps = 5\nsteps = 3\nguidance = 2.0"},

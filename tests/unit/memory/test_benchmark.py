@@ -1,6 +1,5 @@
 """The benchmark of memory and speed: its arithmetic, and the whole program on a tiny model."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +8,12 @@ from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parents[3] / "benchmarks" / "memory.py"
+from benchmark_programs import BENCHMARKS, load_benchmark
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory_benchmark", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("memory")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +68,10 @@ def test_the_program_runs(tmp_path: Path) -> None:
         "0",
     ]
     done = subprocess.run(
-        [sys.executable, str(PATH), *arguments, "--trace", str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, str(BENCHMARKS / "memory.py"), *arguments, "--trace", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "| fp8_scaled | 3 |" in done.stdout and "failed" not in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8_scaled-0.json", "fp8_scaled-3.json"]

@@ -1,6 +1,7 @@
 """Gradient checkpointing changes no number and no name, and runs every block twice."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,26 +11,15 @@ from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, initialize
+from musubi_tuner.models.tinyflux import TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
+from tiny import TINY
 
 BLOCK_LISTS = MODELS["tf"].block_lists
-CONFIG = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=12,
-    pooled_projection_dim=10,
-    num_double_layers=2,
-    num_single_layers=3,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=6,
-    lune_hidden_dim=64,
-    lune_dropout=0.5,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
+CONFIG = replace(
+    TINY, joint_attention_dim=12, pooled_projection_dim=10, num_double_layers=2, num_single_layers=3, lune_expert_dim=6,
+    lune_hidden_dim=64, lune_dropout=0.5,
+)  # fmt: skip
 
 
 def random_model() -> TinyFluxDeep:

@@ -1,26 +1,20 @@
 """The benchmark at full size: what it reads from metrics.jsonl, and that its run file is valid."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from benchmark_programs import load_benchmark
 from musubi_tuner.config import load_config
 from musubi_tuner.models.tinyflux.flops import training_flops
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 
-PATH = Path(__file__).parents[3] / "benchmarks" / "full_size.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("full_size_benchmark", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("full_size")
 
 
 def write_metrics(folder: Path, steps: list[float], peak: float | None) -> None:

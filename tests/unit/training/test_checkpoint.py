@@ -24,6 +24,7 @@ from musubi_tuner.training.checkpoint import (
     read_tensors,
     read_values,
     save_weights,
+    tidy,
     write_state,
 )
 
@@ -390,6 +391,27 @@ def test_newest_is_that_of_the_highest_step_and_not_the_last_written(tmp_path: P
     checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (30, 10, 20)})
     checkpoints.prune("step", 1)
     assert set(checkpoints.entries) == {"step_30"}
+
+
+def test_what_was_just_written_stays_though_later_steps_are_listed(tmp_path: Path) -> None:
+    """A start that went on behind a broken state of step 30."""
+    checkpoints = listed(tmp_path, {f"step_{step}": step_entry(step) for step in (10, 30, 20)})
+    checkpoints.prune("step", 1, "step_20")
+    assert set(checkpoints.entries) == {"step_30", "step_20"}
+    checkpoints.prune_states(1, "step_20")
+    assert {name: bool(entry.state) for name, entry in checkpoints.entries.items()} == {
+        "step_30": True,
+        "step_20": True,
+    }
+    assert (tmp_path / step_entry(20).state).is_dir()
+
+
+def test_tidying_a_finished_run_prunes_as_its_next_save_would(tmp_path: Path) -> None:
+    listed(tmp_path, {f"step_{step}": step_entry(step) for step in (1, 2, 3)})
+    tidy(tmp_path, "run")
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(1, 2, 3)
+    tidy(tmp_path, "run", keep_steps=2, keep_states=1)
+    assert content(tmp_path) == {"checkpoints.json"} | names_of(2, 3) - {step_entry(2).state}
 
 
 def test_pruning_one_kind_leaves_the_others(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A micro-batch from datasets with different teachers, from its cache files to its gradients: equal to its samples one by one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,8 @@ def test_state_knows_the_teachers_of_datasets_where_they_differ(config: RunConfi
     others = [{"seed": 1}, {"seed": 2}, {"lune": "a"}]
     digests = {data_digest(items, False, teachers=[*([{}] * number), own]) for number in (0, 1) for own in others}
     assert len(digests - {plain}) == 6
+
+
+def test_state_knows_which_images_were_squashed(config: RunConfig) -> None:
+    items = scan(config.datasets, "tf").items
+    assert data_digest([replace(items[0], squashed=True), *items[1:]], False) != data_digest(items, False)

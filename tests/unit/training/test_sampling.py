@@ -20,26 +20,14 @@ from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
+from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
 from musubi_tuner.training.sampling import contact_sheet, decode_images, draw, encode_prompts, save_png, save_samples
+from tiny import TINY
 
 SPEC = MODELS["tf"]
-CONFIG = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=16,
-    joint_attention_dim=12,
-    pooled_projection_dim=10,
-    num_double_layers=1,
-    num_single_layers=1,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=6,
-    lune_hidden_dim=16,
-    lune_dropout=0.5,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
+CONFIG = replace(
+    TINY, in_channels=16, joint_attention_dim=12, pooled_projection_dim=10, lune_expert_dim=6, lune_dropout=0.5
 )
 PROCESS = TinyFluxProcess(ObjectiveSection(shift=3.0), TeacherSettings(True, True, "sum"))
 SETTINGS = SampleSettings(width=32, height=48, steps=3, guidance=3.0, solver="euler", seed=7, negative=None)

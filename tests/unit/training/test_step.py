@@ -19,22 +19,9 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxP
 from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
 from musubi_tuner.training.step import Draws, make_draws, stratified_draws, training_step
+from tiny import TINY
 
-CONFIG = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=12,
-    pooled_projection_dim=10,
-    num_double_layers=1,
-    num_single_layers=1,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=6,
-    lune_hidden_dim=16,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
+CONFIG = replace(TINY, joint_attention_dim=12, pooled_projection_dim=10, lune_expert_dim=6)
 SHAPE = (4, 4, 6)
 """Of the latents of one sample."""
 GRID = torch.tensor([0.0, 0.5, 1.0])

@@ -1,6 +1,7 @@
 """The validation loss: a plain sum over images and noise levels that nothing but the weights can change."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,14 @@ from musubi_tuner.data.buckets import place
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
-from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess
+from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess
 from musubi_tuner.models.tinyflux.process import TeacherSettings
 from musubi_tuner.randomness import normal
 from musubi_tuner.training.checkpoint import Best
 from musubi_tuner.training.validation import METRIC, Validator, time_grid, validation_batches
+from tiny import TINY
 
-CONFIG = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    joint_attention_dim=12,
-    pooled_projection_dim=10,
-    num_double_layers=1,
-    num_single_layers=1,
-    axes_dims_rope=(4, 6, 6),
-    lune_expert_dim=6,
-    lune_hidden_dim=16,
-    sol_spatial_size=4,
-    sol_hidden_dim=12,
-)
+CONFIG = replace(TINY, joint_attention_dim=12, pooled_projection_dim=10, lune_expert_dim=6)
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32), (48, 32)]
 
 
