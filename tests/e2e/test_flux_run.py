@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 from project import (
@@ -218,10 +219,18 @@ def test_checkpointing_changes_nothing(new_run: NewRun, trained: Path, server: F
     assert_equal(lora(config), lora(trained))
 
 
+def norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
+
+
+@pytest.mark.parametrize("swap", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_train_the_lora_of_one(
-    new_run: NewRun, server: ForkServer, python: Callable[..., Result]
+    swap: int, new_run: NewRun, tmp_path: Path, server: ForkServer, python: Callable[..., Result]
 ) -> None:
+    """With swap, each of the two streams blocks of its own copy; the one process keeps all on the device."""
+    deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=4)
     common: dict[str, Any] = {
+        "model": {"path": str(deep)} if swap else {},
         "adapter": {"dropout": 0.1, "module_dropout": 0.1, "rank_dropout": 0.1},
         "objective": {"ip_noise_gamma": 0.2, "ip_noise_gamma_random_strength": True},
         "general": {"num_repeats": 3},
@@ -229,8 +238,12 @@ def test_two_processes_train_the_lora_of_one(
     }
     alone = new_run("alone", **common, train={"grad_accum_steps": 2, "max_steps": 12})
     server.run("train", [alone], alone.parent).expect(0)
-    both = new_run("both", **common, train={"max_steps": 12}, distributed={"num_processes": 2})
-    python(REPOSITORY / "train.py", both).expect(0)
+    memory = {"blocks_to_swap": swap} if swap else {}
+    both = new_run("both", **common, train={"max_steps": 12}, distributed={"num_processes": 2}, memory=memory)
+    result = python(REPOSITORY / "train.py", both).expect(0)
+    assert ("swap: 2 blocks stay in main memory" in result.out) == bool(swap)
+    assert "fetched on the spot" not in result.out
+    # They add gradients in another order than one process does.
     expected, found = lora(alone), lora(both)
     moved = max(float(t.abs().max()) for key, t in expected.items() if key.endswith("lora_up.weight"))
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= 1e-5 * moved
@@ -348,36 +361,106 @@ def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServ
     assert abs(found["fp8"] - found["plain"]) < abs(found["seed"] - found["plain"]), found
 
 
-def test_option_file_of_musubi_tuner_runs_as_it_is(
-    tmp_path: Path, photographs: Path, encoders: Path, base: Path, trained: Path, server: ForkServer
-) -> None:
-    """fp8, swapped blocks and input perturbation, as in the example of the specification, at the size of the test."""
-    import tomli_w
-
-    deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=6)
-    data = tmp_path / "data.toml"
+def option_file(folder: Path, photographs: Path, encoders: Path, model: Path, **changes: Any) -> Path:
+    """The example of the specification at the size of the test: fp8, swapped blocks and input perturbation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "data.toml"
     dataset = {
         "image_directory": str(photographs),
-        "cache_directory": str(tmp_path / "cache"),
+        "cache_directory": str(folder / "cache"),
         "caption_extension": ".txt",
+        "num_repeats": 3,
     }
     data.write_text(tomli_w.dumps({"general": {"resolution": 128, "enable_bucket": True}, "datasets": [dataset]}))
     options = {
-        "architecture": "fd", "dit": str(deep), "vae": str(encoders / "ae.safetensors"),
+        "architecture": "fd", "dit": str(model), "vae": str(encoders / "ae.safetensors"),
         "text_encoder": str(encoders / "clip" / "clip_l.safetensors"), "text_encoder2": str(encoders / "t5" / "t5_base.safetensors"),
-        "dataset_config": str(data), "output_dir": str(tmp_path / "out"), "output_name": "photos",
+        "dataset_config": str(data), "output_dir": str(folder / "out"), "output_name": "photos",
         "network_module": "networks.lora_flux", "network_dim": 4, "network_alpha": 4, "learning_rate": 1e-3,
         "optimizer_type": "adamw", "lr_scheduler": "constant", "max_train_steps": 4, "mixed_precision": "bf16", "sdpa": True,
         "gradient_checkpointing": True, "fp8_base": True, "fp8_scaled": True, "fp8_t5": True, "blocks_to_swap": 5,
         "timestep_sampling": "flux_shift", "ip_noise_gamma": 0.2, "ip_noise_gamma_random_strength": False, "seed": 42,
+        **changes,
     }  # fmt: skip
-    path = tmp_path / "flat.toml"
+    path = folder / "flat.toml"
     path.write_text(tomli_w.dumps({"train": options, "cache": {"skip_existing": True, "batch_size": 16}}))
+    return path
+
+
+def test_option_file_of_musubi_tuner_runs_as_it_is(
+    tmp_path: Path, photographs: Path, encoders: Path, server: ForkServer
+) -> None:
+    deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=6)
+    path = option_file(tmp_path, photographs, encoders, deep)
     result = server.run("train", [path], tmp_path).expect(0)
     assert "swap: 5 blocks stay in main memory" in result.out
     assert len(load_file(tmp_path / "out" / "photos.safetensors")) == 3 * (8 * 3 + 2 * 6)
     again = server.run("train", [path], tmp_path).expect(0)
     assert "this run is finished" in again.out and "encoded" not in again.out
+
+
+FULL_DEPTH = {"hidden_size": 32, "num_heads": 2, "axes_dim": [4, 6, 6], "depth": 19, "depth_single_blocks": 38}
+DEEP_OPTIONS: dict[str, Any] = {"blocks_to_swap": 25, "t5_max_length": 24, "learning_rate": 1e-2}
+
+
+@pytest.mark.slow
+def test_option_file_on_a_flux_of_full_depth(
+    tmp_path: Path, photographs: Path, encoders: Path, server: ForkServer
+) -> None:
+    """19 double and 38 single blocks, 25 of them swapped: it learns, and goes on where it was killed."""
+    full = make_flux(tmp_path / "full.safetensors", **FULL_DEPTH)
+    (tmp_path / "prompts.txt").write_text("the moon --w 64 --h 96 --s 2\na tabby cat --w 64 --h 64 --s 2\n")
+    options: dict[str, Any] = {
+        **DEEP_OPTIONS, "max_train_steps": 20, "save_every_n_steps": 5, "save_state": True,
+        "sample_prompts": str(tmp_path / "prompts.txt"), "sample_every_n_steps": 10,
+    }  # fmt: skip
+    whole = option_file(tmp_path / "whole", photographs, encoders, full, **options)
+    result = server.run("train", [whole], whole.parent).expect(0)
+    assert "swap: 25 blocks stay in main memory" in result.out
+    assert "fetched on the spot" not in result.out
+    assert len(lora(whole)) == 3 * (19 * 8 + 38 * 2)
+    config = load_config(whole)
+    assert fixed_batch_loss(config, 1.0) < 0.95 * fixed_batch_loss(config, 0.0)
+
+    copy_tree(tmp_path / "whole" / "cache", tmp_path / "killed" / "cache")
+    killed = option_file(tmp_path / "killed", photographs, encoders, full, **options)
+    assert server.run("train", [killed], killed.parent, MUSUBI_FAULT="train.update:11").code == -9
+    server.run("train", [killed], killed.parent).expect(0)
+    for part, tensors in final(whole).items():
+        assert_equal(final(killed)[part], tensors)
+    assert metrics(out(killed)) == metrics(out(whole))
+    for step in (10, 20):
+        assert len(pictures(whole, step)) == 2
+        assert all((a == b).all() for a, b in zip(pictures(killed, step), pictures(whole, step), strict=True))
+
+
+@pytest.mark.slow
+def test_option_file_on_a_flux_of_full_depth_in_two_processes(
+    tmp_path: Path, photographs: Path, encoders: Path, python: Callable[..., Result]
+) -> None:
+    """With swap and without, bit for bit; and what one process learns, but for rounding.
+
+    In float32, and of the whole: Adam divides by the gradient, so the smallest elements differ by more than rounding. Steps
+    on other data would differ by as much as was learned.
+    """
+    full = make_flux(tmp_path / "full.safetensors", **FULL_DEPTH)
+    found = {}
+    for name, processes, changes in (
+        ("alone", 1, {"blocks_to_swap": 0, "gradient_accumulation_steps": 2}),
+        ("resident", 2, {"blocks_to_swap": 0}),
+        ("swapped", 2, {}),
+    ):
+        if name != "alone":
+            copy_tree(tmp_path / "alone" / "cache", tmp_path / name / "cache")
+        options = {**DEEP_OPTIONS, "max_train_steps": 6, "mixed_precision": "no", **changes}
+        run = option_file(tmp_path / name, photographs, encoders, full, **options)
+        given = ["--set", f"distributed.num_processes={processes}"]
+        result = python(REPOSITORY / "train.py", run, *given, cwd=run.parent).expect(0)
+        assert ("swap: 25 blocks stay in main memory" in result.out) == (name == "swapped")
+        found[name] = lora(run)
+    assert_equal(found["swapped"], found["resident"])
+    learned = norm([tensor for key, tensor in found["alone"].items() if key.endswith("lora_up.weight")])
+    assert norm([found["swapped"][key] - tensor for key, tensor in found["alone"].items()]) < 1e-3 * learned
 
 
 # Drawing
