@@ -8,9 +8,11 @@ through `run_command`, which prints such an error without a traceback.
 """
 
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -75,6 +77,33 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{reason}" + (f"; {advice}" if advice else "")
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """One line for an error of which the cause is a lack of memory, of the device or the main memory; None for any other."""
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if not (on_device or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    where = "the device's memory" if on_device else "main memory"
+    return f"{where} is full" + (f" ({asked[1]} more were wanted)" if asked else "")
+
+
+@contextmanager
+def advise_on_memory(kind: type[UserError], advice: str) -> Iterator[None]:
+    """Turn a lack of memory inside into an error with advice.
+
+    Raises:
+        UserError: of the ``kind``.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = out_of_memory(error)
+        if reason is None:
+            raise
+        raise kind(f"{reason}; {advice}") from None
+
+
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and turn its outcome into an exit code, with no traceback for a user's mistake."""
     from musubi_tuner.quiet import quiet_libraries
@@ -100,6 +129,12 @@ def run_command(body: Callable[[], int | None]) -> int:
         if error.errno is None:
             raise
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    except (RuntimeError, MemoryError) as error:
+        reason = out_of_memory(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}; end other programs that use it", file=sys.stderr)
         return EXIT_FAILED
 
 

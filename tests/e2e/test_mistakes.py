@@ -515,6 +515,39 @@ def test_updates_that_are_not_finite_can_be_skipped_and_are_counted(
         assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out" / name).values())
 
 
+FULL = """
+import sys, torch
+from musubi_tuner.runner.command import main
+from musubi_tuner.training import trainer
+
+step, calls = trainer.training_step, []
+
+def full(*values, **named):
+    calls.append(1)
+    if len(calls) > 7:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")
+    return step(*values, **named)
+
+trainer.training_step = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_step_that_does_not_fit_into_memory_names_the_ways_out_and_the_run_goes_on(
+    cached_run: Callable[..., Path], python: Callable[..., Result], tmp_path: Path, server: ForkServer
+) -> None:
+    config = cached_run()
+    result = python("-c", FULL, config).expect(1)
+    assert result.err.count("error: ") == 1 and "Traceback" not in result.err
+    assert (
+        "error: the device's memory is full (2.00 GiB more were wanted); end other programs that use it, or: turn on "
+        'memory.gradient_checkpointing, set memory.blocks_to_swap = "auto", lower the resolution or the batch size of the '
+        "data sets. The same command goes on from the newest state" in result.err
+    )
+    again = server.run("train", [config, "--gradient_checkpointing"], tmp_path).expect(0)
+    assert "continuing from photos-step00000005-state: step 5 of" in again.out
+
+
 def test_an_encoder_that_gives_values_that_are_not_finite_fails_the_job(
     new_run: Callable[..., Path], tmp_path: Path, server: ForkServer
 ) -> None:

@@ -30,7 +30,7 @@ from musubi_tuner.caching.fingerprint import Fingerprint, image_state, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
-from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, UserError
+from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, replace_file
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 Encoded = dict[str, "Tensor"]
 HALF_SUFFIX = ".half"
+SMALLER = {
+    "latents": "lower cache.latents_batch_size, turn on cache.vae_tiling or lower the resolution",
+    "text": "lower cache.text_batch_size or turn on model.fp8_t5",
+    "experts": 'lower cache.experts_batch_size, or choose experts.dtype = "float16" or a smaller experts.resolution',
+}
+"""What helps a job that does not fit into memory."""
 
 
 @dataclass
@@ -145,7 +151,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                     item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()
                 }:
                     remove_leftovers(folder)
-            _encode(config, job, status, mine, outcome)
+            with advise_on_memory(CacheError, f"{SMALLER[job.kind]}. What is encoded stays"):
+                _encode(config, job, status, mine, outcome)
     return _summary(job.kind, outcome)
 
 

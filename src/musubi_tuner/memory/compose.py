@@ -61,6 +61,22 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     check_backend(memory)
 
 
+def ways_to_save(config: RunConfig) -> str:
+    """What a run that does not fit into memory may still do, as the rest of a sentence."""
+    memory, ways = config.memory, []
+    if not memory.checkpoints:
+        ways.append("turn on memory.gradient_checkpointing")
+    elif memory.checkpoint_every > 1:
+        ways.append("lower memory.checkpoint_every")
+    if memory.blocks_to_swap == 0:
+        ways.append('set memory.blocks_to_swap = "auto"')
+    elif memory.blocks_to_swap != "auto":
+        ways.append("raise memory.blocks_to_swap")
+    if config.adapter.type != "none" and memory.base_storage == "none":
+        ways.append('set memory.base_storage = "fp8_scaled"')
+    return ", ".join([*ways, "lower the resolution or the batch size of the data sets"])
+
+
 def compose_memory(
     model: nn.Module, memory: MemorySection, spec: ModelSpec, device: torch.device
 ) -> tuple[BlockSwap | None, list[str]]:

@@ -31,7 +31,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped
+from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped, ways_to_save
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan, Process
@@ -295,8 +295,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
             )
     raise ConfigError(
         f'memory.blocks_to_swap: "auto" finds no number that fits: {format_bytes(needed)} are needed with all blocks swapped, {format_bytes(usable)} '
-        "of the free memory may be used. Turn on memory.gradient_checkpointing, set memory.base_storage, or lower the "
-        "resolution or the batch size"
+        f"of the free memory may be used. Ways out: {ways_to_save(config)}"
     )
 
 

@@ -14,7 +14,7 @@ from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
-from musubi_tuner.memory.compose import block_counts, compose_memory, freeze_of, most_swapped
+from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of, most_swapped
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
@@ -57,6 +57,11 @@ class Generator:
         set_threads(config.run.threads, 1)
         config = with_precision(config)
         device = choose_device(config.run.device)
+        off = {"gradient_checkpointing": False, "checkpoint_offload": False, "compile": False}
+        memory = config.memory.model_copy(update=off)
+        check_machine(config.model_copy(update={"memory": memory}), device)
+        if config.memory.compile:
+            print("memory.compile is for training: drawing does not compile")
         apply_backend_flags(config.run, device, sizes=2)  # prompts may ask for any
         spec = config.spec
         if config.adapter.type != "none" and checkpoint is None:
@@ -77,11 +82,7 @@ class Generator:
             freeze_layers(model, freeze)  # the run trained the model itself, so nothing is frozen yet
         use_adapters(model, spec, adapters, ema=ema and config.ema.enabled)
         model.eval()
-        off = {"gradient_checkpointing": False, "checkpoint_offload": False, "compile": False}
-        memory = config.memory.model_copy(update={**off, "blocks_to_swap": swap})
-        if config.memory.compile:
-            print("memory.compile is for training: drawing does not compile")
-        compose_memory(model, memory, spec, device)
+        compose_memory(model, memory.model_copy(update={"blocks_to_swap": swap}), spec, device)
         masked = {"t5_attn_mask": config.model.t5_attn_mask}
         options = {"sol_spatial_norm": "sum", **masked, **spec.load("options_of")(file)}
         if config.adapter.type != "none" and checkpoint is None:

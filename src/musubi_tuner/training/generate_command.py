@@ -9,7 +9,7 @@ from pathlib import Path
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, UserError, advise_on_memory, exit_on_terminate, run_command
 from musubi_tuner.models.registry import MODELS
 
 
@@ -71,10 +71,11 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
     from musubi_tuner.training.generate import Generator
     from musubi_tuner.training.sampling import contact_sheet, file_part, picture_text, save_png
 
-    generator = Generator.from_run(config, options.checkpoint, ema=not options.raw_weights, adapters=adapters)
-    settings = generator.settings()
-    with tqdm(total=len(prompts), desc="drawing", unit="image", disable=None) as bar:
-        pictures = generator.draw(prompts, settings, batch_size=options.batch_size, progress=bar.update)
+    with advise_on_memory(UserError, 'lower --batch_size, draw smaller pictures or set memory.blocks_to_swap = "auto"'):
+        generator = Generator.from_run(config, options.checkpoint, ema=not options.raw_weights, adapters=adapters)
+        settings = generator.settings()
+        with tqdm(total=len(prompts), desc="drawing", unit="image", disable=None) as bar:
+            pictures = generator.draw(prompts, settings, batch_size=options.batch_size, progress=bar.update)
     folder = Path(options.save_path)
     folder.mkdir(parents=True, exist_ok=True)
     for index, (prompt, picture) in enumerate(zip(prompts, pictures)):

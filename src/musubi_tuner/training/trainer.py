@@ -43,9 +43,9 @@ from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_ep
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
-from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
-from musubi_tuner.memory.compose import check_machine, compose_memory
+from musubi_tuner.memory.compose import check_machine, compose_memory, ways_to_save
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
@@ -1103,8 +1103,13 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             tidy(folder, config.run.name)
             stack.callback(trainer.finish_uploads)
         trainer.accelerator.wait_for_everyone()
-        trainer.build()
-        trainer.run()
+        with advise_on_memory(
+            TrainingError,
+            f"end other programs that use it, or: {ways_to_save(config)}. The same command goes on from the newest state, if "
+            "there is one",
+        ):
+            trainer.build()
+            trainer.run()
         trainer.accelerator.wait_for_everyone()
         if trainer.processes > 1:
             # Before the main process waits for its uploads: the others need not.

@@ -391,6 +391,20 @@ class TestFailures:
         config = project.config()
         assert run_job(config, Job("latents", 1, True, never), JobOptions(), {}) == 0
 
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_a_batch_that_does_not_fit_into_memory_names_the_key(self, project: Any, kind: str) -> None:
+        project.picture("a")
+
+        def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        options = {"expert_input": "latents", "expert_time": "index"}
+        with pytest.raises(CacheError) as caught:
+            run_job(project.config(), Job(kind, 1, True, lambda: encode), JobOptions(), options)
+        assert str(caught.value).startswith(
+            f"the device's memory is full (2.00 GiB more were wanted); lower cache.{kind}_batch_size"
+        )
+
     def test_another_writer_is_refused_by_name(self, project: Any) -> None:
         project.picture("a")
         (project.root / "cache").mkdir()

@@ -219,7 +219,7 @@ def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
         expected = min(n for n in totals if totals[n] <= totals[count])
         assert found.memory.blocks_to_swap == expected
         assert line is not None and f'"auto" is {expected}' in line
-    with pytest.raises(ConfigError, match=r"finds no number that fits: .* Turn on memory\.gradient"):
+    with pytest.raises(ConfigError, match=r"finds no number that fits: .* Ways out: turn on memory\.gradient"):
         resolve_swap(config, items(128), min(totals.values()) // 2)
     found, line = resolve_swap(config, items(128), None)
     assert found.memory.blocks_to_swap == 0 and line is not None and "computes in main memory" in line
