@@ -1,8 +1,9 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [distillation | flops | full_size | memory] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [distillation | flops | full_size | memory | precision] [options]
 
     distillation the demo with teachers and without: validation loss and the checker's score
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
     memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
+    precision    what fp8, int8 and nf4 weights cost in precision, on a FLUX.1-shaped model
     full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
 
 Results that were measured are kept in benchmarks/RESULTS.md, with their conditions.
@@ -13,6 +14,7 @@ import sys
 import distillation
 import full_size
 import memory
+import precision
 
 from musubi_tuner.models.tinyflux.flops import block_flops, forward_flops, training_flops
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
@@ -46,6 +48,7 @@ def main() -> int:
         "flops": flops,
         "full_size": lambda: full_size.main(sys.argv[2:]),
         "memory": lambda: memory.main(sys.argv[2:]),
+        "precision": lambda: precision.main(sys.argv[2:]),
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)
