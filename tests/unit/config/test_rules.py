@@ -67,6 +67,13 @@ def test_epochs_are_a_budget(load: Load) -> None:
     assert load(train="max_epochs = 3", without=("train.max_steps",)).train.max_steps is None
 
 
+def test_adapter_of_random_weights(problems: Problems) -> None:
+    vae = 'vae = "vae.safetensors"'
+    assert problems(model=SCRATCH, without=("model.path",), experts=vae, adapter='type = "lora"') == [
+        'model.init: is "scratch", but adapter.type = "lora" trains beside a frozen model, which would stay random; give model.path'
+    ]
+
+
 def test_warmup_longer_than_the_run(problems: Problems, load: Load) -> None:
     assert problems(scheduler="warmup_steps = 2001") == [
         "scheduler.warmup_steps: is 2001, longer than train.max_steps = 2000; the learning rate would never be reached"

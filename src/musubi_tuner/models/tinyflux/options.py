@@ -144,6 +144,15 @@ def check(config: "RunConfig") -> list[Diagnostic]:
                 'or set expert_input = "random"',
             )
         )
+    if model.init == "scratch" and config.adapter.type != "none":
+        found.append(
+            Diagnostic(
+                "error",
+                "model.init",
+                f'is "scratch", but adapter.type = "{config.adapter.type}" trains beside a frozen model, which would stay random; '
+                "give model.path",
+            )
+        )
     if model.init == "scratch":
         from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 
