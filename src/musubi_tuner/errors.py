@@ -77,20 +77,23 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{reason}" + (f"; {advice}" if advice else "")
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """One line for an error of which the cause is a lack of memory, of the device or the main memory; None for any other."""
+def out_of_memory(error: BaseException) -> tuple[str, bool] | None:
+    """What a lack of memory is called in one line, and whether it is the device's; None for any other error."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
     if not (on_device or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)):
         return None
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     where = "the device's memory" if on_device else "main memory"
-    return f"{where} is full" + (f" ({asked[1]} more were wanted)" if asked else "")
+    return f"{where} is full" + (f" ({asked[1]} more were wanted)" if asked else ""), on_device
 
 
 @contextmanager
-def advise_on_memory(kind: type[UserError], advice: str) -> Iterator[None]:
+def advise_on_memory(kind: type[UserError], advice: str | Callable[[bool], str]) -> Iterator[None]:
     """Turn a lack of memory inside into an error with advice.
+
+    Args:
+        advice: the same for all memory, or made from whether it is the device's.
 
     Raises:
         UserError: of the ``kind``.
@@ -98,10 +101,11 @@ def advise_on_memory(kind: type[UserError], advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
+        found = out_of_memory(error)
+        if found is None:
             raise
-        raise kind(f"{reason}; {advice}") from None
+        reason, on_device = found
+        raise kind(f"{reason}; {advice if isinstance(advice, str) else advice(on_device)}") from None
 
 
 def run_command(body: Callable[[], int | None]) -> int:
@@ -131,10 +135,10 @@ def run_command(body: Callable[[], int | None]) -> int:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         return EXIT_FAILED
     except (RuntimeError, MemoryError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
+        found = out_of_memory(error)
+        if found is None:
             raise
-        print(f"error: {reason}; end other programs that use it", file=sys.stderr)
+        print(f"error: {found[0]}; end other programs that use it", file=sys.stderr)
         return EXIT_FAILED
 
 

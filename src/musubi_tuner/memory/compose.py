@@ -61,14 +61,16 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     check_backend(memory)
 
 
-def ways_to_save(config: RunConfig) -> str:
-    """What a run that does not fit into memory may still do, as the rest of a sentence."""
+def ways_to_save(config: RunConfig, on_device: bool = True) -> str:
+    """What a run that does not fit into the memory of its device, or else into main memory, may still do; a list in words."""
     memory, ways = config.memory, []
     if not memory.checkpoints:
         ways.append("turn on memory.gradient_checkpointing")
     elif memory.checkpoint_every > 1:
         ways.append("lower memory.checkpoint_every")
-    if memory.blocks_to_swap == 0:
+    if not on_device:
+        ways += ["lower memory.blocks_to_swap"] if memory.blocks_to_swap else []
+    elif memory.blocks_to_swap == 0:
         ways.append('set memory.blocks_to_swap = "auto"')
     elif memory.blocks_to_swap != "auto":
         ways.append("raise memory.blocks_to_swap")

@@ -1105,8 +1105,10 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
         trainer.accelerator.wait_for_everyone()
         with advise_on_memory(
             TrainingError,
-            f"end other programs that use it, or: {ways_to_save(config)}. The same command goes on from the newest state, if "
-            "there is one",
+            lambda on_device: (
+                f"end other programs that use it, or: {ways_to_save(config, on_device)}. The same command goes on from "
+                "the newest state, if there is one"
+            ),
         ):
             trainer.build()
             trainer.run()
