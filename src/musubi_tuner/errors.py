@@ -47,6 +47,10 @@ class CheckpointError(UserError, RuntimeError):
     """A model file or a saved state cannot be used."""
 
 
+class NoAverageError(CheckpointError):
+    """A checkpoint has no averaged weights."""
+
+
 class TrainingError(UserError, RuntimeError):
     """Training had to stop."""
 

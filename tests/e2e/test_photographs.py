@@ -522,12 +522,28 @@ def test_drawing_takes_the_average_unless_the_raw_weights_are_asked_for(
         "average": ["--checkpoint", str(trained.out / "photos_ema.safetensors")],
         "raw": ["--raw_weights"],
         "raw file": ["--checkpoint", str(trained.out / "photos.safetensors"), "--raw_weights"],
+        "raw samples": ["--sample_use_ema", "false"],
+        "no average": ["--set", "ema.enabled=false"],
+        "final": ["--checkpoint", "final"],
     }.items():
         (tmp_path / name).mkdir()
         drawn[name] = draw(server, trained, tmp_path / name, *prompt, *extra)
     assert len(drawn["default"]) == 1
     assert drawn["default"] == drawn["average"] != drawn["raw"]
-    assert drawn["raw"] == drawn["raw file"]
+    assert drawn["default"] == drawn["final"]
+    assert drawn["raw"] == drawn["raw file"] == drawn["raw samples"] == drawn["no average"]
+
+
+def test_a_file_without_an_average_is_drawn_with_as_it_is(trained: Trained, server: ForkServer, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(trained.out / "photos.safetensors", alone)
+    settings = [trained.config, "--set", "run.threads=1", "--prompt", CAPTIONS["chelsea"], "--checkpoint", str(alone)]
+    said = server.run("generate", [*settings, "--save_path", str(tmp_path / "a")], tmp_path).expect(0).out
+    assert f"note: {alone} has no averaged weights; drawing with those of the model" in said
+    quiet = server.run("generate", [*settings, "--raw_weights", "--save_path", str(tmp_path / "b")], tmp_path).expect(0)
+    assert "note:" not in quiet.out
+    drawn = [[pixels(path) for path in (tmp_path / name).glob("photos_*.png")] for name in ("a", "b")]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 1
 
 
 def test_drawing_from_a_file_of_prompts_as_a_user_does(

@@ -172,7 +172,9 @@ class ExpertsSection(Section):
 
     enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
     enable_sol: bool = param(True, "Cache and distil Sol, the attention statistics and map.")
-    unet: str | None = param(None, "SD1.5 U-Net: a folder, a file or a hub id.", path=True)
+    unet: str | None = param(
+        None, "SD1.5 U-Net: a folder, a file (also a whole original checkpoint) or a hub id.", path=True
+    )
     vae: str | None = param(None, 'SD1.5 autoencoder, needed by `expert_input = "noised_image"`.', path=True)
     lune: str | None = param(
         None, "Lune weights laid over the U-Net: a path or `owner/repo:file`; absent = the U-Net as it is.", path=True

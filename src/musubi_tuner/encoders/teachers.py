@@ -18,7 +18,7 @@ Across layers: plain means; clustering = 1 - entropy; the map is divided by its 
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,10 @@ QUERY_BLOCK_BYTES = 64 << 20
 """Attention probabilities held at once, in bytes; sets how many queries are walked together."""
 OVERLAY_SHARE = 0.99
 """An overlay must provide at least this share of the U-Net's keys."""
+OVERLAY_SHOWN = 8
+"""So many keys are named where an overlay and the U-Net differ."""
+ORIGINAL_PREFIX = "model.diffusion_model."
+"""Of the U-Net's keys in a whole checkpoint as Stable Diffusion was published."""
 
 SD15_UNET_CONFIG: dict[str, Any] = {
     "sample_size": 64,
@@ -396,18 +400,24 @@ def load_teacher(
         name: ``lune`` or ``sol``, for messages.
 
     Raises:
-        CheckpointError: if it is not a U-Net of diffusers, or the overlay provides less than 99 % of its keys.
+        CheckpointError: if it is no such U-Net, in the names of diffusers or of an original checkpoint, or the overlay provides
+            less than 99 % of its keys.
     """
     from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     tensors, config, file = read_source(unet)
     what = f"experts.unet: {file}"
-    if any(key.startswith("model.diffusion_model.") for key in tensors):
-        raise CheckpointError(
-            f"{what}: has the key names of an original SD1.5 checkpoint; give the `unet` folder or file of its diffusers form"
-        )
     config = config or SD15_UNET_CONFIG
     values = {key: value for key, value in config.items() if not key.startswith("_")}
+    original = {key: tensor for key, tensor in tensors.items() if key.startswith(ORIGINAL_PREFIX)}
+    if original:
+        try:
+            tensors = convert_ldm_unet_checkpoint(original, values)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{what}: is an original checkpoint, but not of an SD1.5 U-Net ({error!r})"
+            ) from error
     module = on_meta(lambda: UNet2DConditionModel.from_config(values))
     materialize(module, tensors, f"{what}: is not this U-Net", dtype, device)
     if overlay is not None:
@@ -447,9 +457,23 @@ def _matching(module: nn.Module, shapes: Mapping[str, torch.Size], what: str) ->
     return matching
 
 
+def _report_overlay(own: Collection[str], held: Collection[str], matching: Collection[str], what: str) -> None:
+    """Name what an overlay left as it was, and what of it went nowhere."""
+    kept, unused = ([key for key in keys if key not in set(matching)] for keys in (own, held))
+    for keys, said in (
+        (kept, "lacks %d weights of the U-Net, which stay as they are below it: %s"),
+        (unused, "has %d weights that are none of the U-Net: %s"),
+    ):
+        if keys:
+            more = f" and {len(keys) - OVERLAY_SHOWN} more" if len(keys) > OVERLAY_SHOWN else ""
+            logger.warning(f"%s: {said}", what, len(keys), ", ".join(keys[:OVERLAY_SHOWN]) + more)
+
+
 def _lay_over(module: nn.Module, overlay: Path, what: str) -> None:
     tensors = {key.removeprefix("unet."): tensor for key, tensor in read_weights(overlay).tensors.items()}
     own = module.state_dict(keep_vars=True)
+    matching = _matching(module, {key: tensor.shape for key, tensor in tensors.items()}, what)
+    _report_overlay(own, tensors, matching, what)
     with torch.no_grad():
-        for key in _matching(module, {key: tensor.shape for key, tensor in tensors.items()}, what):
+        for key in matching:
             own[key].copy_(tensors[key])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
-from musubi_tuner.errors import CheckpointError
+from musubi_tuner.errors import CheckpointError, NoAverageError
 from musubi_tuner.models.hub import Repository
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def _ema_twin(place: _Place, name: str, ema_file: str | None) -> str:
     if twin is None and not ema_file and suffix in ("pt", "pth") and _holds_average(place.fetch(name)):
         return name
     if twin is None:
-        raise CheckpointError(
+        raise NoAverageError(
             f"{place.said(candidates[0])}: no averaged weights beside {file}; take the model weights instead"
         )
     return twin
@@ -255,8 +255,9 @@ def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
     known = next(iter(_trainer_names(held, ema)), None)
     if known:
         return place.found(known)
-    raise CheckpointError(
-        f"{place}: holds no {'averaged ' if ema else ''}weights; looked for {', '.join(names)}, checkpoints.json, "
+    kind, which = (NoAverageError, "averaged ") if ema else (CheckpointError, "")
+    raise kind(
+        f"{place}: holds no {which}weights; looked for {', '.join(names)}, checkpoints.json, "
         f"final, best, step_N and epoch_N; found {', '.join(held[:8]) or 'nothing'}"
     )
 
@@ -309,7 +310,8 @@ def _named(place: _Place, name: str | None, ema: bool) -> str:
         raise CheckpointError(f"{place}: no checkpoint '{name}'; it has {', '.join(entries) or 'none'}")
     file = entries[name].get("ema" if ema else "model")
     if not file:
-        raise CheckpointError(f"{place}: checkpoint '{name}' has no {'averaged ' if ema else ''}weights")
+        kind, which = (NoAverageError, "averaged ") if ema else (CheckpointError, "")
+        raise kind(f"{place}: checkpoint '{name}' has no {which}weights")
     if not place.has(file):
         raise CheckpointError(f"{place.said(file)}: listed in checkpoints.json, but not there")
     return str(file)

@@ -29,6 +29,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def _wide(value: Tensor) -> Tensor:
+    """A shadow is float32, whatever it comes from."""
+    return value.float() if value.is_floating_point() else value
+
+
 @dataclass
 class LoadReport:
     """What `EMA.load_shadow` did, in numbers of keys."""
@@ -54,9 +59,7 @@ class EMA:
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self._backup: dict[str, Tensor] | None = None
         self.shadow = {
-            key: (value.detach().float() if value.is_floating_point() else value.detach())
-            .to(device or value.device, copy=True)
-            .clone()
+            key: _wide(value.detach()).to(device or value.device, copy=True).clone()
             for key, value in unwrap(model).state_dict().items()
         }
 
@@ -133,8 +136,8 @@ class EMA:
         return {"shadow": self.shadow, "decay": self.decay, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; the shadow is copied."""
-        self.shadow = {key: value.clone() for key, value in state["shadow"].items()}
+        """Take over a state; the shadow is copied, in float32."""
+        self.shadow = {key: _wide(value).clone() for key, value in state["shadow"].items()}
         self.decay = state.get("decay", self.decay)
         self.updates = state.get("updates", self.updates)
 
@@ -181,4 +184,4 @@ class EMA:
 
     def load(self, path: Path, device: torch.device | str = "cpu") -> None:
         """Replace the shadow wholesale by a file's content."""
-        self.shadow = {key: value.to(device, copy=True) for key, value in read_weights(path).tensors.items()}
+        self.shadow = {key: _wide(value).to(device, copy=True) for key, value in read_weights(path).tensors.items()}

@@ -14,8 +14,10 @@ from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
+from musubi_tuner.errors import NoAverageError
 from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of, most_swapped
 from musubi_tuner.memory.storage import freeze_layers
+from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
 from musubi_tuner.training.trainer import AUTOCAST, load_vae
@@ -47,7 +49,7 @@ class Generator:
         Args:
             checkpoint: file, folder, ``folder:name``, name of a checkpoint of the run, or hub id; absent = the model of the
                 run: its output folder, or with an adapter its base.
-            ema: take the averaged weights, where a run trains the model itself.
+            ema: take the averaged weights, where there are some and, for the run's own, sample.use_ema is on.
             adapters: adapter files with their strengths. The first is attached, so that prompts can change its strength;
                 the others are merged.
 
@@ -67,9 +69,7 @@ class Generator:
         if config.adapter.type != "none" and checkpoint is None:
             file = spec.load("open_base")(config)
         else:
-            if checkpoint and is_checkpoint_name(checkpoint) and not Path(checkpoint).exists():
-                checkpoint = f"{config.output_dir}:{checkpoint}"
-            file = spec.load("load_checkpoint")(checkpoint or str(config.output_dir), ema=ema)
+            file = _find_weights(config, checkpoint, ema)
         print(f"weights: {file.origin or file.path}")
         model = spec.load("load_for_run")(file, config)
         swap = config.memory.blocks_to_swap
@@ -147,3 +147,19 @@ def use_adapters(
     )
     load_adapter(made, tensors, what)
     attach(model, made)
+
+
+def _find_weights(config: RunConfig, checkpoint: str | None, ema: bool) -> WeightFile:
+    """Weights of a run that trains the model itself, or of any checkpoint; the model's own where there is no average, aloud."""
+    source, own = checkpoint or str(config.output_dir), checkpoint is None
+    if checkpoint and is_checkpoint_name(checkpoint) and not Path(checkpoint).exists():
+        source, own = f"{config.output_dir}:{checkpoint}", True
+    if own:
+        ema = ema and config.ema.enabled and config.sample.use_ema
+    load = config.spec.load("load_checkpoint")
+    if ema:
+        try:
+            return load(source, ema=True)
+        except NoAverageError:
+            print(f"note: {source} has no averaged weights; drawing with those of the model")
+    return load(source, ema=False)

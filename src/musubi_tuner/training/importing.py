@@ -23,7 +23,7 @@ from musubi_tuner.training.checkpoint import (
     find_states,
     write_state,
 )
-from musubi_tuner.training.schedulers import make_schedule
+from musubi_tuner.training.schedulers import schedule_of
 from musubi_tuner.training.trainer import Position, count_steps, data_digest, fixed_settings, other_teachers
 
 
@@ -114,14 +114,7 @@ def _report(config: RunConfig, state: PublishedState, total: int, moments: bool)
     else:
         reason = "the run follows the validation loss" if config.validation.split else "save.best is off"
         lines.append(f"best: {EPOCH_METRIC} {state.best:.4f} is left out, because {reason}")
-    schedule = make_schedule(
-        config.scheduler.type,
-        lr=config.optimizer.lr,
-        min_lr=config.scheduler.min_lr,
-        warmup_steps=config.scheduler.warmup_steps,
-        warmup_type=config.scheduler.warmup_type,
-        total_steps=total,
-    )
+    schedule = schedule_of(config, total)
     rate = config.optimizer.lr * schedule(state.step)
     if state.rate is not None and not math.isclose(rate, state.rate, rel_tol=1e-6, abs_tol=1e-15):
         lines.append(f"differs: the learning rate would have gone on at {state.rate:.6g}, it does at {rate:.6g}")

@@ -6,6 +6,10 @@ scheduler state to save: resuming asks for the same k again.
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
 
 
 def warmup(step: int, warmup_steps: int, kind: str = "linear") -> float:
@@ -66,3 +70,15 @@ def make_schedule(
     if kind == "constant":
         return lambda step: constant_with_warmup(step, warmup_steps, warmup_type)
     raise ValueError(f"unknown schedule '{kind}'; known: cosine, linear, constant")
+
+
+def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
+    """The schedule of a run of so many updates."""
+    return make_schedule(
+        config.scheduler.type,
+        lr=config.optimizer.lr,
+        min_lr=config.scheduler.min_lr,
+        warmup_steps=config.scheduler.warmup_steps,
+        warmup_type=config.scheduler.warmup_type,
+        total_steps=config.scheduler.total_steps or total,
+    )

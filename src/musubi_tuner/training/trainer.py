@@ -86,7 +86,7 @@ from musubi_tuner.training.sampling import (
     sample_settings,
     save_samples,
 )  # fmt: skip
-from musubi_tuner.training.schedulers import make_schedule
+from musubi_tuner.training.schedulers import schedule_of
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
@@ -287,14 +287,7 @@ class Trainer:
                 print(f"average: {report.loaded} tensors of the checkpoint, {report.initialized} copied from the model")
         self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
         self.autocast = AUTOCAST[config.train.mixed_precision]
-        self.schedule = make_schedule(
-            config.scheduler.type,
-            lr=config.optimizer.lr,
-            min_lr=config.scheduler.min_lr,
-            warmup_steps=config.scheduler.warmup_steps,
-            warmup_type=config.scheduler.warmup_type,
-            total_steps=config.scheduler.total_steps or self.total,
-        )
+        self.schedule = schedule_of(config, self.total)
         self.validator = None
         if self.measured is not None:
             self.validator = Validator(

@@ -54,6 +54,37 @@ def load(unet: Path, overlay: Path | None = None, name: str = "lune", **options:
     return load_teacher(unet, overlay, name=name, **({"dtype": torch.float32, "device": "cpu"} | options))
 
 
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+OUTSIDE = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+           "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+
+
+def original_name(key: str, config: Any) -> str:
+    """Key of a U-Net as Stable Diffusion was published: numbered blocks, of which a sampling layer is one more."""
+    layers = config.layers_per_block
+    module, _, leaf = key.rpartition(".")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.{leaf}"
+    parts = key.split(".")
+    if parts[0] == "mid_block":
+        kind, index, rest = parts[1], int(parts[2]), parts[3:]
+        place = f"middle_block.{1 if kind == 'attentions' else 2 * index}"
+    else:
+        side, block, kind, index, rest = parts[0], int(parts[1]), parts[2], int(parts[3]), parts[4:]
+        if kind == "downsamplers":
+            return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest[-1]}"
+        if kind == "upsamplers":
+            attention = "CrossAttn" in config.up_block_types[block]
+            return f"output_blocks.{block * (layers + 1) + layers}.{1 + attention}.conv.{rest[-1]}"
+        first = 1 if side == "down_blocks" else 0
+        name = "input_blocks" if side == "down_blocks" else "output_blocks"
+        place = f"{name}.{first + block * (layers + 1) + index}.{int(kind == 'attentions')}"
+    if kind == "resnets":
+        rest = [RESNET[rest[0]], *rest[1:]]
+    return ".".join([place, *rest])
+
+
 def failure(*arguments: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         load(*arguments)
@@ -106,13 +137,24 @@ class TestFiles:
         assert len(module.state_dict()) == 686
         assert sum(tensor.numel() for tensor in module.state_dict().values()) == 859_520_964
 
-    def test_names_of_an_original_checkpoint_are_refused(self, tmp_path: Path) -> None:
+    def test_an_original_checkpoint_gives_the_same_features(
+        self, tmp_path: Path, unet: Any, plain: dict[str, Tensor]
+    ) -> None:
         path = tmp_path / "v1-5.safetensors"
-        save_file({"model.diffusion_model.out.0.weight": torch.zeros(3), "cond.x": torch.zeros(1)}, path)
-        assert failure(path) == (
-            f"experts.unet: {path}: has the key names of an original SD1.5 checkpoint; give the `unet` folder or file of its "
-            "diffusers form"
+        tensors = {original_name(key, unet.config): tensor for key, tensor in unet.state_dict().items()}
+        assert len(tensors) == len(unet.state_dict())
+        save_file(
+            {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()}
+            | {"first_stage_model.decoder.conv_in.bias": torch.zeros(3), "model_ema.decay": torch.zeros(1)},
+            path,
         )
+        path.with_suffix(".json").write_text(unet.to_json_string())
+        assert_equal(features(load(path), inputs(8, 8)), plain)
+
+    def test_an_original_checkpoint_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "other.safetensors"
+        save_file({"model.diffusion_model.blocks.0.weight": torch.zeros(3)}, path)
+        assert failure(path).startswith(f"experts.unet: {path}: is not this U-Net: ")
 
     def test_a_single_file_of_another_geometry_without_config(self, tmp_path: Path, unet: Any) -> None:
         path = tmp_path / "unet.safetensors"
@@ -155,13 +197,18 @@ class TestOverlay:
         assert_equal(found, features(Teacher(other), inputs(8, 8)))
         assert (found["lune_features"] - plain["lune_features"]).abs().max().item() > 0.1
 
-    def test_one_weight_in_more_than_a_hundred_may_be_missing(
-        self, unet_files: dict[str, Path], other: Any, save: Any
+    def test_one_weight_in_more_than_a_hundred_may_be_missing_and_is_named(
+        self, unet_files: dict[str, Path], other: Any, save: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         tensors = dict(other.state_dict())
         assert len(tensors) > 100
         left_out = tensors.pop("conv_out.bias")
-        teacher = load(unet_files["folder"], save(tensors))
+        path = save({**tensors, "conv_out.scale": torch.zeros(1)})
+        teacher = load(unet_files["folder"], path)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"experts.lune: {path}: lacks 1 weights of the U-Net, which stay as they are below it: conv_out.bias",
+            f"experts.lune: {path}: has 1 weights that are none of the U-Net: conv_out.scale",
+        ]
         own = teacher.unet.state_dict()
         assert torch.equal(own["conv_out.weight"], tensors["conv_out.weight"])
         assert not torch.equal(own["conv_out.bias"], left_out)

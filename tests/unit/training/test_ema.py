@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.training.ema import EMA, LoadReport, unwrap
@@ -338,6 +339,22 @@ def test_loaded_average_does_not_need_its_file_any_more(tmp_path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
     assert_same(other.shadow, ema.shadow)
     other.update(model)  # and it can be moved on
+
+
+def test_average_from_bfloat16_moves_in_float32(tmp_path: Path) -> None:
+    """In bfloat16 a step of 1 - 0.9999 is below the rounding step."""
+    model, ema = trained()
+    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in ema.shadow.items()}
+    save_file(narrow, tmp_path / "ema.safetensors")
+    loaded, taken = EMA(Net(), 0.9999), EMA(Net(), 0.9999)
+    loaded.load(tmp_path / "ema.safetensors")
+    taken.load_state_dict({"shadow": narrow})
+    for other in (loaded, taken):
+        assert_same(other.shadow, {key: value.to(ema.shadow[key].dtype) for key, value in narrow.items()})
+        before = other.shadow["linear.weight"].clone()
+        other.update(model)
+        assert other.shadow["linear.weight"].dtype == torch.float32
+        assert not torch.equal(other.shadow["linear.weight"], before)
 
 
 # Wrapped models

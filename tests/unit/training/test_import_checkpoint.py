@@ -293,6 +293,15 @@ def test_report_names_what_differs(tmp_path: Path, imported: Callable[..., str])
     assert "differs: the learning rate would have gone on at 0.00939711, it does at 0.0187272" in printed
 
 
+def test_report_computes_the_rate_over_the_length_of_the_schedule(tmp_path: Path, imported: Callable[..., str]) -> None:
+    """There the rate falls over total_steps, whatever ends the run; the importer of settings writes scheduler.total_steps."""
+    path = Published().train(STEPS).save(tmp_path / "step_5.pt")
+    longer = {"train": {"max_steps": 30}, "scheduler": {"total_steps": 20}}
+    assert "differs: the learning rate" not in imported(path, **longer)
+    two = {"output_dir": str(tmp_path / "two")}
+    assert "differs: the learning rate" in imported(path, run=two, **(longer | {"scheduler": {"total_steps": 25}}))
+
+
 def test_run_that_follows_its_validation_leaves_the_best_value_behind(
     tmp_path: Path, imported: Callable[..., str]
 ) -> None:

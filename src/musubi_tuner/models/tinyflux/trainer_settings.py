@@ -161,6 +161,7 @@ RULES = {
     ): 'of the computation; objective.precision = "bfloat16" rounds times, noise and losses too',
 }
 """What else is to be said of such a value."""
+LUNE_DELTA = 0.1
 LUNE_MODES = ("cosine", "huber", "soft", "hard", "mse")
 UNSET = {
     "run.name": SPEC.full_name,
@@ -334,6 +335,13 @@ class _Reader(Builder):
             self._carry("lune_mode", "objective.lune_mode", mode)
         elif mode is not None:
             self._convert("lune_mode", mode, "objective.lune_mode", "hard", "what that trainer makes of unknown words")
+        if mode == "huber" and options.get("huber_delta", LUNE_DELTA) != LUNE_DELTA:
+            delta, key = options.pop("huber_delta"), PLAIN["huber_delta"]
+            if options["use_huber_loss"] is True:
+                rule = f"of both losses here; there, Lune's is always {LUNE_DELTA}"
+                self._convert("huber_delta", delta, key, delta, rule)
+            else:
+                self._convert("huber_delta", delta, key, LUNE_DELTA, "what Lune's loss always has there")
         if "compile_mode" in options:
             self.values["memory.compile"] = True
 
