@@ -1,13 +1,15 @@
 """A LoRA on TinyFlux through the same trainer: on an ordinary, a quantised and a streamed base, with teachers and without."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from project import GEOMETRY, ForkServer, copy_tree, metrics, write_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -25,10 +27,10 @@ def base(workshop: Path, photographs: Path, encoders: Path, caches: Path, server
 @pytest.fixture
 def train(
     tmp_path: Path, photographs: Path, encoders: Path, caches: Path, base: Path, server: ForkServer
-) -> Callable[..., Path]:
-    """Train a LoRA in a new folder and return it."""
+) -> Callable[..., Any]:
+    """Train a LoRA in a new folder and return its output, or with another exit code what was printed."""
 
-    def run(name: str, **changes: Any) -> Path:
+    def run(name: str, code: int = 0, **changes: Any) -> Any:
         root = tmp_path / name
         copy_tree(caches, root / "cache")
         tables: dict[str, Any] = {
@@ -39,8 +41,8 @@ def train(
             "optimizer": {"lr": 1e-2},
         }
         config = write_run(root, photographs, encoders, **{**tables, **changes})
-        server.run("train", [config], root).expect(0)
-        return root / "out"
+        result = server.run("train", [config], root).expect(code)
+        return result if code else root / "out"
 
     return run
 
@@ -49,7 +51,7 @@ def lora(out: Path) -> dict[str, Tensor]:
     return load_file(out / "photos.safetensors")
 
 
-def test_lora_learns_and_its_base_stays(train: Callable[..., Path], base: Path) -> None:
+def test_lora_learns_and_its_base_stays(train: Callable[..., Any], base: Path) -> None:
     before = load_file(base / "model.safetensors")
     out = train("plain")
     tensors = lora(out)
@@ -63,7 +65,7 @@ def test_lora_learns_and_its_base_stays(train: Callable[..., Path], base: Path) 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[..., Path]) -> None:
+def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[..., Any]) -> None:
     plain = lora(train("plain"))
     swapped = lora(train("swapped", memory={"blocks_to_swap": 3, "gradient_checkpointing": checkpointing}))
     assert all(torch.equal(plain[key], swapped[key]) for key in plain)
@@ -84,14 +86,39 @@ def test_options_of_prompts_that_cannot_act_are_refused_at_the_start(
     assert message in server.run("train", [config], config.parent).expect(2).err
 
 
+def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapter(
+    train: Callable[..., Any], server: ForkServer, tmp_path: Path
+) -> None:
+    out = train("plain")
+    marked = tmp_path / "marked.safetensors"
+    save_file(lora(out), marked, metadata={"options_json": json.dumps({"t5_attn_mask": True})})
+    drawn = {}
+    for name, extra in {
+        "plain": [],
+        "marked": ["--lora_weight", str(marked)],
+        "hidden": ["--set", "model.t5_attn_mask=true"],
+    }.items():
+        arguments = [out.parent / "run.toml", "--prompt", "a cat", *extra, "--save_path", str(tmp_path / name)]
+        printed = server.run("generate", arguments, tmp_path).expect(0).out
+        said = f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {marked}"
+        assert (said in printed) == (name == "marked")
+        (path,) = (tmp_path / name).glob("photos_*.png")
+        with Image.open(path) as picture:
+            drawn[name] = picture.tobytes()
+    assert drawn["marked"] == drawn["hidden"] != drawn["plain"]
+    with_mask = {"adapter": {"type": "lora", "init_from": str(marked), "preset": "full", "rank": 4, "alpha": 4.0}}
+    error = train("refused", code=2, **with_mask)
+    assert f"adapter.init_from: {marked} was trained with padding hidden; set model.t5_attn_mask to true" in error.err
+
+
 @pytest.mark.parametrize("storage", ["fp8_scaled", "nf4"])
-def test_quantised_base(storage: str, train: Callable[..., Path]) -> None:
+def test_quantised_base(storage: str, train: Callable[..., Any]) -> None:
     plain, quantised = metrics(train("plain")), metrics(train("small", memory={"base_storage": storage}))
     assert plain[0]["loss/main"] != quantised[0]["loss/main"]
     assert max(abs(a["loss/main"] / b["loss/main"] - 1) for a, b in zip(plain, quantised)) < 0.1
 
 
-def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[..., Path]) -> None:
+def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[..., Any]) -> None:
     adapter = {
         "type": "lora", "kinds": ["single_attn", "double_mlp", "modulation"], "rank": 2, "alpha": 2.0,
         "targets": [
@@ -100,7 +127,9 @@ def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[
             {"pattern": "double_blocks.2.**", "enabled": False},
         ],
     }  # fmt: skip
-    tensors = lora(train("mixed", adapter=adapter, memory={"base_storage": "fp8_scaled", "blocks_to_swap": 3}))
+    out = train("mixed", adapter=adapter, memory={"base_storage": "fp8_scaled", "blocks_to_swap": 3})
+    tensors = lora(out)
+    assert {(row["train/lr"], row["train/lr_x0"]) for row in metrics(out) if "train/lr" in row} == {(1e-2, 0.0)}
     assert len(tensors) == 3 * (2 * (4 + 2) + 4 * 3)
     ranks = {key.removesuffix(".lora_down.weight"): len(t) for key, t in tensors.items() if "lora_down" in key}
     assert ranks["lora_unet_single_blocks_1_attn_qkv"] == 6 and ranks["lora_unet_single_blocks_2_attn_qkv"] == 2

@@ -4,9 +4,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class AdapterFile:
     Attributes:
         tensors: under musubi names. metadata: header of the file.
         spec: the family it is for. skipped: keys of text encoders, which are left out.
+        options: that it was trained with, where they are no defaults.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class AdapterFile:
     metadata: dict[str, str]
     spec: ModelSpec
     skipped: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def read_adapter(
@@ -66,7 +69,7 @@ def read_adapter(
         ignore_unmatched: leave out keys that belong to no layer of the family, instead of stopping.
 
     Raises:
-        CheckpointError: if it is for another family, or no adapter.
+        CheckpointError: if it is for another family, no adapter, or trained with options that this version does not know.
     """
     path = find_weights(source, ema=ema)
     file = read_weights(path)
@@ -89,7 +92,8 @@ def read_adapter(
             own, unmatched = split_unmatched(own, family)
             skipped += unmatched
         metadata = {key: value for key, value in file.metadata.items() if key not in (PEFT_HEADER, *PUBLISHED_HEADER)}
-        return AdapterFile(path, to_musubi(own, family), metadata, family, skipped)
+        known = family.load("options_of")(file)
+        return AdapterFile(path, to_musubi(own, family), metadata, family, skipped, known)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -29,6 +29,7 @@ MANY = 120
 SHOWN_STEPS = 5
 """Validations, or parts of the training, that are drawn over the noise level."""
 VAL_SIGMA = "loss/val_sigma_"
+RATE = "train/lr_x"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -250,12 +251,18 @@ def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str
     return True
 
 
+def plot_learning_rates(rows: list[Row], target: Path, title: str) -> bool:
+    """The rate, and those of groups of parameters that have a factor of their own."""
+    factors = sorted({float(tag.removeprefix(RATE)) for row in rows for tag in row if tag.startswith(RATE)})
+    tags = {"train/lr": "optimizer.lr and its schedule"} | {
+        f"{RATE}{x:g}": f"parameters with {x:g} times that" for x in factors
+    }
+    return _plot_one(rows, target, title, tags=tags, ylabel="learning rate", wide=False)
+
+
 PLOTS: dict[str, Callable[[list[Row], Path, str], bool]] = {
     "losses.png": plot_losses,
-    "learning_rate.png": partial(
-        _plot_one, tags={"train/lr": "down matrices and the rest", "train/lr_plus": "up matrices (LoRA+)"},
-        ylabel="learning rate", wide=False,
-    ),
+    "learning_rate.png": plot_learning_rates,
     "gradient_norm.png": partial(
         _plot_one, tags={"train/grad_norm": "gradient norm"}, ylabel="gradient norm before clipping", wide=True
     ),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
 from musubi_tuner.training.trainer import AUTOCAST, load_vae
+
+if TYPE_CHECKING:
+    from musubi_tuner.adapters.files import AdapterFile
 
 
 @dataclass
@@ -80,12 +83,15 @@ class Generator:
         freeze = freeze_of(config.memory, spec)
         if adapters and config.adapter.type == "none" and swap and freeze is not None:
             freeze_layers(model, freeze)  # the run trained the model itself, so nothing is frozen yet
-        use_adapters(model, spec, adapters, ema=ema and config.ema.enabled)
+        used = use_adapters(model, spec, adapters, ema=ema and config.ema.enabled and config.sample.use_ema)
         model.eval()
         compose_memory(model, memory.model_copy(update={"blocks_to_swap": swap}), spec, device)
-        masked = {"t5_attn_mask": config.model.t5_attn_mask}
+        hiding = [str(file.path) for file in used if file.options.get("t5_attn_mask")]
+        if hiding and not config.model.t5_attn_mask:
+            print(f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {', '.join(hiding)}")
+        masked = {"t5_attn_mask": config.model.t5_attn_mask or bool(hiding)}
         options = {"sol_spatial_norm": "sum", **masked, **spec.load("options_of")(file)}
-        if config.adapter.type != "none" and checkpoint is None:
+        if hiding or (config.adapter.type != "none" and checkpoint is None):
             options |= masked  # as the adapter was trained, whatever the model below it was
         process = spec.load("make_process")(config, options)
         encoders, vae = TextEncoders(config, device), load_vae(config, device)
@@ -123,7 +129,7 @@ class Generator:
 
 def use_adapters(
     model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]], *, ema: bool = False
-) -> None:
+) -> list["AdapterFile"]:
     """Attach adapter files to a model; several become one whose change is the sum of theirs.
 
     Args:
@@ -134,7 +140,7 @@ def use_adapters(
     from musubi_tuner.config.schema import AdapterSection
 
     if not adapters:
-        return
+        return []
     files = [read_adapter(source, spec, ema=ema and Path(source).is_dir()) for source, _ in adapters]
     strengths = [strength for _, strength in adapters]
     for file, strength in zip(files, strengths):
@@ -147,6 +153,7 @@ def use_adapters(
     )
     load_adapter(made, tensors, what)
     attach(model, made)
+    return files
 
 
 def _find_weights(config: RunConfig, checkpoint: str | None, ema: bool) -> WeightFile:

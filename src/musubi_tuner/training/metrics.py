@@ -4,6 +4,7 @@
     loss/<term>_weight                     factor of a term other than main in the last update
     loss/sigma_<noise level>               main loss of the samples around a noise level, see `noise_bins`
     train/lr  train/grad_norm  train/epoch
+    train/lr_x<factor>                     rate of the parameters that have a factor of their own
     loss/val  loss/val_sigma_<noise level>  a line of their own after each validation
     epoch/loss  epoch/step                  likewise after an epoch: mean loss of its updates, and the updates done; in
                                             TensorBoard over the number of the epoch

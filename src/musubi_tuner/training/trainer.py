@@ -736,6 +736,7 @@ class Trainer:
             ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
             ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
             lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
+            scales = {group["lr_scale"] for group in self.optimizer.param_groups} - {1.0}
             values = {
                 **ordered,
                 **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
@@ -747,8 +748,7 @@ class Trainer:
                 "train/skipped": self.position.skipped,
                 **{tag: value for tag, value in means.items() if tag.startswith("max_norm/")},
             }
-            if self.config.adapter.loraplus_lr_ratio:
-                values["train/lr_plus"] = lr * self.config.adapter.loraplus_lr_ratio
+            values |= {f"train/lr_x{scale:g}": lr * scale for scale in sorted(scales)}
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
         self.window, self.window_updates = {}, 0

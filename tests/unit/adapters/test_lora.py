@@ -385,6 +385,17 @@ def test_family_is_read_from_header_or_names(tmp_path: Path) -> None:
         read_adapter(path, MODELS["tf"])
 
 
+def test_options_that_an_adapter_was_trained_with(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    name = "lora_unet_single_blocks_0_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, path, {"options_json": '{"t5_attn_mask": true}'})
+    assert read_adapter(path, MODELS["tf"]).options == {"t5_attn_mask": True}
+    save_file(tensors, path, {"options_json": '{"later": 1}'})
+    with pytest.raises(CheckpointError, match="was trained with unknown options later"):
+        read_adapter(path, MODELS["tf"])
+
+
 def test_file_of_no_family(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_down_blocks_0_x.lora_down.weight": torch.ones(2, 2)}, path)

@@ -583,6 +583,17 @@ class TestProgress:
             with pytest.raises(CacheError, match=message):
                 bring(run, source)
 
+    def test_teachers_under_way_beside_complete_encodings(
+        self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = write_folder(tmp_path / "caches", columns, prompts)
+        (source / "lune.pt").unlink()
+        write_teacher_progress(source, columns, finished=2, name="lune")
+        bring(run, source)
+        printed = capsys.readouterr().out
+        assert "lune: 2 rows were finished" in printed and "left out" not in printed
+        assert "unfinished build" in printed
+
     def test_progress_beside_a_complete_cache_is_left_out_aloud(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from musubi_tuner.errors import EXIT_OK, DataError
 from musubi_tuner.plot_metrics import main
+from musubi_tuner.training import curves
 from musubi_tuner.training.curves import PLOTS, loss_tags, plot_run, points, read_rows, running_mean
 
 ALL = ["losses.png", "learning_rate.png", "gradient_norm.png", "training_by_noise.png", "loss_by_noise.png",
@@ -130,3 +131,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "taken").write_text("x")
     assert main([str(tmp_path / "run"), "--output", str(tmp_path / "taken")]) != EXIT_OK
     assert "choose another folder with --output" in capsys.readouterr().err
+
+
+def test_every_rate_of_a_run_has_a_curve(tmp_path: Path) -> None:
+    shown: dict[str, str] = {}
+
+    def record(rows: Any, target: Path, title: str, *, tags: dict[str, str], **others: Any) -> bool:
+        shown.update(tags)
+        return True
+
+    rows = [{"step": 1, "train/lr": 1e-3, "train/lr_x16": 1.6e-2}, {"step": 2, "train/lr": 1e-3, "train/lr_x0.5": 5e-4}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "_plot_one", record)
+        assert PLOTS["learning_rate.png"](rows, tmp_path / "a.png", "run")
+    assert shown == {
+        "train/lr": "optimizer.lr and its schedule",
+        "train/lr_x0.5": "parameters with 0.5 times that",
+        "train/lr_x16": "parameters with 16 times that",
+    }
+    assert PLOTS["learning_rate.png"](rows, tmp_path / "a.png", "run") and (tmp_path / "a.png").stat().st_size > 0

@@ -119,10 +119,8 @@ def _open(sources: Sequence[Path]) -> _Found:
         folder = sources[0]
         if (folder / "state.json").is_file():
             return _shards(folder)
-        if any((folder / f"{part}.pt").is_file() for part in COLUMNS):
+        if any((folder / f"{part}{end}.pt").is_file() for part in COLUMNS for end in ("", "_progress")):
             return _folder(folder)
-        if any((folder / f"{part}_progress.pt").is_file() for part in COLUMNS):
-            return _progress(folder)
     flat = _flat(sources)
     if flat is not None:
         return flat
@@ -136,38 +134,37 @@ def _open(sources: Sequence[Path]) -> _Found:
 
 
 def _folder(folder: Path) -> _Found:
-    """encodings.pt, lune.pt, sol.pt."""
-    files = {part: folder / f"{part}.pt" for part in COLUMNS if (folder / f"{part}.pt").is_file()}
-    parts = {part: _read(part, [path]) for part, path in files.items()}
-    for part in parts.values():
-        part.total = part.rows
-    left = [path.name for path in sorted(folder.glob("*_progress.pt"))]
-    notes = [f"{', '.join(left)} left out: the build beside it is complete"] if left else []
-    return _Found(f"folder {folder}", list(files.values()), parts, notes=notes)
-
-
-def _progress(folder: Path) -> _Found:
-    """What an interrupted build had finished."""
-    found = _Found(f"unfinished build {folder}", [], {})
-    for part, columns in COLUMNS.items():
-        path = folder / f"{part}_progress.pt"
-        if not path.is_file():
-            continue
-        content = _load(path)
-        keys = {key: PROGRESS_KEYS.get(key, key) for key in columns}
-        if not isinstance(content, dict) or not isinstance(content.get("next_idx"), int):
-            raise CacheError(f"{path}: holds no next_idx, so nothing says how many rows are finished")
-        tensors = {columns[key]: _tensors(content.get(own), f"{path}: {own}") for key, own in keys.items()}
-        for name, batches in tensors.items():
-            for batch in batches:
-                _check_rank(name, batch, path)
-        # Teachers are kept as one tensor of all rows, zero where nothing is done yet; encodings grow batch by batch.
-        total = None if part == "encodings" else sum(map(len, next(iter(tensors.values()))))
-        found.parts[part] = _Part(tensors, content["next_idx"], total)
-        found.files.append(path)
-    for name in found.parts:
-        found.notes.append(f"{name}: {found.parts[name].rows} rows were finished")
+    """encodings.pt, lune.pt, sol.pt; where one is not there yet, what an interrupted build of it had finished."""
+    found = _Found(f"folder {folder}", [], {})
+    for part in COLUMNS:
+        whole, begun = folder / f"{part}.pt", folder / f"{part}_progress.pt"
+        if whole.is_file():
+            found.parts[part] = _read(part, [whole])
+            found.parts[part].total = found.parts[part].rows
+            found.files.append(whole)
+            if begun.is_file():
+                found.notes.append(f"{begun.name} left out: the build beside it is complete")
+        elif begun.is_file():
+            found.parts[part] = _progress(part, begun)
+            found.files.append(begun)
+            found.form = f"unfinished build {folder}"
+            found.notes.append(f"{part}: {found.parts[part].rows} rows were finished")
     return found
+
+
+def _progress(part: str, path: Path) -> _Part:
+    """What an interrupted build had finished."""
+    columns, content = COLUMNS[part], _load(path)
+    keys = {key: PROGRESS_KEYS.get(key, key) for key in columns}
+    if not isinstance(content, dict) or not isinstance(content.get("next_idx"), int):
+        raise CacheError(f"{path}: holds no next_idx, so nothing says how many rows are finished")
+    tensors = {columns[key]: _tensors(content.get(own), f"{path}: {own}") for key, own in keys.items()}
+    for name, batches in tensors.items():
+        for batch in batches:
+            _check_rank(name, batch, path)
+    # Teachers are kept as one tensor of all rows, zero where nothing is done yet; encodings grow batch by batch.
+    total = None if part == "encodings" else sum(map(len, next(iter(tensors.values()))))
+    return _Part(tensors, content["next_idx"], total)
 
 
 def _shards(folder: Path) -> _Found:
