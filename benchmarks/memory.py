@@ -195,7 +195,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "| storage | swapped | step | peak | planned | moved | bound | copies hidden |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    misses = []
+    misses, unjudged = [], []
     base = {row["storage"]: row for row in rows if row["swapped"] == 0}
     for row in rows:
         bound = None
@@ -210,6 +210,12 @@ def report(rows: list[dict[str, Any]]) -> str:
             misses.append(
                 f"{row['storage']} with {row['swapped']} swapped: the plan is off by {row['planned'] / row['peak'] - 1:+.1%}"
             )
+        if row["swapped"] in TARGETS and bound is None:
+            unjudged.append(f"{row['storage']} with {row['swapped']} swapped: not run without swap")
+        if row["recoveries"]:
+            misses.append(
+                f"{row['storage']} with {row['swapped']} swapped: {row['recoveries']} blocks fetched on the spot"
+            )
         cells = [
             row["storage"], str(row["swapped"]), f"{row['step']:.3f} s",
             f"{row['peak'] / gib:.2f} GiB" if row["peak"] else "-", f"{row['planned'] / gib:.2f} GiB",
@@ -217,6 +223,9 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{row['hidden']:.0%}" if row["hidden"] is not None else "-",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    for name in ("fp8_scaled", "fp8_modulation", "fp8_compute"):
+        if not {"bf16", name} <= set(base):
+            unjudged.append(f"{name} against bf16: one of them has no result without swap")
     if "bf16" in base and base["bf16"]["peak"]:
         for name, most in (("fp8_scaled", 0.72), ("fp8_modulation", 0.58)):
             if name in base and base[name]["peak"] > most * base["bf16"]["peak"]:
@@ -231,7 +240,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     if not first["peak"]:
         verdict = ["targets are those of a GPU and the full size; nothing is judged here"]
     else:
-        verdict = [f"missed: {miss}" for miss in misses] or ["all targets met"]
+        verdict = [f"missed: {miss}" for miss in misses] + [f"not judged: {what}" for what in unjudged]
+        verdict = verdict or ["all targets met"]
     return "\n".join([head, "", *lines, "", *verdict])
 
 

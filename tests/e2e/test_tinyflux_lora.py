@@ -129,7 +129,8 @@ def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[
     }  # fmt: skip
     out = train("mixed", adapter=adapter, memory={"base_storage": "fp8_scaled", "blocks_to_swap": 3})
     tensors = lora(out)
-    assert {(row["train/lr"], row["train/lr_x0"]) for row in metrics(out) if "train/lr" in row} == {(1e-2, 0.0)}
+    rates = [(row["train/lr"], row["train/lr_x0"]) for row in metrics(out) if "train/lr" in row]
+    assert rates and all(rate > 0 and frozen == 0 for rate, frozen in rates)
     assert len(tensors) == 3 * (2 * (4 + 2) + 4 * 3)
     ranks = {key.removesuffix(".lora_down.weight"): len(t) for key, t in tensors.items() if "lora_down" in key}
     assert ranks["lora_unet_single_blocks_1_attn_qkv"] == 6 and ranks["lora_unet_single_blocks_2_attn_qkv"] == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.models.hub import LOCAL_ONLY
 
 _HUB_PATTERNS = (
     "*.json",
@@ -78,8 +79,9 @@ def _from_hub(wanted: Source, download: bool) -> Path | None:
         patterns = [f"{folder}/{pattern}" for pattern in patterns]
     where = f"{wanted.key}: {repo} (revision {wanted.revision or 'main'})"
     try:
+        local = not download or LOCAL_ONLY.get()
         snapshot = Path(
-            snapshot_download(repo, revision=wanted.revision, allow_patterns=patterns, local_files_only=not download)
+            snapshot_download(repo, revision=wanted.revision, allow_patterns=patterns, local_files_only=local)
         )
     except GatedRepoError:
         raise CheckpointError(

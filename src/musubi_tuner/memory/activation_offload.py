@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.memory.transfer import Transfer, transfer_for
+from musubi_tuner.memory.transfer import Transfer, host_buffer, transfer_for
 
 
 def leaves(tensor: Tensor) -> bool:
@@ -89,7 +89,9 @@ class ActivationOffload:
             self.buffers.append(torch.empty(0, dtype=torch.uint8))
         if len(self.buffers[key]) < tensor.nbytes:
             self.buffers[key] = torch.empty(0, dtype=torch.uint8)  # before the larger one is asked for
-            self.buffers[key] = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+            self.buffers[key] = host_buffer(
+                tensor.nbytes, self.pinned, "turn memory.checkpoint_offload off, or lower the batch size"
+            )
         return key, self.buffers[key][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _return(self, key: int) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.memory.host_linear import HostLinear
-from musubi_tuner.memory.transfer import Transfer, transfer_for
+from musubi_tuner.memory.transfer import Transfer, host_buffer, transfer_for
 
 ALIGNMENT = 256
 """Bytes; parts of a flat buffer begin at multiples of it."""
@@ -217,7 +217,9 @@ class BlockSwap:
             residences.append((layer, residence))
         if not residences:
             raise ValueError(f"{name} has no layers to swap")
-        master = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        master = host_buffer(
+            size, pinned, "set memory.swap_pinned = false (slower copies), or lower memory.blocks_to_swap"
+        )
         self.streamed.append(_Streamed(name, master))
         for layer, residence in residences:
             for key in residence.parts:

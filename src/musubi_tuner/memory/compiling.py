@@ -52,7 +52,7 @@ def check_backend(memory: MemorySection) -> None:
 
 def _explained(compiled: Callable[..., Any], memory: MemorySection) -> Callable[..., Any]:
     """Calls compiled code; what goes wrong in the compiler becomes a mistake that names its key."""
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+    from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback
 
     @wraps(compiled)
     def calling(*args: Any) -> Any:
@@ -63,8 +63,8 @@ def _explained(compiled: Callable[..., Any], memory: MemorySection) -> Callable[
                 f"memory.compile: a block was compiled {memory.compile_limit} times, and another input asks for more. Set "
                 'memory.compile_dynamic = "true", use fewer buckets, or raise memory.compile_limit'
             ) from problem
-        except BackendCompilerFailed as problem:
-            reason = str(problem.inner_exception).strip().splitlines()[:1]
+        except ShortenTraceback as problem:  # a compiler that fails, and one that is not there
+            reason = str(getattr(problem, "inner_exception", problem)).strip().splitlines()[:1]
             raise ConfigError(
                 f"memory.compile: {memory.compile_backend} cannot compile here ({''.join(reason)}). It needs a C++ compiler on a "
                 "CPU and Triton on a GPU; install them, or set memory.compile = false"

@@ -20,6 +20,7 @@ from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compiling import check_backend, compile_blocks
 from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8
 from musubi_tuner.memory.storage import Freeze
+from musubi_tuner.memory.transfer import transfer_for
 from musubi_tuner.models.layers import use_attention
 from musubi_tuner.models.spec import ModelSpec
 
@@ -56,6 +57,9 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
             'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision = "auto" is "no" on this device, which '
             'only emulates bfloat16; write train.mixed_precision = "fp16", or use "sdpa"'
         )
+    for key in ("blocks_to_swap", "checkpoint_offload"):
+        if getattr(memory, key) not in ("auto", 0, False):
+            transfer_for(device, f"memory.{key}")
     if memory.fp8_compute:
         require_fp8(device)
     check_backend(memory)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.errors import ConfigError, TrainingError
+from musubi_tuner.units import format_bytes
 
 POISON = 0xFF
 """Bytes that the CPU engine fills a target with until the copy has arrived; as floats they are not a number."""
@@ -115,6 +116,25 @@ class CudaTransfer:
         self.stream.synchronize()
 
 
+def host_buffer(size: int, pinned: bool, advice: str) -> Tensor:
+    """Flat bytes of main memory, which lasts.
+
+    Args:
+        size: in bytes. advice: what to do where that much cannot be pinned.
+
+    Raises:
+        TrainingError: if it cannot be pinned.
+    """
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError as error:
+        if not pinned or "out of memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"main memory: {format_bytes(size)} more cannot be pinned, which the device needs for its copies; {advice}"
+        ) from None
+
+
 STAGING_BYTES = 32 << 20
 """Of each of the two staging buffers."""
 
@@ -129,7 +149,8 @@ class StagedTransfer:
     def __init__(self, device: torch.device, inner: Transfer, size: int = STAGING_BYTES) -> None:
         self.device, self.inner, self.size = device, inner, size
         self.thread = ThreadPoolExecutor(1, "staging")
-        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        pinned, advice = device.type == "cuda", "turn memory.blocks_to_swap off"
+        self.buffers = [host_buffer(size, pinned, advice) for _ in range(2)]
         self.pending: dict[int, Future[None]] = {}
         self.turn = 0
         self.lock = Lock()  # the other engine is asked by both threads

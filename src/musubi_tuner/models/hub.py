@@ -6,9 +6,22 @@ What was downloaded once is found again without a connection: the list of files 
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from musubi_tuner.errors import CheckpointError
+
+LOCAL_ONLY = ContextVar("LOCAL_ONLY", default=False)
+
+
+@contextmanager
+def local_only() -> Iterator[None]:
+    """Inside, repositories are what the local cache holds of them: nothing is asked for and nothing downloaded."""
+    token = LOCAL_ONLY.set(True)
+    try:
+        yield
+    finally:
+        LOCAL_ONLY.reset(token)
 
 
 def _transport_error() -> type[Exception]:
@@ -33,7 +46,7 @@ class Repository:
         self.repo, self.revision = repo, revision
         others = [name for name in published if name != repo] if repo in published else []
         self.hint = f" Did you mean {others[0]}?" if others else ""
-        self.offline = False
+        self.offline = LOCAL_ONLY.get()
 
     def __str__(self) -> str:
         return f"{self.repo} (revision {self.revision or 'main'})"
@@ -49,6 +62,8 @@ class Repository:
 
         with self._explained():
             try:
+                if self.offline:
+                    raise OfflineModeIsEnabled
                 info = HfApi().model_info(self.repo, revision=self.revision)
                 return sorted(file.rfilename for file in info.siblings or [])
             except (OfflineModeIsEnabled, _transport_error()):

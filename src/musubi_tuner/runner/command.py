@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
 from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.errors import EXIT_OK, CacheError, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, exit_on_terminate, run_command
 from musubi_tuner.runner.parent import die_with_parent
 
 if TYPE_CHECKING:
@@ -187,19 +187,23 @@ class Runner:
         from musubi_tuner.device import choose_device
         from musubi_tuner.memory.estimate import resolve_swap
         from musubi_tuner.memory.report import estimate_lines
+        from musubi_tuner.models.hub import local_only
         from musubi_tuner.runner.probe import probe
 
         device = choose_device(self.config.run.device)
         machine = probe(self.config, self.overrides, self.processes, device)
-        path = self.config.model.path
-        if path is not None and (is_hub_id(path) or is_published(path)):
-            print("  memory   is estimated when the checkpoint is here", flush=True)
-            return None
-        items = plan.found.items
-        config, chosen = resolve_swap(self.config, items, machine.free)
-        lines = estimate_lines(
-            config, items, plan.steps, device, machine.free, self.processes, machine.rates, plan.missing
-        )
+        path, items = self.config.model.path, plan.found.items
+        with local_only():
+            if path is not None and (is_hub_id(path) or is_published(path)):
+                try:
+                    self.config.spec.load("plan_model")(self.config)
+                except CheckpointError:
+                    print("  memory   is estimated when the checkpoint is here", flush=True)
+                    return None
+            config, chosen = resolve_swap(self.config, items, machine.free)
+            lines = estimate_lines(
+                config, items, plan.steps, device, machine.free, self.processes, machine.rates, plan.missing
+            )
         print("\n".join([*lines, *([chosen] if chosen else [])]), flush=True)
         assert isinstance(config.memory.blocks_to_swap, int)
         return config.memory.blocks_to_swap

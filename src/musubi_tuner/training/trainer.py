@@ -7,7 +7,7 @@ An update is processes x accumulation consecutive micro-batches of the epoch's p
 divided by their number. Randomness is keyed by what it is for, so nothing random has to be saved: a state holds
 weights, averages, optimizer tensors and a position.
 
-A micro-batch waits for nothing that the device computes. An update waits once, to see whether its gradient is finite; several
+A micro-batch waits for nothing that the device computes, but for gradients of blocks that train in main memory. An update waits once, to see whether its gradient is finite; several
 processes wait once more, to agree on a signal to stop.
 
 The model goes through accelerate for data parallelism; order, schedule and precision stay ours.
@@ -527,6 +527,9 @@ class Trainer:
                 self.position.epoch, self.position.update = self.position.epoch + 1, 0
             self._finish()
         finally:
+            if self.swap is not None and self.swap.recoveries:
+                say = self.metrics.say if self.metrics else print
+                say(f"note: {self.swap.recoveries} blocks had to be fetched on the spot instead of ahead")
             if self.metrics:
                 self.metrics.close()
 
@@ -992,8 +995,6 @@ class Trainer:
                 f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "
                 f"{self.position.skipped} updates skipped; see {self.folder}"
             )
-            if self.swap is not None and self.swap.recoveries:
-                self.metrics.say(f"note: {self.swap.recoveries} blocks had to be fetched on the spot instead of ahead")
         self.accelerator.wait_for_everyone()
 
     def finish_uploads(self) -> None:

@@ -37,7 +37,7 @@ def row(storage: str, swapped: int, step: float, peak: float | None, planned: fl
 
 def test_what_misses_its_target_is_named(benchmark: ModuleType) -> None:
     good = [row("bf16", 0, 1.0, 10.0), row("bf16", 25, 2.05, 10.0), row("fp8_scaled", 0, 1.0, 7.0, 7.0),
-            row("fp8_compute", 0, 0.8, 7.0, 7.0)]  # fmt: skip
+            row("fp8_modulation", 0, 1.0, 5.5, 5.5), row("fp8_compute", 0, 0.8, 7.0, 7.0)]  # fmt: skip
     assert benchmark.report(good).endswith("all targets met")
     bad = [row("bf16", 0, 1.0, 10.0, 12.0), row("bf16", 25, 2.2, 10.0), row("fp8_scaled", 0, 1.0, 7.5, 7.5),
            row("fp8_compute", 0, 0.9, 7.0, 7.0)]  # fmt: skip
@@ -48,6 +48,17 @@ def test_what_misses_its_target_is_named(benchmark: ModuleType) -> None:
         "missed: fp8_scaled: peak is 0.750 of bf16, target 0.72",
         "missed: fp8_compute: 1.111 of the throughput of bf16, target 1.15",
     ]
+    assert benchmark.report(bad).endswith(
+        "not judged: fp8_modulation against bf16: one of them has no result without swap"
+    )
+    # On a small card the variant that all are compared with has no result.
+    small = benchmark.report([row("bf16", 53, 2.0, 6.0, 6.0) | {"recoveries": 2}, *good[2:]])
+    assert small.splitlines()[-5:] == [
+        "missed: bf16 with 53 swapped: 2 blocks fetched on the spot",
+        "not judged: bf16 with 53 swapped: not run without swap",
+        *(f"not judged: {name} against bf16: one of them has no result without swap"
+          for name in ("fp8_scaled", "fp8_modulation", "fp8_compute")),
+    ]  # fmt: skip
     assert "nothing is judged" in benchmark.report([row("bf16", 0, 1.0, None)])
 
 

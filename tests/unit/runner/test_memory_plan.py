@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,10 +105,23 @@ def test_memory_is_planned_before_the_caches_and_training_is_told_so(
     assert done[-1][0] == "--skip_cache" and done[-1][1][command._PLANNED] == "3"
 
 
-def test_a_model_on_the_hub_is_planned_when_it_is_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner = a_runner(load_config(write(tmp_path, "owner/model")))
+def test_a_model_on_the_hub_is_planned_when_it_is_here(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    runner = a_runner(load_config(write(tmp_path, "owner/model:flux.safetensors", blocks_to_swap=2)))
     assert runner._plan_memory(a_plan()) is None
     assert capsys.readouterr().out == "  memory   is estimated when the checkpoint is here\n"
+    repository = tmp_path / "hub" / "models--owner--model"
+    for name, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/README.md", "")):
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(text)
+    assert runner._plan_memory(a_plan()) is None  # another file of it is here
+    capsys.readouterr()
+    shutil.copy(base, repository / "snapshots" / "c0ffee" / "flux.safetensors")
+    assert runner._plan_memory(a_plan()) == 2
+    assert "  memory   about " in capsys.readouterr().out
 
 
 def test_what_this_machine_lacks_is_said_before_anything_is_made(base: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "save.keep_last_steps": 0,
     "save.keep_last_epochs": 0,
     "save.keep_last_states": 0,
+    "memory.swap_pinned": False,
     "sample.width": 256,
     "sample.height": 256,
 }
@@ -449,6 +450,8 @@ class _Importer(Builder):
             if key in self.values or (section == "sample" and not samples):
                 continue
             if section == "adapter" and self.values.get("adapter.type") != "lora":
+                continue
+            if key == "memory.swap_pinned" and not self.values.get("memory.blocks_to_swap"):
                 continue
             if key == "save.keep_last_states" and self.values.get("save.state") is False:
                 continue
