@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.memory.fp8_product import FP8_MAX, SCALE_FLOOR, TracedProduct, scaled_gradient, scaled_product
-from musubi_tuner.models.stored import CHUNK, StoredWeight, dequantize, is_fp8
+from musubi_tuner.models.stored import StoredWeight, dequantize, is_fp8
 
 Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]
@@ -31,6 +31,8 @@ Form = tuple[Tensor | None, Tensor | None, Storage, Literal["no", "forward", "bo
 BLOCK = 64
 """Columns that share a scale, and values that share one in nf4."""
 INT8_MAX = 127.0
+TOGETHER = 1 << 19
+"""Values that are quantised together: half a dozen float32 copies of them are alive at once."""
 
 
 def quantize_fp8(weight: Tensor, scale: Scale | None = "block") -> tuple[Tensor, Tensor | None]:
@@ -75,14 +77,29 @@ def _values(weight: Tensor) -> Tensor:
 
 def _rows(weight: Tensor) -> int:
     """Rows that are quantised together."""
-    return max(1, CHUNK // max(1, weight[0].numel()))
+    return max(1, TOGETHER // max(1, weight[0].numel()))
 
 
 def _by_rows(weight: Tensor, convert: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Convert a weight a few rows at a time, in float32."""
-    codes, factors = zip(*(convert(_values(rows)) for rows in weight.split(_rows(weight))))
-    whole = torch.cat([part.view(torch.uint8) for part in codes]).view(codes[0].dtype)
-    return whole, None if factors[0] is None else torch.cat(factors)
+    """Convert a weight a few rows at a time, in float32.
+
+    What they become is written into place: beside the weight and its codes, only those rows are held.
+    """
+    whole: list[Tensor | None] = [None, None]
+    done = 0
+    for rows in weight.split(_rows(weight)):
+        for slot, part in enumerate(convert(_values(rows))):
+            if part is None:
+                continue
+            target = whole[slot]
+            if target is None:
+                target = whole[slot] = part.new_empty((len(part) * len(weight) // len(rows), *part.shape[1:]))
+            start = done * len(part) // len(rows)
+            target[start : start + len(part)].view(torch.uint8).copy_(part.view(torch.uint8))
+        done += len(rows)
+    codes, factors = whole
+    assert codes is not None
+    return codes, factors
 
 
 def quantize(weight: Tensor, storage: Storage, scale: Scale = "block") -> tuple[Tensor, Tensor | None]:
@@ -208,13 +225,14 @@ class FrozenLinear(nn.Module):
         """
         shape = (int(weight.shape[0]), int(weight.shape[1]))
         if weight.is_fp8 and storage in ("fp8", "fp8_scaled"):
-            codes, factor = weight.codes()
+            (codes, factor), fresh = weight.codes(), False
         else:
             dense = weight.dense(dtype)
             codes, factor = quantize(dense.to(quantize_on or dense.device), storage, scale)
+            fresh = storage != "plain"
         # Copies of their own: a view of the mapped file would keep it open.
-        codes = codes.to(device, copy=True)
-        factor = None if factor is None else factor.to(device, copy=True)
+        codes = codes.to(device, copy=not fresh)
+        factor = None if factor is None else factor.to(device, copy=not fresh)
         bias = None if bias is None else bias.detach().to(device, dtype, copy=True)
         return cls(codes, factor, bias, dtype, storage=storage, shape=shape)
 
