@@ -388,7 +388,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("objective.min_snr_form", "objective.min_snr_gamma"),
             "the min-SNR weight is off",
         ),
-        (not config.ema.enabled, ("ema.decay", "ema.warmup", "ema.init"), "ema.enabled is false"),
+        (not config.ema.enabled, ("ema.decay", "ema.warmup", "ema.init", "ema.on_cpu"), "ema.enabled is false"),
         (config.model.init == "checkpoint", ("model.init_scheme",), 'model.init is "checkpoint"'),
         (
             config.model.init == "scratch",

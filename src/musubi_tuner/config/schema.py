@@ -585,6 +585,9 @@ class EmaSection(Section):
     enabled: bool = param(True, "Keep the average.")
     decay: float = param(0.9999, "Share of the old average kept at every update.", ge=0, lt=1)
     warmup: bool = param(False, "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates.")
+    on_cpu: bool = param(
+        False, "Keep the average in main memory: less memory on the device, one more copy of the weights per update.",
+    )  # fmt: skip
     init: Literal["model", "checkpoint"] = param(
         "model", "Start the average as a copy of the model, or from the averaged weights of the checkpoint."
     )

@@ -48,8 +48,9 @@ class Estimate:
     """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory, and ``offloaded``, what
     a forward pass leaves there.
 
-    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is how
-    swapped blocks lie in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
+    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is what torch
+    pins for the weights in ``host``, each block rounded up to a power of two, 0 = they are not pinned; ``averaged`` is an
+    average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
     gradients and activations. All of it is of one process.
     """
 
@@ -66,7 +67,8 @@ class Estimate:
     operations: int = 0
     moved: Bytes = 0
     values: int = 0
-    pinned: bool = True
+    pinned: Bytes = 0
+    averaged: Bytes = 0
     decoding: Bytes = 0
 
     @property
@@ -85,11 +87,12 @@ class Estimate:
         shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         where = "the device" if processes == 1 else "the device of each process"
         lines = [f"  memory   about {format_bytes(self.total)} on {where}: {shown}"]
-        pinned = "pinned, up to twice that"
+        pinned = f"{format_bytes(self.pinned)} pinned, in powers of two"
         staged = f"not pinned; beside it {format_bytes(2 * STAGING_BYTES)} of pinned buffers for the copies"
         for size, of, how in (
             (self.host, "swapped blocks", pinned if self.pinned else staged),
-            (self.offloaded, "the inputs of blocks", pinned),
+            (self.offloaded, "the inputs of blocks", "pinned, up to twice that"),
+            (self.averaged, "the average", "not pinned"),
         ):
             if size:
                 each = (
@@ -139,7 +142,7 @@ def estimate(
         bucket: width and height in pixels. options: of the family's process.
     """
     memory, frozen = config.memory, config.adapter.type != "none"
-    weights, ring, host, host_values = _weights(config, model, dtype, frozen)
+    weights, ring, host, pinned, host_values = _weights(config, model, dtype, frozen)
     largest = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
     step = _step(config, model, dtype, shapes, bucket, batch_size, options)
@@ -153,7 +156,8 @@ def estimate(
         trained=4 * values if frozen else 0,
         gradients=4 * on_device,
         optimizer=int(per_value * on_device),
-        average=4 * on_device if config.ema.enabled else 0,
+        average=4 * on_device * (config.ema.enabled and not config.ema.on_cpu),
+        averaged=4 * on_device * (config.ema.enabled and config.ema.on_cpu),
         activations=step.kept,
         passing=step.block + dense + 2 * step.inputs,
         host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
@@ -161,7 +165,7 @@ def estimate(
         operations=step.operations,
         moved=_moved_bytes(host, ring, host_values) + 2 * step.offloaded,
         values=values,
-        pinned=memory.swap_pinned,
+        pinned=pinned,
     )
 
 
@@ -308,7 +312,7 @@ def _unused(config: RunConfig, count: int) -> str:
 def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dtype) -> Estimate:
     """The estimate without swap, with some blocks in main memory."""
     frozen = config.adapter.type != "none"
-    weights, ring, host, host_values = _weights(config, model, dtype, frozen)
+    weights, ring, host, pinned, host_values = _weights(config, model, dtype, frozen)
     per_value = OPTIMIZER_BYTES[config.optimizer.type]
     return replace(
         whole,
@@ -316,7 +320,9 @@ def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dt
         ring=ring,
         gradients=whole.gradients - 4 * host_values,
         optimizer=whole.optimizer - int(per_value * host_values),
-        average=whole.average - 4 * host_values * config.ema.enabled,
+        average=whole.average - 4 * host_values * (config.ema.enabled and not config.ema.on_cpu),
+        averaged=whole.averaged - 4 * host_values * (config.ema.enabled and config.ema.on_cpu),
+        pinned=pinned,
         host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
         moved=_moved_bytes(host, ring, host_values) + 2 * whole.offloaded,
     )
@@ -326,8 +332,10 @@ def _with_swap(config: RunConfig, count: int) -> RunConfig:
     return config.model_copy(update={"memory": config.memory.model_copy(update={"blocks_to_swap": count})})
 
 
-def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> tuple[Bytes, Bytes, Bytes, int]:
-    """Weights on the device, the ring, weights in main memory, and how many of those train."""
+def _weights(
+    config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool
+) -> tuple[Bytes, Bytes, Bytes, Bytes, int]:
+    """Weights on the device, the ring, weights in main memory, what is pinned for those, and how many of them train."""
     spec, memory = config.spec, config.memory
     freeze = freeze_of(memory, spec) if frozen else None
     streamed: dict[str, list[Bytes]] = {}
@@ -357,7 +365,8 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
     resident += sum(b.numel() * b.element_size() for _, b in model.named_buffers())
     blocks = [sum(sizes) for sizes in streamed.values()]
     ring = max(blocks, default=0) * min(memory.swap_ring, len(blocks))
-    return resident, ring, sum(blocks), host_values
+    pinned = sum(1 << (size - 1).bit_length() for size in blocks) if memory.swap_pinned else 0
+    return resident, ring, sum(blocks), pinned, host_values
 
 
 @dataclass

@@ -280,7 +280,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
         if self.swap is not None and not self.adapters:
             self.swap.watch(self.optimizer)
-        self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup) if config.ema.enabled else None
+        self.ema = None
+        if config.ema.enabled:
+            where = "cpu" if config.ema.on_cpu else None
+            self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup, device=where)
         if self.ema and trainee.average is not None:
             report = self.ema.load_shadow(trainee.average, self.trained)
             if self.main:

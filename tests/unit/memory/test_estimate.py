@@ -1,6 +1,7 @@
 """The memory estimate of the plan agrees with what a process allocates, whichever part is the largest."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -367,16 +368,37 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
-    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 2**30, 2**30)
-    pinned = " of main memory for swapped blocks (pinned, up to twice that)"
+    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 2**30, 2**30, pinned=3 * 2**29)
+    pinned = " of main memory for swapped blocks (1.50 GiB pinned, in powers of two)"
     staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for the copies)"
     assert found.lines()[1].endswith(pinned)
-    lines = replace(found, pinned=False).lines()
+    lines = replace(found, pinned=0, averaged=2**30).lines()
     assert lines[1].endswith(staged)
     assert lines[2].endswith(" for the inputs of blocks (pinned, up to twice that)")
+    assert lines[3] == "           1.00 GiB of main memory for the average (not pinned)"
     lines = found.lines(processes=3)
     assert "on the device of each process: " in lines[0]
     assert "1.00 GiB of main memory in each of 3 processes, 3.00 GiB in all, for swapped blocks" in lines[1]
+
+
+def test_blocks_are_pinned_in_powers_of_two(tmp_path: Path) -> None:
+    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 3})
+    each = swapped.host // 3
+    assert swapped.pinned == 3 * 2 ** math.ceil(math.log2(each)) > swapped.host
+    assert of_flux(tmp_path, memory={"blocks_to_swap": 3, "swap_pinned": False}).pinned == 0
+
+
+def test_an_average_in_main_memory_is_none_on_the_device(tmp_path: Path) -> None:
+    items: Any = [SimpleNamespace(bucket=(64, 64), batch_size=1)]
+    for swap in (0, 2):
+        there, here = (
+            estimate_run(load_config(run_file(
+                tmp_path, "tf", model={"init": "scratch"}, ema={"on_cpu": on_cpu}, memory={"blocks_to_swap": swap}
+            )), items)
+            for on_cpu in (False, True)
+        )  # fmt: skip
+        assert here.average == 0 and here.averaged == there.average == there.gradients and there.averaged == 0
+        assert here.total == there.total - there.average and here.host == there.host
 
 
 def test_decoding_counts_where_it_needs_more_than_the_backward_pass(tmp_path: Path) -> None:

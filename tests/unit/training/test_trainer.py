@@ -634,6 +634,20 @@ def test_gradients_are_clipped_to_the_limit_of_the_run_file(limit: float, start:
     assert given == pytest.approx(limit or norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_average_lies_where_the_run_file_says(on_cpu: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+
+    class Placed(trainer_module.EMA):
+        def __init__(self, *values: Any, device: Any = None, **named: Any) -> None:
+            places.append(device)
+            super().__init__(*values, device=device, **named)
+
+    monkeypatch.setattr(trainer_module, "EMA", Placed)
+    start(f"placed {on_cpu}", ema={"on_cpu": on_cpu})
+    assert places == ["cpu" if on_cpu else None]
+
+
 @pytest.mark.parametrize(("decay", "warmup", "kept"), [(0.75, False, 0.75), (0.99, True, 0.1)])
 def test_the_average_follows_the_run_file(decay: float, warmup: bool, kept: float, start: Start) -> None:
     trainer = start(f"average {decay}", ema={"decay": decay, "warmup": warmup}, train={"max_steps": 1})
