@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from project import REPOSITORY, Result, copy_tree, make_flux, metrics, write_flux_run
+from project import GEOMETRY, REPOSITORY, Result, copy_tree, make_flux, metrics, write_flux_run
 from safetensors.torch import load_file
+from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 
@@ -51,3 +53,60 @@ def test_lora_on_flux_trains(
     python(REPOSITORY / "train.py", run).expect(0)
     rows = metrics(tmp_path / "run" / "out")
     assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
+
+
+SWAPPED = {"blocks_to_swap": 4}
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("shared", "moving"),
+    [
+        ({}, SWAPPED),
+        ({}, {**SWAPPED, "swap_pinned": False}),
+        (RECOMPUTED, SWAPPED),
+        (RECOMPUTED, {"checkpoint_offload": True}),
+        ({**RECOMPUTED, "base_storage": "fp8_scaled"}, {**SWAPPED, "checkpoint_offload": True}),
+        ({"base_storage": "nf4"}, SWAPPED),
+    ],
+)
+def test_what_moves_between_memories_changes_nothing(
+    shared: dict[str, Any],
+    moving: dict[str, Any],
+    tmp_path: Path,
+    photographs: Path,
+    encoders: Path,
+    python: Callable[..., Result],
+) -> None:
+    """A copy that came too early or too late would train on other weights; sums on a GPU differ by rounding only."""
+    base = make_flux(tmp_path / "flux.safetensors", depth=3, depth_single_blocks=6)
+    found = {}
+    for name, memory in (("resident", shared), ("moving", {**shared, **moving})):
+        root = tmp_path / name
+        run = write_flux_run(root, photographs, encoders, base, train={"mixed_precision": "no"}, memory=memory)
+        result = python(REPOSITORY / "train.py", run).expect(0)
+        assert "fetched on the spot" not in result.out
+        found[name] = load_file(root / "out" / "photos.safetensors")
+    assert_trained_alike(found["moving"], found["resident"])
+
+
+@pytest.mark.parametrize("memory", [SWAPPED, {**SWAPPED, **RECOMPUTED}, {**SWAPPED, "swap_pinned": False}])
+def test_blocks_that_train_in_main_memory_learn_the_same(
+    memory: dict[str, Any], tmp_path: Path, new_run: Callable[..., Path], caches: Path, python: Callable[..., Result]
+) -> None:
+    deep = {**GEOMETRY, "num_double_layers": 3, "num_single_layers": 6}
+    found = {}
+    for name, settings in (("resident", {}), ("moving", memory)):
+        root = tmp_path / name
+        run = new_run(root, model={"geometry": deep}, train={"mixed_precision": "no"}, memory=settings)
+        copy_tree(caches, root / "cache")
+        python(REPOSITORY / "train.py", run, "--skip_cache").expect(0)
+        found[name] = load_file(root / "out" / "photos.safetensors")
+    assert_trained_alike(found["moving"], found["resident"])
+
+
+def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 1 % of the whole: Adam divides by the gradient, so single small elements may differ by more than rounding."""
+    learned = torch.stack([tensor.norm() for key, tensor in expected.items()]).norm()
+    apart = torch.stack([(found[key] - tensor).norm() for key, tensor in expected.items()]).norm()
+    assert found.keys() == expected.keys() and float(apart) < 1e-2 * float(learned)

@@ -135,6 +135,7 @@ def measure(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a CPU that is shared with another test needs more than a quarter of an hour
 def test_lora_teaches_a_new_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_threads(None, 1)
     shutil.copytree(ROOT / "toml", tmp_path / "toml")

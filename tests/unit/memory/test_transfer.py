@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from musubi_tuner.memory import block_swap
 from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.memory.transfer import MANY_EVENTS, CudaTransfer, HostTransfer, StagedTransfer, transfer_for
 
 CPU = torch.device("cpu")
@@ -188,3 +190,49 @@ def test_training_leaves_few_events_behind(gpu: Gpu) -> None:
     for each in (engine, swapping):
         kinds = "".join({"wait": "w", "copy": "c", "record": "r"}[what] for what, _ in each.stream.log)
         assert kinds == "wcr" * (len(kinds) // 3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_buffer_is_refilled_behind_the_last_computation_that_reads_it(
+    trains: bool, checkpointing: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event that a copy waits for stands behind every use of the buffer before, on the stream that computes."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    fetch, log = block_swap._Residence.fetch, gpu.compute.log
+
+    def read(self: Any, layer: Any, name: str) -> Tensor | None:
+        log.append(("compute", self.rank % len(self.swap.slots)))
+        return fetch(self, layer, name)
+
+    monkeypatch.setattr(block_swap._Residence, "fetch", read)
+    engine: Any = CudaTransfer(CPU)
+    submit, refills = engine.submit, []
+
+    def checked(key: int, target: Tensor, source: Tensor, after: Any) -> None:
+        uses = [index for index, entry in enumerate(log) if entry == ("compute", key)]
+        assert log.index(("record", after)) > max(uses, default=-1)
+        refills.append(bool(uses))
+        submit(key, target, source, after)
+
+    engine.submit = checked
+    model = Model()
+    if not trains:
+        freeze_layers(model, Freeze("plain", r"nothing", plain=r"blocks\..*"))
+    if checkpointing:
+        checkpoint_blocks(model, ["blocks"], 1)
+    BlockSwap(model, {"blocks": 5}, CPU, transfer=engine)
+    for _ in range(3):
+        model(torch.randn(1, 3, 8, requires_grad=True)).sum().backward()
+    # 5 blocks pass through 2 buffers forward and back: 3 refills each way, and the first blocks once more.
+    assert sum(refills) >= 3 * 6 - 2
