@@ -459,7 +459,8 @@ def _matching(module: nn.Module, shapes: Mapping[str, torch.Size], what: str) ->
 
 def _report_overlay(own: Collection[str], held: Collection[str], matching: Collection[str], what: str) -> None:
     """Name what an overlay left as it was, and what of it went nowhere."""
-    kept, unused = ([key for key in keys if key not in set(matching)] for keys in (own, held))
+    laid = set(matching)
+    kept, unused = ([key for key in keys if key not in laid] for keys in (own, held))
     for keys, said in (
         (kept, "lacks %d weights of the U-Net, which stay as they are below it: %s"),
         (unused, "has %d weights that are none of the U-Net: %s"),

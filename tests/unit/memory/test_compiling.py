@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch._dynamo.config as limits
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import TritonMissing
 
 from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.compiling import compile_blocks
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage
 from musubi_tuner.models.registry import MODELS
@@ -101,3 +105,27 @@ def test_compiled_layers_keep_no_dequantised_weight(storage: Storage) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(out, expected) and torch.equal(gradient, expected_gradient)
     assert others <= 2 * x.nbytes  # one weight in bfloat16 is 16 times x
+
+
+@pytest.mark.parametrize("failing", ["missing", "broken"])
+def test_a_compiler_that_is_not_there_or_fails_is_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_nothing(*_: Any, **__: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if failing == "missing":
+                raise TritonMissing(first_useful_frame=None)
+            raise BackendCompilerFailed(lambda: None, ValueError("no such kernel\nand more"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        compile_blocks(model, ["blocks"], MemorySection(compile=True))
+    with pytest.raises(ConfigError) as caught:
+        model.blocks[0](torch.zeros(1, 2))
+    reason = {"missing": "Cannot find a working triton installation", "broken": "(no such kernel)"}[failing]
+    assert str(caught.value).startswith("memory.compile: inductor cannot compile here (") and reason in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("install them, or set memory.compile = false")

@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from musubi_tuner.errors import TrainingError
 from musubi_tuner.memory import block_swap
 from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.storage import Freeze, freeze_layers
-from musubi_tuner.memory.transfer import MANY_EVENTS, CudaTransfer, HostTransfer, StagedTransfer, transfer_for
+from musubi_tuner.memory.transfer import (
+    MANY_EVENTS,
+    CudaTransfer,
+    HostTransfer,
+    StagedTransfer,
+    host_buffer,
+    transfer_for,
+)
 
 CPU = torch.device("cpu")
 
@@ -236,3 +244,17 @@ def test_a_buffer_is_refilled_behind_the_last_computation_that_reads_it(
         model(torch.randn(1, 3, 8, requires_grad=True)).sum().backward()
     # 5 blocks pass through 2 buffers forward and back: 3 refills each way, and the first blocks once more.
     assert sum(refills) >= 3 * 6 - 2
+
+
+def test_main_memory_that_cannot_be_pinned_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(TrainingError) as caught:
+        host_buffer(3 << 30, True, "set memory.swap_pinned = false")
+    assert str(caught.value) == (
+        "main memory: 3.00 GiB more cannot be pinned, which the device needs for its copies; set memory.swap_pinned = false"
+    )
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        host_buffer(3 << 30, False, "")

@@ -130,6 +130,18 @@ def test_what_this_machine_lacks_is_said_before_anything_is_made(base: Path, tmp
         a_runner(load_config(run_file))._plan_memory(a_plan())
 
 
+@pytest.mark.parametrize(
+    "memory", [{"blocks_to_swap": 2}, {"gradient_checkpointing": True, "checkpoint_offload": True}]
+)
+def test_a_device_that_nothing_can_be_moved_to_is_refused_before_anything_is_made(
+    memory: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path, str(base), **memory))
+    (key,) = {"blocks_to_swap", "checkpoint_offload"} & memory.keys()
+    with pytest.raises(ConfigError, match=rf"memory\.{key}: nothing can be moved between mps and main memory"):
+        check_machine(config, torch.device("mps"))
+
+
 def test_flash_attention_needs_the_half_precision_that_auto_may_not_give(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
