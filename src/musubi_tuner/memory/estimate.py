@@ -147,7 +147,13 @@ def estimate(
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
     step = _step(config, model, dtype, shapes, bucket, batch_size, options)
     values = step.values
-    dense = largest * compute if frozen and (memory.base_storage != "none") else 0
+    moment = 0
+    if frozen and memory.base_storage != "none":
+        # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
+        moment = largest * (compute + (4 if memory.base_storage == "nf4" else 0))
+        if memory.fp8_compute:
+            both = memory.fp8_compute_backward == "fp8"
+            moment = max(moment, 5 * step.widest_input, 9 * step.widest_output if both else 0)
     per_value = OPTIMIZER_BYTES[config.optimizer.type]
     on_device = values - host_values
     return Estimate(
@@ -159,7 +165,7 @@ def estimate(
         average=4 * on_device * (config.ema.enabled and not config.ema.on_cpu),
         averaged=4 * on_device * (config.ema.enabled and config.ema.on_cpu),
         activations=step.kept,
-        passing=step.block + dense + 2 * step.inputs,
+        passing=step.block + moment + 2 * step.inputs,
         host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
         offloaded=step.offloaded,
         operations=step.operations,
@@ -376,7 +382,8 @@ class _Step:
     Attributes:
         kept: bytes that autograd keeps on the device. block: that one block alone would keep, where blocks are recomputed.
         offloaded: bytes in main memory. inputs: the share of the block with the most of them.
-        operations: of the matrix products. values: trained ones.
+        operations: of the matrix products. widest_input, widest_output: values of the largest one of a product with weights.
+        values: trained ones.
     """
 
     kept: Bytes
@@ -384,6 +391,8 @@ class _Step:
     offloaded: Bytes
     inputs: Bytes
     operations: int
+    widest_input: int
+    widest_output: int
     values: int
 
 
@@ -406,7 +415,7 @@ def _step(
         batch, draws = _empty_batch(config, process, shapes, bucket, batch_size)
         values = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-        operations = _count_operations(config, model, process, batch, draws)
+        operations, products = _count_operations(config, model, process, batch, draws)
         inside: list[_Inside] = []
         away = _Away()
         if memory.checkpoints:
@@ -424,6 +433,8 @@ def _step(
             offloaded=away.total,
             inputs=away.largest,
             operations=operations,
+            widest_input=products.widest_input,
+            widest_output=products.widest_output,
             values=values,
         )
 
@@ -458,12 +469,16 @@ def _autocast(config: RunConfig) -> torch.autocast:
     return torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None)
 
 
-def _count_operations(config: RunConfig, model: nn.Module, process: Process, batch: Batch, draws: Draws) -> int:
-    """Operations of forward, backward and recomputation.
+def _count_operations(
+    config: RunConfig, model: nn.Module, process: Process, batch: Batch, draws: Draws
+) -> tuple[int, "_Operations"]:
+    """Operations of forward, backward and recomputation; and what was met in a forward pass with one block in every list.
 
     Blocks of a list are alike: they are counted with one block in every list, and then with the first of one list twice.
     """
     lists = {name: getattr(model, name) for name in config.spec.block_lists}
+
+    met: list[_Operations] = []
 
     def count(twice: str = "") -> tuple[int, int]:
         for name, blocks in lists.items():
@@ -474,6 +489,7 @@ def _count_operations(config: RunConfig, model: nn.Module, process: Process, bat
         with backward:
             output.loss.backward()
         model.zero_grad(set_to_none=True)
+        met.append(forward)
         return forward.total, backward.total
 
     base = count()
@@ -487,7 +503,7 @@ def _count_operations(config: RunConfig, model: nn.Module, process: Process, bat
         if config.memory.checkpoints:
             total += forward * sum((index + i) % config.memory.checkpoint_every == 0 for i in range(len(blocks)))
         index += len(blocks)
-    return total
+    return total, met[0]
 
 
 class _Operations(TorchDispatchMode):
@@ -496,7 +512,8 @@ class _Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         aten = torch.ops.aten
-        self.total = 0
+        self.total = self.widest_input = self.widest_output = 0
+        self.products = (aten.mm, aten.addmm)
         self.formulas: dict[Any, Callable[..., int]] = {
             **flop_registry,
             aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
@@ -512,6 +529,9 @@ class _Operations(TorchDispatchMode):
         formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
+        if func._overloadpacket in self.products:
+            self.widest_input = max(self.widest_input, args[-2].numel())
+            self.widest_output = max(self.widest_output, out.numel())
         return out
 
 

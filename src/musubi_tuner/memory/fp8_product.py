@@ -26,10 +26,13 @@ MULTIPLE = 16
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of x [tokens, width] in float8_e4m3fn, and a float32 scale per token, [tokens, 1]."""
-    x32 = x.float()
-    scale = (x32.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=SCALE_FLOOR)
-    return (x32 / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    """Codes of x [tokens, width] in float8_e4m3fn, and a float32 scale per token, [tokens, 1].
+
+    One float32 copy of x is held for the moment.
+    """
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
+    scale = (largest / FP8_MAX).clamp(min=SCALE_FLOOR)
+    return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -381,6 +381,24 @@ def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     assert "1.00 GiB of main memory in each of 3 processes, 3.00 GiB in all, for swapped blocks" in lines[1]
 
 
+def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path) -> None:
+    """The widest input is the second layer of a single block, the widest output the first: values and MLP of all tokens."""
+    tokens, width = 16 * 16 + 64, FD.hidden_size
+    inner = int(FD.mlp_ratio * width)
+    largest = width * (3 * width + inner)
+
+    def moment(**memory: Any) -> int:
+        run, common = {"device": "auto"}, {"gradient_checkpointing": True}
+        plain = of_flux(tmp_path, run=run, memory=common)
+        return of_flux(tmp_path, run=run, memory={**common, **memory}).passing - plain.passing
+
+    assert moment(base_storage="fp8_scaled") == 2 * largest
+    assert moment(base_storage="nf4") == 6 * largest
+    fp8 = {"base_storage": "fp8_scaled", "fp8_compute": True}
+    assert moment(**fp8) == max(2 * largest, 5 * tokens * (width + inner))
+    assert moment(**fp8, fp8_compute_backward="fp8") == max(2 * largest, 9 * tokens * (3 * width + inner))
+
+
 def test_blocks_are_pinned_in_powers_of_two(tmp_path: Path) -> None:
     swapped = of_flux(tmp_path, memory={"blocks_to_swap": 3})
     each = swapped.host // 3
