@@ -507,7 +507,7 @@ def pixels(path: Path) -> bytes:
 
 def draw(server: ForkServer, trained: Trained, folder: Path, *arguments: str) -> list[bytes]:
     """Pixels of the pictures that the command draws, in order."""
-    settings = ["--set", "run.threads=1", "--save_path", str(folder / "drawn")]
+    settings = ["--set", "run.threads=1", "--set", "sample.steps=2", "--save_path", str(folder / "drawn")]
     server.run("generate", [trained.config, *settings, *arguments], folder).expect(0)
     return [pixels(path) for path in sorted((folder / "drawn").glob("photos_*.png"))]
 
@@ -522,7 +522,7 @@ def test_drawing_takes_the_average_unless_the_raw_weights_are_asked_for(
         "average": ["--checkpoint", str(trained.out / "photos_ema.safetensors")],
         "raw": ["--raw_weights"],
         "raw file": ["--checkpoint", str(trained.out / "photos.safetensors"), "--raw_weights"],
-        "raw samples": ["--sample_use_ema", "false"],
+        "raw samples": ["--set", "sample.use_ema=false"],
         "no average": ["--set", "ema.enabled=false"],
         "final": ["--checkpoint", "final"],
     }.items():
@@ -537,7 +537,8 @@ def test_drawing_takes_the_average_unless_the_raw_weights_are_asked_for(
 def test_a_file_without_an_average_is_drawn_with_as_it_is(trained: Trained, server: ForkServer, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
     shutil.copy(trained.out / "photos.safetensors", alone)
-    settings = [trained.config, "--set", "run.threads=1", "--prompt", CAPTIONS["chelsea"], "--checkpoint", str(alone)]
+    settings = [trained.config, "--set", "run.threads=1", "--set", "sample.steps=2", "--prompt", CAPTIONS["chelsea"]]
+    settings += ["--checkpoint", str(alone)]
     said = server.run("generate", [*settings, "--save_path", str(tmp_path / "a")], tmp_path).expect(0).out
     assert f"note: {alone} has no averaged weights; drawing with those of the model" in said
     quiet = server.run("generate", [*settings, "--raw_weights", "--save_path", str(tmp_path / "b")], tmp_path).expect(0)

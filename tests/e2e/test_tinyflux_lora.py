@@ -98,7 +98,8 @@ def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapt
         "marked": ["--lora_weight", str(marked)],
         "hidden": ["--set", "model.t5_attn_mask=true"],
     }.items():
-        arguments = [out.parent / "run.toml", "--prompt", "a cat", *extra, "--save_path", str(tmp_path / name)]
+        arguments = [out.parent / "run.toml", "--prompt", "a cat", "--set", "sample.steps=2", *extra]
+        arguments += ["--save_path", str(tmp_path / name)]
         printed = server.run("generate", arguments, tmp_path).expect(0).out
         said = f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {marked}"
         assert (said in printed) == (name == "marked")
@@ -130,7 +131,7 @@ def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[
     out = train("mixed", adapter=adapter, memory={"base_storage": "fp8_scaled", "blocks_to_swap": 3})
     tensors = lora(out)
     rates = [(row["train/lr"], row["train/lr_x0"]) for row in metrics(out) if "train/lr" in row]
-    assert rates and all(rate > 0 and frozen == 0 for rate, frozen in rates)
+    assert max(rate for rate, _ in rates) > 0 and all(frozen == 0 for _, frozen in rates)
     assert len(tensors) == 3 * (2 * (4 + 2) + 4 * 3)
     ranks = {key.removesuffix(".lora_down.weight"): len(t) for key, t in tensors.items() if "lora_down" in key}
     assert ranks["lora_unet_single_blocks_1_attn_qkv"] == 6 and ranks["lora_unet_single_blocks_2_attn_qkv"] == 2
