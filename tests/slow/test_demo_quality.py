@@ -18,7 +18,9 @@ def test_demo_learns_its_combinations(seed: int, tmp_path_factory: pytest.TempPa
     folder.mkdir(exist_ok=True)
     run = f"data/demo/run{seed}"
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "toml" / "demo.toml"), "--seed", str(seed)]
-    done = subprocess.run([*command, "--output_dir", run], cwd=folder, capture_output=True, text=True)
+    # One thread, as every test: two demos of two threads each wait for each other.
+    command += ["--set", "run.threads=1", "--output_dir", run]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     accuracy = json.loads((folder / run / "accuracy.json").read_text(encoding="utf-8"))
     assert accuracy["prompts"] == 120

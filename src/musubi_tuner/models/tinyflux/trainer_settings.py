@@ -2,7 +2,8 @@
 
 A field that the file leaves out has that trainer's default. What the trainer does without a setting for it (one group for
 weight decay, one coin per batch for the teachers) is written into the run file too, so that training goes on in the same
-way. Its gaps are not copied: a number of kept files below 1 keeps all of them here, and deletes even the newest there.
+way. Only zeros for missing teachers are left to the person: the file does not say what data sets there are. Its gaps are not
+copied: a number of kept files below 1 keeps all of them here, and deletes even the newest there.
 """
 
 import json
