@@ -47,6 +47,7 @@ def test_swapped_training_is_the_same_run(new: NewRun, plain: Path, server: Fork
     config = new("swapped", memory={"blocks_to_swap": 3, "gradient_checkpointing": True})
     result = server.run("train", [config], config.parent).expect(0)
     assert "swap: 3 blocks stay in main memory" in result.out
+    assert "one device sync per update, more for swapped blocks\n" in result.out
     assert result.out.count("  memory   about ") == result.out.count(" while a sample is decoded") == 1
     assert "fetched on the spot" not in result.out
     assert differing(final_files(config.parent / "out"), final_files(plain)) == []
