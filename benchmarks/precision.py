@@ -1,7 +1,7 @@
 """What the forms of storage cost in precision: python benchmarks/run.py precision [--seeds N]
 
 The output of a FLUX.1-shaped model with random weights as initialised, its layers stored in every form, against the same model
-with plain weights, in float32: norm of the difference over norm of the output, mean of the seeds. It takes a minute on a CPU.
+with plain weights, in float32: norm of the difference over norm of the output, mean of the seeds. It takes two minutes on a CPU.
 """
 
 import argparse
@@ -64,7 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table of benchmarks/RESULTS.md."""
     parser = argparse.ArgumentParser(prog="precision", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="models (default: 3)")
-    seeds = range(parser.parse_args(arguments).seeds)
+    count = parser.parse_args(arguments).seeds
+    if count < 1:
+        parser.error(f"--seeds: found {count}, expected at least 1")
+    seeds = range(count)
     expected = [output(seed, MemorySection()) for seed in seeds]
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {len(expected)} models")
     print(f"| {'storage':<24} | without modulation layers | with fp8_modulation |")

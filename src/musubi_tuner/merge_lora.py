@@ -73,8 +73,17 @@ def _main(arguments: Sequence[str]) -> int:
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     kept = {key: value for key, value in base.metadata.items() if key != "_quantization_metadata"}
     # The merged file stands alone, whatever lay beside that of the model.
+    stated = dict(base.options)
+    hiding = [str(adapter.path) for adapter in adapters if adapter.hides_padding]
+    if hiding and not stated.get("t5_attn_mask"):
+        stated["t5_attn_mask"] = True
+        print(
+            f"note: padding is hidden (model.t5_attn_mask = true) from now on, as in the training of {', '.join(hiding)}"
+        )
     if base.config is not None:
-        kept |= {"config_json": json.dumps(base.config), "options_json": json.dumps(base.options)}
+        kept["config_json"] = json.dumps(base.config)
+    if base.config is not None or stated:
+        kept["options_json"] = json.dumps(stated)
     metadata = {**kept, "modelspec.merged_from": ", ".join(Path(file).name for file in files)}
     replace_file(output, partial(save_tensors, tensors, metadata=metadata))
     print(f"{output}: {spec.title} with {len(files)} LoRA merged, {len(tensors)} tensors")

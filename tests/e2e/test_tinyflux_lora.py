@@ -107,9 +107,10 @@ def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapt
         with Image.open(path) as picture:
             drawn[name] = picture.tobytes()
     assert drawn["marked"] == drawn["hidden"] != drawn["plain"]
-    with_mask = {"adapter": {"type": "lora", "init_from": str(marked), "preset": "full", "rank": 4, "alpha": 4.0}}
-    error = train("refused", code=2, **with_mask)
-    assert f"adapter.init_from: {marked} was trained with padding hidden; set model.t5_attn_mask to true" in error.err
+    for key, value in (("init_from", str(marked)), ("merge", [str(marked)])):
+        adapter = {"type": "lora", key: value, "preset": "full", "rank": 4, "alpha": 4.0}
+        error = train(f"refused {key}", code=2, adapter=adapter)
+        assert f"adapter.{key}: {marked} was trained with padding hidden; set model.t5_attn_mask to true" in error.err
 
 
 @pytest.mark.parametrize("storage", ["fp8_scaled", "nf4"])

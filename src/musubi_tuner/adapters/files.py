@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
 from musubi_tuner.adapters.convert import detect, family_of, from_published, to_musubi
-from musubi_tuner.errors import CheckpointError
+from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import replace_file
 from musubi_tuner.models.checkpoints import find_weights, read_weights
 from musubi_tuner.models.registry import MODELS
@@ -57,6 +58,23 @@ class AdapterFile:
     skipped: list[str]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def hides_padding(self) -> bool:
+        """Whether it was trained with the padding of T5 left out of attention (model.t5_attn_mask)."""
+        return bool(self.options.get("t5_attn_mask"))
+
+    def check_padding(self, config: RunConfig, key: str) -> None:
+        """Refuse a run under whose attention the file would mean something else.
+
+        Args:
+            key: of the run file, that names this file.
+
+        Raises:
+            ConfigError: naming the setting to change.
+        """
+        if self.hides_padding and not config.model.t5_attn_mask:
+            raise ConfigError(f"{key}: {self.path} was trained with padding hidden; set model.t5_attn_mask to true")
+
 
 def read_adapter(
     source: str | Path, spec: ModelSpec | None = None, *, ema: bool = False, ignore_unmatched: bool = False
@@ -92,10 +110,10 @@ def read_adapter(
             own, unmatched = split_unmatched(own, family)
             skipped += unmatched
         metadata = {key: value for key, value in file.metadata.items() if key not in (PEFT_HEADER, *PUBLISHED_HEADER)}
-        known = family.load("options_of")(file)
-        return AdapterFile(path, to_musubi(own, family), metadata, family, skipped, known)
+        named = to_musubi(own, family)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return AdapterFile(path, named, metadata, family, skipped, family.load("options_of")(file))
 
 
 PUBLISHED_HEADER = ("config_json", "num_adapters")

@@ -19,7 +19,7 @@ class RunMerges:
         changed: paths of the layers that it has changed.
 
     Raises:
-        CheckpointError: if a file does not fit.
+        CheckpointError: if a file does not fit. ConfigError: if it was trained with padding hidden and the run is not.
     """
 
     def __init__(self, config: RunConfig, paths: list[str]) -> None:
@@ -28,6 +28,7 @@ class RunMerges:
         self.files: list[tuple[str, float, list[str], Merging]] = []
         for source, multiplier in zip(settings.merge, multipliers, strict=True):
             file = read_adapter(config.locate(source), config.spec, ignore_unmatched=settings.merge_ignore_unmatched)
+            file.check_padding(config, "adapter.merge")
             merging = Merging(
                 file.tensors,
                 paths,

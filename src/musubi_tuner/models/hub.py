@@ -61,14 +61,13 @@ class Repository:
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         with self._explained():
-            try:
-                if self.offline:
-                    raise OfflineModeIsEnabled
-                info = HfApi().model_info(self.repo, revision=self.revision)
-                return sorted(file.rfilename for file in info.siblings or [])
-            except (OfflineModeIsEnabled, _transport_error()):
-                self.offline = True
-                snapshot = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
+            if not self.offline:
+                try:
+                    info = HfApi().model_info(self.repo, revision=self.revision)
+                    return sorted(file.rfilename for file in info.siblings or [])
+                except (OfflineModeIsEnabled, _transport_error()):
+                    self.offline = True
+            snapshot = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
             return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
 
     def fetch(self, name: str) -> Path:

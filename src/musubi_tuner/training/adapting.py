@@ -24,7 +24,6 @@ from musubi_tuner.adapters.merging import left_out
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.write import resolved_toml
-from musubi_tuner.errors import ConfigError
 
 
 def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[AdapterSet, list[str]]:
@@ -43,10 +42,7 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
     given: dict[str, torch.Tensor] = {}
     if settings.init_from is not None:
         file = read_adapter(config.locate(settings.init_from), spec)
-        if file.options.get("t5_attn_mask") and not config.model.t5_attn_mask:
-            raise ConfigError(
-                f"adapter.init_from: {file.path} was trained with padding hidden; set model.t5_attn_mask to true"
-            )
+        file.check_padding(config, "adapter.init_from")
         given = file.tensors
         lines.append(f"starting from {file.path.name}{left_out(file.skipped)}")
     if settings.rank_from_weights:

@@ -86,7 +86,7 @@ class Generator:
         used = use_adapters(model, spec, adapters, ema=ema and config.ema.enabled and config.sample.use_ema)
         model.eval()
         compose_memory(model, memory.model_copy(update={"blocks_to_swap": swap}), spec, device)
-        hiding = [str(file.path) for file in used if file.options.get("t5_attn_mask")]
+        hiding = [str(file.path) for file in used if file.hides_padding]
         if hiding and not config.model.t5_attn_mask:
             print(f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {', '.join(hiding)}")
         masked = {"t5_attn_mask": config.model.t5_attn_mask or bool(hiding)}

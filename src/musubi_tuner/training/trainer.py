@@ -260,6 +260,8 @@ class Trainer:
         if self.main and slow:
             print('warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
                   'or "auto"')  # fmt: skip
+        if self.main and self.config.ema.on_cpu and self.device.type == "cpu":
+            print("warning: ema.on_cpu saves nothing here: this device computes in main memory")
         self.config, chosen = resolve_swap(self.config, self.items, free)
         config = self.config
         if self.main:

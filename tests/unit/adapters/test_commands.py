@@ -11,7 +11,10 @@ from torch import Tensor
 
 from musubi_tuner import convert_lora, lora_post_hoc_ema, merge_lora
 from musubi_tuner.lora_post_hoc_ema import betas, power_gamma
+from musubi_tuner.models.checkpoints import read_weights
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
+from musubi_tuner.models.tinyflux import TinyFluxConfig
+from musubi_tuner.models.tinyflux.state_dict import build
 
 CONFIG = FluxConfig(
     vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6)
@@ -144,6 +147,31 @@ def test_merging_into_fp8_gives_bfloat16() -> None:
     assert torch.equal(after[key], ((codes.float() * scale).bfloat16().float() + 0.1 * 0.1).bfloat16())
     with safe_open("m.safetensors", "pt") as file:
         assert "_quantization_metadata" not in file.metadata()
+
+
+def test_a_merged_model_hides_padding_where_its_adapter_did(capsys: pytest.CaptureFixture[str]) -> None:
+    geometry = TinyFluxConfig(
+        hidden_size=32, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6), joint_attention_dim=8,
+        pooled_projection_dim=8, num_double_layers=1, num_single_layers=1,
+    )  # fmt: skip
+    save_file(dict(build(geometry).to_empty(device="cpu").state_dict()), "base.safetensors",
+              {"config_json": json.dumps(geometry.to_dict())})  # fmt: skip
+    names = ("double_blocks_0_attn_img_qkv.lora_down", "double_blocks_0_attn_img_qkv.lora_up")
+    shapes = ((2, 32), (3 * 32, 2))
+    tensors = {f"lora_unet_{name}.weight": torch.ones(shape) for name, shape in zip(names, shapes)}
+    for hides in (False, True):
+        save_file(tensors, "a.safetensors", {"options_json": json.dumps({"t5_attn_mask": hides})})
+        arguments = [
+            "--dit",
+            "base.safetensors",
+            "--lora_weight",
+            "a.safetensors",
+            "--save_merged_model",
+            "m.safetensors",
+        ]
+        assert merge_lora.main(arguments) == 0
+        assert ("note: padding is hidden (model.t5_attn_mask = true)" in capsys.readouterr().out) == hides
+        assert read_weights(Path("m.safetensors")).options.get("t5_attn_mask", False) == hides
 
 
 def test_mistakes_in_merging(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,3 +24,9 @@ def test_every_form_of_storage_has_its_errors(
             errors[name][column] for name in ("int8 (rows)", "fp8_scaled (64 columns)", "fp8", "nf4")
         )
         assert 0 < int8 < scaled < plain < nf4
+
+
+def test_a_mean_of_no_models_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_benchmark("precision").main(["--seeds", "0"])
+    assert "--seeds: found 0, expected at least 1" in capsys.readouterr().err

@@ -172,20 +172,23 @@ def test_copies_that_are_done_are_forgotten(gpu: Gpu) -> None:
     assert set(range(2 * MANY_EVENTS)) <= set(engine.last)
 
 
+class FiveBlocks(torch.nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def test_training_leaves_few_events_behind(gpu: Gpu) -> None:
     """Streamed blocks and inputs kept in main memory: keys come again, so their number is that of one step."""
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    model = Model()
+    model = FiveBlocks()
     engine: Any = CudaTransfer(CPU)
     swapping: Any = CudaTransfer(CPU)
     checkpoint_blocks(model, ["blocks"], 1, ActivationOffload(CPU, engine))
@@ -207,16 +210,6 @@ def test_a_buffer_is_refilled_behind_the_last_computation_that_reads_it(
 ) -> None:
     """The event that a copy waits for stands behind every use of the buffer before, on the stream that computes."""
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
     fetch, log = block_swap._Residence.fetch, gpu.compute.log
 
     def read(self: Any, layer: Any, name: str) -> Tensor | None:
@@ -234,7 +227,7 @@ def test_a_buffer_is_refilled_behind_the_last_computation_that_reads_it(
         submit(key, target, source, after)
 
     engine.submit = checked
-    model = Model()
+    model = FiveBlocks()
     if not trains:
         freeze_layers(model, Freeze("plain", r"nothing", plain=r"blocks\..*"))
     if checkpointing:

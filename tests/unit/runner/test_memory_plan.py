@@ -16,12 +16,14 @@ from musubi_tuner.config import calculate_steps, load_config
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.errors import EXIT_FAILED, ConfigError
 from musubi_tuner.memory.compose import check_machine
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.runner import command, probe
 from musubi_tuner.runner.command import Runner
 from musubi_tuner.runner.probe import Machine, ask_child, measure
+from musubi_tuner.training import generate_command
+from musubi_tuner.training.generate import Generator
 
 FD = FluxConfig(hidden_size=256, num_heads=2, depth=1, depth_single_blocks=4, vec_in_dim=64, context_in_dim=64)
 CPU = torch.device("cpu")
@@ -161,3 +163,30 @@ def test_a_child_checks_and_the_device_is_measured(base: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="'nocompiler' is unknown"):
         ask_child(config, {"memory.compile": True, "memory.compile_backend": "nocompiler",
                            "memory.gradient_checkpointing": True}, 1)  # fmt: skip
+
+
+# Drawing from the same run file
+
+
+def test_drawing_checks_the_machine_before_it_looks_for_the_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write(tmp_path, str(base), blocks_to_swap=2))
+    monkeypatch.setattr("musubi_tuner.training.generate.choose_device", lambda _: torch.device("mps"))
+    with pytest.raises(ConfigError, match=r"memory\.blocks_to_swap: nothing can be moved between mps"):
+        Generator.from_run(config, "missing")
+
+
+def test_a_lack_of_memory_while_drawing_names_what_to_change(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1.12 GiB free.")
+
+    monkeypatch.setattr(Generator, "from_run", full)
+    arguments = [str(write(tmp_path, str(base))), "--prompt", "a cat", "--save_path", str(tmp_path)]
+    assert generate_command.main(arguments) == EXIT_FAILED
+    assert capsys.readouterr().err == (
+        "error: the device's memory is full (2.50 GiB more were wanted); lower --batch_size, draw smaller pictures or "
+        'set memory.blocks_to_swap = "auto"\n'
+    )

@@ -635,7 +635,9 @@ def test_gradients_are_clipped_to_the_limit_of_the_run_file(limit: float, start:
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_the_average_lies_where_the_run_file_says(on_cpu: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_lies_where_the_run_file_says(
+    on_cpu: bool, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     places: list[Any] = []
 
     class Placed(trainer_module.EMA):
@@ -646,6 +648,7 @@ def test_the_average_lies_where_the_run_file_says(on_cpu: bool, start: Start, mo
     monkeypatch.setattr(trainer_module, "EMA", Placed)
     start(f"placed {on_cpu}", ema={"on_cpu": on_cpu})
     assert places == ["cpu" if on_cpu else None]
+    assert ("warning: ema.on_cpu saves nothing here" in capsys.readouterr().out) == on_cpu
 
 
 @pytest.mark.parametrize(("decay", "warmup", "kept"), [(0.75, False, 0.75), (0.99, True, 0.1)])
