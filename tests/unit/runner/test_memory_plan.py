@@ -185,7 +185,7 @@ def test_a_lack_of_memory_while_drawing_names_what_to_change(
 
     monkeypatch.setattr(Generator, "from_run", full)
     arguments = [str(write(tmp_path, str(base))), "--prompt", "a cat", "--save_path", str(tmp_path)]
-    assert generate_command.main(arguments) == EXIT_FAILED
+    assert generate_command.main("fd", "", arguments) == EXIT_FAILED
     assert capsys.readouterr().err == (
         "error: the device's memory is full (2.50 GiB more were wanted); lower --batch_size, draw smaller pictures or "
         'set memory.blocks_to_swap = "auto"\n'
