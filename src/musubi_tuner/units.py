@@ -1,5 +1,7 @@
 """Sizes and times as people read them. Torch-free."""
 
+Bytes = int
+
 
 def format_bytes(size: float) -> str:
     """Bytes as GiB, or MiB below a tenth of one."""

@@ -2,9 +2,10 @@
 
 import logging
 import shutil
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
-from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Bytes, Estimate, by_need, estimate, estimate_run
+from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.models.spec import ModelPlan
-from musubi_tuner.units import format_bytes, format_seconds
+from musubi_tuner.units import Bytes, format_bytes, format_seconds
 
 PROBE_SIDE = {"cuda": 4096, "cpu": 768}
 """Side of the matrices that are multiplied to measure a device."""
@@ -22,8 +23,8 @@ PROBE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 
 Missing = Mapping[str, Collection[str]]
 """Kind of cache -> keys of items."""
-NEARLY_EQUAL = 0.8
-"""Buckets whose share of the largest one's pixels is above this need about as much."""
+WIDTH = 120
+"""Columns of a line of the plan."""
 
 
 def estimate_lines(
@@ -49,8 +50,8 @@ def estimate_lines(
     before, fake.disabled = fake.disabled, True
     try:
         plan = config.spec.load("plan_model")(config)
-        found = estimate_run(config, items, plan)
-        spread = _spread(config, items, plan, found)
+        measured = estimate_sizes(config, items, plan, _ends, count=True)
+        found = peak(config, measured)
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
         return [f"  memory   could not be estimated for this model: {reason}"]
@@ -62,7 +63,7 @@ def estimate_lines(
     lines = [
         *found.lines(processes),
         *unknown,
-        *spread,
+        *activation_lines(items, measured),
         *disk_lines(config, items, steps, plan, found, missing),
         *time_lines(config, found, device, rates),
     ]
@@ -71,20 +72,42 @@ def estimate_lines(
     return lines
 
 
-def _spread(config: RunConfig, items: Sequence[Item], plan: ModelPlan, largest: Estimate) -> list[str]:
-    """Activations of the largest and the smallest bucket, where they differ much."""
-    buckets = sorted(by_need(items))
-    if buckets[0][0] > NEARLY_EQUAL * buckets[-1][0]:
+def _ends(sizes: Iterable[Size]) -> set[Size]:
+    """The smallest and the largest size of every batch size."""
+    by_batch: dict[int, list[Size]] = {}
+    for size in sizes:
+        by_batch.setdefault(size.batch_size, []).append(size)
+    return {end for each in by_batch.values() for end in (min(each), max(each))}
+
+
+def activation_lines(items: Sequence[Item], measured: Mapping[Size, Estimate]) -> list[str]:
+    """Activations and backward pass of every bucket, if there are several; buckets of one size share a number.
+
+    What autograd keeps of a batch grows evenly with the pixels of its images, so sizes between two measured ones lie on a line;
+    but for the few tokens up to which a CPU computes attention as written.
+
+    Args:
+        measured: the smallest and the largest size of every batch size.
+    """
+    sizes = bucket_sizes(items)
+    if len(sizes) == 1:
         return []
-    (_, small, few), (_, large, many) = buckets[0], buckets[-1]
-    least = estimate(
-        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=small, batch_size=few, options=plan.options
+    shown = []
+    for size, buckets in sizes.items():
+        ends = [each for each in measured if each.batch_size == size.batch_size]
+        low, high = min(ends), max(ends)
+        share = (size.pixels - low.pixels) / max(1, high.pixels - low.pixels)
+        least, most = (measured[end].activations + measured[end].passing for end in (low, high))
+        names = ", ".join(f"{width}x{height}" for width, height in buckets)
+        shown.append(f"{format_bytes(int(least + share * (most - least)))} ({names}, batch {size.batch_size})")
+    return textwrap.wrap(
+        "activations by bucket: " + "; ".join(shown),
+        WIDTH,
+        initial_indent=" " * 11,
+        subsequent_indent=" " * 13,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    shown = [
-        f"{format_bytes(found.activations + found.passing)} ({width}x{height}, batch {size})"
-        for found, (width, height), size in ((least, small, few), (largest, large, many))
-    ]
-    return [f"           activations by bucket: from {shown[0]} to {shown[1]}"]
 
 
 def disk_lines(

@@ -16,7 +16,7 @@ POISON = 0xFF
 
 
 class Transfer(Protocol):
-    """Copies under a key, one at a time per key."""
+    """Copies under a key, one at a time per key. One thread may submit and wait on the host while another waits."""
 
     def record(self) -> Any:
         """A mark after everything computed so far."""
@@ -39,20 +39,23 @@ class HostTransfer:
 
     def __init__(self) -> None:
         self.pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self.lock = Lock()
 
     def record(self) -> None:
         """Computation on a CPU is always done."""
 
     def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
         """Poison the target, copy later."""
-        target.view(torch.uint8).fill_(POISON)
-        self.pending[key] = (target, source)
+        with self.lock:
+            target.view(torch.uint8).fill_(POISON)
+            self.pending[key] = (target, source)
 
     def wait(self, key: int) -> None:
         """Copy now."""
-        if key in self.pending:
-            target, source = self.pending.pop(key)
-            target.copy_(source)
+        with self.lock:  # who comes second finds it copied
+            if key in self.pending:
+                target, source = self.pending.pop(key)
+                target.copy_(source)
 
     def host_wait(self, key: int) -> None:
         """Copy now."""
@@ -151,9 +154,10 @@ class StagedTransfer:
         self.thread = ThreadPoolExecutor(1, "staging")
         pinned, advice = device.type == "cuda", "turn memory.blocks_to_swap off"
         self.buffers = [host_buffer(size, pinned, advice) for _ in range(2)]
-        self.pending: dict[int, Future[None]] = {}
+        self.copied_by: list[int | None] = [None, None]
+        """Per buffer, the other engine's key of the last copy out of it. Of the thread alone, as `turn`."""
         self.turn = 0
-        self.lock = Lock()  # the other engine is asked by both threads
+        self.pending: dict[int, Future[None]] = {}
 
     def record(self) -> Any:
         """As the other engine."""
@@ -161,32 +165,32 @@ class StagedTransfer:
 
     def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
         """Begin in the thread; target and source are flat bytes."""
-        self.pending[key] = self.thread.submit(self._copy, target, source, after)
+        self.pending[key] = self.thread.submit(self._copy, key, target, source, after)
 
-    def _copy(self, target: Tensor, source: Tensor, after: Any) -> None:
+    def _copy(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
         for start in range(0, len(source), self.size):
-            part = slice(start, min(start + self.size, len(source)))
-            with self.lock:
-                self.inner.host_wait(self.turn)  # the copy before the last one, out of the same buffer
-                staging = self.buffers[self.turn][: part.stop - part.start]
-                staging.copy_(source[part])
-                self.inner.submit(self.turn, target[part], staging, after)
-                self.turn = 1 - self.turn
+            part, turn = slice(start, min(start + self.size, len(source))), self.turn
+            before = self.copied_by[turn]
+            if before is not None:
+                self.inner.host_wait(before)
+            staging = self.buffers[turn][: part.stop - part.start]
+            staging.copy_(source[part])
+            self.copied_by[turn] = 2 * key + turn
+            self.inner.submit(2 * key + turn, target[part], staging, after)
+            self.turn = 1 - turn
 
     def wait(self, key: int) -> None:
-        """Wait for the thread, then let the computation wait for its copies."""
+        """Wait for the thread, then let the computation wait for the copies of this key."""
         pending = self.pending.pop(key, None)
         if pending is not None:
             pending.result()
-            with self.lock:
-                for turn in (0, 1):
-                    self.inner.wait(turn)
+            for turn in (0, 1):  # copies arrive in order, so the last one out of each buffer stands for all
+                self.inner.wait(2 * key + turn)
 
     def host_wait(self, key: int) -> None:
         """Wait on the host."""
         self.wait(key)
-        with self.lock:
-            self.inner.sync()
+        self.inner.sync()
 
     def sync(self) -> None:
         """Wait for everything."""

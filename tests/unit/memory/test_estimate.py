@@ -21,9 +21,20 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.estimate import Estimate, decoding_bytes, estimate, estimate_run, resolve_swap
+from musubi_tuner.memory.estimate import (
+    Estimate,
+    Size,
+    bucket_sizes,
+    decoding_bytes,
+    estimate,
+    estimate_run,
+    estimate_sizes,
+    largest_sizes,
+    resolve_swap,
+)
 from musubi_tuner.memory.report import (
     Rates,
+    activation_lines,
     cache_bytes,
     checkpoint_bytes,
     disk_lines,
@@ -166,7 +177,7 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
         path = run_file(
             tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, train={"mixed_precision": precision}
         )
-        peak, (total, weights, optimizer, activations) = measured(path, 8, 192)
+        peak, (total, weights, optimizer, activations) = measured(path, 4, 192)
         assert activations > max(weights, optimizer)
     print(f"{largest}: {peak / 1e6:.0f} MB allocated, {total / 1e6:.0f} MB estimated")
     assert abs(total / peak - 1) < 0.15, (peak / 1e6, total / 1e6)
@@ -178,14 +189,15 @@ def an_item(side: int, key: str = "image") -> Item:
     )
 
 
-def of_flux(tmp_path: Path, **changes: dict[str, Any]) -> Estimate:
+def of_flux(tmp_path: Path, count: bool = False, **changes: dict[str, Any]) -> Estimate:
     config = load_config(
         run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
     )
     plan = config.spec.load("plan_model")(config)
     return estimate(
-        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(256, 256), batch_size=1, options=plan.options
-    )
+        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(256, 256), batch_size=1, options=plan.options,
+        count=count,
+    )  # fmt: skip
 
 
 def test_every_option_saves_what_it_promises(tmp_path: Path) -> None:
@@ -280,9 +292,10 @@ def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
 
 
 def test_recomputation_counts_every_nth_block(tmp_path: Path) -> None:
-    plain = of_flux(tmp_path).operations
+    plain = of_flux(tmp_path, count=True).operations
     every, second = (
-        of_flux(tmp_path, memory={"gradient_checkpointing": True, "checkpoint_every": n}).operations for n in (1, 2)
+        of_flux(tmp_path, count=True, memory={"gradient_checkpointing": True, "checkpoint_every": n}).operations
+        for n in (1, 2)
     )
     assert plain < second < every
     # Nine blocks: one double and eight single; every second one of them is the double one and four single ones.
@@ -313,7 +326,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     steps = calculate_steps([(3, 1)], num_processes=1, grad_accum_steps=2, max_steps=10, max_epochs=None)
     lines = estimate_lines(config, items, steps, torch.device("cpu"), free=1)
     assert lines[0].startswith("  memory   about ")
-    assert re.search(r"activations by bucket: from .* \(128x128, batch 1\) to .* \(256x256, batch 1\)", lines[2])
+    assert re.fullmatch(r" {11}activations by bucket: .*iB \(128x128, batch 1\); .*iB \(256x256, batch 1\)", lines[2])
     assert re.search(r"disk     caches up to .*; 3 checkpoint\(s\) of .* of weights, 2 state\(s\) of ", lines[3])
     assert re.search(r"10\^12 operations per update and process, at least [\w.]+ ?s? at .*", lines[4])
     assert re.search(r"GiB? are moved, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5])
@@ -326,6 +339,41 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     found = estimate_run(config, items)
     weights, state = checkpoint_bytes(config, plan, found)
     assert (weights, state) == (2 * found.values, (4 + 8) * found.values)
+
+
+def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> None:
+    """Two sizes of each batch size are run; what is between them lies on a line."""
+    path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"})
+    config = load_config(path)
+    plan = config.spec.load("plan_model")(config)
+    single = [(256, 256), (512, 256), (256, 512), (512, 512), (768, 768)]
+    shapes = [*((bucket, 1) for bucket in single), ((256, 256), 4), ((512, 512), 4)]
+    items: Any = [SimpleNamespace(bucket=bucket, batch_size=count) for bucket, count in shapes]
+    sizes = bucket_sizes(items)
+    assert sizes[Size(1, 256 * 512)] == [(256, 512), (512, 256)]
+    every = estimate_sizes(config, items, plan, sorted)
+    ends = (Size(1, 256**2), Size(1, 768**2), Size(4, 256**2), Size(4, 512**2))
+    measured = {size: every[size] for size in ends}
+    assert len(sizes) == len(ends) + 2
+    text = " ".join(" ".join(activation_lines(items, measured)).split()).removeprefix("activations by bucket: ")
+    shown = [re.fullmatch(r"([\d.]+) ([MG])iB \((.*), batch (\d)\)", each) for each in text.split("; ")]
+    assert len(shown) == len(sizes)
+    for entry, (size, buckets) in zip(shown, sizes.items()):
+        assert entry is not None
+        own = every[size].activations + every[size].passing
+        assert float(entry[1]) * {"M": 2**20, "G": 2**30}[entry[2]] == pytest.approx(own, rel=0.01)
+        assert entry[3].split(", ") == [f"{width}x{height}" for width, height in buckets] and int(entry[4]) == size[0]
+
+
+def test_many_small_images_may_need_more_than_one_of_as_many_pixels(tmp_path: Path) -> None:
+    """Every image of a batch brings its text."""
+    config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}))
+    one, four = SimpleNamespace(bucket=(256, 256), batch_size=1), SimpleNamespace(bucket=(128, 128), batch_size=4)
+    small: Any = SimpleNamespace(bucket=(64, 64), batch_size=1)
+    totals = {each.batch_size: estimate_run(config, [each]).total for each in (one, four)}  # type: ignore[list-item]
+    assert totals[4] > totals[1]
+    assert estimate_run(config, [one, small, four]).total == totals[4]  # type: ignore[list-item]
+    assert largest_sizes([Size(1, 9), Size(1, 8), Size(2, 4), Size(4, 1)]) == [Size(4, 1), Size(2, 4), Size(1, 9)]
 
 
 def test_what_binds(tmp_path: Path) -> None:
@@ -346,7 +394,7 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     items = [an_item(128, "first"), an_item(128, "second")]
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
     plan = config.spec.load("plan_model")(config)
-    found = estimate_run(config, items, plan)
+    found = estimate_run(config, items)
     checkpoints = checkpoint_bytes(config, plan, found)[0] + checkpoint_bytes(config, plan, found)[1]
     caches = {kind: ["0:first", "0:second"] for kind in ("latents", "text")}
     everything = cache_bytes(config, items, plan, caches).total()

@@ -1,5 +1,6 @@
 """Copies through two small buffers: all bytes arrive, in order, whatever the sizes. What the engine of a GPU asks of its streams."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,34 @@ def test_later_copy_into_the_same_target_wins() -> None:
     engine.wait(0)
     engine.sync()
     assert torch.equal(target, random_bytes(200, 4))
+
+
+class Slow(HostTransfer):
+    """An engine whose host waits last until a test lets them pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.open = threading.Event(), threading.Event()
+
+    def host_wait(self, key: int) -> None:
+        self.asked.set()
+        assert self.open.wait(60)
+        super().host_wait(key)
+
+
+def test_the_program_goes_on_while_the_thread_waits_for_a_buffer() -> None:
+    """Only for the copy that it needs does it wait: those behind it may have to wait for a buffer, and that for the device."""
+    inner = Slow()
+    engine = StagedTransfer(CPU, inner, size=16)
+    targets = [torch.empty(32, dtype=torch.uint8) for _ in range(2)]
+    for key, target in enumerate(targets):
+        engine.submit(key, target, random_bytes(32, key), None)
+    assert inner.asked.wait(60)  # the second copy has begun, and both buffers are taken
+    engine.wait(0)
+    assert torch.equal(targets[0], random_bytes(32, 0))
+    inner.open.set()
+    engine.sync()
+    assert torch.equal(targets[1], random_bytes(32, 1))
 
 
 def test_pageable_memory_goes_through_staging() -> None:
@@ -201,6 +230,20 @@ def test_training_leaves_few_events_behind(gpu: Gpu) -> None:
     for each in (engine, swapping):
         kinds = "".join({"wait": "w", "copy": "c", "record": "r"}[what] for what, _ in each.stream.log)
         assert kinds == "wcr" * (len(kinds) // 3)
+
+
+def test_staged_copies_are_waited_for_by_their_own_key(gpu: Gpu) -> None:
+    """Two copies of two parts each are on their way; the computation that needs the first does not wait for the second."""
+    inner: Any = CudaTransfer(CPU)
+    engine = StagedTransfer(CPU, inner, size=16)
+    for key in range(2):
+        engine.submit(key, torch.empty(32, dtype=torch.uint8), random_bytes(32, key), engine.record())
+    engine.pending[1].result()
+    copies = [event for what, event in inner.stream.log if what == "record"]
+    for key in range(2):
+        engine.wait(key)
+        waited = [event for what, event in gpu.compute.log if what == "wait"]
+        assert waited == copies[: 2 * (key + 1)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
