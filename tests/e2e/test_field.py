@@ -4,10 +4,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from project import ForkServer, cache_paths, metrics, words, write_run
 
 
+@pytest.mark.slow
 def test_random_pictures_and_prompts_are_cached_and_learned(tmp_path: Path, encoders: Path, server: ForkServer) -> None:
     noise, choice = np.random.default_rng(0), random.Random(0)
     images = tmp_path / "random"

@@ -339,6 +339,7 @@ def test_quantised_bases_train_nearly_the_same(
     assert max(abs(row["loss/total"] / other["loss/total"] - 1) for row, other in zip(rows, plain)) < 0.03
 
 
+@pytest.mark.slow
 def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServer) -> None:
     """200 steps: on fixed batches a base in scaled fp8 is closer to the plain base than another seed is.
 

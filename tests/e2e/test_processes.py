@@ -118,7 +118,7 @@ def test_a_run_of_two_processes_continues_in_one_that_accumulates(
     assert_same_model(out, alone)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_log_line_over_an_interruption_holds_the_losses_of_all_processes(
     processes: int, setting: Setting, alone: Path, python: Callable[..., Result]
 ) -> None:
