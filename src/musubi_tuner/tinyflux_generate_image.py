@@ -1,7 +1,7 @@
 """Draw pictures from a TinyFlux checkpoint.
 
     python -m musubi_tuner.tinyflux_generate_image toml/demo.toml --prompt "a red circle on the left of a white background"
-    python -m musubi_tuner.tinyflux_generate_image toml/tinyflux.toml --from_file prompts.txt --checkpoint run:step_5000
+    python -m musubi_tuner.tinyflux_generate_image toml/tinyflux.toml --from_file prompts.txt --checkpoint step_5000
 
 The run file names the encoders, the objective (its shift bends the sampling times too) and the defaults of [sample].
 Without --checkpoint the run's own output folder is used.

@@ -105,6 +105,29 @@ def test_blocks_that_train_in_main_memory_learn_the_same(
     assert_trained_alike(found["moving"], found["resident"])
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"base_storage": "fp8_scaled", "fp8_compute": True},
+        {"base_storage": "fp8_scaled", "fp8_compute": True, "fp8_compute_backward": "fp8"},
+        {"compile": True},
+        {"compile": True, "base_storage": "fp8_scaled", **RECOMPUTED, **SWAPPED},
+    ],
+)
+def test_faster_products_learn(
+    memory: dict[str, Any], tmp_path: Path, photographs: Path, encoders: Path, python: Callable[..., Result]
+) -> None:
+    """With measurements and samples between the updates, which compute without a backward pass."""
+    base = make_flux(tmp_path / "flux.safetensors", depth=3, depth_single_blocks=6)
+    run = write_flux_run(
+        tmp_path / "run", photographs, encoders, base, train={"mixed_precision": "bf16"}, memory=memory,
+        validation={"split": 0.3, "every_steps": 5}, sample={"prompts": ["a cat"], "every_steps": 5, "steps": 2},
+    )  # fmt: skip
+    python(REPOSITORY / "train.py", run).expect(0)
+    rows = [row for row in metrics(tmp_path / "run" / "out") if "loss/main" in row]
+    assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
+
+
 def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """To 1 % of the whole: Adam divides by the gradient, so single small elements may differ by more than rounding."""
     learned = torch.stack([tensor.norm() for key, tensor in expected.items()]).norm()

@@ -76,7 +76,7 @@ def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[...
     [
         ("a cat --fs 3", "--fs does not apply to TinyFlux-Deep: it samples with objective.shift"),
         ("a cat --l 4", "--l does not apply to TinyFlux-Deep: its classifier-free guidance is sample.guidance"),
-        ("a cat --m 0.5", "--m sets the strength of an adapter, and this run has none"),
+        ("a cat --m 0.5", "--m sets the strength of an adapter, and there is none"),
     ],
 )
 def test_options_of_prompts_that_cannot_act_are_refused_at_the_start(
@@ -84,6 +84,8 @@ def test_options_of_prompts_that_cannot_act_are_refused_at_the_start(
 ) -> None:
     config = new_run(sample={"prompts": [prompt], "every_steps": 5})
     assert message in server.run("train", [config], config.parent).expect(2).err
+    config = new_run()
+    assert message in server.run("generate", [config, "--prompt", prompt], config.parent).expect(2).err
 
 
 def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapter(

@@ -76,8 +76,7 @@ def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
     for role, key in roles.items():
         text = config.get(key)
         if text is not None:
-            revision = config.model.revision if key == "model.path" else None
-            found[role] = source(key, text, config.locate(text), revision)
+            found[role] = source(key, text, config.locate(text))
     return EncoderSources(found)
 
 

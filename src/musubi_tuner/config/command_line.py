@@ -12,6 +12,7 @@ from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.schema import Parameter, flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.registry import MODELS
 
 
 def format_default(parameter: Parameter) -> str:
@@ -26,8 +27,14 @@ def format_default(parameter: Parameter) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
+def family_defaults(parameter: Parameter) -> str:
+    """The default of a setting, and those of the families that have their own."""
+    own = {code: MODELS[code].defaults.get(parameter.key) for code in MODELS}
+    return format_default(parameter) + "".join(f"; {code}: {value}" for code, value in own.items() if value is not None)
+
+
 def settings_help() -> str:
-    """All settings by table: flag, type, default and sentence."""
+    """All settings by table: flag, type, defaults and sentence."""
     by_key: dict[str, list[str]] = {}
     for name, parameter in flat_names().items():
         by_key.setdefault(parameter.key, []).append(f"--{name}")
@@ -38,7 +45,7 @@ def settings_help() -> str:
             section = parameter.section
             lines.append(f"\n[{section}]  {section_classes()[section].__doc__}" if section else "\ntop level")
         flags = ", ".join(by_key.get(parameter.key, [f"--set {parameter.key}=..."]))
-        lines.append(f"  {parameter.name}  ({parameter.type_name}; default {format_default(parameter)})  {flags}")
+        lines.append(f"  {parameter.name}  ({parameter.type_name}; default {family_defaults(parameter)})  {flags}")
         lines.append(f"      {parameter.help}")
     return "\n".join(lines)
 

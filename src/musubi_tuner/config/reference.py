@@ -2,9 +2,8 @@
 
 import sys
 
-from musubi_tuner.config.command_line import format_default
+from musubi_tuner.config.command_line import family_defaults
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
-from musubi_tuner.models.registry import MODELS
 
 
 def reference_page() -> str:
@@ -30,11 +29,7 @@ def reference_page() -> str:
             if section:
                 lines += [section_classes()[section].__doc__ or "", ""]
             lines += ["| key | type | default | option | meaning |", "|---|---|---|---|---|"]
-        default = format_default(parameter)
-        for code in MODELS:
-            own = MODELS[code].defaults.get(parameter.key)
-            if own is not None:
-                default += f"; {code}: {own}"
+        default = family_defaults(parameter)
         star = "*" if parameter.extra("resume") == "free" else ""
         cells = [
             f"`{parameter.name}`{star}",

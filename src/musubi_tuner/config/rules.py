@@ -13,6 +13,7 @@ from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
 from musubi_tuner.config.schema import ExpertsSection, parameters
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import ModelSpec
 
 
 def validate(config: RunConfig) -> list[Diagnostic]:
@@ -159,6 +160,13 @@ def _adapter(config: RunConfig) -> list[Diagnostic]:
                 Diagnostic("warning", f"adapter.targets[{index}].{name}", "has no effect because adapter.rank_from_weights is true")
                 for name in ("rank", "alpha", "depth", "enabled") if name in target.fields()
             ]  # fmt: skip
+    given = [f"adapter.{name}" for name in config.spec.adapters.presets.get(adapter.preset or "", {})]
+    if given and not adapter.rank_from_weights and set(given) <= set(config.set_keys()):
+        found.append(
+            Diagnostic(
+                "warning", "adapter.preset", f"has no effect because all that it sets is written: {', '.join(given)}"
+            )
+        )
     if adapter.merge_multipliers and len(adapter.merge_multipliers) != len(adapter.merge):
         found.append(
             _error(
@@ -355,11 +363,6 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
                    f"{memory.checkpoint_every}: compiled code keeps the weights of a block that is not recomputed until its backward "
                    "pass; set it to 1, or one of the others off")
         )  # fmt: skip
-    if memory.blocks_to_swap and memory.compile_mode in ("reduce-overhead", "max-autotune"):
-        found.append(
-            _error("memory.compile_mode", f'"{memory.compile_mode}" uses CUDA graphs, whose weights cannot be streamed; use "default" '
-                   'or "max-autotune-no-cudagraphs", or set memory.blocks_to_swap = 0')
-        )  # fmt: skip
     if memory.compile_mode != "default" and memory.compile_backend != "inductor":
         found.append(
             _error("memory.compile_mode", f'is for compile_backend = "inductor", and it is "{memory.compile_backend}"')
@@ -376,6 +379,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     teacher_keys = (
         "expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype", "times_per_forward",
     )  # fmt: skip
+    distilling = ("objective.teacher_dropout_mode", "objective.distill_on_dropped", "objective.drop_experts_with_text")
     uniform = config.objective.timestep_sampling == "uniform"
     fast = ("run.allow_tf32", "run.cudnn_benchmark")
     silent: list[tuple[bool, tuple[str, ...], str]] = [
@@ -400,7 +404,11 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("model.weights",),
             "model.ema_file names the weights",
         ),
-        (config.train.on_nonfinite == "stop", ("train.max_skipped_updates",), 'train.on_nonfinite is "stop"'),
+        (
+            config.train.on_nonfinite == "stop" and config.train.mixed_precision != "fp16",
+            ("train.max_skipped_updates",),
+            'train.on_nonfinite is "stop"',
+        ),
         (not config.ema.enabled, ("sample.use_ema",), "ema.enabled is false"),
         (
             not config.validation.split,
@@ -423,9 +431,10 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),
         (
             not (config.experts.enable_lune or config.experts.enable_sol),
-            tuple(f"experts.{name}" for name in teacher_keys),
+            (*(f"experts.{name}" for name in teacher_keys), *distilling, "cache.experts_batch_size"),
             "both teachers are off",
         ),
+        (config.experts.expert_input == "random", ("experts.vae",), 'experts.expert_input is "random"'),
         (
             not config.objective.ip_noise_gamma,
             ("objective.ip_noise_gamma_random_strength", "objective.ip_noise_per_sample"),
@@ -607,7 +616,9 @@ def _files(config: RunConfig) -> list[Diagnostic]:
             found.append(_error("sample.prompts", str(error)))
         else:
             found += [
-                _error("sample.prompts", problem) for prompt in parsed for problem in prompt_problems(prompt, config)
+                _error("sample.prompts", problem)
+                for prompt in parsed
+                for problem in prompt_problems(prompt, config.spec, config.adapter.type != "none")
             ]
     for dataset in config.datasets:
         if config.demo or config.cache.run == "never":
@@ -625,16 +636,16 @@ def _files(config: RunConfig) -> list[Diagnostic]:
     return found
 
 
-def prompt_problems(prompt: Prompt, config: RunConfig) -> list[str]:
-    """Options of a prompt that this run cannot follow."""
-    spec, found = config.spec, []
+def prompt_problems(prompt: Prompt, spec: ModelSpec, adapters: bool) -> list[str]:
+    """Options of a prompt that a family cannot follow, with or without adapters."""
+    found = []
     for option, key in (("l", "cfg_scale"), ("fs", "shift")):
         reason = spec.why_not(f"sample.{key}")
         if getattr(prompt, key) is not None and reason is not None:
             text = reason if isinstance(reason, str) else reason(getattr(prompt, key))
             found.append(f"'{prompt.text}': --{option} does not apply to {spec.title}: {text}")
-    if prompt.multiplier is not None and config.adapter.type == "none":
-        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and this run has none")
+    if prompt.multiplier is not None and not adapters:
+        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and there is none")
     return found
 
 

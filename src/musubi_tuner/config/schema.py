@@ -102,7 +102,7 @@ class ModelSection(Section):
     upgrade_neutral: bool = param(
         True, "Parts that an older checkpoint lacks start so that it computes what it did, as far as they can."
     )
-    revision: str | None = param(None, "Branch, tag or commit for hub ids; absent = main.")
+    revision: str | None = param(None, "Branch, tag or commit of a hub id in model.path; absent = main.")
     geometry: dict[str, Any] = param({}, "Shape of a new model: the fields of its config.json.")
     init_scheme: Literal["reference", "adaln_zero"] = param(
         "reference",
@@ -486,10 +486,12 @@ class TrainSection(Section):
         "else no.",
     )  # fmt: skip
     on_nonfinite: Literal["stop", "skip"] = param(
-        "stop", "A loss or gradient that is not finite stops the run, or skips the update.", resume="free"
+        "stop",
+        "A loss or gradient that is not finite stops the run, or skips the update; fp16 always skips.",
+        resume="free",
     )
     max_skipped_updates: int = param(
-        20, "With on_nonfinite = skip: stop after this many in a row.", ge=1, resume="free"
+        20, "Where updates are skipped: stop after this many in a row.", ge=1, resume="free"
     )
     loader_workers: int = param(
         0, "Processes that read cache files.", flat=("max_data_loader_n_workers",), ge=0, le=64, resume="free"
@@ -546,8 +548,10 @@ class MemorySection(Section):
         False, "Compile the blocks with torch.compile: minutes at the start, faster steps.", resume="free"
     )
     compile_backend: str = param("inductor", "Compiler; torch lists those it knows.", resume="free")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = param(
-        "default", "Effort of the compiler; reduce-overhead and max-autotune use CUDA graphs.", resume="free"
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = param(
+        "default",
+        "Effort of the compiler. Modes with CUDA graphs do not go with blocks that are compiled one by one.",
+        resume="free",
     )
     compile_dynamic: Literal["auto", "true", "false"] = param(
         "auto", "Sizes in compiled code: auto = fixed at first and symbolic from the second bucket on.", resume="free"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 
 from musubi_tuner.config.schema import MemorySection
@@ -48,6 +49,25 @@ def check_backend(memory: MemorySection) -> None:
 
     if memory.compile and memory.compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
         raise ConfigError(f"memory.compile_backend: '{memory.compile_backend}' is unknown; known: {', '.join(known)}")
+
+
+def check_float8(memory: MemorySection, device: torch.device) -> None:
+    """Check that compiled code on a device reads float8: the Triton of older torch does not on GPUs below compute capability 8.9.
+
+    Raises:
+        ConfigError: with the ways out.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    codes = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    try:
+        torch.compile(lambda values: values.float() * 2, backend=memory.compile_backend)(codes)
+    except (ShortenTraceback, RuntimeError) as problem:
+        reason = str(getattr(problem, "inner_exception", problem)).strip().splitlines()[:1]
+        raise ConfigError(
+            f"memory.compile: the compiler of torch {torch.__version__} does not read float8 on {device} ({''.join(reason)}). Use a "
+            f'newer torch, memory.base_storage = "int8" or "nf4" instead of "{memory.base_storage}", or memory.compile = false'
+        ) from problem
 
 
 def _explained(compiled: Callable[..., Any], memory: MemorySection) -> Callable[..., Any]:

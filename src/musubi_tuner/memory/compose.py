@@ -17,7 +17,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.memory.block_swap import BlockSwap, swapped_counts
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.memory.compiling import check_backend, compile_blocks
+from musubi_tuner.memory.compiling import check_backend, check_float8, compile_blocks
 from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8
 from musubi_tuner.memory.storage import Freeze
 from musubi_tuner.memory.transfer import transfer_for
@@ -63,6 +63,9 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     if memory.fp8_compute:
         require_fp8(device)
     check_backend(memory)
+    reads_float8 = memory.base_storage in ("fp8", "fp8_scaled") and not memory.fp8_compute
+    if memory.compile and reads_float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        check_float8(memory, device)
 
 
 def ways_to_save(config: RunConfig, on_device: bool = True) -> str:

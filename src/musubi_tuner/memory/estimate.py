@@ -20,6 +20,7 @@ from torch import nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
+from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped, ways_to_save
@@ -27,6 +28,7 @@ from musubi_tuner.memory.fake_step import Alive, default_dtype, run_step
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.models.stored import DEVICE_CHUNK
 from musubi_tuner.units import Bytes, format_bytes
 
 OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.07, "Adafactor": 0.05}
@@ -142,7 +144,10 @@ def estimate(
     moment = 0
     if frozen and memory.base_storage != "none":
         # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
+        # The others go through it in chunks: a copy, and its product with the scales.
         moment = largest * (compute + (4 if memory.base_storage == "nf4" else 0))
+        if memory.base_storage != "nf4" and choose_device(config.run.device).type != "cpu":
+            moment += 8 * min(largest, DEVICE_CHUNK)
         if memory.fp8_compute:
             both = memory.fp8_compute_backward == "fp8"
             moment = max(moment, 5 * step.widest_input, 9 * step.widest_output if both else 0)

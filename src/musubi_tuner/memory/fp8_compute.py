@@ -1,7 +1,7 @@
 """Which layers of a model multiply in fp8, and whether the device can."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.fp8_product import MULTIPLE, scaled_product
@@ -66,10 +66,15 @@ def require_fp8(device: torch.device) -> None:
     way_out = "set it to false: storage in fp8 works on every device"
     if device.type != "cuda":
         raise ConfigError(f"{needed}, and this run computes on {device.type}; {way_out}")
-    x = torch.ones(MULTIPLE, MULTIPLE, device=device)
     try:
-        scaled_product(x, x.to(torch.float8_e4m3fn), x[:, :1])
+        multiply_once(device)
         torch.cuda.synchronize(device)
-    except RuntimeError as problem:
+    except (RuntimeError, ValueError) as problem:
         name, reason = torch.cuda.get_device_name(device), str(problem).splitlines()[0]
         raise ConfigError(f"{needed}; {name} does not ({reason}); {way_out}") from problem
+
+
+def multiply_once(device: torch.device) -> Tensor:
+    """The smallest product in fp8, of ones; [16, 16]."""
+    ones = torch.ones(MULTIPLE, MULTIPLE, device=device)
+    return scaled_product(ones, ones.to(torch.float8_e4m3fn), torch.ones(MULTIPLE, 1, device=device))

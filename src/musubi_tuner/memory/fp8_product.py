@@ -38,7 +38,9 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """``x @ (codes * scale).T`` for x [..., in], codes [out, in], scale [out, 1]; bfloat16 [..., out]."""
     x8, x_scale = quantize_tokens(x.flatten(0, -2))
-    out = torch._scaled_mm(x8, codes.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    # The kernel takes contiguous scales only.
+    by_row = scale.reshape(1, -1).contiguous()
+    out = torch._scaled_mm(x8, codes.t(), scale_a=x_scale, scale_b=by_row, out_dtype=torch.bfloat16)
     return out.unflatten(0, x.shape[:-1])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
+from musubi_tuner.config.rules import prompt_problems
 from musubi_tuner.errors import EXIT_OK, ConfigError, UserError, advise_on_memory, exit_on_terminate, run_command
 from musubi_tuner.models.registry import MODELS
 
@@ -65,6 +66,9 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
         raise ConfigError("nothing to draw: give --prompt or --from_file")
     prompts = [_numbered(prompt, number) for prompt in prompts for number in range(options.images_per_prompt)]
     adapters = _adapters(config, options)
+    problems = [problem for prompt in prompts for problem in prompt_problems(prompt, config.spec, bool(adapters))]
+    if problems:
+        raise ConfigError("\n".join(problems))
     exit_on_terminate()
     from tqdm import tqdm
 

@@ -253,6 +253,8 @@ def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str]
         {"distributed": "num_processes = 2\nmain_process_port = 29500"},
         {"validation": 'split = 0.1\nseed = 1\ntimes = 4\nweights = "model"', "ema": "enabled = false"},
         {"validation": "split = 0.0"},
+        {"train": 'mixed_precision = "fp16"\nmax_skipped_updates = 3'},
+        {"adapter": 'type = "lora"\npreset = "standard"\nkinds = ["single_attn"]'},
     ],
 )
 def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
@@ -273,6 +275,19 @@ def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
         ({"save": "every_steps = 0\nkeep_last_steps = 2"}, "save.keep_last_steps"),
         ({"save": "every_epochs = 0\nkeep_last_epochs = 2"}, "save.keep_last_epochs"),
         ({"experts": 'enable_lune = false\nenable_sol = false\nexpert_time = "aligned"'}, "experts.expert_time"),
+        (
+            {"experts": "enable_lune = false\nenable_sol = false", "cache": "experts_batch_size = 2"},
+            "cache.experts_batch_size",
+        ),
+        (
+            {"experts": "enable_lune = false\nenable_sol = false", "objective": 'teacher_dropout_mode = "batch"'},
+            "objective.teacher_dropout_mode",
+        ),
+        ({"experts": 'expert_input = "random"\nvae = "owner/name:vae"'}, "experts.vae"),
+        (
+            {"adapter": 'type = "lora"\npreset = "standard"\nkinds = ["single_attn"]\nrank = 4\nalpha = 4'},
+            "adapter.preset",
+        ),
     ],
 )
 def test_setting_that_nothing_reads_is_warned_of(changes: dict[str, str], key: str, warnings_of: WarningsOf) -> None:
@@ -476,10 +491,8 @@ LORA = 'type = "lora"'
          "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is 2"),
         ({"memory": 'compile = true\nblocks_to_swap = "auto"\ncheckpoint_offload = true\ncheckpoint_every = 3', "adapter": LORA},
          "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is 3"),
-        ({"memory": 'compile = true\nblocks_to_swap = 2\ngradient_checkpointing = true\ncompile_mode = "reduce-overhead"',
-          "adapter": LORA},
-         'memory.compile_mode: "reduce-overhead" uses CUDA graphs, whose weights cannot be streamed'),
-        ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune"'},
+        ({"memory": 'compile = true\ncompile_mode = "reduce-overhead"'}, "memory.compile_mode: is 'reduce-overhead'"),
+        ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune-no-cudagraphs"'},
          'memory.compile_mode: is for compile_backend = "inductor", and it is "eager"'),
         ({"memory": 'base_storage = "int8"'},
          'memory.base_storage: "int8" is for frozen models, and this run trains the model itself; set it to "none", or train an'),
@@ -505,7 +518,7 @@ def test_memory_settings_that_exclude_each_other(tables: dict[str, str], expecte
         {"memory": "checkpoint_offload = true\nblocks_to_swap = 2", "adapter": LORA},
         {"memory": "compile = true\nblocks_to_swap = 2\ncheckpoint_offload = true", "adapter": LORA},
         {"memory": "compile = true\ngradient_checkpointing = true\ncheckpoint_every = 2", "adapter": LORA},
-        {"memory": 'compile = true\ncompile_mode = "reduce-overhead"'},
+        {"memory": 'compile = true\ncompile_mode = "max-autotune-no-cudagraphs"'},
         {"memory": "checkpoint_offload = true\ncheckpoint_every = 2"},
         {"memory": 'fp8_compute = true\nbase_storage = "fp8"', "adapter": LORA, "train": 'mixed_precision = "bf16"'},
     ],

@@ -12,7 +12,7 @@ from torch._inductor.exc import TritonMissing
 
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.compiling import compile_blocks
+from musubi_tuner.memory.compiling import check_float8, compile_blocks
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage
 from musubi_tuner.models.registry import MODELS
@@ -57,7 +57,10 @@ def test_every_block_goes_through_the_compiler(on: bool, asked: list[tuple[Any, 
     ("settings", "expected"),
     [
         ({}, {"backend": "inductor", "mode": None, "dynamic": None}),
-        ({"compile_mode": "max-autotune"}, {"backend": "inductor", "mode": "max-autotune", "dynamic": None}),
+        (
+            {"compile_mode": "max-autotune-no-cudagraphs"},
+            {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": None},
+        ),
         (
             {"compile_backend": "eager", "compile_dynamic": "false"},
             {"backend": "eager", "mode": None, "dynamic": False},
@@ -129,3 +132,13 @@ def test_a_compiler_that_is_not_there_or_fails_is_named(failing: str, monkeypatc
         caught.value
     )
     assert str(caught.value).endswith("install them, or set memory.compile = false")
+
+
+def test_a_compiler_that_reads_no_float8_is_named_with_the_ways_out() -> None:
+    def failing(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("type fp8e4nv not supported in this architecture")
+
+    memory = MemorySection(compile=True, base_storage="fp8_scaled")
+    check_float8(memory.model_copy(update={"compile_backend": "eager"}), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r'float8 on cpu \(type fp8e4nv .*"nf4" instead of "fp8_scaled"'):
+        check_float8(memory.model_copy(update={"compile_backend": failing}), torch.device("cpu"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap
-from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8, why_not
+from musubi_tuner.memory.fp8_compute import compute_in_fp8, multiply_once, require_fp8, why_not
 from musubi_tuner.memory.fp8_product import TracedProduct, quantize_tokens, scaled_gradient, scaled_product
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Scale, Storage, quantize_fp8
 from musubi_tuner.models.stored import StoredWeight
@@ -151,6 +151,28 @@ def test_what_dequantises_instead_is_said() -> None:
     assert [part.fp8_compute for part in model] == ["forward", "no", "no"]
     with pytest.raises(ConfigError, match=r"memory\.fp8_compute: no layer .* \(1 layers are stored as nf4\)"):
         compute_in_fp8(nn.Sequential(layer("nf4")), backward=False)
+
+
+def test_the_kernel_is_given_what_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of the kernel for a scale per row, of which its emulation on a CPU checks few."""
+    real, seen = torch._scaled_mm, []
+
+    def strict(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.is_contiguous() and b.t().is_contiguous()
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16
+        assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        assert all(scale.is_contiguous() and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
+        assert all(side % 16 == 0 for side in b.shape)
+        seen.append(b.shape)
+        return real(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    assert torch.equal(multiply_once(torch.device("cpu")), torch.full((16, 16), 16.0, dtype=torch.bfloat16))
+    codes, scales = torch.ones(32, 48).to(torch.float8_e4m3fn), torch.ones(32, 5)
+    for scale in (scales[:, :1], scales[:1, :1].expand(32, 1), torch.ones(32, 1)):
+        scaled_product(torch.ones(2, 3, 48), codes, scale)
+        scaled_gradient(torch.ones(2, 3, 32), codes, scale)
+    assert len(seen) == 7
 
 
 def test_device_without_fp8() -> None:

@@ -126,6 +126,7 @@ SPEC = ModelSpec(
     choices={"objective.timestep_sampling": TIMESTEP_SAMPLING},
     not_applicable={
         "experts.*": _NO_TEACHERS,
+        "cache.experts_batch_size": _NO_TEACHERS,
         "objective.lune_*": _NO_TEACHERS,
         "objective.sol_*": _NO_TEACHERS,
         "objective.teacher_dropout_mode": _NO_TEACHERS,

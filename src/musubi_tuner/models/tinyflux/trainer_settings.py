@@ -151,7 +151,8 @@ WORDS: dict[str, tuple[str, dict[Any, Any]]] = {
     "logit_normal_sampling": ("objective.timestep_sampling", {True: "logit_normal", False: "uniform"}),
     "compile_mode": (
         "memory.compile_mode",
-        {word: word for word in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")},
+        {"default": "default", "reduce-overhead": "default",
+         **dict.fromkeys(("max-autotune", "max-autotune-no-cudagraphs"), "max-autotune-no-cudagraphs")},
     ),
 }  # fmt: skip
 """Field -> our key, and what its values are called there."""
