@@ -133,10 +133,10 @@ def _count_operations(
 ) -> tuple[int, "_Operations"]:
     """Operations of forward, backward and recomputation; and what was met in a forward pass with one block in every list.
 
-    Blocks of a list are alike: they are counted with one block in every list, and then with the first of one list twice.
+    Blocks of a list are alike: they are counted with one block in every list, and then, where there are more or the operations
+    of one block are needed, with the first of one list twice.
     """
-    lists = {name: getattr(model, name) for name in config.spec.block_lists}
-
+    lists = {name: blocks for name in config.spec.block_lists if len(blocks := getattr(model, name))}
     met: list[_Operations] = []
 
     def count(twice: str = "") -> tuple[int, int]:
@@ -152,15 +152,17 @@ def _count_operations(
         return forward.total, backward.total
 
     base = count()
-    more = {name: count(name) for name in lists}
+    more = {name: count(name) for name, blocks in lists.items() if len(blocks) > 1 or config.memory.checkpoints}
     for name, blocks in lists.items():
         setattr(model, name, blocks)
     total, index = sum(base), 0
     for name, blocks in lists.items():
-        forward = more[name][0] - base[0]
-        total += (len(blocks) - 1) * (sum(more[name]) - sum(base))
+        if name in more:
+            total += (len(blocks) - 1) * (sum(more[name]) - sum(base))
         if config.memory.checkpoints:
-            total += forward * sum((index + i) % config.memory.checkpoint_every == 0 for i in range(len(blocks)))
+            total += (more[name][0] - base[0]) * sum(
+                (index + i) % config.memory.checkpoint_every == 0 for i in range(len(blocks))
+            )
         index += len(blocks)
     return total, met[0]
 

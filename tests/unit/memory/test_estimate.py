@@ -291,6 +291,18 @@ def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
     assert found[True, 256] > 1.2 * found[False, 256]
 
 
+@pytest.mark.parametrize("layers", [(0, 1), (1, 1), (2, 0)])
+def test_operations_of_lists_with_few_blocks_or_none(layers: tuple[int, int], tmp_path: Path) -> None:
+    geometry = {**TF, "num_double_layers": layers[0], "num_single_layers": layers[1]}
+    experts = {"expert_input": "random", "enable_lune": False, "enable_sol": False}
+    config = load_config(run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, experts=experts))
+    plan = config.spec.load("plan_model")(config)
+    items: Any = [SimpleNamespace(bucket=(512, 512), batch_size=2)]
+    (found,) = estimate_sizes(config, items, plan, list, count=True).values()
+    expected = training_flops(plan.model.config, 2, 64, 64, 64, checkpointing=False)
+    assert 0.97 < found.operations / expected < 1.12
+
+
 def test_recomputation_counts_every_nth_block(tmp_path: Path) -> None:
     plain = of_flux(tmp_path, count=True).operations
     every, second = (
