@@ -528,6 +528,7 @@ def flux_tables(root: Path, images: Path, encoders: Path, base: Path) -> dict[st
     tables = run_tables(root, images, encoders)
     for name in ("experts", "ema"):
         del tables[name]
+    del tables["cache"]["experts_batch_size"]
     model = {key: tables["model"][key] for key in ("vae_path", "clip_path", "t5_path", "t5_max_tokens")}
     return {
         **tables,

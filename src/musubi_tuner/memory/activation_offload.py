@@ -3,7 +3,7 @@
 Checkpointing keeps one input per block and stream for the whole forward pass. Here each is copied to main memory while the
 next block computes, and comes back one block ahead of its recomputation:
 
-    forward     block i is called: begin to copy its inputs out
+    forward     block i is called: begin to copy its inputs out, wait for those of block i - 2
     backward    block i is recomputed: wait for its inputs, begin to copy those of block i - 1 in
 
 The device then holds the inputs of two blocks. Copies change no bit. Main memory is a list of flat buffers: the n-th activation
@@ -13,6 +13,7 @@ the others too. Only activations [B, tokens, width] move; what all blocks share 
 
 import heapq
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ def leaves(tensor: Tensor) -> bool:
 
 
 class _Kept:
-    """An activation in main memory; its buffer is free again with the last reference. Its key is the buffer's number."""
+    """An activation in main memory; its buffer is free again with the last reference. Its key is the buffer's number.
+
+    What arrives is dropped only behind a `wait`: for the reading of it, or with the last reference (`_return`).
+    """
 
     def __init__(self, key: int, host: Tensor, device: torch.device) -> None:
         self.key, self.host, self.device = key, host, device
@@ -54,6 +58,8 @@ class ActivationOffload:
         self.pinned = device.type == "cuda"
         self.buffers: list[Tensor] = []
         self.free: list[int] = []
+        self.leaving: deque[list[tuple[int, Tensor]]] = deque()
+        """What is on its way out, by call; a reference keeps its memory from being used again before the copy is done."""
         self._last: weakref.ref[_Call] | None = None
 
     @property
@@ -63,6 +69,8 @@ class ActivationOffload:
 
     def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Context for the call of one checkpointed block."""
+        self._let_go(1)
+        self.leaving.append([])
         call = _Call(self._last)
         self._last = weakref.ref(call)
         return torch.autograd.graph.saved_tensors_hooks(
@@ -76,9 +84,17 @@ class ActivationOffload:
         kept = _Kept(key, host, tensor.device)
         weakref.finalize(kept, self._return, key).atexit = False
         # Detached: a copy that nobody waits for must not keep the graph alive.
-        self.transfer.submit(kept.key, host, tensor.detach(), self.transfer.record())
+        source = tensor.detach()
+        self.transfer.submit(kept.key, host, source, self.transfer.record(), held=True)
+        self.leaving[-1].append((kept.key, source))
         call.kept.append(weakref.ref(kept))
         return kept
+
+    def _let_go(self, calls: int) -> None:
+        """Let the computation wait for the copies of all calls but the last ones, whose memory is free then."""
+        while len(self.leaving) > calls:
+            for key, _ in self.leaving.popleft():
+                self.transfer.wait(key)
 
     def _take(self, tensor: Tensor) -> tuple[int, Tensor]:
         """The first free buffer, made larger where it must be: its number, and a view like the tensor."""
@@ -101,6 +117,7 @@ class ActivationOffload:
     def _unpack(self, kept: Any, call: _Call) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
+        self._let_go(0)
         self._begin(call)
         before = call.before() if call.before else None
         if kept.arriving is None:
@@ -123,4 +140,4 @@ class ActivationOffload:
     def _fetch(self, kept: _Kept) -> None:
         self.transfer.wait(kept.key)  # the way out
         kept.arriving = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
-        self.transfer.submit(kept.key, kept.arriving, kept.host, self.transfer.record())
+        self.transfer.submit(kept.key, kept.arriving, kept.host, self.transfer.record(), held=True)

@@ -21,8 +21,12 @@ class Transfer(Protocol):
     def record(self) -> Any:
         """A mark after everything computed so far."""
 
-    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
-        """Begin to copy once the mark has passed; the target must not be read before `wait`."""
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any, *, held: bool = False) -> None:
+        """Begin to copy once the mark has passed; the target must not be read before `wait`.
+
+        Args:
+            held: the caller drops neither tensor before it has called `wait`.
+        """
 
     def wait(self, key: int) -> None:
         """Let the computation that follows wait for the copy of a key; a second call does nothing."""
@@ -44,7 +48,7 @@ class HostTransfer:
     def record(self) -> None:
         """Computation on a CPU is always done."""
 
-    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any, *, held: bool = False) -> None:
         """Poison the target, copy later."""
         with self.lock:
             target.view(torch.uint8).fill_(POISON)
@@ -86,15 +90,16 @@ class CudaTransfer:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any, *, held: bool = False) -> None:
         """Copy on the side stream, after the event."""
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             if after is not None:
                 self.stream.wait_event(after)
             target.copy_(source, non_blocking=True)
             for tensor in (target, source):
-                if tensor.is_cuda:
-                    # Whoever frees it now must not have it reused before the copy has passed.
+                if tensor.is_cuda and not held:
+                    # Whoever frees it now must not have it reused before the copy has passed. It is then free only when the
+                    # host sees that, which may be many blocks later.
                     tensor.record_stream(self.stream)
             event = torch.cuda.Event()
             event.record(self.stream)
@@ -163,7 +168,7 @@ class StagedTransfer:
         """As the other engine."""
         return self.inner.record()
 
-    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any, *, held: bool = False) -> None:
         """Begin in the thread; target and source are flat bytes."""
         self.pending[key] = self.thread.submit(self._copy, key, target, source, after)
 

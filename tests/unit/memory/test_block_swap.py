@@ -384,7 +384,7 @@ def test_twenty_steps_of_a_trained_model(count: int, checkpointing: bool) -> Non
 class AtOnce(HostTransfer):
     """Delivers copies as early as they may come, so that one made before the weights changed shows."""
 
-    def submit(self, key: int, target: Tensor, source: Tensor, after: Any) -> None:
+    def submit(self, key: int, target: Tensor, source: Tensor, after: Any, *, held: bool = False) -> None:
         target.copy_(source)
 
 
