@@ -21,14 +21,15 @@ LEFT = ".faults_left"
 
 def _import_everything() -> None:
     """What the commands would import one by one."""
-    for name in ("torch.utils.data", "torch.utils.tensorboard", "diffusers.models.attention_processor",
+    for name in ("torch.utils.data", "torch.utils.tensorboard", "torch._dynamo.aot_compile", "torch._subclasses.fake_tensor",
+                 "diffusers.models.attention_processor",
                  "diffusers.models.transformers.transformer_2d", "diffusers.models.autoencoders.autoencoder_kl",
                  "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip",
                  "transformers.models.t5.modeling_t5", "transformers.models.auto.tokenization_auto"):  # fmt: skip
         importlib.import_module(name)
     for name in ("caching.command", "caching.jobs", "encoders.autoencoder", "encoders.teachers", "encoders.text",
                  "runner.command", "runner.plan", "training.trainer", "training.generate_command",
-                 "training.generate", "models.flux_dev.family"):  # fmt: skip
+                 "training.generate", "models.flux_dev.family", "memory.report"):  # fmt: skip
         importlib.import_module(f"musubi_tuner.{name}")
 
 

@@ -45,9 +45,11 @@ def check_backend(memory: MemorySection) -> None:
     Raises:
         ConfigError: listing those that torch knows.
     """
-    import torch._dynamo
+    if not memory.compile:
+        return
+    import torch._dynamo  # seconds
 
-    if memory.compile and memory.compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+    if memory.compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
         raise ConfigError(f"memory.compile_backend: '{memory.compile_backend}' is unknown; known: {', '.join(known)}")
 
 
