@@ -70,6 +70,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     from musubi_tuner.memory.report import measure_rates
     from musubi_tuner.memory.storage import place_weights
     from musubi_tuner.models.flux_dev import FluxConfig, build
+    from musubi_tuner.models.spec import ModelPlan
     from musubi_tuner.models.stored import StoredWeight
     from musubi_tuner.training.adapting import prepare_adapters
     from musubi_tuner.training.optimizers import build_optimizer, trainable
@@ -90,9 +91,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
         config = load_config(Path(folder) / "run.toml", {})
     spec = config.spec
     shapes = {"t5_vec": (tokens, geometry.context_in_dim), "clip_l_pooler": (geometry.vec_in_dim,)}
-    planned = estimate(
-        config, build(geometry), dtype=torch.bfloat16, shapes=shapes, bucket=(side, side), batch_size=1, options={}
-    )
+    planned = estimate(config, ModelPlan(build(geometry), torch.bfloat16, shapes, {}), (side, side), 1)
     rates = measure_rates(device, torch.bfloat16)
     if device.type == "cuda":
         torch.cuda.empty_cache()

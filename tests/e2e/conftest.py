@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from project import ForkServer, Place, Result, make_encoders, make_photographs, run_command, write_run
+from project import (
+    ForkServer,
+    Place,
+    Result,
+    make_encoders,
+    make_flux,
+    make_photographs,
+    run_command,
+    write_flux_run,
+    write_run,
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +42,14 @@ def encoders(workshop: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(workshop: Path, home: Path) -> Iterator[ForkServer]:
+def server(workshop: Path, home: Path, photographs: Path, encoders: Path) -> Iterator[ForkServer]:
     """Starts commands without paying for the imports each time."""
-    server = ForkServer(workshop / "server", home)
+    base, planned = make_flux(workshop / "planned" / "flux.safetensors"), workshop / "planned"
+    runs = [
+        write_run(planned / "tf", photographs, encoders),
+        write_flux_run(planned / "fd", photographs, encoders, base),
+    ]
+    server = ForkServer(workshop / "server", home, runs)
     yield server
     server.close()
 

@@ -2,7 +2,9 @@
 
 A start of Python with torch, diffusers and transformers costs about eight seconds; a test of interruptions needs dozens of
 starts. Here every command still gets a process, an environment and a working directory of its own, and dies alone when
-it is killed, but the imports are paid once. The server never computes anything, so a fork inherits no threads.
+it is killed, but the imports are paid once. So is what torch works out at the first call of every operator with every shape when a
+plan runs a step on tensors without storage: the server does it for the run files that it is started with. It never computes
+anything, so a fork inherits no threads.
 
 Protocol, one JSON object per line: {"command", "arguments", "cwd", "environment", "stdout", "stderr"} comes in,
 {"pid"} and later {"code", "faults_left"} go out; ``code`` is negative for a signal, as subprocess has it.
@@ -31,6 +33,19 @@ def _import_everything() -> None:
                  "runner.command", "runner.plan", "training.trainer", "training.generate_command",
                  "training.generate", "models.flux_dev.family", "memory.report"):  # fmt: skip
         importlib.import_module(f"musubi_tuner.{name}")
+
+
+def _plan(run_file: str) -> None:
+    """Run the steps that the plan of a run on the photographs runs: those of the smallest and the largest bucket."""
+    from project import ENDS
+
+    from musubi_tuner.config import load_config
+    from musubi_tuner.memory.fake_step import run_step
+
+    config = load_config(run_file, {})
+    plan = config.spec.load("plan_model")(config)
+    for bucket in ENDS:
+        run_step(config, plan, bucket, config.datasets[0].batch_size)
 
 
 def _entry(command: str) -> Any:
@@ -90,6 +105,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints while it is imported is no answer
     _import_everything()
+    for run_file in sys.argv[1:]:
+        _plan(run_file)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         _fork(json.loads(line), answers)

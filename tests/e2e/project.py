@@ -51,6 +51,8 @@ GEOMETRY = {
     "lune_hidden_dim": 16,
     "sol_hidden_dim": 16,
 }
+ENDS = ((96, 160), (128, 128))
+"""The photographs' smallest and largest bucket at 128 px."""
 ORIENTATION = 0x0112
 
 
@@ -294,12 +296,17 @@ def run_command(arguments: Sequence[str | Path], cwd: Path, home: Path, **enviro
 class ForkServer:
     """Client of fork_server.py: commands that start in a tenth of a second. See there for what it is and is not."""
 
-    def __init__(self, folder: Path, home: Path) -> None:
+    def __init__(self, folder: Path, home: Path, planned: Sequence[Path] = ()) -> None:
+        """Start the server.
+
+        Args:
+            planned: run files like those to come, see fork_server.py.
+        """
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "server.log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), *map(str, planned)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

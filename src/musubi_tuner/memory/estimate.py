@@ -13,7 +13,7 @@ Nothing is read from a table: the model is built and run, only without memory (t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -117,36 +117,25 @@ def stored_bytes(layer: nn.Linear, storage: Storage, scale: str, dtype: torch.dt
 
 
 def estimate(
-    config: RunConfig,
-    model: nn.Module,
-    *,
-    dtype: torch.dtype,
-    shapes: Mapping[str, tuple[int, ...]],
-    bucket: tuple[int, int],
-    batch_size: int,
-    options: dict[str, Any],
-    count: bool = True,
+    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, *, count: bool = True
 ) -> Estimate:
     """Device memory of training with one bucket.
 
     Args:
-        model: on the meta device. dtype: of its weights.
-        shapes: of the cached tensors of one sample, latents left out.
-        bucket: width and height in pixels. options: of the family's process.
-        count: operations too; see `run_step`.
+        plan: of the model without adapters. bucket: width and height in pixels. count: operations too; see `run_step`.
     """
     memory, frozen = config.memory, config.adapter.type != "none"
-    weights, ring, host, pinned, host_values = _weights(config, model, dtype, frozen)
-    largest = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+    weights, ring, host, pinned, host_values = _weights(config, plan.model, plan.dtype, frozen)
+    largest = max((m.weight.numel() for m in plan.model.modules() if isinstance(m, nn.Linear)), default=0)
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
-    step = run_step(config, model, dtype, shapes, bucket, batch_size, options, count=count)
+    step = run_step(config, plan, bucket, batch_size, count=count)
     values = step.values
     moment = 0
     if frozen and memory.base_storage != "none":
         # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
-        # The others go through it in chunks: a copy, and its product with the scales.
+        # Scaled codes go through it in chunks: a copy, and its product with the scales.
         moment = largest * (compute + (4 if memory.base_storage == "nf4" else 0))
-        if memory.base_storage != "nf4" and choose_device(config.run.device).type != "cpu":
+        if memory.base_storage in ("fp8_scaled", "int8") and choose_device(config.run.device).type != "cpu":
             moment += 8 * min(largest, DEVICE_CHUNK)
         if memory.fp8_compute:
             both = memory.fp8_compute_backward == "fp8"
@@ -218,17 +207,7 @@ def estimate_sizes(
     sizes = bucket_sizes(items)
     counted = largest_sizes(sizes) if count else []
     return {
-        size: estimate(
-            config,
-            plan.model,
-            dtype=plan.dtype,
-            shapes=plan.shapes,
-            bucket=sizes[size][0],
-            batch_size=size.batch_size,
-            options=plan.options,
-            count=size in counted,
-        )
-        for size in wanted(sizes)
+        size: estimate(config, plan, sizes[size][0], size.batch_size, count=size in counted) for size in wanted(sizes)
     }
 
 

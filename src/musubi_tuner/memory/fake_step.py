@@ -1,10 +1,20 @@
-"""One training step of a run on tensors without storage (torch's fake tensors): what it would keep and compute."""
+"""One training step of a run on tensors without storage (torch's fake tensors): what it would keep and compute.
 
+A model of many blocks is run with few. Blocks of a list are of one kind if all of them are recomputed or none, they carry the same
+adapters, and something before them trains or nothing does. Each of a kind adds the same to everything that is measured, but the
+first: it brings along what they share. So one run has one block of every kind, and there is one more run per kind:
+
+    all of it = first run  +  sum over kinds of (blocks beyond the first) x (run with two of the kind - first run)
+
+These are the numbers of the whole model, to the byte and to the operation.
+"""
+
+import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import Plan, attach, make_adapters, plan_adapters, target_paths
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.models.spec import Process
+from musubi_tuner.models.spec import ModelPlan, Process
 from musubi_tuner.training.step import Draws, training_step
 from musubi_tuner.units import Bytes
 
@@ -44,70 +54,153 @@ class StepNeeds:
 
 
 def run_step(
-    config: RunConfig,
-    model: nn.Module,
-    dtype: torch.dtype,
-    shapes: Mapping[str, tuple[int, ...]],
-    bucket: tuple[int, int],
-    batch_size: int,
-    options: dict[str, Any],
-    *,
-    count: bool = True,
+    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, *, count: bool = True
 ) -> StepNeeds:
     """Run the step of a config on a batch of one bucket.
 
     Args:
-        model: of the run, without adapters; its class and config are used. dtype: of its weights.
-        shapes: of the cached tensors of one sample, latents left out.
-        bucket: width and height in pixels. options: of the family's process.
-        count: operations too, which takes about as long again; otherwise they are 0.
+        plan: of the model without adapters. bucket: width and height in pixels.
+        count: operations too, which takes a backward pass; otherwise they are 0.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    spec, memory = config.spec, config.memory
-    process = spec.load("make_process")(config, options)
+    memory, names = config.memory, config.spec.block_lists
+    process = config.spec.load("make_process")(config, plan.options)
+    layers = _adapted_layers(config, plan.model)
+    kinds = _kinds(config, plan.model, layers)
+    away = _Away()
+    model = copy.deepcopy(plan.model)
+    if memory.checkpoints:
+        checkpoint_blocks(model, names, memory.checkpoint_every, away if memory.checkpoint_offload else None)
     with FakeTensorMode():
-        # Built anew in this mode, which does not take tensors from outside.
-        model = _trainable_copy(config, model, dtype)
-        batch, draws = _empty_batch(config, process, shapes, bucket, batch_size)
-        values = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-        operations, products = 0, _Operations()
-        if count or memory.fp8_compute:
-            operations, products = _count_operations(config, model, process, batch, draws)
-        inside: list[_Inside] = []
-        away = _Away()
-        if memory.checkpoints:
-            blocks = [block for name in spec.block_lists for block in getattr(model, name)]
-            checkpoint_blocks(
-                model, spec.block_lists, memory.checkpoint_every, away if memory.checkpoint_offload else None
-            )
-            inside = [_Inside(block) for block in {type(block): block for block in blocks}.values()]
-        kept = _Kept(weights)
-        with kept, _autocast(config):
-            training_step(model, process, batch, draws, 0)
-        return StepNeeds(
-            kept=kept.total,
-            block=max((block.kept for block in inside), default=0),
-            offloaded=away.total,
-            inputs=away.largest,
-            operations=operations,
-            widest_input=products.widest_input,
-            widest_output=products.widest_output,
-            values=values,
-        )
+        values = _give_weights(model, config, plan, kinds, layers)
+        blocks = {name: list(getattr(model, name)) for name in names}
+        inside = [_Inside(blocks[kind.name][kind.numbers[0]]) for kind in kinds if kind.recomputed]
+        batch, draws = _empty_batch(config, process, plan.shapes, bucket, batch_size)
+        widest = [0, 0]
+
+        def run(twice: _Kind | None = None) -> _Sums:
+            """The step with one block of every kind, and with a second one of this."""
+            for name in names:
+                of_list = (kind.numbers[: 1 + (kind is twice)] for kind in kinds if kind.name == name)
+                chosen = [blocks[name][number] for numbers in of_list for number in numbers]
+                setattr(model, name, nn.ModuleList(chosen))
+            weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+            away.total = 0
+            kept, forward, backward = _Kept(weights), _Operations(), _Operations()
+            with forward, kept, _autocast(config):
+                output = training_step(model, process, batch, draws, 0)
+            if count:
+                with backward:
+                    output.loss.backward()
+                model.zero_grad(set_to_none=True)
+            widest[:] = max(widest[0], forward.widest_input), max(widest[1], forward.widest_output)
+            return _Sums(kept.total, away.total, forward.total + backward.total if count else 0)
+
+        total = first = run()
+        for kind in kinds:
+            if len(kind.numbers) > 1:
+                total = total.plus(run(kind), first, len(kind.numbers) - 1)
+        with _autocast(config):
+            largest = max((block.kept() for block in inside), default=0)
+    return StepNeeds(
+        kept=total.kept,
+        block=largest,
+        offloaded=total.offloaded,
+        inputs=away.largest,
+        operations=total.operations,
+        widest_input=widest[0],
+        widest_output=widest[1],
+        values=values,
+    )
 
 
-def _trainable_copy(config: RunConfig, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model of a run with its adapters, in the mode of the caller."""
-    with default_dtype(dtype):
-        copy = type(model)(model.config)
+class _Sums(NamedTuple):
+    """What grows with every block: bytes kept on the device and in main memory, operations."""
+
+    kept: Bytes
+    offloaded: Bytes
+    operations: int
+
+    def plus(self, more: "_Sums", first: "_Sums", times: int) -> "_Sums":
+        """With so many times what one run has more than another."""
+        return _Sums(*(own + times * (m - f) for own, m, f in zip(self, more, first)))
+
+
+class _Kind(NamedTuple):
+    """Blocks of the list ``name`` that are alike, see the module text, by number."""
+
+    name: str
+    recomputed: bool
+    numbers: list[int]
+
+
+Layers = Mapping[str, list[Plan]]
+"""Block, as in ``single_blocks.3`` -> its adapted layers."""
+
+
+def _adapted_layers(config: RunConfig, model: nn.Module) -> Layers:
+    found: dict[str, list[Plan]] = {}
     if config.adapter.type != "none":
-        copy.requires_grad_(False)
-        plans = plan_adapters(target_paths(copy, config.spec.adapters), config.spec.adapters, config.adapter)
-        # Dropout draws numbers to branch on, which tensors without storage do not have.
-        attach(copy, make_adapters(copy, plans, config.adapter.model_copy(update={"module_dropout": 0.0})))
-    return copy
+        targets = config.spec.adapters
+        for plan in plan_adapters(target_paths(model, targets), targets, config.adapter):
+            found.setdefault(_block(plan.path), []).append(plan)
+    return found
+
+
+def _block(path: str) -> str:
+    """The block that a module belongs to, if it belongs to one."""
+    return ".".join(path.split(".")[:2])
+
+
+def _kinds(config: RunConfig, model: nn.Module, layers: Layers) -> list[_Kind]:
+    """The kinds of all lists, in the order of their first blocks."""
+    memory, found = config.memory, dict[Any, _Kind]()
+    passed, trains = 0, False
+    for name in config.spec.block_lists:
+        for number in range(len(getattr(model, name))):
+            recomputed = memory.checkpoints and passed % memory.checkpoint_every == 0
+            adapters = _adapters(layers.get(f"{name}.{number}", ()))
+            kind = found.setdefault((name, recomputed, adapters, trains), _Kind(name, recomputed, []))
+            kind.numbers.append(number)
+            passed, trains = passed + 1, trains or bool(adapters)
+    return list(found.values())
+
+
+def _adapters(plans: Iterable[Plan]) -> tuple[tuple[str, int, bool], ...]:
+    """What the adapters of a block do to memory and time."""
+    return tuple((plan.path.removeprefix(_block(plan.path)), plan.rank, plan.dropout > 0) for plan in plans)
+
+
+def _give_weights(model: nn.Module, config: RunConfig, plan: ModelPlan, kinds: Sequence[_Kind], layers: Layers) -> int:
+    """Fill a model with tensors of the caller's mode, which takes none from outside, and put adapters on it.
+
+    Blocks that do not run stay as they are: of every kind, all but two.
+
+    Returns:
+        How many values train in the whole model.
+    """
+    frozen = config.adapter.type != "none"
+    idle = {f"{kind.name}.{number}" for kind in kinds for number in kind.numbers[2:]}
+    for path, module in model.named_modules():
+        if _block(path) in idle:
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            empty = torch.empty(weight.shape, dtype=plan.dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad and not frozen))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    if not frozen:
+        return sum(weight.numel() for weight in plan.model.parameters() if weight.requires_grad)
+    plans = [layer for block, each in layers.items() if block not in idle for layer in each]
+    # Dropout of whole modules draws numbers to branch on, which tensors without storage do not have.
+    adapters = make_adapters(model, plans, config.adapter.model_copy(update={"module_dropout": 0.0}))
+    attach(model, adapters)
+    blocks = {f"{kind.name}.{kind.numbers[0]}": len(kind.numbers) for kind in kinds}
+    return sum(
+        blocks.get(_block(path), 0) * sum(weight.numel() for weight in adapter.parameters())
+        for path, adapter in adapters.items()
+    )
 
 
 def _empty_batch(
@@ -126,45 +219,6 @@ def _empty_batch(
 def _autocast(config: RunConfig) -> torch.autocast:
     compute = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
     return torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None)
-
-
-def _count_operations(
-    config: RunConfig, model: nn.Module, process: Process, batch: Batch, draws: Draws
-) -> tuple[int, "_Operations"]:
-    """Operations of forward, backward and recomputation; and what was met in a forward pass with one block in every list.
-
-    Blocks of a list are alike: they are counted with one block in every list, and then, where there are more or the operations
-    of one block are needed, with the first of one list twice.
-    """
-    lists = {name: blocks for name in config.spec.block_lists if len(blocks := getattr(model, name))}
-    met: list[_Operations] = []
-
-    def count(twice: str = "") -> tuple[int, int]:
-        for name, blocks in lists.items():
-            setattr(model, name, nn.ModuleList([blocks[0]] * (2 if name == twice else 1)))
-        forward, backward = _Operations(), _Operations()
-        with forward, _autocast(config):
-            output = training_step(model, process, batch, draws, 0)
-        with backward:
-            output.loss.backward()
-        model.zero_grad(set_to_none=True)
-        met.append(forward)
-        return forward.total, backward.total
-
-    base = count()
-    more = {name: count(name) for name, blocks in lists.items() if len(blocks) > 1 or config.memory.checkpoints}
-    for name, blocks in lists.items():
-        setattr(model, name, blocks)
-    total, index = sum(base), 0
-    for name, blocks in lists.items():
-        if name in more:
-            total += (len(blocks) - 1) * (sum(more[name]) - sum(base))
-        if config.memory.checkpoints:
-            total += (more[name][0] - base[0]) * sum(
-                (index + i) % config.memory.checkpoint_every == 0 for i in range(len(blocks))
-            )
-        index += len(blocks)
-    return total, met[0]
 
 
 class _Operations(TorchDispatchMode):
@@ -207,22 +261,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Inside:
-    """What one call of a checkpointed block would keep without checkpointing, noted whenever it is called."""
+    """What one call of a checkpointed block would keep without checkpointing."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block, self.recomputing, self.kept = block, block.forward, 0
-        block.forward = self._measured  # type: ignore[method-assign]
+        self.block, self.recomputing = block, block.forward
+        self.args: tuple[Any, ...] = ()
+        block.forward = self._noting  # type: ignore[method-assign]
 
-    def _measured(self, *args: Any) -> Any:
-        outside = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+    def _noting(self, *args: Any) -> Any:
+        self.args = args
+        return self.recomputing(*args)
+
+    def kept(self) -> Bytes:
+        """Call the block once more, with what it was called with."""
+        outside = {id(t.untyped_storage()) for t in self.args if isinstance(t, Tensor)}
         outside |= {id(t.untyped_storage()) for t in (*self.block.parameters(), *self.block.buffers())}
-        entered = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        entered = [
+            a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args
+        ]
         outside |= {id(t.untyped_storage()) for t in entered if isinstance(t, Tensor)}
         inside = _Kept(outside)
         with torch.enable_grad(), inside:
             type(self.block).forward(self.block, *entered)
-        self.kept = inside.total
-        return self.recomputing(*args)
+        return inside.total
 
 
 class _Away:

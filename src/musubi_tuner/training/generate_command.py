@@ -64,11 +64,11 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
         prompts += read_prompts(Path(options.from_file))
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt or --from_file")
-    prompts = [_numbered(prompt, number) for prompt in prompts for number in range(options.images_per_prompt)]
     adapters = _adapters(config, options)
     problems = [problem for prompt in prompts for problem in prompt_problems(prompt, config.spec, bool(adapters))]
     if problems:
         raise ConfigError("\n".join(problems))
+    prompts = [_numbered(prompt, number) for prompt in prompts for number in range(options.images_per_prompt)]
     exit_on_terminate()
     from tqdm import tqdm
 

@@ -16,6 +16,7 @@ def test_reference_page_is_up_to_date() -> None:
 
 def test_help_names_every_setting_with_its_sentence() -> None:
     text = settings_help()
+    assert "  warmup_steps  (int; default 0; tf: 1000)" in text
     for parameter in parameters():
         assert f"  {parameter.name}  (" in text
         assert parameter.help in text

@@ -21,6 +21,7 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory import fake_step
 from musubi_tuner.memory.estimate import (
     Estimate,
     Size,
@@ -43,6 +44,8 @@ from musubi_tuner.memory.report import (
     time_lines,
 )
 from musubi_tuner.models.flux_dev import FluxConfig, build
+from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.models.stored import DEVICE_CHUNK
 from musubi_tuner.models.tinyflux.flops import training_flops
 
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
@@ -66,8 +69,7 @@ from musubi_tuner.data.plan import MicroBatch
 config = load_config(sys.argv[1])
 spec, batch_size, side = config.spec, int(sys.argv[2]), int(sys.argv[3])
 plan = spec.load("plan_model")(config)
-expected = estimate(config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(side, side), batch_size=batch_size,
-                    options=plan.options)
+expected = estimate(config, plan, (side, side), batch_size)
 
 def anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -194,10 +196,7 @@ def of_flux(tmp_path: Path, count: bool = False, **changes: dict[str, Any]) -> E
         run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
     )
     plan = config.spec.load("plan_model")(config)
-    return estimate(
-        config, plan.model, dtype=plan.dtype, shapes=plan.shapes, bucket=(256, 256), batch_size=1, options=plan.options,
-        count=count,
-    )  # fmt: skip
+    return estimate(config, plan, (256, 256), 1, count=count)
 
 
 def test_every_option_saves_what_it_promises(tmp_path: Path) -> None:
@@ -258,9 +257,7 @@ def test_full_size(tmp_path: Path) -> None:
                  memory={"base_storage": "fp8_scaled", "blocks_to_swap": 25, "gradient_checkpointing": True})
     )  # fmt: skip
     shapes = {"t5_vec": (512, 4096), "clip_l_pooler": (768,)}
-    found = estimate(
-        config, build(FluxConfig()), dtype=torch.bfloat16, shapes=shapes, bucket=(1024, 1024), batch_size=1, options={}
-    )
+    found = estimate(config, ModelPlan(build(FluxConfig()), torch.bfloat16, shapes, {}), (1024, 1024), 1)
     assert 10 * 2**30 < found.weights < 11 * 2**30
     assert found.total < 16e9
     assert "GiB on the device: weights" in found.lines()[0] and "main memory for swapped blocks" in found.lines()[1]
@@ -276,15 +273,7 @@ def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
         path = run_file(tmp_path, "tf", model=model, experts=experts, memory={"gradient_checkpointing": checkpointing})
         config = load_config(path)
         plan = config.spec.load("plan_model")(config)
-        found[checkpointing, side] = estimate(
-            config,
-            plan.model,
-            dtype=plan.dtype,
-            shapes=plan.shapes,
-            bucket=(side, side),
-            batch_size=2,
-            options=plan.options,
-        ).operations
+        found[checkpointing, side] = estimate(config, plan, (side, side), 2).operations
         expected = training_flops(plan.model.config, 2, side // 8, side // 8, 128, checkpointing=checkpointing)
         # The backward pass of attention recomputes its logits (3.5 products of a forward's 2, not 4): up to a tenth more.
         assert 0.97 < found[checkpointing, side] / expected < 1.12, (checkpointing, side)
@@ -368,13 +357,11 @@ def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> N
     measured = {size: every[size] for size in ends}
     assert len(sizes) == len(ends) + 2
     text = " ".join(" ".join(activation_lines(items, measured)).split()).removeprefix("activations by bucket: ")
-    shown = [re.fullmatch(r"([\d.]+) ([MG])iB \((.*), batch (\d)\)", each) for each in text.split("; ")]
-    assert len(shown) == len(sizes)
-    for entry, (size, buckets) in zip(shown, sizes.items()):
-        assert entry is not None
-        own = every[size].activations + every[size].passing
-        assert float(entry[1]) * {"M": 2**20, "G": 2**30}[entry[2]] == pytest.approx(own, rel=0.01)
-        assert entry[3].split(", ") == [f"{width}x{height}" for width, height in buckets] and int(entry[4]) == size[0]
+    shown = re.findall(r"([\d.]+) ([MG])iB \((.*?), batch (\d)\)", text)
+    expected = [(", ".join(f"{w}x{h}" for w, h in buckets), str(size.batch_size)) for size, buckets in sizes.items()]
+    assert [tuple(names) for _, _, *names in shown] == expected
+    bytes_shown = [float(number) * {"M": 2**20, "G": 2**30}[unit] for number, unit, *_ in shown]
+    assert bytes_shown == pytest.approx([found.activations + found.passing for found in every.values()], rel=0.01)
 
 
 def test_many_small_images_may_need_more_than_one_of_as_many_pixels(tmp_path: Path) -> None:
@@ -441,7 +428,7 @@ def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     assert "1.00 GiB of main memory in each of 3 processes, 3.00 GiB in all, for swapped blocks" in lines[1]
 
 
-def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path) -> None:
+def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest input is the second layer of a single block, the widest output the first: values and MLP of all tokens."""
     tokens, width = 16 * 16 + 64, FD.hidden_size
     inner = int(FD.mlp_ratio * width)
@@ -457,6 +444,10 @@ def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path) -> None:
     fp8 = {"base_storage": "fp8_scaled", "fp8_compute": True}
     assert moment(**fp8) == max(2 * largest, 5 * tokens * (width + inner))
     assert moment(**fp8, fp8_compute_backward="fp8") == max(2 * largest, 9 * tokens * (3 * width + inner))
+    # A GPU brings more of it to float32 together, where there are scales.
+    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    assert moment(base_storage="int8") == 2 * largest + 8 * min(largest, DEVICE_CHUNK)
+    assert moment(base_storage="fp8") == 2 * largest
 
 
 def test_blocks_are_pinned_in_powers_of_two(tmp_path: Path) -> None:
@@ -508,3 +499,46 @@ def test_weights_that_keep_their_dtype_are_counted_in_it(dtype: torch.dtype, tmp
         run_file(tmp_path, "fd", model={"path": str(tmp_path / "flux.safetensors"), "keep_dtype": True})
     )
     assert config.spec.load("plan_model")(config).dtype == dtype
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "none": {"type": "none"},
+    "everywhere": {},
+    "some blocks": {"only": [r"double_blocks\.2\..*", r"single_blocks\.[3-5]\.linear1"]},
+    "by block": {"dropout": 0.5, "targets": [{"pattern": "single_blocks.[2-4].**", "rank": 8},
+                                             {"pattern": "single_blocks.6.**", "enabled": False}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("adapters", "every", "away"),
+    [("none", 0, False), ("none", 2, False), ("everywhere", 1, True), ("everywhere", 2, False), ("some blocks", 0, False),
+     ("by block", 0, False), ("by block", 3, False)],
+)  # fmt: skip
+def test_few_blocks_stand_for_all(
+    adapters: str, every: int, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with every block keeps to the byte, and computes to the operation, what is reckoned from runs with few."""
+    family = "tf" if adapters == "none" else "fd"
+    geometry = {**TF, "num_double_layers": 4, "num_single_layers": 7}
+    model = {"init": "scratch", "geometry": geometry} if family == "tf" else {"path": flux_base(tmp_path)}
+    tables: dict[str, Any] = {
+        "adapter": {"rank": 4, **ADAPTERS[adapters]},
+        "memory": {"gradient_checkpointing": every > 0, "checkpoint_every": every or 1, "checkpoint_offload": away},
+        "train": {"mixed_precision": "bf16"},
+    }
+    config = load_config(run_file(tmp_path, family, model=model, **tables))
+    plan = config.spec.load("plan_model")(config)
+    if family == "fd":
+        plan = replace(plan, model=build(replace(FD, depth=4, depth_single_blocks=7)))
+    few = fake_step.run_step(config, plan, (128, 64), 2)
+    assert few.kept and few.operations and bool(few.offloaded) is away and bool(few.block) is (every > 0)
+    alike = fake_step._kinds
+
+    def every_block_alone(*args: Any) -> list[Any]:
+        kinds = {(kind.name, number): kind for kind in alike(*args) for number in kind.numbers}
+        assert len(kinds) == 11
+        return [kinds[at]._replace(numbers=[at[1]]) for at in sorted(kinds)]
+
+    monkeypatch.setattr(fake_step, "_kinds", every_block_alone)
+    assert few == fake_step.run_step(config, plan, (128, 64), 2)

@@ -232,6 +232,24 @@ def test_training_leaves_few_events_behind(gpu: Gpu) -> None:
         assert kinds == "wcr" * (len(kinds) // 3)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_memory_that_nobody_holds_is_marked_as_used_by_the_copy(held: bool, gpu: Gpu) -> None:
+    marked: list[Any] = []
+
+    class OnDevice:
+        is_cuda = True
+
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            assert non_blocking
+
+        def record_stream(self, stream: Stream) -> None:
+            marked.append(stream)
+
+    engine: Any = CudaTransfer(CPU)
+    engine.submit(0, OnDevice(), OnDevice(), None, held=held)
+    assert marked == ([] if held else [engine.stream] * 2)
+
+
 def test_staged_copies_are_waited_for_by_their_own_key(gpu: Gpu) -> None:
     """Two copies of two parts each are on their way; the computation that needs the first does not wait for the second."""
     inner: Any = CudaTransfer(CPU)

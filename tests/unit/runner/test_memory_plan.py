@@ -133,6 +133,27 @@ def test_what_this_machine_lacks_is_said_before_anything_is_made(base: Path, tmp
 
 
 @pytest.mark.parametrize(
+    ("capability", "memory", "tried"),
+    [((8, 6), {"base_storage": "fp8_scaled"}, True), ((8, 9), {"base_storage": "fp8_scaled"}, False),
+     ((8, 6), {"base_storage": "int8"}, False), ((8, 6), {"base_storage": "fp8", "compile": False}, False)],
+)  # fmt: skip
+def test_compiled_float8_is_tried_out_on_older_gpus(
+    capability: tuple[int, int],
+    memory: dict[str, Any],
+    tried: bool,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("musubi_tuner.memory.compose.check_float8", lambda memory, _: asked.append(memory.base_storage))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    config = load_config(write(tmp_path, str(base), **{"compile": True, **memory}))
+    check_machine(config, torch.device("cuda"))
+    assert asked == (["fp8_scaled"] if tried else [])
+
+
+@pytest.mark.parametrize(
     "memory", [{"blocks_to_swap": 2}, {"gradient_checkpointing": True, "checkpoint_offload": True}]
 )
 def test_a_device_that_nothing_can_be_moved_to_is_refused_before_anything_is_made(
