@@ -1,8 +1,8 @@
 """Streaming the blocks of a model through a few device buffers.
 
 Main memory keeps every streamed block, all its weights in one flat buffer; weights are never copied back. A frozen model's
-are a permanent copy. A trained model's are its parameters themselves (`HostLinear`): gradients come back, the optimizer
-steps in main memory, and copies on the device that are older than the step are made again. The device has a ring of B buffers. Streamed blocks are numbered in call order; block j uses buffer j mod B.
+are a permanent copy. A trained model's are its parameters themselves (`HostLinear`): gradients come back (see
+gradient_return), the optimizer steps in main memory, and copies on the device that are older than the step are made again. The device has a ring of B buffers. Streamed blocks are numbered in call order; block j uses buffer j mod B.
 
     forward     before block j: wait for its copy      after it: its buffer is free, begin to copy block j + B into it
     backward    the last B blocks are still there      after block j: begin to copy block j - B
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.memory.flat import ALIGNMENT, Part
 from musubi_tuner.memory.frozen_linear import FrozenLinear
+from musubi_tuner.memory.gradient_return import GradientReturn
 from musubi_tuner.memory.host_linear import HostLinear
 from musubi_tuner.memory.transfer import Transfer, host_buffer, transfer_for
 
-ALIGNMENT = 256
-"""Bytes; parts of a flat buffer begin at multiples of it."""
 RESIDENT_BLOCKS = 2
 """Blocks of each list that always stay on the device."""
 
@@ -77,20 +77,6 @@ def streamed_indices(total: int, swapped: int) -> list[int]:
 
 
 @dataclass
-class _Part:
-    """A buffer of a layer inside its block's flat buffer."""
-
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def of(self, buffer: Tensor) -> Tensor:
-        """The layer's buffer, as a view."""
-        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
-
-
-@dataclass
 class _Streamed:
     """A streamed block: its name, its weights in main memory, those of them that train, and its layers."""
 
@@ -122,7 +108,7 @@ class _Residence:
 
     swap: "BlockSwap"
     rank: int
-    parts: dict[str, _Part] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def fetch(self, layer: nn.Module, name: str) -> Tensor | None:
         """A buffer on the device.
@@ -149,6 +135,13 @@ class _Residence:
         if part is None:
             return None
         return part.of(self.swap.streamed[self.rank].master)
+
+    def leave(self, layer: nn.Module, name: str, gradient: Tensor) -> None:
+        """A gradient that goes to main memory."""
+        assert self.swap.gradients is not None
+        parameter = layer._parameters[name]
+        assert parameter is not None
+        self.swap.gradients.put(self.rank, parameter, self.parts[name], gradient)
 
 
 class BlockSwap:
@@ -189,6 +182,8 @@ class BlockSwap:
         self.slots = [
             _Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(ring, len(self.streamed)))
         ]
+        trained = any(block.trained for block in self.streamed)
+        self.gradients = GradientReturn([len(block.master) for block in self.streamed], device) if trained else None
         for rank, block in enumerate(blocks):
             block.forward = self._swapped(block.forward, rank)  # type: ignore[method-assign]
         for rank in range(len(self.slots)):
@@ -212,7 +207,7 @@ class BlockSwap:
                 tensor = getattr(layer, key)
                 if tensor is not None:
                     length = tensor.numel() * tensor.element_size()
-                    residence.parts[key] = _Part(size, size + length, tensor.dtype, tensor.shape)
+                    residence.parts[key] = Part(size, size + length, tensor.dtype, tensor.shape)
                     size += -(-length // ALIGNMENT) * ALIGNMENT
             residences.append((layer, residence))
         if not residences:
@@ -244,8 +239,9 @@ class BlockSwap:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of the ring."""
-        return sum(len(slot.buffer) for slot in self.slots)
+        """Device memory of the ring, and of gradients on their way."""
+        ring = sum(len(slot.buffer) for slot in self.slots)
+        return ring + (self.gradients.device_bytes if self.gradients is not None else 0)
 
     def keeps(self, parameter: nn.Parameter) -> bool:
         """Whether a trained parameter lives in main memory."""
@@ -300,8 +296,16 @@ class BlockSwap:
             following = rank if training else rank % len(self.slots)
         self._free(rank, following)
 
+    def enter_backward(self, rank: int) -> None:
+        """Have a block's weights on the device for its backward pass, and room for its gradients."""
+        self.enter(rank)
+        if self.gradients is not None:
+            self.gradients.begin()
+
     def leave_backward(self, rank: int) -> None:
-        """Free a block's buffer for the one before."""
+        """Free a block's buffer for the one before, and let its gradients go."""
+        if self.gradients is not None:
+            self.gradients.send(rank)
         self._free(rank, rank - len(self.slots) if rank >= len(self.slots) else rank)
 
     def _free(self, rank: int, following: int) -> None:
@@ -327,6 +331,8 @@ class BlockSwap:
         """After an exception inside a block, or before the first: nothing computes."""
         for slot in self.slots:
             self._release(slot)
+        if self.gradients is not None:
+            self.gradients.reset()
 
     def _release(self, slot: _Slot) -> None:
         """The block in a buffer does not compute any more."""
@@ -392,7 +398,7 @@ class _Exit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.swap.enter(ctx.rank)
+        ctx.swap.enter_backward(ctx.rank)
         return None, None, None, *gradients
 
 

@@ -26,6 +26,7 @@ from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped, ways_to_save
 from musubi_tuner.memory.fake_step import Alive, default_dtype, run_step
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
+from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
@@ -41,7 +42,8 @@ class Estimate:
     a forward pass leaves there.
 
     ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is what torch
-    pins for the weights in ``host``, each block rounded up to a power of two, 0 = they are not pinned; ``averaged`` is an
+    pins for the weights in ``host``, each block rounded up to a power of two, 0 = they are not pinned; ``staging`` is what it pins
+    for copies only; ``averaged`` is an
     average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
     gradients and activations. All of it is of one process.
     """
@@ -60,6 +62,7 @@ class Estimate:
     moved: Bytes = 0
     values: int = 0
     pinned: Bytes = 0
+    staging: Bytes = 0
     averaged: Bytes = 0
     decoding: Bytes = 0
 
@@ -79,10 +82,11 @@ class Estimate:
         shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         where = "the device" if processes == 1 else "the device of each process"
         lines = [f"  memory   about {format_bytes(self.total)} on {where}: {shown}"]
-        pinned = f"{format_bytes(self.pinned)} pinned, in powers of two"
-        staged = f"not pinned; beside it {format_bytes(2 * STAGING_BYTES)} of pinned buffers for the copies"
+        copied = f"{format_bytes(self.pinned)} pinned, in powers of two" if self.pinned else "not pinned"
+        if self.staging:
+            copied += f"; beside it {format_bytes(self.staging)} of pinned buffers for copies"
         for size, of, how in (
-            (self.host, "swapped blocks", pinned if self.pinned else staged),
+            (self.host, "swapped blocks", copied),
             (self.offloaded, "the inputs of blocks", "pinned, up to twice that"),
             (self.averaged, "the average", "not pinned"),
         ):
@@ -125,12 +129,15 @@ def estimate(
         plan: of the model without adapters. bucket: width and height in pixels. count: operations too; see `run_step`.
     """
     memory, frozen = config.memory, config.adapter.type != "none"
-    weights, ring, host, pinned, host_values = _weights(config, plan.model, plan.dtype, frozen)
+    weights = _weights(config, plan.model, plan.dtype, frozen)
     largest = max((m.weight.numel() for m in plan.model.modules() if isinstance(m, nn.Linear)), default=0)
     compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
     step = run_step(config, plan, bucket, batch_size, count=count)
     values = step.values
     moment = 0
+    if weights.host_values:
+        # A layer that trains from main memory has its weight and its gradient in the compute dtype for the moment.
+        moment = largest * compute * (2 if compute < 4 else 1)
     if frozen and memory.base_storage != "none":
         # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
         # Scaled codes go through it in chunks: a copy, and its product with the scales.
@@ -141,10 +148,10 @@ def estimate(
             both = memory.fp8_compute_backward == "fp8"
             moment = max(moment, 5 * step.widest_input, 9 * step.widest_output if both else 0)
     per_value = OPTIMIZER_BYTES[config.optimizer.type]
-    on_device = values - host_values
+    on_device = values - weights.host_values
     return Estimate(
-        weights=weights,
-        ring=ring,
+        weights=weights.resident,
+        ring=weights.ring,
         trained=4 * values if frozen else 0,
         gradients=4 * on_device,
         optimizer=int(per_value * on_device),
@@ -152,17 +159,14 @@ def estimate(
         averaged=4 * on_device * (config.ema.enabled and config.ema.on_cpu),
         activations=step.kept,
         passing=step.block + moment + 2 * step.inputs,
-        host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
+        host=weights.host_bytes(config),
         offloaded=step.offloaded,
         operations=step.operations,
-        moved=_moved_bytes(host, ring, host_values) + 2 * step.offloaded,
+        moved=weights.moved + 2 * step.offloaded,
         values=values,
-        pinned=pinned,
+        pinned=weights.pinned,
+        staging=weights.staging,
     )
-
-
-def _moved_bytes(host: Bytes, ring: Bytes, host_values: int) -> Bytes:
-    return 2 * (host if host_values else max(0, host - ring)) + 4 * host_values
 
 
 class Size(NamedTuple):
@@ -309,19 +313,20 @@ def _unused(config: RunConfig, count: int) -> str:
 def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dtype) -> Estimate:
     """The estimate without swap, with some blocks in main memory."""
     frozen = config.adapter.type != "none"
-    weights, ring, host, pinned, host_values = _weights(config, model, dtype, frozen)
-    per_value = OPTIMIZER_BYTES[config.optimizer.type]
+    weights = _weights(config, model, dtype, frozen)
+    per_value, host_values = OPTIMIZER_BYTES[config.optimizer.type], weights.host_values
     return replace(
         whole,
-        weights=weights,
-        ring=ring,
+        weights=weights.resident,
+        ring=weights.ring,
         gradients=whole.gradients - 4 * host_values,
         optimizer=whole.optimizer - int(per_value * host_values),
         average=whole.average - 4 * host_values * (config.ema.enabled and not config.ema.on_cpu),
         averaged=whole.averaged - 4 * host_values * (config.ema.enabled and config.ema.on_cpu),
-        pinned=pinned,
-        host=host + int((4 + per_value + 4 * config.ema.enabled) * host_values),
-        moved=_moved_bytes(host, ring, host_values) + 2 * whole.offloaded,
+        pinned=weights.pinned,
+        staging=weights.staging,
+        host=weights.host_bytes(config),
+        moved=weights.moved + 2 * whole.offloaded,
     )
 
 
@@ -329,10 +334,29 @@ def _with_swap(config: RunConfig, count: int) -> RunConfig:
     return config.model_copy(update={"memory": config.memory.model_copy(update={"blocks_to_swap": count})})
 
 
-def _weights(
-    config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool
-) -> tuple[Bytes, Bytes, Bytes, Bytes, int]:
-    """Weights on the device, the ring, weights in main memory, what is pinned for those, and how many of them train."""
+class _Weights(NamedTuple):
+    """Bytes of a run's weights.
+
+    Attributes:
+        resident: on the device. ring: of the buffers there that streamed blocks pass through, and their gradients.
+        host: in main memory, host_values of which train. pinned, staging: see `Estimate`. moved: in one micro-batch.
+    """
+
+    resident: Bytes
+    ring: Bytes
+    host: Bytes
+    pinned: Bytes
+    staging: Bytes
+    host_values: int
+    moved: Bytes
+
+    def host_bytes(self, config: RunConfig) -> Bytes:
+        """With gradients, optimizer state and average of those that train."""
+        return self.host + int((4 + OPTIMIZER_BYTES[config.optimizer.type] + 4 * config.ema.enabled) * self.host_values)
+
+
+def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> _Weights:
+    """Where the weights of a run are, with the blocks that it swaps."""
     spec, memory = config.spec, config.memory
     freeze = freeze_of(memory, spec) if frozen else None
     streamed: dict[str, list[Bytes]] = {}
@@ -361,6 +385,19 @@ def _weights(
     resident += sum(p.numel() * dtype.itemsize for name, p in model.named_parameters() if name not in seen)
     resident += sum(b.numel() * b.element_size() for _, b in model.named_buffers())
     blocks = [sum(sizes) for sizes in streamed.values()]
-    ring = max(blocks, default=0) * min(memory.swap_ring, len(blocks))
-    pinned = sum(1 << (size - 1).bit_length() for size in blocks) if memory.swap_pinned else 0
-    return resident, ring, sum(blocks), pinned, host_values
+    largest, returning = max(blocks, default=0), min(GRADIENT_BUFFERS, len(blocks)) if host_values else 0
+    ring = largest * min(memory.swap_ring, len(blocks))
+    return _Weights(
+        resident=resident,
+        ring=ring + largest * returning,
+        host=sum(blocks),
+        pinned=sum(map(_pinned, blocks)) if memory.swap_pinned else 0,
+        staging=returning * _pinned(largest) + (2 * STAGING_BYTES if blocks and not memory.swap_pinned else 0),
+        host_values=host_values,
+        moved=2 * (sum(blocks) if host_values else max(0, sum(blocks) - ring)) + 4 * host_values,
+    )
+
+
+def _pinned(size: Bytes) -> Bytes:
+    """What torch pins for a buffer: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -1,7 +1,8 @@
 """A Linear layer that trains although its weight lives in main memory.
 
 The parameters stay on the host, with their gradients and the optimizer's state; only a copy passes through the device, for the
-forward and for the backward pass. The device computes the gradient, the host adds it up. Names in the state dict are those
+forward and for the backward pass. The device computes the gradient, which goes to the host on a way of its own: autograd, which would
+wait for it, is not told. Names in the state dict are those
 of an ordinary layer, and so are the numbers.
 """
 
@@ -13,26 +14,28 @@ from torch import Tensor, nn
 
 
 class _HostProduct(torch.autograd.Function):
-    """``x @ W.T + b`` with device copies of W and b; their gradients go to the host."""
+    """``x @ W.T + b`` with device copies of W and b; their gradients are left where the layer takes them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: "HostLinear") -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.has_bias = layer, bias is not None
+        ctx.layer = layer
         copy, offset = layer.fetch("weight"), layer.fetch("bias")
         # As one matrix, which is what an ordinary layer does while it trains: other shapes take other kernels.
         out = F.linear(x.flatten(0, -2), copy.to(x.dtype), None if offset is None else offset.to(x.dtype))
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,), (x,) = gradients, ctx.saved_tensors
         layer = ctx.layer
         rows = gradient.flatten(0, -2)
         for_x = (rows @ layer.fetch("weight").to(gradient.dtype)).view_as(x)
-        for_weight = (rows.t() @ x.flatten(0, -2)).to(layer.weight.device, layer.weight.dtype)
-        for_bias = rows.sum(0).to(layer.weight.device, layer.weight.dtype) if ctx.has_bias else None
-        return for_x, for_weight, for_bias, None
+        if ctx.needs_input_grad[1]:
+            layer.leave("weight", rows.t() @ x.flatten(0, -2))
+        if ctx.needs_input_grad[2]:
+            layer.leave("bias", rows.sum(0))
+        return for_x, None, None, None
 
 
 class HostLinear(nn.Module):
@@ -49,6 +52,10 @@ class HostLinear(nn.Module):
     def fetch(self, name: str) -> Any:
         """A copy on the device."""
         return self.residence.fetch(self, name)
+
+    def leave(self, name: str, gradient: Tensor) -> None:
+        """A gradient on the device, for a parameter in main memory."""
+        self.residence.leave(self, name, gradient)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HostLinear":
         """The parameters stay where they are, whatever device the model is moved to."""

@@ -43,6 +43,7 @@ from musubi_tuner.memory.report import (
     measure_rates,
     time_lines,
 )
+from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
@@ -417,9 +418,9 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 2**30, 2**30, pinned=3 * 2**29)
     pinned = " of main memory for swapped blocks (1.50 GiB pinned, in powers of two)"
-    staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for the copies)"
+    staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for copies)"
     assert found.lines()[1].endswith(pinned)
-    lines = replace(found, pinned=0, averaged=2**30).lines()
+    lines = replace(found, pinned=0, staging=2**26, averaged=2**30).lines()
     assert lines[1].endswith(staged)
     assert lines[2].endswith(" for the inputs of blocks (pinned, up to twice that)")
     assert lines[3] == "           1.00 GiB of main memory for the average (not pinned)"
@@ -454,7 +455,24 @@ def test_blocks_are_pinned_in_powers_of_two(tmp_path: Path) -> None:
     swapped = of_flux(tmp_path, memory={"blocks_to_swap": 3})
     each = swapped.host // 3
     assert swapped.pinned == 3 * 2 ** math.ceil(math.log2(each)) > swapped.host
-    assert of_flux(tmp_path, memory={"blocks_to_swap": 3, "swap_pinned": False}).pinned == 0
+    assert swapped.staging == 0
+    loose = of_flux(tmp_path, memory={"blocks_to_swap": 3, "swap_pinned": False})
+    assert loose.pinned == 0 and loose.staging == 2 * STAGING_BYTES
+
+
+def test_gradients_of_swapped_blocks_pass_through_two_buffers(tmp_path: Path) -> None:
+    """On the device, and pinned in main memory; a single swapped block needs one."""
+    items: Any = [SimpleNamespace(bucket=(64, 64), batch_size=1)]
+    geometry = {**TF, "num_double_layers": 2, "num_single_layers": 5}
+    found = {}
+    for count in (1, 3):
+        memory = {"blocks_to_swap": count, "swap_ring": 1}
+        path = run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, memory=memory)
+        found[count] = estimate_run(load_config(path), items)
+    block = found[1].ring // 2
+    assert found[3].ring == 3 * block and found[3].pinned == 3 * found[1].pinned > 3 * block
+    assert found[1].staging == found[1].pinned and found[3].staging == 2 * found[1].pinned
+    assert found[3].moved == 3 * found[1].moved == 3 * (2 * block + block)
 
 
 def test_an_average_in_main_memory_is_none_on_the_device(tmp_path: Path) -> None:
