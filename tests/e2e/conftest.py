@@ -44,7 +44,8 @@ def encoders(workshop: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(workshop: Path, home: Path, photographs: Path, encoders: Path) -> Iterator[ForkServer]:
     """Starts commands without paying for the imports each time."""
-    base, planned = make_flux(workshop / "planned" / "flux.safetensors"), workshop / "planned"
+    planned = workshop / "planned"
+    base = make_flux(planned / "flux.safetensors")
     runs = [
         write_run(planned / "tf", photographs, encoders),
         write_flux_run(planned / "fd", photographs, encoders, base),
@@ -72,6 +73,16 @@ def caches(workshop: Path, photographs: Path, encoders: Path, server: ForkServer
         result = server.run(job, [config], workshop)
         result.expect(0)
     return workshop / "cached" / "cache"
+
+
+@pytest.fixture(scope="session")
+def flux_caches(workshop: Path, photographs: Path, encoders: Path, server: ForkServer) -> Path:
+    """Like `caches`, for a LoRA on a small FLUX.1."""
+    folder = workshop / "flux_cached"
+    config = write_flux_run(folder, photographs, encoders, make_flux(folder / "flux.safetensors"))
+    for job in ("latents", "text"):
+        server.run(job, [config], workshop).expect(0)
+    return folder / "cache"
 
 
 @pytest.fixture

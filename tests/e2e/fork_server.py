@@ -52,7 +52,8 @@ def _entry(command: str) -> Any:
     """The main function of a command, as its script calls it."""
     if command == "train":
         return importlib.import_module("musubi_tuner.runner.command").main
-    commands = {"generate": "tinyflux_generate_image", "flux_generate": "flux_dev_generate_image"}
+    commands = {"generate": "tinyflux_generate_image", "flux_generate": "flux_dev_generate_image",
+                "flux_latents": "flux_dev_cache_latents"}  # fmt: skip
     if command in commands:
         return importlib.import_module(f"musubi_tuner.{commands[command]}").main
     job = importlib.import_module("musubi_tuner.caching.command").main

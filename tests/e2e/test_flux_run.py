@@ -656,7 +656,7 @@ def test_empty_folder_and_missing_caption(
 
 
 def test_commands_of_the_family_refuse_other_families(
-    trained: Path, workshop: Path, photographs: Path, encoders: Path, python: Callable[..., Result]
+    trained: Path, workshop: Path, photographs: Path, encoders: Path, python: Callable[..., Result], server: ForkServer
 ) -> None:
     from project import write_run
 
@@ -664,5 +664,5 @@ def test_commands_of_the_family_refuse_other_families(
     for module in ("flux_dev_train_network", "flux_dev_cache_latents", "flux_dev_cache_text_encoder_outputs"):
         err = python("-m", f"musubi_tuner.{module}", config).expect(2).err
         assert "model.arch is tinyflux, this command is for flux_dev" in err
-    done = python("-m", "musubi_tuner.flux_dev_cache_latents", trained, "--dry_run").expect(0)
-    assert "9" in done.out
+    done = server.run("flux_latents", [trained, "--dry_run"], trained.parent).expect(0)
+    assert "latents: to encode 0, up to date 9" in done.out

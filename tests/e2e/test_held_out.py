@@ -188,14 +188,13 @@ def test_with_blocks_in_main_memory_the_numbers_are_the_same(setting: Setting) -
     assert best_files(swapped) == best_files(plain)
 
 
-def test_with_frozen_blocks_streamed_the_numbers_are_the_same(setting: Setting) -> None:
+def test_with_frozen_blocks_streamed_the_numbers_are_the_same(setting: Setting, flux_caches: Path) -> None:
     base = make_flux(setting.folder / "deep.safetensors", depth=3, depth_single_blocks=4)
     common: dict[str, Any] = {"train": {"max_steps": 4}, "validation": SPLIT, "save": {"every_steps": 0}}
     found = []
     for name, memory in (("at home", {}), ("streamed", {"blocks_to_swap": 2})):
         folder = setting.folder / name
-        if found:
-            copy_tree(setting.folder / "at home" / "cache", folder / "cache")
+        copy_tree(flux_caches, folder / "cache")
         config = write_flux_run(folder, setting.photographs, setting.encoders, base, memory=memory, **common)
         printed = setting.server.run("train", [config], folder).expect(0).out
         assert ("swap: 2 blocks stay in main memory" in printed) == bool(memory)
@@ -214,9 +213,10 @@ def test_trained_weights_can_be_measured_and_the_images_limited(setting: Setting
     assert row["loss/val"] != measured(validated[1])[0]["loss/val"]
 
 
-def test_an_adapter_of_another_family_is_validated(setting: Setting) -> None:
+def test_an_adapter_of_another_family_is_validated(setting: Setting, flux_caches: Path) -> None:
     folder = setting.folder / "adapter"
     base = make_flux(folder / "flux.safetensors")
+    copy_tree(flux_caches, folder / "cache")
     config = write_flux_run(
         folder, setting.photographs, setting.encoders, base, train={"max_steps": 4}, validation=SPLIT,
         save={"every_steps": 0},

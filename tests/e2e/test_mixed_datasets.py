@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import REPOSITORY, ForkServer, Result, copy_tree, metrics, write_run
+from project import JOBS, REPOSITORY, ForkServer, Result, copy_tree, metrics, write_run
 from safetensors.torch import load_file
 
 SETS = (("astronaut",), ("moon", "coffee", "chelsea"), ("camera",))
@@ -50,14 +50,17 @@ def new(folder: Path, encoders: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def alone(new: Callable[..., Path], server: ForkServer) -> tuple[Path, Result]:
-    """A run of one process that accumulates two micro-batches."""
+    """A run of one process that accumulates two micro-batches, and its plan from before there were caches."""
     config = new("alone", grad_accum_steps=2)
-    return config.parent, server.run("train", [config], config.parent).expect(0)
+    planned = server.run("train", [config, "--plan"], config.parent).expect(0)
+    for job in (*JOBS, "train"):
+        server.run(job, [config], config.parent).expect(0)
+    return config.parent, planned
 
 
 def test_run_over_datasets_with_and_without_teachers_trains_to_its_end(alone: tuple[Path, Result]) -> None:
-    root, result = alone
-    lines = result.out.splitlines()
+    root, planned = alone
+    lines = planned.out.splitlines()
     first = lines.index("  experts  0 up to date, 2 to make (2 x missing)")
     assert lines[first + 1 : first + 4] == [
         "           datasets[0]: lune and sol at 4 times: 0 up to date, 1 to make (1 x missing)",
