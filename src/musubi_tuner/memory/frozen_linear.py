@@ -13,7 +13,6 @@ again there. So a step holds the compute form of one layer at a time, and a weig
 The product is computed as ``x @ dequantize(weight).T``, on every device; fp8_product has the one for GPUs that multiply fp8.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -135,14 +134,6 @@ def _to_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
     return packed.flatten(), state.absmax.float()
-
-
-@functools.cache
-def _nf4_levels(device: torch.device) -> Tensor:
-    """The 16 levels, made once per device: making them waits for the device."""
-    from bitsandbytes.functional import get_4bit_type
-
-    return get_4bit_type("nf4", device=device, blocksize=BLOCK)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -268,10 +259,8 @@ class FrozenLinear(nn.Module):
             return dequantize(stored, scale, dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(
-            absmax=scale, shape=torch.Size((self.out_features, self.in_features)), dtype=torch.float32, blocksize=BLOCK,
-            quant_type="nf4", code=_nf4_levels(stored.device),
-        )  # fmt: skip
+        shape = torch.Size((self.out_features, self.in_features))
+        state = QuantState(absmax=scale, shape=shape, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
         return dequantize_4bit(stored.view(-1, 1), state).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
