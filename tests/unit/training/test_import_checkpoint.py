@@ -76,6 +76,10 @@ class Published:
         self.optimizer: torch.optim.Optimizer
         if optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+        elif optimizer == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            self.optimizer = AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
         else:
             from transformers.optimization import Adafactor
 
@@ -233,6 +237,71 @@ def test_training_goes_on_as_the_plain_loop_does(
     for key, value in loop.model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=2e-5, atol=2e-6, msg=key)
         torch.testing.assert_close(average.shadow[key], loop.shadow[key], rtol=2e-5, atol=2e-6, msg=key)
+
+
+WIDE = {"hidden_size": 72, "attention_head_dim": 36, "axes_dims_rope": [12, 12, 12]}
+"""With parameters of more than 4,096 values, whose moments have 8 bits, not all of them whole blocks."""
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_moments_of_8_bits_go_on_bit_for_bit(nested: bool, tmp_path: Path, imported: Callable[..., str]) -> None:
+    loop = Published(optimizer="adamw_8bit", **WIDE).train(STEPS)
+    state = loop.optimizer.state_dict()
+    if not nested:  # as before bitsandbytes 0.49
+        state["state"] = {
+            k: {"step": v["step"], **v["__bnb_optimizer_quant_state__"]} for k, v in state["state"].items()
+        }
+    imported(loop.save(tmp_path / "step_5.pt", optimizer=state), optimizer={"type": "AdamW8bit"})
+    expected, found = moments(loop), loaded_moments(state_of(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    assert {found[name]["state1"].dtype for name in found} == {torch.uint8, torch.float32}
+    for name, entries in expected.items():
+        assert found[name].keys() == entries.keys() and found[name]["step"] == STEPS
+        assert all(torch.equal(found[name][entry], entries[entry]) for entry in entries if entry != "step"), name
+    model, ours, average, step = continued(tmp_path / "out", tmp_path / "run.toml", loop.config)
+    for _ in range(2):
+        update(model, ours, average, step)
+        step += 1
+    loop.train(2)
+    for key, value in loop.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=2e-5, atol=2e-6, msg=key)
+
+
+def test_moments_of_8_bits_go_on_in_float32(tmp_path: Path, imported: Callable[..., str]) -> None:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    loop = Published(optimizer="adamw_8bit", **WIDE).train(STEPS)
+    printed = imported(loop.save(tmp_path / "step_5.pt"))
+    assert "its moments have 8 bits in the file; AdamW goes on from what they stand for, in float32" in printed
+    found, coded = loaded_moments(state_of(tmp_path / "out")), 0
+    for name, held in moments(loop).items():
+        assert found[name].keys() == {"step", "exp_avg", "exp_avg_sq"} and found[name]["step"] == STEPS
+        for number, entry in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+            expected = held[f"state{number}"]
+            if expected.dtype == torch.uint8:
+                coded += 1
+                levels, largest = held[f"qmap{number}"], held[f"absmax{number}"]
+                expected = dequantize_blockwise(expected, absmax=largest, code=levels, blocksize=256)
+            torch.testing.assert_close(found[name][entry], expected, rtol=1e-6, atol=0)
+    assert coded > 10
+    model, ours, average, step = continued(tmp_path / "out", tmp_path / "run.toml", loop.config)
+    update(model, ours, average, step)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("lost", ["absmax1", "qmap2"])
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit"])
+def test_broken_moments_of_8_bits_are_refused(
+    lost: str, kind: str, tmp_path: Path, imported: Callable[..., str]
+) -> None:
+    loop = Published(optimizer="adamw_8bit", **WIDE).train(1)
+    state = loop.optimizer.state_dict()
+    for held in state["state"].values():
+        inside = held["__bnb_optimizer_quant_state__"]
+        if lost in inside:
+            inside[lost] = inside[lost][:-1]
+    error = imported(loop.save(tmp_path / "step_1.pt", optimizer=state), code=1, optimizer={"type": kind})
+    assert lost in error and "or use --fresh_optimizer to go on with the weights" in error
 
 
 def test_without_moments_it_does_not(tmp_path: Path, imported: Callable[..., str]) -> None:

@@ -34,8 +34,13 @@ from musubi_tuner.models.tinyflux.upgrade import UpgradeReport, summary, upgrade
 ENTRIES = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "Adafactor": {"step", "RMS", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"},
+    "AdamW8bit": {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
 }
 """What an optimizer remembers of a parameter."""
+NESTED = "__bnb_optimizer_quant_state__"
+"""Where bitsandbytes, since 0.49, keeps all of it but the step."""
+BLOCK = 256
+"""Values of a moment in 8 bits that share an absmax; those of small parameters are float32."""
 FROZEN = {"freeze_lune": ("lune_predictor.", "expert_predictor."), "freeze_sol": ("sol_prior.",)}
 """Field of a config -> parts that it freezes."""
 COMPARED = ("experts", "objective", "train", "optimizer", "scheduler", "ema")
@@ -197,12 +202,21 @@ def _moments(
     state: dict[str, Any], order: list[str | None], model: TinyFluxDeep, wanted: str, what: str, notes: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Moments by our names: tensors by ``parameter/entry``, and plain values by parameter and entry."""
-    held: dict[int, dict[str, Any]] = state["state"]
-    if not all(isinstance(values, dict) for values in held.values()):
+    found: dict[int, dict[str, Any]] = state["state"]
+    if not all(isinstance(values, dict) and isinstance(values.get(NESTED, {}), dict) for values in found.values()):
         raise CheckpointError(f"{what}: its optimizer does not hold its moments by name; {INSTEAD}")
+    held = {
+        index: {entry: value for entry, value in values.items() if entry != NESTED} | values.get(NESTED, {})
+        for index, values in found.items()
+    }
     entries = {entry for values in held.values() for entry in values}
     kind = next((name for name, known in ENTRIES.items() if entries <= known), None)
-    if held and kind != wanted:
+    if kind == "AdamW8bit" and wanted == "AdamW":
+        held = {index: _in_float32(values, f"{what}: moments of parameter {index}") for index, values in held.items()}
+        notes.append(
+            "optimizer: its moments have 8 bits in the file; AdamW goes on from what they stand for, in float32"
+        )
+    elif held and kind != wanted:
         known = (
             f"are of {kind}"
             if kind
@@ -238,12 +252,34 @@ def _moments(
 
 
 def _shaped(value: Tensor, entry: str, shape: torch.Size, what: str) -> Tensor:
-    """A float32 entry of an optimizer in the shape that belongs to its parameter."""
-    expected = {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], *shape[-1:])}
+    """An entry of an optimizer in the shape that belongs to its parameter; float32, but for codes of 8 bits."""
+    blocks = (-(-shape.numel() // BLOCK),)
+    expected = {
+        "step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], *shape[-1:]),
+        "qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks,
+    }  # fmt: skip
     wanted = expected.get(entry, tuple(shape))
     if value.shape != wanted and not value.numel() == math.prod(wanted) == 1:
         raise CheckpointError(f"{what}: {entry} is {list(value.shape)}, expected {list(wanted)}; {INSTEAD}")
-    return value.float().reshape(wanted).clone()
+    return (value if value.dtype == torch.uint8 else value.float()).reshape(wanted).clone()
+
+
+def _in_float32(values: dict[str, Any], what: str) -> dict[str, Any]:
+    """The entries of AdamW from those of bitsandbytes' AdamW8bit: codes stand for ``qmap[code] * absmax`` of their block."""
+    found: dict[str, Any] = {"step": torch.tensor(float(values.get("step", 0)))}
+    for number, entry in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+        codes = values.get(f"state{number}")
+        if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+            found[entry] = codes
+            continue
+        parts = {f"qmap{number}": 256, f"absmax{number}": -(-codes.numel() // BLOCK)}
+        for key, count in parts.items():
+            held = values[key].numel() if isinstance(values.get(key), Tensor) else 0
+            if held != count:
+                raise CheckpointError(f"{what}: {key} has {held} values, expected {count}; {INSTEAD}")
+        levels, largest = (values[key].float() for key in parts)
+        found[entry] = levels[codes.long()] * largest.repeat_interleave(BLOCK)[: codes.numel()].view_as(codes)
+    return found
 
 
 def _finite(value: Any) -> float | None:
