@@ -300,7 +300,7 @@ class BlockSwap:
         """Have a block's weights on the device for its backward pass, and room for its gradients."""
         self.enter(rank)
         if self.gradients is not None:
-            self.gradients.begin()
+            self.gradients.begin(rank)
 
     def leave_backward(self, rank: int) -> None:
         """Free a block's buffer for the one before, and let its gradients go."""

@@ -55,6 +55,7 @@ class GradientReturn:
         self.thread = ThreadPoolExecutor(1, "gradients")
         self.adding: list[Future[None] | None] = [None] * count
         self.turn = 0
+        self.rank: int | None = None
         self.left: dict[nn.Parameter, _Left] = {}
         self.whole: dict[nn.Parameter, Tensor] = {}
         self.ends = False
@@ -64,17 +65,23 @@ class GradientReturn:
         """Device memory of the buffers."""
         return sum(len(buffer) for buffer in self.buffers)
 
-    def begin(self) -> None:
+    def begin(self, rank: int) -> None:
         """Have a buffer for the gradients of the block whose backward pass comes next. Called within the backward pass."""
         if not self.ends:
             Variable._execution_engine.queue_callback(self._finish)
             self.ends = True
         self.turn = (self.turn + 1) % len(self.buffers)
         self.transfer.wait(self.turn)
-        self.left = {}
+        self.rank, self.left = rank, {}
 
     def put(self, rank: int, parameter: nn.Parameter, part: Part, gradient: Tensor) -> None:
-        """Leave a gradient of block ``rank`` on the device, in the dtype of the parameter."""
+        """Leave a gradient of a block on the device, in the dtype of the parameter.
+
+        Raises:
+            RuntimeError: outside of the block's backward pass.
+        """
+        if self.rank != rank:
+            raise RuntimeError(f"a gradient of streamed block {rank} comes when the buffer is that of {self.rank}")
         target = part.of(self.buffers[self.turn])
         if parameter in self.left:
             target.add_(gradient)
@@ -85,7 +92,7 @@ class GradientReturn:
 
     def send(self, rank: int) -> None:
         """Begin to copy what the layers of a block have left."""
-        turn, left = self.turn, list(self.left.values())
+        turn, left, self.rank = self.turn, list(self.left.values()), None
         before, size = self.adding[turn], len(self.sums[rank])
         if before is not None:
             before.result()
@@ -122,4 +129,4 @@ class GradientReturn:
         """Forget a backward pass that did not come to its end."""
         wait([adding for adding in self.adding if adding is not None])
         self.adding = [None] * len(self.adding)
-        self.whole, self.ends = {}, False
+        self.whole, self.ends, self.rank = {}, False, None

@@ -118,6 +118,13 @@ def test_an_interrupted_backward_pass_leaves_no_gradients() -> None:
     assert_same(gradients(model), gradients(plain))
 
 
+def test_a_gradient_outside_of_its_blocks_backward_pass_raises() -> None:
+    model, _ = swapped()
+    layer: Any = model.blocks[5].second
+    with pytest.raises(RuntimeError, match="a gradient of streamed block 3 comes when the buffer is that of None"):
+        layer.leave("weight", torch.zeros(4, 4))
+
+
 class Noted(HostTransfer):
     """Writes down what is asked of it; nothing arrives before ``let_go``, nor at once."""
 
