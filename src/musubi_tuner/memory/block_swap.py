@@ -28,7 +28,8 @@ from musubi_tuner.memory.flat import ALIGNMENT, Part
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.memory.gradient_return import GradientReturn
 from musubi_tuner.memory.host_linear import HostLinear
-from musubi_tuner.memory.transfer import Transfer, host_buffer, transfer_for
+from musubi_tuner.memory.transfer import Transfer, block_buffers, transfer_for
+from musubi_tuner.units import Bytes
 
 RESIDENT_BLOCKS = 2
 """Blocks of each list that always stay on the device."""
@@ -83,7 +84,7 @@ class _Streamed:
     name: str
     master: Tensor
     trained: list[nn.Parameter] = field(default_factory=list)
-    layers: list[tuple[nn.Module, "_Residence"]] = field(default_factory=list)
+    layers: list[tuple[FrozenLinear | HostLinear, "_Residence"]] = field(default_factory=list)
 
     @property
     def version(self) -> int:
@@ -170,13 +171,17 @@ class BlockSwap:
     ) -> None:
         self.device, self.recoveries, self.bind = device, 0, bind
         self.transfer = transfer or transfer_for(device, pinned=pinned)
+        blocks = {
+            f"{name}.{index}": getattr(model, name)[index]
+            for name, count in counts.items()
+            for index in streamed_indices(len(getattr(model, name)), count)
+        }
+        plans = [self._lay_out(block, name, rank) for rank, (name, block) in enumerate(blocks.items())]
+        advice = "set memory.swap_pinned = false (slower copies), or lower memory.blocks_to_swap"
+        masters = block_buffers([size for _, size in plans], pinned and device.type == "cuda", advice)
         self.streamed: list[_Streamed] = []
-        blocks: list[nn.Module] = []
-        for name, count in counts.items():
-            blocks_of_list = getattr(model, name)
-            for index in streamed_indices(len(blocks_of_list), count):
-                blocks.append(blocks_of_list[index])
-                self._take(blocks_of_list[index], f"{name}.{index}", pinned and device.type == "cuda")
+        for name, (layers, _), master in zip(blocks, plans, masters):
+            self._take(_Streamed(name, master, layers=layers))
         model.to(device)
         size = max((len(block.master) for block in self.streamed), default=0)
         self.slots = [
@@ -184,21 +189,22 @@ class BlockSwap:
         ]
         trained = any(block.trained for block in self.streamed)
         self.gradients = GradientReturn([len(block.master) for block in self.streamed], device) if trained else None
-        for rank, block in enumerate(blocks):
+        for rank, block in enumerate(blocks.values()):
             block.forward = self._swapped(block.forward, rank)  # type: ignore[method-assign]
         for rank in range(len(self.slots)):
             self._load(rank, self.transfer.record())
 
-    def _take(self, block: nn.Module, name: str, pinned: bool) -> None:
-        """Move the buffers of a block's frozen layers into one flat buffer."""
-        rank, size = len(self.streamed), 0
+    def _lay_out(
+        self, block: nn.Module, name: str, rank: int
+    ) -> tuple[list[tuple[FrozenLinear | HostLinear, _Residence]], Bytes]:
+        """Where the buffers of a block's layers will lie in its flat buffer, and the size of that."""
         for path, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
                 if type(layer) is not nn.Linear:
                     raise ValueError(f"{name}.{path} carries an adapter on an ordinary layer; freeze its weight first")
-                host = HostLinear(layer)
-                block.set_submodule(path, host)
-        residences: list[tuple[FrozenLinear | HostLinear, _Residence]] = []
+                block.set_submodule(path, HostLinear(layer))
+        layers: list[tuple[FrozenLinear | HostLinear, _Residence]] = []
+        size = 0
         for layer in block.modules():
             if not isinstance(layer, FrozenLinear | HostLinear):
                 continue
@@ -209,33 +215,30 @@ class BlockSwap:
                     length = tensor.numel() * tensor.element_size()
                     residence.parts[key] = Part(size, size + length, tensor.dtype, tensor.shape)
                     size += -(-length // ALIGNMENT) * ALIGNMENT
-            residences.append((layer, residence))
-        if not residences:
+            layers.append((layer, residence))
+        if not layers:
             raise ValueError(f"{name} has no layers to swap")
-        master = host_buffer(
-            size, pinned, "set memory.swap_pinned = false (slower copies), or lower memory.blocks_to_swap"
-        )
-        self.streamed.append(_Streamed(name, master))
-        for layer, residence in residences:
-            for key in residence.parts:
-                target = residence.master(key)
-                assert target is not None
-                own = getattr(layer, key)
+        return layers, size
+
+    def _take(self, streamed: _Streamed) -> None:
+        """Move the weights of a block's layers into its flat buffer."""
+        self.streamed.append(streamed)
+        for layer, residence in streamed.layers:
+            for key, part in residence.parts.items():
+                target, own = part.of(streamed.master), getattr(layer, key)
                 target.copy_(own.detach())
                 if isinstance(layer, HostLinear):
                     own.data = target
-                    self.streamed[rank].trained.append(own)
+                    streamed.trained.append(own)
                 else:
                     layer._buffers[key] = None
             layer.residence = residence
-        self.streamed[rank].layers = list(residences)
 
     @property
     def host_bytes(self) -> int:
-        """Main memory of the streamed blocks; torch rounds pinned memory up to a power of two."""
-        sizes = [len(block.master) for block in self.streamed]
-        return sum(1 << (size - 1).bit_length() if block.master.is_pinned() else size
-                   for size, block in zip(sizes, self.streamed))  # fmt: skip
+        """Main memory that the streamed blocks take."""
+        pieces = {block.master.untyped_storage().data_ptr(): block.master.untyped_storage() for block in self.streamed}
+        return sum(piece.nbytes() for piece in pieces.values())
 
     @property
     def device_bytes(self) -> int:

@@ -5,12 +5,14 @@
     activations  what autograd keeps of one micro-batch, counted while the training step runs on tensors without storage
     passing      the recomputed block, and the largest weight in its compute form, for the moment of the backward pass
     operations   of the matrix products of forward and backward, by torch's counter, recomputation included
-    moved        copied between main memory and the device in one micro-batch: streamed blocks twice, but for those that are
-                 still in the ring, gradients of trained ones, inputs of blocks out and in again
+    brought      copied to the device in one micro-batch: streamed blocks twice, but for those that are still in the ring, and
+                 inputs of blocks that come back
+    taken        copied from it, beside that: gradients of trained blocks, and inputs of blocks
 
 Nothing is read from a table: the model is built and run, only without memory (torch's fake tensors).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,16 +26,15 @@ from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
 from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped, ways_to_save
-from musubi_tuner.memory.fake_step import Alive, default_dtype, run_step
+from musubi_tuner.memory.fake_step import Alive, StepNeeds, default_dtype, run_step
+from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
+from musubi_tuner.training.optimizers import state_bytes
 from musubi_tuner.units import Bytes, format_bytes
-
-OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.07, "Adafactor": 0.05}
-"""Per trained value: two float32 moments; two bytes with a scale per 256; about one row and one column."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Estimate:
     """Bytes on the device, but for ``host``, the permanent copies of streamed blocks in main memory, and ``offloaded``, what
     a forward pass leaves there.
 
-    ``operations`` and ``moved`` are those of one micro-batch; ``values`` is the number of trained ones; ``pinned`` is what torch
-    pins for the weights in ``host``, each block rounded up to a power of two, 0 = they are not pinned; ``staging`` is what it pins
-    for copies only; ``averaged`` is an
+    ``operations``, ``brought`` and ``taken`` are those of one micro-batch; ``values`` is the number of trained ones, ``moments`` what
+    the optimizer remembers of them wherever it lies; ``pinned`` is what torch pins for the weights in ``host``, 0 = they are not
+    pinned; ``staging`` is what it pins for copies only; ``averaged`` is an
     average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
     gradients and activations. All of it is of one process.
     """
@@ -59,8 +60,10 @@ class Estimate:
     host: Bytes
     offloaded: Bytes = 0
     operations: int = 0
-    moved: Bytes = 0
+    brought: Bytes = 0
+    taken: Bytes = 0
     values: int = 0
+    moments: Bytes = 0
     pinned: Bytes = 0
     staging: Bytes = 0
     averaged: Bytes = 0
@@ -72,6 +75,11 @@ class Estimate:
         resting = self.weights + self.ring + self.trained + self.optimizer + self.average
         return resting + max(self.gradients + self.activations + self.passing, self.decoding)
 
+    @property
+    def moved(self) -> Bytes:
+        """Copied between main memory and the device in one micro-batch."""
+        return self.brought + self.taken
+
     def lines(self, processes: int = 1) -> list[str]:
         """For the plan of a run of so many processes."""
         parts = {
@@ -82,7 +90,7 @@ class Estimate:
         shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         where = "the device" if processes == 1 else "the device of each process"
         lines = [f"  memory   about {format_bytes(self.total)} on {where}: {shown}"]
-        copied = f"{format_bytes(self.pinned)} pinned, in powers of two" if self.pinned else "not pinned"
+        copied = f"{format_bytes(self.pinned)} pinned" if self.pinned else "not pinned"
         if self.staging:
             copied += f"; beside it {format_bytes(self.staging)} of pinned buffers for copies"
         for size, of, how in (
@@ -128,45 +136,62 @@ def estimate(
     Args:
         plan: of the model without adapters. bucket: width and height in pixels. count: operations too; see `run_step`.
     """
-    memory, frozen = config.memory, config.adapter.type != "none"
-    weights = _weights(config, plan.model, plan.dtype, frozen)
-    largest = max((m.weight.numel() for m in plan.model.modules() if isinstance(m, nn.Linear)), default=0)
-    compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
     step = run_step(config, plan, bucket, batch_size, count=count)
-    values = step.values
-    moment = 0
-    if weights.host_values:
-        # A layer that trains from main memory has its weight and its gradient in the compute dtype for the moment.
-        moment = largest * compute * (2 if compute < 4 else 1)
-    if frozen and memory.base_storage != "none":
-        # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
-        # Scaled codes go through it in chunks: a copy, and its product with the scales.
-        moment = largest * (compute + (4 if memory.base_storage == "nf4" else 0))
-        if memory.base_storage in ("fp8_scaled", "int8") and choose_device(config.run.device).type != "cpu":
-            moment += 8 * min(largest, DEVICE_CHUNK)
-        if memory.fp8_compute:
-            both = memory.fp8_compute_backward == "fp8"
-            moment = max(moment, 5 * step.widest_input, 9 * step.widest_output if both else 0)
-    per_value = OPTIMIZER_BYTES[config.optimizer.type]
-    on_device = values - weights.host_values
+    return _estimate(config, plan, step, _weights(config, plan))
+
+
+def _estimate(config: RunConfig, plan: ModelPlan, step: StepNeeds, weights: "_Weights") -> Estimate:
+    """Where everything is that a step needs."""
+    frozen, kind, ema = config.adapter.type != "none", config.optimizer.type, config.ema
+    values = _values(step.trained)
+    moments, host_moments = state_bytes(kind, step.trained), state_bytes(kind, weights.trained)
+    host_values = _values(weights.trained)
+    on_device = values - host_values
     return Estimate(
         weights=weights.resident,
         ring=weights.ring,
         trained=4 * values if frozen else 0,
         gradients=4 * on_device,
-        optimizer=int(per_value * on_device),
-        average=4 * on_device * (config.ema.enabled and not config.ema.on_cpu),
-        averaged=4 * on_device * (config.ema.enabled and config.ema.on_cpu),
+        optimizer=moments - host_moments,
+        average=4 * on_device * (ema.enabled and not ema.on_cpu),
+        averaged=4 * on_device * (ema.enabled and ema.on_cpu),
         activations=step.kept,
-        passing=step.block + moment + 2 * step.inputs,
-        host=weights.host_bytes(config),
+        passing=step.block + _moment(config, plan, step, bool(weights.trained)) + 2 * step.inputs,
+        host=weights.host + host_moments + 4 * (1 + ema.enabled) * host_values,
         offloaded=step.offloaded,
         operations=step.operations,
-        moved=weights.moved + 2 * step.offloaded,
+        brought=weights.brought + step.offloaded,
+        taken=weights.taken + step.offloaded,
         values=values,
+        moments=moments,
         pinned=weights.pinned,
         staging=weights.staging,
     )
+
+
+def _values(shapes: Mapping[torch.Size, int]) -> int:
+    return sum(count * shape.numel() for shape, count in shapes.items())
+
+
+def _moment(config: RunConfig, plan: ModelPlan, step: StepNeeds, trains_from_host: bool) -> Bytes:
+    """What a product with a weight in another form holds for the moment."""
+    memory = config.memory
+    largest = max((m.weight.numel() for m in plan.model.modules() if isinstance(m, nn.Linear)), default=0)
+    compute = {"no": 4, "bf16": 2, "fp16": 2}[config.train.mixed_precision]
+    if trains_from_host:
+        # Its gradient in the compute dtype, and its weight, unless that is float32 already.
+        return largest * compute * (2 if compute < 4 else 1)
+    if memory.base_storage == "none":
+        return 0
+    # nf4 goes through float32. Products in fp8 make a float32 copy of their inputs, and codes; of gradients one more.
+    # Scaled codes go through it in chunks: a copy, and its product with the scales.
+    moment = largest * (compute + (4 if memory.base_storage == "nf4" else 0))
+    if memory.base_storage in ("fp8_scaled", "int8") and choose_device(config.run.device).type != "cpu":
+        moment += 8 * min(largest, DEVICE_CHUNK)
+    if memory.fp8_compute:
+        both = memory.fp8_compute_backward == "fp8"
+        moment = max(moment, 5 * step.widest_input, 9 * step.widest_output if both else 0)
+    return moment
 
 
 class Size(NamedTuple):
@@ -218,15 +243,6 @@ def estimate_sizes(
 def peak(config: RunConfig, found: Mapping[Size, Estimate]) -> Estimate:
     """The estimate of the size that needs most, with the decoding of samples."""
     return replace(max(found.values(), key=lambda each: each.total), decoding=decoding_bytes(config))
-
-
-def estimate_run(config: RunConfig, items: Sequence[Item]) -> Estimate:
-    """The estimate for the bucket that needs most, without operations.
-
-    Args:
-        items: of the data sets.
-    """
-    return peak(config, estimate_sizes(config, items, config.spec.load("plan_model")(config), largest_sizes))
 
 
 def decoding_bytes(config: RunConfig) -> Bytes:
@@ -282,17 +298,19 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
             f'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory{_unused(config, 0)}'
         )
     plan = config.spec.load("plan_model")(config)
-    usable = int(free * (1 - MARGIN))
+    usable, sizes = int(free * (1 - MARGIN)), bucket_sizes(items)
     try:
-        whole = estimate_run(_with_swap(config, 0), items)
+        steps = [run_step(config, plan, sizes[size][0], size.batch_size, count=False) for size in largest_sizes(sizes)]
+        decoding = decoding_bytes(config)
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         raise ConfigError(
             f'memory.blocks_to_swap: "auto" needs an estimate of the memory, and this model has none ({problem}). Write a number'
         ) from problem
-    needed = whole.total
+    needed = 0
     for count in range(most_swapped(block_counts(plan.model, config.spec.block_lists), config.memory.swap_policy) + 1):
         chosen = _with_swap(config, count)
-        needed = _moved(chosen, whole, plan.model, plan.dtype).total
+        weights = _weights(chosen, plan)
+        needed = max(replace(_estimate(chosen, plan, step, weights), decoding=decoding).total for step in steps)
         if needed <= usable:
             return chosen, (
                 f'swap: memory.blocks_to_swap = "auto" is {count}: about {format_bytes(needed)} of {format_bytes(free)} free, of which a tenth is '
@@ -310,54 +328,32 @@ def _unused(config: RunConfig, count: int) -> str:
     return f"; {' and '.join(written)} have no effect" if written and not count else ""
 
 
-def _moved(config: RunConfig, whole: Estimate, model: nn.Module, dtype: torch.dtype) -> Estimate:
-    """The estimate without swap, with some blocks in main memory."""
-    frozen = config.adapter.type != "none"
-    weights = _weights(config, model, dtype, frozen)
-    per_value, host_values = OPTIMIZER_BYTES[config.optimizer.type], weights.host_values
-    return replace(
-        whole,
-        weights=weights.resident,
-        ring=weights.ring,
-        gradients=whole.gradients - 4 * host_values,
-        optimizer=whole.optimizer - int(per_value * host_values),
-        average=whole.average - 4 * host_values * (config.ema.enabled and not config.ema.on_cpu),
-        averaged=whole.averaged - 4 * host_values * (config.ema.enabled and config.ema.on_cpu),
-        pinned=weights.pinned,
-        staging=weights.staging,
-        host=weights.host_bytes(config),
-        moved=weights.moved + 2 * whole.offloaded,
-    )
-
-
 def _with_swap(config: RunConfig, count: int) -> RunConfig:
     return config.model_copy(update={"memory": config.memory.model_copy(update={"blocks_to_swap": count})})
 
 
 class _Weights(NamedTuple):
-    """Bytes of a run's weights.
+    """Where a run's weights are, in bytes.
 
     Attributes:
         resident: on the device. ring: of the buffers there that streamed blocks pass through, and their gradients.
-        host: in main memory, host_values of which train. pinned, staging: see `Estimate`. moved: in one micro-batch.
+        host: in main memory. trained: shapes of those there that train. pinned, staging, brought, taken: see `Estimate`.
     """
 
     resident: Bytes
     ring: Bytes
     host: Bytes
+    trained: Counter[torch.Size]
     pinned: Bytes
     staging: Bytes
-    host_values: int
-    moved: Bytes
-
-    def host_bytes(self, config: RunConfig) -> Bytes:
-        """With gradients, optimizer state and average of those that train."""
-        return self.host + int((4 + OPTIMIZER_BYTES[config.optimizer.type] + 4 * config.ema.enabled) * self.host_values)
+    brought: Bytes
+    taken: Bytes
 
 
-def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bool) -> _Weights:
+def _weights(config: RunConfig, plan: ModelPlan) -> _Weights:
     """Where the weights of a run are, with the blocks that it swaps."""
-    spec, memory = config.spec, config.memory
+    spec, memory, model, dtype = config.spec, config.memory, plan.model, plan.dtype
+    frozen = config.adapter.type != "none"
     freeze = freeze_of(memory, spec) if frozen else None
     streamed: dict[str, list[Bytes]] = {}
     names: set[str] = set()
@@ -366,7 +362,7 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
         number = memory.blocks_to_swap if isinstance(memory.blocks_to_swap, int) else 0
         for name, count in swapped_counts(number, totals, memory.swap_policy).items():
             names |= {f"{name}.{index}" for index in streamed_indices(totals[name], count)}
-    resident = host_values = 0
+    resident, trained = 0, Counter[torch.Size]()
     seen: set[str] = set()
     for path, layer in model.named_modules():
         block = ".".join(path.split(".")[:2])
@@ -379,25 +375,29 @@ def _weights(config: RunConfig, model: nn.Module, dtype: torch.dtype, frozen: bo
         size = stored_bytes(layer, storage or "plain", memory.scale, dtype)
         if block in names:
             streamed.setdefault(block, []).append(size)
-            host_values += 0 if frozen else sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            if not frozen:
+                trained.update(p.shape for p in layer.parameters() if p.requires_grad)
         else:
             resident += size
     resident += sum(p.numel() * dtype.itemsize for name, p in model.named_parameters() if name not in seen)
     resident += sum(b.numel() * b.element_size() for _, b in model.named_buffers())
     blocks = [sum(sizes) for sizes in streamed.values()]
-    largest, returning = max(blocks, default=0), min(GRADIENT_BUFFERS, len(blocks)) if host_values else 0
-    ring = largest * min(memory.swap_ring, len(blocks))
+    host, largest = sum(blocks), max(blocks, default=0)
+    ring, returning = largest * min(memory.swap_ring, len(blocks)), 0
+    if trained:
+        returning = min(GRADIENT_BUFFERS, len(blocks))
+    pinned = staging = 0
+    if choose_device(config.run.device).type == "cuda":  # others compute in main memory, or have no engine
+        pinned = sum(piece for piece, _ in pinned_pieces(blocks)) if memory.swap_pinned else 0
+        staging = 2 * STAGING_BYTES if blocks and not memory.swap_pinned else 0
+        staging += returning * sum(piece for piece, _ in pinned_pieces([largest] if returning else []))
     return _Weights(
         resident=resident,
         ring=ring + largest * returning,
-        host=sum(blocks),
-        pinned=sum(map(_pinned, blocks)) if memory.swap_pinned else 0,
-        staging=returning * _pinned(largest) + (2 * STAGING_BYTES if blocks and not memory.swap_pinned else 0),
-        host_values=host_values,
-        moved=2 * (sum(blocks) if host_values else max(0, sum(blocks) - ring)) + 4 * host_values,
+        host=host,
+        trained=trained,
+        pinned=pinned,
+        staging=staging,
+        brought=2 * (host if trained else max(0, host - ring)),
+        taken=4 * _values(trained),
     )
-
-
-def _pinned(size: Bytes) -> Bytes:
-    """What torch pins for a buffer: the next power of two."""
-    return 1 << (size - 1).bit_length() if size else 0

@@ -11,6 +11,7 @@ These are the numbers of the whole model, to the byte and to the operation.
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class StepNeeds:
         kept: bytes that autograd keeps on the device. block: that one block alone would keep, where blocks are recomputed.
         offloaded: bytes in main memory. inputs: the share of the block with the most of them.
         operations: of the matrix products. widest_input, widest_output: values of the largest one of a product with weights.
-        values: trained ones.
+        trained: shapes of trained parameters, and how many have each.
     """
 
     kept: Bytes
@@ -50,7 +51,7 @@ class StepNeeds:
     operations: int
     widest_input: int
     widest_output: int
-    values: int
+    trained: Counter[torch.Size]
 
 
 def run_step(
@@ -73,7 +74,7 @@ def run_step(
     if memory.checkpoints:
         checkpoint_blocks(model, names, memory.checkpoint_every, away if memory.checkpoint_offload else None)
     with FakeTensorMode():
-        values = _give_weights(model, config, plan, kinds, layers)
+        trained = _give_weights(model, config, plan, kinds, layers)
         blocks = {name: list(getattr(model, name)) for name in names}
         inside = [_Inside(blocks[kind.name][kind.numbers[0]]) for kind in kinds if kind.recomputed]
         batch, draws = _empty_batch(config, process, plan.shapes, bucket, batch_size)
@@ -111,7 +112,7 @@ def run_step(
         operations=total.operations,
         widest_input=widest[0],
         widest_output=widest[1],
-        values=values,
+        trained=trained,
     )
 
 
@@ -172,13 +173,15 @@ def _adapters(plans: Iterable[Plan]) -> tuple[tuple[str, int, bool], ...]:
     return tuple((plan.path.removeprefix(_block(plan.path)), plan.rank, plan.dropout > 0) for plan in plans)
 
 
-def _give_weights(model: nn.Module, config: RunConfig, plan: ModelPlan, kinds: Sequence[_Kind], layers: Layers) -> int:
+def _give_weights(
+    model: nn.Module, config: RunConfig, plan: ModelPlan, kinds: Sequence[_Kind], layers: Layers
+) -> Counter[torch.Size]:
     """Fill a model with tensors of the caller's mode, which takes none from outside, and put adapters on it.
 
     Blocks that do not run stay as they are: of every kind, all but two.
 
     Returns:
-        How many values train in the whole model.
+        What trains in the whole model: shapes, and how many have each.
     """
     frozen = config.adapter.type != "none"
     idle = {f"{kind.name}.{number}" for kind in kinds for number in kind.numbers[2:]}
@@ -191,16 +194,17 @@ def _give_weights(model: nn.Module, config: RunConfig, plan: ModelPlan, kinds: S
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     if not frozen:
-        return sum(weight.numel() for weight in plan.model.parameters() if weight.requires_grad)
+        return Counter(weight.shape for weight in plan.model.parameters() if weight.requires_grad)
     plans = [layer for block, each in layers.items() if block not in idle for layer in each]
     # Dropout of whole modules draws numbers to branch on, which tensors without storage do not have.
     adapters = make_adapters(model, plans, config.adapter.model_copy(update={"module_dropout": 0.0}))
     attach(model, adapters)
-    blocks = {f"{kind.name}.{kind.numbers[0]}": len(kind.numbers) for kind in kinds}
-    return sum(
-        blocks.get(_block(path), 0) * sum(weight.numel() for weight in adapter.parameters())
-        for path, adapter in adapters.items()
-    )
+    alike = {f"{kind.name}.{kind.numbers[0]}": len(kind.numbers) for kind in kinds}
+    trained = Counter[torch.Size]()
+    for path, adapter in adapters.items():
+        for weight in adapter.parameters():
+            trained[weight.shape] += alike.get(_block(path), 0)
+    return trained
 
 
 def _empty_batch(

@@ -6,14 +6,14 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
-from musubi_tuner.memory.estimate import OPTIMIZER_BYTES, Estimate, Size, bucket_sizes, estimate_sizes, peak
+from musubi_tuner.memory.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
 
@@ -52,6 +52,7 @@ def estimate_lines(
         plan = config.spec.load("plan_model")(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
         found = peak(config, measured)
+        found = replace(found, operations=max(each.operations for each in measured.values()))
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
         return [f"  memory   could not be estimated for this model: {reason}"]
@@ -179,7 +180,7 @@ def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tup
     stored = found.values if frozen else sum(tensor.numel() for tensor in plan.model.state_dict().values())
     copies = 2 if config.ema.enabled else 1
     weights = copies * stored * getattr(torch, config.save.dtype).itemsize
-    return weights, int(4 * copies * stored + OPTIMIZER_BYTES[config.optimizer.type] * found.values)
+    return weights, 4 * copies * stored + found.moments
 
 
 def _kept_checkpoints(config: RunConfig, steps: Steps) -> int:
@@ -239,18 +240,23 @@ def time_lines(config: RunConfig, found: Estimate, device: torch.device, rates: 
         rates: of the device; absent = measured, where something is copied.
     """
     per_update = config.train.grad_accum_steps
-    work = f"{found.operations * per_update / 1e12:.3g} * 10^12 operations per update and process"
+    work = (
+        f"{found.operations * per_update / 1e12:.3g} * 10^12 operations per update and process, with the largest bucket"
+    )
     if not found.moved:
         return [f"  compute  {work}; nothing is moved, so computation binds"]
+    ways = f"{format_bytes(found.brought * per_update)} are moved to the device"
+    ways += f" and {format_bytes(found.taken * per_update)} from it" if found.taken else ""
     if device.type not in PROBE_SIDE:
-        return [f"  compute  {work}; {format_bytes(found.moved * per_update)} are moved"]
+        return [f"  compute  {work}; {ways}"]
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
     rates = rates or measure_rates(device, dtype)
-    computing, copying = found.operations / rates.operations, found.moved / rates.copied
+    # Both directions at once.
+    computing, copying = found.operations / rates.operations, max(found.brought, found.taken) / rates.copied
     binds = "computation binds" if computing >= copying else "copying binds"
     return [
         f"  compute  {work}, at least {_seconds(computing * per_update)} at {rates.operations / 1e12:.3g} * 10^12/s;",
-        f"           {format_bytes(found.moved * per_update)} are moved, at least {_seconds(copying * per_update)} at {format_bytes(rates.copied)}/s: {binds}",
+        f"           {ways}, at least {_seconds(copying * per_update)} at {format_bytes(rates.copied)}/s: {binds}",
     ]
 
 

@@ -1,6 +1,7 @@
 """Copies from main memory to the device, beside the computation. The interface, and one engine per kind of device."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any, Protocol
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.errors import ConfigError, TrainingError
-from musubi_tuner.units import format_bytes
+from musubi_tuner.memory.flat import pinned_pieces
+from musubi_tuner.units import Bytes, format_bytes
 
 POISON = 0xFF
 """Bytes that the CPU engine fills a target with until the copy has arrived; as floats they are not a number."""
@@ -141,6 +143,23 @@ def host_buffer(size: int, pinned: bool, advice: str) -> Tensor:
         raise TrainingError(
             f"main memory: {format_bytes(size)} more cannot be pinned, which the device needs for its copies; {advice}"
         ) from None
+
+
+def block_buffers(sizes: Sequence[Bytes], pinned: bool, advice: str) -> Iterator[Tensor]:
+    """Flat bytes of main memory for one block after the other; several share a piece of pinned memory.
+
+    Args:
+        sizes: in bytes. advice: see `host_buffer`.
+
+    Raises:
+        TrainingError: if it cannot be pinned.
+    """
+    left = iter(sizes)
+    for size, count in pinned_pieces(sizes) if pinned else [(size, 1) for size in sizes]:
+        piece, start = host_buffer(size, pinned, advice), 0
+        for each in itertools.islice(left, count):
+            yield piece[start : start + each]
+            start += each
 
 
 STAGING_BYTES = 32 << 20

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.schema import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.units import Bytes
+
+SMALL_8BIT, BLOCK_8BIT = 4096, 256
+"""Parameters with fewer values keep float32 moments in bitsandbytes' AdamW8bit; codes of so many values share a float32 scale."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -63,6 +67,24 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups, key=lambda key: key[:3])]
+
+
+def state_bytes(kind: str, shapes: Mapping[torch.Size, int]) -> Bytes:
+    """What an optimizer will remember of parameters, without its step counters.
+
+    Args:
+        kind: optimizer.type. shapes: of the parameters, and how many have each.
+    """
+    return sum(count * _state_of(kind, shape) for shape, count in shapes.items())
+
+
+def _state_of(kind: str, shape: torch.Size) -> Bytes:
+    values = shape.numel()
+    if kind == "AdamW8bit" and values >= SMALL_8BIT:
+        return 2 * values + 2 * 4 * -(-values // BLOCK_8BIT)
+    if kind == "Adafactor":  # without a first moment; a mean for each row and each column of a matrix
+        return 4 * (values if len(shape) < 2 else shape[:-1].numel() + shape[:-2].numel() * shape[-1])
+    return 8 * values
 
 
 def build_optimizer(

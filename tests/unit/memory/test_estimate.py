@@ -1,7 +1,6 @@
 """The memory estimate of the plan agrees with what a process allocates, whichever part is the largest."""
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
-from musubi_tuner.config import calculate_steps, load_config
+from musubi_tuner.config import RunConfig, calculate_steps, load_config
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
@@ -28,11 +27,12 @@ from musubi_tuner.memory.estimate import (
     bucket_sizes,
     decoding_bytes,
     estimate,
-    estimate_run,
     estimate_sizes,
     largest_sizes,
+    peak,
     resolve_swap,
 )
+from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.report import (
     Rates,
     activation_lines,
@@ -48,6 +48,7 @@ from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
 from musubi_tuner.models.tinyflux.flops import training_flops
+from musubi_tuner.units import format_bytes
 
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
       "axes_dims_rope": [16, 24, 24], "lune_expert_dim": 64}  # fmt: skip
@@ -186,6 +187,11 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
     assert abs(total / peak - 1) < 0.15, (peak / 1e6, total / 1e6)
 
 
+def estimate_run(config: RunConfig, items: Any) -> Estimate:
+    """The estimate for the bucket that needs most."""
+    return peak(config, estimate_sizes(config, items, config.spec.load("plan_model")(config), largest_sizes))
+
+
 def an_item(side: int, key: str = "image") -> Item:
     return Item(
         key, f"0:{key}", Path("a.png"), "text", Path("cache"), (side, side), place((side, side), (side, side)), 1, 1
@@ -242,13 +248,13 @@ def test_auto_takes_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
 
 
 def test_auto_says_why_a_model_has_no_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: Any) -> Any:
+    def failing(*_: Any, **__: Any) -> Any:
         raise NotImplementedError("no rule for this operator")
 
-    monkeypatch.setattr("musubi_tuner.memory.estimate.estimate_run", failing)
+    monkeypatch.setattr("musubi_tuner.memory.estimate.run_step", failing)
     path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": "auto"})
     with pytest.raises(ConfigError, match=r"blocks_to_swap: .*no rule for this operator.*Write a number"):
-        resolve_swap(load_config(path), [], 2**30)
+        resolve_swap(load_config(path), [an_item(128)], 2**30)
 
 
 def test_full_size(tmp_path: Path) -> None:
@@ -313,7 +319,7 @@ def test_what_is_moved(tmp_path: Path) -> None:
     away = of_flux(tmp_path, memory={"checkpoint_offload": True})
     # Image and text into the double block, the sequence into eight single ones: 256 + 64 tokens of 768 in bfloat16.
     assert away.offloaded == 9 * (256 + 64) * 768 * 2
-    assert away.moved == 2 * away.offloaded
+    assert away.brought == away.taken == away.offloaded
     assert plain.activations - away.activations > 0.8 * away.offloaded
     assert away.total < plain.total
     assert "main memory for the inputs of blocks" in away.lines()[1]
@@ -330,8 +336,12 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     assert lines[0].startswith("  memory   about ")
     assert re.fullmatch(r" {11}activations by bucket: .*iB \(128x128, batch 1\); .*iB \(256x256, batch 1\)", lines[2])
     assert re.search(r"disk     caches up to .*; 3 checkpoint\(s\) of .* of weights, 2 state\(s\) of ", lines[3])
-    assert re.search(r"10\^12 operations per update and process, at least [\w.]+ ?s? at .*", lines[4])
-    assert re.search(r"GiB? are moved, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5])
+    assert re.search(
+        r"10\^12 operations per update and process, with the largest bucket, at least [\w.]+ ?s? at .*", lines[4]
+    )
+    assert re.search(
+        r"GiB? are moved to the device, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5]
+    )
     assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
     plan = config.spec.load("plan_model")(config)
     latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
@@ -340,7 +350,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     assert cache_bytes(config, several, plan).total() == latents + text * 5 // 3
     found = estimate_run(config, items)
     weights, state = checkpoint_bytes(config, plan, found)
-    assert (weights, state) == (2 * found.values, (4 + 8) * found.values)
+    assert found.moments == 8 * found.values and (weights, state) == (2 * found.values, (4 + 8) * found.values)
 
 
 def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> None:
@@ -377,13 +387,17 @@ def test_many_small_images_may_need_more_than_one_of_as_many_pixels(tmp_path: Pa
 
 
 def test_what_binds(tmp_path: Path) -> None:
+    """Both directions are copied at once, so the longer one counts."""
     config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": 4}))
-    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 0, operations=10**12, moved=10**9)
+    found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 0, operations=10**12, brought=2**30, taken=2**29)
     cpu = torch.device("cpu")
-    assert "computation binds" in time_lines(config, found, cpu, Rates(1e12, 2e9))[1]
-    assert "copying binds" in time_lines(config, found, cpu, Rates(1e12, 5e8))[1]
-    assert time_lines(config, replace(found, moved=0), cpu) == [
-        "  compute  1 * 10^12 operations per update and process; nothing is moved, so computation binds"
+    assert time_lines(config, found, cpu, Rates(1e12, 2**31)) == [
+        "  compute  1 * 10^12 operations per update and process, with the largest bucket, at least 1 s at 1 * 10^12/s;",
+        "           1.00 GiB are moved to the device and 0.50 GiB from it, at least 0.5 s at 2.00 GiB/s: computation binds",
+    ]
+    assert "copying binds" in time_lines(config, found, cpu, Rates(1e12, 2**29))[1]
+    assert time_lines(config, replace(found, brought=0, taken=0), cpu) == [
+        "  compute  1 * 10^12 operations per update and process, with the largest bucket; nothing is moved, so computation binds"
     ]
     rates = measure_rates(cpu, torch.float32)
     assert rates.operations > 1e7 and rates.copied > 1e7
@@ -417,7 +431,7 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     found = Estimate(0, 0, 0, 0, 0, 0, 0, 0, 2**30, 2**30, pinned=3 * 2**29)
-    pinned = " of main memory for swapped blocks (1.50 GiB pinned, in powers of two)"
+    pinned = " of main memory for swapped blocks (1.50 GiB pinned)"
     staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for copies)"
     assert found.lines()[1].endswith(pinned)
     lines = replace(found, pinned=0, staging=2**26, averaged=2**30).lines()
@@ -451,16 +465,25 @@ def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path, monkeypatc
     assert moment(base_storage="fp8") == 2 * largest
 
 
-def test_blocks_are_pinned_in_powers_of_two(tmp_path: Path) -> None:
-    swapped = of_flux(tmp_path, memory={"blocks_to_swap": 3})
-    each = swapped.host // 3
-    assert swapped.pinned == 3 * 2 ** math.ceil(math.log2(each)) > swapped.host
-    assert swapped.staging == 0
-    loose = of_flux(tmp_path, memory={"blocks_to_swap": 3, "swap_pinned": False})
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of a run on a GPU."""
+    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+
+
+def test_what_is_pinned_is_pinned_on_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"blocks_to_swap": 3}
+    here = of_flux(tmp_path, memory=memory)
+    assert here.pinned == here.staging == 0 and here.lines()[1].endswith("(not pinned)")
+    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    swapped = of_flux(tmp_path, memory=memory)
+    assert swapped.host == here.host and swapped.staging == 0
+    assert swapped.pinned == sum(size for size, _ in pinned_pieces([swapped.host // 3] * 3)) > swapped.host
+    loose = of_flux(tmp_path, memory={**memory, "swap_pinned": False})
     assert loose.pinned == 0 and loose.staging == 2 * STAGING_BYTES
 
 
-def test_gradients_of_swapped_blocks_pass_through_two_buffers(tmp_path: Path) -> None:
+def test_gradients_of_swapped_blocks_pass_through_two_buffers(tmp_path: Path, on_gpu: None) -> None:
     """On the device, and pinned in main memory; a single swapped block needs one."""
     items: Any = [SimpleNamespace(bucket=(64, 64), batch_size=1)]
     geometry = {**TF, "num_double_layers": 2, "num_single_layers": 5}
@@ -470,9 +493,21 @@ def test_gradients_of_swapped_blocks_pass_through_two_buffers(tmp_path: Path) ->
         path = run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, memory=memory)
         found[count] = estimate_run(load_config(path), items)
     block = found[1].ring // 2
-    assert found[3].ring == 3 * block and found[3].pinned == 3 * found[1].pinned > 3 * block
-    assert found[1].staging == found[1].pinned and found[3].staging == 2 * found[1].pinned
-    assert found[3].moved == 3 * found[1].moved == 3 * (2 * block + block)
+    assert found[3].ring == 3 * block
+    assert block < found[1].staging == found[1].pinned and found[3].staging == 2 * found[1].pinned
+    assert found[3].taken == 3 * found[1].taken == 3 * block and found[3].brought == 6 * block
+
+
+def test_the_plan_and_the_search_for_a_number_of_blocks_agree(tmp_path: Path, on_gpu: None) -> None:
+    items: Any = [SimpleNamespace(bucket=(64, 64), batch_size=1)]
+    geometry = {**TF, "num_double_layers": 3, "num_single_layers": 3}
+    path = run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, memory={"blocks_to_swap": 2},
+                    train={"mixed_precision": "bf16"})  # fmt: skip
+    needed = estimate_run(load_config(path), items).total
+    config = load_config(path, {"memory.blocks_to_swap": "auto"})
+    found, line = resolve_swap(config, items, int(needed / 0.9) + 2)
+    assert found.memory.blocks_to_swap == 2
+    assert line is not None and f"about {format_bytes(needed)} of" in line
 
 
 def test_an_average_in_main_memory_is_none_on_the_device(tmp_path: Path) -> None:

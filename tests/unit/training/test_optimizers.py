@@ -1,5 +1,6 @@
 """Parameter groups are as the config says, and optimizers continue from their files as if never stopped."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from musubi_tuner.training.optimizers import (
     optimizer_state,
     parameter_groups,
     set_learning_rate,
+    state_bytes,
     trainable,
 )
 
@@ -319,3 +321,20 @@ def test_own_rates_and_decays_form_groups_beside_lora_plus() -> None:
     optimizer = build_optimizer(parameters, settings(lr=1e-3), 4.0, rates)
     set_learning_rate(optimizer, 1e-2)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2, 5e-3, 4e-2, 4e-2, 2e-2]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
+def test_planned_state_is_what_the_optimizer_keeps(kind: str) -> None:
+    """Matrices, thin ones of adapters, vectors, a kernel and a scalar, below and above the size that is kept in 8 bits."""
+    shapes = [(64, 96), (4, 300), (300, 4), (4, 3072), (33, 129), (50,), (5000,), (8, 4, 3, 3), ()]
+    parameters = [
+        (f"p{i}.{j}", nn.Parameter(torch.ones(shape))) for i, shape in enumerate(shapes) for j in range(1 + i % 2)
+    ]
+    optimizer = build_optimizer(parameters, OptimizerSection(type=kind, lr=1e-3))  # type: ignore[arg-type]
+    for _, parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors, _ = optimizer_state(optimizer)
+    shared = ("/step", "/qmap1", "/qmap2", "/RMS")
+    kept = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith(shared))
+    assert state_bytes(kind, Counter(parameter.shape for _, parameter in parameters)) == kept
