@@ -310,7 +310,8 @@ class ForkServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=clean_environment(home),
+                # Without GPUs, whose driver does not survive a fork. What runs on one is started with `run_command`.
+                env={**clean_environment(home), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
                 text=True,
             )
 

@@ -147,8 +147,11 @@ def sample_noise_levels(
         parts = [(weight * (end - start), a, c) for (weight, a, c), (start, end) in zip(parts, ranges)]
     else:
         ranges = [(0.0, 1.0)] * len(parts)
-    table = torch.tensor([(*part, *bounds) for part, bounds in zip(parts, ranges)], dtype=torch.float64).to(u_B.device)
-    _, location, scale, start, end = table[_pick(table[:, 0], pick_B, u_B)].unbind(-1)
+    table = torch.tensor([(*part, *bounds) for part, bounds in zip(parts, ranges)], dtype=torch.float64)
+    edges = (table[:, 0] / table[:, 0].sum()).cumsum(0)  # here: GPUs have no deterministic one
+    # A copy that blocks would wait for all that the device has to compute. This one is taken from the source before it returns.
+    table, edges = (tensor.to(u_B.device, non_blocking=True) for tensor in (table, edges))
+    _, location, scale, start, end = table[_pick(edges, pick_B, u_B)].unbind(-1)
     u = start + u_B.double() * (end - start)
     sigma = torch.sigmoid(location + scale * normal_quantile(u))
     if settings.mode == "ideogram4_shift":
@@ -160,12 +163,11 @@ def sample_noise_levels(
     return sigma.float()
 
 
-def _pick(weights: Tensor, pick_B: Tensor | None, u_B: Tensor) -> Tensor:
+def _pick(edges: Tensor, pick_B: Tensor | None, u_B: Tensor) -> Tensor:
     """Component of every sample."""
-    if pick_B is None or len(weights) == 1:
+    if pick_B is None or len(edges) == 1:
         return torch.zeros(len(u_B), dtype=torch.long, device=u_B.device)
-    edges = (weights / weights.sum()).cumsum(0)
-    return torch.searchsorted(edges, pick_B.double(), right=True).clamp(max=len(weights) - 1)
+    return torch.searchsorted(edges, pick_B.double(), right=True).clamp(max=len(edges) - 1)
 
 
 def _quantile_range(location: float, scale: float, low: float, high: float) -> tuple[float, float]:

@@ -187,7 +187,7 @@ class BlockSwap:
         self.slots = [
             _Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(ring, len(self.streamed)))
         ]
-        trained = any(block.trained for block in self.streamed)
+        trained = any(weight.requires_grad for block in self.streamed for weight in block.trained)
         self.gradients = GradientReturn([len(block.master) for block in self.streamed], device) if trained else None
         for rank, block in enumerate(blocks.values()):
             block.forward = self._swapped(block.forward, rank)  # type: ignore[method-assign]

@@ -27,6 +27,8 @@ def compile_blocks(model: nn.Module, block_lists: Sequence[str], memory: MemoryS
 
     # Without this, the limit would turn compilation off in silence.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Each block is a graph of its own, between which gradients are reduced anyway; older releases refuse to split graphs that recompute.
+    torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = memory.compile_limit
     for name in block_lists:
         for block in getattr(model, name):

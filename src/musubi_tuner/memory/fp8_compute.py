@@ -61,7 +61,7 @@ def require_fp8(device: torch.device) -> None:
     """
     needed = (
         "memory.fp8_compute needs a GPU that multiplies float8 numbers with a scale per row (NVIDIA of compute capability 8.9 or "
-        "higher: RTX 40 and 50, L4, L40, H100 and later; AMD MI300)"
+        "higher: RTX 40 and 50, L4, L40, H100 and later)"
     )
     way_out = "set it to false: storage in fp8 works on every device"
     if device.type != "cuda":

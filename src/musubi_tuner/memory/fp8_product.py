@@ -10,8 +10,8 @@ w_scale goes into the gradient before that is quantised token by token,
 and the transposed codes that the kernel asks for are made for the moment. What is lost: x and g are rounded to 3 mantissa
 bits, a relative error of at most 1/16 each and about 0.026 (root mean square) of every product.
 
-Kernel: `torch._scaled_mm` with a scale per row (GPUs of compute capability 8.9 and up, MI300). CPUs emulate it, which is good
-for tests only.
+Kernel: `torch._scaled_mm` with a scale per row (NVIDIA GPUs of compute capability 8.9 and up). CPUs emulate it, which is good for
+tests only.
 """
 
 from typing import Any
@@ -21,6 +21,9 @@ from torch import Tensor
 
 FP8_MAX = 448.0
 SCALE_FLOOR = 1e-8
+"""Of weights."""
+TOKEN_FLOOR = 1e-30
+"""Of activations and gradients. The gradient of a mean over 10^5 values, times the scale of a weight, is far below the other one."""
 MULTIPLE = 16
 """Both sides of a weight must divide by it."""
 
@@ -31,7 +34,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     One float32 copy of x is held for the moment.
     """
     largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
-    scale = (largest / FP8_MAX).clamp(min=SCALE_FLOOR)
+    scale = (largest / FP8_MAX).clamp(min=TOKEN_FLOOR)
     return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 

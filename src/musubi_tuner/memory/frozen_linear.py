@@ -219,8 +219,9 @@ class FrozenLinear(nn.Module):
             (codes, factor), fresh = weight.codes(), False
         else:
             dense = weight.dense(dtype)
-            codes, factor = quantize(dense.to(quantize_on or dense.device), storage, scale)
             fresh = storage != "plain"
+            place = quantize_on if fresh and quantize_on is not None else dense.device
+            codes, factor = quantize(dense.to(place), storage, scale)
         # Copies of their own: a view of the mapped file would keep it open.
         codes = codes.to(device, copy=not fresh)
         factor = None if factor is None else factor.to(device, copy=not fresh)

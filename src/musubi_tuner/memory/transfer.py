@@ -119,7 +119,8 @@ class CudaTransfer:
         """Wait on the host for the last copy of a key."""
         event = self.last.pop(key, None)
         if event is not None:
-            event.synchronize()
+            with torch.cuda.device(self.device):  # else a thread of its own would wake up the first GPU
+                event.synchronize()
 
     def sync(self) -> None:
         """Wait on the host."""

@@ -84,7 +84,7 @@ class Generator:
         if adapters and config.adapter.type == "none" and swap and freeze is not None:
             freeze_layers(model, freeze)  # the run trained the model itself, so nothing is frozen yet
         used = use_adapters(model, spec, adapters, ema=ema and config.ema.enabled and config.sample.use_ema)
-        model.eval()
+        model.eval().requires_grad_(False)
         compose_memory(model, memory.model_copy(update={"blocks_to_swap": swap}), spec, device)
         hiding = [str(file.path) for file in used if file.hides_padding]
         if hiding and not config.model.t5_attn_mask:

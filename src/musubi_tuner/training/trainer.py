@@ -402,6 +402,9 @@ class Trainer:
             raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
         encoders = TextEncoders(self.config, self.device)
         encoded = encode_prompts(encoders.encode, texts, settings.negative_prompt)
+        del encoders
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what T5 had goes back to the device
         return encoded, load_vae(self.config, self.device, torch.device("cpu"))
 
     # -- states --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, dict[str,
         return function
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False, optimize_ddp=True):
         yield calls
 
 
@@ -75,7 +75,7 @@ def test_settings_reach_the_compiler(
     compose_memory(model(), memory, MODELS["tf"], torch.device("cpu"))
     assert [options for _, options in asked] == [expected] * 5
     # Beyond its limit torch would compute uncompiled, in silence.
-    assert limits.recompile_limit == 5 and limits.fail_on_recompile_limit_hit
+    assert limits.recompile_limit == 5 and limits.fail_on_recompile_limit_hit and not limits.optimize_ddp
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own matters
@@ -123,7 +123,7 @@ def test_a_compiler_that_is_not_there_or_fails_is_named(failing: str, monkeypatc
     monkeypatch.setattr(torch, "compile", compile_nothing)
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Linear(2, 2)])
-    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+    with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False, optimize_ddp=True):
         compile_blocks(model, ["blocks"], MemorySection(compile=True))
     with pytest.raises(ConfigError) as caught:
         model.blocks[0](torch.zeros(1, 2))

@@ -74,6 +74,15 @@ def test_scales_of_rows_go_into_the_gradient() -> None:
     assert distance(scaled_product(torch.eye(64), codes, scale), weight.t()) < BOUND
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e-14])
+def test_gradients_are_rounded_alike_however_small_they_are(size: float) -> None:
+    """That of a mean over the latents of a picture is 1e-6 and less, and the scale of a weight makes it ten thousand times smaller."""
+    codes, scale = quantize_fp8(0.02 * torch.randn(32, 64), "row")
+    assert scale is not None
+    gradient = size * torch.randn(7, 32)
+    assert distance(scaled_gradient(gradient, codes, scale), gradient @ (codes.float() * scale)) < BOUND
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_compiled_form_is_the_same_product(backward: bool) -> None:
     fast = layer()

@@ -119,11 +119,11 @@ class Stream:
         self.log.append(("wait", event))
 
 
-class Gpu:
-    """The compute stream, and which stream copies go to."""
+class Gpu(threading.local):
+    """The compute stream, and which stream copies go to: in every thread its own, and at first the compute stream."""
 
-    def __init__(self) -> None:
-        self.compute = self.current = Stream()
+    def __init__(self, compute: Stream) -> None:
+        self.compute = self.current = compute
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -139,7 +139,7 @@ def any_device(device: torch.device) -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    gpu = Gpu()
+    gpu = Gpu(Stream())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: gpu.current)
