@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.memory.fake_step import Alive
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage, quantize, quantize_fp8
 from musubi_tuner.models.stored import StoredWeight
 
@@ -119,6 +120,23 @@ def test_backward_pass_keeps_no_weight(storage: Storage) -> None:
     assert sizes == []
     out.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("storage", "computed"),
+    [("plain", "no"), ("fp8", "no"), ("fp8_scaled", "no"), ("int8", "no"), ("nf4", "no"), ("fp8", "both"), ("fp8_scaled", "both")],
+)  # fmt: skip
+def test_no_weight_lives_between_the_passes(storage: Storage, computed: Any) -> None:
+    """Whoever might keep it: autograd, the function's context, or the layer. A weight has 32 times the bytes of the output."""
+    weight = StoredWeight.of(linear().weight.detach())
+    layer = FrozenLinear.of_weight(weight, None, storage, torch.bfloat16, scale="row")
+    layer.fp8_compute = computed
+    x = torch.randn(4, 128, requires_grad=True)
+    with Alive() as alive:
+        out = layer(x)
+        assert (alive.peak > 2 * 96 * 128) is (computed == "no" and storage != "plain")  # there for the moment
+        assert alive.now <= 2 * (out.nbytes + x.nbytes)
+        out.sum().backward()
 
 
 def test_compute_dtype_is_that_of_autocast_or_of_the_layer() -> None:
