@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.device import has_bf16
 
 PROMPTS = ["the moon --w 64 --h 96 --d 3", "a tabby cat --m 0.5", "a tabby cat --m 0", "coins --l 3 --n the moon"]
 SAMPLES = {"prompts": PROMPTS, "every_steps": 10, "width": 64, "height": 64, "steps": 3}
@@ -341,12 +342,12 @@ def test_quantised_bases_train_nearly_the_same(
 
 @pytest.mark.slow
 def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServer) -> None:
-    """200 steps: on fixed batches a base in scaled fp8 is closer to the plain base than another seed is.
+    """200 steps: on fixed batches a base in scaled fp8 is closer to the plain base than seeds are to each other.
 
-    In float32: a CPU that emulates bfloat16 takes 3.7 times as long for a step of this model.
+    In bfloat16 where it is computed; a CPU that emulates it takes 3.7 times as long for a step of this model as in float32.
     """
     common: dict[str, Any] = {
-        "train": {"max_steps": 200, "mixed_precision": "no"},
+        "train": {"max_steps": 200, "mixed_precision": "bf16" if has_bf16(torch.device("cpu")) else "no"},
         "save": {"every_steps": 0, "release": False},
         "log": {"every_steps": 20, "tensorboard": False},
     }
@@ -354,15 +355,21 @@ def test_fp8_base_costs_less_than_another_seed(new_run: NewRun, server: ForkServ
     for name, changes in {
         "plain": {},
         "fp8": {"memory": {"base_storage": "fp8_scaled"}},
-        "seed": {"run": {"seed": 8}},
+        "eight": {"run": {"seed": 8}},
+        "nine": {"run": {"seed": 9}},
     }.items():
         config = new_run(name, **changes, **common)
         server.run("train", [config], config.parent).expect(0)
         found[name] = fixed_batch_loss(load_config(config), 1.0)
-    assert abs(found["fp8"] - found["plain"]) < abs(found["seed"] - found["plain"]), found
+    print(common["train"]["mixed_precision"], found)
+    plain, eight, nine = found["plain"], found["eight"], found["nine"]
+    spread = (abs(plain - eight) + abs(plain - nine) + abs(eight - nine)) / 3
+    assert abs(found["fp8"] - plain) < spread, found
 
 
-def option_file(folder: Path, photographs: Path, encoders: Path, model: Path, **changes: Any) -> Path:
+def option_file(
+    folder: Path, photographs: Path, encoders: Path, model: Path, num_repeats: int = 3, **changes: Any
+) -> Path:
     """The example of the specification at the size of the test: fp8, swapped blocks and input perturbation."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "data.toml"
@@ -370,7 +377,7 @@ def option_file(folder: Path, photographs: Path, encoders: Path, model: Path, **
         "image_directory": str(photographs),
         "cache_directory": str(folder / "cache"),
         "caption_extension": ".txt",
-        "num_repeats": 3,
+        "num_repeats": num_repeats,
     }
     data.write_text(tomli_w.dumps({"general": {"resolution": 128, "enable_bucket": True}, "datasets": [dataset]}))
     options = {
@@ -383,6 +390,8 @@ def option_file(folder: Path, photographs: Path, encoders: Path, model: Path, **
         "timestep_sampling": "flux_shift", "ip_noise_gamma": 0.2, "ip_noise_gamma_random_strength": False, "seed": 42,
         **changes,
     }  # fmt: skip
+    if "max_train_epochs" in changes:
+        del options["max_train_steps"]
     path = folder / "flat.toml"
     path.write_text(tomli_w.dumps({"train": options, "cache": {"skip_existing": True, "batch_size": 16}}))
     return path
@@ -392,9 +401,15 @@ def test_option_file_of_musubi_tuner_runs_as_it_is(
     tmp_path: Path, photographs: Path, encoders: Path, server: ForkServer
 ) -> None:
     deep = make_flux(tmp_path / "deep.safetensors", depth=3, depth_single_blocks=6)
-    path = option_file(tmp_path, photographs, encoders, deep)
+    own: dict[str, Any] = {
+        "optimizer_type": "adamw8bit",
+        "max_train_epochs": 1,
+        "save_every_n_epochs": 1,
+        "num_repeats": 1,
+    }
+    path = option_file(tmp_path, photographs, encoders, deep, **own)
     result = server.run("train", [path], tmp_path).expect(0)
-    assert "swap: 5 blocks stay in main memory" in result.out
+    assert "swap: 5 blocks stay in main memory (1 of 3 double_blocks, 4 of 6 single_blocks; " in result.out
     assert len(load_file(tmp_path / "out" / "photos.safetensors")) == 3 * (8 * 3 + 2 * 6)
     again = server.run("train", [path], tmp_path).expect(0)
     assert "this run is finished" in again.out and "encoded" not in again.out
@@ -554,7 +569,7 @@ def text_of(error: Result, code: int = 2) -> str:
         ({"adapter": {"rank_from_weights": True}}, ["adapter.rank_from_weights: needs adapter.init_from"]),
         (
             {"memory": {"blocks_to_swap": 54}},
-            ["memory.blocks_to_swap: is 54, at most 53 of 19 double and 38 single blocks"],
+            ["memory.blocks_to_swap: is 54, at most 53 of 19 double_blocks + 38 single_blocks"],
         ),
         (
             {"sample": {**SAMPLES, "prompts": ["a cat --w wide"]}},
@@ -665,4 +680,4 @@ def test_commands_of_the_family_refuse_other_families(
         err = python("-m", f"musubi_tuner.{module}", config).expect(2).err
         assert "model.arch is tinyflux, this command is for flux_dev" in err
     done = server.run("flux_latents", [trained, "--dry_run"], trained.parent).expect(0)
-    assert "latents: to encode 0, up to date 9" in done.out
+    assert "latents: would encode 0, up to date 9" in done.out

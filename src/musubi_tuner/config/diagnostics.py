@@ -26,6 +26,19 @@ class Diagnostic:
         return f"{self.key}: {self.message}" if self.key else self.message
 
 
+WHOLE_MODEL = (
+    "is not built: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
+)
+WHOLE_GRADIENT = "is not built: gradients are clipped and checked together before the optimizer steps"
+FLOAT32 = "is not built: what trains is held in float32; train.mixed_precision sets what is computed in"
+NOT_BUILT: dict[str, str] = {
+    **dict.fromkeys(("fsdp", "fsdp2", "deepspeed", "zero_stage"), WHOLE_MODEL),
+    **dict.fromkeys(("fused_backward", "fused_backward_pass"), WHOLE_GRADIENT),
+    **dict.fromkeys(("full_bf16", "full_fp16", "full_half", "stochastic_rounding"), FLOAT32),
+}
+"""Settings of other trainers that are refused by name, and why."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

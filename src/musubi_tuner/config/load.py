@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import PrivateAttr, ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
-from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, format_problems
+from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.schema import (
     SECTION_ALIASES,
@@ -254,7 +254,8 @@ def _collect(
             if not key.startswith("model.geometry."):
                 if not any(key.rpartition(".")[2] in names for names in _foreign_keys()):
                     names = [*known, *flat]
-                    problems.append(Diagnostic("error", key, f"unknown key.{did_you_mean(key, names)}"))
+                    reason = NOT_BUILT.get(key.rpartition(".")[2], f"unknown key.{did_you_mean(key, names)}")
+                    problems.append(Diagnostic("error", key, reason))
                 else:
                     overridden[key] = value
                 continue
@@ -381,6 +382,8 @@ def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str
     name = location[-1]
     if spec and name in spec.foreign_keys:
         return spec.foreign_keys[name](value)
+    if name in NOT_BUILT:
+        return NOT_BUILT[name]
     if name in SHARED_KEYS and name not in section_classes().get(location[0], Section).model_fields:
         return "unknown key. It is about items, so it belongs into [general] or [[datasets]]."
     if len(location) == 1:

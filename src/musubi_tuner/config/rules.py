@@ -339,7 +339,10 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
             )
         if memory.attention == "flash" and config.train.mixed_precision == "no":
             found.append(
-                _error("memory.attention", '"flash" computes in bf16 or fp16, and train.mixed_precision is "no"')
+                _error(
+                    "memory.attention",
+                    '"flash" computes in bf16 or fp16, and train.mixed_precision is "no"; change that, or use "sdpa"',
+                )
             )
     if not memory.compile:
         return found + [
@@ -365,7 +368,10 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
         )  # fmt: skip
     if memory.compile_mode != "default" and memory.compile_backend != "inductor":
         found.append(
-            _error("memory.compile_mode", f'is for compile_backend = "inductor", and it is "{memory.compile_backend}"')
+            _error(
+                "memory.compile_mode",
+                f'is for compile_backend = "inductor", and it is "{memory.compile_backend}"; remove one of them',
+            )
         )
     return found
 

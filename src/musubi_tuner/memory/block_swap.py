@@ -23,53 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.flat import ALIGNMENT, Part
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.memory.gradient_return import GradientReturn
 from musubi_tuner.memory.host_linear import HostLinear
 from musubi_tuner.memory.transfer import Transfer, block_buffers, transfer_for
 from musubi_tuner.units import Bytes
-
-RESIDENT_BLOCKS = 2
-"""Blocks of each list that always stay on the device."""
-
-
-def swapped_counts(count: int, blocks: Mapping[str, int], policy: str = "single_first") -> dict[str, int]:
-    """How many blocks of each list are swapped.
-
-    Args:
-        count: in all. blocks: number of blocks by list, in call order.
-        policy: ``single_first`` fills the last list first; ``balanced`` is musubi-tuner's split of two lists: half the number
-            from the first, and twice the rest plus one from the second.
-
-    Raises:
-        ConfigError: naming the limit.
-    """
-    limits = {name: max(0, total - RESIDENT_BLOCKS) for name, total in blocks.items()}
-    wanted: dict[str, int] = {}
-    if policy == "single_first":
-        left = count
-        for name in reversed(list(blocks)):
-            wanted[name] = min(left, limits[name])
-            left -= wanted[name]
-        most = sum(limits.values())
-    elif policy == "balanced":
-        first, second = blocks
-        wanted = {first: count // 2, second: (count - count // 2) * 2 + 1 if count else 0}
-        most = max(
-            n for n in range(count + 1) if n // 2 <= limits[first] and (n - n // 2) * 2 + (n > 0) <= limits[second]
-        )
-        left = count - most
-    else:
-        raise ValueError(f"unknown swap policy '{policy}'; known: single_first, balanced")
-    if left > 0:
-        described = " + ".join(f"{total} {name}" for name, total in blocks.items())
-        raise ConfigError(
-            f"memory.blocks_to_swap is {count}, at most {most} of {described} can be swapped ({policy}; {RESIDENT_BLOCKS} of "
-            "each list stay)"
-        )
-    return {name: wanted[name] for name in blocks}
 
 
 def streamed_indices(total: int, swapped: int) -> list[int]:

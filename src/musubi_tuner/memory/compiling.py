@@ -55,6 +55,16 @@ def check_backend(memory: MemorySection) -> None:
         raise ConfigError(f"memory.compile_backend: '{memory.compile_backend}' is unknown; known: {', '.join(known)}")
 
 
+def check_compiler(memory: MemorySection, device: torch.device) -> None:
+    """Compile one small function, which takes seconds: a missing compiler shows before anything is encoded or loaded.
+
+    Raises:
+        ConfigError: if it cannot be compiled.
+    """
+    compiled = torch.compile(lambda values: values * 2 + 1, backend=memory.compile_backend)
+    _explained(compiled, memory)(torch.ones(16, device=device))
+
+
 def check_float8(memory: MemorySection, device: torch.device) -> None:
     """Check that compiled code on a device reads float8: the Triton of older torch does not on GPUs below compute capability 8.9.
 

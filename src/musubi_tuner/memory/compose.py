@@ -13,11 +13,12 @@ from torch import nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.swap import swapped_counts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload
-from musubi_tuner.memory.block_swap import BlockSwap, swapped_counts
+from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.memory.compiling import check_backend, check_float8, compile_blocks
+from musubi_tuner.memory.compiling import check_backend, check_compiler, check_float8, compile_blocks
 from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8
 from musubi_tuner.memory.storage import Freeze
 from musubi_tuner.memory.transfer import transfer_for
@@ -63,6 +64,8 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     if memory.fp8_compute:
         require_fp8(device)
     check_backend(memory)
+    if memory.compile:
+        check_compiler(memory, device)
     reads_float8 = memory.base_storage in ("fp8", "fp8_scaled") and not memory.fp8_compute
     if memory.compile and reads_float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         check_float8(memory, device)
@@ -133,17 +136,6 @@ def compose_memory(
         )
     swap = BlockSwap(model, counts, device, ring=memory.swap_ring, pinned=memory.swap_pinned, bind=memory.compile)
     return swap, lines
-
-
-def most_swapped(blocks: Mapping[str, int], policy: str) -> int:
-    """The largest number of blocks that can be swapped."""
-    most = 0
-    while True:
-        try:
-            swapped_counts(most + 1, blocks, policy)
-        except ConfigError:
-            return most
-        most += 1
 
 
 def block_counts(model: nn.Module, block_lists: Sequence[str]) -> Mapping[str, int]:

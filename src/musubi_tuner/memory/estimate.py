@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.block_swap import streamed_indices, swapped_counts
-from musubi_tuner.memory.compose import block_counts, freeze_of, most_swapped, ways_to_save
+from musubi_tuner.memory.block_swap import streamed_indices
+from musubi_tuner.memory.compose import block_counts, freeze_of, ways_to_save
 from musubi_tuner.memory.fake_step import Alive, StepNeeds, default_dtype, run_step
 from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage

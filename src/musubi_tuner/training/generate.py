@@ -12,10 +12,11 @@ from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
+from musubi_tuner.config.swap import most_swapped
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import NoAverageError
-from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of, most_swapped
+from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.spec import ModelSpec, Process

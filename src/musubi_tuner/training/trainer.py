@@ -21,6 +21,7 @@ import os
 import platform
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,8 +348,10 @@ class Trainer:
         self.swap, lines = compose_memory(model, memory, spec, self.device)
         report = [*report, *lines]
         if self.swap is not None:
+            lists = Counter(block.name.partition(".")[0] for block in self.swap.streamed)
+            of_lists = ", ".join(f"{count} of {len(getattr(model, name))} {name}" for name, count in lists.items())
             report.append(
-                f"swap: {len(self.swap.streamed)} blocks stay in main memory ({format_bytes(self.swap.host_bytes)}"
+                f"swap: {len(self.swap.streamed)} blocks stay in main memory ({of_lists}; {format_bytes(self.swap.host_bytes)}"
                 f"{' per process' if self.processes > 1 else ''}) and pass through {format_bytes(self.swap.device_bytes)} "
                 "of device memory"
             )

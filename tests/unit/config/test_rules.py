@@ -368,6 +368,34 @@ def test_geometry_of_a_new_model_is_checked(geometry: str, message: str, problem
     assert problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {geometry}") == [message]
 
 
+@pytest.mark.parametrize(
+    ("count", "geometry", "limit"),
+    [(37, "{}", "36 of 15 double_blocks + 25 single_blocks"), (2, "{num_double_layers = 1, num_single_layers = 3}",
+     "1 of 1 double_blocks + 3 single_blocks")],
+)  # fmt: skip
+def test_more_swapped_blocks_than_a_new_model_has(
+    count: int, geometry: str, limit: str, load: Load, problems: Problems
+) -> None:
+    model = f"{SCRATCH}\ngeometry = {geometry}"
+    assert load(**NEW_MODEL, model=model, memory=f"blocks_to_swap = {count - 1}").memory.blocks_to_swap == count - 1
+    assert problems(**NEW_MODEL, model=model, memory=f"blocks_to_swap = {count}") == [
+        f"memory.blocks_to_swap: is {count}, at most {limit} can be swapped (single_first; 2 of each list stay)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "reason"),
+    [("optimizer", "fused_backward = true", "gradients are clipped and checked together before the optimizer steps"),
+     ("distributed", "fsdp2 = true", "every process holds the whole model; memory.base_storage and memory.blocks_to_swap"),
+     ("train", "full_bf16 = true", "what trains is held in float32; train.mixed_precision sets what is computed in")],
+)  # fmt: skip
+def test_settings_of_other_trainers_are_refused_by_name(
+    section: str, setting: str, reason: str, problems: Problems
+) -> None:
+    (found,) = problems(**{section: setting})
+    assert found.startswith(f"{section}.{setting.split()[0]}: is not built: {reason}")
+
+
 def test_guidance_that_is_not_embedded(problems: Problems, warnings_of: WarningsOf, load: Load) -> None:
     assert problems(objective="guidance_min = 6") == ["objective.guidance_min: is 6.0, above guidance_max = 5.0"]
     dropout = {**NEW_MODEL, "objective": "guidance_dropout = 0.1"}

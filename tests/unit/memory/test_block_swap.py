@@ -16,8 +16,9 @@ from torch import Tensor
 
 from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
 from musubi_tuner.config.schema import AdapterSection
+from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory.block_swap import BlockSwap, streamed_indices, swapped_counts, weights
+from musubi_tuner.memory.block_swap import BlockSwap, streamed_indices, weights
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.memory.transfer import HostTransfer, StagedTransfer, transfer_for
@@ -502,12 +503,20 @@ def test_balanced_is_the_split_of_musubi_tuner(count: int, expected: tuple[int, 
     assert (found["double_blocks"], found["single_blocks"]) == expected
 
 
-@pytest.mark.parametrize(("count", "policy", "most"), [(54, "single_first", 53), (35, "balanced", 34)])
-def test_too_many_blocks(count: int, policy: str, most: int) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"memory.blocks_to_swap is {count}, at most {most} of 19 double_blocks \+ 38 single"
-    ):
-        swapped_counts(count, {"double_blocks": 19, "single_blocks": 38}, policy)
+@pytest.mark.parametrize(
+    ("blocks", "policy", "most"),
+    [((19, 38), "single_first", 53), ((19, 38), "balanced", 34), ((15, 25), "single_first", 36), ((15, 25), "balanced", 22),
+     ((1, 1), "single_first", 0), ((1, 4), "single_first", 2), ((4, 3), "balanced", 0), ((0, 9), "balanced", 1)],
+)  # fmt: skip
+def test_too_many_blocks(blocks: tuple[int, int], policy: str, most: int) -> None:
+    lists = dict(zip(("double_blocks", "single_blocks"), blocks))
+    assert most_swapped(lists, policy) == most
+    for count in range(most + 1):
+        found = swapped_counts(count, lists, policy)
+        assert all(0 <= found[name] <= max(0, total - 2) for name, total in lists.items())
+    limit = rf"memory\.blocks_to_swap is {most + 1}, at most {most} of {blocks[0]} double_blocks \+ {blocks[1]} single_blocks"
+    with pytest.raises(ConfigError, match=limit):
+        swapped_counts(most + 1, lists, policy)
 
 
 def test_streamed_blocks_are_spread_evenly() -> None:

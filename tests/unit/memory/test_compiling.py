@@ -1,6 +1,7 @@
 """Compilation reaches every block with its settings, and keeps no weight; its numbers are tested in tests/slow/test_compile.py."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch._inductor.exc import TritonMissing
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compiling import check_float8, compile_blocks
-from musubi_tuner.memory.compose import compose_memory
+from musubi_tuner.memory.compose import check_machine, compose_memory
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.stored import StoredWeight
@@ -125,13 +126,17 @@ def test_a_compiler_that_is_not_there_or_fails_is_named(failing: str, monkeypatc
     model.blocks = nn.ModuleList([nn.Linear(2, 2)])
     with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False, optimize_ddp=True):
         compile_blocks(model, ["blocks"], MemorySection(compile=True))
+    found = []
     with pytest.raises(ConfigError) as caught:
         model.blocks[0](torch.zeros(1, 2))
+    found.append(str(caught.value))
+    with pytest.raises(ConfigError) as caught:  # and before anything is loaded
+        check_machine(SimpleNamespace(memory=MemorySection(compile=True)), torch.device("cpu"))  # type: ignore[arg-type]
+    found.append(str(caught.value))
     reason = {"missing": "Cannot find a working triton installation", "broken": "(no such kernel)"}[failing]
-    assert str(caught.value).startswith("memory.compile: inductor cannot compile here (") and reason in str(
-        caught.value
-    )
-    assert str(caught.value).endswith("install them, or set memory.compile = false")
+    for message in found:
+        assert message.startswith("memory.compile: inductor cannot compile here (") and reason in message
+        assert message.endswith("install them, or set memory.compile = false")
 
 
 def test_a_compiler_that_reads_no_float8_is_named_with_the_ways_out() -> None:

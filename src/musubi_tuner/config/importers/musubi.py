@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.diagnostics import did_you_mean
+from musubi_tuner.config.diagnostics import NOT_BUILT, did_you_mean
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import Parameter, flat_names
@@ -67,8 +67,7 @@ OFF_ONLY: dict[str, str] = {
     "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
     "img_in_txt_in_offloading": OTHER_PROGRAM,
     "no_metadata": "is not built: files always say how they were made",
-    "full_bf16": "is not built: adapters train in float32",
-    "full_fp16": "is not built: adapters train in float32",
+    **NOT_BUILT,
     "resume_from_huggingface": "is not built: give a local state folder as resume",
     "conv_dim": "has nothing to act on: the blocks have no convolutions",
     "conv_alpha": "has nothing to act on: the blocks have no convolutions",

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.swap import check_swap
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ TIMESTEP_SAMPLING = (
 SCALED_MODES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux",
                 "qinglong_qwen")  # fmt: skip
 """Modes with a sigmoid under them, which `sigmoid_scale` spreads."""
-PUBLISHED_SWAP = {"single_first": 53, "balanced": 34}
-"""Most blocks of the published model that can be swapped, by policy."""
+PUBLISHED_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 DOUBLE_LAYERS = tuple(f"{stream}_{layer}" for stream in ("img", "txt")
                       for layer in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2"))  # fmt: skip
 SINGLE_LAYERS = ("linear1", "linear2", "modulation.lin")
@@ -44,10 +44,7 @@ def check(config: "RunConfig") -> list[Diagnostic]:
     if config.adapter.type == "none":
         error("adapter.type", 'is "none"; full training of FLUX.1 is not supported (11.9 B parameters with optimizer state): '
               'use "lora"')  # fmt: skip
-    most = PUBLISHED_SWAP[config.memory.swap_policy]
-    if isinstance(config.memory.blocks_to_swap, int) and config.memory.blocks_to_swap > most:
-        error("memory.blocks_to_swap", f"is {config.memory.blocks_to_swap}, at most {most} of 19 double and 38 single blocks can be "
-              f"swapped ({config.memory.swap_policy}; 2 of each kind stay)")  # fmt: skip
+    found += check_swap(config.memory, PUBLISHED_BLOCKS)
     mode, written = objective.timestep_sampling, set(config.set_keys())
     without_effect = {
         "objective.sigmoid_scale": mode not in SCALED_MODES,

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.swap import check_swap
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
 
 if TYPE_CHECKING:
@@ -168,6 +169,10 @@ def check(config: "RunConfig") -> list[Diagnostic]:
             except (TypeError, ValueError) as error:
                 found.append(Diagnostic("error", "model.geometry", str(error)))
             else:
+                found += check_swap(
+                    config.memory,
+                    {"double_blocks": geometry.num_double_layers, "single_blocks": geometry.num_single_layers},
+                )
                 if not geometry.guidance_embeds:
                     found += [
                         no_guidance(key, "model.geometry.guidance_embeds is false") for key in written_guidance(config)
