@@ -85,7 +85,7 @@ def unet_case() -> tuple[dict[str, Tensor], Teacher]:
 
 def test_features_of_a_unet(unet_case: tuple[dict[str, Tensor], Teacher]) -> None:
     golden, teacher = unet_case
-    found = teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], None, lune=True, sol=True)
+    found = teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], lune=True, sol=True)
     assert (found["lune_features"] - golden["out.lune"]).abs().max().item() <= TOLERANCE
     assert (found["sol_stats"] - golden["out.sol.stats"]).abs().max().item() <= TOLERANCE
     assert (found["sol_spatial"] - golden["out.sol.spatial"]).abs().max().item() <= TOLERANCE
@@ -96,7 +96,7 @@ def test_walking_over_few_queries_gives_the_same_features(
 ) -> None:
     golden, teacher = unet_case
     monkeypatch.setattr(teachers, "QUERY_BLOCK_BYTES", 2 * 2 * 256 * 4 * 5)  # five queries of the largest layer
-    found = teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], None, lune=False, sol=True)
+    found = teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], lune=False, sol=True)
     assert (found["sol_stats"] - golden["out.sol.stats"]).abs().max().item() <= TOLERANCE
     assert (found["sol_spatial"] - golden["out.sol.spatial"]).abs().max().item() <= TOLERANCE
 
@@ -106,7 +106,7 @@ def test_capturing_does_not_change_the_output(unet_case: tuple[dict[str, Tensor]
     seen = []
     handle = teacher.unet.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try:
-        teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], None, lune=True, sol=True)
+        teacher.features(golden["in.latents"], golden["in.t"] * 1000, golden["in.text"], lune=True, sol=True)
     finally:
         handle.remove()
     assert (seen[0] - golden["out.unet"]).abs().max().item() <= TOLERANCE

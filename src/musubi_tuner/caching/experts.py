@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from musubi_tuner.encoders.teachers import SplitTeacher
 
 SEEN = "seen_"
-"""Begins the names of what a half file holds for the other teacher: ``seen_text``, ``seen_mask``, ``seen_image``."""
+"""Begins the names of what a half file holds for the other teacher: ``seen_text``, ``seen_image``."""
 
 
 def time_buckets(count: int) -> Tensor:
@@ -186,15 +186,13 @@ class ExpertsJob:
             found: list[Encoded] = [{"t_buckets_float32": self.t_T} for _ in items]
             for number, rows in _by_caption(items):
                 text = clip.encode([items[row].captions[number] for row in rows])
-                self._add_features(found, names, teacher, items, number, rows, images, text.states, text.mask)
+                self._add_features(found, names, teacher, items, number, rows, images, text.states)
                 if self.config.experts.sol_source == "geometric":
                     self._add_geometric(found, number, rows)
                 if self.apart:
                     # CLIP computes in the teachers' precision, so nothing is lost.
-                    for row, states, mask in zip(rows, text.states.to(self.dtype), text.mask, strict=True):
-                        found[row] |= {
-                            SEEN + caption_name("text", number): states, SEEN + caption_name("mask", number): mask,
-                        }  # fmt: skip
+                    for row, states in zip(rows, text.states.to(self.dtype), strict=True):
+                        found[row][SEEN + caption_name("text", number)] = states
             if self.apart and images is not None:
                 for tensors, image in zip(found, images, strict=True):
                     tensors[f"{SEEN}image"] = image
@@ -211,11 +209,8 @@ class ExpertsJob:
             images = torch.stack([half[f"{SEEN}image"] for half in halves]) if self.sees_image else None
             found = [{key: value for key, value in half.items() if not key.startswith(SEEN)} for half in halves]
             for number, rows in _by_caption(items):
-                states, mask = (
-                    torch.stack([halves[row][SEEN + caption_name(name, number)] for row in rows])
-                    for name in ("text", "mask")
-                )
-                self._add_features(found, names, teacher, items, number, rows, images, states, mask)
+                states = torch.stack([halves[row][SEEN + caption_name("text", number)] for row in rows])
+                self._add_features(found, names, teacher, items, number, rows, images, states)
             return found
 
         return encode
@@ -242,13 +237,12 @@ class ExpertsJob:
         rows: list[int],
         images: Tensor | None,
         states: Tensor,
-        mask: Tensor,
     ) -> None:
         """Features of one caption of some items at all times.
 
         Args:
             found: of all items. rows: which of them have the caption. images: latents of all items, if they are seen.
-            states, mask: of the captions, one per row.
+            states: of the captions, one per row.
         """
         experts, some, times = self.config.experts, [items[row] for row in rows], len(self.t_T)
         grid = teacher_grid(some[0], experts.resolution, keep_aspect=images is not None)
@@ -260,7 +254,6 @@ class ExpertsJob:
             pictures.flatten(0, 1),
             teacher_timestep(self.t_T, self.family["expert_time"]).repeat(len(rows)),
             states.repeat_interleave(times, dim=0),
-            mask.repeat_interleave(times, dim=0),
             lune="lune" in names,
             sol="sol" in names,
             together=None if split == "auto" else split * len(rows),

@@ -42,9 +42,10 @@ _WORDS = {
     "mask": "the source of the mask",
     "captions": "the list of captions",
     "sol_source": "experts.sol_source",
+    "text_padding": "the padding of the text that teachers see",
     "squashed": "squashing of the image",
 }
-_UNSTATED = {"sol_source": "extracted", "squashed": False}
+_UNSTATED = {"sol_source": "extracted", "squashed": False, "text_padding": "hidden"}
 """What files hold that were written before a key existed."""
 
 
@@ -179,6 +180,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
                 "resolution": experts.resolution,
                 "seed": experts.seed,
                 "precision": experts.dtype,
+                "text_padding": "visible",
             }
     needed = ("t5_mask",) if kind == "text" and config.model.t5_attn_mask else ()
     return Expectation(kind, shared, own, complete, needed)

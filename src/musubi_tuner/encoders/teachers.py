@@ -200,7 +200,8 @@ class StreamingAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Same output as the library's processor."""
+        """Same output as the library's processor, without a mask: as SD1.5 was trained, padding of the text takes part."""
+        assert attention_mask is None
         residual, shape, grid = hidden_states, hidden_states.shape, self.grid
         if hidden_states.ndim == 4:
             grid = (shape[2], shape[3])
@@ -215,17 +216,13 @@ class StreamingAttention:
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
-        mask = None
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
-            mask = mask.view(len(hidden_states), attn.heads, -1, mask.shape[-1])
         record = is_self and grid is not None and grid[0] * grid[1] == q.shape[2]
         capture = self.owner.capture
         if record and capture is not None and capture.sol:
             assert grid is not None
-            out = self._walk(attn, q, k, v, mask, grid, capture)
+            out = self._walk(attn, q, k, v, grid, capture)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
+            out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(residual.dtype)))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
@@ -233,9 +230,7 @@ class StreamingAttention:
             out = out + residual
         return out / attn.rescale_output_factor
 
-    def _walk(
-        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grid: tuple[int, int], capture: Capture
-    ) -> Tensor:
+    def _walk(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], capture: Capture) -> Tensor:
         batch, heads, queries, _ = q.shape
         sums = LayerSums.empty(batch, grid, q.device)
         step = max(1, QUERY_BLOCK_BYTES // (batch * heads * k.shape[2] * 4))
@@ -243,8 +238,6 @@ class StreamingAttention:
         for start in range(0, queries, step):
             block = slice(start, start + step)
             logits = (q[:, :, block] @ k.transpose(-1, -2)).float() * attn.scale
-            if mask is not None:
-                logits = logits + (mask[:, :, block] if mask.shape[2] > 1 else mask)
             probabilities = logits.softmax(dim=-1)
             sums.add(probabilities, start)
             out[:, :, block] = probabilities.to(v.dtype) @ v
@@ -278,13 +271,13 @@ class Teacher:
 
     @torch.no_grad()
     def features(
-        self, latents: Tensor, timestep_B: Tensor, text: Tensor, text_mask: Tensor | None, *, lune: bool, sol: bool
+        self, latents: Tensor, timestep_B: Tensor, text: Tensor, *, lune: bool, sol: bool
     ) -> dict[str, Tensor]:
         """One forward pass.
 
         Args:
             latents: [B, 4, h, w]. timestep_B: in SD1.5's units 0 .. 1000, float.
-            text: CLIP states [B, L, D]. text_mask: [B, L], 1 for real tokens, or None.
+            text: CLIP states [B, L, D], padding included.
             lune, sol: what to keep.
 
         Returns:
@@ -300,7 +293,6 @@ class Teacher:
                 latents.to(device, dtype),
                 timestep_B.to(device),
                 encoder_hidden_states=text.to(device, dtype),
-                encoder_attention_mask=None if text_mask is None else text_mask.to(device),
                 return_dict=False,
             )
             captured = self.capture
@@ -331,7 +323,6 @@ class SplitTeacher:
         latents: Tensor,
         timestep_B: Tensor,
         text: Tensor,
-        text_mask: Tensor,
         *,
         lune: bool,
         sol: bool,
@@ -352,11 +343,7 @@ class SplitTeacher:
             count = min(together or self.most or len(latents), len(latents) - start)
             some = slice(start, start + count)
             try:
-                parts.append(
-                    self.teacher.features(
-                        latents[some], timestep_B[some], text[some], text_mask[some], lune=lune, sol=sol
-                    )
-                )
+                parts.append(self.teacher.features(latents[some], timestep_B[some], text[some], lune=lune, sol=sol))
                 start += count
                 continue
             except torch.OutOfMemoryError:

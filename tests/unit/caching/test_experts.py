@@ -99,6 +99,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
             watch.forwards.append(
                 Forward(name, pictures, timesteps, options["encoder_hidden_states"], len(watch.alive) - 1)
             )
+            assert options.get("encoder_attention_mask") is None  # padding takes part
 
         def middle(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
             if watch.fits is not None and len(output) > watch.fits:
@@ -242,9 +243,7 @@ class TestWhatATeacherSees:
             teacher = load_teacher(
                 encoders / "unet", Path(overlays[name]), name=name, dtype=torch.float32, device="cpu"
             )
-            mask = torch.ones(TIMES, 10, dtype=torch.int64)
-            mask[:, 5:] = 0  # begin, three words, end
-            expected = teacher.features(call.pictures, call.timesteps, call.text, mask, lune=True, sol=True)
+            expected = teacher.features(call.pictures, call.timesteps, call.text, lune=True, sol=True)
             for key in ("lune_features",) if name == "lune" else ("sol_stats", "sol_spatial"):
                 assert (found[f"{key}_float32"] - expected[key]).abs().max().item() <= ROUNDING
 
@@ -370,7 +369,6 @@ class TestMemory:
             "latents": torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
             "timestep_B": torch.linspace(50, 950, 10),
             "text": torch.randn(10, 6, 16, generator=torch.Generator().manual_seed(1)),
-            "text_mask": torch.ones(10, 6, dtype=torch.int64),
         }
         found = split.features(**given, lune=True, sol=True, together=None)
         assert calls == [4, 4, 2, 2, 2]
@@ -474,7 +472,7 @@ class TestInterruption:
         path = half_path(cache_path(item, "experts", "tf"))
         assert path.name == ".a_tf_experts.safetensors.half"
         assert set(load_file(path)) == {
-            "t_buckets_float32", "lune_features_float32", "seen_text", "seen_mask", "seen_image",
+            "t_buckets_float32", "lune_features_float32", "seen_text", "seen_image",
         }  # fmt: skip
         fingerprint = read_header(path).fingerprint
         assert fingerprint is not None

@@ -215,6 +215,17 @@ class TestSettings:
         found = reasons(cached, "experts", cached.config(experts={"sol_source": "geometric"}))
         assert set(found.values()) == {"experts.sol_source was 'extracted', now 'geometric'"}
 
+    def test_files_that_do_not_say_that_padding_was_visible_are_stale(self, cached: Any) -> None:
+        for item in cached.items():
+            path = cache_path(item, "experts", "tf")
+            header = read_header(path)
+            fingerprint = header.fingerprint
+            assert fingerprint is not None
+            assert fingerprint.pop("text_padding") == "visible"
+            save_file(load_file(path), path, metadata={**header.metadata, "fingerprint": json.dumps(fingerprint)})
+        expected = "the padding of the text that teachers see was 'hidden', now 'visible'"
+        assert set(reasons(cached, "experts").values()) == {expected}
+
     def test_the_stand_in_for_sol_is_stale_where_the_teacher_is_asked_for(self, project: Any) -> None:
         project.picture("a")
         assert project.run("experts", project.config(experts={"sol_source": "geometric"})) == 0

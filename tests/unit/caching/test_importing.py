@@ -177,7 +177,7 @@ def test_headers_say_what_is_known_and_that_it_was_imported(run: Any, columns: C
         "text": {"t5_max_tokens": 8, "t5_masked": True, "caption": "a red square", "captions": None},
         "experts": {
             "lune_enabled": True, "sol_enabled": True, "expert_input": "random", "expert_time": "reference",
-            "resolution": 512, "time_buckets": 3, "sol_source": "geometric", "caption": "a red square", "captions": None,
+            "text_padding": "visible", "resolution": 512, "time_buckets": 3, "sol_source": "geometric", "caption": "a red square", "captions": None,
         },
     }  # fmt: skip
     latents = read_header(cache_path(item, "latents", "tf")).metadata

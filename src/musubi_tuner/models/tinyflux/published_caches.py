@@ -454,6 +454,7 @@ def _experts(config: RunConfig, found: _Found) -> ForeignKind | None:
     facts |= {
         "expert_input": "random",
         "expert_time": "reference",
+        "text_padding": "visible",
         "resolution": TEACHER_RESOLUTION,
         "time_buckets": len(grid),
     }
