@@ -60,6 +60,8 @@ def test_lora_learns_and_its_base_stays(train: Callable[..., Any], base: Path) -
     assert any(bool((t != 0).any()) for key, t in tensors.items() if key.endswith("lora_up.weight"))
     rows = metrics(out)
     assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
+    # Teachers are fed, and the frozen predictors learn nothing from them.
+    assert all(row["loss/total"] == row["loss/main"] and "loss/lune" not in row for row in rows)
     after = load_file(base / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

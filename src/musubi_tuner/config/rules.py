@@ -378,7 +378,8 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
 
 def _no_effect(config: RunConfig) -> list[Diagnostic]:
     """Settings that a person wrote and that cannot act."""
-    huber = config.objective.loss == "huber" or (config.objective.lune_mode == "huber" and config.experts.enable_lune)
+    distils = config.experts.enable_lune and config.adapter.type == "none"
+    huber = config.objective.loss == "huber" or (config.objective.lune_mode == "huber" and distils)
     nothing = "nothing is saved on the way"
     no_steps = "save.every_steps is off" if config.save.every_epochs else nothing
     no_epochs = "save.every_epochs is off" if config.save.every_steps else nothing

@@ -753,3 +753,18 @@ def test_other_families_have_no_such_options(line: str, problems: Problems) -> N
 def test_the_time_scale_is_positive(value: str, problems: Problems) -> None:
     (found,) = problems(model=f"timestep_scale = {value}")
     assert found.startswith("model.timestep_scale:")
+
+
+def test_distillation_below_an_adapter_has_no_effect(warnings_of: WarningsOf) -> None:
+    teachers = {
+        "experts": 'expert_input = "random"',
+        "adapter": 'type = "lora"',
+        "ema": "enabled = false",
+    }
+    keys = ["lune_weight = 5.0", 'lune_mode = "hard"', "sol_warmup_steps = 3", "distill_on_dropped = false"]
+    found = warnings_of(**teachers, objective="\n".join([*keys, "lune_teacher_dropout = 0.2"]))
+    reason = "has no effect because the predictors below an adapter are frozen: teachers are fed, not distilled"
+    assert found == [f"objective.{key.split()[0]}: {reason}" for key in keys]
+    # It decides for which samples Sol's map weighs the main loss.
+    weighted = warnings_of(**teachers, objective="distill_on_dropped = false\nspatial_weighting = true")
+    assert weighted == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.schema import ExpertsSection, ObjectiveSection, TrainSection
+from musubi_tuner.config.schema import AdapterSection, ExpertsSection, ObjectiveSection, TrainSection
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight
@@ -496,6 +496,13 @@ def test_samples_that_do_not_distil_have_a_zero_term() -> None:
         assert (terms[name].per_sample_B != 0).tolist() == [False, True, False, True]
 
 
+def test_below_an_adapter_teachers_are_fed_and_not_distilled() -> None:
+    own = TinyFluxProcess(ObjectiveSection(), TeacherSettings(True, True, "sum", distil=False))
+    inputs = conditioning(own)
+    assert list(losses(own, inputs, update=5000)) == ["main"]
+    assert inputs["lune"]["feed"].all() and inputs["sol"]["feed"].all()
+
+
 def test_teachers_of_a_run_have_their_terms_even_in_batches_without_features() -> None:
     # Processes add up their terms by position: those of a batch from a dataset without teachers must be the same ones.
     own, batch = process(), make_batch(without_teacher=(0, 1, 2, 3))
@@ -810,7 +817,7 @@ def test_settings_of_masks_reach_the_process(family: Any) -> None:
 
     def masks(**settings: Any) -> MaskSettings | None:
         train = TrainSection(mask_foreground=3.0, mask_background=0.25, mask_normalize=True, **settings)
-        config = SimpleNamespace(objective=ObjectiveSection(), experts=experts, train=train)
+        config = SimpleNamespace(objective=ObjectiveSection(), experts=experts, train=train, adapter=AdapterSection())
         return family.make_process(config, options).masks
 
     assert masks(masked_loss=True) == MaskSettings(3.0, 0.25, normalize=True)

@@ -255,7 +255,12 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
 
 def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
     """The process of a run."""
-    teachers = TeacherSettings(config.experts.enable_lune, config.experts.enable_sol, options["sol_spatial_norm"])
+    teachers = TeacherSettings(
+        config.experts.enable_lune,
+        config.experts.enable_sol,
+        options["sol_spatial_norm"],
+        distil=config.adapter.type == "none",
+    )
     train = config.train
     masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
     return TinyFluxProcess(

@@ -106,6 +106,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Published choices of layers and ranks, for the published 15 double and 25 single blocks."""
 
 
+DISTILLING = ("lune_weight", "lune_warmup_steps", "lune_mode", "sol_weight", "sol_stats_weight", "sol_spatial_weight",
+              "sol_warmup_steps")  # fmt: skip
+"""Settings of [objective] that concern nothing but what the predictors learn from teachers."""
+
+
 def check(config: "RunConfig") -> list[Diagnostic]:
     """Static rules of this family."""
     found: list[Diagnostic] = []
@@ -204,6 +209,12 @@ def check(config: "RunConfig") -> list[Diagnostic]:
                 for key in config.set_keys()
                 if key.startswith(f"objective.{name}_") or key in (f"experts.{name}", f"experts.{name}_source")
             ]
+    if config.adapter.type != "none":
+        idle = {f"objective.{name}" for name in DISTILLING}
+        if not config.objective.spatial_weighting:  # which counts for the samples that are distilled
+            idle.add("objective.distill_on_dropped")
+        reason = "has no effect because the predictors below an adapter are frozen: teachers are fed, not distilled"
+        found += [Diagnostic("warning", key, reason) for key in config.set_keys() if key in idle]
     if config.objective.missing_teacher == "zeros" and len({own.teachers for own in every}) < 2:
         reason = "has no effect because all data sets have the same teachers"
         found.append(Diagnostic("warning", "objective.missing_teacher", reason))

@@ -6,7 +6,8 @@ In the noise fraction that `flow` speaks, sigma = 1 - t. The shift bends t, so a
 sampling towards clean images, the opposite of FLUX.
 
 Beside the main loss there are two distillation terms, one for each teacher of the run:
-Lune (predicted against real mid-block features) and Sol (attention statistics and map). Samples without features of a
+Lune (predicted against real mid-block features) and Sol (attention statistics and map). Below an adapter the predictors are frozen,
+so teachers are fed and not distilled. Samples without features of a
 teacher, such as those of a dataset that has none, take the model's own guess and add nothing to its term (unless
 `objective.missing_teacher` gives them zeros). The features of a sample are looked up on its own grid of times.
 """
@@ -63,11 +64,16 @@ def scale_sol_map(map_BSS: Tensor, norm: str) -> Tensor:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Which teachers a run uses and how; see the keys of the same name in [objective] and [experts]."""
+    """Which teachers a run uses and how; see the keys of the same name in [objective] and [experts].
+
+    Attributes:
+        distil: the model's own predictors train, and learn from them.
+    """
 
     lune: bool
     sol: bool
     sol_spatial_norm: str
+    distil: bool = True
 
 
 class TinyFluxProcess:
@@ -212,7 +218,7 @@ class TinyFluxProcess:
         extra: dict[str, Any],
         update: int,
     ) -> dict[str, LossTerm]:
-        """``main``, and ``lune`` and ``sol`` where the run has these teachers: in every batch, so that all processes add up the same."""
+        """``main``, and ``lune`` and ``sol`` where the run distils these teachers: in every batch, so that all processes add up the same."""
         settings = self.objective
         prediction = self._rounded(prediction)
         error = self._rounded(
@@ -232,7 +238,7 @@ class TinyFluxProcess:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
         terms = {"main": LossTerm(self._rounded(main), 1.0)}
         nothing = torch.zeros_like(time_B)
-        if self.teachers.lune:
+        if self.teachers.lune and self.teachers.distil:
             loss = nothing
             if lune is not None:
                 loss = distillation_loss(extra["lune_pred"], lune["features"], settings.lune_mode, settings.huber_delta)
@@ -240,7 +246,7 @@ class TinyFluxProcess:
             terms["lune"] = LossTerm(
                 self._rounded(loss), ramp(update, settings.lune_warmup_steps, settings.lune_weight)
             )
-        if self.teachers.sol:
+        if self.teachers.sol and self.teachers.distil:
             loss = nothing
             if sol is not None:
                 loss = sol_loss(
