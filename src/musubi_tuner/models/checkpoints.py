@@ -190,6 +190,10 @@ class _HubFolder:
 _Place = _Folder | _HubFolder
 
 
+TORCH_SUFFIXES = (".pt", ".pth")
+"""Of files that may hold an average beside the weights."""
+
+
 def config_names(file: str) -> tuple[str, ...]:
     """Names under which the geometry of a weight file may lie beside it, best first."""
     return (f"{Path(file).stem.removesuffix('_ema')}.json", *CONFIG_FILES)
@@ -207,7 +211,7 @@ def _ema_twin(place: _Place, name: str, ema_file: str | None) -> str:
         names = [f"{stem}_ema{dot}{suffix}", f"{stem}_ema.safetensors", *(EMA_FILES if file in MODEL_FILES else ())]
         candidates = [folder + slash + candidate for candidate in names]
     twin = next((candidate for candidate in candidates if place.has(candidate)), None)
-    if twin is None and not ema_file and suffix in ("pt", "pth") and _holds_average(place.fetch(name)):
+    if twin is None and not ema_file and name.endswith(TORCH_SUFFIXES) and _holds_average(place.fetch(name)):
         return name
     if twin is None:
         raise NoAverageError(
@@ -255,6 +259,10 @@ def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
     known = next(iter(_trainer_names(held, ema)), None)
     if known:
         return place.found(known)
+    if ema:  # a torch file of a trainer may hold both
+        whole = next((name for name in (*MODEL_FILES, *_trainer_names(held, False)) if place.has(name)), "")
+        if whole.endswith(TORCH_SUFFIXES) and _holds_average(place.fetch(whole)):
+            return place.found(whole)
     kind, which = (NoAverageError, "averaged ") if ema else (CheckpointError, "")
     raise kind(
         f"{place}: holds no {which}weights; looked for {', '.join(names)}, checkpoints.json, "
@@ -289,11 +297,12 @@ def _named(place: _Place, name: str | None, ema: bool) -> str:
     ``latest`` is the newest checkpoint; None the final one, else the best, else the newest.
     """
     if name is not None and not place.has("checkpoints.json"):
-        known = _trainer_names(place.names(), ema)
         wanted = re.compile(r"(step|epoch)_\d+" if name == "latest" else re.escape(name))
-        file = next((f for f in known if wanted.fullmatch(f.rpartition(".")[0].removesuffix("_ema"))), None)
-        if file:
-            return file
+        for averaged in (True, False) if ema else (False,):
+            known = _trainer_names(place.names(), averaged)
+            file = next((f for f in known if wanted.fullmatch(f.rpartition(".")[0].removesuffix("_ema"))), None)
+            if file:
+                return _ema_twin(place, file, None) if ema else file
     try:
         entries = dict(json.loads(_text_of(place, "checkpoints.json"))["checkpoints"])
         if not all(isinstance(entry, dict) for entry in entries.values()):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from musubi_tuner.errors import CheckpointError
+from musubi_tuner.errors import CheckpointError, NoAverageError
 from musubi_tuner.models.checkpoints import find_weights, read_weights, strip_wrappers
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_checkpoint, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
@@ -196,6 +196,40 @@ def test_folder_without_averaged_weights_says_so(tmp_path: Path) -> None:
         "ema_weights.safetensors, ema.pt, model_ema.pt, checkpoints.json, final, best, step_N and epoch_N; "
         "found nothing"
     )
+
+
+def torch_checkpoint(path: Path, mark: float, average: float | None) -> Path:
+    """What the published trainer writes: weights, and their average inside."""
+    held: dict[str, Any] = {"model": weights(mark), "model_config": TINY.to_dict(), "step": 3}
+    if average is not None:
+        held["ema"] = {"shadow": weights(average), "decay": 0.9}
+    torch.save(held, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["final.pt", "checkpoint.pt", "step_3.pt"])
+def test_average_inside_the_torch_file_of_a_folder(name: str, tmp_path: Path) -> None:
+    torch_checkpoint(tmp_path / name, 1, 2)
+    asked = [tmp_path, tmp_path / name, *([f"{tmp_path}:{name[:-3]}"] if name != "checkpoint.pt" else [])]
+    for source in asked:
+        assert (mark_of(load_model(source)), mark_of(load_model(source, ema=True))) == (1, 2), source
+    torch_checkpoint(tmp_path / name, 1, None)
+    for source in asked:
+        with pytest.raises(NoAverageError):
+            load_model(source, ema=True)
+
+
+def test_checkpoint_of_the_published_trainer_without_an_average_says_that(tmp_path: Path) -> None:
+    """So that drawing goes on with the weights themselves."""
+    write(tmp_path / "final.safetensors", 1)
+    assert mark_of(load_model(f"{tmp_path}:final")) == 1
+    with pytest.raises(NoAverageError) as caught:
+        load_model(f"{tmp_path}:final", ema=True)
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'final_ema.safetensors'}: no averaged weights beside final.safetensors"
+    )
+    write(tmp_path / "final_ema.safetensors", 2)
+    assert mark_of(load_model(f"{tmp_path}:final", ema=True)) == 2
 
 
 def test_explicit_ema_file_of_a_folder_wins_without_the_flag(tmp_path: Path) -> None:
