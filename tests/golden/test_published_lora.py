@@ -183,6 +183,24 @@ def test_torch_form_is_the_same(tmp_path: Path) -> None:
     assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
 
 
+def test_torch_form_without_metadata_and_with_numbers_in_it(tmp_path: Path) -> None:
+    plain = read_adapter(published(tmp_path / "a.safetensors")).tensors
+    torch.save({"state_dict": STORED, "config": CONFIG}, tmp_path / "a.pt")
+    found = read_adapter(tmp_path / "a.pt").tensors
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    old = {f"block_0_mlp_fc2.lora_{x}": STORED[f"single_blocks_0_mlp_fc2.lora_{x}"] for x in "AB"}
+    torch.save({"state_dict": old, "metadata": {"rank": 4, "alpha": 7.0}}, tmp_path / "old.pt")
+    assert float(read_adapter(tmp_path / "old.pt").tensors["lora_unet_single_blocks_0_mlp_fc2.alpha"]) == 7.0
+
+
+def test_patterns_of_a_stored_config_are_those_of_the_published_trainer(tmp_path: Path) -> None:
+    targets = [{"pattern": "single_blocks.[1].mlp.fc1", "alpha": 99.0}, {"pattern": "single_blocks.**", "alpha": 98.0}]
+    config = {**CONFIG, "targets": [*CONFIG["targets"], *targets]}
+    plain = read_adapter(published(tmp_path / "a.safetensors")).tensors
+    found = read_adapter(published(tmp_path / "b.safetensors", config_json=json.dumps(config))).tensors
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
 def test_there_and_back_keeps_every_bit(tmp_path: Path) -> None:
     first = read_adapter(published(tmp_path / "a.safetensors")).tensors
     assert {key.rpartition(".")[2] for key in first} == {"weight", "alpha"}
@@ -220,6 +238,8 @@ def test_previous_revision(model: TinyFluxDeep, tmp_path: Path) -> None:
          r"\(3 keys: ext_double_0.attn.txt_qkv.weight"),
         ({}, {"config_json": json.dumps({**CONFIG, "extensions": {"single_blocks": 3}})},
          r"holds 0 double and 3 single extension blocks \(0 keys, of which its header tells\)"),
+        ({}, {"config_json": json.dumps({**CONFIG, "extensions": [1]})}, "what its header says about extension blocks cannot be"),
+        ({}, {"config_json": json.dumps({**CONFIG, "extensions": {"single_blocks": "few"}})}, r"cannot be read \(invalid literal"),
         ({}, {"config_json": "{}"}, "has rank 4, config_json in the header says 16"),
         ({}, {"config_json": "{"}, "its header holds broken JSON"),
         ({"single_blocks_0_mlp_fc1.lora_A.1": torch.ones(2, 64)}, {}, "single_blocks_0_mlp_fc1 has only"),

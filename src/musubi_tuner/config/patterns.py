@@ -5,12 +5,15 @@
     double_blocks.[0,3,7].attn.*   a list of numbers or names, which may hold ranges
     single_blocks.[5].attn.qkv     one number
 
+In files of the published TinyFlux trainer a * is a part of one, so ** is one part of two characters or more, and a single [5]
+matches nothing; their settings are read as they acted there.
+
 A pattern must match a whole path. Settings of a layer: the defaults, then every matching target in order, a later one
 winning field by field; an entry of its own replaces all of it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -28,6 +31,35 @@ def matches(pattern: str, path: str) -> bool:
         ConfigError: for a pattern that cannot be read.
     """
     return compile_pattern(pattern).fullmatch(path) is not None
+
+
+def matches_published(pattern: str, path: str) -> bool:
+    """Whether a pattern in a file of the published trainer matches a whole path there.
+
+    Raises:
+        ConfigError: for a pattern that cannot be read.
+    """
+    return compile_published(pattern).fullmatch(path) is not None
+
+
+@cache
+def compile_published(pattern: str) -> re.Pattern[str]:
+    """A pattern of the published language as a regular expression.
+
+    Raises:
+        ConfigError: for a pattern that cannot be read.
+    """
+    expression = ""
+    for literal, brackets, star in re.findall(r"([^\[\]*]+)|\[([^\[\]]*)\]|(\*)", pattern):
+        if literal or star:
+            expression += re.escape(literal) if literal else r"[^.]+"
+        else:
+            expression += _choices(brackets, pattern) if re.search("[-,]", brackets) else NOTHING
+    return re.compile(expression)
+
+
+NOTHING = "(?!)"
+"""Regular expression that matches nothing."""
 
 
 @cache
@@ -108,15 +140,20 @@ Target = tuple[str, Mapping[str, Any]]
 """A pattern, and the fields of `LayerSettings` that it sets."""
 
 
-def resolve(path: str, base: LayerSettings, targets: Iterable[Target]) -> tuple[LayerSettings, bool]:
+def resolve(
+    path: str, base: LayerSettings, targets: Iterable[Target], match: Callable[[str, str], bool] = matches
+) -> tuple[LayerSettings, bool]:
     """Settings of a layer, and whether a target asks for it with ``enabled = true``.
+
+    Args:
+        match: the language of the patterns.
 
     Raises:
         ConfigError: for a pattern that cannot be read.
     """
     asked = False
     for pattern, fields in targets:
-        if matches(pattern, path):
+        if match(pattern, path):
             base = replace(base, **fields)
             asked = asked or fields.get("enabled") is True
     return base, asked

@@ -500,9 +500,15 @@ def _read_pickle(path: Path, ema: bool) -> WeightFile:
 def _header_of(loaded: dict[str, Any]) -> dict[str, str]:
     """What would stand in a header, of a LoRA in torch form: {state_dict, config, metadata}."""
     stated, config = loaded.get("metadata"), loaded.get("config")
-    if not isinstance(loaded.get("state_dict"), dict) or not isinstance(stated, dict):
+    if not isinstance(loaded.get("state_dict"), dict):
         return {}
-    header = {key: value for key, value in stated.items() if isinstance(key, str) and isinstance(value, str)}
+    header: dict[str, str] = {}
+    if isinstance(stated, dict):
+        header = {
+            key: str(value)
+            for key, value in stated.items()
+            if isinstance(key, str) and isinstance(value, str | int | float)
+        }
     return header | ({"config_json": json.dumps(config, default=str)} if isinstance(config, dict) else {})
 
 

@@ -174,7 +174,13 @@ class EMA:
         return len(keys)
 
     def save(self, path: Path) -> None:
-        """Write the shadow under the model's keys as safetensors."""
+        """Write the shadow under the model's keys as safetensors.
+
+        Raises:
+            ValueError: for a name of another kind of file.
+        """
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: averages are written as safetensors; give a name that ends so")
         from functools import partial
 
         from musubi_tuner.files import replace_file

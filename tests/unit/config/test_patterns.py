@@ -2,7 +2,7 @@
 
 import pytest
 
-from musubi_tuner.config.patterns import LayerSettings, matches, resolve
+from musubi_tuner.config.patterns import LayerSettings, matches, matches_published, resolve
 from musubi_tuner.errors import ConfigError
 
 
@@ -37,6 +37,20 @@ from musubi_tuner.errors import ConfigError
 )
 def test_matches(pattern: str, path: str, expected: bool) -> None:
     assert matches(pattern, path) is expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [("single_blocks.*.mlp.*", "single_blocks.3.mlp.fc1", True), ("*.mlp.*", "single_blocks.3.mlp.fc1", False),
+     ("single_blocks.[20-24].attn.qkv", "single_blocks.24.attn.qkv", True),
+     ("single_blocks.[1,3].attn.qkv", "single_blocks.3.attn.qkv", True),
+     # As they acted there: a single number matched nothing, and two stars were one part of two characters or more.
+     ("single_blocks.[1].attn.qkv", "single_blocks.1.attn.qkv", False),
+     ("single_blocks.**", "single_blocks.12.attn.qkv", False), ("single_blocks.**.attn.qkv", "single_blocks.12.attn.qkv", True),
+     ("single_blocks.**.attn.qkv", "single_blocks.1.attn.qkv", False)],
+)  # fmt: skip
+def test_patterns_of_published_files(pattern: str, path: str, expected: bool) -> None:
+    assert matches_published(pattern, path) is expected
 
 
 @pytest.mark.parametrize(

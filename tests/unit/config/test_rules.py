@@ -768,3 +768,18 @@ def test_distillation_below_an_adapter_has_no_effect(warnings_of: WarningsOf) ->
     # It decides for which samples Sol's map weighs the main loss.
     weighted = warnings_of(**teachers, objective="distill_on_dropped = false\nspatial_weighting = true")
     assert weighted == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("extensions = {single_blocks = 2}", "extensions: is not built: whole blocks beside the model's"),
+     ("layer_specs = {}", "layer_specs: is written as [[adapter.targets]], with the path of the layer as pattern"),
+     ("defaults = {rank = 4}", "defaults: is written in [adapter] itself"),
+     ("include_double_attn = true", 'include_double_attn: is written as adapter.kinds, a list that holds "double_attn"'),
+     ("include_single_mlp = false", 'include_single_mlp: is written as adapter.kinds, a list that lacks "single_mlp"')],
+)  # fmt: skip
+def test_settings_of_the_published_lora_trainer_are_told_where_they_go(
+    setting: str, message: str, problems: Problems
+) -> None:
+    (found,) = problems(adapter=f'type = "lora"\n{setting}', ema="enabled = false")
+    assert found.startswith(f"adapter.{message}")

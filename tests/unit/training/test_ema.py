@@ -322,6 +322,12 @@ def test_file_holds_the_average_under_the_keys_of_the_model(tmp_path: Path) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["ema.safetensors"]
 
 
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"average\.pt: averages are written as safetensors"):
+        EMA(Net(), 0.9).save(tmp_path / "average.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_comes_back_bit_for_bit(tmp_path: Path) -> None:
     _, ema = trained()
     ema.save(tmp_path / "ema.safetensors")

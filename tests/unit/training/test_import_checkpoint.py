@@ -332,6 +332,25 @@ def test_every_moment_goes_to_the_parameter_of_its_name(
             assert torch.equal(found[name][entry], value), f"{name} {entry}"
 
 
+def test_the_order_of_the_moments_is_that_of_the_file(tmp_path: Path, imported: Callable[..., str]) -> None:
+    """A model that registers its parts in another order numbers its parameters otherwise."""
+    loop = Published().train(STEPS)
+    names = [name for name, p in loop.model.named_parameters() if p.requires_grad]
+    state, order = loop.optimizer.state_dict(), list(reversed(range(len(names))))
+    turned = {**state, "state": {order.index(i): held for i, held in state["state"].items()}}
+    weights = loop.model.state_dict()
+    buffers = {key: tensor for key, tensor in weights.items() if key not in names}
+    imported(
+        loop.save(
+            tmp_path / "step_5.pt", model={**{names[i]: weights[names[i]] for i in order}, **buffers}, optimizer=turned
+        )
+    )
+    expected, found = moments(loop), loaded_moments(state_of(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    for name, entries in expected.items():
+        assert torch.equal(found[name]["exp_avg"], entries["exp_avg"]), name
+
+
 def test_state_begins_an_epoch(tmp_path: Path, imported: Callable[..., str]) -> None:
     path = Published().train(STEPS).save(tmp_path / "step_5.pt")
     printed = imported(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.adapters.convert import MUSUBI_PREFIX, layer_path, layer_paths
-from musubi_tuner.config.patterns import LayerSettings, matches, resolve
+from musubi_tuner.config.patterns import LayerSettings, matches, matches_published, resolve
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.models.tinyflux.options import KINDS, PUBLISHED_KINDS, SPEC
 
@@ -74,14 +74,13 @@ def _config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def _refuse_extensions(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
     keys = [key for key in tensors if re.match(r"ext_(double|single)_\d+\.", key)]
-    stated = (config or {}).get("extensions") or {}
-    counts = {
-        kind: max(
-            len({key.partition(".")[0] for key in keys if key.startswith(f"ext_{kind}_")}),
-            int(stated.get(f"{kind}_blocks", 0) or 0),
-        )
-        for kind in ("double", "single")
-    }
+    stated, counts = (config or {}).get("extensions") or {}, dict[str, int]()
+    try:
+        for kind in ("double", "single"):
+            held = len({key.partition(".")[0] for key in keys if key.startswith(f"ext_{kind}_")})
+            counts[kind] = max(held, int(stated.get(f"{kind}_blocks", 0) or 0))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"what its header says about extension blocks cannot be read ({error})") from error
     if any(counts.values()):
         named = f": {keys[0]}, ..." if keys else ", of which its header tells"
         raise CheckpointError(
@@ -119,7 +118,7 @@ def _settings(path: str, config: Mapping[str, Any]) -> LayerSettings:
         return LayerSettings(**known(specs[path]))
     targets = [(target["pattern"], known(target)) for target in config.get("targets") or []]
     try:
-        return resolve(path, LayerSettings(**known(config.get("defaults") or {})), targets)[0]
+        return resolve(path, LayerSettings(**known(config.get("defaults") or {})), targets, matches_published)[0]
     except ConfigError as error:
         raise CheckpointError(f"config_json in its header: {error}") from error
 

@@ -1,5 +1,6 @@
 """Facts, defaults and rules of the TinyFlux family. Torch-free."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ OTHER_HUB_ID = "AbstractPhil/tiny-flux-deep"
 """Spelling used elsewhere; suggested when the first is not found."""
 LATENT_SCALE = 0.3611
 """Of the FLUX autoencoder; TinyFlux leaves its shift of 0.1159 out."""
+
+
+def _kind_key(kind: str) -> Callable[[Any], str]:
+    return lambda value: f'is written as adapter.kinds, a list that {"holds" if value else "lacks"} "{kind}"'
 
 
 def _flux_shift_key(value: Any) -> str:
@@ -294,7 +299,14 @@ SPEC = ModelSpec(
         "model.allow_schnell": "schnell is a FLUX.1 model",
         "model.keep_dtype": "it is small and trains in float32",
     },
-    foreign_keys={"discrete_flow_shift": _flux_shift_key, "flux_shift": _flux_shift_key},
+    foreign_keys={
+        "discrete_flow_shift": _flux_shift_key,
+        "flux_shift": _flux_shift_key,
+        "extensions": lambda _: "is not built: whole blocks beside the model's, which the published model never ran",
+        "layer_specs": lambda _: "is written as [[adapter.targets]], with the path of the layer as pattern",
+        "defaults": lambda _: "is written in [adapter] itself: rank, alpha, lr_scale, depth, dropout",
+        **{f"include_{kind}": _kind_key(kind) for kind in PUBLISHED_KINDS},
+    },
     check=check,
     geometry="musubi_tuner.models.tinyflux.geometry:TinyFluxConfig",
     module="musubi_tuner.models.tinyflux",

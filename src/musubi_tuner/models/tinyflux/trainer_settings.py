@@ -156,11 +156,14 @@ WORDS: dict[str, tuple[str, dict[Any, Any]]] = {
     ),
 }  # fmt: skip
 """Field -> our key, and what its values are called there."""
+NO_GRAPHS = "without CUDA graphs, whose memory the next compiled block would use again"
 RULES = {
     (
         "train.mixed_precision",
         "bf16",
     ): 'of the computation; objective.precision = "bfloat16" rounds times, noise and losses too',
+    ("memory.compile_mode", "default"): NO_GRAPHS,
+    ("memory.compile_mode", "max-autotune-no-cudagraphs"): NO_GRAPHS,
 }
 """What else is to be said of such a value."""
 LUNE_DELTA = 0.1
