@@ -22,6 +22,8 @@ from musubi_tuner.errors import ConfigError
 
 MOST_NUMBERS = 10_000
 """Longest range that a pattern may name."""
+NOTHING = "(?!)"
+"""Regular expression that matches nothing."""
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -49,6 +51,8 @@ def compile_published(pattern: str) -> re.Pattern[str]:
     Raises:
         ConfigError: for a pattern that cannot be read.
     """
+    if "[" in (rest := re.sub(r"\[[^\[\]]*\]", "", pattern)) or "]" in rest:
+        return re.compile(NOTHING)
     expression = ""
     for literal, brackets, star in re.findall(r"([^\[\]*]+)|\[([^\[\]]*)\]|(\*)", pattern):
         if literal or star:
@@ -56,10 +60,6 @@ def compile_published(pattern: str) -> re.Pattern[str]:
         else:
             expression += _choices(brackets, pattern) if re.search("[-,]", brackets) else NOTHING
     return re.compile(expression)
-
-
-NOTHING = "(?!)"
-"""Regular expression that matches nothing."""
 
 
 @cache

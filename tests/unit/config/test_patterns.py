@@ -46,6 +46,7 @@ def test_matches(pattern: str, path: str, expected: bool) -> None:
      ("single_blocks.[1,3].attn.qkv", "single_blocks.3.attn.qkv", True),
      # As they acted there: a single number matched nothing, and two stars were one part of two characters or more.
      ("single_blocks.[1].attn.qkv", "single_blocks.1.attn.qkv", False),
+     ("single_blocks.[1.attn.qkv", "single_blocks.1.attn.qkv", False),
      ("single_blocks.**", "single_blocks.12.attn.qkv", False), ("single_blocks.**.attn.qkv", "single_blocks.12.attn.qkv", True),
      ("single_blocks.**.attn.qkv", "single_blocks.1.attn.qkv", False)],
 )  # fmt: skip
