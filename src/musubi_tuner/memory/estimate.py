@@ -45,7 +45,7 @@ class Estimate:
 
     ``operations``, ``brought`` and ``taken`` are those of one micro-batch; ``values`` is the number of trained ones, ``moments`` what
     the optimizer remembers of them wherever it lies; ``pinned`` is what torch pins for the weights in ``host``, 0 = they are not
-    pinned; ``staging`` is what it pins for copies only; ``averaged`` is an
+    pinned; ``staging`` is what it pins for copies only; ``pins`` says whether the device's copies need that; ``averaged`` is an
     average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
     gradients and activations. All of it is of one process.
     """
@@ -67,6 +67,7 @@ class Estimate:
     moments: Bytes = 0
     pinned: Bytes = 0
     staging: Bytes = 0
+    pins: bool = False
     averaged: Bytes = 0
     decoding: Bytes = 0
 
@@ -96,7 +97,7 @@ class Estimate:
             copied += f"; beside it {format_bytes(self.staging)} of pinned buffers for copies"
         for size, of, how in (
             (self.host, "swapped blocks", copied),
-            (self.offloaded, "the inputs of blocks", "pinned, up to twice that"),
+            (self.offloaded, "the inputs of blocks", "pinned, up to twice that" if self.pins else "not pinned"),
             (self.averaged, "the average", "not pinned"),
         ):
             if size:
@@ -167,7 +168,13 @@ def _estimate(config: RunConfig, plan: ModelPlan, step: StepNeeds, weights: "_We
         moments=moments,
         pinned=weights.pinned,
         staging=weights.staging,
+        pins=_on_gpu(config),
     )
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    """Whether copies go to a GPU; other devices compute in main memory, or have no engine."""
+    return choose_device(config.run.device).type == "cuda"
 
 
 def _values(shapes: Mapping[torch.Size, int]) -> int:
@@ -388,7 +395,7 @@ def _weights(config: RunConfig, plan: ModelPlan) -> _Weights:
     if trained:
         returning = min(GRADIENT_BUFFERS, len(blocks))
     pinned = staging = 0
-    if choose_device(config.run.device).type == "cuda":  # others compute in main memory, or have no engine
+    if _on_gpu(config):
         pinned = sum(piece for piece, _ in pinned_pieces(blocks)) if memory.swap_pinned else 0
         staging = 2 * STAGING_BYTES if blocks and not memory.swap_pinned else 0
         staging += returning * sum(piece for piece, _ in pinned_pieces([largest] if returning else []))

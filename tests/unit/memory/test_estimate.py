@@ -434,7 +434,8 @@ def test_main_memory_of_the_plan_is_what_the_settings_take() -> None:
     pinned = " of main memory for swapped blocks (1.50 GiB pinned)"
     staged = " of main memory for swapped blocks (not pinned; beside it 64.0 MiB of pinned buffers for copies)"
     assert found.lines()[1].endswith(pinned)
-    lines = replace(found, pinned=0, staging=2**26, averaged=2**30).lines()
+    assert found.lines()[2].endswith(" for the inputs of blocks (not pinned)")
+    lines = replace(found, pinned=0, staging=2**26, pins=True, averaged=2**30).lines()
     assert lines[1].endswith(staged)
     assert lines[2].endswith(" for the inputs of blocks (pinned, up to twice that)")
     assert lines[3] == "           1.00 GiB of main memory for the average (not pinned)"
