@@ -150,7 +150,8 @@ class Runner:
         from musubi_tuner.runner.plan import describe, make_plan
 
         encode = config.cache.run != "never" and not options.skip_cache
-        plan = make_plan(config, self.processes, download=encode and not options.plan)
+        download = encode and not options.plan
+        plan = make_plan(config, self.processes, download=download, only_look=options.plan)
         for note in plan.found.notes:
             print(f"note: {note}")
         print(describe(config, plan, self.processes), flush=True)
@@ -198,7 +199,9 @@ class Runner:
                 try:
                     self.config.spec.load("plan_model")(self.config)
                 except CheckpointError:
-                    print("  memory   is estimated when the checkpoint is here", flush=True)
+                    teachers = self.options.plan and self.config.spec.expert_keys
+                    late = ", and what it records of its teachers is read then" if teachers else ""
+                    print(f"  memory   is estimated when the checkpoint is here{late}", flush=True)
                     return None
             config, chosen = resolve_swap(self.config, items, machine.free)
             lines = estimate_lines(

@@ -1,6 +1,7 @@
 """The plan: what a run would do, printed before it does anything."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,15 @@ class Plan:
         return {kind: set(status.due) for kind, status in self.status.items()}
 
 
-def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: bool = True) -> Plan:
-    """Look at the data and the caches; data errors come before torch is imported."""
+def make_plan(
+    config: RunConfig, processes: int, *, download: bool, encodes: bool = True, only_look: bool = False
+) -> Plan:
+    """Look at the data and the caches; data errors come before torch is imported.
+
+    Args:
+        download: encoders that are on the hub.
+        only_look: nothing follows, so the checkpoint is not downloaded either; one that is not here records nothing.
+    """
     found = scan(config.datasets, config.spec.code)
     trained, held_out = hold_out(found.items, config.validation)
     buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
@@ -53,7 +61,10 @@ def make_plan(config: RunConfig, processes: int, *, download: bool, encodes: boo
     options: dict[str, Any] = {}
     kinds = needed_kinds(config)
     if "experts" in kinds:
-        options = config.spec.load("checkpoint_options")(config)
+        from musubi_tuner.models.hub import local_only
+
+        with local_only() if only_look else nullcontext():
+            options = config.spec.load("checkpoint_options")(config)
     status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
     return Plan(found, held_out, status, steps)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 from musubi_tuner.caching.file_format import cache_path, read_header
 from musubi_tuner.caching.status import examine, find_orphans, needed_kinds
 from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import CheckpointError
 
 Summary = Callable[[], list[str]]
 LUNE_ONLY = {"enable_sol": False, "time_buckets": 2, "seed": 5}
@@ -164,3 +166,33 @@ def test_memory_is_estimated_with_the_longest_tables(mixed: Any) -> None:
     config = mixed.config()
     shapes = config.spec.load("plan_model")(config).shapes
     assert (shapes["t_buckets"], shapes["lune_features"]) == ((11,), (11, 1280))
+
+
+def test_looking_at_the_plan_downloads_no_checkpoint(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from musubi_tuner.runner.plan import make_plan
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    project.picture("a")
+    project.tables["experts"].pop("expert_input")
+    project.tables["model"] |= {"init": "checkpoint", "path": "owner/model"}
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+        plan = make_plan(project.config(), 1, download=False, only_look=True)
+    assert plan.due == ["latents", "text", "experts"]
+    assert plan.status["experts"].expected[0].shared["expert_input"] == "random"  # what a file without records means
+    asked: list[str] = []
+
+    def unreachable(_: Any, repo: str, **__: Any) -> None:
+        asked.append(repo)
+        raise OfflineModeIsEnabled(repo)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(CheckpointError, match="owner/model"):
+        make_plan(project.config(), 1, download=False)
+    assert asked == ["owner/model"]
+    (project.root / "empty").mkdir()
+    project.tables["model"]["path"] = "empty"  # what is here is read, and has to be a checkpoint
+    with pytest.raises(CheckpointError, match="empty"):
+        make_plan(project.config(), 1, download=False, only_look=True)

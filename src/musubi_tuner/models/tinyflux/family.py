@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.config.paths import is_hub_id, is_published
+from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.models.checkpoints import WeightFile, check_keys, sample_identity
+from musubi_tuner.models.hub import LOCAL_ONLY
 from musubi_tuner.models.spec import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
@@ -81,14 +83,22 @@ def _average(config: RunConfig, geometry: TinyFluxConfig, notes: list[str]) -> d
 
 
 def checkpoint_options(config: RunConfig) -> dict[str, Any]:
-    """Options that training records and caching obeys: how the teachers are run, and whether padding is hidden."""
+    """Options that training records and caching obeys: how the teachers are run, and whether padding is hidden.
+
+    Where nothing may be downloaded, a checkpoint that is not here counts as one that records nothing.
+    """
     file = None
     if config.model.init == "checkpoint" and "auto" in (
         config.experts.expert_input,
         config.experts.expert_time,
         config.experts.sol_spatial_norm,
     ):
-        file = open_checkpoint(config)
+        try:
+            file = open_checkpoint(config)
+        except CheckpointError:
+            path = str(config.model.path)
+            if not (LOCAL_ONLY.get() and (is_hub_id(path) or is_published(path))):
+                raise
     recorded = options_of(file) if file else {}
     return {**resolve_experts(config, recorded), "t5_attn_mask": config.model.t5_attn_mask}
 
