@@ -138,7 +138,7 @@ def estimate(
     Args:
         plan: of the model without adapters. bucket: width and height in pixels. count: operations too; see `run_step`.
     """
-    step = run_step(config, plan, bucket, batch_size, count=count)
+    step = run_step(config, plan, bucket, batch_size, count=count, gpu=_on_gpu(config))
     return _estimate(config, plan, step, _weights(config, plan))
 
 
@@ -308,7 +308,11 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
     plan = config.spec.load("plan_model")(config)
     usable, sizes = int(free * (1 - MARGIN)), bucket_sizes(items)
     try:
-        steps = [run_step(config, plan, sizes[size][0], size.batch_size, count=False) for size in largest_sizes(sizes)]
+        gpu = _on_gpu(config)
+        steps = [
+            run_step(config, plan, sizes[size][0], size.batch_size, count=False, gpu=gpu)
+            for size in largest_sizes(sizes)
+        ]
         decoding = decoding_bytes(config)
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         raise ConfigError(

@@ -13,14 +13,15 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from musubi_tuner.adapters.attach import Plan, attach, make_adapters, plan_adapters, target_paths
@@ -55,13 +56,20 @@ class StepNeeds:
 
 
 def run_step(
-    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, *, count: bool = True
+    config: RunConfig,
+    plan: ModelPlan,
+    bucket: tuple[int, int],
+    batch_size: int,
+    *,
+    count: bool = True,
+    gpu: bool = False,
 ) -> StepNeeds:
     """Run the step of a config on a batch of one bucket.
 
     Args:
         plan: of the model without adapters. bucket: width and height in pixels.
         count: operations too, which takes a backward pass; otherwise they are 0.
+        gpu: as a GPU computes it, whose autocast keeps more in float32 than a CPU's.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,12 +97,13 @@ def run_step(
             weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
             away.total = 0
             kept, forward, backward = _Kept(weights), _Operations(), _Operations()
-            with forward, kept, _autocast(config):
-                output = training_step(model, process, batch, draws, 0)
-            if count:
-                with backward:
-                    output.loss.backward()
-                model.zero_grad(set_to_none=True)
+            with _norms_of_gpus() if gpu else nullcontext():
+                with forward, kept, _autocast(config):
+                    output = training_step(model, process, batch, draws, 0)
+                if count:
+                    with backward:
+                        output.loss.backward()
+                    model.zero_grad(set_to_none=True)
             widest[:] = max(widest[0], forward.widest_input), max(widest[1], forward.widest_output)
             return _Sums(kept.total, away.total, forward.total + backward.total if count else 0)
 
@@ -102,7 +111,7 @@ def run_step(
         for kind in kinds:
             if len(kind.numbers) > 1:
                 total = total.plus(run(kind), first, len(kind.numbers) - 1)
-        with _autocast(config):
+        with _norms_of_gpus() if gpu else nullcontext(), _autocast(config):
             largest = max((block.kept() for block in inside), default=0)
     return StepNeeds(
         kept=total.kept,
@@ -225,6 +234,27 @@ def _autocast(config: RunConfig) -> torch.autocast:
     return torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None)
 
 
+@contextmanager
+def _norms_of_gpus() -> Iterator[None]:
+    """LayerNorm in float32 under autocast, which is what torch does on GPUs; on CPUs it keeps the dtype of its input.
+
+    Of what autocast brings to float32 on GPUs only, it is all that our models leave to it. The function is replaced for the moment:
+    a function mode of torch is off in the backward pass, so blocks would be recomputed otherwise than they were computed.
+    """
+    plain = F.layer_norm
+
+    def layer_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            input, args, kwargs = tree_map_only(Tensor, Tensor.float, (input, args, kwargs))
+        return plain(input, *args, **kwargs)
+
+    F.layer_norm = layer_norm
+    try:
+        yield
+    finally:
+        F.layer_norm = plain
+
+
 class _Operations(TorchDispatchMode):
     """Adds up the operations of matrix products by torch's formulas, and those of the attention kernel of CPUs."""
 
@@ -280,9 +310,7 @@ class _Inside:
         """Call the block once more, with what it was called with."""
         outside = {id(t.untyped_storage()) for t in self.args if isinstance(t, Tensor)}
         outside |= {id(t.untyped_storage()) for t in (*self.block.parameters(), *self.block.buffers())}
-        entered = [
-            a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args
-        ]
+        entered = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in self.args]
         outside |= {id(t.untyped_storage()) for t in entered if isinstance(t, Tensor)}
         inside = _Kept(outside)
         with torch.enable_grad(), inside:

@@ -466,6 +466,27 @@ def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path, monkeypatc
     assert moment(base_storage="fp8") == 2 * largest
 
 
+def test_a_gpu_keeps_the_inputs_of_norms_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two norms for images and two for text in the double block, one for both in each single one, and the last, for images.
+
+    What enters the very first of images and of text needs no gradient, so it is not kept. The last one is given a part of a tensor:
+    in its own precision all of that tensor is kept, in another a copy of the part. Of each token there are mean and deviation.
+    """
+    image, text, width, single = 16 * 16, 64, FD.hidden_size, FD.depth_single_blocks
+    last = 4 * width * image - 2 * width * (image + text)
+    recomputed = {"memory": {"gradient_checkpointing": True}, "adapter": {"only": [r"single_blocks\..*"]}}
+    here, here_recomputed = of_flux(tmp_path), of_flux(tmp_path, count=True, **recomputed)
+    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    there, there_recomputed = of_flux(tmp_path), of_flux(tmp_path, count=True, **recomputed)
+    inside = 2 * width * (image + text) * (1 + single)
+    moments = 2 * 2 * ((image + text) * (1 + single) + image)
+    assert there.activations - here.activations == inside + last + moments
+    assert there_recomputed.activations - here_recomputed.activations == last + 2 * 2 * image
+    # What enters a recomputed block is kept outside of it; its float32 copy is not.
+    assert there_recomputed.passing - here_recomputed.passing == (4 * width + 2 * 2) * (image + text)
+    assert there_recomputed.operations == here_recomputed.operations
+
+
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a run on a GPU."""
