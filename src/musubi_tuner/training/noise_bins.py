@@ -58,4 +58,4 @@ class NoiseBins:
     def load_state(self, stored: list[list[float]] | None) -> None:
         """Continue from a state; one with another number of slices counts for nothing."""
         if stored and len(stored[0]) == self.count:
-            self.table = torch.tensor(stored).to(self.table)
+            self.table = torch.tensor(stored, dtype=self.table.dtype, device=self.table.device)

@@ -57,6 +57,10 @@ def test_a_state_continues_and_one_of_other_slices_counts_for_nothing() -> None:
     assert means(other) == {}
     again.clear()
     assert means(again) == {}
+    # A sum that needs more digits than float32 has.
+    begun.add(filled(torch.tensor([0.1]), torch.tensor([2.0**-30])).table)
+    again.load_state(begun.state())
+    assert torch.equal(again.table, begun.table) and float(begun.table.max()) != 4.0
 
 
 def test_none_are_kept_where_there_are_no_slices() -> None:
