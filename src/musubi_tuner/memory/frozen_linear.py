@@ -260,9 +260,12 @@ class FrozenLinear(nn.Module):
             return dequantize(stored, scale, dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        shape = torch.Size((self.out_features, self.in_features))
+        # By blocks or as one row: on CPUs with AVX-512 bitsandbytes 0.50 takes other scales where a block ends inside a later row.
+        values = self.out_features * self.in_features
+        shape = torch.Size((values // BLOCK, BLOCK) if values % BLOCK == 0 else (values,))
         state = QuantState(absmax=scale, shape=shape, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
-        return dequantize_4bit(stored.view(-1, 1), state).to(dtype)
+        weight = dequantize_4bit(stored.view(-1, 1), state)
+        return weight.view(self.out_features, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -51,6 +51,18 @@ def test_error_of_nf4_is_half_the_widest_gap_of_its_levels() -> None:
     assert float((back - weight).norm() / weight.norm()) < 0.11
 
 
+@pytest.mark.parametrize("shape", [(192, 32), (1000, 48), (3, 96), (5, 130), (6, 10), (64, 64)])
+def test_values_of_nf4_have_the_scale_of_their_block_in_rows_of_any_length(shape: tuple[int, int]) -> None:
+    """Rows differ by orders of magnitude, so that the scale of another block would show."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * 10 ** torch.randn(shape[0], 1, generator=generator)
+    layer = FrozenLinear.of_weight(StoredWeight.of(weight), None, "nf4", torch.float32)
+    for error, block in zip(
+        (layer.dense_weight(torch.float32) - weight).flatten().split(64), weight.flatten().split(64)
+    ):
+        assert (error.abs() <= 0.153 * block.abs().max()).all()
+
+
 ROWS, COLUMNS, STD = 192, 256, 0.05
 
 
