@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,10 @@ def test_blocks_of_flux_take_little_more_than_their_size() -> None:
     pieces = pinned_pieces(sizes)
     assert sum(count for _, count in pieces) == 53
     assert sum(size for size, _ in pieces) < 1.1 * sum(sizes)
+    assert sum(size for size, _ in pinned_pieces([270 * MIB] * 36)) == 10.5 * 1024 * MIB
 
 
+@example([257 * MIB, 771 * MIB])
 @given(st.lists(st.integers(1, 3 * PIECE_LIMIT // MIB).map(lambda size: size * MIB), max_size=40))
 def test_every_block_has_a_place_and_pieces_are_never_worse_than_one_each(sizes: list[int]) -> None:
     pieces = pinned_pieces(sizes)
