@@ -138,8 +138,14 @@ def estimate(
     Args:
         plan: of the model without adapters. bucket: width and height in pixels. count: operations too; see `run_step`.
     """
-    step = run_step(config, plan, bucket, batch_size, count=count, gpu=_on_gpu(config))
-    return _estimate(config, plan, step, _weights(config, plan))
+    return _estimate(config, plan, _step(config, plan, bucket, batch_size, count), _weights(config, plan))
+
+
+def _step(
+    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, count: bool = False
+) -> StepNeeds:
+    """The step as the run's device computes it."""
+    return run_step(config, plan, bucket, batch_size, count=count, gpu=_on_gpu(config))
 
 
 def _estimate(config: RunConfig, plan: ModelPlan, step: StepNeeds, weights: "_Weights") -> Estimate:
@@ -308,11 +314,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
     plan = config.spec.load("plan_model")(config)
     usable, sizes = int(free * (1 - MARGIN)), bucket_sizes(items)
     try:
-        gpu = _on_gpu(config)
-        steps = [
-            run_step(config, plan, sizes[size][0], size.batch_size, count=False, gpu=gpu)
-            for size in largest_sizes(sizes)
-        ]
+        steps = [_step(config, plan, sizes[size][0], size.batch_size) for size in largest_sizes(sizes)]
         decoding = decoding_bytes(config)
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         raise ConfigError(

@@ -77,6 +77,7 @@ def run_step(
     process = config.spec.load("make_process")(config, plan.options)
     layers = _adapted_layers(config, plan.model)
     kinds = _kinds(config, plan.model, layers)
+    norms = _norms_of_gpus if gpu else nullcontext
     away = _Away()
     model = copy.deepcopy(plan.model)
     if memory.checkpoints:
@@ -97,7 +98,7 @@ def run_step(
             weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
             away.total = 0
             kept, forward, backward = _Kept(weights), _Operations(), _Operations()
-            with _norms_of_gpus() if gpu else nullcontext():
+            with norms():
                 with forward, kept, _autocast(config):
                     output = training_step(model, process, batch, draws, 0)
                 if count:
@@ -111,7 +112,7 @@ def run_step(
         for kind in kinds:
             if len(kind.numbers) > 1:
                 total = total.plus(run(kind), first, len(kind.numbers) - 1)
-        with _norms_of_gpus() if gpu else nullcontext(), _autocast(config):
+        with norms(), _autocast(config):
             largest = max((block.kept() for block in inside), default=0)
     return StepNeeds(
         kept=total.kept,
