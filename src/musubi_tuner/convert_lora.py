@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from musubi_tuner.config.command_line import Parser
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.stopping import exit_on_terminate
 
 TARGETS: dict[str, Literal["musubi", "comfyui", "diffusers", "published"]] = {"musubi": "musubi", "kohya": "musubi", "default": "musubi", "comfyui": "comfyui", "other": "comfyui",
            "diffusers": "diffusers", "published": "published"}  # fmt: skip

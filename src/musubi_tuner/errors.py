@@ -4,12 +4,11 @@ A message says where (file or TOML key), what was found, what was expected and w
 derives from the built-in exception that a caller of the library would expect. Commands run their body
 through `run_command`, which prints such an error without a traceback.
 
-    0 done    1 failed while working    2 wrong input    130 Ctrl-C    143 SIGTERM
+    0 done    1 failed while working    2 wrong input    130 Ctrl-C    143 SIGTERM    129 the terminal closed
 """
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number.
+    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number. Without a message nothing is printed.
 
     Like KeyboardInterrupt it is no `Exception`: code that catches those must not swallow it.
     """
@@ -123,9 +122,13 @@ def run_command(body: Callable[[], int | None]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         return body() or EXIT_OK
-    except (UserError, Interrupted) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Interrupted as stop:
+        if text := str(stop):
+            print(text, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPT
@@ -144,12 +147,3 @@ def run_command(body: Callable[[], int | None]) -> int:
             raise
         print(f"error: {found[0]}; end other programs that use it", file=sys.stderr)
         return EXIT_FAILED
-
-
-def exit_on_terminate() -> None:
-    """Let SIGTERM unwind the stack like Ctrl-C does, so that temporary files are removed on the way out."""
-
-    def terminate(signum: int, frame: object) -> None:
-        raise Interrupted(signum, "terminated; run the same command again to continue")
-
-    signal.signal(signal.SIGTERM, terminate)

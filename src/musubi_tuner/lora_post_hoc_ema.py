@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.command_line import Parser
-from musubi_tuner.errors import EXIT_OK, CheckpointError, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, CheckpointError, ConfigError, run_command
+from musubi_tuner.stopping import exit_on_terminate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

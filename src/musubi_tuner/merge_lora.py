@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from musubi_tuner.config.command_line import Parser
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.stopping import exit_on_terminate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
-from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, ConfigError, run_command
+from musubi_tuner.stopping import exit_on_terminate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,7 +61,8 @@ def _entry(command: str) -> Any:
 
 
 def _become(request: dict[str, Any]) -> int:
-    """In the fork: take the place of a freshly started command."""
+    """In the fork: take the place of a freshly started command, in a process group of its own like one in a terminal."""
+    os.setsid()
     streams = [os.open(os.devnull, os.O_RDONLY)]
     streams += [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
     for number, descriptor in enumerate(streams):

@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,48 @@ class ForkServer:
         self.process.stdin.close()
         self.process.wait(timeout=60)
         self.process.stdout.close()
+
+
+def stop_group(
+    config: Path, server: ForkServer, home: Path, number: signal.Signals, ready: Callable[[], bool]
+) -> Result:
+    """Train, and signal the whole process group at some moment, as Ctrl-C in a terminal and service managers do.
+
+    Args:
+        config: of one process, which is forked by the server, or of several.
+        ready: whether the moment has come.
+
+    Raises:
+        AssertionError: if the moment does not come within two minutes, or the run does not end within one after it.
+    """
+    several = "num_processes" in config.read_text(encoding="utf-8")
+    if several:
+        process = subprocess.Popen(
+            [sys.executable, REPOSITORY / "train.py", config],
+            cwd=config.parent,
+            env=clean_environment(home),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    pid = process.pid if several else server.start("train", [config], config.parent)
+    try:
+        end = time.monotonic() + 120
+        while not ready():
+            assert time.monotonic() < end, "the moment did not come"
+            assert not several or process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        os.killpg(pid, number)
+        if not several:
+            return server.finish()
+        out, err = process.communicate(timeout=120)
+        return Result(process.returncode, out, err)
+    finally:
+        if several and process.poll() is None:
+            process.kill()  # its children end with it
+            process.communicate()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

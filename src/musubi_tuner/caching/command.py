@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.stopping import exit_on_terminate
 
 _SUBJECT = {
     "latents": "Encode the images of a run into latents.",

@@ -23,7 +23,8 @@ from pathlib import Path
 from musubi_tuner.caching.file_format import KINDS
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
-from musubi_tuner.errors import ConfigError, exit_on_terminate
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.stopping import exit_on_terminate
 
 
 def main(arguments: Sequence[str]) -> int:

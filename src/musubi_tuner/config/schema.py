@@ -575,9 +575,7 @@ class MemorySection(Section):
 class DistributedSection(Section):
     """How many processes train; also written [accelerate]."""
 
-    num_processes: int = param(
-        1, "Processes on this machine; more than one goes through accelerate.", ge=1, le=1024, resume="free"
-    )
+    num_processes: int = param(1, "Processes on this machine, one per GPU.", ge=1, le=1024, resume="free")
     main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
                                           resume="free")  # fmt: skip
     timeout_minutes: int = param(30, "How long a process waits for the others.", ge=1, resume="free")

@@ -1,7 +1,7 @@
 """Cache files as micro-batches. Every tensor is read into memory of its own, never mapped."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
-from musubi_tuner.errors import CacheError
+from musubi_tuner.errors import CacheError, UserError
 from musubi_tuner.randomness import uniform
 
 
@@ -260,8 +260,24 @@ class PlannedBatches(Dataset[Any]):
     def __init__(self, dataset: CachedDataset, batches: Sequence[MicroBatch], epoch: int) -> None:
         self.dataset, self.batches, self.epoch = dataset, list(batches), epoch
 
-    def __getitem__(self, position: int) -> Batch:
-        return self.dataset.read(self.batches[position], self.epoch)
+    def __getitem__(self, position: int) -> Batch | UserError:
+        """A batch, or what a user can mend about it: raised in a worker, it would come back inside a traceback."""
+        try:
+            return self.dataset.read(self.batches[position], self.epoch)
+        except UserError as error:
+            return error
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    """The batches of `PlannedBatches`.
+
+    Raises:
+        UserError: in the place of a batch that could not be read.
+    """
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

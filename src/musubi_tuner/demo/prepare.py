@@ -19,9 +19,10 @@ from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.demo.pictures import vocabulary, write_dataset
 from musubi_tuner.demo.recipe import MANIFEST, demo_folder, expected_manifest, made_paths, pictures_folder
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import folder_lock, write_json
 from musubi_tuner.runner.parent import die_with_parent
+from musubi_tuner.stopping import exit_on_terminate
 
 FIT_PICTURES = 384
 """Pictures that the autoencoder is fitted to."""

@@ -20,10 +20,11 @@ from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.demo.checker import check, score
 from musubi_tuner.demo.pictures import Combination, combinations, held_out
-from musubi_tuner.errors import EXIT_OK, ConfigError, exit_on_terminate, run_command
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_json
 from musubi_tuner.randomness import keyed_random
 from musubi_tuner.runner.parent import die_with_parent
+from musubi_tuner.stopping import exit_on_terminate
 
 NAMES = ("colour", "background", "position", "shape", "all", "unseen_all")
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
 from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, exit_on_terminate, run_command
-from musubi_tuner.runner.parent import die_with_parent
+from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, run_command
+from musubi_tuner.runner.parent import die_with_parent, has_parent_pipe
+from musubi_tuner.stopping import exit_on_terminate
 
 if TYPE_CHECKING:
     from musubi_tuner.runner.plan import Plan
@@ -61,6 +62,8 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
         return list_run_files()
     die_with_parent()
     exit_on_terminate()
+    if "TORCHELASTIC_RUN_ID" in os.environ and not has_parent_pipe():
+        return run_beside_agent()
     config = load_config(options.config, overrides)
     config.require(architecture)
     config = _resolved(config)
@@ -289,26 +292,27 @@ class Runner:
         return EXIT_OK
 
     def _launch(self, planned: int | None) -> int:
-        """Train in several processes through accelerate."""
-        import socket
-
-        port = self.config.distributed.main_process_port
-        if port is None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(self.processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", str(port), "--module", "musubi_tuner.runner"]
-        environment = {} if planned is None else {_PLANNED: str(planned)}
-        if not self._has_gpu():
-            environment["ACCELERATE_USE_CPU"] = "true"
-        return self._stage([*launcher, "--skip_cache"], environment)
-
-    def _has_gpu(self) -> bool:
+        """Train in several processes."""
         from musubi_tuner.device import choose_device
+        from musubi_tuner.runner.launch import rank_environments
+        from musubi_tuner.runner.stages import override_arguments, run_children
 
-        return choose_device(self.config.run.device).type == "cuda"
+        gpu = choose_device(self.config.run.device).type == "cuda"
+        ranks = rank_environments(self.processes, self.config.distributed.main_process_port, gpu)
+        told = {} if planned is None else {_PLANNED: str(planned)}
+        words = [str(self.config.path), *override_arguments(self.overrides)]
+        return run_children(["-m", "musubi_tuner.runner", "--skip_cache", *words], [{**rank, **told} for rank in ranks])
+
+
+def run_beside_agent() -> int:
+    """Run this very command as a child.
+
+    The agent of `accelerate launch` and torchrun kills its processes 30 seconds after a signal. It then kills this one, and the
+    child goes on until its state is written.
+    """
+    from musubi_tuner.runner.stages import run_child
+
+    return run_child(sys.orig_argv[1:])
 
 
 def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> int:

@@ -6,8 +6,13 @@ This works on every system and also when the parent is killed outright.
 import os
 import sys
 import threading
+import time
+
+from musubi_tuner.stopping import stop_requested
 
 _VARIABLE = "MUSUBI_PARENT_PIPE"
+_SECONDS_TO_SAVE = 600
+"""Left to a child that was asked to stop before its parent died: launchers kill their children before a large state is written."""
 
 
 def child_environment() -> dict[str, str]:
@@ -15,9 +20,14 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, _VARIABLE: "1"}
 
 
+def has_parent_pipe() -> bool:
+    """Whether this process is a child that ends with its parent."""
+    return os.environ.get(_VARIABLE) == "1"
+
+
 def die_with_parent() -> None:
     """In a child: watch the pipe, and end the process when the parent is gone. Elsewhere: do nothing."""
-    if os.environ.get(_VARIABLE) != "1":
+    if not has_parent_pipe():
         return
     threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
 
@@ -28,4 +38,6 @@ def _watch() -> None:
             pass
     except OSError:
         return
+    if stop_requested():
+        time.sleep(_SECONDS_TO_SAVE)
     os._exit(1)

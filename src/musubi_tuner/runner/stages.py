@@ -1,13 +1,21 @@
-"""Running a stage as a child process whose memory is gone when it ends."""
+"""Running a stage, or the processes of a training, as children whose memory is gone when they end."""
 
+import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from musubi_tuner.runner.parent import child_environment
+from musubi_tuner.stopping import Repeats, stop_signals
+
+_STOPPED = {128 + int(number) for number in stop_signals()}
+"""Exit codes of a child that was asked to stop."""
+_POLL_SECONDS = 0.1
 
 
 def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
@@ -26,36 +34,76 @@ def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def run_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run ``python arguments...`` and return its exit code, 128 + n for a signal.
+    """Run ``python arguments...`` and return its exit code, 128 + n for a signal; see `run_children`."""
+    return run_children(arguments, [environment or {}])
 
-    The child is in a process group of its own: a Ctrl-C reaches this process only, which passes it on once; a second
-    one ends the child at once. The child ends when this process does (its standard input is a pipe).
+
+def run_children(arguments: Sequence[str], environments: Sequence[Mapping[str, str]], patience: float = 10.0) -> int:
+    """Run ``python arguments...`` once per environment, side by side.
+
+    Each child is in a process group of its own: a signal reaches this process only, which passes it on once and waits as
+    long as the children take; a second one ends them at once. Children end when this process does (their standard input
+    is a pipe). If one fails, the others, which can only wait for it, are ended.
+
+    Args:
+        patience: seconds for the others to end by themselves when one has failed.
+
+    Returns:
+        Exit code of the first that failed, 128 + n for a signal; 0 if none did.
     """
     received: list[int] = []
-    child = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdin=subprocess.PIPE,
-        env={**child_environment(), **(environment or {})},
-        start_new_session=True,
-    )
+    repeats = Repeats()
+    children = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            env={**child_environment(), **environment},
+            start_new_session=True,
+        )
+        for environment in environments
+    ]
 
     def forward(signum: int, frame: object) -> None:
-        received.append(signum)
-        if len(received) == 1:
-            child.send_signal(signum)
-        elif hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
+        count = repeats.count()
+        if count == 1:
+            received.append(signum)
+            for child in children:
+                child.send_signal(signum)
+        elif count == 2:
+            _kill(children)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
-        code = child.wait()
+        code = _wait(children, patience)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if child.stdin:
-            child.stdin.close()
-    if received:
-        return 128 + received[0]
-    return 128 - code if code < 0 else code
+        for child in children:
+            if child.stdin:
+                child.stdin.close()
+    return 128 + received[0] if received else code
+
+
+def _wait(children: Sequence["subprocess.Popen[bytes]"], patience: float) -> int:
+    """Wait for all children; returns the exit code of the first that failed, or 0."""
+    failed, give_up = 0, math.inf
+    while True:
+        running = [child for child in children if child.poll() is None]
+        failed = failed or next((child.returncode for child in children if child.returncode), 0)
+        if not running:
+            return 128 - failed if failed < 0 else failed
+        if failed and failed not in _STOPPED:
+            give_up = min(give_up, time.monotonic() + patience)
+        if time.monotonic() > give_up:
+            _kill(running)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].wait(_POLL_SECONDS)
+
+
+def _kill(children: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for child in children:
+        if child.poll() is None:
+            if hasattr(os, "killpg"):
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                child.kill()

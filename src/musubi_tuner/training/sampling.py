@@ -90,6 +90,7 @@ def draw(
     autocast: torch.dtype | None,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda count: None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Draw one latent per prompt; prompts that differ only in text and seed go through the model together.
 
@@ -97,6 +98,7 @@ def draw(
         use_mask: hide text padding, for models trained so.
         autocast: compute dtype of the model's matrix products, None = that of its weights.
         progress: called with the number of pictures finished.
+        check: called before every evaluation of the model; what it raises ends the drawing.
 
     Returns:
         Latents [C, H, W] float32 on the CPU, in the order of the prompts. The model's training mode is restored.
@@ -116,7 +118,7 @@ def draw(
                     batch = members[start : start + batch_size]
                     texts = [prompts.prompts[index].text for index in batch]
                     latents = _draw_batch(
-                        model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast
+                        model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast, check
                     )
                     drawn.update(zip(batch, latents))
                     progress(len(batch))
@@ -156,6 +158,7 @@ def _draw_batch(
     use_mask: bool,
     device: torch.device,
     autocast: torch.dtype | None,
+    check: Callable[[], None],
 ) -> Tensor:
     text_inputs, null_inputs, concatenate = (spec.load(n) for n in ("text_inputs", "null_inputs", "concatenate"))
     shared, count = own[0], len(texts)
@@ -175,6 +178,7 @@ def _draw_batch(
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one.seed)) for one in own])
 
     def velocity(x: Tensor, now: float) -> Tensor:
+        check()
         batch = torch.cat((x, x)) if scale > 1 else x
         time = torch.full((len(batch),), now, device=device)
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -187,16 +191,22 @@ def _draw_batch(
 
 
 def decode_images(
-    vae: Autoencoder, latents: Sequence[Tensor] | Tensor, use_shift: bool, device: torch.device | None = None
+    vae: Autoencoder,
+    latents: Sequence[Tensor] | Tensor,
+    use_shift: bool,
+    device: torch.device | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
     """Latents to uint8 pictures [H, W, 3], one at a time.
 
     Args:
         device: where the autoencoder is meanwhile; absent = where it is.
+        check: called before every picture; what it raises ends the decoding.
     """
     pictures = []
     with vae.on(device or vae.device):
         for latent in latents:
+            check()
             pixels = vae.decode(latent[None], use_shift)[0]
             pictures.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
     return pictures

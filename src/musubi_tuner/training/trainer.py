@@ -19,8 +19,8 @@ import json
 import math
 import os
 import platform
-import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
+from tqdm import tqdm
 
 from musubi_tuner import __version__
 from musubi_tuner.adapters.attach import AdapterSet
@@ -39,17 +40,18 @@ from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
-from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches
+from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches, raise_errors
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
-from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, advise_on_memory
+from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
 from musubi_tuner.memory.compose import check_machine, compose_memory, ways_to_save
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
+from musubi_tuner.stopping import StopRequest, kill_workers, signals_blocked
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
@@ -200,18 +202,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class StopRequest:
-    """Signals while training: the first lets the update finish and be saved, the second ends the program at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        if self.signum:
-            os._exit(128 + signum)
-        self.signum = signum
+class DrawingLeft(Exception):
+    """Samples were given up because the run was asked to stop."""
 
 
 class Trainer:
@@ -223,11 +215,12 @@ class Trainer:
 
     def __init__(self, config: RunConfig, items: list[Item], planned: int | None = None) -> None:
         self.config, self.begun, self.started, self.planned = config, time.monotonic(), time.time(), planned
-        self.stop = StopRequest()
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.processes = self.accelerator.num_processes
+        self.stop = StopRequest(self._answer_signal)
+        self.patient = patient_group() if self.processes > 1 else None
         threads = set_threads(config.run.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         sizes = len({item.bucket for item in items})
         self.kernels = apply_backend_flags(config.run, self.device, sizes)
@@ -244,6 +237,8 @@ class Trainer:
         self.steps = count_steps(config, trained, self.processes)
         self.total = self.steps.total_updates
         self.position = Position()
+        self.state_step = -1  # of the newest state that this start wrote
+        self.samples_due = config.sample.at_first
         self.uploads: RunUploads | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -273,6 +268,7 @@ class Trainer:
             if lines:
                 print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
+        self.wait()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
         check_caches(config, self.geometry, [dataset for dataset in (self.dataset, self.measured) if dataset])
@@ -376,7 +372,10 @@ class Trainer:
             left_out += [name for name, _ in bare.named_buffers()]
             ignore = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             ignore(bare, left_out)  # type: ignore[no-untyped-call]
-        return self.accelerator.prepare(bare)
+        with warnings.catch_warnings():
+            # The name that replaces it is unknown to older versions of torch.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return self.accelerator.prepare(bare)
 
     def _reduce_host(self) -> None:
         """Average the gradients of parameters in main memory over the ranks, one block after the other."""
@@ -429,6 +428,7 @@ class Trainer:
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.position = Position(**values["position"])
+        self.samples_due = values.get("samples_due", self.samples_due and self.position.step == 0)
         if self.position.update >= self.steps.updates_per_epoch and self.position.step < self.total:
             self.position.epoch, self.position.update = self.position.epoch + 1, 0
         self.window = {
@@ -505,6 +505,7 @@ class Trainer:
             values={
                 "step": self.position.step,
                 "position": vars(self.position),
+                "samples_due": self.samples_due,
                 "optimizer": scalars,
                 "ema_updates": self.ema.updates if self.ema else 0,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -532,11 +533,15 @@ class Trainer:
             TrainingError: when a loss or gradient is not finite.
         """
         try:
-            if self.config.sample.at_first and self.position.step == 0:
-                self._sample()
-            while self.position.step < self.total and not self._epoch():
-                self.position.epoch, self.position.update = self.position.epoch + 1, 0
-            self._finish()
+            with self.stop:
+                if self.samples_due:
+                    self._sample()
+                    self._save_and_stop()
+                while self.position.step < self.total and not self._epoch():
+                    self.position.epoch, self.position.update = self.position.epoch + 1, 0
+                self._finish()
+                if stopping := self._stop_signal():
+                    raise Interrupted(stopping, "")
         finally:
             if self.swap is not None and self.swap.recoveries:
                 say = self.metrics.say if self.metrics else print
@@ -569,17 +574,13 @@ class Trainer:
                 self._validate()
             if self._due(config.sample.every_steps, config.sample.every_epochs, epoch_ends):
                 self._sample()
-            stopping = self._stop_signal()
             if is_last:
                 return True
-            self._save_if_due(stopping)
+            self._save_if_due()
             if self.uploads and self._due(config.hub.every_steps, config.hub.every_epochs, epoch_ends):
                 self.uploads.newest()
             fault_point("train.update")
-            if stopping:
-                raise Interrupted(
-                    stopping, f"stopped after step {position.step}; run the same command again to continue"
-                )
+            self._save_and_stop()
         return False
 
     def _batches(self, updates: list[Update], epoch: int) -> Iterator[Batch]:
@@ -588,13 +589,14 @@ class Trainer:
         source = PlannedBatches(self.dataset, mine, epoch)
         workers = self.config.train.loader_workers
         if workers == 0:
-            return (source[index] for index in range(len(source)))
+            return raise_errors(source[index] for index in range(len(source)))
         from torch.utils.data import DataLoader
 
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Batch | UserError] = DataLoader(
             source, batch_size=None, shuffle=False, num_workers=workers, multiprocessing_context="spawn"
         )
-        return iter(loader)
+        with signals_blocked():
+            return raise_errors(iter(loader))
 
     def _work_of(self, update: Update) -> list[tuple[int | None, MicroBatch]]:
         """Micro-batches that this rank runs, with their index in the update.
@@ -721,6 +723,22 @@ class Trainer:
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return int(asked.item())
 
+    def _answer_signal(self) -> None:
+        """Tell the person at once that a signal arrived."""
+        if self.main:
+            tqdm.write(
+                "stopping when this update is done and a state is saved; a second signal stops at once, without saving"
+            )
+
+    def _leave_drawing(self) -> None:
+        if self.stop.signum:
+            raise DrawingLeft
+
+    def wait(self) -> None:
+        """Wait for all ranks, however long the main process draws, saves or encodes."""
+        if self.processes > 1:
+            torch.distributed.barrier(group=self.patient)
+
     # -- what happens between updates ----------------------------------------------------------------------------
 
     def _due(self, every_steps: int | None, every_epochs: int | None, epoch_ends: bool) -> bool:
@@ -837,10 +855,23 @@ class Trainer:
             if self.uploads and self.config.hub.release == "best":
                 self.uploads.release(entry)
             self.best_step = entry.step
-        self.accelerator.wait_for_everyone()
+        self.wait()
 
     def _sample(self) -> None:
-        """Draw the sample prompts on the main process; the others wait."""
+        """Draw the sample prompts on the main process; the others wait. A request to stop leaves them to the next start."""
+        self.samples_due = True
+        try:
+            self._draw_samples()
+            self.samples_due = False
+        except DrawingLeft:
+            assert self.metrics is not None
+            self.metrics.say(f"step {self.position.step}: samples are drawn when the run continues")
+        finally:
+            if self.swap is not None:
+                self.swap.refresh()
+        self.wait()
+
+    def _draw_samples(self) -> None:
         if self.prompts is not None and self.metrics is not None:
             settings = sample_settings(self.config)
             bare = unwrap(self.model)
@@ -859,10 +890,12 @@ class Trainer:
                     device=self.device,
                     autocast=self.autocast,
                     batch_size=max(item.batch_size for item in self.dataset.items),
+                    check=self._leave_drawing,
                 )
             if self.swap is not None:
                 self.swap.refresh()
-            pictures = decode_images(self.vae, latents, self.config.spec.latent_shift, self.device)
+            shift = self.config.spec.latent_shift
+            pictures = decode_images(self.vae, latents, shift, self.device, check=self._leave_drawing)
             folder = self.folder / "sample"
             sheet = save_samples(
                 folder,
@@ -877,7 +910,6 @@ class Trainer:
             self.metrics.say(f"step {self.position.step}: drew {len(pictures)} samples into {folder}")
             if self.uploads:
                 self.uploads.samples(self.position.step)
-        self.accelerator.wait_for_everyone()
 
     def _due_checkpoints(self, stopping: int = 0) -> dict[str, str]:
         """Names of the checkpoints on the way that are due now, with their kinds."""
@@ -890,7 +922,7 @@ class Trainer:
             found[f"epoch_{epoch}"] = "epoch"
         return found
 
-    def _save_if_due(self, stopping: int) -> None:
+    def _save_if_due(self, stopping: int = 0) -> None:
         due = self._due_checkpoints(stopping)
         if not due:
             return
@@ -900,7 +932,23 @@ class Trainer:
             stems = {"step": f"step{self.position.step:08d}", "epoch": f"{self.position.epoch + 1:06d}"}
             for name, kind in due.items():
                 self._save(name, kind, f"{self.name}-{stems[kind]}", force_state=bool(stopping) and kind == "step")
-        self.accelerator.wait_for_everyone()
+        if self.config.save.state or stopping:
+            self.state_step = self.position.step
+        self.wait()
+
+    def _save_and_stop(self) -> None:
+        """Stop if a signal asked for it; if there is no state of this very update yet, write one first.
+
+        Raises:
+            Interrupted: with a message on the main process.
+        """
+        stopping = self._stop_signal()
+        if not stopping:
+            return
+        if self.state_step != self.position.step:
+            self._save_if_due(stopping)
+        text = f"stopped after step {self.position.step}; run the same command again to continue"
+        raise Interrupted(stopping, text if self.main else "")
 
     def _gather_window(self) -> None:
         """Bring the losses since the last log line to the main process, whose state must hold those of all ranks."""
@@ -1006,7 +1054,7 @@ class Trainer:
                 f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "
                 f"{self.position.skipped} updates skipped; see {self.folder}"
             )
-        self.accelerator.wait_for_everyone()
+        self.wait()
 
     def finish_uploads(self) -> None:
         """Upload the logs and wait for all uploads, however the run ended."""
@@ -1090,6 +1138,17 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def patient_group() -> Any:
+    """All ranks, for waiting on the main process.
+
+    Gloo, because its members sleep while they wait, and without the time limit of `distributed.timeout_minutes`: that one
+    is for ranks that hang, and drawing, saving or encoding may take longer. A rank that dies is noticed at once.
+    """
+    from datetime import timedelta
+
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
 def train(config: RunConfig, items: list[Item], planned: int | None = None) -> None:
     """Train a run whose caches are complete, alone or as one process of several.
 
@@ -1107,7 +1166,7 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             # What an interrupted start may still resume from is pruned at its next save, not here.
             tidy(folder, config.run.name)
             stack.callback(trainer.finish_uploads)
-        trainer.accelerator.wait_for_everyone()
+        trainer.wait()
         with advise_on_memory(
             TrainingError,
             lambda on_device: (
@@ -1116,8 +1175,16 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             ),
         ):
             trainer.build()
-            trainer.run()
-        trainer.accelerator.wait_for_everyone()
+            stop = None
+            try:
+                trainer.run()
+            except Interrupted as request:
+                stop = request.with_traceback(None)  # whose frames hold the loader, which now ends its workers
+            finally:
+                kill_workers()
+        trainer.wait()
         if trainer.processes > 1:
             # Before the main process waits for its uploads: the others need not.
             torch.distributed.destroy_process_group()
+        if stop is not None:
+            raise stop

@@ -15,7 +15,8 @@ import pytest
 
 from musubi_tuner.config.command_line import split_overrides
 from musubi_tuner.runner.command import fresh_folder, list_run_files, main
-from musubi_tuner.runner.stages import override_arguments, run_child
+from musubi_tuner.runner.stages import override_arguments, run_child, run_children
+from musubi_tuner.stopping import REPEAT_SECONDS
 
 TRAIN = Path(__file__).parents[3] / "train.py"
 PATIENCE = 30.0
@@ -68,6 +69,22 @@ def test_child_has_the_environment_it_is_given() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def test_children_run_side_by_side_and_the_first_failure_ends_the_others() -> None:
+    code = (
+        "import os, time; time.sleep(0.2 if os.environ['N'] == '1' else 60); raise SystemExit(int(os.environ['N']) * 3)"
+    )
+    begun = time.monotonic()
+    assert run_children(["-c", code], [{"N": "0"}, {"N": "1"}], patience=0.1) == 3
+    assert time.monotonic() - begun < 30
+
+
+def test_a_child_that_was_asked_to_stop_leaves_the_others_their_time() -> None:
+    code = "import os, time; time.sleep(0.1 if os.environ['N'] == '1' else 1); raise SystemExit(130 if os.environ['N'] == '1' else 0)"
+    begun = time.monotonic()
+    assert run_children(["-c", code], [{"N": "0"}, {"N": "1"}], patience=0.0) == 130
+    assert time.monotonic() - begun >= 1
 
 
 def test_arguments_reach_the_child_unchanged() -> None:
@@ -161,6 +178,7 @@ def test_second_signal_ends_a_child_that_does_not_listen(family: Family) -> None
     family.signal(signal.SIGTERM)
     assert wait_for((family.folder / "notes").exists)
     assert is_alive(child)
+    time.sleep(REPEAT_SECONDS + 0.1)  # until then it counts as a copy of the first
     family.signal(signal.SIGTERM)
     assert family.exit_code() == 128 + signal.SIGTERM
     assert not is_alive(child)
