@@ -28,7 +28,7 @@ from musubi_tuner.data.split import hold_out
 from musubi_tuner.models.checkpoints import find_weights
 
 SPLIT = {"split": 0.5, "seed": 2, "times": 4, "every_steps": 3, "every_epochs": 0}
-"""Holds out four photographs of several buckets."""
+"""Holds out about half of the photographs; which of them depends on the bytes that Pillow writes."""
 STEPS = 10
 """Measured after 3, 6, 9 and at the end."""
 TAGS = ["loss/val", *(f"loss/val_sigma_{sigma}" for sigma in ("0.125", "0.375", "0.625", "0.875"))]
@@ -96,7 +96,7 @@ def test_held_out_images_are_cached_and_not_trained(validated: tuple[str, Path])
     printed, out = validated
     config = load_config(out.parent / "run.toml")
     kept, held = hold_out(scan(config.datasets, "tf").items, config.validation)
-    assert len(held) == 4 and len(kept) + len(held) == 9
+    assert 1 < len(held) < 8 and len(kept) + len(held) == 9
     assert f"{len(held)} image(s) held out, at 4 noise levels; {len(kept)} are trained" in printed
     assert f"data     9 images, {len(kept)} per epoch" in printed
     epoch_end = next(row for row in metrics(out) if row["train/epoch"] == 1)

@@ -102,6 +102,7 @@ class Job:
         metadata: header entries per item, beside the common ones.
         finish: loads other networks once those of `open` are gone, and returns the function that encodes a batch from
             items and what the first one returned for them; what it returns is written. None = one walk.
+        report: lines for a person on the items that are due, before anything is encoded.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class Job:
     read: Callable[[Item], Any] | None = None
     metadata: Callable[[Item], dict[str, str]] = lambda item: {}
     finish: Callable[[], Encoder] | None = None
+    report: Callable[[list[Item]], list[str]] = lambda items: []
 
 
 def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: dict[str, Any]) -> int:
@@ -146,6 +148,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
         if mine:
             if status.mixture:
                 print(f"warning: {status.mixture}", file=sys.stderr)
+            for line in job.report([item for batch in mine for item in batch if item.key in status.due]):
+                print(line, flush=True)
             if options.shard == (1, 1):
                 for folder in {
                     item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()

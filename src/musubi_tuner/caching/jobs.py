@@ -11,6 +11,7 @@ from musubi_tuner.caching.file_format import caption_metadata, caption_name, lat
 from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import job_groups
+from musubi_tuner.caching.text_check import caption_lines, token_limits
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.masks import read_mask, to_latent
@@ -81,7 +82,9 @@ def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
 
 def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
     """Encode captions with T5 and CLIP."""
-    truncated = 0
+
+    def report(items: list[Item]) -> list[str]:
+        return caption_lines(token_limits(config, download=True), items)
 
     def open_encoder() -> Encoder:
         device = choose_device(config.run.device)
@@ -91,9 +94,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
         print(f"text: T5 and CLIP in {encoders.dtype} on {device}")
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
-            nonlocal truncated
             encoded = encoders.encode([caption for item in items for caption in item.captions])
-            truncated += encoders.truncated
             rows = iter(range(len(encoded["t5_vec"])))
             found: list[Encoded] = []
             for item in items:
@@ -108,11 +109,8 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
         return encode
 
-    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata)
-    code = run_job(config, job, options, family)
-    if truncated:
-        print(f"note: {truncated} captions are longer than the encoders take and were cut")
-    return code
+    job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata, report=report)
+    return run_job(config, job, options, family)
 
 
 class TextEncoders:
@@ -145,16 +143,14 @@ class TextEncoders:
             device=device,
             activation=config.model.clip_act,
         )
-        self.truncated, self.batch_size = 0, config.cache.text_batch_size
+        self.batch_size = config.cache.text_batch_size
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         """``t5_vec`` [B, L, J], ``t5_mask`` [B, L], ``clip_l_pooler`` [B, P]."""
         parts = []
-        self.truncated = 0
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]
             t5, clip = self.t5.encode(some), self.clip.encode(some)
-            self.truncated += sum(first or second for first, second in zip(t5.cut, clip.cut, strict=True))
             assert clip.pooled is not None
             parts.append({"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled})
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

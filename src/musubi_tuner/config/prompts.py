@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.load import read_toml
+from musubi_tuner.config.load import RunConfig, read_toml
 from musubi_tuner.errors import ConfigError
 
 
@@ -211,6 +211,18 @@ def as_prompts(prompts: Sequence[str | Prompt], where: str = "") -> list[Prompt]
         p if isinstance(p, Prompt) else parse_line(p, f"{where} entry {n}".strip())
         for n, p in enumerate(prompts, start=1)
     ]
+
+
+def sample_prompts(config: RunConfig) -> list[Prompt]:
+    """The prompts of [sample]; none = nothing is drawn.
+
+    Raises:
+        ConfigError: naming file and line of what cannot be read.
+    """
+    prompts = config.sample.prompts
+    if prompts is None:
+        return []
+    return read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
 
 
 @dataclass(frozen=True)

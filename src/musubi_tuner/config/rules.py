@@ -10,7 +10,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.load import RunConfig
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
-from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
+from musubi_tuner.config.prompts import Prompt, sample_prompts
 from musubi_tuner.config.schema import ExpertsSection, parameters
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
@@ -618,7 +618,7 @@ def _files(config: RunConfig) -> list[Diagnostic]:
         found.append(_error("sample.prompts", f"{prompts}: no such file; give a prompt file, or a list of prompts"))
     elif prompts is not None:
         try:
-            parsed = read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
+            parsed = sample_prompts(config)
         except ConfigError as error:
             found.append(_error("sample.prompts", str(error)))
         else:

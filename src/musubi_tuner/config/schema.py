@@ -599,7 +599,7 @@ class ValidationSection(Section):
     """The loss on images that are never trained, with the same noise and noise levels every time."""
 
     split: float = param(
-        0.0, "Share of the images, taken out before repeats, that are not trained but measured; 0 = off.",
+        0.0, "Share of the pictures that are measured instead of trained, with their copies in all data sets; 0 = off.",
         flat=("validation_split",), ge=0, le=0.5,
     )  # fmt: skip
     seed: int = param(

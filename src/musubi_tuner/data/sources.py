@@ -4,22 +4,27 @@ Everything wrong with the data is collected and raised at once, before anything 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
+from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
 from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.images import EXTENSIONS, has_alpha, image_size
 from musubi_tuner.data.masks import Mask
+from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.errors import DataError
 
 _SHOWN = 10
-PROMPTS = "prompts.txt"
-"""File of a folder whose lines are the captions of its images, sorted by name."""
+_KOHYA = re.compile(r"(\d+)_.+")
+"""Folders whose names begin with a number of repeats, in the layout of kohya's scripts."""
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,13 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
     for index, dataset in enumerate(datasets):
         before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes))
-        if not entries and len(problems) == before and len(notes) > noted:
-            problems.append(f"{notes[-1]}; so nothing is left of {_root_name(dataset)}: write captions")
+        if not entries and len(problems) == before and dataset.missing_caption == "skip" and len(notes) > noted:
+            said = "; ".join(notes[noted:])
+            problems.append(f"{said}; so nothing is left of {_root_name(dataset)}: write captions")
         elif not entries and len(problems) == before:
-            problems.append(f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)})")
+            problems.append(
+                f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)}){_elsewhere(dataset)}"
+            )
         items += _items(index, dataset, entries, architecture, problems)
     problems += _shared_files(items)
     if problems:
@@ -125,6 +133,39 @@ def _join(problems: list[str]) -> str:
 
 def _root_name(dataset: DatasetConfig) -> str:
     return str(dataset.image_directory or dataset.image_jsonl_file)
+
+
+def _elsewhere(dataset: DatasetConfig) -> str:
+    """Where the images of a folder without any may be, to be added to that message."""
+    root, found = dataset.image_directory, ""
+    if root is None:
+        return ""
+    if not dataset.recursive:
+        below = Counter(path.relative_to(root).parts[0] for path in _images(root, True, _not_images(dataset)))
+        if below:
+            counts = first_names([f"{name}: {count}" for name, count in sorted(below.items())])
+            found += f"; its sub-folders hold {sum(below.values())} ({counts}): set recursive = true"
+            found += f". {text}" if (text := _kohya(list(below))) else ""
+    names = sorted(path.name for path in root.iterdir() if path.is_file())
+    archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
+    listings = [name for name in names if name.lower().endswith(".jsonl")]
+    if archives:
+        found += f"; {first_names(archives)} may hold them: unpack it, archives are not read"
+    if listings:
+        found += f"; {first_names(listings)} may list them: name it in image_jsonl_file instead of image_directory"
+    return found
+
+
+def _kohya(folders: Iterable[str]) -> str:
+    """What to do about folders with kohya's names; empty if there are none."""
+    numbers = {name: match[1] for name in sorted(folders) if (match := _KOHYA.fullmatch(name))}
+    if not numbers:
+        return ""
+    name, number = next(iter(numbers.items()))
+    return (
+        f"Numbers in front of names ({first_names(list(numbers))}) are repeats for kohya's scripts and are not read here: give each such "
+        f'folder [[datasets]] of its own, image_directory = ".../{name}" with num_repeats = {int(number)}'
+    )
 
 
 @dataclass(frozen=True)
@@ -165,16 +206,11 @@ def _directory(
     if not root.is_dir():
         problems.append(f"{dataset.name}.image_directory: {root}: no such folder")
         return
-    others = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
-    images = _images(root, dataset.recursive, [folder for folder in others if folder.resolve() != root.resolve()])
+    images = _images(root, dataset.recursive, _not_images(dataset))
     masks = _mask_files(dataset, problems)
-    missing: list[Path] = []
-    listed = _prompts(dataset, root, images, problems, notes)
-    for index, path in enumerate(images):
+    for path, caption in folder_captions(dataset, root, images, problems, notes).items():
         columns = {"image_path": str(path)}
-        caption = listed[index] if listed else _caption(path.with_suffix(dataset.caption_extension), problems)
         if caption is None:
-            missing.append(path)
             if dataset.missing_caption in ("error", "skip"):
                 transform([], columns)
                 continue
@@ -182,45 +218,26 @@ def _directory(
         name = path.relative_to(root).with_suffix("").as_posix()
         captions = _transformed(transform, [caption], columns, str(path), problems)
         if captions:
-            yield _Entry(path, captions, name, masks.get(name))
-    ids = {path.relative_to(root).with_suffix("").as_posix() for path in images}
+            yield _Entry(path, captions, name, masks.get(normalize("NFC", name)))
+    ids = {normalize("NFC", path.relative_to(root).with_suffix("").as_posix()) for path in images}
     spare = sorted(str(path) for name, path in masks.items() if name not in ids)
     if spare:
-        names = ", ".join(Path(text).name for text in spare[:3]) + (", ..." if len(spare) > 3 else "")
+        names = first_names([Path(text).name for text in spare])
         notes.append(f"{dataset.name}: {len(spare)} files in {dataset.mask_directory} belong to no image ({names})")
-    if missing:
-        names = ", ".join(path.name for path in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        text = f"{len(missing)} of {len(images)} images in {root} have no {dataset.caption_extension} file ({names})"
-        if dataset.missing_caption == "error":
-            problems.append(
-                f'{dataset.name}: {text}; write the captions, or set missing_caption = "skip", "empty" or "stem"'
-            )
-        else:
-            notes.append(f'{dataset.name}: {text}; missing_caption = "{dataset.missing_caption}"')
+    folders = {path.relative_to(root).parts[0] for path in images if path.parent != root}
+    if images and not dataset.recursive:
+        folders = {path.name for path in root.iterdir() if _KOHYA.fullmatch(path.name) and path.is_dir()}
+        folders = {name for name in folders if _images(root / name, False, _not_images(dataset))}
+    kohya = _kohya(folders)
+    if kohya:
+        notes.append(f"{dataset.name}: {'' if dataset.recursive else 'sub-folders are left out. '}{kohya}")
 
 
-def _prompts(
-    dataset: DatasetConfig, root: Path, images: list[Path], problems: list[str], notes: list[str]
-) -> list[str] | None:
-    """Captions of the images in order, from a file with one line for each; a blank line is an empty caption."""
-    path = root / PROMPTS
-    if not path.is_file() or any(image.with_suffix(dataset.caption_extension) == path for image in images):
-        return None
-    text = _caption_file(path, problems)
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
-    if dataset.recursive:
-        problems.append(
-            f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
-        )
-    elif len(lines) != len(images):
-        problems.append(
-            f"{path}: has {len(lines)} lines for {len(images)} images; write one line for each image, sorted by name (a blank "
-            "line is an empty caption), or rename the file"
-        )
-    else:
-        notes.append(f"{dataset.name}: captions are the lines of {path}")
-        return lines
-    return [""] * len(images)
+def _not_images(dataset: DatasetConfig) -> list[Path]:
+    """Folders inside an image folder whose pictures are no images of it."""
+    root = dataset.image_directory
+    others = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
+    return [folder for folder in others if root is not None and folder.resolve() != root.resolve()]
 
 
 def _images(root: Path, recursive: bool, without: list[Path]) -> list[Path]:
@@ -246,30 +263,10 @@ def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
         problems.append(f"{dataset.name}.mask_directory: {root}: no such folder")
         return found
     for path in _images(root, dataset.recursive, []):
-        first = found.setdefault(path.relative_to(root).with_suffix("").as_posix(), path)
+        first = found.setdefault(normalize("NFC", path.relative_to(root).with_suffix("").as_posix()), path)
         if first != path:
             problems.append(f"{first} and {path} are masks of the same image; keep one")
     return found
-
-
-def _caption(path: Path, problems: list[str]) -> str | None:
-    """The whole file, stripped; None if there is none."""
-    text = _caption_file(path, problems)
-    return None if text is None else text.strip()
-
-
-def _caption_file(path: Path, problems: list[str]) -> str | None:
-    """The whole file; None if there is none."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
-        return ""
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror})")
-        return ""
 
 
 @dataclass(frozen=True, order=True)
@@ -283,13 +280,14 @@ def _jsonl(dataset: DatasetConfig, transform: Transform, problems: list[str], no
     source = dataset.image_jsonl_file
     assert source is not None
     try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(source).split("\n")
     except FileNotFoundError:
         problems.append(f"{dataset.name}.image_jsonl_file: {source}: no such file")
         return
-    except UnicodeDecodeError as error:
-        problems.append(f"{source}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
+    except DataError as error:
+        problems.append(str(error))
         return
+    names = Names()
     rows: list[_Row] = []
     missing: list[str] = []
     count = 0
@@ -297,13 +295,12 @@ def _jsonl(dataset: DatasetConfig, transform: Transform, problems: list[str], no
         if not line.strip():
             continue
         count += 1
-        row = _row(line, f"{source} line {number}", source.parent, dataset, transform, problems, missing)
+        row = _row(line, f"{source} line {number}", source.parent, dataset, transform, problems, missing, names)
         if row:
             rows.append(row)
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notes.append(
-            f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({names}); "
+            f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({first_names(missing)}); "
             f'missing_caption = "{dataset.missing_caption}"'
         )
     parent = _common_parent([row.path for row in rows])
@@ -321,6 +318,7 @@ def _row(
     transform: Transform,
     problems: list[str],
     missing: list[str],
+    names: Names,
 ) -> _Row | None:
     try:
         row = json.loads(line)
@@ -338,27 +336,28 @@ def _row(
     if not isinstance(text, str):
         problems.append(f"{where}: image_path is missing")
         return None
-    path = _near(text, folder)
+    path = _near(text, folder, names)
     if not path.is_file():
         problems.append(f"{where}: image {text}: no such file")
         return None
-    mask = _row_mask(row.get("mask_path"), where, folder, dataset, problems)
+    mask = _row_mask(row.get("mask_path"), where, folder, dataset, problems, names)
     given = {column: row.get(column) for column in dataset.caption_columns or ("caption",)}
     wrong = [column for column, value in given.items() if value is not None and not isinstance(value, str)]
     if wrong:
         problems.append(f"{where}: {wrong[0]} is {given[wrong[0]]!r}, expected a text")
         return None
-    captions = [value.strip() for value in given.values() if value is not None]
-    if dataset.caption_columns:  # empty ones are captions that were not made
-        captions = [caption for caption in captions if caption]
+    captions = [value.strip() for value in given.values() if value is not None and not is_blank(value)]
+    broken = [column for column, value in given.items() if value is not None and "\0" in value]
+    if broken:
+        problems.append(f"{where}: {broken[0]} holds a NUL character; write plain text")
+        return None
     if not captions and dataset.caption_transform != "imagenet":
         if dataset.missing_caption != "error":
             missing.append(path.name)
         match dataset.missing_caption:
             case "error":
-                problems.append(
-                    f'{where}: {" and ".join(given)} is missing; write it, or set missing_caption = "skip", "empty" or "stem"'
-                )
+                state = "missing" if given.get("caption") is None else "empty"
+                problems.append(f"{where}: {' and '.join(given)} is {state}; write it, or {WAY_OUT}")
                 return None
             case "skip":
                 transform([], row)
@@ -378,20 +377,26 @@ def in_listed_order(items: Iterable[Item], dataset: DatasetConfig) -> list[Item]
     """
     if dataset.image_jsonl_file is None:
         return sorted(items, key=lambda item: item.path)
-    lines = dataset.image_jsonl_file.read_text(encoding="utf-8-sig").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
-    paths = [_near(row.get("image_path", row.get("image_path_0")), dataset.image_jsonl_file.parent) for row in rows]
+    rows = [json.loads(line) for line in read_text(dataset.image_jsonl_file).split("\n") if line.strip()]
+    folder, names = dataset.image_jsonl_file.parent, Names()
+    paths = [_near(row.get("image_path", row.get("image_path_0")), folder, names) for row in rows]
     place = {path: index for index, path in enumerate(paths)}
     return sorted(items, key=lambda item: place[item.path])
 
 
-def _near(text: str, folder: Path) -> Path:
-    """A path of a JSONL file: as it is, or below the folder of the file."""
+def _near(text: str, folder: Path, names: Names) -> Path:
+    """A path of a JSONL file: as it is, or below the folder of the file; else one whose names differ in form only."""
     path = Path(text)
-    return folder / path if not path.is_absolute() and not path.exists() and (folder / path).exists() else path
+    places = [path] if path.is_absolute() else [path, folder / path]
+    known = [place for place in places if place.exists()] or [
+        found for place in places if (found := names.find(place)).exists()
+    ]
+    return known[0] if known else path
 
 
-def _row_mask(value: object, where: str, folder: Path, dataset: DatasetConfig, problems: list[str]) -> Path | None:
+def _row_mask(
+    value: object, where: str, folder: Path, dataset: DatasetConfig, problems: list[str], names: Names
+) -> Path | None:
     """The mask that a line names; an empty one counts as none."""
     if value is None or value == "":
         return None
@@ -403,7 +408,7 @@ def _row_mask(value: object, where: str, folder: Path, dataset: DatasetConfig, p
             f'{where}: has a mask_path, but mask_source is "{dataset.mask_source}", which reads no mask files'
         )
         return None
-    path = _near(value, folder)
+    path = _near(value, folder, names)
     if not path.is_file():
         problems.append(f"{where}: mask {value}: no such file")
         return None

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
@@ -117,6 +118,31 @@ def weight_files(path: Path) -> list[Path]:
         return [path, *[path.with_name(name) for name in names if path.with_name(name).is_file()][:1]]
     suffixes = (*WEIGHT_SUFFIXES, ".json", ".txt", ".model")
     return sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(suffixes) and p.name != "README.txt")
+
+
+def stated_config(path: Path) -> dict[str, Any] | None:
+    """Config of an encoder, of its folder or file, without reading weights; None if there is none that can be read."""
+    try:
+        if path.is_dir():
+            found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        else:
+            found = _header_config(path) if path.suffix == ".safetensors" else None
+            beside = weight_files(path)[1:]
+            if found is None and beside:
+                found = json.loads(beside[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # said where the encoder is loaded
+    return found if isinstance(found, dict) else None
+
+
+def _header_config(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np") as file:
+            return json.loads((file.metadata() or {}).get("config_json", "null"))
+    except SafetensorError:
+        return None
 
 
 def identity(path: Path) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.encoders.locate import find_tokenizer
+from musubi_tuner.encoders.tokens import CLIP_TOKENS
 from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.stored import StoredWeight, read_stored
@@ -28,7 +29,7 @@ CLIP_L_CONFIG: dict[str, Any] = {
     "projection_dim": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
-    "max_position_embeddings": 77,
+    "max_position_embeddings": CLIP_TOKENS,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
@@ -55,18 +56,12 @@ class TextStates:
 
     Attributes:
         states: [B, L, D] float32. mask: [B, L] int64, 1 for real tokens.
-        pooled: [B, D] float32, CLIP only. cut: which texts lost tokens.
+        pooled: [B, D] float32, CLIP only.
     """
 
     states: Tensor
     mask: Tensor
     pooled: Tensor | None
-    cut: list[bool]
-
-    @property
-    def truncated(self) -> int:
-        """How many texts lost tokens."""
-        return sum(self.cut)
 
 
 class TextEncoder:
@@ -83,11 +78,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextStates:
-        """Encode texts, padded and cut to `max_tokens`."""
+        """Encode texts, padded and cut to `max_tokens`; encoders/tokens.py says which are cut."""
         tokens = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        lengths = [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
         device = next(self.module.parameters()).device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         visible = mask if self.masked else torch.ones_like(mask)
@@ -96,7 +90,7 @@ class TextEncoder:
         if self.has_pooled:
             first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
             pooled = states[torch.arange(len(ids), device=device), first_end].cpu()
-        return TextStates(states.cpu(), mask.cpu(), pooled, [length > self.max_tokens for length in lengths])
+        return TextStates(states.cpu(), mask.cpu(), pooled)
 
 
 def load_tokenizer(place: Path | str, vocabulary: int, key: str) -> Any:

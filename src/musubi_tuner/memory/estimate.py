@@ -264,9 +264,10 @@ def decoding_bytes(config: RunConfig) -> Bytes:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from musubi_tuner.caching.fingerprint import encoder_sources
+    from musubi_tuner.config.prompts import sample_prompts
     from musubi_tuner.device import choose_device, encoder_dtype
     from musubi_tuner.encoders.autoencoder import plan_autoencoder
-    from musubi_tuner.training.sampling import sample_prompts, sample_settings
+    from musubi_tuner.training.sampling import sample_settings
 
     spec, shared = config.spec, sample_settings(config)
     own = [shared.of(prompt, index, spec.pixel_step) for index, prompt in enumerate(sample_prompts(config))]

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
+from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.data.masks import mask_lines
 from musubi_tuner.data.sources import Found, Item, scan
-from musubi_tuner.data.split import hold_out
 
 
 @dataclass
@@ -19,12 +20,16 @@ class Plan:
     Attributes:
         found: items of the data sets. held_out: those that are not trained. status: by kind of cache, for all items.
         steps: length of the run.
+        split_note: how the split of the run's state differs from that of a new run; None if it does not.
+        losses: lines on what the text encoders lose of captions that are to be encoded, and of sample prompts.
     """
 
     found: Found
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
+    split_note: str | None = None
+    losses: list[str] = field(default_factory=list)
 
     @property
     def due(self) -> list[str]:
@@ -47,7 +52,12 @@ def make_plan(
         only_look: nothing follows, so the checkpoint is not downloaded either; one that is not here records nothing.
     """
     found = scan(config.datasets, config.spec.code)
-    trained, held_out = hold_out(found.items, config.validation)
+    trained, held_out, difference = found.items, list[Item](), None
+    if config.validation.split:
+        from musubi_tuner.training.held_out import split_note, split_of_run
+
+        trained, held_out = split_of_run(config, found.items)
+        difference = split_note(config, found.items)
     buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
     for item in trained:
         buckets[item.bucket, item.batch_size] += item.num_repeats
@@ -66,7 +76,23 @@ def make_plan(
         with local_only() if only_look else nullcontext():
             options = config.spec.load("checkpoint_options")(config)
     status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
-    return Plan(found, held_out, status, steps)
+    losses = _losses(config, found.items, status["text"], download)
+    return Plan(found, held_out, status, steps, difference, losses)
+
+
+def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
+    """What the text encoders lose of texts that are still to be encoded."""
+    due, prompts = [item for item in items if item.key in status.due], sample_prompts(config)
+    if not due and not prompts:
+        return []
+    limits = token_limits(config, download=download)
+    absent = " and ".join(limit.name for limit in limits if limit.tokenizer is None)
+    lines = caption_lines(limits, due) + prompt_lines(limits, prompts, config.sample.negative_prompt)
+    return (
+        [*lines, f"note: texts are compared with the limits of {absent} when its tokenizer is here"]
+        if absent
+        else lines
+    )
 
 
 def _state(status: KindStatus) -> str:
@@ -107,6 +133,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             f"  validate {len(plan.held_out)} image(s) held out{measured}, at {config.validation.times} noise levels; "
             f"{len(plan.found.items) - len(plan.held_out)} are trained"
         )
+    if plan.split_note:
+        lines.append(f"warning: {plan.split_note}")
     several = sum(len(item.captions) > 1 for item in plan.found.items)
     if several:
         lines.append(f"  captions {several} images have several; each presentation draws one")
@@ -118,6 +146,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             lines.append(f"warning: {status.mixture}")
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
+    lines += plan.losses
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [
         f"  train    {steps.total_updates} updates, {steps.epochs} epochs of {steps.updates_per_epoch} updates{correction}",

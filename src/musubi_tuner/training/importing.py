@@ -74,6 +74,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         "metrics_bytes": 0,
         "config": fixed_settings(config, processes),
         "data": data_digest(trained, config.train.masked_loss, held_out, other_teachers(config)),
+        "held_out": [item.key for item in held_out],
         "base": None,
         "environment": {},
         "code_version": __version__,

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts, read_prompts
+from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import replace_file, write_text
@@ -57,14 +57,6 @@ def sample_settings(config: RunConfig) -> SampleSettings:
         cfg_scale=sample.cfg_scale,
         shift=sample.shift,
     )
-
-
-def sample_prompts(config: RunConfig) -> list[Prompt]:
-    """The prompts of [sample]; none = nothing is drawn."""
-    prompts = config.sample.prompts
-    if prompts is None:
-        return []
-    return read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
 
 
 def encode_prompts(

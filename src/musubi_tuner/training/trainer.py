@@ -38,12 +38,12 @@ from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.adapters.files import save_adapter
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
+from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches, raise_errors
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
-from musubi_tuner.data.split import hold_out
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
@@ -69,6 +69,7 @@ from musubi_tuner.training.checkpoint import (
     write_state,
 )
 from musubi_tuner.training.ema import EMA, unwrap
+from musubi_tuner.training.held_out import split_of_run
 from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.optimizers import (
@@ -85,7 +86,6 @@ from musubi_tuner.training.sampling import (
     decode_images,
     draw,
     encode_prompts,
-    sample_prompts,
     sample_settings,
     save_samples,
 )  # fmt: skip
@@ -226,7 +226,8 @@ class Trainer:
         self.kernels = apply_backend_flags(config.run, self.device, sizes)
         self.environment = environment(config, threads, self.processes, self.device)
         self.items = items
-        trained, held_out = hold_out(items, config.validation)
+        trained, held_out = split_of_run(config, items)
+        self.held_out = [item.key for item in held_out]
         self.data_digest = data_digest(trained, config.train.masked_loss, held_out, other_teachers(config))
         self.folder, self.name = config.output_dir, config.run.name
         refuse_second_branch(config)
@@ -517,6 +518,7 @@ class Trainer:
                 "metrics_bytes": self.metrics.length,
                 "config": fixed_settings(self.config, self.processes),
                 "data": self.data_digest,
+                "held_out": self.held_out,
                 "base": self.base,
                 "environment": self.environment,
                 "code_version": __version__,

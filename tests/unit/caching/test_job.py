@@ -230,19 +230,19 @@ class TestWriting:
         assert project.run("text") == 0
         assert summary()[0].startswith("note: datasets[0]: 1 of 1 images in images have no .txt file (a.png)")
 
-    def test_captions_that_are_cut_are_counted(self, project: Any, summary: Summary) -> None:
+    def test_captions_that_are_cut_are_named_before_they_are_encoded(self, project: Any, summary: Summary) -> None:
         project.picture("a", caption="red " * 20)
         project.picture("b", caption="red")
         assert project.run("text") == 0
-        assert summary()[-1] == "note: 1 captions are longer than the encoders take and were cut"
-
-    def test_captions_that_only_clip_cuts_are_counted_too(self, project: Any, summary: Summary) -> None:
-        """CLIP takes 77 tokens where T5 takes 128: the usual long caption is cut by CLIP alone."""
-        project.tables["model"]["t5_max_tokens"] = 40
-        project.picture("a", caption="red " * 20)
-        project.picture("b", caption="red")
+        t5, clip, encoders, *_ = summary()
+        assert t5.startswith("note: T5 takes 8 tokens; 1 of 2 captions have more and are cut (a: 21)")
+        assert clip.startswith("note: CLIP takes 10 tokens; 1 of 2 captions have more and are cut (a: 22)")
+        assert encoders.startswith("text: T5 and CLIP in ")
+        project.picture("c", caption="blue " * 8)
         assert project.run("text") == 0
-        assert summary()[-1].startswith("note: 1 captions ")
+        assert [line for line in summary() if line.startswith("note")] == [
+            "note: T5 takes 8 tokens; 1 of 1 captions have more and are cut (c: 9); shorten them, or raise model.t5_max_tokens"
+        ], "only of what is due, and of CLIP nothing: it takes 10 tokens, and c has 10"
 
     def test_several_datasets_are_cached_into_their_own_folders(self, project: Any, summary: Summary) -> None:
         project.picture("a")

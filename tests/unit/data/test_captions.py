@@ -88,10 +88,12 @@ def test_lines_are_captions_of_the_images_sorted_by_name_and_blank_ones_stay(
     tmp_path: Path, picture: Make, dataset: Entry, end: str
 ) -> None:
     for name in "bca":
-        picture(tmp_path / "images" / f"{name}.png", caption="of its own file")
+        picture(tmp_path / "images" / f"{name}.png", caption=None)
     path = lines(tmp_path, f"first\n\n third {end}")
     assert captions(dataset()) == {"a": ("first",), "b": ("",), "c": ("third",)}
-    assert scan([dataset()], "tf").notes == [f"datasets[0]: captions are the lines of {path}"]
+    assert scan([dataset()], "tf").notes == [
+        f"datasets[0]: captions are the lines of {path}; 1 of them are blank: empty captions"
+    ]
 
 
 @pytest.mark.parametrize(("text", "count"), [("one\ntwo", 2), ("one\ntwo\nthree\n\n", 4), ("", 0)])
@@ -99,7 +101,7 @@ def test_another_number_of_lines_is_refused(
     tmp_path: Path, picture: Make, dataset: Entry, text: str, count: int
 ) -> None:
     for name in "abc":
-        picture(tmp_path / "images" / f"{name}.png")
+        picture(tmp_path / "images" / f"{name}.png", caption=None)
     path = lines(tmp_path, text)
     assert problems(dataset()) == [
         f"{path}: has {count} lines for 3 images; write one line for each image, sorted by name (a blank line is an empty "
@@ -108,11 +110,39 @@ def test_another_number_of_lines_is_refused(
 
 
 def test_lines_of_a_folder_do_not_list_its_sub_folders(tmp_path: Path, picture: Make, dataset: Entry) -> None:
-    picture(tmp_path / "images" / "a.png")
+    picture(tmp_path / "images" / "a.png", caption=None)
     path = lines(tmp_path, "one")
     assert problems(dataset(recursive=True)) == [
         f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
     ]
+
+
+@pytest.mark.parametrize("text", ["one\ntwo\nthree", "one"], ids=["as many lines as images", "another number"])
+@pytest.mark.parametrize("own", [("a.txt", "b.txt", "c.txt"), ("b.txt",), ("b.TXT",), ("b.caption",)], ids=str)
+def test_lines_beside_captions_of_their_own_are_refused(
+    tmp_path: Path, picture: Make, dataset: Entry, text: str, own: tuple[str, ...]
+) -> None:
+    """Such a file is more often a list of prompts for drawing; taking either side would train other captions unseen."""
+    for name in "abc":
+        picture(tmp_path / "images" / f"{name}.png", caption=None)
+    for name in own:
+        (tmp_path / "images" / name).write_text("its own")
+    path = lines(tmp_path, text)
+    for recursive in (False, True):
+        (problem,) = problems(dataset(recursive=recursive, missing_caption="skip"))
+        assert (
+            problem.startswith(f"{path}: ") and f"{len(own)} of 3 images have a file of their own ({own[0]}" in problem
+        )
+        assert "keep one of both" in problem and "rename prompts.txt" in problem
+
+
+def test_other_files_beside_images_do_not_stand_against_lines(tmp_path: Path, picture: Make, dataset: Entry) -> None:
+    picture(tmp_path / "images" / "a.png", caption=None)
+    (tmp_path / "images" / "a.json").write_text("{}")
+    (tmp_path / "images" / "a.safetensors").write_bytes(bytes(64))
+    (tmp_path / "images" / "notes.md").write_text("of all")
+    lines(tmp_path, "one")
+    assert captions(dataset()) == {"a": ("one",)}
 
 
 def test_a_picture_called_prompts_keeps_its_caption(tmp_path: Path, picture: Make, dataset: Entry) -> None:

@@ -95,15 +95,23 @@ class TestFolder:
         path.with_suffix(".txt").write_bytes(b"\xef\xbb\xbfeine \xc3\x84hre\r\n")
         assert scan([dataset()], "tf").items[0].caption == "eine Ähre"
 
-    def test_an_empty_caption_file_is_an_empty_caption(self, tmp_path: Path, picture: Make, dataset: Entry) -> None:
-        picture(tmp_path / "images" / "a.png", caption=" \n")
-        assert scan([dataset()], "tf").items[0].caption == ""
-
-    def test_a_caption_that_is_not_utf8_is_named(self, tmp_path: Path, picture: Make, dataset: Entry) -> None:
-        path = picture(tmp_path / "images" / "a.png")
-        path.with_suffix(".txt").write_bytes(b"Gr\xfc\xdfe")
-        text = path.with_suffix(".txt")
-        assert problems(dataset()) == [f"{text}: is not UTF-8 text (invalid start byte at byte 2); save it as UTF-8"]
+    @pytest.mark.parametrize(
+        ("raw", "words"),
+        [
+            (b"Gr\xfc\xdfe", "is not UTF-8 text (invalid start byte at byte 2); save it as UTF-8. As Windows-1252 it reads 'Grüße'"),
+            ("a red circle".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+            ("a red circle".encode("utf-16-be"), "is UTF-16 text without its mark; save it as plain UTF-8 text"),
+            ("a red circle".encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
+            (b"a red\0 circle", "holds a NUL character at byte 5; save it as plain UTF-8 text"),
+        ],
+        ids=["cp1252", "utf-16", "utf-16 without mark", "utf-32", "NUL"],
+    )  # fmt: skip
+    def test_a_caption_that_is_not_utf8_is_named(
+        self, tmp_path: Path, picture: Make, dataset: Entry, raw: bytes, words: str
+    ) -> None:
+        path = picture(tmp_path / "images" / "a.png").with_suffix(".txt")
+        path.write_bytes(raw)
+        assert problems(dataset()) == [f"{path}: {words}"]
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows words the error differently")
     def test_a_caption_that_cannot_be_read_is_named(self, tmp_path: Path, picture: Make, dataset: Entry) -> None:
@@ -412,6 +420,10 @@ class TestJsonl:
             {"image_path": "nowhere.png", "caption": "x"},
             {"image_path": good["image_path"]},
             {**good, "caption": ["x"]},
+            {**good, "caption": ""},
+            {**good, "caption": " \t\u200b"},
+            {**good, "caption": None},
+            {**good, "caption": "a\0b"},
             {**good, "control_path": "c.png"},
             {**good, "image_path_1": "c.png"},
         )
@@ -424,8 +436,12 @@ class TestJsonl:
             f"{where} 7: image nowhere.png: no such file",
             f'{where} 8: caption is missing; write it, or set missing_caption = "skip", "empty" or "stem"',
             f"{where} 9: caption is ['x'], expected a text",
-            f"{where} 10: control_path is for editing models; this architecture takes one image per line",
-            f"{where} 11: image_path_1 is for editing models; this architecture takes one image per line",
+            f'{where} 10: caption is empty; write it, or set missing_caption = "skip", "empty" or "stem"',
+            f'{where} 11: caption is empty; write it, or set missing_caption = "skip", "empty" or "stem"',
+            f'{where} 12: caption is missing; write it, or set missing_caption = "skip", "empty" or "stem"',
+            f"{where} 13: caption holds a NUL character; write plain text",
+            f"{where} 14: control_path is for editing models; this architecture takes one image per line",
+            f"{where} 15: image_path_1 is for editing models; this architecture takes one image per line",
         ]
 
     @pytest.mark.parametrize(
@@ -436,9 +452,10 @@ class TestJsonl:
         self, tmp_path: Path, picture: Make, jsonl: Entry, mode: str, captions: dict[str, str]
     ) -> None:
         first, second = (picture(tmp_path / f"{name}.png", caption=None) for name in ("a_1", "b"))
-        rows = [{"image_path": str(first)}, {"image_path": str(second), "caption": "x"}]
-        found = scan([jsonl(*rows, missing_caption=mode)], "tf")
-        assert {item.stem: item.caption for item in found.items} == captions
+        for nothing in ({}, {"caption": None}, {"caption": ""}, {"caption": " \n"}):
+            rows = [{"image_path": str(first), **nothing}, {"image_path": str(second), "caption": "x"}]
+            found = scan([jsonl(*rows, missing_caption=mode)], "tf")
+            assert {item.stem: item.caption for item in found.items} == captions
 
     @pytest.mark.parametrize("mode", ["skip", "empty", "stem"])
     def test_what_is_done_about_missing_captions_is_said(
@@ -458,9 +475,8 @@ class TestJsonl:
     def test_a_file_that_is_not_utf8(self, tmp_path: Path, dataset: Entry) -> None:
         path = tmp_path / "meta.jsonl"
         path.write_bytes(b'{"caption": "\xff"}')
-        assert problems(dataset(image_jsonl_file=path)) == [
-            f"{path}: is not UTF-8 text (invalid start byte at byte 13); save it as UTF-8"
-        ]
+        (problem,) = problems(dataset(image_jsonl_file=path))
+        assert problem.startswith(f"{path}: is not UTF-8 text (invalid start byte at byte 13); save it as UTF-8")
 
     def test_a_file_without_rows(self, tmp_path: Path, jsonl: Entry) -> None:
         (problem,) = problems(jsonl("", ""))

@@ -133,7 +133,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for name in ("a", "b", "c"):
-        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{name}.png")
+        Image.new("RGB", (64, 64), (ord(name), 0, 0)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text("a picture", encoding="utf-8")
 
     def write(path: Path, **changes: dict[str, Any]) -> Path:

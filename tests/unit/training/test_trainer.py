@@ -29,6 +29,8 @@ from musubi_tuner.data.buckets import place
 from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.split import hold_out_by_id
+from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.models.checkpoints import find_weights
@@ -617,6 +619,43 @@ def test_an_interrupted_run_writes_the_lines_of_an_undisturbed_one(
     again.run()
     assert lines(again) == lines(whole)
     assert [row["step"] for row in lines(whole)] == [4, 4, 8, 8]
+
+
+def test_a_run_that_goes_on_keeps_the_split_of_its_state(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the state lists it, or is of a version that split by id, whatever the files hold now."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer_module, "Validator", lambda *_, **__: None)
+    changes: dict[str, Any] = {"validation": {"split": 0.4}, "save": {"state": True}}
+
+    def mend(text: str) -> None:
+        for number in range(IMAGES):
+            make_item(number).path.write_text(f"{text} {number}")
+
+    mend("picture")
+    by_content = start("split", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "split_of_run", lambda config, items: hold_out_by_id(items, config.validation))
+        by_id = start("split before", **changes)
+    assert by_content.held_out != by_id.held_out
+    for trainer in (by_content, by_id):
+        trainer.run()
+    folder = by_id.folder / "tiny-state"
+    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    assert values.pop("held_out") == by_id.held_out
+    (folder / "state.json").write_text(json.dumps(values), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["state.json"] = hash_file(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    mend("mended")
+    for name, begun in (("split", by_content), ("split before", by_id)):
+        again = start(name, **changes, train={"max_steps": 6})
+        assert again.position.step == 4 and again.held_out == begun.held_out
+        again.run()
+        written = json.loads((again.folder / "tiny-state" / "state.json").read_text(encoding="utf-8"))
+        assert written["held_out"] == begun.held_out
+    assert start("another", **changes).held_out != by_content.held_out
 
 
 # Settings that must act

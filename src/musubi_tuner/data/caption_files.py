@@ -1,0 +1,214 @@
+"""Captions of the images in a folder: a text file beside each image, or the lines of ``prompts.txt``. Torch-free.
+
+A file in which nothing can be seen is no caption. Where no file has exactly the right name, the only one that differs from
+it in case or Unicode form counts (``p07.TXT`` for ``p07.png``), as it would on Windows and macOS.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.data.images import EXTENSIONS
+from musubi_tuner.data.texts import Names, first_names, folded, is_blank, read_text
+from musubi_tuner.errors import DataError
+
+PROMPTS = "prompts.txt"
+"""File of a folder whose lines are the captions of its images, sorted by name."""
+WAY_OUT = 'set missing_caption = "skip", "empty" or "stem"'
+_STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".xmp", ".csv", ".html")
+"""Endings of text files that are no captions as they are."""
+_LARGEST = 1 << 16
+"""A file beside an image that is larger is not taken for a caption, in bytes."""
+
+
+def folder_captions(
+    dataset: DatasetConfig, root: Path, images: Sequence[Path], problems: list[str], notes: list[str]
+) -> dict[Path, str | None]:
+    """The caption of every image; None where it has none, which is a problem with ``missing_caption = "error"``, else a note."""
+    names = Names()
+    files = _own_files(dataset.caption_extension, images, names)
+    prompts = root / PROMPTS
+    if prompts.is_file() and prompts not in files.values():
+        return dict(zip(images, _lines(dataset, prompts, images, files, names, problems, notes), strict=True))
+    found: dict[Path, str | None] = {}
+    absent, empty = [], []
+    for image in images:
+        text: str | None = None
+        try:
+            text = read_text(files[image]).strip()
+        except (KeyError, FileNotFoundError):
+            absent.append(image)
+        except DataError as error:
+            problems.append(str(error))
+            found[image] = ""
+            continue
+        if text is not None and is_blank(text):
+            empty.append(files[image])
+            text = None
+        found[image] = text
+    renamed = [image for image, file in files.items() if file != image.with_suffix(dataset.caption_extension)]
+    if renamed:
+        shown = first_names([f"{files[image].name} for {image.name}" for image in renamed])
+        notes.append(
+            f"{dataset.name}: captions of {len(renamed)} images are read from files whose names differ in case or Unicode form ({shown})"
+        )
+    _say_missing(dataset, root, images, absent, empty, names, problems, notes)
+    return found
+
+
+def _own_files(extension: str, images: Sequence[Path], names: Names) -> dict[Path, Path]:
+    """The caption file of every image that has one."""
+    exact = {image: image.with_suffix(extension) for image in images}
+    taken = set(exact.values())
+    found: dict[Path, Path] = {}
+    for image, wanted in exact.items():
+        alike = names.alike(wanted)
+        if alike[:1] == [wanted]:
+            found[image] = wanted
+        elif len(others := [path for path in alike if path not in taken]) == 1:
+            found[image] = others[0]
+    claims = Counter(found.values())
+    return {image: file for image, file in found.items() if file == exact[image] or claims[file] == 1}
+
+
+def _lines(
+    dataset: DatasetConfig,
+    path: Path,
+    images: Sequence[Path],
+    files: Mapping[Path, Path],
+    names: Names,
+    problems: list[str],
+    notes: list[str],
+) -> list[str]:
+    """Captions of the images in order, from a file with one line for each; a blank line is an empty caption."""
+    nothing = [""] * len(images)
+    beside = [found for ending, found in _beside(images, names).items() if not ending.endswith(_STRUCTURED)]
+    own = list(files.values()) or [file for found in beside for file in found.values()]
+    if own:
+        problems.append(
+            f"{path}: lists captions of the images by line, and {len(own)} of {len(images)} images have a file of their own "
+            f"({first_names([file.name for file in own])}); keep one of both: rename {path.name} or move it out of the folder (prompts for "
+            f"drawing lie elsewhere), or move the images' own files"
+        )
+        return nothing
+    try:
+        text = read_text(path)
+    except DataError as error:
+        problems.append(str(error))
+        return nothing
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    if dataset.recursive:
+        problems.append(
+            f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
+        )
+    elif len(lines) != len(images):
+        problems.append(
+            f"{path}: has {len(lines)} lines for {len(images)} images; write one line for each image, sorted by name (a blank "
+            "line is an empty caption), or rename the file"
+        )
+    else:
+        blank = sum(is_blank(line) for line in lines)
+        empty = f"; {blank} of them are blank: empty captions" if blank else ""
+        notes.append(f"{dataset.name}: captions are the lines of {path}{empty}")
+        return lines
+    return nothing
+
+
+def _say_missing(
+    dataset: DatasetConfig,
+    root: Path,
+    images: Sequence[Path],
+    absent: Sequence[Path],
+    empty: Sequence[Path],
+    names: Names,
+    problems: list[str],
+    notes: list[str],
+) -> None:
+    """Say which images have no caption, with a problem or a note, and what lies there instead.
+
+    Args:
+        absent: images without a caption file. empty: caption files that hold nothing.
+    """
+    if not absent and not empty:
+        return
+    extension, of_all = dataset.caption_extension, f" of {len(images)} images in {root}"
+    parts = []
+    if absent:
+        parts.append(f"{len(absent)}{of_all} have no {extension} file ({first_names([path.name for path in absent])})")
+    if empty:
+        parts.append(
+            f"{len(empty)}{'' if absent else of_all} have an empty {extension} file ({first_names([path.name for path in empty], 10)})"
+        )
+    text = f"{dataset.name}: {', '.join(parts)}"
+    hints = _hints(extension, root, images, absent, names) if absent else []
+    if dataset.missing_caption == "error":
+        problems.append(". ".join([f"{text}; write the captions, or {WAY_OUT}", *hints]))
+    else:
+        notes.append(f'{text}; missing_caption = "{dataset.missing_caption}"')
+        notes += [f"{dataset.name}: {hint}" for hint in hints]
+
+
+def _hints(extension: str, root: Path, images: Sequence[Path], absent: Sequence[Path], names: Names) -> list[str]:
+    """What lies there that may have been meant as captions."""
+    found = []
+    for ending, files in _beside(absent, names).items():
+        image, file = next(iter(files.items()))
+        more = f", and {len(files) - 1} more like it" if len(files) > 1 else ""
+        lies = f"{file.name} lies beside {image.name}{more}"
+        if ending.endswith(_STRUCTURED):
+            found.append(f"{lies}, but captions are read from plain text: write {extension} files, or a JSONL file")
+        else:
+            found.append(f'{lies}: set caption_extension = "{ending}", or rename to {extension}')
+    for folder in sorted({path.parent for path in absent}):
+        spare = _spare(extension, folder, images, names)
+        if spare:
+            found.append(f"{len(spare)} {extension} files in {folder} belong to no image ({first_names(spare)})")
+    wanted = [path.with_suffix(extension).name for path in absent[:3]]
+    for names_alike in names.of(root).values():
+        for name in names_alike:
+            if any((root / name / caption).is_file() for caption in wanted):
+                found.append(f"{root / name} holds such files: a caption lies beside its image")
+    return found
+
+
+def _spare(extension: str, folder: Path, images: Sequence[Path], names: Names) -> list[str]:
+    """Caption files of a folder that are of no image."""
+    stems = {folded(image.stem) for image in images if image.parent == folder}
+    ending = folded(extension)
+    return sorted(
+        name
+        for key, alike in names.of(folder).items()
+        if key.endswith(ending) and not _beginnings(key, stems)
+        for name in alike
+    )
+
+
+def _beginnings(key: str, stems: Collection[str]) -> list[str]:
+    """Those of the stems with which a name begins up to one of its dots, longest first."""
+    places = [place for place, char in enumerate(key) if char == "."]
+    return [key[:place] for place in reversed(places) if key[:place] in stems]
+
+
+def _beside(images: Sequence[Path], names: Names) -> dict[str, dict[Path, Path]]:
+    """Ending -> image -> file of text that begins with the image's name, most frequent ending first."""
+    stems: dict[Path, dict[str, Path]] = {}
+    for image in images:
+        stems.setdefault(image.parent, {})[folded(image.stem)] = image
+    found: dict[str, dict[Path, Path]] = {}
+    for folder, own in stems.items():
+        for key, alike in names.of(folder).items():
+            owners = _beginnings(key, own)
+            if owners and not key.endswith(EXTENSIONS):
+                image = own[owners[0]]
+                found.setdefault(key.removeprefix(owners[0]), {})[image] = folder / sorted(alike)[0]
+    texts = {ending: files for ending, files in found.items() if _is_text(next(iter(files.values())))}
+    return dict(sorted(texts.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file may be a caption."""
+    try:
+        return path.stat().st_size <= _LARGEST and not is_blank(read_text(path))
+    except (OSError, DataError):
+        return False

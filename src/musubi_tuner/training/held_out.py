@@ -1,0 +1,74 @@
+"""The split of a run: one that goes on keeps the split of its state, whatever the rule is now."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.data.sources import Item
+from musubi_tuner.data.split import hold_out, hold_out_again, hold_out_by_id, pictures_of
+from musubi_tuner.training.checkpoint import find_states
+
+_SHOWN = 3
+
+
+def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """What is trained and what is held out; see `hold_out`."""
+    return _recorded(config, items) or hold_out(items, config.validation)
+
+
+def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
+    """What a person should know of a run whose state splits otherwise than a run that begins; None if it does not."""
+    recorded = _recorded(config, items)
+    if recorded is None:
+        return None
+    pictures = pictures_of(items)
+    trained, held_out = recorded
+    before = {item.key for item in held_out}
+    after = {item.key for item in hold_out(items, config.validation, pictures)[1]}
+    if before == after:
+        return None
+    text = (
+        f"this run goes on with the split of its state; a new one would hold out {len(after)} images, and "
+        f"{len(before ^ after)} would be on the other side"
+    )
+    measured = {pictures[item.key]: item for item in held_out}
+    both = [f"{item.path} as {measured[pictures[item.key]].path}" for item in trained if pictures[item.key] in measured]
+    if both:
+        shown = ", ".join(both[:_SHOWN]) + (", ..." if len(both) > _SHOWN else "")
+        text += f". {len(both)} of its trained files are held-out pictures ({shown}), so loss/val is too low"
+    return f"{text}. --fresh starts anew with the new split"
+
+
+def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]] | None:
+    """The split of the state from which the run goes on; None without a state, or where its data set is another one."""
+    if not config.validation.split:
+        return None
+    values = _state_values(config)
+    if values is None:
+        return None
+    if "held_out" not in values:
+        return hold_out_by_id(items, config.validation)
+    known = {item.key for item in items}
+    keys = values["held_out"]
+    # A state that knows other items is refused where it is read.
+    return hold_out_again(items, keys) if keys and known.issuperset(keys) else None
+
+
+def _state_values(config: RunConfig) -> dict[str, Any] | None:
+    """Plain data of the state from which the run goes on. Its files are verified where it is loaded."""
+    begin = config.resume.from_
+    if begin == "none":
+        return None
+    if begin == "auto":
+        states = find_states(config.output_dir, config.run.name)
+        if not states:
+            return None
+        path = states[0][1]
+    else:
+        path = config.locate(begin)
+    try:
+        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # said where the state is loaded
+    return values if isinstance(values, dict) else None
