@@ -13,10 +13,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+MAX_NAME = 255
+"""Bytes of a file name that every usual file system takes."""
 _fault_name, _, _fault_count = os.environ.get("MUSUBI_FAULT", "").partition(":")
 _fault_left = int(_fault_count or 1)
 
@@ -32,7 +35,14 @@ def fault_point(name: str) -> None:
 
 def temporary_path(target: Path) -> Path:
     """A name in the folder of ``target`` that no other process or thread uses."""
-    return target.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{threading.get_ident()}-{target.name}")
+    own = f"{TEMPORARY_PREFIX}{os.getpid()}-{threading.get_ident()}-"
+    name = own + target.name
+    return target.with_name(name if fits(name) else own + sha256(os.fsencode(target.name)).hexdigest())
+
+
+def fits(name: str) -> bool:
+    """Whether a file can have this name."""
+    return len(os.fsencode(name)) <= MAX_NAME
 
 
 def replace_file(target: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:

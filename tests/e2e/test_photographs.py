@@ -210,7 +210,11 @@ def test_the_release_folder_loads_with_from_pretrained(trained: Trained) -> None
 def resized_alone(path: Path, bucket: tuple[int, int]) -> Tensor:
     """A picture at its bucket as the specification says, without our code: [1, 3, H, W] in [-1, 1]."""
     with Image.open(path) as stored:
-        image = ImageOps.exif_transpose(stored).convert("RGB")
+        upright = ImageOps.exif_transpose(stored)
+        image = upright.convert("RGB")
+    if upright.mode == "RGBA":  # over white
+        alpha = np.asarray(upright.getchannel("A"))[..., None] / 255
+        image = Image.fromarray(np.rint(np.asarray(image) * alpha + 255 * (1 - alpha)).astype(np.uint8))
     factor = max(bucket[0] / image.width, bucket[1] / image.height)
     size = (int(image.width * factor + 0.5), int(image.height * factor + 0.5))
     image = image.resize(size, Image.Resampling.LANCZOS if factor > 1 else Image.Resampling.BOX)

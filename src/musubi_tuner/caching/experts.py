@@ -131,7 +131,7 @@ class ExpertsJob:
         """The item's image at the size that the teachers see, [3, H, W] in [-1, 1]."""
         rows, columns = teacher_grid(item, self.config.experts.resolution, keep_aspect=True)
         put = squash if item.squashed else place
-        image = resize_crop(open_image(item.path), put(item.size, (columns * 8, rows * 8)))
+        image = resize_crop(open_image(item.path, item.background), put(item.size, (columns * 8, rows * 8)))
         return torch.from_numpy(to_array(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _paths(self) -> dict[str, Path | None]:

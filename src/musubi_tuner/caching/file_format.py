@@ -4,6 +4,9 @@
     text     {stem}_{code}_te.safetensors
     experts  {stem}_{code}_experts.safetensors
 
+Where such a name, or that of the file's first half, would be longer than a file system takes, the stem is its beginning
+with a hash: ``{160 bytes}~{16 hex digits of sha256(stem)}``.
+
 A tensor key is ``name_{F}x{H}x{W}_{dtype}`` for latents and the loss mask beside them, ``mask_weights`` (F = 1, sizes in
 latent cells), ``name_{dtype}`` otherwise; keys that end in ``_mask`` carry no dtype. Where an image has several captions,
 what belongs to caption k = 1, 2, ... has ``_v{k}`` behind its name: ``t5_vec_v1_bfloat16``, ``t5_v1_mask``; the first
@@ -12,15 +15,18 @@ Naming follows musubi-tuner.
 """
 
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
+from musubi_tuner.files import fits
 
 FORMAT_VERSION = "1.0.1"
 TIMES = "t_buckets"
@@ -42,17 +48,27 @@ DTYPES = {
 }
 """Safetensors dtype -> torch name."""
 _MAX_HEADER = 100 << 20
+HALF_SUFFIX = ".half"
+"""Ending of the first half of a cache file, hidden beside it, which waits for the second."""
+_SHORT_BYTES = 160
 
 
 def cache_path(item: Item, kind: str, code: str) -> Path:
     """Where the cache file of an item lies."""
     width, height = item.size
-    name = {
-        "latents": f"{item.stem}_{width:04d}x{height:04d}_{code}",
-        "text": f"{item.stem}_{code}_te",
-        "experts": f"{item.stem}_{code}_experts",
-    }[kind]
-    return item.cache_directory / f"{name}.safetensors"
+    ending = {"latents": f"_{width:04d}x{height:04d}_{code}", "text": f"_{code}_te", "experts": f"_{code}_experts"}[
+        kind
+    ]
+    stem, ending = item.stem, f"{ending}.safetensors"
+    if not fits(f".{stem}{ending}{HALF_SUFFIX}"):
+        stem = short_stem(stem)
+    return item.cache_directory / (stem + ending)
+
+
+def short_stem(stem: str) -> str:
+    """What stands for a stem that is too long: its beginning, cut between characters, and its hash."""
+    raw = os.fsencode(stem)
+    return f"{raw[:_SHORT_BYTES].decode('utf-8', 'ignore')}~{sha256(raw).hexdigest()[:16]}"
 
 
 def kind_of(name: str, code: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_name, read_header
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.datasets import KEPT
 from musubi_tuner.data.sources import Item
 from musubi_tuner.encoders.locate import Source, find_tokenizer, hash_file, identity, source, tokenizer_identity
 from musubi_tuner.errors import CacheError
@@ -44,8 +45,16 @@ _WORDS = {
     "sol_source": "experts.sol_source",
     "text_padding": "the padding of the text that teachers see",
     "squashed": "squashing of the image",
+    "background": "the colour under transparent pixels",
+    "mask_alpha": "transparency of the mask",
 }
-_UNSTATED = {"sol_source": "extracted", "squashed": False, "text_padding": "hidden"}
+_UNSTATED = {
+    "sol_source": "extracted",
+    "squashed": False,
+    "text_padding": "hidden",
+    "background": KEPT,
+    "mask_alpha": False,
+}
 """What files hold that were written before a key existed."""
 
 
@@ -112,10 +121,14 @@ class Expectation:
                 "crop": list(item.placement.crop),
                 "mask": item.mask.source if item.mask else None,
             }
+            if item.mask is not None and item.mask.alpha:
+                own["mask_alpha"] = True
         else:
             own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
                 own |= {"bucket": list(item.bucket), "squashed": item.squashed}
+        if self.needs_image:
+            own["background"] = item.background
         own["item"] = item.id
         return own
 

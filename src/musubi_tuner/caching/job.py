@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner import __version__
-from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, kind_of, read_header
+from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_path, kind_of, read_header
 from musubi_tuner.caching.fingerprint import Fingerprint, image_state, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Encoded = dict[str, "Tensor"]
-HALF_SUFFIX = ".half"
 SMALLER = {
     "latents": "lower cache.latents_batch_size, turn on cache.vae_tiling or lower the resolution",
     "text": "lower cache.text_batch_size or turn on model.fp8_t5",

@@ -24,7 +24,7 @@ from musubi_tuner.randomness import normal
 
 def image_tensor(item: Item) -> Tensor:
     """The picture at its bucket, [3, H, W] in [-1, 1]."""
-    array = to_array(resize_crop(open_image(item.path), item.placement))
+    array = to_array(resize_crop(open_image(item.path, item.background), item.placement))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -35,7 +35,8 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         pixels = image_tensor(item)
         if item.mask is None:
             return pixels, {}
-        mask = torch.from_numpy(to_latent(read_mask(item.mask, item.path), item.placement, config.spec.vae_factor))
+        grey = read_mask(item.mask, item.path, item.background)
+        mask = torch.from_numpy(to_latent(grey, item.placement, config.spec.vae_factor))
         return pixels, {mask_key(tuple(mask.shape)): mask}
 
     def open_encoder() -> Encoder:

@@ -6,7 +6,7 @@ Values are looked up in the dataset, then in [general], then in the family's def
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,9 @@ MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 """Where the loss mask of an image comes from; see data/masks.py."""
 Resize = Literal["crop", "squash"]
 """How an image becomes its bucket: its centre, or all of it with other proportions."""
+KEPT = "kept"
+"""Instead of a background: pixels keep their stored colour, however transparent they are."""
+WHITE = "#ffffff"
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 """Transforms that have a name; see data/captions.py."""
 
@@ -32,6 +35,7 @@ SHARED_KEYS: dict[str, str] = {
     "recursive": "bool",
     "mask_source": "mask_source",
     "alpha_mask": "bool",
+    "alpha_background": "colour",
     "caption_columns": "names",
     "caption_transform": "caption_transform",
 }
@@ -84,6 +88,9 @@ class DatasetConfig:
         caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
             `CAPTION_TRANSFORMS`, or package.module:function.
         experts: what its images have instead of the same keys of [experts]; see `RunConfig.experts_of`.
+        alpha_background: colour (#rrggbb) that transparent pixels are laid over; `KEPT` = they keep theirs, as they do where the
+            alpha channel is the loss mask, unless a colour is given.
+        apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
     """
 
     name: str
@@ -104,6 +111,8 @@ class DatasetConfig:
     caption_columns: tuple[str, ...] = ()
     caption_transform: str | None = None
     experts: Mapping[str, Any] = field(default_factory=dict)
+    alpha_background: str = WHITE
+    apart: tuple[Path, ...] = ()
 
 
 def _check_value(kind: str, value: Any) -> str | None:
@@ -126,6 +135,8 @@ def _check_value(kind: str, value: Any) -> str | None:
             texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
             if not texts or not value or len(set(value)) != len(value):
                 return f"is {value!r}, expected a list of different names"
+        case "colour" if _hex_colour(value) is None:
+            return f'is {value!r}, expected an opaque colour: a name such as "white", or "#rrggbb"'
         case "experts" if value is not False and not isinstance(value, dict):
             return f"is {value!r}, expected false, for no teachers, or a table of keys that differ from [experts]"
         case "caption_transform":
@@ -140,6 +151,17 @@ def _check_value(kind: str, value: Any) -> str | None:
             if min(sides) < 1:
                 return f"is {value!r}, sides must be at least 1"
     return None
+
+
+def _hex_colour(value: Any) -> str | None:
+    """A colour by its name or code as "#rrggbb"; None if it is none, or not opaque."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(value)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return None if alpha and alpha != [255] else f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _check_table(table: Any, where: str, allowed: Mapping[str, str], problems: list[Diagnostic]) -> dict[str, Any]:
@@ -170,7 +192,7 @@ def _check_table(table: Any, where: str, allowed: Mapping[str, str], problems: l
 
 
 def resolve_datasets(
-    tables: Mapping[str, Any], defaults: Mapping[str, Any], step: int, locate: Any
+    tables: Mapping[str, Any], defaults: Mapping[str, Any], step: int, locate: Any, output_dir: Path | None = None
 ) -> tuple[list[DatasetConfig], list[Diagnostic]]:
     """Check and resolve the two tables.
 
@@ -179,6 +201,7 @@ def resolve_datasets(
         defaults: the family's defaults for the shared keys.
         step: sides of a single bucket must be multiples of this many pixels.
         locate: turns a path of the file into a `Path`.
+        output_dir: where the run writes, if that is known.
 
     Returns:
         The usable datasets and all findings.
@@ -205,7 +228,10 @@ def resolve_datasets(
         if dataset:
             datasets.append(dataset)
     problems.extend(_shared_caches(datasets))
-    return datasets, problems
+    sources = {dataset.image_directory for dataset in datasets}
+    masks = [dataset.mask_directory for dataset in datasets if dataset.mask_directory not in (None, *sources)]
+    apart = tuple(folder for folder in (output_dir, *masks) if folder is not None)
+    return [replace(dataset, apart=apart) for dataset in datasets], problems
 
 
 def _resolve_one(
@@ -287,7 +313,15 @@ def _resolve_one(
         caption_columns=tuple(values.get("caption_columns", ())),
         caption_transform=values.get("caption_transform"),
         experts=NO_TEACHERS if own.get("experts") is False else own.get("experts", {}),
+        alpha_background=_background(values.get("alpha_background"), mask_source),
     )
+
+
+def _background(given: str | None, mask_source: MaskSource) -> str:
+    """What lies below transparent pixels. Alpha that says where the loss looks says nothing of colours, unless asked to."""
+    if given is None:
+        return KEPT if mask_source == "alpha" else WHITE
+    return _hex_colour(given) or WHITE  # what is no colour was refused before
 
 
 def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:

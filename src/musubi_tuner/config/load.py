@@ -167,8 +167,9 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     if imported is not None:
         tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
     if spec and len(problems) == before:
+        output_dir = None if config is None else config.output_dir
         datasets, found = resolve_datasets(
-            tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path)
+            tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path), output_dir
         )
         datasets = [_checked_experts(dataset, spec, found) for dataset in datasets]
         problems += found

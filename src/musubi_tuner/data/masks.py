@@ -9,18 +9,19 @@ Sources, each a grey picture of the size of its image, white = foreground:
               that is not (g > r + 20 and g > b + 20)
     imported  what was imported with the latents; no image can make it
 
-A mask takes the resize and crop of its image and is then averaged over the pixels of a latent cell, so that it keeps
-soft values. An image without a mask weighs 1 everywhere.
+What is transparent in a mask file is background. A mask takes the resize and crop of its image and is then averaged over
+the pixels of a latent cell, so that it keeps soft values. An image without a mask weighs 1 everywhere.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageChops
 
-from musubi_tuner.config.datasets import MaskSource
+from musubi_tuner.config.datasets import KEPT, WHITE, MaskSource
 from musubi_tuner.data.buckets import Placement
 from musubi_tuner.data.images import open_alpha, open_image, open_upright, resize_crop
 from musubi_tuner.errors import DataError
@@ -43,10 +44,12 @@ class Mask:
 
     Attributes:
         path: the file of the sources file and smpl; the others look at the image.
+        alpha: whether the file has transparent pixels.
     """
 
     source: MaskSource
     path: Path | None = None
+    alpha: bool = False
 
 
 def product_mask(image: Image.Image) -> "np.ndarray":
@@ -71,8 +74,22 @@ def smpl_mask(image: Image.Image) -> "np.ndarray":
     return ~((green > red + SMPL_MARGIN) & (green > blue + SMPL_MARGIN))
 
 
-def read_mask(mask: Mask, image_path: Path) -> Image.Image:
+def belonging(names: Sequence[str], images: Collection[str]) -> str:
+    """The first of some mask names that an image would have without what was added to it, in words; empty if none is so."""
+    for name in names:
+        plain = re.sub(
+            r"[-_. ]*(mask|matte|alpha|seg(mentation)?)$|(?<![^/])mask[-_. ]+", "", name, flags=re.IGNORECASE
+        )
+        if plain != name and plain in images:
+            return f"{name} would be {plain}"
+    return ""
+
+
+def read_mask(mask: Mask, image_path: Path, background: str = WHITE) -> Image.Image:
     """The mask of an image at the image's size, grey.
+
+    Args:
+        background: what the transparent pixels of the image are laid over.
 
     Raises:
         DataError: if a file is broken, or the mask can only be imported.
@@ -87,17 +104,22 @@ def read_mask(mask: Mask, image_path: Path) -> Image.Image:
             )
         case "file":
             assert mask.path is not None
-            return open_image(mask.path).getchannel("R")
+            return _visible(open_image(mask.path, KEPT).getchannel("R"), mask)
         case "alpha":
             return open_alpha(image_path)
         case "product":
-            found = product_mask(open_image(image_path))
+            found = product_mask(open_image(image_path, background))
         case "smpl":
             assert mask.path is not None
             found = smpl_mask(open_upright(mask.path))
         case _:
             raise ValueError(f"mask source {mask.source!r} has no mask")
-    return Image.fromarray(found.astype(np.uint8) * np.uint8(255))
+    return _visible(Image.fromarray(found.astype(np.uint8) * np.uint8(255)), mask)
+
+
+def _visible(picture: Image.Image, mask: Mask) -> Image.Image:
+    """A grey picture, darkened where the file of the mask is transparent."""
+    return ImageChops.multiply(picture, open_alpha(mask.path)) if mask.alpha and mask.path is not None else picture
 
 
 def to_latent(mask: Image.Image, placement: Placement, factor: int) -> "np.ndarray":
@@ -137,3 +159,16 @@ def mask_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
         f"  masks    {count} of {len(items)} images, weights {settings.mask_background:g} to "
         f"{settings.mask_foreground:g}{scale}; the others weigh 1"
     ]
+
+
+def black_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
+    """A warning that names images whose mask is black in all that is trained of them."""
+    if not items:
+        return []
+    names = ", ".join(item.path.name for item in items[:3]) + (", ..." if len(items) > 3 else "")
+    weight = config.train.mask_background
+    effect = f"they weigh {weight:g} everywhere" if weight else "nothing of them is learned"
+    hint = "; transparent parts of a mask are background, and its paint must be white" * any(
+        item.mask is not None and item.mask.alpha for item in items
+    )
+    return [f"warning: the masks of {len(items)} images are black all over ({names}): {effect}{hint}"]

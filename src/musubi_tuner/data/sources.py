@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.config.datasets import KEPT, DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
 from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
 from musubi_tuner.data.captions import Transform, make_transform
-from musubi_tuner.data.images import EXTENSIONS, has_alpha, image_size
-from musubi_tuner.data.masks import Mask
+from musubi_tuner.data.folders import Listing, list_pictures
+from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
+from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.errors import DataError
 
@@ -39,6 +40,7 @@ class Item:
         mask: where its loss mask comes from; None if it has none.
         more_captions: beside ``caption``; each presentation takes one of all.
         squashed: whether its proportions give way to those of its bucket, for the teachers too.
+        background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Item:
     mask: Mask | None = None
     more_captions: tuple[str, ...] = ()
     squashed: bool = False
+    background: str = KEPT
 
     @property
     def dataset(self) -> int:
@@ -99,10 +102,8 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
             said = "; ".join(notes[noted:])
             problems.append(f"{said}; so nothing is left of {_root_name(dataset)}: write captions")
         elif not entries and len(problems) == before:
-            problems.append(
-                f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)}){_elsewhere(dataset)}"
-            )
-        items += _items(index, dataset, entries, architecture, problems)
+            problems.append(f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)})")
+        items += _items(index, dataset, entries, architecture, problems, notes)
     problems += _shared_files(items)
     if problems:
         raise DataError(_join(problems))
@@ -141,7 +142,7 @@ def _elsewhere(dataset: DatasetConfig) -> str:
     if root is None:
         return ""
     if not dataset.recursive:
-        below = Counter(path.relative_to(root).parts[0] for path in _images(root, True, _not_images(dataset)))
+        below = Counter(path.relative_to(root).parts[0] for path in _listing(dataset, root, True).pictures)
         if below:
             counts = first_names([f"{name}: {count}" for name, count in sorted(below.items())])
             found += f"; its sub-folders hold {sum(below.values())} ({counts}): set recursive = true"
@@ -206,7 +207,13 @@ def _directory(
     if not root.is_dir():
         problems.append(f"{dataset.name}.image_directory: {root}: no such folder")
         return
-    images = _images(root, dataset.recursive, _not_images(dataset))
+    listing = _listing(dataset, root, dataset.recursive)
+    images, left_out = listing.pictures, [f"{dataset.name}: {note}" for note in listing.notes]
+    notes += left_out
+    problems += listing.problems
+    if not images and not listing.problems:
+        head = f"{dataset.name}: {root} holds no images ({', '.join(EXTENSIONS)}){_elsewhere(dataset)}"
+        problems.append("\n    ".join([head, *left_out]))
     masks = _mask_files(dataset, problems)
     for path, caption in folder_captions(dataset, root, images, problems, notes).items():
         columns = {"image_path": str(path)}
@@ -223,35 +230,24 @@ def _directory(
     spare = sorted(str(path) for name, path in masks.items() if name not in ids)
     if spare:
         names = first_names([Path(text).name for text in spare])
-        notes.append(f"{dataset.name}: {len(spare)} files in {dataset.mask_directory} belong to no image ({names})")
+        meant = belonging([name for name in masks if name not in ids], ids)
+        hint = f"; a mask has the name of its image, so {meant}" if meant else ""
+        notes.append(
+            f"{dataset.name}: {len(spare)} files in {dataset.mask_directory} belong to no image ({names}){hint}"
+        )
     folders = {path.relative_to(root).parts[0] for path in images if path.parent != root}
     if images and not dataset.recursive:
         folders = {path.name for path in root.iterdir() if _KOHYA.fullmatch(path.name) and path.is_dir()}
-        folders = {name for name in folders if _images(root / name, False, _not_images(dataset))}
+        folders = {name for name in folders if _listing(dataset, root / name, False).pictures}
     kohya = _kohya(folders)
     if kohya:
         notes.append(f"{dataset.name}: {'' if dataset.recursive else 'sub-folders are left out. '}{kohya}")
 
 
-def _not_images(dataset: DatasetConfig) -> list[Path]:
-    """Folders inside an image folder whose pictures are no images of it."""
-    root = dataset.image_directory
-    others = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
-    return [folder for folder in others if root is not None and folder.resolve() != root.resolve()]
-
-
-def _images(root: Path, recursive: bool, without: list[Path]) -> list[Path]:
-    """Picture files of a folder, sorted; those below the folders ``without`` are left out."""
-    walk = root.rglob("*") if recursive else root.iterdir()
-    left_out = [folder.resolve() for folder in without]
-    return sorted(
-        path
-        for path in walk
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not any(path.resolve().is_relative_to(folder) for folder in left_out)
-    )
+def _listing(dataset: DatasetConfig, folder: Path, recursive: bool) -> Listing:
+    """Pictures of the image folder or of one below it, without what caches, masks and runs keep there."""
+    own = [dataset.cache_directory] + ([dataset.mask_directory] if dataset.mask_directory else [])
+    return list_pictures(folder, recursive, apart=dataset.apart, silently=own)
 
 
 def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
@@ -262,7 +258,9 @@ def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
     if not root.is_dir():
         problems.append(f"{dataset.name}.mask_directory: {root}: no such folder")
         return found
-    for path in _images(root, dataset.recursive, []):
+    listing = list_pictures(root, dataset.recursive)
+    problems += listing.problems
+    for path in listing.pictures:
         first = found.setdefault(normalize("NFC", path.relative_to(root).with_suffix("").as_posix()), path)
         if first != path:
             problems.append(f"{first} and {path} are masks of the same image; keep one")
@@ -426,9 +424,10 @@ def _common_parent(paths: list[Path]) -> Path:
 
 
 def _items(
-    index: int, dataset: DatasetConfig, entries: list[_Entry], architecture: str, problems: list[str]
+    index: int, dataset: DatasetConfig, entries: list[_Entry], architecture: str, problems: list[str], notes: list[str]
 ) -> Iterator[Item]:
     by_id: dict[str, Path] = {}
+    remarks: dict[str, list[str]] = {}
     selector = BucketSelector(dataset.resolution, architecture, dataset.enable_bucket, dataset.bucket_no_upscale)
     counts = Counter(entry.id for entry in entries)
     for entry in _with_progress(sorted(entries, key=lambda entry: entry.id), dataset.name):
@@ -444,14 +443,17 @@ def _items(
             by_id[entry.id] = entry.path
             continue
         try:
-            size = image_size(entry.path)
+            header = read_picture_header(entry.path)
+            size = header.size
             bucket = selector.select(size)
-            mask = _mask(dataset, entry, size)
+            mask = _mask(dataset, entry, header)
         except DataError as error:
             text = str(error)
             named = str(entry.path) in text or (entry.mask_path is not None and str(entry.mask_path) in text)
             problems.append(text if named else f"{entry.path}: {text}")
             continue
+        for remark in header.remarks:
+            remarks.setdefault(remark, []).append(entry.path.name)
         folder = entry.id.rpartition("/")[0]
         yield Item(
             id=entry.id,
@@ -466,10 +468,14 @@ def _items(
             mask=mask,
             more_captions=entry.captions[1:],
             squashed=dataset.resize == "squash",
+            background=dataset.alpha_background if header.alpha else KEPT,
         )
+    for remark, files in sorted(remarks.items()):
+        names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        notes.append(f"{dataset.name}: {len(files)} files {remark} ({names})")
 
 
-def _mask(dataset: DatasetConfig, entry: _Entry, size: Size) -> Mask | None:
+def _mask(dataset: DatasetConfig, entry: _Entry, image: Header) -> Mask | None:
     """Where the mask of an image comes from.
 
     Raises:
@@ -481,16 +487,16 @@ def _mask(dataset: DatasetConfig, entry: _Entry, size: Size) -> Mask | None:
         case "product" | "imported":
             return Mask(dataset.mask_source)
         case "alpha":
-            return Mask("alpha") if has_alpha(entry.path) else None
+            return Mask("alpha") if image.alpha else None
     if entry.mask_path is None:
         return None
-    found = image_size(entry.mask_path)
-    if found != size:
+    found, size = read_picture_header(entry.mask_path), image.size
+    if found.size != size:
         raise DataError(
-            f"{entry.mask_path}: is {found[0]}x{found[1]}, its image {entry.path} is {size[0]}x{size[1]}; save the mask at the "
-            "size of the image"
+            f"{entry.mask_path}: is {found.size[0]}x{found.size[1]}, its image {entry.path} is {size[0]}x{size[1]}; save the "
+            "mask at the size of the image"
         )
-    return Mask(dataset.mask_source, entry.mask_path)
+    return Mask(dataset.mask_source, entry.mask_path, found.alpha)
 
 
 def _with_progress(entries: list[_Entry], name: str) -> Iterable[_Entry]:

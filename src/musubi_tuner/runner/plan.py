@@ -5,11 +5,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from musubi_tuner.caching.black_masks import black_masks
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
 from musubi_tuner.config.prompts import sample_prompts
-from musubi_tuner.data.masks import mask_lines
+from musubi_tuner.data.masks import black_lines, mask_lines
+from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Found, Item, scan
 
 
@@ -19,7 +21,7 @@ class Plan:
 
     Attributes:
         found: items of the data sets. held_out: those that are not trained. status: by kind of cache, for all items.
-        steps: length of the run.
+        steps: length of the run. black_masks: items whose loss mask leaves nothing to learn.
         split_note: how the split of the run's state differs from that of a new run; None if it does not.
         losses: lines on what the text encoders lose of captions that are to be encoded, and of sample prompts.
     """
@@ -28,6 +30,7 @@ class Plan:
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
+    black_masks: list[Item]
     split_note: str | None = None
     losses: list[str] = field(default_factory=list)
 
@@ -77,7 +80,8 @@ def make_plan(
             options = config.spec.load("checkpoint_options")(config)
     status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
     losses = _losses(config, found.items, status["text"], download)
-    return Plan(found, held_out, status, steps, difference, losses)
+    black = black_masks(config, found.items, status["latents"])
+    return Plan(found, held_out, status, steps, black, difference, losses)
 
 
 def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
@@ -138,7 +142,9 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     several = sum(len(item.captions) > 1 for item in plan.found.items)
     if several:
         lines.append(f"  captions {several} images have several; each presentation draws one")
+    lines += picture_lines(plan.found.items, config.cache.workers)
     lines += mask_lines(config, plan.found.items)
+    lines += black_lines(config, plan.black_masks)
     for kind, status in plan.status.items():
         lines.append(f"  {kind:<8} {_state(status)}")
         lines += _dataset_lines(config, plan, kind)

@@ -38,6 +38,7 @@ from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.adapters.files import save_adapter
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
+from musubi_tuner.config.datasets import KEPT, WHITE
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
@@ -156,6 +157,8 @@ def data_digest(
             digest.update(repr(item.more_captions).encode())
         if item.squashed:
             digest.update(b"squashed")
+        if item.background not in (KEPT, WHITE):
+            digest.update(item.background.encode())
         if masked and item.mask is not None:
             digest.update(repr(item.mask.source).encode())
     for item in held_out:

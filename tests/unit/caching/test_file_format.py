@@ -1,6 +1,7 @@
 """Names, keys and headers of cache files."""
 
 import struct
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from musubi_tuner.caching.file_format import (
     read_header,
     split_caption,
 )
+from musubi_tuner.caching.job import half_path
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
+from musubi_tuner.files import temporary_path
 
 
 def item(stem: str, size: tuple[int, int] = (512, 768), suffix: str = ".png") -> Item:
@@ -62,6 +65,37 @@ class TestNames:
         assert len(set(names.values())) == 3
         assert {kind: kind_of(name, "tf") for kind, name in names.items()} == {kind: kind for kind in KINDS}
         assert {kind_of(name, "fd") for name in names.values()} == {None}
+
+    @pytest.mark.parametrize("character", ["a", "猫", "\N{SMILING FACE WITH SUNGLASSES}", "e\u0301"])
+    def test_long_names_fit_into_255_bytes_even_while_they_are_written(self, character: str) -> None:
+        """With the longest size, beside a temporary name and as a half that waits for its other half."""
+        size = len(character.encode())
+        for length in range(120 // size, 251 // size + 1):
+            for kind in KINDS:
+                path = cache_path(item(character * length, (12345, 12345)), kind, "tf")
+                for name in (path, half_path(path), temporary_path(path), temporary_path(half_path(path))):
+                    assert len(name.name.encode()) <= 255
+                assert kind_of(path.name, "tf") == kind
+                long = len(f".{character * length}_12345x12345_tf.safetensors.half".encode()) > 255
+                assert not long or kind != "latents" or "~" in path.name
+
+    def test_names_that_fit_stay_as_they_are(self) -> None:
+        for stem in ("a" * 219, "猫" * 73):
+            assert cache_path(item(stem, (64, 64)), "latents", "tf").name == f"{stem}_0064x0064_tf.safetensors"
+        stem = "a" * 230
+        assert cache_path(item(stem), "latents", "tf").name.startswith("a" * 160 + "~")
+        # One kind may fit where another does not.
+        assert cache_path(item(stem), "text", "tf").name == f"{stem}_tf_te.safetensors"
+
+    def test_the_name_of_a_long_stem_is_fixed(self) -> None:
+        """Caches are found again by it, so it must never change: 160 bytes and the sha256 of 'a' * 250."""
+        found = cache_path(item("a" * 250, (64, 64)), "latents", "tf").name
+        assert found == f"{'a' * 160}~{sha256(b'a' * 250).hexdigest()[:16]}_0064x0064_tf.safetensors"
+
+    def test_long_stems_that_begin_alike_have_different_names(self) -> None:
+        stems = ["a" * 249 + last for last in "bcd"] + ["a" * length for length in (240, 245, 250)]
+        names = [cache_path(item(stem), kind, "tf").name for stem in stems for kind in KINDS]
+        assert len(set(names)) == len(names)
 
     def test_names_of_different_stems_never_meet(self) -> None:
         stems = ["a", "a_tf", "a_tf_te", "a_0512x0768", "a_0512x0768_tf", "a_tf_experts", "a_te"]

@@ -96,6 +96,63 @@ class TestImages:
         assert image_state(path, with_hash=True)["sha256"] == hash_file(path)
 
 
+class TestTransparency:
+    def clear(self, cached: Any) -> None:
+        """Give one of the pictures an alpha channel."""
+        path = cached.root / "images" / "a.png"
+        with Image.open(path) as image:
+            pixels = image.convert("RGBA")
+        pixels.putalpha(100)
+        pixels.save(path)
+        for kind in KINDS:
+            assert cached.run(kind) == 0
+
+    def test_another_background_makes_transparent_pictures_stale_and_no_others(self, cached: Any) -> None:
+        self.clear(cached)
+        assert {kind: reasons(cached, kind) for kind in KINDS} == {kind: {} for kind in KINDS}
+        black = cached.config(general={"alpha_background": "black"})
+        expected = {"a": "the colour under transparent pixels was '#ffffff', now '#000000'"}
+        assert {kind: reasons(cached, kind, black) for kind in KINDS} == {
+            "latents": expected, "text": {}, "experts": expected,
+        }  # fmt: skip
+        before = cached.files()
+        for kind in ("latents", "experts"):
+            assert cached.run(kind, black) == 0
+        after = cached.files()
+        changed = {name for name in after if after[name][1] != before[name][1]}
+        assert changed == {"a_0064x0064_tf.safetensors", "a_tf_experts.safetensors"}
+
+    def test_files_made_before_are_stale_for_transparent_pictures_and_fresh_for_opaque_ones(self, cached: Any) -> None:
+        self.clear(cached)
+        for item in cached.items():
+            for kind in ("latents", "experts"):
+                path = cache_path(item, kind, "tf")
+                header = read_header(path)
+                fingerprint = dict(header.fingerprint or {})
+                del fingerprint["background"]
+                save_file(load_file(path), path, metadata={**header.metadata, "fingerprint": json.dumps(fingerprint)})
+        for kind in ("latents", "experts"):
+            assert reasons(cached, kind) == {"a": "the colour under transparent pixels was 'kept', now '#ffffff'"}
+        # Where alpha was the mask, the colours stayed then and stay now; only the mask is new here.
+        masked = reasons(cached, "latents", cached.config(general={"alpha_mask": True}))
+        assert masked == {"a": "the source of the mask was None, now 'alpha'"}
+
+    def test_masks_with_transparent_parts_are_stale_where_these_counted_as_paint(self, cached: Any) -> None:
+        (cached.root / "masks").mkdir()
+        Image.new("L", (64, 64), 255).save(cached.root / "masks" / "a.png")
+        Image.new("LA", (128, 64), 255).save(cached.root / "masks" / "b.png")
+        cached.tables["datasets"][0]["mask_directory"] = "masks"
+        assert cached.run("latents") == 0
+        assert reasons(cached, "latents") == {}
+        for item in cached.items():
+            path = cache_path(item, "latents", "tf")
+            header = read_header(path)
+            fingerprint = dict(header.fingerprint or {})
+            fingerprint.pop("mask_alpha", None)
+            save_file(load_file(path), path, metadata={**header.metadata, "fingerprint": json.dumps(fingerprint)})
+        assert reasons(cached, "latents") == {"b": "transparency of the mask was False, now True"}
+
+
 class TestCaptions:
     def test_another_caption_makes_text_and_experts_stale_and_says_both(self, cached: Any) -> None:
         (cached.root / "images" / "a.txt").write_text("a green triangle")

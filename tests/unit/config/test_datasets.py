@@ -37,6 +37,7 @@ def test_dataset_takes_the_defaults_of_the_family(load: Load) -> None:
         num_repeats=1,
         missing_caption="error",
         recursive=False,
+        apart=(Path("out"),),
     )
 
 
@@ -78,7 +79,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 18
+    assert len(fields(DatasetConfig)) == 20
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -386,6 +387,42 @@ def test_listing_has_no_mask_folder(problems: Problems, project: Path) -> None:
     assert problems(data=listing) == [
         "datasets[0].mask_directory: belongs to image_directory; lines of image_jsonl_file name their mask in mask_path"
     ]
+
+
+# Transparency
+
+
+@pytest.mark.parametrize(
+    ("keys", "colour"),
+    [
+        ("", "#ffffff"),
+        ('alpha_background = "Grey"', "#808080"),
+        ('alpha_background = "#0aF"', "#00aaff"),
+        ('alpha_background = "hsl(0, 100%, 50%)"', "#ff0000"),
+        ("alpha_mask = true", "kept"),
+        ('alpha_mask = true\nalpha_background = "black"', "#000000"),
+    ],
+)
+def test_background_is_a_colour_and_alpha_that_is_the_mask_keeps_what_lies_below_it(
+    keys: str, colour: str, load: Load
+) -> None:
+    assert only(load(data=f"{IMAGES}{keys}\n")).alpha_background == colour
+
+
+@pytest.mark.parametrize("value", ['"whit"', '"#12345"', '"#ffffff80"', "255", "[0, 0, 0]", '""'])
+def test_what_is_no_opaque_colour_is_refused(value: str, problems: Problems) -> None:
+    (problem,) = problems(data=f"[general]\nalpha_background = {value}\n{IMAGES}")
+    assert problem.startswith("general.alpha_background: is ") and "#rrggbb" in problem
+
+
+def test_output_and_masks_of_every_dataset_are_apart_from_the_images_of_all(load: Load, project: Path) -> None:
+    for name in ("more", "masks"):
+        (project / name).mkdir()
+    data = f'{IMAGES}[[datasets]]\nimage_directory = "more"\nmask_directory = "masks"\n'
+    assert [dataset.apart for dataset in load(data=data).datasets] == [(Path("out"), Path("masks"))] * 2
+    # What one data set takes as masks another may train on.
+    data = f'{IMAGES}[[datasets]]\nimage_directory = "more"\nmask_directory = "images"\n'
+    assert [dataset.apart for dataset in load(data=data).datasets] == [(Path("out"),)] * 2
 
 
 # Captions

@@ -12,8 +12,17 @@ from PIL import Image
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.images import has_alpha
-from musubi_tuner.data.masks import Mask, mask_lines, product_mask, read_mask, smpl_mask, to_latent
+from musubi_tuner.data.images import read_picture_header
+from musubi_tuner.data.masks import (
+    Mask,
+    belonging,
+    black_lines,
+    mask_lines,
+    product_mask,
+    read_mask,
+    smpl_mask,
+    to_latent,
+)
 from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import DataError
 
@@ -81,6 +90,16 @@ def test_file_is_grey_or_the_red_channel(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(read_mask(Mask("file", path), tmp_path / "none.png")), values)
 
 
+@pytest.mark.parametrize("source", ["file", "smpl"])
+def test_transparent_parts_of_a_mask_file_are_background(tmp_path: Path, masked: Entry, source: Any) -> None:
+    pixels = np.zeros((64, 64, 4), dtype=np.uint8)
+    pixels[..., 0], pixels[:32, :, 3], pixels[32:48, :, 3] = 255, 255, 128
+    path = grey(tmp_path / "masks" / "a.png", pixels)
+    mask = sources(masked(mask_source=source))["a"]
+    assert mask == Mask(source, path, alpha=True)
+    assert np.asarray(read_mask(mask, path))[::16, 0].tolist() == [255, 255, 128, 0]
+
+
 def test_grey_and_coloured_body_renderings_are_told_apart_by_their_files(tmp_path: Path) -> None:
     dark = grey(tmp_path / "grey.png", [[10]])
     same = grey(tmp_path / "coloured.png", [[[10, 10, 10]]])
@@ -101,7 +120,7 @@ def test_alpha_is_turned_upright_with_its_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "expected"), [("RGBA", True), ("LA", True), ("RGB", False), ("L", False)])
 def test_alpha_is_seen_in_the_header(tmp_path: Path, mode: str, expected: bool) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / "a.png")
-    assert has_alpha(tmp_path / "a.png") == expected
+    assert read_picture_header(tmp_path / "a.png").alpha == expected
 
 
 def test_transparent_colour_counts_as_alpha(tmp_path: Path) -> None:
@@ -109,7 +128,7 @@ def test_transparent_colour_counts_as_alpha(tmp_path: Path) -> None:
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
     image.save(tmp_path / "a.png", transparency=1)
-    assert has_alpha(tmp_path / "a.png")
+    assert read_picture_header(tmp_path / "a.png").alpha
     assert np.asarray(read_mask(Mask("alpha"), tmp_path / "a.png")).tolist() == [[255, 0]]
 
 
@@ -179,6 +198,19 @@ def test_masks_without_an_image_are_counted(tmp_path: Path, masked: Entry) -> No
     for name in ("a", "d"):
         grey(tmp_path / "masks" / f"{name}.png", np.zeros((64, 64)))
     assert scan([masked()], "tf").notes == [f"datasets[0]: 1 files in {tmp_path / 'masks'} belong to no image (d.png)"]
+
+
+@pytest.mark.parametrize("name", ["d/a_mask", "a-mask", "a.Mask", "mask_a", "a_matte", "a_segmentation"])
+def test_a_mask_whose_name_says_more_than_the_image_gets_a_hint(name: str) -> None:
+    plain = "d/a" if "/" in name else "a"
+    assert belonging(["other", name], ["a", "d/a"]) == f"{name} would be {plain}"
+    assert belonging([name], ["b", "d/b"]) == belonging(["other"], ["other"]) == ""
+
+
+def test_masks_that_belong_to_no_image_say_which_name_they_need(tmp_path: Path, masked: Entry) -> None:
+    grey(tmp_path / "masks" / "b_mask.png", np.zeros((64, 64)))
+    (note,) = scan([masked()], "tf").notes
+    assert "b_mask would be b" in note
 
 
 def test_mask_of_another_size_and_two_masks_of_one_image_are_refused(tmp_path: Path, masked: Entry) -> None:
@@ -262,3 +294,15 @@ def test_plan_says_when_masks_and_the_loss_do_not_agree(masked_loss: bool, masks
     items: Any = [SimpleNamespace(mask=Mask("product") if index < masks else None) for index in range(3)]
     config: Any = SimpleNamespace(train=train)
     assert mask_lines(config, items) == expected
+
+
+def test_black_masks_are_named_with_what_follows() -> None:
+    def lines(background: float, *masks: Mask) -> str:
+        config: Any = SimpleNamespace(train=SimpleNamespace(mask_background=background))
+        items: Any = [SimpleNamespace(mask=mask, path=Path(f"{n}.png")) for n, mask in enumerate(masks)]
+        return "".join(black_lines(config, items))
+
+    assert lines(0.0) == ""
+    assert "masks of 2 images are black all over (0.png, 1.png): nothing" in lines(0.0, Mask("product"), Mask("alpha"))
+    assert "0.5 everywhere" in lines(0.5, Mask("product"))
+    assert "paint must be white" in lines(0.0, Mask("file", Path("m.png"), alpha=True))

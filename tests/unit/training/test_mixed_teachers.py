@@ -209,3 +209,14 @@ def test_state_knows_the_teachers_of_datasets_where_they_differ(config: RunConfi
 def test_state_knows_which_images_were_squashed(config: RunConfig) -> None:
     items = scan(config.datasets, "tf").items
     assert data_digest([replace(items[0], squashed=True), *items[1:]], False) != data_digest(items, False)
+
+
+def test_state_knows_which_images_lie_on_another_colour_than_white(config: RunConfig) -> None:
+    """White is what a state made before stands for, so that it goes on."""
+    items = scan(config.datasets, "tf").items
+
+    def digest(colour: str) -> str:
+        return data_digest([replace(items[0], background=colour), *items[1:]], False)
+
+    assert digest("#ffffff") == data_digest(items, False)
+    assert len({digest(colour) for colour in ("#ffffff", "#000000", "#808080")}) == 3
