@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import fits
+
+if TYPE_CHECKING:
+    from musubi_tuner.data.sources import Item
 
 FORMAT_VERSION = "1.0.1"
 TIMES = "t_buckets"
@@ -53,7 +55,7 @@ HALF_SUFFIX = ".half"
 _SHORT_BYTES = 160
 
 
-def cache_path(item: Item, kind: str, code: str) -> Path:
+def cache_path(item: "Item", kind: str, code: str) -> Path:
     """Where the cache file of an item lies."""
     width, height = item.size
     ending = {"latents": f"_{width:04d}x{height:04d}_{code}", "text": f"_{code}_te", "experts": f"_{code}_experts"}[
@@ -117,7 +119,7 @@ def caption_name(name: str, caption: int) -> str:
     return f"{stem}_v{caption}{mask}"
 
 
-def caption_metadata(item: Item) -> dict[str, str]:
+def caption_metadata(item: "Item") -> dict[str, str]:
     """Header entries of an item's captions: ``caption1``, ``caption2``, ..."""
     return {f"caption{number}": caption for number, caption in enumerate(item.captions, start=1)}
 

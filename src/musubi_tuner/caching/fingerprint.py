@@ -1,7 +1,7 @@
 """What made a cache file, and whether it is what this run would make. Torch-free.
 
-A fingerprint is a flat JSON object in the file's header. Reading names the first difference. The image is compared by
-size and modification time, and by the hash of its bytes where these differ: touching a file does not make it stale.
+A fingerprint is a flat JSON object in the file's header. Reading names the first difference. It states the hash of the
+image, and of the mask if it has a file, with what the quick check of `stamps` needs; `contents` compares these.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_n
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import KEPT
 from musubi_tuner.data.sources import Item
-from musubi_tuner.encoders.locate import Source, find_tokenizer, hash_file, identity, source, tokenizer_identity
+from musubi_tuner.encoders.locate import Source, find_tokenizer, identity, source, tokenizer_identity
 from musubi_tuner.errors import CacheError
 
 Fingerprint = dict[str, Any]
@@ -159,7 +159,8 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
     shared: Fingerprint = {"format": FORMAT_VERSION, "architecture": config.spec.full_name}
     if kind == "experts" and own.get("expert_input") != "noised_image":
         paths.pop("expert_vae", None)
-    shared.update({role: identity(path) for role, path in paths.items() if path is not None})
+    full = config.cache.verify == "full"
+    shared.update({role: identity(path, full=full) for role, path in paths.items() if path is not None})
     shared.update(_tokenizers(config, paths))
     cache, experts = config.cache, config.experts
     shared["storage"] = cache.dtype
@@ -202,22 +203,14 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
 def _tokenizers(config: RunConfig, paths: dict[str, Path | None]) -> Fingerprint:
     """What the text encoders use as tokenizers, wherever they find them."""
     fallbacks = {"t5": config.spec.t5_tokenizer, "clip": config.spec.clip_tokenizer}
+    full = config.cache.verify == "full"
     found: Fingerprint = {}
     for role, fallback in fallbacks.items():
         encoder = paths.get(role)
         if encoder is not None:
             place = find_tokenizer(encoder, paths.get(f"{role}_tokenizer"), fallback)
-            found[f"{role}_tokenizer"] = tokenizer_identity(place) if isinstance(place, Path) else place
+            found[f"{role}_tokenizer"] = tokenizer_identity(place, full=full) if isinstance(place, Path) else place
     return found
-
-
-def image_state(path: Path, *, with_hash: bool) -> Fingerprint:
-    """Size and modification time of an image, and the hash of its bytes."""
-    status = path.stat()
-    state: Fingerprint = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if with_hash:
-        state["sha256"] = hash_file(path)
-    return state
 
 
 def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
@@ -245,6 +238,8 @@ def file_state(
 ) -> tuple[str | None, Fingerprint | None]:
     """Why the cache file of an item must be made again, None if it is fresh; and the fingerprint that it holds.
 
+    What its image and mask hold now is left to `contents`.
+
     Args:
         by_name: accept any complete file of the right name, whatever made it.
     """
@@ -254,7 +249,7 @@ def file_state(
 def state_at(
     path: Path, item: Item, expected: Expectation, *, by_name: bool = False
 ) -> tuple[str | None, Fingerprint | None]:
-    """Why a file does not hold what this run would make for an item, None if it does; and the fingerprint that it holds."""
+    """As `file_state`, for a file anywhere."""
     try:
         header = read_header(path)
     except FileNotFoundError:
@@ -277,11 +272,4 @@ def _verify(item: Item, expected: Expectation, stored: Fingerprint | None) -> st
     wanted = expected.of(item)
     if is_imported(stored):  # it does not know its encoders; what it does say must agree
         wanted = {key: value for key, value in wanted.items() if key in stored}
-    reason = difference(stored, wanted)
-    if reason is not None:
-        return reason
-    for name, file in expected.files(item).items():
-        known, now = stored.get(name) or {}, image_state(file, with_hash=False)
-        if {key: known.get(key) for key in now} != now and known.get("sha256") != hash_file(file):
-            return f"the {'mask' if name == 'mask_image' else 'image'} has changed"
-    return None
+    return difference(stored, wanted)

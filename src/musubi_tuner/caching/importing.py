@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.file_format import KINDS, cache_path, caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import (
     IMPORTED,
@@ -28,7 +29,6 @@ from musubi_tuner.caching.fingerprint import (
     difference,
     expectation,
     file_state,
-    image_state,
 )
 from musubi_tuner.caching.job import Encoded, finite, lock_for_job, storage_dtype, store, write_item
 from musubi_tuner.caching.jobs import latents_metadata
@@ -37,10 +37,12 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import squash
 from musubi_tuner.data.masks import read_mask, to_latent
+from musubi_tuner.data.roots import Root
 from musubi_tuner.data.sources import Item, in_listed_order, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError
 from musubi_tuner.files import remove_leftovers
 from musubi_tuner.models.foreign_caches import ForeignCaches, ForeignKind
+from musubi_tuner.stamps import hashed_state
 from musubi_tuner.units import format_bytes
 
 _SHOWN = 10
@@ -90,7 +92,7 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
         ConfigError: if the run does not train from such rows. CacheError: if the caches cannot be used as they are.
         DataError: if they do not belong to the items.
     """
-    dataset, items = _items(config, options.dataset)
+    dataset, items, roots = _items(config, options.dataset)
     config = config.limited_to([items[0].dataset])
     foreign = _open(config, sources, options.kinds)
     family = config.spec.load("checkpoint_options")(config)
@@ -116,6 +118,8 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
             return EXIT_OK
         for folder in {item.cache_directory for item in items if item.cache_directory.is_dir()}:
             remove_leftovers(folder)
+        for root in roots:
+            root.keep()
         for task in tasks:
             _write(config, foreign, task)
         if any(task.due for task in tasks) and hasattr(os, "sync"):
@@ -123,8 +127,8 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
     return _summary(config, options.kinds, tasks)
 
 
-def _items(config: RunConfig, number: int | None) -> tuple[DatasetConfig, list[Item]]:
-    """The dataset that the rows belong to, and its items in the order of its source."""
+def _items(config: RunConfig, number: int | None) -> tuple[DatasetConfig, list[Item], list[Root]]:
+    """The dataset that the rows belong to, its items in the order of its source, and the root of a list."""
     count = len(config.datasets)
     if number is None and count > 1:
         raise ConfigError(
@@ -135,13 +139,14 @@ def _items(config: RunConfig, number: int | None) -> tuple[DatasetConfig, list[I
     number = number or 0
     dataset = config.datasets[number]
     try:
-        found = scan(config.datasets, config.spec.code).items
+        found = scan(config.datasets, config.spec.code)
     except DataError as error:
         raise DataError(
             f"{error}\nan import gives the rows of a cache to images; caches alone cannot be trained from, because sizes, "
             "captions and names of items come from the images. Put them where the dataset looks, in the order of the cache"
         ) from error
-    return dataset, in_listed_order([item for item in found if item.dataset == number], dataset)
+    items = in_listed_order([item for item in found.items if item.dataset == number], dataset)
+    return dataset, items, [root for root in found.roots if root.cache_directory == dataset.cache_directory]
 
 
 def _open(config: RunConfig, sources: Sequence[Path], kinds: Sequence[str]) -> ForeignCaches:
@@ -268,13 +273,14 @@ def _check_latents(config: RunConfig, foreign: ForeignCaches, task: _Task, items
 
 def _examine(config: RunConfig, foreign: ForeignCaches, task: _Task, items: list[Item]) -> None:
     """Find the items whose files must be written, and files of another origin."""
+    contents = Contents(config)
     for item in items:
         rows = task.rows.get(item.key)
         if rows is None:
             continue
         reason, stored = file_state(item, task.expected, config.spec.code)
         from_here = stored is not None and stored.get("source") == foreign.identity and stored.get("rows") == list(rows)
-        if from_here and reason is None:
+        if from_here and reason is None and contents.difference(item, task.expected, stored) is None:
             continue
         task.due.append(item)
         path = cache_path(item, task.kind, config.spec.code)
@@ -327,9 +333,9 @@ def _write(config: RunConfig, foreign: ForeignCaches, task: _Task) -> None:
     }[task.kind]
     for item in tqdm(task.due, desc=f"import {task.kind}", unit="item", disable=None, mininterval=0.5):
         try:
+            made = _fingerprint(foreign, task, item)  # before the mask is read: a later one has another hash
             tensors = finite(config, item, _tensors(config, foreign, task, item))
-            path = cache_path(item, task.kind, config.spec.code)
-            write_item(path, config, _fingerprint(foreign, task, item), metadata(item), tensors)
+            write_item(cache_path(item, task.kind, config.spec.code), config, made, metadata(item), tensors)
         except UserError as error:
             task.failed.append(f"{item.id}: {error}")
 
@@ -344,7 +350,7 @@ def _fingerprint(foreign: ForeignCaches, task: _Task, item: Item) -> Fingerprint
         "background",
     ):  # pictures were squashed, not cropped; nothing is known of their alpha
         own.pop(key, None)
-    files = {name: image_state(path, with_hash=True) for name, path in task.expected.files(item).items()}
+    files = {name: hashed_state(path) for name, path in task.expected.files(item).items()}
     origin = {"provenance": IMPORTED, "source": foreign.identity, "rows": list(task.rows[item.key])}
     return {**common, **task.source.facts, **own, **origin, **files}
 

@@ -1,28 +1,57 @@
 """Index of cache files: where every tensor of every item lies, so that training opens no headers. Torch-free.
 
 The index is derived: it can be deleted at any time and is rebuilt from the headers. It lies in the dataset's cache
-directory as ``index_{code}.json`` and is written last. An entry is used only while the file has the size and
-modification time that it names. Equal layouts (shapes, dtypes, relative offsets) are stored once.
+directory as ``index_{code}.json`` and is written last. An entry is used only while the file passes the quick check of
+`stamps`. Equal layouts (shapes, dtypes, relative offsets) are stored once.
+
+It also remembers hashes of pictures and masks that are not as the header of their cache file says, although their content
+is: data sets that were copied, touched, or are read by several machines. Several states are kept of one file, so machines
+that share a cache folder do not forget each other's. Two processes that write at once may lose what one of them found; it
+is found again.
 """
 
 import json
-from dataclasses import dataclass
+import os
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from musubi_tuner.caching.file_format import TensorEntry, cache_path, plain_name, read_header
+from musubi_tuner.caching.file_format import Header, TensorEntry, cache_path, plain_name, read_header
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
+from musubi_tuner.stamps import KEPT, STAMPS, State, stamps_of
 
 INDEX_VERSION = 1
 
 
 @dataclass(frozen=True)
 class CachedFile:
-    """Where the tensors of one cache file lie, by plain name."""
+    """Where the tensors of one cache file lie, by plain name.
+
+    Attributes:
+        stamps: quick state when this was found out. made: checksum of the fingerprint.
+    """
 
     path: Path
     tensors: dict[str, TensorEntry]
+    stamps: tuple[int, ...] = field(default=(), compare=False)
+    made: int = field(default=0, compare=False)
+
+    def is_still(self, file: BinaryIO) -> bool:
+        """Whether an open file is the one that was looked at: one stat, and its header where that differs (it was touched)."""
+        if stamps_of(os.fstat(file.fileno())) == self.stamps:
+            return True
+        try:
+            header = read_header(self.path)
+        except CacheError:
+            return False
+        found = {plain_name(key): entry for key, entry in header.tensors.items()}
+        return _made(header) == self.made and all(found.get(name) == entry for name, entry in self.tensors.items())
+
+
+def _made(header: Header) -> int:
+    return zlib.crc32(header.metadata.get("fingerprint", "").encode())
 
 
 def index_path(root: Path, code: str) -> Path:
@@ -38,13 +67,17 @@ class CacheIndex:
         self.root = root
         self.layouts: list[dict[str, Any]] = []
         self.files: dict[str, list[int]] = {}
+        self.hashes: dict[str, list[list[Any]]] = {}
         self.changed = False
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["version"] == INDEX_VERSION:
                 self.layouts, self.files = list(stored["layouts"]), dict(stored["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.changed = True
+                self.hashes = {
+                    name: [list(entry) for entry in known] for name, known in stored.get("hashes", {}).items()
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # none yet, or not readable: what is looked up is found out again
         self._layout_numbers = {json.dumps(layout, sort_keys=True): n for n, layout in enumerate(self.layouts)}
 
     def lookup(self, path: Path) -> CachedFile:
@@ -54,20 +87,20 @@ class CacheIndex:
             FileNotFoundError: if it is missing.
             CacheError: if it is broken.
         """
-        status = path.stat()
+        stamps = stamps_of(path.stat())
         name = path.relative_to(self.root).as_posix()
         entry = self.files.get(name)
-        known = isinstance(entry, list) and len(entry) == 4 and entry[3] in range(len(self.layouts))
-        if entry is None or not known or entry[:2] != [status.st_size, status.st_mtime_ns]:
-            entry = self._index(path, name, status.st_size, status.st_mtime_ns)
-        begin, layout = entry[2], self.layouts[entry[3]]
+        known = isinstance(entry, list) and len(entry) == len(stamps) + 3 and entry[-2] in range(len(self.layouts))
+        if entry is None or not known or tuple(entry[:-3]) != stamps:
+            entry = self._index(path, name, stamps)
+        begin, number, made = entry[-3:]
         tensors = {
             key: TensorEntry(dtype, tuple(shape), begin + start, begin + end)
-            for key, (dtype, shape, start, end) in layout.items()
+            for key, (dtype, shape, start, end) in self.layouts[number].items()
         }
-        return CachedFile(path, tensors)
+        return CachedFile(path, tensors, stamps, made)
 
-    def _index(self, path: Path, name: str, size: int, mtime_ns: int) -> list[int]:
+    def _index(self, path: Path, name: str, stamps: tuple[int, ...]) -> list[int]:
         header = read_header(path)
         begin = min((entry.start for entry in header.tensors.values()), default=0)
         layout = {
@@ -79,8 +112,27 @@ class CacheIndex:
             self._layout_numbers[text] = len(self.layouts)
             self.layouts.append(layout)
         self.changed = True
-        self.files[name] = [size, mtime_ns, begin, self._layout_numbers[text]]
+        self.files[name] = [*stamps, begin, self._layout_numbers[text], _made(header)]
         return self.files[name]
+
+    def hash_of(self, name: str, now: State) -> str | None:
+        """The remembered hash of a picture or mask in the state that it has now.
+
+        Args:
+            name: of the item, and which of its files it is.
+        """
+        wanted = [now[stamp] for stamp in STAMPS]
+        for entry in self.hashes.get(name, []):
+            if entry[:-1] == wanted:
+                return str(entry[-1])
+        return None
+
+    def remember(self, name: str, state: State) -> None:
+        """Keep the hash of a picture or mask for the next start."""
+        entry = [state[stamp] for stamp in STAMPS] + [state["sha256"]]
+        others = [other for other in self.hashes.get(name, []) if other != entry]
+        self.hashes[name] = [*others, entry][-KEPT:]
+        self.changed = True
 
     def save(self) -> None:
         """Write the index if it changed; a read-only folder only costs time at the next start."""
@@ -88,14 +140,15 @@ class CacheIndex:
 
         if not self.changed:
             return
-        text = json.dumps({"version": INDEX_VERSION, "layouts": self.layouts, "files": self.files})
+        content = {"version": INDEX_VERSION, "layouts": self.layouts, "files": self.files, "hashes": self.hashes}
+        text = json.dumps(content)
         try:
             replace_file(self.path, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
             import logging
 
             logging.getLogger(__name__).warning(
-                "cannot write %s (%s); headers are read at each start", self.path, error
+                "cannot write %s (%s); what it would hold is found out at each start", self.path, error
             )
         self.changed = False
 

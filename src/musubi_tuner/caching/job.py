@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner import __version__
+from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_path, kind_of, read_header
-from musubi_tuner.caching.fingerprint import Fingerprint, image_state, state_at
+from musubi_tuner.caching.fingerprint import Fingerprint, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
-from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, UserError, advise_on_memory
+from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, replace_file
+from musubi_tuner.stamps import hashed_state, quick_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +132,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
         if not options.dry_run:
             for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
                 stack.enter_context(lock_for_job(folder, job.kind, options.shard))
-        status = examine(config, found.items, job.kind, family_options, download=True)
+        contents = Contents(config)
+        status = examine(config, found.items, job.kind, family_options, download=True, contents=contents)
         batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
         outcome = Outcome(
@@ -142,9 +145,12 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
             for reason, count in status.reasons:
                 print(f"  {count} x {reason}")
             return EXIT_OK
+        contents.save()
         if options.shard == (1, 1):
             _remove_abandoned(config, job.kind, mine if job.finish else [])
         if mine:
+            for root in found.roots:
+                root.keep()
             if status.mixture:
                 print(f"warning: {status.mixture}", file=sys.stderr)
             for line in job.report([item for batch in mine for item in batch if item.key in status.due]):
@@ -185,13 +191,13 @@ def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[
 
     walks = 1 if job.finish is None else 2
     total = walks * sum(_due(batch, status) for batch in batches)
+    inputs = Inputs(job, status)
     with tqdm(total=total, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
         if job.finish is None:
-            fingerprint = partial(_fingerprint, status)
-            for items, encoded in _walk(config, status, batches, job.read, job.open, outcome):
-                bar.update(_write_batch(config, job, status, items, encoded, fingerprint, outcome))
+            for items, encoded in _walk(config, status, batches, inputs.read, job.open, outcome):
+                bar.update(_write_batch(config, job, status, items, encoded, inputs.fingerprint, outcome))
         else:
-            _encode_halves(config, job, status, batches, outcome, bar)
+            _encode_halves(config, job, status, inputs, batches, outcome, bar)
             free_memory()
             _finish_halves(config, job, status, batches, outcome, bar)
     if hasattr(os, "sync"):
@@ -256,19 +262,29 @@ def free_memory() -> None:
 
 
 def _encode_halves(
-    config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome, bar: Any
+    config: RunConfig,
+    job: Job,
+    status: KindStatus,
+    inputs: "Inputs",
+    batches: list[list[Item]],
+    outcome: Outcome,
+    bar: Any,
 ) -> None:
     """The first walk: halves of whole batches, so that the second has the same batches; complete ones are kept."""
+    contents = Contents(config)
 
     def waits(item: Item) -> bool:
-        path = _half(config, job.kind, item)
-        return config.cache.run != "always" and state_at(path, item, status.expected[item.dataset])[0] is None
+        if config.cache.run == "always":
+            return False
+        expected = status.expected[item.dataset]
+        reason, stored = state_at(_half(config, job.kind, item), item, expected)
+        return reason is None and contents.difference(item, expected, stored) is None
 
     open_batches = [batch for batch in batches if not all(waits(item) for item in batch)]
     bar.update(sum(_due(batch, status) for batch in batches) - sum(_due(batch, status) for batch in open_batches))
-    for items, encoded in _walk(config, status, open_batches, job.read, job.open, outcome):
+    for items, encoded in _walk(config, status, open_batches, inputs.read, job.open, outcome):
         for item, tensors in zip(items, encoded):
-            write_item(_half(config, job.kind, item), config, _fingerprint(status, item), job.metadata(item), tensors)
+            write_item(_half(config, job.kind, item), config, inputs.fingerprint(item), job.metadata(item), tensors)
         fault_point(f"cache.{job.kind}.batch")
         bar.update(_due(items, status))
 
@@ -326,11 +342,43 @@ def _read_ahead(
             yield first, [future.result() for future in futures]
 
 
-def _fingerprint(status: KindStatus, item: Item) -> Fingerprint:
-    """What makes the file of an item, with the state of its images now."""
-    expected = status.expected[item.dataset]
-    states = {name: image_state(path, with_hash=True) for name, path in expected.files(item).items()}
-    return expected.of(item) | states
+class Inputs:
+    """Reads what the encoder of a job takes, and knows of which pictures and masks that was.
+
+    A file is hashed before it is read. So what replaces it in between is found by the next start: the hash is not its own.
+    """
+
+    def __init__(self, job: Job, status: KindStatus) -> None:
+        self._job, self._status = job, status
+        self._states: dict[str, Fingerprint] = {}
+
+    @property
+    def read(self) -> Callable[[Item], Any] | None:
+        """`Job.read`, if the job reads anything."""
+        return None if self._job.read is None else self._read
+
+    def _read(self, item: Item) -> Any:
+        assert self._job.read is not None
+        # A batch is computed whole, but only its due files are written.
+        files = self._status.expected[item.dataset].files(item) if item.key in self._status.due else {}
+        try:
+            before = {name: quick_state(path) for name, path in files.items()}
+            self._states[item.key] = {name: hashed_state(path) for name, path in files.items()}
+            value = self._job.read(item)
+            changed = [path for name, path in files.items() if quick_state(path) != before[name]]
+        except OSError as error:
+            raise DataError(f"{item.path}: cannot be read ({error.strerror})") from error
+        if changed:
+            raise DataError(f"{changed[0]}: was written while it was read; run the job again when it is complete")
+        return value
+
+    def fingerprint(self, item: Item) -> Fingerprint:
+        """What makes the file of an item; to be asked for once."""
+        expected = self._status.expected[item.dataset]
+        states = self._states.pop(item.key, None)
+        if states is None:  # a job that reads no files
+            states = {name: hashed_state(path) for name, path in expected.files(item).items()}
+        return expected.of(item) | states
 
 
 def _write_batch(

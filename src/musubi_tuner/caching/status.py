@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.caching.contents import Contents, Doubt
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
 from musubi_tuner.caching.fingerprint import Expectation, expectation, file_state, is_imported
 from musubi_tuner.config import RunConfig
@@ -37,6 +38,7 @@ class KindStatus:
         expected: by number of the dataset, for those that want such files.
         due: item -> why its file must be made. fresh: how many need nothing. imported: which of these were imported.
         orphans: complete files that belong to no item of the datasets.
+        hashed: why pictures and masks had to be read, and how many.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class KindStatus:
     fresh: int = 0
     imported: set[str] = field(default_factory=set)
     orphans: list[Path] = field(default_factory=list)
+    hashed: Counter[str] = field(default_factory=Counter)
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
@@ -77,18 +80,23 @@ def examine(
     *,
     download: bool = False,
     encodes: bool = True,
+    contents: Contents | None = None,
 ) -> KindStatus:
     """Compare the cache files of one kind with what this config would make.
 
     Args:
         encodes: whether the caller makes files; where nothing is encoded, ``cache.run = "always"`` makes none due.
+        contents: what is known of pictures and masks already, and learns what is found out.
     """
     code = config.spec.code
     status = KindStatus(kind, {})
     for group in job_groups(config, kind):
         made = expectation(config.limited_to(group), kind, options, download=download)
         status.expected.update(dict.fromkeys(group, made))
+    contents = contents or Contents(config)
     by_name = config.cache.skip_existing == "name"
+    imported: dict[str, bool] = {}
+    doubts: list[Doubt] = []
     for item in items:
         expected = status.expected.get(item.dataset)
         if expected is None:
@@ -98,11 +106,15 @@ def examine(
             continue
         reason, stored = file_state(item, expected, code, by_name=by_name)
         if reason is None:
-            status.fresh += 1
-            if is_imported(stored):
-                status.imported.add(item.key)
+            imported[item.key] = is_imported(stored)
+            doubts += [] if by_name else contents.doubts(item, expected, stored)
         else:
             status.due[item.key] = reason
+    changed = contents.settle(doubts) if doubts else {}
+    status.due |= changed
+    status.fresh = len(imported) - len(changed)
+    status.imported = {key for key, value in imported.items() if value and key not in changed}
+    status.hashed = Counter(doubt.reason for doubt in doubts)
     status.orphans = find_orphans(items, kind, code, [dataset.cache_directory for dataset in config.datasets])
     return status
 

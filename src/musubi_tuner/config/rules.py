@@ -432,6 +432,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("train.mask_foreground", "train.mask_background", "train.mask_normalize"),
             "train.masked_loss is false",
         ),
+        (config.cache.skip_existing == "name", ("cache.verify",), 'cache.skip_existing is "name"'),
         (not config.save.every_steps, ("save.keep_last_steps",), no_steps),
         (not config.save.every_epochs, ("save.keep_last_epochs",), no_epochs),
         (not config.save.state, ("save.keep_last_states",), "save.state is false"),

@@ -238,6 +238,12 @@ class CacheSection(Section):
         flat=("skip_existing",),
         resume="free",
     )
+    verify: Literal["quick", "full"] = param(
+        "quick",
+        "quick believes a picture, mask or encoder whose size, times and inode are those of its hashing; full hashes all of them "
+        "at each start.",
+        resume="free",
+    )
     dtype: AutoDtype = param(
         "auto", "Storage precision; auto = latents float32, text bfloat16, experts float32. float16 refuses overflow."
     )

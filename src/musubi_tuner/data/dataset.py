@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import torch
@@ -88,9 +88,9 @@ class CachedDataset(Dataset[Batch]):
         ]
         for item, files in zip(self.items, self.files):
             if off[item.dataset] and "experts" in files:
-                path, tensors = files["experts"].path, files["experts"].tensors
+                tensors = files["experts"].tensors
                 names = [name for name in tensors if split_caption(name)[0] not in off[item.dataset]]
-                files["experts"] = CachedFile(path, {name: tensors[name] for name in names})
+                files["experts"] = replace(files["experts"], tensors={name: tensors[name] for name in names})
 
     def _fill_in_zeros(self) -> None:
         """Give items without the table of a teacher that others have one of zeros."""
@@ -205,6 +205,10 @@ class CachedDataset(Dataset[Batch]):
             chosen = _of_caption(cached.tensors, caption) if several else cached.tensors
             try:
                 with cached.path.open("rb") as file:
+                    if not cached.is_still(file):
+                        raise CacheError(
+                            f"{cached.path}: changed while training; start the run again, which goes on from its newest state"
+                        )
                     for name, entry in chosen.items():
                         tensors[name] = read_tensor(file, entry)
             except (OSError, EOFError) as error:

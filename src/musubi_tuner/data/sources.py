@@ -4,6 +4,7 @@ Everything wrong with the data is collected and raised at once, before anything 
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
+from musubi_tuner.data.roots import Root, find_root
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.errors import DataError
 
@@ -33,7 +35,8 @@ class Item:
     """One image with its captions.
 
     Attributes:
-        id: path relative to the dataset's root, POSIX, without extension; the key of its random draws.
+        id: path relative to the dataset's root (`roots` for that of a list), POSIX, without extension; the key of its random
+            draws.
         key: the same with the dataset's number in front, unique in the run.
         cache_directory: folder of its cache files (a sub-folder mirrors the image's where needed).
         size: (width, height) upright. placement: how it becomes its bucket.
@@ -80,10 +83,15 @@ class Item:
 
 @dataclass
 class Found:
-    """The usable items of all datasets, and what a user should know about the rest."""
+    """The usable items of all datasets, and what a user should know about the rest.
+
+    Attributes:
+        roots: of datasets from JSONL files; whoever fills their cache folders keeps them.
+    """
 
     items: list[Item]
     notes: list[str]
+    roots: list[Root] = field(default_factory=list)
 
 
 def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
@@ -95,9 +103,10 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
     problems: list[str] = []
     notes: list[str] = []
     items: list[Item] = []
+    roots: list[Root] = []
     for index, dataset in enumerate(datasets):
         before, noted = len(problems), len(notes)
-        entries = list(_entries(dataset, problems, notes))
+        entries = list(_entries(dataset, problems, notes, roots))
         if not entries and len(problems) == before and dataset.missing_caption == "skip" and len(notes) > noted:
             said = "; ".join(notes[noted:])
             problems.append(f"{said}; so nothing is left of {_root_name(dataset)}: write captions")
@@ -107,7 +116,7 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
     problems += _shared_files(items)
     if problems:
         raise DataError(_join(problems))
-    return Found(items, notes)
+    return Found(items, notes, roots)
 
 
 def _shared_files(items: list[Item]) -> list[str]:
@@ -177,7 +186,7 @@ class _Entry:
     mask_path: Path | None = None
 
 
-def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
+def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str], roots: list[Root]) -> Iterator[_Entry]:
     try:
         transform = make_transform(dataset.caption_transform)
     except DataError as error:
@@ -186,7 +195,7 @@ def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> I
     if dataset.image_directory is not None:
         yield from _directory(dataset, dataset.image_directory, transform, problems, notes)
     else:
-        yield from _jsonl(dataset, transform, problems, notes)
+        yield from _jsonl(dataset, transform, problems, notes, roots)
 
 
 def _transformed(
@@ -274,7 +283,9 @@ class _Row:
     mask: Path | None = field(compare=False)
 
 
-def _jsonl(dataset: DatasetConfig, transform: Transform, problems: list[str], notes: list[str]) -> Iterator[_Entry]:
+def _jsonl(
+    dataset: DatasetConfig, transform: Transform, problems: list[str], notes: list[str], roots: list[Root]
+) -> Iterator[_Entry]:
     source = dataset.image_jsonl_file
     assert source is not None
     try:
@@ -301,11 +312,12 @@ def _jsonl(dataset: DatasetConfig, transform: Transform, problems: list[str], no
             f"{dataset.name}: {len(missing)} of {count} lines in {source} have no caption ({first_names(missing)}); "
             f'missing_caption = "{dataset.missing_caption}"'
         )
-    parent = _common_parent([row.path for row in rows])
-    for row in sorted(rows):
-        yield _Entry(
-            row.path, row.captions, row.path.absolute().relative_to(parent).with_suffix("").as_posix(), row.mask
-        )
+    # Without "..", which would lead out of the cache folder; links stay, for they are how the list names its pictures.
+    paths = [Path(os.path.normpath(row.path.absolute())) for row in rows]
+    root = find_root(dataset.cache_directory, {path: row.captions for path, row in zip(paths, rows, strict=True)})
+    roots.append(root)
+    for row, path in sorted(zip(rows, paths, strict=True)):
+        yield _Entry(row.path, row.captions, root.id_of(path), row.mask)
 
 
 def _row(
@@ -411,16 +423,6 @@ def _row_mask(
         problems.append(f"{where}: mask {value}: no such file")
         return None
     return path
-
-
-def _common_parent(paths: list[Path]) -> Path:
-    parents = [path.absolute().parent for path in paths]
-    if not parents:
-        return Path()
-    common = parents[0]
-    while not all(parent.is_relative_to(common) for parent in parents):
-        common = common.parent
-    return common
 
 
 def _items(

@@ -2,7 +2,7 @@
 
 A hub id is ``owner/repo``, ``owner/repo:subfolder`` or ``owner/repo:path/file.safetensors``. `identity` hashes the
 content of the files, so that a cache knows which weights made it; hashes are remembered in the user's cache folder
-by path, size and modification time.
+by path and quick state (`stamps`).
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.hub import LOCAL_ONLY
+from musubi_tuner.stamps import agrees, hash_file, hashed_state, quick_state
 
 _HUB_PATTERNS = (
     "*.json",
@@ -145,12 +146,16 @@ def _header_config(path: Path) -> Any:
         return None
 
 
-def identity(path: Path) -> str:
-    """16 hex digits that change when any weight, config or tokenizer file of an encoder changes."""
+def identity(path: Path, *, full: bool = False) -> str:
+    """16 hex digits that change when any weight, config or tokenizer file of an encoder changes.
+
+    Args:
+        full: read the files, even where their hashes are remembered.
+    """
     digest = hashlib.sha256()
     for file in weight_files(path):
         # The name of a single weight file is free; names inside a folder have a meaning.
-        digest.update(f"{file.name if path.is_dir() else ''}\0{file_sha256(file)}\n".encode())
+        digest.update(f"{file.name if path.is_dir() else ''}\0{file_sha256(file, full=full)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -170,12 +175,12 @@ def find_tokenizer(encoder: Path, given: Path | str | None, fallback: str) -> Pa
     return fallback
 
 
-def tokenizer_identity(folder: Path) -> str:
+def tokenizer_identity(folder: Path, *, full: bool = False) -> str:
     """16 hex digits that change when a tokenizer file of a folder changes; weights beside them do not count."""
     digest = hashlib.sha256()
     for name in _ALL_TOKENIZER_FILES:
         if (folder / name).is_file():
-            digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
+            digest.update(f"{name}\0{file_sha256(folder / name, full=full)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -188,35 +193,35 @@ def user_cache_folder() -> Path:
     return Path(base or Path.home() / ".cache") / "musubi_tuner"
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; large files are hashed once and remembered by path, size and modification time."""
+def file_sha256(path: Path, *, full: bool = False) -> str:
+    """SHA-256 of a file; large files are hashed once and remembered by path and quick state.
+
+    Args:
+        full: hash it, even where it is remembered.
+    """
     path = path.resolve()
-    status = path.stat()
-    if status.st_size < 1 << 20:
+    now = quick_state(path)
+    if now["size"] < 1 << 20:
         return hash_file(path)
-    name = hashlib.sha256(str(path).encode()).hexdigest()[:24]
+    # A file per state: machines that share the folder, but not the weights, do not forget each other's.
+    name = hashlib.sha256(f"{path}\0{sorted(now.items())}".encode()).hexdigest()[:24]
     memory = user_cache_folder() / "hashes" / f"{name}.json"
-    known = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    try:
-        stored = json.loads(memory.read_text(encoding="utf-8"))
-        if {key: stored.get(key) for key in known} == known:
-            return str(stored["sha256"])
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # not remembered, or not readable: hash it again
-    digest = hash_file(path)
-    from musubi_tuner.files import write_json
+    if not full:
+        try:
+            stored = json.loads(memory.read_text(encoding="utf-8"))
+            if stored["path"] == str(path) and agrees(stored, now):
+                return str(stored["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not remembered, or not readable: hash it again
+    state = hashed_state(path)
+    if agrees(state, now):  # else it changed meanwhile, and another name would be its
+        from musubi_tuner.files import write_json
 
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, {**known, "sha256": digest})
-    except OSError as error:
-        import logging
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, {"path": str(path), **state})
+        except OSError as error:
+            import logging
 
-        logging.getLogger(__name__).warning("cannot remember file hashes in %s (%s)", memory.parent, error.strerror)
-    return digest
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            logging.getLogger(__name__).warning("cannot remember file hashes in %s (%s)", memory.parent, error.strerror)
+    return str(state["sha256"])

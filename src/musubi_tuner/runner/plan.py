@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.caching.black_masks import black_masks
+from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
@@ -52,7 +53,8 @@ def make_plan(
 
     Args:
         download: encoders that are on the hub.
-        only_look: nothing follows, so the checkpoint is not downloaded either; one that is not here records nothing.
+        only_look: nothing follows, so nothing is written, and the checkpoint is not downloaded either; one that is not here
+            records nothing.
     """
     found = scan(config.datasets, config.spec.code)
     trained, held_out, difference = found.items, list[Item](), None
@@ -78,7 +80,13 @@ def make_plan(
 
         with local_only() if only_look else nullcontext():
             options = config.spec.load("checkpoint_options")(config)
-    status = {kind: examine(config, found.items, kind, options, download=download, encodes=encodes) for kind in kinds}
+    contents = Contents(config)
+    status = {
+        kind: examine(config, found.items, kind, options, download=download, encodes=encodes, contents=contents)
+        for kind in kinds
+    }
+    if not only_look:
+        contents.save()
     losses = _losses(config, found.items, status["text"], download)
     black = black_masks(config, found.items, status["latents"])
     return Plan(found, held_out, status, steps, black, difference, losses)
@@ -148,6 +156,9 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     for kind, status in plan.status.items():
         lines.append(f"  {kind:<8} {_state(status)}")
         lines += _dataset_lines(config, plan, kind)
+        for reason, count in status.hashed.most_common():
+            once = "" if config.cache.verify == "full" else " once"
+            lines.append(f"           {count} pictures and masks are hashed{once} because {reason}")
         if status.mixture:
             lines.append(f"warning: {status.mixture}")
         if status.orphans:

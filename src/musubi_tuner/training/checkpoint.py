@@ -29,7 +29,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import (
     TEMPORARY_PREFIX,
@@ -40,6 +39,7 @@ from musubi_tuner.files import (
     temporary_path,
     write_json,
 )
+from musubi_tuner.stamps import hash_file
 from musubi_tuner.tensors import save_tensors
 
 logger = logging.getLogger(__name__)

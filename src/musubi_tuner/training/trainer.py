@@ -475,7 +475,10 @@ class Trainer:
     def _check_state(self, path: Path, values: dict[str, Any]) -> None:
         differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
         if values["data"] != self.data_digest:
-            differences.append("the data set has other images, captions, masks, buckets, batch sizes or teachers")
+            differences.append(
+                "the data set has other images, captions, masks, buckets, batch sizes or teachers; a new run can begin from the "
+                "weights of this one"
+            )
         if values.get("base") != self.base:
             differences.append("the checkpoint below the adapter holds other weights")
         if differences:

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.caching.file_format import KINDS, cache_path, read_header
-from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, file_state, image_state
+from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, file_state
 from musubi_tuner.caching.status import examine, needed_kinds
 from musubi_tuner.config import RunConfig
-from musubi_tuner.encoders.locate import file_sha256, hash_file, identity
+from musubi_tuner.encoders.locate import file_sha256, identity
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.stamps import hash_file
 
 BIG = (1 << 20) + 1
 """Bytes of a file whose hash is remembered."""
@@ -88,12 +89,6 @@ class TestImages:
             (project.root / "images" / f"z{suffix}").unlink()
         (project.root / "images" / "a.png").write_bytes(pixels)
         assert reasons(project, "experts") == {}
-
-    def test_state_of_an_image(self, cached: Any) -> None:
-        path = cached.root / "images" / "a.png"
-        status = path.stat()
-        assert image_state(path, with_hash=False) == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        assert image_state(path, with_hash=True)["sha256"] == hash_file(path)
 
 
 class TestTransparency:

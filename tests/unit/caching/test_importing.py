@@ -637,6 +637,7 @@ class TestFlatFiles:
         assert bring(run, write_folder(tmp_path / "caches", columns, ["a", "b", "c"])) == 0
         assert torch.equal(stored(run, "a")["latents"], columns["latents"][0])
         assert torch.equal(stored(run, "a")["t5_vec_v2"], columns["t5_embeds"][2])
+        assert json.loads((run.root / "cache" / "cache.json").read_text())["roots"] == [str(run.root / "images")]
 
     def test_masks_are_taken_where_the_dataset_says_so(
         self, run: Any, columns: Columns, tmp_path: Path, capsys: pytest.CaptureFixture[str]

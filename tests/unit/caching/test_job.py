@@ -637,6 +637,41 @@ class TestMasks:
         assert [cache_path(item, "latents", "tf").exists() for item in project.items()] == [False, True]
 
 
+class TestLists:
+    """A JSONL file whose pictures lie in several folders: `test_roots` has the rules, here they act on jobs."""
+
+    def write(self, project: Any, names: list[str]) -> None:
+        rows = [{"image_path": f"images/{name}.png", "caption": "a red circle"} for name in names]
+        (project.root / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        project.tables["datasets"] = [{"image_jsonl_file": "list.jsonl", "cache_directory": "cache"}]
+
+    def test_a_picture_of_another_folder_is_all_that_is_made(
+        self, project: Any, summary: Callable[[], list[str]]
+    ) -> None:
+        for name in ("a/p", "a/q", "b/p"):
+            project.picture(name)
+        self.write(project, ["a/p", "a/q"])
+        assert project.run("latents") == 0
+        before = project.files()
+        assert list(before) == ["p_0064x0064_tf.safetensors", "q_0064x0064_tf.safetensors"]
+        self.write(project, ["b/p", "a/q", "a/p"])
+        summary()
+        assert project.run("latents") == 0
+        assert summary()[-1] == "latents: encoded 1, up to date 2, failed 0"
+        after = project.files()
+        assert len(after) == 3
+        assert before.items() <= after.items()
+
+    def test_the_root_is_written_with_the_first_files_and_not_before(self, project: Any) -> None:
+        project.picture("a/p")
+        self.write(project, ["a/p"])
+        root = project.root / "cache" / "cache.json"
+        assert project.run("text", dry_run=True) == 0
+        assert not root.exists()
+        assert project.run("text") == 0
+        assert json.loads(root.read_text())["roots"] == [str(project.root / "images" / "a")]
+
+
 class TestSeveralCaptions:
     @pytest.fixture
     def several(self, project: Any) -> Any:

@@ -672,6 +672,12 @@ def test_weights_of_masks_have_no_effect_without_the_masked_loss(line: str, warn
     assert warnings_of(train=f"masked_loss = true\n{line}") == []
 
 
+def test_verification_has_no_effect_where_names_are_enough(warnings_of: WarningsOf) -> None:
+    expected = ['cache.verify: has no effect because cache.skip_existing is "name"']
+    assert warnings_of(cache='verify = "full"\nskip_existing = "name"') == expected
+    assert warnings_of(cache='verify = "full"') == []
+
+
 def test_masks_that_leave_nothing_to_learn_are_refused(problems: Problems) -> None:
     assert problems(train="masked_loss = true\nmask_foreground = 0.0\nmask_background = 0.0") == [
         "train.mask_foreground: and mask_background are 0: no masked image could be learned from"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, mask_key, read_header
@@ -268,8 +268,25 @@ def test_a_file_that_vanishes_or_shrinks_while_training_is_named(config: RunConf
     with pytest.raises(CacheError, match=rf"{first.name}: changed or removed while training \(.*No such file"):
         dataset[batch(0)]
     os.truncate(second, 200)
-    with pytest.raises(CacheError, match=rf"{second.name}: changed or removed while training \(file is too short\)"):
+    with pytest.raises(CacheError, match=rf"{second.name}: changed while training; start the run again"):
         dataset[batch(1)]
+
+
+def test_another_file_in_place_of_a_cache_file_is_not_read_while_training(config: RunConfig, items: list[Item]) -> None:
+    """Same layout, size and time: the name alone would say that it is the same."""
+    write_latents(items)
+    path = cache_path(items[0], "latents", "tf")
+    dataset = CachedDataset(config, items, ["latents"])
+    before, tensors = path.stat(), load_file(path)
+    copy = path.with_suffix(".copy")
+    save_file(tensors, copy, metadata={"fingerprint": "{}"})
+    assert dataset[batch(0)].latents.shape == (1, 16, 8, 8)
+    path.touch()
+    assert dataset[batch(0)].latents.shape == (1, 16, 8, 8)
+    copy.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CacheError, match="changed while training"):
+        dataset[batch(0)]
 
 
 def test_reading_one_tensor_by_its_entry(tmp_path: Path) -> None:

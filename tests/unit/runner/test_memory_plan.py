@@ -103,8 +103,16 @@ def test_memory_is_planned_before_the_caches_and_training_is_told_so(
     done.clear()
     runner = a_runner(config)
     runner.processes = 2
+    monkeypatch.setattr(
+        "musubi_tuner.runner.stages.run_children", lambda words, ranks: done.append((words, ranks)) or 0
+    )
     assert runner.run() == 0
-    assert done[-1][0] == "--skip_cache" and done[-1][1][command._PLANNED] == "3"
+    words, ranks = done[-1]
+    assert "--skip_cache" in words
+    assert [(rank["RANK"], rank["WORLD_SIZE"], rank[command._PLANNED]) for rank in ranks] == [
+        ("0", "2", "3"),
+        ("1", "2", "3"),
+    ]
 
 
 def test_a_model_on_the_hub_is_planned_when_it_is_here(
