@@ -4,7 +4,8 @@
     python -m musubi_tuner.convert_lora --input peft.safetensors --output cat.safetensors --target musubi
 
 Targets: musubi (the same as kohya, sd-scripts; musubi-tuner calls it "default"), comfyui (musubi-tuner: "other"), diffusers, and
-published: the form of a family's own trainer (TinyFlux v4.2), whose alphas stand in the header.
+published: the form of a family's own trainer (TinyFlux v4.2), whose alphas stand in the header. comfyui and diffusers files hold
+no alpha: it is in the matrices, exactly, for which a layer may be written in float32.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="convert_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="LoRA file of any naming")
+    parser.add_argument("--input", required=True, help="LoRA file of any naming, or a folder of peft or diffusers")
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--target", required=True, choices=sorted(TARGETS), help="names to write")
     parser.add_argument("--arch", help="model family (fd, tf); absent = as the file says, or as its names fit")
@@ -39,21 +40,26 @@ def _main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
     exit_on_terminate()
     from musubi_tuner.adapters.convert import convert, to_published
-    from musubi_tuner.adapters.files import read_adapter, save_adapter
+    from musubi_tuner.adapters.files import read_adapter, save_adapter, why_skipped
     from musubi_tuner.models.registry import MODELS
 
     if options.arch is not None and options.arch not in MODELS:
         raise ConfigError(f"--arch {options.arch}: is not a model family; known: {', '.join(MODELS)}")
     file = read_adapter(options.input, MODELS[options.arch] if options.arch else None)
+    if file.alphas:
+        print(f"{file.path}: {file.alphas}")
     for key in file.skipped:
-        print(f"left out: {key} (text encoder)")
+        print(f"left out: {key} ({why_skipped(key)})")
     target = TARGETS[options.target]
     header: dict[str, str] = {}
+    metadata = {"ss_base_model_version": file.spec.full_name, **file.metadata}
     if target == "published":
         tensors, header = to_published(file.tensors, file.spec)
     else:
         tensors = convert(file.tensors, target, arch=file.spec.code, prefix=f"{options.diffusers_prefix}.")
-    save_adapter(output, tensors, {"ss_base_model_version": file.spec.full_name, **file.metadata, **header})
+        if target != "musubi" and "ss_network_dim" in metadata:
+            metadata["ss_network_alpha"] = metadata["ss_network_dim"]  # alpha is in the matrices
+    save_adapter(output, tensors, {**metadata, **header})
     print(f"{output}: {len(tensors)} tensors under {target} names, for {file.spec.title}")
     return EXIT_OK
 

@@ -77,6 +77,7 @@ def _main(arguments: Sequence[str]) -> int:
         if not Path(name).is_file():
             raise ConfigError(f"{name}: no such file")
     found = [read_weights(Path(name)) for name in options.files]
+    alphas = {file.path: _alphas(file) for file in found}
     if not options.no_sort:
         by_step = all("ss_steps" in file.metadata for file in found)
         found.sort(key=lambda file: int(file.metadata["ss_steps"]) if by_step else file.path.stat().st_mtime_ns)
@@ -84,14 +85,36 @@ def _main(arguments: Sequence[str]) -> int:
     average = {key: tensor.float() for key, tensor in first.tensors.items()}
     for file, beta in zip(others, betas(len(others), options.beta, options.beta2, options.sigma_rel), strict=True):
         _check_same(first, file)
+        if alphas[file.path].tensors != alphas[first.path].tensors:
+            raise CheckpointError(f"{file.path}: other alphas are stated for it than for {first.path.name}")
         for key, tensor in file.tensors.items():
             if not key.endswith(".alpha"):
                 average[key].mul_(beta).add_(tensor.float(), alpha=1 - beta)
         print(f"{file.path}: share {1 - beta:.4g}")
     tensors = {key: tensor.to(first.tensors[key].dtype) for key, tensor in average.items()}
+    if alphas[first.path].beside:
+        tensors |= alphas[first.path].tensors  # no file that states them lies beside the average
     save_adapter(output, tensors, found[-1].metadata)
     print(f"{output}: average of {len(found)} files")
     return EXIT_OK
+
+
+def _alphas(file: Any) -> Any:
+    """Alphas that are no tensors of a file; what is no sound LoRA is refused."""
+    from musubi_tuner.adapters.files import check_finite, why_skipped
+    from musubi_tuner.adapters.kinds import refuse_other_kinds
+    from musubi_tuner.adapters.stated import stated_alphas
+
+    own = {key: tensor for key, tensor in file.tensors.items() if not why_skipped(key)}
+    try:
+        refuse_other_kinds(own)
+        check_finite(own)
+        alphas = stated_alphas(own, file.path, file.metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    if alphas.remark:
+        print(f"{file.path}: {alphas.remark}")
+    return alphas
 
 
 def _check_same(first: Any, other: Any) -> None:

@@ -26,12 +26,18 @@ def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="merge_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit", required=True, help="model: a file, a folder or a hub id")
     parser.add_argument("--arch", help="model family (fd, tf); absent = that of the first LoRA")
-    parser.add_argument("--lora_weight", nargs="+", required=True, metavar="FILE", help="LoRA files of any naming")
+    parser.add_argument(
+        "--lora_weight",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="LoRA files of any naming, or folders of peft and diffusers",
+    )
     parser.add_argument(
         "--lora_multiplier", nargs="+", type=float, default=[], metavar="X", help="strength of each (default 1)"
     )
     parser.add_argument("--save_merged_model", required=True, metavar="FILE", help="safetensors file to write")
-    parser.add_argument("--ignore_unmatched", action="store_true", help="skip keys that belong to no layer")
+    parser.add_argument("--ignore_unmatched", action="store_true", help="leave out whole layers that the model has not")
     options = parser.parse_args(arguments)
     files, strengths = options.lora_weight, options.lora_multiplier
     if strengths and len(strengths) != len(files):
@@ -70,6 +76,7 @@ def _main(arguments: Sequence[str]) -> int:
         )
         skipped = [*adapter.skipped, *report.skipped]
         print(f"{adapter.path}: at {strength:g} into {report.layers} layers, changes {report.ratio:.2%} of their norm"
+              + (f"; {adapter.alphas}" if adapter.alphas else "")
               + (f"; not used: {', '.join(skipped)}" if skipped else ""))  # fmt: skip
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     kept = {key: value for key, value in base.metadata.items() if key != "_quantization_metadata"}

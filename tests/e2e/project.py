@@ -450,7 +450,7 @@ def copy_tree(source: Path, target: Path) -> Path:
     return target
 
 
-RELEASE = ["README.md", "config.json", "ema.safetensors", "model.safetensors"]
+RELEASE = ["README.md", "config.json", "ema.safetensors", "model.safetensors", "options.json"]
 TRAINING_POINTS = ("train.update", "state.model", "state.ema", "state.optimizer", "state.written", "state.renamed",
                    "checkpoint.listed", "file.written", "file.renamed")  # fmt: skip
 """Fault points that every run passes while it trains."""

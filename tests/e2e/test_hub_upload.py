@@ -20,8 +20,8 @@ from musubi_tuner.upload_run import main as upload_run
 REPO = "someone/photos"
 STEPS = 12
 RUN = "checkpoint_runs/photos/"
-CONFIGS = {f"{RUN}config.json", f"{RUN}photos.config.toml"}
-RELEASE = {"model.safetensors", "ema.safetensors", "config.json", "README.md"}
+CONFIGS = {f"{RUN}config.json", f"{RUN}options.json", f"{RUN}photos.config.toml"}
+RELEASE = {"model.safetensors", "ema.safetensors", "config.json", "options.json", "README.md"}
 SAMPLE = {"prompts": ["a cat on the moon"], "every_steps": 6, "width": 64, "height": 64, "steps": 1}
 PICTURES = {f"samples/{name}" for step in (6, 12)
             for name in (f"photos_{step:08d}_00.png", f"samples_step_{step}.png", f"prompts_step_{step}.txt")}  # fmt: skip
@@ -231,7 +231,8 @@ def test_the_best_checkpoint_is_the_release(hub: Hub, setting: Setting, monkeypa
     assert set(files) == RELEASE
     assert files["model.safetensors"] == (out / "best.safetensors").read_bytes()
     assert files["ema.safetensors"] == (out / "best_ema.safetensors").read_bytes()
-    assert files["config.json"] == (out / "config.json").read_bytes()
+    for name in ("config.json", "options.json"):
+        assert files[name] == (out / name).read_bytes()
     assert "trained for 6 updates" in files["README.md"].decode()
     # What this start of the program did not upload, since an earlier one found it, goes up at the end.
     for name, value in setting.variables(hub).items():

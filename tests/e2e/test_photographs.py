@@ -110,9 +110,10 @@ def test_a_run_leaves_the_files_that_the_design_lists(trained: Trained) -> None:
     expected = [
         "photos.safetensors", "photos_ema.safetensors", "photos-state/manifest.json", "photos-state/state.json",
         "photos-step00000015.safetensors", "photos-step00000015_ema.safetensors", "photos-step00000015-state",
-        "config.json", "photos.config.toml", "checkpoints.json", "metrics.jsonl", "logs",
+        "config.json", "options.json", "photos.config.toml", "checkpoints.json", "metrics.jsonl", "logs",
         "sample/photos_00000020_00.png", "sample/samples_step_20.png", "sample/prompts_step_20.txt",
-        "release/model.safetensors", "release/ema.safetensors", "release/config.json", "release/README.md",
+        "release/model.safetensors", "release/ema.safetensors", "release/config.json", "release/options.json",
+        "release/README.md",
     ]  # fmt: skip
     assert [name for name in expected if not (trained.out / name).exists()] == []
     assert not (trained.out / "photos-step00000005-state").exists()  # keep_last_steps = 2

@@ -115,8 +115,7 @@ def test_choices_that_change_the_meaning_of_weights_are_recorded_with_them(still
     for name in ("photos", "photos_ema", "best", "photos-step00000002"):
         with safe_open(out / f"{name}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["options_json"]) == expected, name
-    recorded = json.loads((out / "config.json").read_text(encoding="utf-8"))["_metadata"]
-    assert recorded["options"] == expected
+    assert json.loads((out / "options.json").read_text(encoding="utf-8")) == expected
 
 
 def test_states_are_written_only_where_they_are_wanted(still: Path, setting: Setting) -> None:

@@ -361,7 +361,7 @@ class Merging:
         tensors: of one file, under musubi names. paths: all layers of the model that can be adapted.
 
     Raises:
-        CheckpointError: listing keys that belong to no layer.
+        CheckpointError: listing keys that belong to no layer, or naming another kind of adapter.
     """
 
     def __init__(

@@ -5,8 +5,13 @@
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight / .lora_B.weight               no alpha, layers split
     published  double_blocks_0_attn_img_qkv.lora_A / .lora_B, of a family's own trainer                 alpha in the header
 
-Published files are read and written by the family (models/<family>/lora.py). Elsewhere, where there is no alpha, its factor
-alpha / rank is folded into the matrices: the square root of its size into both, its sign into B. Paths are restored through the family's list of layers, never guessed from underscores.
+Read as well: these paths behind other prefixes or underscored (OneTrainer, LyCORIS, peft), their layers split or not, with or
+without ``.alpha``; what programs state of alphas elsewhere is read by `stated`. Paths are restored through the family's list
+of layers, never guessed from underscores. Published files are read and written by the family (models/<family>/lora.py).
+
+comfyui and diffusers files are read by programs of which some know no alpha, so its factor alpha / rank is folded into the
+matrices. In float32 the root of its size goes into both, as in musubi-tuner, its sign into B. Fewer bits would be rounded by
+that: there B alone takes the factor if every value stays exact (any power of two), else the layer is written in float32.
 
 Layers that our models fuse (q, k, v; the first projection of single blocks) are split for diffusers: A is the same for
 all parts, B is cut by rows. On the way back equal A's give the fused layer exactly; different ones are stacked, B becomes
@@ -16,11 +21,14 @@ block-diagonal, and the rank is the sum of the ranks.
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.adapters.kinds import refuse_other_kinds
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
@@ -29,26 +37,117 @@ Naming = Literal["musubi", "kohya", "diffusers", "comfyui", "published"]
 NAMINGS: tuple[Naming, ...] = ("musubi", "kohya", "diffusers", "comfyui", "published")
 _PUBLISHED = re.compile(r".*\.lora_[AB](\.\d+)?")
 MUSUBI_PREFIX = "lora_unet_"
+UNDERSCORED = (MUSUBI_PREFIX, "lora_transformer_", "lycoris_")
+"""Beginnings of names in which underscores stand for dots."""
 PATH_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
-_SUFFIXES = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha", ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-}  # fmt: skip
+_KEY = re.compile(
+    r"(?P<module>.+)\."
+    r"(?:lora_(?P<leaf>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
+)
+_PARTS = {"A": "down", "down": "down", "B": "up", "up": "up"}
 Pair = dict[str, Tensor]
 """``down`` [rank, in], ``up`` [out, rank] and perhaps ``alpha``."""
 
 
-def detect(keys: Iterable[str]) -> str | None:
-    """musubi, comfyui, diffusers or published; None if the keys are no LoRA's."""
-    keys = list(keys)
-    if any(_PUBLISHED.fullmatch(key) for key in keys):
-        return "published"
-    if keys and all(key.startswith(MUSUBI_PREFIX) for key in keys):
-        return "musubi"
-    if not keys or not any(key.endswith(tuple(_SUFFIXES)) for key in keys):
-        return None
-    return "diffusers" if any("transformer_blocks." in key for key in keys) else "comfyui"
+def is_published(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a family's own trainer."""
+    return any(_PUBLISHED.fullmatch(key) for key in keys)
+
+
+@dataclass
+class FileLayer:
+    """What a file holds of one layer, or of one part of a fused layer.
+
+    Attributes:
+        pair: its tensors. keys: under which they stand in the file. is_peft: they are called lora_A and lora_B.
+    """
+
+    pair: Pair = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    is_peft: bool = False
+
+    def check(self, module: str) -> None:
+        """Refuse what is no pair.
+
+        Raises:
+            CheckpointError: naming the layer.
+        """
+        if set(self.pair) - {"alpha"} != {"down", "up"}:
+            leaves = ", ".join(sorted(key.removeprefix(f"{module}.") for key in self.keys))
+            raise CheckpointError(f"{module} has only {leaves}; the file is damaged")
+        down, up = self.pair["down"], self.pair["up"]
+        if up.ndim < 2 or up.shape[1] != len(down):
+            raise CheckpointError(
+                f"{module}: its matrices {list(down.shape)} and {list(up.shape)} are of different ranks; the file is damaged"
+            )
+        if "alpha" in self.pair and self.pair["alpha"].numel() != 1:
+            raise CheckpointError(f"{module}: its alpha holds {self.pair['alpha'].numel()} values; the file is damaged")
+
+
+def read_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], list[str]]:
+    """Layer as the file names it -> its tensors, and the keys that are no part of a LoRA.
+
+    Raises:
+        CheckpointError: if the file holds several adapters.
+    """
+    layers: dict[str, FileLayer] = {}
+    rest, adapters = [], set[str | None]()
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            rest.append(key)
+            continue
+        layer = layers.setdefault(match["module"], FileLayer())
+        part = "alpha" if match["alpha"] else _PARTS[match["leaf"] or match["old"]]
+        if not match["alpha"]:
+            adapters.add(match["adapter"])
+        layer.pair[part] = tensor
+        layer.keys.append(key)
+        layer.is_peft |= match["leaf"] in ("A", "B")
+    if len(adapters) > 1:
+        names = ", ".join(sorted(str(name) for name in adapters))
+        raise CheckpointError(f"holds several adapters ({names}); write each to a file of its own")
+    return layers, rest
+
+
+def bare_name(module: str) -> str:
+    """A layer's name in a file without the beginnings that programs add to its path."""
+    for prefix in UNDERSCORED:
+        if module.startswith(prefix):
+            return module.removeprefix(prefix)
+    while prefix := next((prefix for prefix in PATH_PREFIXES if module.startswith(prefix)), ""):
+        module = module.removeprefix(prefix)
+    return module
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer of a file belongs.
+
+    Attributes:
+        path: of our layer. part: which of the ``parts`` that make it up; 0 of 1 is the whole.
+    """
+
+    path: str
+    part: int = 0
+    parts: int = 1
+
+
+def place_of(module: str, spec: ModelSpec) -> Place | None:
+    """Our layer that a name in a file means; None if the family has none such."""
+    name = bare_name(module)
+    own = layer_path(name.replace(".", "_"), spec)
+    if own is not None and (own == name or module.startswith(UNDERSCORED)):
+        return Place(own)
+    block = re.fullmatch(r"((?:single_)?transformer_blocks)[._](\d+)[._](.+)", name)
+    if block:
+        found = _diffusers_parts(spec.code).get(f"{block[1]}_0_{block[3].replace('.', '_')}")
+        return found and Place(found.path.replace(".0.", f".{block[2]}.", 1), found.part, found.parts)
+    piece = re.fullmatch(r"((?:\w+)\.(\d+)\..+)\.(\d)", name)
+    if piece and layer_path(piece[1].replace(".", "_"), spec) == piece[1]:
+        parts = len(_diffusers_table(spec).get(piece[1].replace(f".{piece[2]}.", ".0.", 1), ()))
+        return Place(piece[1], int(piece[3]), parts) if int(piece[3]) < parts else None
+    return None
 
 
 def convert(
@@ -72,7 +171,7 @@ def convert(
     """
     if to not in NAMINGS:
         raise ValueError(f"unknown naming '{to}'; known: {', '.join(NAMINGS)}")
-    if detect(state_dict) == "published":
+    if is_published(state_dict):
         state_dict = from_published(state_dict, metadata or {}, MODELS[arch] if arch else None)
     spec = MODELS[arch] if arch else family_of(state_dict)
     tensors = to_musubi(state_dict, spec)
@@ -122,8 +221,11 @@ def to_published(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[s
     return found
 
 
-def family_of(tensors: Mapping[str, Tensor]) -> ModelSpec:
+def family_of(tensors: Mapping[str, Tensor], *, partly: bool = False) -> ModelSpec:
     """The family whose layers a LoRA's names fit.
+
+    Args:
+        partly: it is enough if some of them do.
 
     Raises:
         CheckpointError: if none does.
@@ -131,7 +233,7 @@ def family_of(tensors: Mapping[str, Tensor]) -> ModelSpec:
     reasons = []
     for code in MODELS:
         try:
-            to_musubi(tensors, MODELS[code])
+            to_musubi(split_unmatched(tensors, MODELS[code])[0] if partly else tensors, MODELS[code])
         except CheckpointError as error:
             reasons.append(f"{MODELS[code].title}: {error}")
         else:
@@ -175,66 +277,63 @@ def to_musubi(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tenso
     """A LoRA of any naming under musubi names. What has no alpha gets alpha = rank.
 
     Raises:
-        CheckpointError: for keys that belong to no layer of the family.
+        CheckpointError: for keys that belong to no layer of the family, another kind of adapter, or a damaged file.
     """
-    naming = detect(tensors)
-    if naming is None:
+    refuse_other_kinds(tensors)
+    layers, strange = read_layers(tensors)
+    if not layers:
         raise CheckpointError("these are not the keys of a LoRA")
-    if naming == "musubi":
-        layer_paths(tensors, spec)
-        _check_leaves(tensors)
-        return dict(tensors)
-    pairs, strange = _read_pairs(tensors)
-    if naming == "diffusers":
-        pairs, more = _join_from_diffusers(pairs, spec)
-        strange += more
-    converted: dict[str, Tensor] = {}
-    for path, pair in pairs.items():
-        name = MUSUBI_PREFIX + path.replace(".", "_")
-        if layer_path(path.replace(".", "_"), spec) != path:
-            strange.append(path)
+    found: dict[str, dict[Place, Pair]] = {}
+    for module, layer in layers.items():
+        place = place_of(module, spec)
+        if place is None:
+            strange += layer.keys
             continue
-        if set(pair) - {"alpha"} != {"down", "up"}:
-            raise CheckpointError(f"{path} has only {', '.join(pair)}; the file is damaged")
-        converted[f"{name}.lora_down.weight"], converted[f"{name}.lora_up.weight"] = pair["down"], pair["up"]
-        converted[f"{name}.alpha"] = pair.get("alpha", torch.tensor(float(len(pair["down"]))))
+        layer.check(module)
+        present = found.setdefault(place.path, {})
+        if place in present or any(other.parts != place.parts for other in present):
+            raise CheckpointError(f"{module}: {place.path} stands twice in the file, under different names")
+        present[place] = layer.pair
+    for key in strange:
+        _refuse_part(key, spec)
     if strange:
         raise CheckpointError(f"{len(strange)} keys belong to no layer of {spec.title} ({', '.join(strange[:4])})")
+    converted: dict[str, Tensor] = {}
+    for path, present in found.items():
+        name, pair = MUSUBI_PREFIX + path.replace(".", "_"), _joined(present)
+        converted[f"{name}.lora_down.weight"], converted[f"{name}.lora_up.weight"] = pair["down"], pair["up"]
+        converted[f"{name}.alpha"] = pair.get("alpha", torch.tensor(float(len(pair["down"]))))
     return converted
 
 
-def _check_leaves(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse other kinds of adapters and damaged pairs under musubi names."""
-    leaves: dict[str, set[str]] = {}
-    for key in tensors:
-        module, _, leaf = key.partition(".")
-        leaves.setdefault(module, set()).add(leaf)
-    kinds = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "oft_": "OFT", "lora_mid": "LoCon with Tucker"}
-    for module, found in leaves.items():
-        strange = sorted(found - {"lora_down.weight", "lora_up.weight", "alpha"})
-        if strange:
-            kind = next(
-                (name for start, name in kinds.items() if strange[0].startswith(start)), "another kind of adapter"
+def _refuse_part(key: str, spec: ModelSpec) -> None:
+    """Refuse a key of a layer of the family: left out, the layer would change otherwise than it was trained.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    if not _KEY.fullmatch(key):
+        ends = [match.start() for match in re.finditer(r"\.", key)]
+        if any(place_of(key[:end], spec) for end in ends):
+            raise CheckpointError(
+                f"{key}: is an unknown part of this layer, which cannot be left out; only LoRA is supported"
             )
-            raise CheckpointError(f"{module}.{strange[0]}: this is {kind}, which is not supported yet; only LoRA is")
-        if not {"lora_down.weight", "lora_up.weight"} <= found:
-            raise CheckpointError(f"{module} has only {', '.join(sorted(found))}; the file is damaged")
 
 
-def _read_pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str]]:
-    """Path without prefix -> its tensors, and keys that are none of a LoRA's."""
-    pairs: dict[str, Pair] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
-        if suffix is None:
-            strange.append(key)
-            continue
-        path = key.removesuffix(suffix)
-        for prefix in PATH_PREFIXES:
-            path = path.removeprefix(prefix)
-        pairs.setdefault(path, {})[_SUFFIXES[suffix]] = tensor
-    return pairs, strange
+def split_unmatched(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of the layers of a family, and the keys of whole layers that it has not.
+
+    Raises:
+        CheckpointError: if nothing is left, or a key changes a layer of the family in another way than LoRA.
+    """
+    layers, unmatched = read_layers(tensors)
+    for key in unmatched:
+        _refuse_part(key, spec)
+    unmatched += [key for module, layer in layers.items() if place_of(module, spec) is None for key in layer.keys]
+    matched = {key: tensor for key, tensor in tensors.items() if key not in set(unmatched)}
+    if not matched:
+        raise CheckpointError(f"none of its layers belongs to {spec.title} ({', '.join(unmatched[:4])})")
+    return matched, unmatched
 
 
 def _pairs(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Pair]:
@@ -243,23 +342,26 @@ def _pairs(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str,
     pairs: dict[str, Pair] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
-        if leaf not in names:
-            raise CheckpointError(f"{key}: only LoRA can be converted between namings")
         pairs.setdefault(paths[module], {})[names[leaf]] = tensor
     return pairs
 
 
+def _scale(pair: Pair) -> float:
+    """alpha / rank."""
+    return float(pair["alpha"]) / len(pair["down"]) if "alpha" in pair else 1.0
+
+
 def _folded(pair: Pair) -> Pair:
-    """A pair without alpha and of the same product."""
-    if not _complete(pair):
-        raise CheckpointError(f"a layer has only {', '.join(pair)}; the file is damaged")
-    rank = len(pair["down"])
-    scale = float(pair["alpha"]) / rank if "alpha" in pair else 1.0
+    """A pair without alpha and of the same product; see the module text."""
+    scale, down, up = _scale(pair), pair["down"], pair["up"]
+    if down.element_size() < 4:
+        kept = torch.bfloat16 if down.element_size() == 1 else down.dtype  # 8-bit floats cannot be multiplied
+        wanted = up.float() * scale
+        folded = wanted.to(kept)
+        if torch.equal(folded.float(), wanted):
+            return {"down": down.to(kept), "up": folded}
     root = math.sqrt(abs(scale))
-    # In float32: 8-bit floats cannot be multiplied, and halves would be rounded on the way.
-    kept = torch.bfloat16 if pair["down"].element_size() == 1 else pair["down"].dtype
-    factors = {"down": root, "up": math.copysign(root, scale)}
-    return {name: (pair[name].float() * factor).to(kept) for name, factor in factors.items()}
+    return {"down": down.float() * root, "up": up.float() * math.copysign(root, scale)}
 
 
 def _to_paths(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
@@ -273,30 +375,41 @@ def _to_paths(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
 # -- diffusers -------------------------------------------------------------------------------------------------------
 
 
-def _diffusers_table(paths: Iterable[str], spec: ModelSpec, theirs: bool) -> dict[str, tuple[str, ...]]:
-    """Our path -> diffusers' paths, deep enough for the given ones (``theirs`` tells whose names they are)."""
+@cache
+def _table_of(code: str) -> dict[str, tuple[str, ...]]:
+    spec = MODELS[code]
     try:
-        table = spec.load("diffusers_modules")
+        return dict(spec.load("diffusers_modules")(1, 1))
     except AttributeError:
-        raise CheckpointError(
-            f"diffusers has no {spec.title}, so there are no names of it to convert to or from"
-        ) from None
-    lists = ("transformer_blocks", "single_transformer_blocks") if theirs else tuple(spec.adapters.layers)
-    depths = [
-        1 + max((int(path.split(".")[1]) for path in paths if path.startswith(f"{blocks}.")), default=-1)
-        for blocks in lists
-    ]
-    return table(*depths)
+        return {}
+
+
+def _diffusers_table(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Path of ours -> diffusers' paths of its parts, for the first block of each list; empty where diffusers has no such model."""
+    return _table_of(spec.code)
+
+
+@cache
+def _diffusers_parts(code: str) -> dict[str, Place]:
+    """Underscored path of diffusers, of first blocks -> our layer."""
+    return {
+        part.replace(".", "_"): Place(path, index, len(parts))
+        for path, parts in _table_of(code).items()
+        for index, part in enumerate(parts)
+    }
 
 
 def _split_for_diffusers(pairs: Mapping[str, Pair], spec: ModelSpec) -> dict[str, Pair]:
-    table = _diffusers_table(pairs, spec, theirs=False)
+    table = _diffusers_table(spec)
+    if not table:
+        raise CheckpointError(f"diffusers has no {spec.title}, so there are no names of it to convert to")
     found: dict[str, Pair] = {}
     for path, pair in pairs.items():
-        parts, folded = table[path], _folded(pair)
+        blocks, index, layer = path.split(".", 2)
+        parts, folded = table[f"{blocks}.0.{layer}"], _folded(pair)
         sizes = part_rows(len(parts), len(folded["up"]), folded["down"].shape[1])
         for part, rows in zip(parts, folded["up"].split(sizes)):
-            found[part] = {"down": folded["down"].clone(), "up": rows}
+            found[part.replace(".0.", f".{index}.", 1)] = {"down": folded["down"].clone(), "up": rows}
     return found
 
 
@@ -309,37 +422,38 @@ def part_rows(parts: int, rows: int, columns: int) -> list[int]:
     return [columns] * 3 + [rows - 3 * columns]
 
 
-def _join_from_diffusers(pairs: dict[str, Pair], spec: ModelSpec) -> tuple[dict[str, Pair], list[str]]:
-    left, found = dict(pairs), {}
-    for path, parts in _diffusers_table(pairs, spec, theirs=True).items():
-        present = {part: _folded(left.pop(part)) for part in parts if _complete(left.get(part))}
-        if present:
-            found[path] = next(iter(present.values())) if len(parts) == 1 else _fuse(parts, present)
-    return found, list(left)
+def _joined(present: Mapping[Place, Pair]) -> Pair:
+    """One pair for a layer of ours from its parts; parts without a change get zero rows."""
+    places = sorted(present, key=lambda place: place.part)
+    if places[0].parts == 1:
+        return present[places[0]]
+    pairs = [present[place] for place in places]
+    scales = [_scale(pair) for pair in pairs]
+    alike = len(set(scales)) == 1
+    if not alike or any(pair["down"].element_size() == 1 for pair in pairs):
+        factors = [1.0 if alike else scale for scale in scales]
+        pairs = [{"down": p["down"].float(), "up": p["up"].float() * factor} for p, factor in zip(pairs, factors)]
+    downs, ups = [pair["down"] for pair in pairs], {place.part: pair["up"] for place, pair in zip(places, pairs)}
+    if len(pairs) == places[0].parts and all(torch.equal(down, downs[0]) for down in downs):
+        down, up = downs[0], torch.cat(list(ups.values()))
+    else:
+        down, up = torch.cat(downs), _block_diagonal(ups, places[0].parts, downs[0].shape[1])
+    return {"down": down, "up": up, "alpha": torch.tensor((scales[0] if alike else 1.0) * len(down))}
 
 
-def _complete(pair: Pair | None) -> bool:
-    return pair is not None and {"down", "up"} <= set(pair)
+def _block_diagonal(ups: Mapping[int, Tensor], parts: int, width: int) -> Tensor:
+    """Matrices of the parts of a fused layer, each in rows and columns of its own.
 
-
-def _fuse(parts: tuple[str, ...], present: dict[str, Pair]) -> Pair:
-    """One pair for a fused layer; parts without a change get zero rows."""
-    downs = [pair["down"] for pair in present.values()]
-    width = downs[0].shape[1]
-    sizes = {part: len(present[part]["up"]) if part in present else width for part in parts}
-    if len(parts) == 4 and parts[3] not in present:
-        sizes[parts[3]] = 4 * width  # the MLP, four times as wide in all published models
-    if len(present) == len(parts) and all(
-        down.shape == downs[0].shape and torch.equal(down, downs[0]) for down in downs
-    ):
-        return {"down": downs[0], "up": torch.cat([present[part]["up"] for part in parts])}
-    rank = sum(len(down) for down in downs)
-    up = downs[0].new_zeros(sum(sizes.values()), rank)
-    row = column = 0
-    for part in parts:
-        if part in present:
-            block = present[part]["up"]
-            up[row : row + len(block), column : column + block.shape[1]] = block
-            column += block.shape[1]
-        row += sizes[part]
-    return {"down": torch.cat(downs), "up": up}
+    Args:
+        width: columns of the layer, as wide as its q, k and v.
+    """
+    # The fourth part is the MLP, four times as wide in all published models.
+    rows = [len(ups[part]) if part in ups else (4 * width if part == 3 else width) for part in range(parts)]
+    first = next(iter(ups.values()))
+    whole = first.new_zeros(sum(rows), sum(up.shape[1] for up in ups.values()))
+    column = 0
+    for part, up in ups.items():
+        row = sum(rows[:part])
+        whole[row : row + len(up), column : column + up.shape[1]] = up
+        column += up.shape[1]
+    return whole

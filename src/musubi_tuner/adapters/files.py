@@ -1,8 +1,6 @@
 """Adapter files: reading every naming in use, strict loading, saving with metadata."""
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,31 +11,50 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
-from musubi_tuner.adapters.convert import detect, family_of, from_published, to_musubi
+from musubi_tuner.adapters.convert import (
+    family_of,
+    from_published,
+    is_published,
+    read_layers,
+    split_unmatched,
+    to_musubi,
+)
+from musubi_tuner.adapters.kinds import refuse_other_kinds
+from musubi_tuner.adapters.stated import stated_alphas, without_stated
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import replace_file
-from musubi_tuner.models.checkpoints import find_weights, read_weights
+from musubi_tuner.models.checkpoints import ADAPTER_FILES, find_weights, read_weights
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.tensors import save_tensors
 
-TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder.", "text_encoder_2.", "text_encoders.", "te1.", "te2.")
-"""Beginnings of keys that adapt text encoders, which are not trained here."""
+NOT_OF_THE_MODEL = {
+    "text encoder": ("lora_te", "text_encoder.", "text_encoder_2.", "text_encoders.", "te1.", "te2.", "clip_l.", "t5."),
+    "embedding": ("bundle_emb.", "emb_params"),
+}
+"""Beginnings of keys that go with a LoRA and change something else, which is not trained here."""
 LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def group_by_layer(tensors: Mapping[str, Tensor], paths: list[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Layer path -> leaf -> tensor, and the keys that belong to no layer; musubi names."""
+    """Layer path -> leaf -> tensor, and the keys that belong to no layer; musubi names.
+
+    Raises:
+        CheckpointError: naming a key that changes a layer in another way than LoRA.
+    """
+    refuse_other_kinds(tensors)
     known = {file_name(path): path for path in paths}
     layers: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
-        if module in known and leaf in LEAVES:
+        if module not in known:
+            strange.append(key)
+        elif leaf in LEAVES:
             layers.setdefault(known[module], {})[leaf] = tensor
         else:
-            strange.append(key)
+            raise CheckpointError(f"{key}: is an unknown part of this layer; only LoRA is supported")
     return layers, strange
 
 
@@ -47,8 +64,9 @@ class AdapterFile:
 
     Attributes:
         tensors: under musubi names. metadata: header of the file.
-        spec: the family it is for. skipped: keys of text encoders, which are left out.
+        spec: the family it is for. skipped: keys that are left out, of text encoders, embeddings and unmatched layers.
         options: that it was trained with, where they are no defaults.
+        alphas: where alphas that are no tensors were found, for a person; see `stated`.
     """
 
     path: Path
@@ -57,6 +75,12 @@ class AdapterFile:
     spec: ModelSpec
     skipped: list[str]
     options: dict[str, Any] = field(default_factory=dict)
+    alphas: str = ""
+
+    @property
+    def remarks(self) -> str:
+        """What a person should know of how it was read, to stand behind its name."""
+        return (f"; {self.alphas}" if self.alphas else "") + left_out(self.skipped)
 
     @property
     def hides_padding(self) -> bool:
@@ -89,95 +113,62 @@ def read_adapter(
     Raises:
         CheckpointError: if it is for another family, no adapter, or trained with options that this version does not know.
     """
-    path = find_weights(source, ema=ema)
+    path = find_weights(source, ema=ema, first=ADAPTER_FILES)
     file = read_weights(path)
-    skipped = [key for key in file.tensors if key.startswith(TEXT_ENCODER_PREFIXES)]
-    own = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(TEXT_ENCODER_PREFIXES)}
+    skipped = [key for key in file.tensors if why_skipped(key)]
+    own = {key: tensor for key, tensor in file.tensors.items() if not why_skipped(key)}
     if not own:
-        raise CheckpointError(f"{path}: adapts text encoders only, which are not trained here")
-    if detect(own) is None:
-        raise CheckpointError(f"{path}: is not a LoRA (first key: {next(iter(own))})")
+        raise CheckpointError(f"{path}: holds only {why_skipped(skipped[0])} keys, which are not trained here")
     recorded = file.metadata.get("ss_base_model_version", "")
     stated = MODELS.get(recorded)
     if spec is not None and stated is not None and stated.code != spec.code:
         raise CheckpointError(f"{path}: is an adapter for {stated.title}, this run is {spec.title}")
     try:
-        if detect(own) == "published":
+        if is_published(own):
             own = from_published(own, file.metadata, spec or stated)
-        own |= stored_alphas(own, path, file.metadata)
-        family = spec or stated or family_of(own)
+        refuse_other_kinds(own)
+        if not read_layers(own)[0]:
+            raise CheckpointError(f"is not a LoRA (first key: {next(iter(own))})")
+        check_finite(own)
+        alphas = stated_alphas(own, path, file.metadata)
+        own |= alphas.tensors
+        family = spec or stated or family_of(own, partly=ignore_unmatched)
         if ignore_unmatched:
             own, unmatched = split_unmatched(own, family)
             skipped += unmatched
-        metadata = {key: value for key, value in file.metadata.items() if key not in (PEFT_HEADER, *PUBLISHED_HEADER)}
+        metadata = {key: value for key, value in without_stated(file.metadata).items() if key not in PUBLISHED_HEADER}
         named = to_musubi(own, family)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return AdapterFile(path, named, metadata, family, skipped, family.load("options_of")(file))
+    return AdapterFile(path, named, metadata, family, skipped, family.load("options_of")(file), alphas.remark)
 
 
 PUBLISHED_HEADER = ("config_json", "num_adapters")
 """Header entries that describe a file of a family's own trainer; what they say is in the tensors once it is read."""
-PEFT_HEADER = "lora_adapter_metadata"
-"""Header entry in which diffusers keeps what peft keeps in adapter_config.json: ranks and alphas."""
 
 
-def stored_alphas(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Alphas that diffusers keeps in the header, and peft in a file beside the weights, as ``.alpha`` tensors.
+def why_skipped(key: str) -> str:
+    """What a key changes that is not the model; empty for keys of the model."""
+    return next((what for what, starts in NOT_OF_THE_MODEL.items() if key.startswith(starts)), "")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that is broken.
 
     Raises:
-        CheckpointError: if they cannot be read.
+        CheckpointError: naming tensors that are not finite.
     """
-    beside = path.with_name("adapter_config.json")
-    try:
-        if PEFT_HEADER in metadata:
-            stated = json.loads(metadata[PEFT_HEADER])
-            prefix = "transformer."
-            values = {
-                key.removeprefix(prefix): value for key, value in stated.items() if key.startswith(prefix)
-            } or stated
-        elif beside.is_file() and path.name.startswith("adapter_model"):
-            values = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            return {}
-        plain, patterns = values.get("lora_alpha"), values.get("alpha_pattern") or {}
-        by_root = bool(values.get("use_rslora"))
-        found: dict[str, Tensor] = {}
-        for key, down in tensors.items():
-            for suffix in (".lora_A.weight", ".lora_A.default.weight"):
-                if not key.endswith(suffix):
-                    continue
-                name, rank = key.removesuffix(suffix), len(down)
-                own = next(
-                    (a for p, a in patterns.items() if name.endswith(p) or re.fullmatch(rf".*\.?{p}", name)), plain
-                )
-                if own is not None and f"{name}.alpha" not in tensors:
-                    # rsLoRA divides by the root of the rank.
-                    found[f"{name}.alpha"] = torch.tensor(float(own) * (rank**0.5 if by_root else 1.0))
-        return found
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise CheckpointError(f"what it says about its alphas cannot be read ({error})") from error
+    broken = [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite values ({', '.join(broken[:4])}); the training that made "
+            "it failed, take an earlier file"
+        )
 
 
-def split_unmatched(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors whose names belong to layers of a family, and the other keys."""
-    matched: dict[str, Tensor] = {}
-    for group in _by_module(tensors).values():
-        try:
-            to_musubi(group, spec)
-        except CheckpointError:
-            continue
-        matched |= group
-    return matched, [key for key in tensors if key not in matched]
-
-
-def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the layer that their key names."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module = re.sub(r"\.(lora_|alpha|lora\.).*$", "", key)
-        groups.setdefault(module, {})[key] = tensor
-    return groups
+def left_out(keys: Sequence[str]) -> str:
+    """Names the keys of a file that are not used."""
+    return f"; not used: {len(keys)} keys ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
 
 
 def combine(files: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:

@@ -38,6 +38,12 @@ MODEL_FILES = (
 )
 EMA_FILES = ("ema.safetensors", "model_ema.safetensors", "ema_weights.safetensors", "ema.pt", "model_ema.pt")
 CONFIG_FILES = ("config.json", "model_config.json")
+OPTIONS_FILE = "options.json"
+"""Beside config.json: the options of training, of which the config has no fields."""
+ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+"""Names of adapters in the folders of peft and diffusers."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""Beside an adapter of peft: its ranks and alphas."""
 
 
 @dataclass
@@ -48,7 +54,7 @@ class WeightFile:
         path: where it lies.
         tensors: key -> tensor; may be views of the mapped file, so copy them.
         metadata: header of a safetensors file. config: geometry found in, or beside, the file; None if there is none.
-        options: recorded options of training, from the config's ``_metadata.options`` or the header.
+        options: recorded options of training, from the header or options.json beside the config.
         origin: what a person would call the file; its path, or repository and name.
     """
 
@@ -74,16 +80,14 @@ class Found:
     config: Path | None = None
 
 
-def find_weights(
-    source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None
-) -> Path:
+def find_weights(source: str | Path, *, ema: bool = False, first: Sequence[str] = ()) -> Path:
     """The path of `locate_weights`."""
-    return locate_weights(source, ema=ema, ema_file=ema_file, revision=revision).path
+    return locate_weights(source, ema=ema, first=first).path
 
 
 def locate_weights(
     source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None,
-    published: Sequence[str] = (),
+    published: Sequence[str] = (), first: Sequence[str] = (),
 ) -> Found:  # fmt: skip
     """Turn a source into one weight file, downloading it if it is on the hub.
 
@@ -93,6 +97,7 @@ def locate_weights(
         ema_file: exact name of the averaged file beside or below the source, or its whole path; implies ``ema``.
         revision: branch, tag or commit on the hub.
         published: repositories of the family; ``hub`` means the first, and one is suggested when another is not found.
+        first: names under which a folder may hold weights that have no average; taken before all others.
 
     Raises:
         CheckpointError: saying what was looked for.
@@ -109,7 +114,7 @@ def locate_weights(
         place = _Folder(path.parent)
         return place.found(_ema_twin(place, path.name, ema_file) if ema else path.name)
     if path.is_dir():
-        return _choose(_Folder(path), ema, ema_file)
+        return _choose(_Folder(path), ema, ema_file, first)
     folder, name = run_checkpoint(text)
     if folder is not None:
         place = _Folder(folder)
@@ -120,7 +125,7 @@ def locate_weights(
             raise CheckpointError(f"{text}: this model has no published repository; write owner/name instead of hub")
         text = published[0] + text.removeprefix("hub")
     if is_hub_id(text):
-        return _on_hub(text, ema, ema_file, revision, published)
+        return _on_hub(text, ema, ema_file, revision, published, first)
     if is_checkpoint_name(text):
         raise CheckpointError(f"{text}: names a checkpoint of a run; write its folder too, as in folder:{text}")
     if text == "none":
@@ -179,11 +184,15 @@ class _HubFolder:
         return self.repository.fetch(self.prefix + name)
 
     def found(self, name: str) -> Found:
-        """Download a weight file with the config that belongs to it: one beside it, else one at the root."""
+        """Download a weight file with the config that belongs to it: one beside it, else one at the root; and what goes with both."""
         path, whole = self.fetch(name), self.prefix + name
         folder, _, file = whole.rpartition("/")
         beside = [f"{folder}/{config}" if folder else config for config in config_names(file)]
         config = next((wanted for wanted in (*beside, *CONFIG_FILES) if wanted in self.files), None)
+        more = [f"{folder}/{ADAPTER_CONFIG}", *([f"{config.rpartition('/')[0]}/{OPTIONS_FILE}"] if config else [])]
+        for wanted in [name.removeprefix("/") for name in more]:
+            if wanted in self.files:
+                self.repository.fetch(wanted)
         return Found(path, self.said(name), self.repository.fetch(config) if config else None)
 
 
@@ -236,13 +245,13 @@ def averaged_inside(held: dict[str, Any]) -> dict[str, Any] | None:
     return shadow if isinstance(shadow, dict) else None
 
 
-def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
+def _choose(place: _Place, ema: bool, ema_file: str | None, first: Sequence[str]) -> Found:
     """The weights of a folder, by the names that trainers give them."""
     if ema_file:
         if not place.has(ema_file):
             raise CheckpointError(f"{place.said(ema_file)}: file not found")
         return place.found(ema_file)
-    names = EMA_FILES if ema else MODEL_FILES
+    names = (*first, *(EMA_FILES if ema else MODEL_FILES))
     for name in names:
         if place.has(name):
             return place.found(name)
@@ -259,6 +268,9 @@ def _choose(place: _Place, ema: bool, ema_file: str | None) -> Found:
     known = next(iter(_trainer_names(held, ema)), None)
     if known:
         return place.found(known)
+    alone = [name for name in held if name.endswith(".safetensors")]
+    if first and ADAPTER_CONFIG in held and len(alone) == 1:
+        return place.found(alone[0])
     if ema:  # a torch file of a trainer may hold both
         whole = next((name for name in (*MODEL_FILES, *_trainer_names(held, False)) if place.has(name)), "")
         if whole.endswith(TORCH_SUFFIXES) and _holds_average(place.fetch(whole)):
@@ -332,7 +344,9 @@ def _text_of(place: _Place, name: str) -> str:
     return place.fetch(name).read_text(encoding="utf-8")
 
 
-def _on_hub(text: str, ema: bool, ema_file: str | None, revision: str | None, published: Sequence[str]) -> Found:
+def _on_hub(
+    text: str, ema: bool, ema_file: str | None, revision: str | None, published: Sequence[str], first: Sequence[str]
+) -> Found:
     """Weights in a repository: what the part after the colon names, a file or a folder."""
     repo, _, tail = text.partition(":")
     tail = tail.strip("/")
@@ -358,10 +372,10 @@ def _on_hub(text: str, ema: bool, ema_file: str | None, revision: str | None, pu
         raise CheckpointError(
             f"{repository}: has no file or folder {tail}; it holds {', '.join(root.names()[:8]) or 'nothing'}"
         )
-    found = _choose(folder, ema, ema_file)
-    first = (EMA_FILES if ema else MODEL_FILES)[0]
-    if ema_file is None and not folder.has(first):
-        logger.warning("%s has no %s; using %s", folder, first, found.origin.rpartition(": ")[2])
+    found = _choose(folder, ema, ema_file, first)
+    usual = (EMA_FILES if ema else MODEL_FILES)[0]
+    if ema_file is None and found.path.name not in (usual, *first):
+        logger.warning("%s has no %s; using %s", folder, usual, found.origin.rpartition(": ")[2])
     return found
 
 
@@ -392,8 +406,12 @@ def read_weights(path: Path, config: Path | None = None, origin: str | None = No
         for sibling in (*(path.with_name(name) for name in config_names(path.name)), config):
             if sibling is not None and sibling.is_file():
                 found.config, place = read_json_object(sibling), str(sibling)
+                options = sibling.with_name(OPTIONS_FILE)
+                if not found.options and sibling.name in CONFIG_FILES and options.is_file():
+                    found.options = read_json_object(options)
                 break
     if found.config is not None and not found.options:
+        # Folders written before options.json keep them in the config.
         recorded = as_object(found.config.get("_metadata", {}), f"{place}: _metadata")
         found.options = as_object(recorded.get("options", {}), f"{place}: options")
     return found
@@ -449,7 +467,7 @@ def _read_safetensors(path: Path) -> WeightFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: not a complete safetensors file ({error}); copy or download it again"
+            f"{path}: {_what_it_is(path) or f'not a complete safetensors file ({error}); copy or download it again'}"
         ) from error
     try:
         config = json.loads(metadata["config_json"]) if "config_json" in metadata else None
@@ -460,6 +478,24 @@ def _read_safetensors(path: Path) -> WeightFile:
         as_object(config, f"{path}: config_json of its header")
     as_object(options, f"{path}: options_json of its header")
     return WeightFile(path, tensors, metadata, config, options)
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that is called safetensors and is none; empty if its first bytes tell nothing."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return next((text for begin, text in FOREIGN_STARTS.items() if start.lower().startswith(begin)), "")
+
+
+FOREIGN_STARTS = {
+    b"pk\x03\x04": "is a torch file (pickle) under the name of a safetensors file; rename it to .pt",
+    b"\x80\x02": "is a torch file (pickle) under the name of a safetensors file; rename it to .pt",
+    b"gguf": "is a GGUF file, which cannot be read; use the safetensors file",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+    b"<!doctype": "is a web page, not the file itself; use its download link",
+    b"<html": "is a web page, not the file itself; use its download link",
+}
+"""First bytes, in small letters, of files that people have under the name of a safetensors file."""
 
 
 def read_torch_file(path: Path) -> Any:

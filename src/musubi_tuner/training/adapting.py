@@ -20,7 +20,6 @@ from musubi_tuner.adapters.attach import (
     target_paths,
 )
 from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
-from musubi_tuner.adapters.merging import left_out
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.write import resolved_toml
@@ -44,7 +43,7 @@ def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[Adapter
         file = read_adapter(config.locate(settings.init_from), spec)
         file.check_padding(config, "adapter.init_from")
         given = file.tensors
-        lines.append(f"starting from {file.path.name}{left_out(file.skipped)}")
+        lines.append(f"starting from {file.path.name}{file.remarks}")
     if settings.rank_from_weights:
         plans = [
             replace(plan, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)

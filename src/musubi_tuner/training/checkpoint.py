@@ -7,7 +7,7 @@
         model  ema  optimizer .safetensors, state.json, manifest.json (sha256 of the others)
     checkpoints.json                                           names (final, best, step_1000, epoch_4) -> files; the final
                                                                checkpoint has the names of those due at its step too
-    config.json                                                geometry and options of the model
+    config.json  options.json                                  geometry of the model, options of training
 
 A state is written beside, flushed and renamed; reading verifies the manifest. Only files listed in checkpoints.json
 are ever removed.

@@ -145,8 +145,7 @@ def use_adapters(
     files = [read_adapter(source, spec, ema=ema and Path(source).is_dir()) for source, _ in adapters]
     strengths = [strength for _, strength in adapters]
     for file, strength in zip(files, strengths):
-        unused = f"; not used, for text encoders: {', '.join(file.skipped)}" if file.skipped else ""
-        print(f"{file.path}: at {strength:g}{unused}")
+        print(f"{file.path}: at {strength:g}{file.remarks}")
     tensors = combine([(file.tensors, strength) for file, strength in zip(files, strengths)])
     what = ", ".join(str(file.path) for file in files)
     made = make_adapters(

@@ -81,7 +81,7 @@ from musubi_tuner.training.optimizers import (
     set_learning_rate,
     trainable,
 )
-from musubi_tuner.training.release import write_release
+from musubi_tuner.training.release import write_configs, write_release
 from musubi_tuner.training.sampling import (
     EncodedPrompts,
     decode_images,
@@ -321,7 +321,7 @@ class Trainer:
         self.metrics = None
         if self.main:
             if not self.adapters:
-                write_text(self.folder / "config.json", self.geometry.to_json({"options": self.options}))
+                write_configs(self.folder, self.geometry.to_json(), self.options)
             write_text(self.folder / f"{self.name}.config.toml", resolved_toml(config))
             self.metrics = Metrics(
                 self.folder,

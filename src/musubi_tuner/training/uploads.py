@@ -1,9 +1,9 @@
 """What of a run goes to the hub, when, and where it arrives.
 
-    checkpoint_runs/<run>/   weights, averages, config.json, <name>.config.toml; states if hub.upload_state
+    checkpoint_runs/<run>/   weights, averages, config.json, options.json, <name>.config.toml; states if hub.upload_state
     samples/                 pictures, their sheets and prompts
     logs/                    TensorBoard event files, metrics.jsonl
-    the root                 the release: model.safetensors, ema.safetensors, config.json, README.md
+    the root                 the release: model.safetensors, ema.safetensors, config.json, options.json, README.md
 
 Of the run's own schedule of saves, [hub] may take every checkpoint, or the newest at times of its own.
 """
@@ -16,7 +16,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.training.checkpoint import CheckpointList, Entry
 from musubi_tuner.training.hub import Commit, HubUploader
 from musubi_tuner.training.metrics import FILE
-from musubi_tuner.training.release import CARD, model_card, release_files
+from musubi_tuner.training.release import config_texts, release_files
 
 
 class RunUploads:
@@ -57,21 +57,19 @@ class RunUploads:
 
     def checkpoint(self, entry: Entry) -> None:
         """Upload a checkpoint with the configs, and the logs so far."""
-        names = [entry.model, entry.ema, "config.json", f"{self.name}.config.toml"]
+        names = [entry.model, entry.ema, f"{self.name}.config.toml"]
         if self.settings.upload_state and entry.state:
             names += [f"{entry.state}/{path.name}" for path in sorted((self.folder / entry.state).glob("*"))]
-        files = {f"{self.place}/{name}": self.folder / name for name in names if name and (self.folder / name).exists()}
+        paths = {name: self.folder / name for name in names if name and (self.folder / name).exists()}
+        held: dict[str, Path | str] = {**paths, **config_texts(self.folder)}
+        files = {f"{self.place}/{name}": content for name, content in held.items()}
         self.uploader.upload("checkpoint", f"Checkpoint step {entry.step}", files)
         self._last = entry
         self.logs(entry.step)
 
     def release(self, entry: Entry) -> None:
         """Make a checkpoint what `owner/name` loads."""
-        files: dict[str, Path | str] = {
-            name: self.folder / origin for name, origin in release_files(self.config, entry).items()
-        }
-        files[CARD] = model_card(self.config, entry)
-        self.uploader.upload("release", f"Release step {entry.step}", files)
+        self.uploader.upload("release", f"Release step {entry.step}", release_files(self.config, entry))
         self._released = entry
 
     def samples(self, step: int | None = None) -> None:

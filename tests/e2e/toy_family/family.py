@@ -21,8 +21,8 @@ class ToyConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def to_json(self, metadata: dict[str, Any] | None = None) -> str:
-        return json.dumps({**self.to_dict(), "_metadata": metadata or {}})
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
 
 
 class Block(nn.Module):

@@ -4,18 +4,20 @@ Outputs of the denoiser agree to 1e-5 in float32; the LoRA moves them by far mor
 blocks by numbers fixed for a hidden size of 3072 when it reads sd-scripts' names, so for that path they are replaced here.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.adapters import attach, convert, detach, load_adapter
-from musubi_tuner.adapters.attach import make_adapters, target_paths
+from musubi_tuner import convert_lora
+from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter, save_adapter
+from musubi_tuner.adapters.attach import delta_of, make_adapters, target_paths
 from musubi_tuner.adapters.files import plans_of_file
 from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
-from musubi_tuner.models.flux_dev.state_dict import diffusers_config, to_diffusers
+from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers
 from musubi_tuner.models.registry import MODELS
 
 TARGETS = MODELS["fd"].adapters
@@ -194,3 +196,106 @@ def test_lora_of_peft_loads_here(alpha: int, model: Flux, client: Any) -> None:
     expected = theirs(client)
     assert difference(ours_with(model, convert(saved, to="musubi")), expected) < TOLERANCE
     assert difference(expected, before) > 1000 * TOLERANCE
+
+
+# Files, as both programs write and read them
+
+
+def deltas_here(tensors: Tensors) -> Tensors:
+    """Weight changes of a file under musubi names, by the path of the layer with underscores."""
+    return {
+        key.removeprefix("lora_unet_").removesuffix(".alpha"): delta_of(
+            {leaf: tensors[key.replace("alpha", leaf)] for leaf in ("lora_down.weight", "lora_up.weight", "alpha")}, key
+        )
+        for key in tensors
+        if key.endswith(".alpha")
+    }
+
+
+def deltas_there(client: Any) -> Tensors:
+    """The same of a model of diffusers with one adapter, as peft computes them; its parts stacked as ours."""
+    found: Tensors = {}
+    for path, parts in diffusers_modules(CONFIG.depth, CONFIG.depth_single_blocks).items():
+        layers = [client.get_submodule(part) for part in parts if hasattr(client.get_submodule(part), "lora_A")]
+        if layers:
+            assert len(layers) == len(parts)
+            rows = [layer.get_delta_weight(next(iter(layer.lora_A))) for layer in layers]
+            found[path.replace(".", "_")] = torch.cat(rows).detach()
+    return found
+
+
+def assert_same_deltas(first: Tensors, second: Tensors, tolerance: float = 1e-6) -> None:
+    assert set(first) == set(second)
+    for name, delta in first.items():
+        assert difference(delta, second[name]) <= tolerance * float(delta.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "alpha", "low_memory"),
+    [
+        (torch.bfloat16, 4, 2.0, False),
+        (torch.bfloat16, 12, 5.0, True),
+        (torch.bfloat16, 8, 1.0, True),
+        (torch.float16, 12, 5.0, False),
+        (torch.float32, 12, 5.0, False),
+    ],
+)
+def test_diffusers_computes_the_very_changes_of_our_export(
+    dtype: torch.dtype, rank: int, alpha: float, low_memory: bool, model: Flux, client: Any, tmp_path: Path
+) -> None:
+    """Through the loader of the model and that of the pipeline; the split of a root in bfloat16 was wrong by 2e-3."""
+    from diffusers import FluxPipeline
+
+    source, target = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    save_adapter(source, lora(model, rank, alpha), dtype=dtype)
+    assert convert_lora.main(["--input", str(source), "--output", str(target), "--target", "diffusers"]) == 0
+    if low_memory:
+        state, alphas = FluxPipeline.lora_state_dict(str(target), return_alphas=True)
+        client.load_lora_adapter(state, network_alphas=alphas, low_cpu_mem_usage=True)
+    else:
+        client.load_lora_adapter(str(target))
+    expected = ours_with(model, read_adapter(source).tensors)
+    assert_same_deltas(deltas_here(read_adapter(source).tensors), deltas_there(client))
+    assert difference(theirs(client), expected) < TOLERANCE
+
+
+TARGET_MODULES = r".*transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|proj_mlp|proj_out|ff\.net\.2)"
+PEFT_SETTINGS: dict[str, dict[str, Any]] = {
+    "alpha": {"r": 4, "lora_alpha": 32},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r"^single_transformer_blocks\.\d+\.proj_out": 2, "ff.net.2": 3},
+        "alpha_pattern": {"transformer_blocks.1.attn.to_out.0": 1, r"single_transformer_blocks\.\d+\.proj_out": 64},
+    },
+}
+
+
+@pytest.mark.parametrize("settings", list(PEFT_SETTINGS))
+@pytest.mark.parametrize("form", ["peft folder", "renamed file", "pipeline", "model"])
+def test_files_of_peft_and_diffusers_count_here_as_there(form: str, settings: str, client: Any, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+
+    config = LoraConfig(target_modules=TARGET_MODULES, init_lora_weights=False, **PEFT_SETTINGS[settings])
+    torch.manual_seed(3)
+    source = tmp_path
+    if form in ("peft folder", "renamed file"):
+        get_peft_model(client, config).save_pretrained(tmp_path)
+        if form == "renamed file":
+            source = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "cat.safetensors")
+    else:
+        client.add_adapter(config)
+        if form == "model":
+            client.save_lora_adapter(tmp_path, upcast_before_saving=True)
+        else:
+            FluxPipeline.save_lora_weights(
+                tmp_path,
+                transformer_lora_layers=get_peft_model_state_dict(client),
+                transformer_lora_adapter_metadata=client.peft_config["default"].to_dict(),
+            )
+    file = read_adapter(source, MODELS["fd"])
+    assert ("header" if form in ("pipeline", "model") else "adapter_config.json beside it") in file.remarks
+    assert_same_deltas(deltas_here(file.tensors), deltas_there(client))

@@ -437,59 +437,6 @@ def test_merging_names_strange_keys(model: Model) -> None:
     assert merge(model, tensors, TARGETS, ignore_unmatched=True).skipped == ["lora_unet_x.lora_up.weight"]
 
 
-# What other programs say about alphas, and other kinds of adapters
-
-
-def peft_pair(name: str = "transformer_blocks.0.attn.to_out.0", prefix: str = "transformer.") -> dict[str, Tensor]:
-    return {f"{prefix}{name}.lora_A.weight": torch.ones(4, 48), f"{prefix}{name}.lora_B.weight": torch.ones(48, 4)}
-
-
-def change_of(tensors: dict[str, Tensor]) -> float:
-    """First value of the weight change of the only layer."""
-    name = next(key for key in tensors if key.endswith("lora_down.weight")).removesuffix(".lora_down.weight")
-    down, up, alpha = (tensors[f"{name}.{leaf}"] for leaf in ("lora_down.weight", "lora_up.weight", "alpha"))
-    return float((up @ down)[0, 0] * alpha / len(down))
-
-
-@pytest.mark.parametrize(
-    ("stated", "factor"),
-    [
-        ({}, 1.0),
-        ({"lora_alpha": 16, "r": 4}, 4.0),
-        ({"lora_alpha": 16, "r": 4, "use_rslora": True}, 8.0),
-        ({"lora_alpha": 16, "r": 4, "alpha_pattern": {"transformer_blocks.0.attn.to_out.0": 2}}, 0.5),
-    ],
-    ids=str,
-)
-def test_alpha_in_the_header_of_diffusers_counts(stated: dict[str, Any], factor: float, tmp_path: Path) -> None:
-    import json
-
-    path = tmp_path / "lora.safetensors"
-    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in stated.items()})}
-    save_file(peft_pair(), path, header)
-    found = read_adapter(path)
-    assert change_of(found.tensors) == pytest.approx(4 * factor)
-    assert "lora_adapter_metadata" not in found.metadata
-
-
-def test_alpha_beside_a_file_of_peft_counts(tmp_path: Path) -> None:
-    path = tmp_path / "adapter_model.safetensors"
-    save_file(peft_pair(prefix="base_model.model."), path)
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
-    assert change_of(read_adapter(path).tensors) == pytest.approx(8)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="what it says about its alphas cannot be read"):
-        read_adapter(path)
-
-
-@pytest.mark.parametrize(("leaf", "kind"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("dora_scale", "DoRA")])
-def test_other_kinds_are_refused_by_name(leaf: str, kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_file({**flux_lora(), f"lora_unet_single_blocks_0_linear2.{leaf}": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match=f"this is {kind}, which is not supported yet"):
-        read_adapter(path, MODELS["fd"])
-
-
 def test_a_pair_that_is_not_complete(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = flux_lora()
@@ -507,10 +454,3 @@ def test_keys_outside_the_blocks_can_be_skipped(tmp_path: Path) -> None:
         read_adapter(path, MODELS["fd"])
     found = read_adapter(path, MODELS["fd"], ignore_unmatched=True)
     assert set(found.tensors) == set(flux_lora()) and found.skipped == list(outside)
-
-
-def test_float8_files_can_be_converted(tmp_path: Path) -> None:
-    from musubi_tuner.adapters import convert
-
-    tensors = {key: t if key.endswith("alpha") else t.to(torch.float8_e4m3fn) for key, t in flux_lora().items()}
-    assert {t.dtype for t in convert(tensors, to="comfyui").values()} == {torch.bfloat16}

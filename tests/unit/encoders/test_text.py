@@ -54,7 +54,7 @@ def test_the_page_of_tinyflux_shows_how_to_call_the_model(
     (tmp_path / "checkpoint").mkdir()
     for name in ("model", "ema"):
         save_file(dict(model.state_dict()), tmp_path / "checkpoint" / f"{name}.safetensors")
-    (tmp_path / "checkpoint" / "config.json").write_text(model.config.to_json({}))
+    (tmp_path / "checkpoint" / "config.json").write_text(model.config.to_json())
     exec(compile(snippet, "docs/tinyflux.md", "exec"), {})
     assert capsys.readouterr().out == "torch.Size([2, 3840, 4]) torch.Size([2, 40]) torch.Size([2, 3])\n"
 

@@ -146,10 +146,43 @@ def test_options_are_read_from_the_header(tmp_path: Path) -> None:
     assert options_of(load_checkpoint(path)) == {"expert_time": "aligned"}
 
 
-def test_options_are_read_from_the_config_beside_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", header=None)
-    (tmp_path / "config.json").write_text(TINY.to_json({"options": {"sol_spatial_norm": "max"}}), encoding="utf-8")
+def test_options_are_read_beside_the_config_and_from_configs_of_old(tmp_path: Path) -> None:
+    path, config = write(tmp_path / "a.safetensors", header=None), tmp_path / "config.json"
+    old = {**TINY.to_dict(), "_metadata": {"options": {"sol_spatial_norm": "max"}}}
+    config.write_text(json.dumps(old), encoding="utf-8")
     assert options_of(load_checkpoint(path)) == {"sol_spatial_norm": "max"}
+    (tmp_path / "options.json").write_text('{"sol_spatial_norm": "mean"}', encoding="utf-8")
+    assert options_of(load_checkpoint(path)) == {"sol_spatial_norm": "mean"}
+    config.write_text(TINY.to_json(), encoding="utf-8")
+    assert options_of(load_checkpoint(path)) == {"sol_spatial_norm": "mean"}
+    write(path, header={**HEADER, "options_json": '{"expert_time": "aligned"}'})
+    assert options_of(load_checkpoint(path)) == {"expert_time": "aligned"}
+    # A config of its own name is of this file alone; the options are of the folder's config.
+    write(path, header=None)
+    config.rename(tmp_path / "a.json")
+    assert options_of(load_checkpoint(path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"PK\x03\x04" + bytes(60),
+            r"is a torch file \(pickle\) under the name of a safetensors file; rename it to \.pt",
+        ),
+        (b"\x80\x02}q\x00." + bytes(60), "is a torch file"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(60), "is a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (b"", "not a complete safetensors file"),
+    ],
+    ids=["zip", "pickle", "GGUF", "LFS", "page", "empty"],
+)
+def test_other_files_under_the_name_of_safetensors_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:

@@ -82,6 +82,22 @@ def test_repository_gives_its_model_and_its_average(hub: Hub, resolve: Resolve) 
     assert sorted(hub.downloads) == ["config.json", "ema.safetensors", "model.safetensors"]
 
 
+def test_what_goes_with_weights_and_adapters_comes_along(hub: Hub, resolve: Resolve) -> None:
+    hub.repositories["a/b"] = files(
+        "config.json", "options.json", "lora/adapter_model.safetensors", "model.safetensors"
+    )
+    hub.repositories["a/b"] |= files("lora/adapter_config.json", "more/pytorch_lora_weights.safetensors")
+    names = ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    found = resolve(*(("a/b" + folder, {"first": names}) for folder in ("", ":lora", ":more")))
+    assert contents(found) == [
+        "model.safetensors",
+        "lora/adapter_model.safetensors",
+        "more/pytorch_lora_weights.safetensors",
+    ]
+    assert {"options.json", "lora/adapter_config.json"} <= set(hub.downloads)
+    assert resolve.err == ""  # type: ignore[attr-defined]
+
+
 def test_other_names_of_the_average_are_found_and_named(hub: Hub, resolve: Resolve) -> None:
     hub.repositories["a/b"] = files("model.safetensors", "model_ema.safetensors")
     hub.repositories["a/c"] = files("model.safetensors", "cat.safetensors", "cat_ema.safetensors")

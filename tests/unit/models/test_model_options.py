@@ -162,10 +162,13 @@ def test_options_are_no_fields_of_the_config_file() -> None:
     assert config.options.changed() == {"text_positions": "index"} and SMALL.options.changed() == {}
 
 
-def test_the_config_file_records_options_beside_the_fields(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["options.json", "_metadata"])
+def test_options_come_back_with_the_config_file(place: str, tmp_path: Path) -> None:
     path, config = tmp_path / "config.json", SMALL.with_options({"timestep_scale": 10})
-    path.write_text(config.to_json({"options": {"expert_time": "aligned"}, "step": 4}), encoding="utf-8")
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert written["_metadata"] == {"options": {"expert_time": "aligned", "timestep_scale": 10.0}, "step": 4}
+    options = {"expert_time": "aligned", "timestep_scale": 10.0}
+    if place == "options.json":
+        path.write_text(config.to_json(), encoding="utf-8")
+        (tmp_path / place).write_text(json.dumps(options), encoding="utf-8")
+    else:
+        path.write_text(json.dumps({**config.to_dict(), place: {"options": options, "step": 4}}), encoding="utf-8")
     assert TinyFluxConfig.from_json(path) == config
-    assert "_metadata" not in json.loads(SMALL.to_json())

@@ -188,13 +188,6 @@ def test_config_json_holds_just_the_fields_and_comes_back_equal(tmp_path: Path) 
     assert TinyFluxConfig.from_json(path) == TINY
 
 
-def test_config_json_with_metadata_comes_back_equal(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(TINY.to_json({"options": {"expert_time": "aligned"}}), encoding="utf-8")
-    assert json.loads(path.read_text(encoding="utf-8"))["_metadata"] == {"options": {"expert_time": "aligned"}}
-    assert TinyFluxConfig.from_json(path) == TINY
-
-
 def test_unknown_and_underscored_keys_are_ignored() -> None:
     extra = {"_class_name": "TinyFlux", "_metadata": {}, "t5_pool_mode": "mean", "use_huber_loss": True}
     assert TinyFluxConfig.from_dict({**TINY.to_dict(), **extra}) == TINY

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +34,11 @@ from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.models.checkpoints import find_weights
-from musubi_tuner.models.tinyflux import from_pretrained, load_model
+from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
 from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.trainer import Trainer
 
@@ -300,10 +301,9 @@ def on_checkpoint(trained: Trainer, **changes: dict[str, Any]) -> dict[str, Any]
 @pytest.mark.parametrize("name", [*RECORDED, "guidance_embeds"])
 def test_an_option_is_in_every_file_of_a_run_and_comes_back_from_each(name: str, trained: Trainer) -> None:
     files = [trained.folder / f"{part}.safetensors" for part in ("tiny", "tiny_ema", "release/model", "release/ema")]
-    configs = [trained.folder / "config.json", trained.folder / "release" / "config.json"]
-    for values in [json.loads(path.read_text(encoding="utf-8")) for path in configs]:
-        found = values if name == "guidance_embeds" else values["_metadata"]["options"]
-        assert found[name] == RECORDED.get(name, True)
+    beside = "config.json" if name == "guidance_embeds" else "options.json"
+    for folder in (trained.folder, trained.folder / "release"):
+        assert json.loads((folder / beside).read_text(encoding="utf-8"))[name] == RECORDED.get(name, True)
     for path in files:
         key = "config_json" if name == "guidance_embeds" else "options_json"
         assert json.loads(header(path)[key])[name] == RECORDED.get(name, True)
@@ -311,6 +311,11 @@ def test_an_option_is_in_every_file_of_a_run_and_comes_back_from_each(name: str,
         if name in OPTIONS:
             assert getattr(model.config.options, name) == OPTIONS[name]
         assert model.config == trained.geometry
+
+
+def copy_configs(source: Path, target: Path) -> None:
+    for name in ("config.json", "options.json"):
+        (target / name).write_bytes((source / name).read_bytes())
 
 
 @pytest.mark.parametrize("kind", ["header", "config beside", "torch file", "upgraded", "merged"])
@@ -321,10 +326,10 @@ def test_options_come_back_from_every_form_of_file(kind: str, trained: Trainer, 
         save_file(tensors, path, header(source))
     elif kind == "config beside":
         save_file(tensors, path)
-        (tmp_path / "config.json").write_bytes((trained.folder / "config.json").read_bytes())
+        copy_configs(trained.folder, tmp_path)
     elif kind == "torch file":
         path = tmp_path / "model.pt"
-        config = json.loads((trained.folder / "config.json").read_text(encoding="utf-8"))
+        config = {**trained.geometry.to_dict(), "_metadata": {"options": RECORDED}}
         torch.save({"model": tensors, "model_config": config}, path)
     elif kind == "upgraded":
         upgrade_file(str(source), path)
@@ -339,11 +344,42 @@ def test_options_come_back_from_every_form_of_file(kind: str, trained: Trainer, 
         base = tmp_path / "base" / "model.safetensors"
         base.parent.mkdir()
         save_file(tensors, base)  # its config and options lie beside it, and must get into the merged file
-        (base.parent / "config.json").write_bytes((trained.folder / "config.json").read_bytes())
+        copy_configs(trained.folder, base.parent)
         words = ["--dit", str(base), "--arch", "tf", "--lora_weight", str(lora), "--save_merged_model", str(path)]
         assert merge_lora.main(words) == 0
         assert json.loads(header(path)["options_json"]) == RECORDED
     assert asdict(load_model(path).config.options) == OPTIONS
+
+
+PUBLISHED_FIELDS = (
+    "hidden_size", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "joint_attention_dim",
+    "pooled_projection_dim", "num_double_layers", "num_single_layers", "mlp_ratio", "axes_dims_rope", "use_lune_expert",
+    "lune_expert_dim", "lune_hidden_dim", "lune_dropout", "freeze_lune", "use_sol_prior", "sol_spatial_size", "sol_hidden_dim",
+    "sol_geometric_weight", "freeze_sol", "use_t5_vec",
+)  # fmt: skip
+PublishedConfig = make_dataclass("PublishedConfig", PUBLISHED_FIELDS)
+"""As strict as that of the published loader, which passes it all that config.json holds."""
+
+
+def test_the_published_loader_takes_every_folder_and_file(start: Start, tmp_path: Path) -> None:
+    trainer = start("published", model={"geometry": GEOMETRY, **OPTIONS}, experts=TEACHERS, train={"max_steps": 1})
+    trainer.run()
+    run, release, upgraded = trainer.folder, trainer.folder / "release", tmp_path / "upgraded.safetensors"
+    upgrade_file(str(run), upgraded)
+    configs = [(folder / "config.json").read_text(encoding="utf-8") for folder in (run, release)]
+    weights = [run / "tiny.safetensors", run / "tiny_ema.safetensors", *release.glob("*.safetensors"), upgraded]
+    configs += [header(path)["config_json"] for path in weights]
+    assert len(configs) == 7
+    for text in configs:
+        fields = asdict(PublishedConfig(**json.loads(text)))
+        model = TinyFluxDeep(TinyFluxConfig(**fields))
+        for path in weights:
+            model.load_state_dict(load_file(path), strict=True)
+    # A folder of an earlier version goes to the hub and into a release without what the loader refuses.
+    old = {**trainer.geometry.to_dict(), "_metadata": {"options": trainer.options}}
+    (tmp_path / "config.json").write_text(json.dumps(old), encoding="utf-8")
+    texts = config_texts(tmp_path)
+    assert texts == {name: (run / name).read_text(encoding="utf-8") for name in ("config.json", "options.json")}
 
 
 def test_options_that_v3_does_not_know_have_no_v3_form(trained: Trainer, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ class FluxConfig:
         """Plain JSON values, fields in order."""
         return {**asdict(self), "axes_dim": list(self.axes_dim)}
 
-    def to_json(self, metadata: Mapping[str, Any] | None = None) -> str:
-        """Text of a `config.json`, with ``metadata`` under ``_metadata`` if given."""
+    def to_json(self) -> str:
+        """Text of a `config.json`."""
         import json
 
-        return json.dumps(self.to_dict() | ({"_metadata": dict(metadata)} if metadata else {}), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"

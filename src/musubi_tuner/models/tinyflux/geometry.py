@@ -1,11 +1,12 @@
 """The shape of a TinyFlux-Deep v4.2 model, and its `config.json`. Torch-free.
 
-`config.json` is a flat object of exactly these fields (``axes_dims_rope`` a list), optionally with one object
-``_metadata``. Reading ignores unknown keys and keys that start with an underscore; older spellings are mapped.
-``guidance_embeds`` is of models before v4.2 and of our own: it is written only where it is true.
+`config.json` is a flat object of exactly these fields (``axes_dims_rope`` a list): the published loader refuses any other.
+Reading ignores unknown keys and keys that start with an underscore; older spellings are mapped.
+``guidance_embeds`` is of models before v4.2 and of our own, which the published loader cannot build: it is written only where
+it is true.
 
 `ModelOptions` say how a model computes with the same weights. They are no fields of `config.json`: those that differ from
-the published model stand among the options of training, in ``_metadata.options`` and in the header of weight files.
+the published model stand among the options of training, in ``options.json`` beside it and in the header of weight files.
 """
 
 import json
@@ -188,29 +189,31 @@ class TinyFluxConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read a `config.json`, with the options that its ``_metadata`` records.
+        """Read a `config.json`, with the options that ``options.json`` beside it records, or its own ``_metadata`` as of old.
 
         Raises:
-            ValueError: if the file is not a JSON object, or its numbers do not fit together.
+            ValueError: if a file is not a JSON object, or its numbers do not fit together.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
+        values, beside = _read_object(path), path.with_name("options.json")
         metadata = values.get("_metadata")
         options = metadata.get("options") if isinstance(metadata, dict) else None
+        if beside.is_file():
+            options = _read_object(beside)
         try:
             return cls.from_dict(values).with_options(options if isinstance(options, dict) else {})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def to_json(self, metadata: dict[str, Any] | None = None) -> str:
-        """Text of a `config.json`, with ``metadata`` and the options that differ from the published model under ``_metadata``."""
-        values, metadata = self.to_dict(), dict(metadata or {})
-        if self.options.changed():
-            metadata["options"] = {**metadata.get("options", {}), **self.options.changed()}
-        if metadata:
-            values["_metadata"] = metadata
-        return json.dumps(values, indent=2) + "\n"
+    def to_json(self) -> str:
+        """Text of a `config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
+    return values
