@@ -11,10 +11,9 @@ no alpha: it is in the matrices, exactly, for which a layer may be written in fl
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-from musubi_tuner.config.command_line import Parser
+from musubi_tuner.config.command_line import Parser, weights_to_write
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -34,10 +33,9 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument("--target", required=True, choices=sorted(TARGETS), help="names to write")
     parser.add_argument("--arch", help="model family (fd, tf); absent = as the file says, or as its names fit")
     parser.add_argument("--diffusers_prefix", default="diffusion_model", help="first word of comfyui names")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(arguments)
-    output = Path(options.output)
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+    output = weights_to_write("--output ", options.output, options.overwrite)
     exit_on_terminate()
     from musubi_tuner.adapters.convert import convert, to_published
     from musubi_tuner.adapters.files import read_adapter, save_adapter, why_skipped

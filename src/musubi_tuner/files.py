@@ -67,6 +67,20 @@ def replace_file(target: Path, write: Callable[[Path], object], *, sync: bool = 
         sync_path(target.parent)
 
 
+def write_new_file(target: Path, write: Callable[[Path], object]) -> bool:
+    """As `replace_file`, but never over another file: false where the name is taken, also by another process just now."""
+    try:
+        target.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    try:
+        replace_file(target, write)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return True
+
+
 def link_file(source: Path, target: Path) -> bool:
     """Give a file a second name instead of writing it again; false where the file system has no such links.
 

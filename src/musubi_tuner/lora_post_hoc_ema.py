@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.command_line import Parser
+from musubi_tuner.config.command_line import Parser, weights_to_write
 from musubi_tuner.errors import EXIT_OK, CheckpointError, ConfigError, run_command
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -57,6 +57,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument("--beta2", type=float, help="share at the last file; between, evenly")
     parser.add_argument("--sigma_rel", type=float, help="relative width of the power function, instead of beta")
     parser.add_argument("--no_sort", action="store_true", help="take the files in the order given")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(arguments)
     for name in ("beta", "beta2"):
         value = getattr(options, name)
@@ -66,9 +67,7 @@ def _main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--sigma_rel {options.sigma_rel:g}: expected above 0 and at most 0.28")
     if len(options.files) < 2:
         raise ConfigError("an average needs at least two files")
-    output = Path(options.output_file)
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--output_file {output}: expected a name that ends in .safetensors")
+    output = weights_to_write("--output_file ", options.output_file, options.overwrite)
     exit_on_terminate()
     from musubi_tuner.adapters.files import save_adapter
     from musubi_tuner.models.checkpoints import read_weights

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from musubi_tuner.config.command_line import Parser
+from musubi_tuner.config.command_line import Parser, weights_to_write
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -38,13 +38,12 @@ def _main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--save_merged_model", required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--ignore_unmatched", action="store_true", help="leave out whole layers that the model has not")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(arguments)
     files, strengths = options.lora_weight, options.lora_multiplier
     if strengths and len(strengths) != len(files):
         raise ConfigError(f"--lora_multiplier has {len(strengths)} numbers for {len(files)} files in --lora_weight")
-    output = Path(options.save_merged_model)
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--save_merged_model {output}: expected a name that ends in .safetensors")
+    output = weights_to_write("--save_merged_model ", options.save_merged_model, options.overwrite)
     exit_on_terminate()
     from functools import partial
 

@@ -11,10 +11,9 @@ file, and says what became of every tensor. The way back drops what v3 has no pl
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from musubi_tuner.config.command_line import Parser
-from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.config.command_line import Parser, weights_to_write
+from musubi_tuner.errors import EXIT_OK, run_command
 from musubi_tuner.stopping import exit_on_terminate
 
 
@@ -40,10 +39,12 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lenient", action="store_true", help="write the file even if tensors are missing or of another shape"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     options = parser.parse_args(arguments)
-    output = Path(options.output)
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"{output}: expected a name that ends in .safetensors")
+    output = weights_to_write("", options.output, options.overwrite)
+    ema = options.ema or options.ema_file is not None
+    if ema:
+        weights_to_write("", str(output.with_name(f"{output.stem}_ema{output.suffix}")), options.overwrite)
     exit_on_terminate()
     from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
 
@@ -51,7 +52,7 @@ def _main(arguments: Sequence[str]) -> int:
         options.source,
         output,
         to=options.to,
-        ema=options.ema or options.ema_file is not None,
+        ema=ema,
         ema_file=options.ema_file,
         revision=options.revision,
         neutral=not options.not_neutral,

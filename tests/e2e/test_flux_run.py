@@ -497,10 +497,17 @@ def test_drawing_by_command(trained: Path, server: ForkServer, tmp_path: Path) -
     )
     assert (own == named).all()
     assert (own != without).any() and (own != half).any() and (half != without).any()
-    server.run("flux_generate", [trained, "--prompt", "a tabby cat --d 43", "--images_per_prompt", "2", "--save_path",
-                                 tmp_path / "two"], tmp_path).expect(0)  # fmt: skip
+    twice = [trained, "--prompt", "a tabby cat --d 43", "--images_per_prompt", "2", "--save_path", tmp_path / "two"]
+    server.run("flux_generate", twice, tmp_path).expect(0)
     first, second = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "two").glob("photos_*.png")))
     assert (first == own).all() and (second != own).any()
+    before = {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    said = server.run("flux_generate", twice, tmp_path).expect(0).out
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in (tmp_path / "two").iterdir()} - {path.name for path in before} == {
+        "photos_0000000043_01.png", "photos_0000000044_02.png", "contact_sheet_01.png",
+    }  # fmt: skip
+    assert "photos_0000000043_00.png exists already; numbers go on at 01" in said
     # Twice the half is the whole, up to rounding of colours.
     assert np.abs(merged.astype(int) - own.astype(int)).max() <= 2
     assert (pictures(trained, 20)[1] == draw("f", "--lora_multiplier", "0.5")).mean() > 0.99

@@ -6,6 +6,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.diagnostics import did_you_mean
@@ -122,3 +123,20 @@ def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def weights_to_write(option: str, text: str, overwrite: bool) -> Path:
+    """The weight file that a command is to write, checked before it begins to work.
+
+    Args:
+        option: that names the file, with a space behind it. overwrite: replace a file that is there.
+
+    Raises:
+        ConfigError: if it is no safetensors file, or if one is there.
+    """
+    path = Path(text)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{option}{path}: expected a name that ends in .safetensors")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{option}{path}: exists already; choose another name, or add --overwrite to replace it")
+    return path

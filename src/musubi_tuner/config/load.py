@@ -80,6 +80,14 @@ class RunConfig(RunFile):
         """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
         return bool(self.validation.split) if self.save.best is None else self.save.best
 
+    @property
+    def warms_average(self) -> bool:
+        """Whether a new average starts with less memory: as ema.warmup says, else where it starts as good weights that train on."""
+        if self.ema.warmup != "auto":
+            return self.ema.warmup
+        # Warm-up would forget an average that comes from the checkpoint at once.
+        return self.ema.init == "model" and (self.model.init == "checkpoint" or self.adapter.type != "none")
+
     def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
         """[experts] as it is for the images of a dataset."""
         return self.experts.model_copy(update=dict(dataset.experts))

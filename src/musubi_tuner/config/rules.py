@@ -123,7 +123,7 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
                     'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"',
                 )
             )
-        if config.ema.warmup:
+        if config.ema.warmup is True:
             found.append(
                 _error(
                     "ema.warmup",

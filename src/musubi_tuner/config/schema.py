@@ -358,10 +358,11 @@ class SchedulerSection(Section):
     type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
     warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0)
     warmup_type: Literal["linear", "cosine"] = param("linear", "Shape of the warm-up.")
-    min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10)
+    min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10, resume="free")
     total_steps: int | None = param(
-        None, "Updates until cosine and linear reach their end, where they stay; absent = as many as the run has.", ge=1
-    )
+        None, "Updates until cosine and linear reach their end, where they stay; absent = as many as the run has, so a run that is "
+        "made longer goes on at a higher rate; its former length here keeps the rate where it ended.", ge=1, resume="free",
+    )  # fmt: skip
 
 
 TimestepSampling = Literal[
@@ -592,7 +593,10 @@ class EmaSection(Section):
 
     enabled: bool = param(True, "Keep the average.")
     decay: float = param(0.9999, "Share of the old average kept at every update.", ge=0, lt=1)
-    warmup: bool = param(False, "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates.")
+    warmup: bool | Literal["auto"] = param(
+        "auto", "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates. auto = true with a checkpoint and for "
+        'adapters, false for a new model and with init = "checkpoint"; a run that continues keeps what it began with.',
+    )  # fmt: skip
     on_cpu: bool = param(
         False, "Keep the average in main memory: less memory on the device, one more copy of the weights per update.",
     )  # fmt: skip

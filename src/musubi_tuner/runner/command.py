@@ -163,9 +163,9 @@ class Runner:
             return EXIT_OK
         from musubi_tuner.training.checkpoint import refuse_second_branch
 
-        refuse_second_branch(config)
         if self._finished(plan.steps.total_updates):
             return self._score_demo()
+        refuse_second_branch(config)
         if plan.due and not encode and not options.skip_cache:
             self._refuse_due(plan.due)
         planned = None if options.cache_only else self._plan_memory(plan)
@@ -251,8 +251,8 @@ class Runner:
         self._check_same_config(final.state)
         self._tidy()
         print(
-            f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps to "
-            "train on, or use --fresh to start anew"
+            f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps or "
+            "max_epochs to train on (--plan says what the learning rate would do), or use --fresh to start anew"
         )
         return True
 
@@ -267,15 +267,14 @@ class Runner:
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""
-        from musubi_tuner.training.checkpoint import compare_config, read_values
+        from musubi_tuner.training.checkpoint import as_begun, compare_config, read_values
         from musubi_tuner.training.trainer import default_settings, fixed_settings
 
         if not state:
             return
+        began = read_values(self.config.output_dir / state)["config"]
         differences = compare_config(
-            read_values(self.config.output_dir / state)["config"],
-            fixed_settings(self.config, self.processes),
-            default_settings(),
+            began, fixed_settings(as_begun(self.config, began), self.processes), default_settings()
         )
         if differences:
             raise ConfigError(

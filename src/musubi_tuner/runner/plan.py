@@ -14,6 +14,7 @@ from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Found, Item, scan
+from musubi_tuner.training.schedulers import rate_jump, start_left
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Plan:
         steps: length of the run. black_masks: items whose loss mask leaves nothing to learn.
         split_note: how the split of the run's state differs from that of a new run; None if it does not.
         losses: lines on what the text encoders lose of captions that are to be encoded, and of sample prompts.
+        state: plain data of the state that it would go on from; None = it begins.
     """
 
     found: Found
@@ -34,6 +36,7 @@ class Plan:
     black_masks: list[Item]
     split_note: str | None = None
     losses: list[str] = field(default_factory=list)
+    state: dict[str, Any] | None = None
 
     @property
     def due(self) -> list[str]:
@@ -89,7 +92,7 @@ def make_plan(
         contents.save()
     losses = _losses(config, found.items, status["text"], download)
     black = black_masks(config, found.items, status["latents"])
-    return Plan(found, held_out, status, steps, black, difference, losses)
+    return Plan(found, held_out, status, steps, black, difference, losses, _state_to_continue(config))
 
 
 def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
@@ -105,6 +108,15 @@ def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: 
         if absent
         else lines
     )
+
+
+def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
+    """Plain data of the state that a start would go on from; torch is only imported where there may be one."""
+    if config.resume.from_ == "auto" and not any(config.output_dir.glob("*-state")):
+        return None
+    from musubi_tuner.training.checkpoint import peek_state
+
+    return peek_state(config)
 
 
 def _state(status: KindStatus) -> str:
@@ -125,6 +137,60 @@ def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
             text = f"{' and '.join(own.teachers)} at {own.time_buckets} times: {_state(plan.status[kind].of(items))}"
         lines.append(f"           {dataset.name}: {text}")
     return lines
+
+
+def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """Where the learning rate of a run that goes on leaves the curve that it followed."""
+    if plan.state is None:
+        return []
+    from musubi_tuner.training.checkpoint import former_end
+
+    end, step = former_end(config, plan.state), int(plan.state["step"])
+    jump = rate_jump(config, plan.steps.total_updates, plan.state["config"], end, step)
+    if not jump:
+        return []
+    warning = f"warning: the learning rate jumps: {jump}, because"
+    if jump.end == jump.former_end:
+        return [f"{warning} scheduler.min_lr is another now"]
+    floor = config.scheduler.min_lr
+    zero = "" if floor else "; at 0 nothing is learned, so set scheduler.min_lr too"
+    return [
+        f"{warning} {config.scheduler.type} ended at update {jump.former_end} and ends at {jump.end} now",
+        f"           scheduler.total_steps = {jump.former_end} keeps the old curve, which stays at scheduler.min_lr = {floor:g} "
+        f"from there{zero}",
+    ]
+
+
+LITTLE_START = 0.1
+"""Share of its start in an average above which the plan warns."""
+
+
+def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """How the weights are averaged, and how much of its start is left in the average at the end."""
+    if not config.ema.enabled:
+        return []
+    done = average_updates = 0
+    if plan.state is not None:
+        from musubi_tuner.training.checkpoint import as_begun
+
+        config = as_begun(config, plan.state["config"])
+        done, average_updates = int(plan.state["step"]), int(plan.state["ema_updates"])
+    average, total = config.ema, plan.steps.total_updates
+    left = start_left(average_updates + max(0, total - done), average.decay, config.warms_average)
+    why = ' (ema.warmup = "auto")' if average.warmup == "auto" else ""
+    lines = [f"  average  decay {average.decay:g}, with{'' if config.warms_average else 'out'} warm-up{why}"]
+    share = f"{100 * left:.1f} % of it"
+    if left <= LITTLE_START:
+        return [f"{lines[0]}; {share} is the start after {total} updates"]
+    if plan.state is not None:
+        advice = "a run keeps its [ema]: sample.use_ema = false draws the trained weights, --fresh begins anew"
+    elif config.warms_average:
+        advice = "lower ema.decay"
+    elif average.init == "checkpoint":
+        advice = 'lower ema.decay, or set ema.init = "model"'
+    else:
+        advice = "lower ema.decay or set ema.warmup = true"
+    return [*lines, f"warning: average: {share} would still be the start after {total} updates; {advice}"]
 
 
 def describe(config: RunConfig, plan: Plan, processes: int) -> str:
@@ -171,6 +237,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update"
         + (", more for swapped blocks" if config.memory.blocks_to_swap and config.adapter.type == "none" else ""),
     ]
+    lines += _jump_lines(config, plan)
+    lines += _average_lines(config, plan)
     adapter = config.adapter
     if adapter.type != "none":
         alpha = adapter.alpha if adapter.alpha is not None else adapter.rank / 2

@@ -33,6 +33,7 @@ from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import (
     TEMPORARY_PREFIX,
     fault_point,
+    link_file,
     remove_leftovers,
     replace_file,
     sync_path,
@@ -147,6 +148,46 @@ class CheckpointList:
         self.entries = {**kept, **own}
         self.write()
 
+    def keep_former_end(self, step: int) -> list[str]:
+        """Give the final checkpoint a name among those on the way, where a run goes on from it: the next one takes its files' names.
+
+        Weights get a second name, the state moves. One that was not due on the way is kept as that of its step. After a crash in
+        here, the next call does what is left.
+
+        Args:
+            step: updates done.
+
+        Returns:
+            The new names of its weights.
+        """
+        final = self.entries.get("final")
+        if final is None or final.step != step:
+            return []
+        on_the_way = {
+            name: entry
+            for name, entry in self.entries.items()
+            if entry.kind in ("step", "epoch") and entry.step == step
+        }
+        due = on_the_way or {f"step_{step}": replace(final, kind="step")}
+        state, names = "", []
+        for entry in due.values():
+            stem = stem_on_the_way(self.run, entry.kind, entry.step, entry.epoch)
+            state = state or (f"{stem}-state" if entry.state else "")
+            for part, ending in (("model", ".safetensors"), ("ema", "_ema.safetensors")):
+                source = self.folder / getattr(entry, part)
+                if source.is_file() and source.name != stem + ending:
+                    _second_name(source, self.folder / (stem + ending))
+                    setattr(entry, part, stem + ending)
+                    names += [entry.model] if part == "model" else []
+            entry.state = state
+        if final.state and (self.folder / final.state).is_dir() and not (self.folder / state).exists():
+            (self.folder / final.state).replace(self.folder / state)
+        final.state = ""
+        others = {name: entry for name, entry in self.entries.items() if name != "final"}
+        self.entries = {**others, **due, "final": final}
+        self.write()
+        return names
+
     def adopt(self) -> None:
         """List checkpoints on the way that a killed start wrote and did not list, or unlisted and did not remove.
 
@@ -209,20 +250,51 @@ class CheckpointList:
             _remove(self.folder / name)
 
 
+def stem_on_the_way(run: str, kind: str, step: int, epoch: int) -> str:
+    """Start of the file names of a checkpoint on the way."""
+    return f"{run}-step{step:08d}" if kind == "step" else f"{run}-{epoch:06d}"
+
+
+def _second_name(source: Path, target: Path) -> None:
+    """Let a file have another name too; a copy where the file system has no such links."""
+    if not link_file(source, target):
+        replace_file(target, partial(shutil.copyfile, source))
+
+
+def peek_state(config: RunConfig) -> dict[str, Any] | None:
+    """Plain data of the state that a start would go on from, without verifying it; None where there is none."""
+    begin = config.resume.from_
+    if begin == "none":
+        return None
+    if begin == "auto":
+        found = find_states(config.output_dir, config.run.name)
+        folder = found[0][1] if found else None
+    else:
+        folder = config.locate(begin)
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else None
+    except (OSError, ValueError):
+        return None  # said by name where it is read
+    return values if isinstance(values, dict) and {"step", "ema_updates", "config"} <= set(values) else None
+
+
 def refuse_second_branch(config: RunConfig) -> None:
     """Two branches of a run in one folder would overwrite and prune each other's checkpoints.
 
     Raises:
-        ConfigError: if `resume.from` names a beginning before what the run's folder holds.
+        ConfigError: if `resume.from` names a beginning before what the run's folder holds, or if a finished run has no state to
+            go on from.
     """
     begin, step = config.resume.from_, 0
     if begin == "auto":
+        if not find_states(config.output_dir, config.run.name):
+            refuse_new_start(config)
         return
     if begin != "none":
-        try:
-            step = int(json.loads((config.locate(begin) / "state.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # said by name where it is read
+        state = peek_state(config)
+        if state is None:
+            return
+        step = int(state["step"])
     entries = CheckpointList.read(config.output_dir, config.run.name).entries
     later = [name for name, entry in entries.items() if entry.step > step]
     if later:
@@ -230,6 +302,21 @@ def refuse_second_branch(config: RunConfig) -> None:
             f'resume.from: "{begin}" begins at step {step}, and {config.output_dir} holds later checkpoints ({", ".join(later)}), '
             'which would be mixed up with the new ones. Write "auto" to go on from the newest, choose another run.output_dir '
             "(--fresh does) to branch off, or move them away"
+        )
+
+
+def refuse_new_start(config: RunConfig) -> None:
+    """A run that has no state to go on from begins anew, but not over its own end.
+
+    Raises:
+        ConfigError: if the folder holds the final weights of the run.
+    """
+    final = CheckpointList.read(config.output_dir, config.run.name).entries.get("final")
+    if final and (config.output_dir / final.model).exists():
+        raise ConfigError(
+            f"run.output_dir {config.output_dir}: holds the finished run '{config.run.name}' ({final.model}, step {final.step}) "
+            "without a good state to go on from (save.state), and a new start would overwrite it. Use --fresh to start anew in a new "
+            "folder, or move it away"
         )
 
 
@@ -395,6 +482,31 @@ def newest_good_state(folder: Path, run: str) -> tuple[Path, dict[str, Any]] | N
         except CheckpointError as error:
             logger.warning("%s; trying an older state", error)
     return None
+
+
+def as_begun(config: RunConfig, began: Mapping[str, Any] | None) -> RunConfig:
+    """The config with ``ema.warmup = "auto"`` replaced by what the run began with.
+
+    Args:
+        began: fixed settings of the state that the run goes on from; None = it begins now.
+    """
+    if config.ema.warmup != "auto":
+        return config
+    warmup = config.warms_average if began is None else began.get("ema.warmup", False)
+    return config.model_copy(update={"ema": config.ema.model_copy(update={"warmup": warmup})})
+
+
+def former_end(config: RunConfig, state: Mapping[str, Any]) -> int | None:
+    """Update at which the schedule ended that a state was made with; None if an earlier version did not record it.
+
+    Args:
+        state: plain data of the state.
+    """
+    known = state.get("schedule_end") or state["config"].get("scheduler.total_steps")
+    if known is None:
+        final = CheckpointList.read(config.output_dir, config.run.name).entries.get("final")
+        known = final.step if final and final.step == state["step"] else None
+    return known
 
 
 def compare_config(

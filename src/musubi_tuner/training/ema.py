@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.models.checkpoints import read_weights, strip_wrappers
+from musubi_tuner.training.schedulers import average_decay
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -49,7 +50,7 @@ class EMA:
     Args:
         model: whose present state becomes the first average.
         decay: share of the old average kept at every update, in [0, 1).
-        warmup: use ``min(decay, (1 + n) / (10 + n))`` in the n-th update (from 0).
+        warmup: start with less memory; see `average_decay`.
         device: where the shadow lives; absent = with the model.
     """
 
@@ -65,7 +66,7 @@ class EMA:
 
     def current_decay(self) -> float:
         """Decay of the next update."""
-        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        return average_decay(self.updates, self.decay, self.warmup)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

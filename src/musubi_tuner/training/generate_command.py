@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from musubi_tuner.config import RunConfig, load_config
@@ -43,7 +44,12 @@ def _parser(architecture: str, description: str) -> Parser:
     parser.add_argument(
         "--lora_multiplier", nargs="+", type=float, default=[], metavar="X", help="strength of each (default 1)"
     )
-    parser.add_argument("--save_path", default="samples", metavar="FOLDER", help="where pictures go (default: samples)")
+    parser.add_argument(
+        "--save_path",
+        default="samples",
+        metavar="FOLDER",
+        help="where pictures go (default: samples); none is replaced",
+    )
     parser.add_argument("--images_per_prompt", type=int, default=1, metavar="N", help="pictures of each prompt")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures drawn together (default: 8)")
     return parser
@@ -74,24 +80,35 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from musubi_tuner.training.generate import Generator
-    from musubi_tuner.training.sampling import contact_sheet, file_part, picture_text, save_png
+    from musubi_tuner.training.sampling import contact_sheet, file_part, picture_text, save_new_png
 
+    folder = Path(options.save_path)
+    folder.mkdir(parents=True, exist_ok=True)
     with advise_on_memory(UserError, 'lower --batch_size, draw smaller pictures or set memory.blocks_to_swap = "auto"'):
         generator = Generator.from_run(config, options.checkpoint, ema=not options.raw_weights, adapters=adapters)
         settings = generator.settings()
         with tqdm(total=len(prompts), desc="drawing", unit="image", disable=None) as bar:
             pictures = generator.draw(prompts, settings, batch_size=options.batch_size, progress=bar.update)
-    folder = Path(options.save_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    number = -1
     for index, (prompt, picture) in enumerate(zip(prompts, pictures)):
         used = settings.of(prompt, index, config.spec.pixel_step)
-        part = file_part(prompt.name) if prompt.name else config.run.name
-        path = folder / f"{part}_{used.seed:010d}_{index:02d}.png"
-        save_png(path, picture, picture_text(prompt, used))
+        stem = f"{file_part(prompt.name) if prompt.name else config.run.name}_{used.seed:010d}"
+        named = partial(_numbered_png, folder, stem)
+        path, taken = save_new_png(named, number + 1, picture, picture_text(prompt, used))
+        if taken > number + 1:
+            print(f"note: {named(number + 1)} exists already; numbers go on at {taken:02d}")
+        number = taken
         print(f"{path}: {prompt.text}")
     if len(pictures) > 1:
-        save_png(folder / "contact_sheet.png", contact_sheet(pictures, columns=4))
+        sheet = contact_sheet(pictures, columns=4)
+        path, number = save_new_png(lambda n: folder / f"contact_sheet{f'_{n:02d}' if n else ''}.png", 0, sheet)
+        if number:
+            print(f"{path}: all of them")
     return EXIT_OK
+
+
+def _numbered_png(folder: Path, stem: str, number: int) -> Path:
+    return folder / f"{stem}_{number:02d}.png"
 
 
 def _numbered(prompt: Prompt, number: int) -> Prompt:

@@ -1,13 +1,11 @@
 """The split of a run: one that goes on keeps the split of its state, whatever the rule is now."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out, hold_out_again, hold_out_by_id, pictures_of
-from musubi_tuner.training.checkpoint import find_states
+from musubi_tuner.training.checkpoint import peek_state
 
 _SHOWN = 3
 
@@ -44,7 +42,7 @@ def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], lis
     """The split of the state from which the run goes on; None without a state, or where its data set is another one."""
     if not config.validation.split:
         return None
-    values = _state_values(config)
+    values = peek_state(config)
     if values is None:
         return None
     if "held_out" not in values:
@@ -53,22 +51,3 @@ def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], lis
     keys = values["held_out"]
     # A state that knows other items is refused where it is read.
     return hold_out_again(items, keys) if keys and known.issuperset(keys) else None
-
-
-def _state_values(config: RunConfig) -> dict[str, Any] | None:
-    """Plain data of the state from which the run goes on. Its files are verified where it is loaded."""
-    begin = config.resume.from_
-    if begin == "none":
-        return None
-    if begin == "auto":
-        states = find_states(config.output_dir, config.run.name)
-        if not states:
-            return None
-        path = states[0][1]
-    else:
-        path = config.locate(begin)
-    try:
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # said where the state is loaded
-    return values if isinstance(values, dict) else None

@@ -20,10 +20,11 @@ from musubi_tuner.training.checkpoint import (
     Best,
     CheckpointList,
     TrainingState,
+    as_begun,
     find_states,
     write_state,
 )
-from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.training.trainer import Position, count_steps, data_digest, fixed_settings, other_teachers
 
 
@@ -50,6 +51,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         raise ConfigError(
             f'resume.from: is "{config.resume.from_}", so the run would not go on from what is imported; write "auto"'
         )
+    config = as_begun(config, {})  # without warm-up of the average, as in such a trainer
     processes = config.distributed.num_processes
     trained, held_out = hold_out(scan(config.datasets, config.spec.code).items, config.validation)
     steps = count_steps(config, trained, processes)
@@ -72,6 +74,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         "window_updates": 0,
         "best": best.state(),
         "metrics_bytes": 0,
+        "schedule_end": schedule_length(config, steps.total_updates),
         "config": fixed_settings(config, processes),
         "data": data_digest(trained, config.train.masked_loss, held_out, other_teachers(config)),
         "held_out": [item.key for item in held_out],

@@ -20,7 +20,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.files import replace_file, write_text
+from musubi_tuner.files import replace_file, write_new_file, write_text
 from musubi_tuner.flow import guide, solve
 from musubi_tuner.models.spec import ModelSpec, Process
 
@@ -205,12 +205,26 @@ def decode_images(
 
 
 def save_png(path: Path, picture: np.ndarray, text: dict[str, Any] | None = None) -> None:
-    """Write a picture, with its settings in a text chunk."""
+    """Write a picture, with its settings in a text chunk; an older one of the name is replaced."""
+    replace_file(path, _png_writer(picture, text))
+
+
+def save_new_png(
+    name: Callable[[int], Path], number: int, picture: np.ndarray, text: dict[str, Any] | None = None
+) -> tuple[Path, int]:
+    """Write a picture under the first free of the names from ``number`` on; returns the path and its number."""
+    write = _png_writer(picture, text)
+    while not write_new_file(name(number), write):
+        number += 1
+    return name(number), number
+
+
+def _png_writer(picture: np.ndarray, text: dict[str, Any] | None) -> Callable[[Path], None]:
     info = PngImagePlugin.PngInfo()
     if text:
         info.add_text("parameters", json.dumps(text, ensure_ascii=False))
     image = Image.fromarray(picture)
-    replace_file(path, lambda target: image.save(target, format="PNG", pnginfo=info))
+    return lambda target: image.save(target, format="PNG", pnginfo=info)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 2, padding: int = 2) -> np.ndarray:

@@ -1,12 +1,13 @@
-"""Learning-rate multipliers as plain functions of the update number.
+"""Learning-rate multipliers, and decays of the averaged weights, as plain functions of the update number. Torch-free.
 
 The multiplier of update k (from 0) is applied before that update, so a linear warm-up begins at 0. There is no
 scheduler state to save: resuming asks for the same k again.
 """
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -72,6 +73,11 @@ def make_schedule(
     raise ValueError(f"unknown schedule '{kind}'; known: cosine, linear, constant")
 
 
+def schedule_length(config: "RunConfig", total: int) -> int:
+    """Update at which the schedule of a run of ``total`` updates ends."""
+    return config.scheduler.total_steps or total
+
+
 def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
     """The schedule of a run of so many updates."""
     return make_schedule(
@@ -80,5 +86,60 @@ def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
         min_lr=config.scheduler.min_lr,
         warmup_steps=config.scheduler.warmup_steps,
         warmup_type=config.scheduler.warmup_type,
-        total_steps=config.scheduler.total_steps or total,
+        total_steps=schedule_length(config, total),
     )
+
+
+@dataclass(frozen=True)
+class RateJump:
+    """Where a run goes on along another curve of the learning rate.
+
+    Attributes:
+        step: updates done. former_end, end: update at which the old curve ended, and at which the new one does.
+        before: rate of the last update done. after: rate of the next one.
+    """
+
+    step: int
+    former_end: int
+    end: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        times = self.after / self.before if self.before else 0.0
+        size = f", {times:.0f} times as high" if times >= 2 else ""
+        return f"{self.before:.3g} at update {self.step}, {self.after:.3g} at update {self.step + 1}{size}"
+
+
+def rate_jump(
+    config: "RunConfig", total: int, began: Mapping[str, Any], former_end: int | None, step: int
+) -> RateJump | None:
+    """How the learning rate leaves the curve that it followed; None where it does not, by more than 1 %.
+
+    Args:
+        total: updates of the run. began: fixed settings of the state that it goes on from.
+        former_end: update at which the schedule ended that the state was made with; None = it is not known. step: updates done.
+    """
+    if former_end is None or not 0 < step < total:
+        return None
+    lr = config.optimizer.lr
+    former = {"min_lr": began.get("scheduler.min_lr", config.scheduler.min_lr), "total_steps": former_end}
+    before = config.model_copy(update={"scheduler": config.scheduler.model_copy(update=former)})
+    old, new = schedule_of(before, total), schedule_of(config, total)
+    if math.isclose(old(step), new(step), rel_tol=0.01):
+        return None
+    return RateJump(step, former_end, schedule_length(config, total), lr * old(step - 1), lr * new(step))
+
+
+def average_decay(update: int, decay: float, warmup: bool) -> float:
+    """Share of the old average that the n-th update (from 0) keeps: ``decay``, under warm-up at most ``(1 + n) / (10 + n)``."""
+    return min(decay, (1 + update) / (10 + update)) if warmup else decay
+
+
+def start_left(updates: int, decay: float, warmup: bool) -> float:
+    """Share of its start that an average still holds after so many updates: the product of their `average_decay`."""
+    if not warmup:
+        return decay**updates
+    # (1 + n) / (10 + n) is below decay for so many updates; its product over m of them is 9! m! / (m + 9)!.
+    below = min(updates, max(0, math.ceil((10 * decay - 1) / (1 - decay))))
+    return decay ** (updates - below) / math.comb(below + 9, 9)

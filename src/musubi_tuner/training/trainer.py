@@ -60,12 +60,16 @@ from musubi_tuner.training.checkpoint import (
     CheckpointList,
     Entry,
     TrainingState,
+    as_begun,
     compare_config,
+    former_end,
     newest_good_state,
     read_tensors,
     read_values,
+    refuse_new_start,
     refuse_second_branch,
     save_weights,
+    stem_on_the_way,
     tidy,
     write_state,
 )
@@ -90,7 +94,7 @@ from musubi_tuner.training.sampling import (
     sample_settings,
     save_samples,
 )  # fmt: skip
-from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.training.schedulers import rate_jump, schedule_length, schedule_of
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
@@ -125,13 +129,15 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
     found = {
         p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
     }
+    found["ema.warmup"] = config.warms_average
     found["micro-batches per update"] = processes * config.train.grad_accum_steps
     return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
 
 
 def default_settings() -> dict[str, Any]:
     """What a setting was before it existed."""
-    return json.loads(json.dumps({p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}))
+    found = {p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}
+    return json.loads(json.dumps({**found, "ema.warmup": False}))
 
 
 def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
@@ -286,7 +292,7 @@ class Trainer:
         self.ema = None
         if config.ema.enabled:
             where = "cpu" if config.ema.on_cpu else None
-            self.ema = EMA(self.trained, config.ema.decay, warmup=config.ema.warmup, device=where)
+            self.ema = EMA(self.trained, config.ema.decay, warmup=config.warms_average, device=where)
         if self.ema and trainee.average is not None:
             report = self.ema.load_shadow(trainee.average, self.trained)
             if self.main:
@@ -322,7 +328,7 @@ class Trainer:
         if self.main:
             if not self.adapters:
                 write_configs(self.folder, self.geometry.to_json(), self.options)
-            write_text(self.folder / f"{self.name}.config.toml", resolved_toml(config))
+            write_text(self.folder / f"{self.name}.config.toml", resolved_toml(self.config))
             self.metrics = Metrics(
                 self.folder,
                 step=self.position.step,
@@ -418,6 +424,7 @@ class Trainer:
     def _resume(self) -> int:
         """Restore a state if there is one; returns the length of metrics.jsonl that belongs to it."""
         found = self._find_state()
+        self.config = as_begun(self.config, found[1]["config"] if found else None)
         if found is None:
             return 0
         path, values = found
@@ -428,7 +435,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, read_tensors(path, "optimizer"), values["optimizer"])
         if self.ema:
             self.ema.load_shadow(read_tensors(path, "ema"))
-            self.ema.updates = values["ema_updates"]
+            self.ema.updates, self.ema.warmup = values["ema_updates"], self.config.warms_average
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.position = Position(**values["position"])
@@ -453,6 +460,10 @@ class Trainer:
             self.best.load_state(values.get("best"))
         if self.main:
             print(f"continuing from {path.name}: step {self.position.step} of {self.total}")
+            end = former_end(self.config, values)
+            jump = rate_jump(self.config, self.total, values["config"], end, self.position.step)
+            if jump:
+                print(f"warning: the learning rate jumps: {jump}")
         return int(values["metrics_bytes"])
 
     @property
@@ -464,7 +475,10 @@ class Trainer:
         if wanted == "none":
             return None
         if wanted == "auto":
-            return newest_good_state(self.folder, self.name)
+            found = newest_good_state(self.folder, self.name)
+            if found is None:
+                refuse_new_start(self.config)
+            return found
         path = self.config.locate(wanted)
         if not path.is_dir():
             raise ConfigError(
@@ -522,6 +536,7 @@ class Trainer:
                 "epoch_loss": {"total": float(self.epoch_total), "updates": self.epoch_updates},
                 "best": self.best.state() if self.best else None,
                 "metrics_bytes": self.metrics.length,
+                "schedule_end": schedule_length(self.config, self.total),
                 "config": fixed_settings(self.config, self.processes),
                 "data": self.data_digest,
                 "held_out": self.held_out,
@@ -540,6 +555,9 @@ class Trainer:
             Interrupted: after saving, when a signal asked to stop.
             TrainingError: when a loss or gradient is not finite.
         """
+        self.wait()  # all ranks have read the state, which may move now
+        if self.metrics and self.position.step < self.total:
+            self._keep_former_end(self.metrics)
         try:
             with self.stop:
                 if self.samples_due:
@@ -937,9 +955,9 @@ class Trainer:
         if self.processes > 1:
             self._gather_window()
         if self.main:
-            stems = {"step": f"step{self.position.step:08d}", "epoch": f"{self.position.epoch + 1:06d}"}
             for name, kind in due.items():
-                self._save(name, kind, f"{self.name}-{stems[kind]}", force_state=bool(stopping) and kind == "step")
+                stem = stem_on_the_way(self.name, kind, self.position.step, self.position.epoch + 1)
+                self._save(name, kind, stem, force_state=bool(stopping) and kind == "step")
         if self.config.save.state or stopping:
             self.state_step = self.position.step
         self.wait()
@@ -957,6 +975,12 @@ class Trainer:
             self._save_if_due(stopping)
         text = f"stopped after step {self.position.step}; run the same command again to continue"
         raise Interrupted(stopping, text if self.main else "")
+
+    def _keep_former_end(self, metrics: Metrics) -> None:
+        """The final checkpoint of a run that was made longer becomes one on the way."""
+        names = CheckpointList.read(self.folder, self.name).keep_former_end(self.position.step)
+        if names:
+            metrics.say(f"{self.name}.safetensors of step {self.position.step} is kept as {', '.join(names)}")
 
     def _gather_window(self) -> None:
         """Bring the losses since the last log line to the main process, whose state must hold those of all ranks."""

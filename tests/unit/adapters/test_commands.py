@@ -1,6 +1,7 @@
 """The commands around LoRA files: rewrite, merge, average. Their mistakes are exit code 2 or 1, never a traceback."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def test_a_merged_model_hides_padding_where_its_adapter_did(capsys: pytest.Captu
             "a.safetensors",
             "--save_merged_model",
             "m.safetensors",
+            "--overwrite",
         ]
         assert merge_lora.main(arguments) == 0
         assert ("note: padding is hidden (model.t5_attn_mask = true)" in capsys.readouterr().out) == hides
@@ -237,3 +239,28 @@ def test_mistakes_in_averaging(options: list[str], code: int, message: str, caps
     assert lora_post_hoc_ema.main([*options, "--output_file", "ema.safetensors", "--no_sort"]) == code
     assert message in capsys.readouterr().err
     assert not Path("ema.safetensors").exists()
+
+
+# What is there already
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (convert_lora.main, ["--input", "a.safetensors", "--target", "comfyui", "--output"]),
+        (merge_lora.main, ["--dit", "base.safetensors", "--lora_weight", "a.safetensors", "--save_merged_model"]),
+        (lora_post_hoc_ema.main, ["a.safetensors", "b.safetensors", "--output_file"]),
+    ],
+)
+def test_a_file_is_only_replaced_where_that_is_asked_for(
+    command: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base("base.safetensors")
+    for name in ("a", "b"):
+        lora(f"{name}.safetensors", metadata={"ss_base_model_version": "flux_dev"})
+    Path("mine.safetensors").write_bytes(b"mine")
+    assert command([*arguments, "mine.safetensors"]) == 2
+    assert "mine.safetensors: exists already; choose another name, or add --overwrite" in capsys.readouterr().err
+    assert Path("mine.safetensors").read_bytes() == b"mine"
+    assert command([*arguments, "mine.safetensors", "--overwrite"]) == 0
+    assert load_file("mine.safetensors")

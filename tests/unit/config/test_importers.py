@@ -328,3 +328,12 @@ def test_command_writes_a_run_file(project: Path, capsys: pytest.CaptureFixture[
     assert load_config(project / "run.toml").adapter.rank == 16
     assert main(["flat.toml", "-o", "run.toml"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("architecture", "written"), [("tf", [("ema.warmup", False)]), ("fd", [])])
+def test_an_average_is_warmed_up_only_where_the_option_file_says_so(
+    architecture: str, written: list[tuple[str, bool]]
+) -> None:
+    imported = import_musubi({"train": flat(architecture=architecture, network_module=None)}, Path)
+    assert [pair for pair in imported.report.defaulted if pair[0].startswith("ema.")] == written
+    assert imported.document.get("ema", {}) == ({"warmup": False} if written else {})

@@ -789,3 +789,22 @@ def test_settings_of_the_published_lora_trainer_are_told_where_they_go(
 ) -> None:
     (found,) = problems(adapter=f'type = "lora"\n{setting}', ema="enabled = false")
     assert found.startswith(f"adapter.{message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warms"),
+    [
+        ({}, True),
+        ({**NEW_MODEL, "model": SCRATCH}, False),
+        ({"ema": 'init = "checkpoint"'}, False),
+        ({"adapter": 'type = "lora"'}, True),
+        ({"ema": "warmup = false"}, False),
+        ({**NEW_MODEL, "model": SCRATCH, "ema": "warmup = true"}, True),
+    ],
+)
+def test_a_new_average_is_warmed_up_where_it_starts_as_weights_that_were_trained(
+    changes: dict[str, Any], warms: bool, load: Load
+) -> None:
+    config = load(**changes)
+    assert config.warms_average == warms
+    assert config.ema.warmup == ("auto" if "warmup" not in changes.get("ema", "") else warms)

@@ -376,3 +376,18 @@ def test_command_explains_what_is_wrong(tmp_path: Path, command: Callable[..., t
 @pytest.fixture(autouse=True)
 def warnings_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+@pytest.mark.parametrize("taken", ["new.safetensors", "new_ema.safetensors"])
+def test_command_replaces_no_file_unless_asked(
+    taken: str, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    for name in ("v4", "v4_ema"):
+        source = write(tmp_path / f"{name}.safetensors", filled(TINY), TINY.to_dict())
+    source = tmp_path / "v4.safetensors"
+    (tmp_path / taken).write_bytes(b"mine")
+    code, text = command(source, tmp_path / "new.safetensors", "--ema")
+    assert code == 2 and f"{tmp_path / taken}: exists already" in text and "--overwrite" in text
+    assert (tmp_path / taken).read_bytes() == b"mine" and len(list(tmp_path.glob("new*"))) == 1
+    assert command(source, tmp_path / "new.safetensors", "--ema", "--overwrite")[0] == 0
+    assert load_file(tmp_path / taken)

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -469,6 +471,54 @@ def test_states_are_pruned_by_step_apart_from_their_weights(keep: int | None, le
     assert [entry.model for entry in found.values()] == [
         entry.model for entry in entries.values() if entry.model or 1 in left
     ]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_end_of_a_run_that_goes_on_has_the_names_that_were_due(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError("no links here")))
+    final = Entry(9, 3, "final", "run.safetensors", "run_ema.safetensors", "run-state")
+    checkpoints = listed(tmp_path, {"final": final})
+    checkpoints.add("final", final, {"step_9": "step", "epoch_3": "epoch"})
+    assert CheckpointList.read(tmp_path, "run").keep_former_end(9) == [
+        "run-step00000009.safetensors",
+        "run-000003.safetensors",
+    ]
+    found = CheckpointList.read(tmp_path, "run").entries
+    assert found["epoch_3"].ema == "run-000003_ema.safetensors" and found["final"].model == "run.safetensors"
+    assert [found[name].state for name in ("step_9", "epoch_3", "final")] == ["run-step00000009-state"] * 2 + [""]
+    assert content(tmp_path) == names_of(9) | {
+        "checkpoints.json", "run.safetensors", "run_ema.safetensors", "run-000003.safetensors", "run-000003_ema.safetensors",
+    }  # fmt: skip
+    # The next end is written over the old names, and nothing of the former one is lost.
+    CheckpointList.read(tmp_path, "run").add("final", Entry(15, 5, "final", "run.safetensors", "run_ema.safetensors"))
+    assert list(CheckpointList.read(tmp_path, "run").entries) == ["step_9", "epoch_3", "final"]
+
+
+def test_an_end_that_was_not_due_on_the_way_is_kept_as_its_step(tmp_path: Path) -> None:
+    checkpoints = listed(tmp_path, {"final": Entry(7, 3, "final", "run.safetensors")})
+    assert checkpoints.keep_former_end(6) == []  # not where the run goes on
+    assert checkpoints.keep_former_end(7) == ["run-step00000007.safetensors"]
+    assert checkpoints.entries["step_7"] == Entry(7, 3, "step", "run-step00000007.safetensors")
+    assert checkpoints.keep_former_end(7) == []  # kept already
+
+
+def test_keeping_the_former_end_goes_on_after_a_crash(tmp_path: Path) -> None:
+    final = Entry(9, 3, "final", "run.safetensors", "run_ema.safetensors", "run-state")
+    checkpoints = listed(tmp_path, {"final": final})
+    checkpoints.add("final", final, {"epoch_3": "epoch"})
+    before = (tmp_path / "checkpoints.json").read_bytes()
+    checkpoints.keep_former_end(9)
+    (tmp_path / "checkpoints.json").write_bytes(before)  # killed before the list was written
+    tidy(tmp_path, "run")
+    CheckpointList.read(tmp_path, "run").keep_former_end(9)
+    found = CheckpointList.read(tmp_path, "run").entries
+    expected = ("run-000003.safetensors", "run-000003_ema.safetensors", "run-000003-state")
+    assert (found["epoch_3"].model, found["epoch_3"].ema, found["epoch_3"].state) == expected
+    assert found["final"].state == "" and set(found) == {"epoch_3", "final"}
+    assert all((tmp_path / name).exists() for name in expected)
 
 
 def test_pruning_bears_files_that_are_gone_already(tmp_path: Path) -> None:

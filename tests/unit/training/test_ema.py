@@ -1,5 +1,6 @@
 """The moving average moves in every precision, comes and goes without a trace, and survives its files."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.training.ema import EMA, LoadReport, unwrap
+from musubi_tuner.training.schedulers import average_decay, start_left
 
 
 class Net(nn.Module):
@@ -121,6 +123,27 @@ def test_warm_up_begins_with_a_short_memory_and_ends_at_the_decay() -> None:
         ema.update(model)
     expected = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5, 0.5, 0.5]
     assert decays == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05, 0.1, 0.5, 0.99, 0.9999])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_what_is_left_of_the_start_is_the_product_of_all_decays(decay: float, warmup: bool) -> None:
+    for updates in (0, 1, 2, 5, 200, 3000):
+        product = math.prod(average_decay(update, decay, warmup) for update in range(updates))
+        assert start_left(updates, decay, warmup) == pytest.approx(product, rel=1e-9, abs=1e-300)
+    assert start_left(10**9, 0.999999, warmup) == 0.0
+
+
+def test_what_is_left_of_the_start_is_left_in_the_average() -> None:
+    model = Net()
+    ema = EMA(model, 0.9, warmup=True)
+    for shadow in ema.shadow.values():
+        shadow.fill_(1.0)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for _ in range(5):
+        ema.update(model)
+    assert float(ema.shadow["linear.weight"].max()) == pytest.approx(start_left(5, 0.9, True))
 
 
 def test_warm_up_acts_on_the_average() -> None:

@@ -22,7 +22,15 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
-from musubi_tuner.training.sampling import contact_sheet, decode_images, draw, encode_prompts, save_png, save_samples
+from musubi_tuner.training.sampling import (
+    contact_sheet,
+    decode_images,
+    draw,
+    encode_prompts,
+    save_new_png,
+    save_png,
+    save_samples,
+)
 from tiny import TINY
 
 SPEC = MODELS["tf"]
@@ -351,6 +359,28 @@ def test_png_holds_pixels_and_settings(tmp_path: Path) -> None:
         assert isinstance(image.text["parameters"], str)
         assert json.loads(image.text["parameters"]) == settings
         assert (np.asarray(image) == picture).all()
+
+
+def test_a_picture_takes_the_next_free_number_and_replaces_none(tmp_path: Path) -> None:
+    def numbered(number: int) -> Path:
+        return tmp_path / f"{number}.png"
+
+    white, black = (np.full((2, 2, 3), value, dtype=np.uint8) for value in (255, 0))
+    assert save_new_png(numbered, 0, white) == (numbered(0), 0)
+    numbered(1).write_bytes(b"mine")
+    assert save_new_png(numbered, 0, black) == (numbered(2), 2)
+    assert numbered(1).read_bytes() == b"mine"
+    assert [np.asarray(Image.open(numbered(number))).max() for number in (0, 2)] == [255, 0]
+
+
+def test_a_picture_that_cannot_be_written_leaves_its_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        save_new_png(lambda number: tmp_path / f"{number}.png", 0, np.zeros((2, 2, 3), dtype=np.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_png_without_settings_has_no_text(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pret
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
 from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.checkpoint import read_values
 from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.trainer import Trainer
@@ -531,18 +532,58 @@ def test_without_links_the_best_weights_are_written_twice(start: Start, monkeypa
     assert all(torch.equal(best[key], final[key]) for key in final)
 
 
-def test_a_run_that_goes_on_keeps_its_best_and_forgets_the_names_of_the_old_end(start: Start) -> None:
+def test_a_run_that_goes_on_keeps_its_best_and_its_former_end(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     save = {"every_steps": 4, "keep_last_steps": 0, "best": True, "state": True}
     first = start("goes on", save=save)
     first.run()
     assert entries(first)["step_4"]["model"] == "tiny.safetensors" and entries(first)["best"]["step"] == 4
     before = (first.folder / "best.safetensors").read_bytes()
+    former = {suffix: (first.folder / f"tiny{suffix}.safetensors").read_bytes() for suffix in ("", "_ema")}
+    capsys.readouterr()
     # A rate of training so high that the second epoch is worse.
     again = start("goes on", save=save, train={"max_steps": 6})
     again.run()
-    assert {name: entry["step"] for name, entry in entries(again).items()} == {"best": 4, "final": 6}
+    assert "tiny.safetensors of step 4 is kept as tiny-step00000004.safetensors" in capsys.readouterr().out
+    assert {name: entry["step"] for name, entry in entries(again).items()} == {"best": 4, "step_4": 4, "final": 6}
+    for suffix, content in former.items():
+        assert (again.folder / f"tiny-step00000004{suffix}.safetensors").read_bytes() == content
+    assert find_weights(f"{again.folder}:step_4") == again.folder / "tiny-step00000004.safetensors"
+    assert read_values(again.folder / "tiny-step00000004-state")["step"] == 4
     assert (again.folder / "best.safetensors").read_bytes() == before
     assert header(again.folder / "tiny.safetensors")["step"] == "6"
+
+
+def test_a_former_end_is_pruned_as_any_checkpoint_on_the_way(start: Start) -> None:
+    save = {"every_steps": 2, "keep_last_steps": 1, "state": True}
+    start("pruned end", save=save).run()
+    again = start("pruned end", save=save, train={"max_steps": 7})
+    again.run()
+    assert set(entries(again)) == {"step_6", "final"} and not list(again.folder.glob("tiny-step00000004*"))
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_a_finished_run_without_a_good_state_is_not_overwritten_by_a_new_start(state: bool, start: Start) -> None:
+    first = start(f"no state {state}", save={"state": state})
+    first.run()
+    if state:
+        (first.folder / "tiny-state" / "model.safetensors").unlink()
+    before = (first.folder / "tiny.safetensors").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"holds the finished run 'tiny' \(tiny\.safetensors, step 4\) without a good state .*--fresh"
+    ):
+        start(f"no state {state}", train={"max_steps": 8}, save={"state": state})
+    assert (first.folder / "tiny.safetensors").read_bytes() == before
+
+
+def test_the_start_says_that_the_rate_jumps(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    start("jumps", save={"state": True}).run()
+    capsys.readouterr()
+    start("jumps", save={"state": True}, train={"max_steps": 8})
+    # Cosine over 4 and over 8 updates: (1 + cos(3 pi / 4)) / 2 before, 1 / 2 from here.
+    said = "warning: the learning rate jumps: 0.00146 at update 4, 0.005 at update 5, 3 times as high"
+    assert said in capsys.readouterr().out
+    start("jumps", save={"state": True}, train={"max_steps": 8}, scheduler={"total_steps": 4, "min_lr": 0.0})
+    assert "jumps" not in capsys.readouterr().out
 
 
 def test_the_two_newest_states_stay_and_the_weights_of_all(start: Start) -> None:
@@ -736,6 +777,31 @@ def test_the_average_follows_the_run_file(decay: float, warmup: bool, kept: floa
     for key, shadow in trainer.ema.shadow.items():
         torch.testing.assert_close(shadow, kept * before[key] + (1 - kept) * after[key], atol=1e-6, rtol=1e-4)
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_run_keeps_the_warm_up_of_its_average_that_it_began_with(start: Start) -> None:
+    """A run of before, without warm-up, goes on under "auto", which means warm-up for a new run of its kind."""
+    base = start("begun with")
+    base.run()
+    model = {"init": "checkpoint", "path": str(base.folder / "tiny.safetensors"), "geometry": None}
+    changes = {"model": model, "scheduler": {"type": "constant"}, "save": {"state": True}}
+    whole = start("in one", ema={"warmup": False}, **changes)
+    whole.run()
+    start("in two", ema={"warmup": False}, train={"max_steps": 2}, **changes).run()
+    second = start("in two", **changes)
+    second.run()
+    assert second.ema is not None and whole.ema is not None
+    assert all(torch.equal(value, whole.ema.shadow[key]) for key, value in second.ema.shadow.items())
+    assert read_values(second.folder / "tiny-state")["config"]["ema.warmup"] is False
+    assert load_config(second.folder / "tiny.config.toml").ema.warmup is False
+    new = start("new", **changes)
+    assert new.ema is not None and new.ema.warmup
+    assert load_config(new.folder / "tiny.config.toml").ema.warmup is True
+    new.run()
+    # It stays so where the file says it, and another word of the file is another config.
+    assert start("new", ema={"warmup": True}, **changes).position.step == 4
+    with pytest.raises(ConfigError, match=r"ema\.warmup was True, now False"):
+        start("new", ema={"warmup": False}, **changes)
 
 
 def test_a_schedule_of_its_own_length_ends_before_or_after_the_run(start: Start) -> None:

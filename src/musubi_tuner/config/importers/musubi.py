@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "train.mixed_precision": "no",
     "run.allow_tf32": False,
     "run.cudnn_benchmark": False,
+    "ema.warmup": False,
     "save.dtype": "float32",
     "save.every_steps": 0,
     "save.keep_last_steps": 0,
@@ -449,6 +450,8 @@ class _Importer(Builder):
             if key in self.values or (section == "sample" and not samples):
                 continue
             if section == "adapter" and self.values.get("adapter.type") != "lora":
+                continue
+            if section == "ema" and not spec.defaults.get("ema.enabled", self.known["ema.enabled"].field.default):
                 continue
             if key == "memory.swap_pinned" and not self.values.get("memory.blocks_to_swap"):
                 continue

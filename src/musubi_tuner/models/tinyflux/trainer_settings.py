@@ -190,7 +190,7 @@ TEACHERS = {
     "objective.distill_on_dropped": False,
     "objective.drop_experts_with_text": False,
 }
-WAYS = {"optimizer.decay_all": True, "save.best": True}
+WAYS = {"optimizer.decay_all": True, "ema.warmup": False, "save.best": True}
 """What that trainer does without a field for it; ``TEACHERS`` only where it has one."""
 
 

@@ -1,0 +1,151 @@
+"""What the plan says of the average and of the learning rate, for a new run and for one that goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from musubi_tuner.config import RunConfig, Steps, load_config
+from musubi_tuner.data.sources import Found
+from musubi_tuner.runner.plan import Plan, describe
+from musubi_tuner.training.checkpoint import CheckpointList, Entry, peek_state
+
+Load = Callable[..., RunConfig]
+SCRATCH = {"init": "scratch", "path": None, "geometry": {"num_single_layers": 1}}
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a run file of 200 updates that begins with a checkpoint, with changes by table; None leaves a key out."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "model.safetensors").touch()
+
+    def read(**changes: dict[str, Any]) -> RunConfig:
+        tables: dict[str, dict[str, Any]] = {
+            "run": {"name": "x", "output_dir": str(tmp_path / "out"), "device": "cpu"},
+            "model": {"arch": "tf", "path": str(tmp_path / "model.safetensors")},
+            "experts": {"enable_lune": False, "enable_sol": False},
+            "train": {"max_steps": 200, "mixed_precision": "no"},
+            "optimizer": {"lr": 1e-3},
+            "scheduler": {"warmup_steps": 0},
+            "cache": {"run": "never"},
+        }
+        for name, values in changes.items():
+            merged = {**tables.get(name, {}), **values}
+            tables[name] = {key: value for key, value in merged.items() if value is not None}
+        document = {"schema_version": 1, **tables, "datasets": [{"image_directory": str(tmp_path / "images")}]}
+        (tmp_path / "run.toml").write_text(tomli_w.dumps(document), encoding="utf-8")
+        return load_config(tmp_path / "run.toml")
+
+    return read
+
+
+def leave_state(config: RunConfig, step: int, began: dict[str, Any] | None = None, **values: Any) -> None:
+    """What the plan reads of a state that a run has left."""
+    folder = config.output_dir / f"x-step{step:08d}-state"
+    folder.mkdir(parents=True)
+    stored = {"step": step, "ema_updates": step, "config": {"scheduler.min_lr": 0.0, **(began or {})}, **values}
+    (folder / "state.json").write_text(json.dumps(stored), encoding="utf-8")
+
+
+def planned(config: RunConfig, total: int = 200) -> str:
+    """The plan of a run over so many updates."""
+    return describe(config, Plan(Found([], []), [], {}, Steps(10, 10, total, total // 10, 10), peek_state(config)), 1)
+
+
+# The average
+
+MUCH = "warning: average: 98.0 % of it would still be the start after 200 updates; "
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, '  average  decay 0.9999, with warm-up (ema.warmup = "auto"); 0.0 % of it is the start after 200 updates'),
+        ({"ema": {"warmup": False}}, MUCH + "lower ema.decay or set ema.warmup = true"),
+        ({"ema": {"init": "checkpoint"}}, MUCH + 'lower ema.decay, or set ema.init = "model"'),
+        ({"model": SCRATCH}, MUCH + "lower ema.decay or set ema.warmup = true"),
+        ({"model": SCRATCH, "ema": {"decay": 0.98}}, "  average  decay 0.98, without warm-up (ema.warmup = "),
+        ({"model": SCRATCH, "ema": {"decay": 0.98}}, "; 1.8 % of it is the start after 200 updates"),
+    ],
+)
+def test_the_plan_says_how_much_of_the_start_is_left_in_the_average(
+    changes: dict[str, Any], said: str, load: Load
+) -> None:
+    text = planned(load(**changes))
+    assert said in text
+    assert ("warning: average" in text) == said.startswith("warning")
+
+
+def test_a_run_without_an_average_has_no_line_of_it(load: Load) -> None:
+    assert "  average  " not in planned(load(ema={"enabled": False}))
+
+
+def test_a_run_that_goes_on_is_planned_with_the_average_that_it_began_with(load: Load) -> None:
+    """A state of before, which knows no "auto": without warm-up, and not to be changed any more."""
+    config = load()
+    leave_state(config, 100, {"ema.warmup": False})
+    text = planned(config)
+    assert "decay 0.9999, without warm-up" in text and MUCH + "a run keeps its [ema]" in text and "--fresh" in text
+    assert "set ema.warmup" not in text
+
+
+def test_updates_that_the_average_has_seen_count_and_not_those_of_the_run(load: Load) -> None:
+    """An imported state without an average: it begins at step 150, so only 50 updates move it."""
+    config = load(ema={"decay": 0.99})
+    leave_state(config, 150, {"ema.warmup": False}, ema_updates=0)
+    assert f"{100 * 0.99**50:.1f} % of it would still be the start after 200 updates" in planned(config)
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_run_that_is_made_longer_is_told_how_its_rate_jumps(kind: str, load: Load) -> None:
+    config = load(scheduler={"type": kind})
+    leave_state(config, 100, schedule_end=100)
+    text = planned(config)
+    before, after = {"cosine": ("2.47e-07", "0.0005"), "linear": ("1e-05", "0.0005")}[kind]
+    times = {"cosine": 2027, "linear": 50}[kind]
+    assert (
+        f"warning: the learning rate jumps: {before} at update 100, {after} at update 101, {times} times as high"
+        in text
+    )
+    assert "scheduler.total_steps = 100 keeps the old curve" in text and "set scheduler.min_lr too" in text
+
+
+def test_a_rate_that_falls_suddenly_is_a_jump_too(load: Load) -> None:
+    config = load(scheduler={"min_lr": 1e-4})
+    leave_state(config, 100, {"scheduler.min_lr": 1e-4}, schedule_end=1000)
+    text = planned(config)
+    assert "the learning rate jumps: 0.000978 at update 100, 0.00055 at update 101, because" in text
+    assert "set scheduler.min_lr too" not in text and "stays at scheduler.min_lr = 0.0001" in text
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "end"),
+    [({}, 200), ({"type": "constant"}, 100), ({"total_steps": 100}, 100), ({"type": "cosine"}, None)],
+)
+def test_a_rate_that_goes_on_as_it_was_needs_no_word(scheduler: dict[str, Any], end: int | None, load: Load) -> None:
+    config = load(scheduler=scheduler)
+    leave_state(config, 100, schedule_end=end)
+    assert "learning rate" not in planned(config)
+
+
+def test_the_end_of_a_finished_run_of_before_is_that_of_its_schedule(load: Load) -> None:
+    """Its state does not say how long the schedule was."""
+    config = load()
+    leave_state(config, 100)
+    CheckpointList(config.output_dir, "x").add("final", Entry(100, 10, "final", "x.safetensors"))
+    assert "because cosine ended at update 100 and ends at 200 now" in planned(config)
+
+
+def test_a_smallest_rate_that_was_changed_is_a_jump(load: Load) -> None:
+    config = load(scheduler={"total_steps": 100, "min_lr": 5e-4})
+    leave_state(config, 100, schedule_end=100)
+    text = planned(config)
+    assert "the learning rate jumps: 2.47e-07 at update 100, 0.0005 at update 101" in text
+    assert "because scheduler.min_lr is another now" in text and "keeps the old curve" not in text
