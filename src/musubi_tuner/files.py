@@ -37,12 +37,17 @@ def temporary_path(target: Path) -> Path:
     """A name in the folder of ``target`` that no other process or thread uses."""
     own = f"{TEMPORARY_PREFIX}{os.getpid()}-{threading.get_ident()}-"
     name = own + target.name
-    return target.with_name(name if fits(name) else own + sha256(os.fsencode(target.name)).hexdigest())
+    return target.with_name(name if fits(name) else own + sha256(name_bytes(target.name)).hexdigest())
 
 
 def fits(name: str) -> bool:
     """Whether a file can have this name."""
-    return len(os.fsencode(name)) <= MAX_NAME
+    return len(name_bytes(name)) <= MAX_NAME
+
+
+def name_bytes(name: str) -> bytes:
+    """A file name as file systems of UTF-8 store it, whatever the locale."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def replace_file(target: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:

@@ -35,7 +35,9 @@ def black_masks(config: RunConfig, items: Sequence[Item], latents: KindStatus) -
     from tqdm import tqdm
 
     with ThreadPoolExecutor(max(1, config.cache.workers)) as pool:
-        found = list(tqdm(pool.map(is_black, masked), total=len(masked), desc="masks", unit="mask", leave=False))
+        found = list(
+            tqdm(pool.map(is_black, masked), total=len(masked), desc="masks", unit="mask", leave=False, disable=None)
+        )
     return [item for item, black in zip(masked, found, strict=True) if black]
 
 

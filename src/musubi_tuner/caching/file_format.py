@@ -15,7 +15,6 @@ Naming follows musubi-tuner.
 """
 
 import json
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.errors import CacheError
-from musubi_tuner.files import fits
+from musubi_tuner.files import fits, name_bytes
 
 if TYPE_CHECKING:
     from musubi_tuner.data.sources import Item
@@ -58,18 +57,18 @@ _SHORT_BYTES = 160
 def cache_path(item: "Item", kind: str, code: str) -> Path:
     """Where the cache file of an item lies."""
     width, height = item.size
-    ending = {"latents": f"_{width:04d}x{height:04d}_{code}", "text": f"_{code}_te", "experts": f"_{code}_experts"}[
-        kind
-    ]
-    stem, ending = item.stem, f"{ending}.safetensors"
-    if not fits(f".{stem}{ending}{HALF_SUFFIX}"):
-        stem = short_stem(stem)
+    ending = {
+        "latents": f"_{width:04d}x{height:04d}_{code}.safetensors",
+        "text": f"_{code}_te.safetensors",
+        "experts": f"_{code}_experts.safetensors",
+    }[kind]
+    stem = item.stem if fits(f".{item.stem}{ending}{HALF_SUFFIX}") else short_stem(item.stem)
     return item.cache_directory / (stem + ending)
 
 
 def short_stem(stem: str) -> str:
     """What stands for a stem that is too long: its beginning, cut between characters, and its hash."""
-    raw = os.fsencode(stem)
+    raw = name_bytes(stem)
     return f"{raw[:_SHORT_BYTES].decode('utf-8', 'ignore')}~{sha256(raw).hexdigest()[:16]}"
 
 

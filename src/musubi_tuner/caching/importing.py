@@ -344,11 +344,8 @@ def _fingerprint(foreign: ForeignCaches, task: _Task, item: Item) -> Fingerprint
     """What is known of a file: facts of its rows, what it belongs to, and where it comes from."""
     common = {key: task.expected.shared[key] for key in ("format", "architecture")}
     own = task.expected.of_item(item)
-    for key in (
-        "resized",
-        "crop",
-        "background",
-    ):  # pictures were squashed, not cropped; nothing is known of their alpha
+    # Pictures were squashed, not cropped; nothing is known of their transparency.
+    for key in ("resized", "crop", "background"):
         own.pop(key, None)
     files = {name: hashed_state(path) for name, path in task.expected.files(item).items()}
     origin = {"provenance": IMPORTED, "source": foreign.identity, "rows": list(task.rows[item.key])}
@@ -390,10 +387,8 @@ def _mask(config: RunConfig, foreign: ForeignCaches, item: Item, row: int) -> Te
         if not ((mask >= 0) & (mask <= 1)).all():
             raise CacheError(f"its mask has values from {mask.min():.4g} to {mask.max():.4g}, expected 0 to 1")
         return mask
-    squashed = squash(item.size, item.bucket)
-    return torch.from_numpy(
-        to_latent(read_mask(item.mask, item.path, item.background), squashed, config.spec.vae_factor)
-    )
+    grey = read_mask(item.mask, item.path, item.background)
+    return torch.from_numpy(to_latent(grey, squash(item.size, item.bucket), config.spec.vae_factor))
 
 
 def _summary(config: RunConfig, kinds: Sequence[str], tasks: list[_Task]) -> int:

@@ -223,7 +223,7 @@ def _directory(
     if not images and not listing.problems:
         head = f"{dataset.name}: {root} holds no images ({', '.join(EXTENSIONS)}){_elsewhere(dataset)}"
         problems.append("\n    ".join([head, *left_out]))
-    masks = _mask_files(dataset, problems)
+    masks = _mask_files(dataset, problems, notes)
     for path, caption in folder_captions(dataset, root, images, problems, notes).items():
         columns = {"image_path": str(path)}
         if caption is None:
@@ -259,7 +259,7 @@ def _listing(dataset: DatasetConfig, folder: Path, recursive: bool) -> Listing:
     return list_pictures(folder, recursive, apart=dataset.apart, silently=own)
 
 
-def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
+def _mask_files(dataset: DatasetConfig, problems: list[str], notes: list[str]) -> dict[str, Path]:
     """The files of the mask folder by the id of their image; whatever their extension."""
     root, found = dataset.mask_directory, dict[str, Path]()
     if root is None:
@@ -269,6 +269,7 @@ def _mask_files(dataset: DatasetConfig, problems: list[str]) -> dict[str, Path]:
         return found
     listing = list_pictures(root, dataset.recursive)
     problems += listing.problems
+    notes += [f"{dataset.name}: masks: {note}" for note in listing.notes]
     for path in listing.pictures:
         first = found.setdefault(normalize("NFC", path.relative_to(root).with_suffix("").as_posix()), path)
         if first != path:

@@ -116,6 +116,24 @@ class TestOutput:
         (note,) = listing.notes
         assert "output folders" in note and "(drawn, run)" in note
 
+    def test_a_data_set_is_listed_without_output_cache_and_masks(
+        self, tmp_path: Path, picture: Make, dataset: Entry
+    ) -> None:
+        root = tmp_path / "images"
+        for place in ("p", "run/sample/s", "others_masks/p", "cache/c", "masks/p"):
+            picture(root / f"{place}.png")
+        entry = dataset(
+            recursive=True,
+            apart=(root / "run", root / "others_masks", root / "masks"),
+            cache_directory=root / "cache",
+            mask_source="file",
+            mask_directory=root / "masks",
+        )
+        found = scan([entry], "tf")
+        assert [(item.id, item.mask is not None) for item in found.items] == [("p", True)]
+        (note,) = found.notes
+        assert "2 images are left out" in note
+
     @pytest.mark.parametrize("marks", [["checkpoints.json"], ["metrics.jsonl", "t.config.toml"]])
     def test_output_of_other_runs_is_known_by_its_files(self, tmp_path: Path, marks: list[str]) -> None:
         touch(tmp_path / "sub" / "p.png", tmp_path / "old" / "sample" / "s.png", *(tmp_path / "old" / m for m in marks))

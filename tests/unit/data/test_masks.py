@@ -211,6 +211,8 @@ def test_masks_that_belong_to_no_image_say_which_name_they_need(tmp_path: Path, 
     grey(tmp_path / "masks" / "b_mask.png", np.zeros((64, 64)))
     (note,) = scan([masked()], "tf").notes
     assert "b_mask would be b" in note
+    (tmp_path / "masks" / "a.psd").touch()
+    assert any("masks: 1 image is left out" in note and ".psd" in note for note in scan([masked()], "tf").notes)
 
 
 def test_mask_of_another_size_and_two_masks_of_one_image_are_refused(tmp_path: Path, masked: Entry) -> None:
