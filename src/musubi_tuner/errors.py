@@ -80,6 +80,14 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{reason}" + (f"; {advice}" if advice else "")
 
 
+def describe_unwritable(error: UnicodeEncodeError) -> str:
+    """One line for a name that the system's encoding cannot express, or that no text can."""
+    return (
+        f"{error.object!r} holds {error.object[error.start : error.end]!r}, which {error.encoding} cannot express; rename the file, "
+        "or if the letter is right, run with the variables LC_ALL=C.UTF-8 and PYTHONUTF8=1"
+    )
+
+
 def out_of_memory(error: BaseException) -> tuple[str, bool] | None:
     """What a lack of memory is called in one line, and whether it is the device's; None for any other error."""
     torch = sys.modules.get("torch")
@@ -111,10 +119,28 @@ def advise_on_memory(kind: type[UserError], advice: str | Callable[[bool], str])
         raise kind(f"{reason}; {advice if isinstance(advice, str) else advice(on_device)}") from None
 
 
+_secrets: set[str] = set()
+
+
+def keep_secret(text: object) -> None:
+    """Let no error show a text, such as an access token."""
+    if isinstance(text, str) and len(text) >= 8:  # no token is as short, and a word would be hidden everywhere
+        _secrets.add(text)
+
+
+def mask_secrets(text: str) -> str:
+    """A message without access tokens, which a server or a library may repeat."""
+    for secret in {*_secrets, os.environ.get("HF_TOKEN") or ""} - {""}:
+        text = text.replace(secret, "***").replace(repr(secret)[1:-1], "***")
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+
+
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and turn its outcome into an exit code, with no traceback for a user's mistake."""
+    from musubi_tuner.output import secure_output
     from musubi_tuner.quiet import quiet_libraries
 
+    secure_output()
     quiet_libraries()
     # Threads that wait for each other spin only briefly before they sleep: beside another busy program endless spinning
     # makes a step several times as long. Read by OpenMP when torch is loaded, so it is set here, before.
@@ -123,7 +149,7 @@ def run_command(body: Callable[[], int | None]) -> int:
     try:
         return body() or EXIT_OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
         if text := str(stop):
@@ -132,9 +158,8 @@ def run_command(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPT
-    except BrokenPipeError:
-        # The reader of our output went away (`... | head`): nothing to report, and nobody to report it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError as error:
+        print(f"error: {describe_unwritable(error)}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
         if error.errno is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.files import encodable
 from musubi_tuner.stopping import exit_on_terminate
 
 
@@ -42,7 +43,7 @@ def _main(arguments: Sequence[str]) -> int:
 
     # A run folder holds the resolved config under the run's name.
     names = [path.name.removesuffix(".config.toml") for path in folder.glob("*.config.toml")]
-    title = names[0] if len(names) == 1 else folder.resolve().name
+    title = names[0] if len(names) == 1 else encodable(folder.resolve().name)
     made, missing = plot_run(folder / FILE, Path(options.output) if options.output else folder / "plots", title)
     for path in made:
         print(path)

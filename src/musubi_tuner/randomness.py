@@ -18,7 +18,7 @@ Key = int | str
 def keyed_seed(*key: Key) -> int:
     """A 63-bit seed from a key; any change of any part gives an unrelated seed."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 def keyed_random(*key: Key) -> random.Random:

@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from musubi_tuner.files import encodable
+
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file.
@@ -16,7 +18,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         OSError: with the system's number, where the library hides it in a text.
     """
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file(tensors, path, {key: encodable(value) for key, value in metadata.items()} if metadata else metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

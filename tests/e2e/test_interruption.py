@@ -164,23 +164,13 @@ def test_a_run_killed_inside_its_release_folder_leaves_no_half_file_there(rehear
     rehearsal.assert_equal(config)
 
 
-def test_a_run_killed_while_a_state_takes_the_place_of_an_older_one_keeps_either(
-    rehearsal: Rehearsal, tmp_path: Path
-) -> None:
-    further = ["--max_steps", "23"]
-    ends = {}
-    for name, faults in {"undisturbed": [], "killed": ["state.aside:1", "state.renamed:1"]}.items():
-        config = rehearsal.new(f"{name} further")
-        copy_tree(rehearsal.reference.parent / "out", config.parent / "out")
-        for fault in faults:
-            killed = rehearsal.server.run("train", [config, *further], tmp_path, MUSUBI_FAULT=fault)
-            killed.expect(-signal.SIGKILL)
-        rehearsal.server.run("train", [config, *further], tmp_path).expect(0)
-        ends[name] = config.parent / "out"
-    assert differing(final_files(ends["killed"]), final_files(ends["undisturbed"])) == []
-    assert metrics(ends["killed"]) == metrics(ends["undisturbed"])
-    states = [sorted(path.name for path in end.glob("*-state")) for end in ends.values()]
-    assert states[0] == states[1]
+def test_a_run_killed_while_a_state_takes_the_place_of_an_older_one_keeps_either(rehearsal: Rehearsal) -> None:
+    config = rehearsal.new("killed over a state")
+    # The last state is there and not listed, so the next start goes on from it and writes it again.
+    for fault in (f"state.renamed:{rehearsal.passes('state.renamed')}", "state.aside:1", "state.renamed:1"):
+        rehearsal.start(config, MUSUBI_FAULT=fault).expect(-signal.SIGKILL)
+    rehearsal.start(config).expect(0)
+    rehearsal.assert_equal(config)
 
 
 def test_every_fault_point_of_the_source_is_pulled_here() -> None:

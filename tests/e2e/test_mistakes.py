@@ -4,6 +4,7 @@
 """
 
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -274,7 +275,10 @@ def test_a_second_job_of_one_kind_in_one_cache_folder_is_refused(
         lock = config.parent / "cache" / ".lock_experts_1of1"
         wait_for(lambda: lock.exists() and lock.stat().st_size > 0)
         second = server.run("experts", [config], config.parent).expect(1)
-        assert f"process {first.pid} is writing caches here" in second.err and "--shard i/n" in second.err
+        assert (
+            f"process {first.pid} on {platform.node()} is writing caches here" in second.err
+            and "--shard i/n" in second.err
+        )
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait(timeout=60)
@@ -648,7 +652,10 @@ def test_two_trainers_in_one_folder_are_refused_until_the_first_is_dead(
         lines = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: lines.exists() and lines.stat().st_size > 0)
         second = server.run("train", [config], tmp_path).expect(2)
-        assert f"run.output_dir {tmp_path / 'out'}: process {first.pid} is training here" in second.err
+        assert (
+            f"run.output_dir {tmp_path / 'out'}: process {first.pid} on {platform.node()} is training here"
+            in second.err
+        )
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait(timeout=60)
@@ -680,7 +687,8 @@ def test_sigterm_is_not_swallowed_by_code_that_catches_exceptions(python: Callab
     """Libraries guard their imports with `except Exception`; a signal that arrives there must still end the command."""
     code = (
         "import os, signal\n"
-        "from musubi_tuner.errors import exit_on_terminate, run_command\n"
+        "from musubi_tuner.errors import run_command\n"
+        "from musubi_tuner.stopping import exit_on_terminate\n"
         "def body():\n"
         "    exit_on_terminate()\n"
         "    try:\n"

@@ -332,7 +332,7 @@ def test_headers_say_what_made_a_file(trained: Trained) -> None:
     assert {"unet", "lune", "sol", "expert_vae", "clip", "caption", "seed", "expert_input", "expert_time"} <= set(
         prints[2]
     )
-    assert set(prints[0]["image"]) == {"size", "mtime_ns", "sha256"}
+    assert set(prints[0]["image"]) == {"size", "mtime_ns", "ctime_ns", "inode", "sha256"}
 
 
 # Forms of encoder files

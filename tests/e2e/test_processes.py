@@ -1,6 +1,13 @@
 """Two processes train the model that one process trains with twice the accumulation, however they are started."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,7 @@ from project import (
     Place,
     Result,
     cache_paths,
+    clean_environment,
     copy_tree,
     differing,
     final_files,
@@ -202,3 +210,34 @@ def test_loader_workers_change_nothing(setting: Setting, server: ForkServer, pyt
         outputs.append(config.parent / "out")
     assert differing(final_files(outputs[0]), final_files(outputs[1])) == []
     assert metrics(outputs[0]) == metrics(outputs[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the workers")
+def test_a_killed_loader_worker_ends_the_run_with_its_reason(setting: Setting, home: Path) -> None:
+    config = setting.new("killed worker", train={"loader_workers": 1, "max_steps": 1_000_000})
+    run = subprocess.Popen(
+        [sys.executable, REPOSITORY / "train.py", config], cwd=config.parent, env=clean_environment(home),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = config.parent / "out" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while not (lines.exists() and lines.read_bytes().count(b"\n") > 2):
+        assert run.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    killed = 0
+    while not killed:  # an epoch has workers of its own
+        children = [
+            pid for path in Path(f"/proc/{run.pid}/task").glob("*/children") for pid in path.read_text().split()
+        ]
+        for pid in children:
+            with suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed = int(pid)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in said
+    # Killed between two batches, or while one was handed over.
+    assert re.search(
+        rf"a loader worker (\(process {killed}\)|ended while).* killed, as the system does when main memory is full",
+        said,
+    )

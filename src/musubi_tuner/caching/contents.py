@@ -23,14 +23,14 @@ class Doubt:
     """A file that must be read.
 
     Attributes:
-        name: of its state in the fingerprint. sha256: what the cache file was made from. reason: of the doubt.
+        name: of its state in the fingerprint. sha256: what the cache file was made from. note: why, for the plan.
     """
 
     item: Item
     name: str
     path: Path
     sha256: str | None
-    reason: str
+    note: str
 
 
 class Contents:
@@ -57,7 +57,7 @@ class Contents:
             known: dict[str, Any] = (stored or {}).get(name) or {}
             if not self.full and self._believed(item, name, path, known):
                 continue
-            found.append(Doubt(item, name, path, known.get("sha256"), _why(known, self.full)))
+            found.append(Doubt(item, name, path, known.get("sha256"), _note(name, known, self.full)))
         return found
 
     def _believed(self, item: Item, name: str, path: Path, known: dict[str, Any]) -> bool:
@@ -109,9 +109,12 @@ def _key(item: Item, name: str) -> str:
     return f"{name}:{item.id}"
 
 
-def _why(known: dict[str, Any], full: bool) -> str:
+def _note(name: str, known: dict[str, Any], full: bool) -> str:
+    files = "masks" if name == "mask_image" else "pictures"
     if full:
-        return 'cache.verify is "full"'
+        return f'{files} are hashed because cache.verify is "full"'
     if "inode" not in known:
-        return "their caches do not hold their change times and inodes yet"
-    return "their times or inodes are not those that were cached (they were copied, moved or touched)"
+        reason = "their caches do not hold their change times and inodes yet"
+    else:
+        reason = "their times or inodes are not those that were cached (they were copied, moved or touched)"
+    return f"{files} are hashed once because {reason}"

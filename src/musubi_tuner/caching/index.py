@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from musubi_tuner.caching.file_format import Header, TensorEntry, cache_path, plain_name, read_header
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
+from musubi_tuner.files import read_json, replace_file
 from musubi_tuner.stamps import KEPT, STAMPS, State, stamps_of
 
 INDEX_VERSION = 1
@@ -70,7 +71,7 @@ class CacheIndex:
         self.hashes: dict[str, list[list[Any]]] = {}
         self.changed = False
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = read_json(self.path)
             if stored["version"] == INDEX_VERSION:
                 self.layouts, self.files = list(stored["layouts"]), dict(stored["files"])
                 self.hashes = {
@@ -136,8 +137,6 @@ class CacheIndex:
 
     def save(self) -> None:
         """Write the index if it changed; a read-only folder only costs time at the next start."""
-        from musubi_tuner.files import replace_file
-
         if not self.changed:
             return
         content = {"version": INDEX_VERSION, "layouts": self.layouts, "files": self.files, "hashes": self.hashes}

@@ -13,7 +13,6 @@ all. Nothing but halves and temporary files is ever deleted.
 """
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError, advise_on_memory
-from musubi_tuner.files import fault_point, folder_lock, remove_leftovers, replace_file
+from musubi_tuner.files import fault_point, folder_lock, json_text, remove_leftovers, replace_file
 from musubi_tuner.stamps import hashed_state, quick_state
 
 if TYPE_CHECKING:
@@ -128,26 +127,35 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
     found = scan(config.datasets, config.spec.code)
     for note in found.notes:
         print(f"note: {note}")
+    read_only: set[Path] = set()
     with ExitStack() as stack:
         if not options.dry_run:
             for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
-                stack.enter_context(lock_for_job(folder, job.kind, options.shard))
+                if not stack.enter_context(lock_for_job(folder, job.kind, options.shard, must_write=False)):
+                    read_only.add(folder)
         contents = Contents(config)
         status = examine(config, found.items, job.kind, family_options, download=True, contents=contents)
         batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
+        due = [item for batch in mine for item in batch if item.key in status.due]
         outcome = Outcome(
             skipped=sum(item.key not in status.due for batch in batches for item in batch), orphans=len(status.orphans)
         )
         if options.dry_run:
-            due = sum(item.key in status.due for batch in mine for item in batch)
-            print(f"{job.kind}: would encode {due}, up to date {outcome.skipped}")
+            print(f"{job.kind}: would encode {len(due)}, up to date {outcome.skipped}")
             for reason, count in status.reasons:
                 print(f"  {count} x {reason}")
             return EXIT_OK
         contents.save()
+        blocked = sorted(read_only & {config.datasets[item.dataset].cache_directory for item in due})
+        if blocked:
+            raise CacheError(
+                f"{blocked[0]}: cannot be written to, and {job.kind} files are to be made there ({status.reasons[0][0]}); check "
+                "the permissions of the folder, or give another cache_directory"
+            )
         if options.shard == (1, 1):
-            _remove_abandoned(config, job.kind, mine if job.finish else [])
+            roots = {dataset.cache_directory for dataset in config.datasets} - read_only
+            _remove_abandoned(config, job.kind, roots, mine if job.finish else [])
         if mine:
             for root in found.roots:
                 root.keep()
@@ -156,18 +164,22 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
             for line in job.report([item for batch in mine for item in batch if item.key in status.due]):
                 print(line, flush=True)
             if options.shard == (1, 1):
-                for folder in {
-                    item.cache_directory for batch in mine for item in batch if item.cache_directory.is_dir()
-                }:
+                for folder in {item.cache_directory for item in due if item.cache_directory.is_dir()}:
                     remove_leftovers(folder)
             with advise_on_memory(CacheError, f"{SMALLER[job.kind]}. What is encoded stays"):
                 _encode(config, job, status, mine, outcome)
     return _summary(job.kind, outcome)
 
 
-def lock_for_job(folder: Path, kind: str, shard: tuple[int, int] = (1, 1)) -> AbstractContextManager[None]:
-    """Hold a cache folder for one writer of a kind. Shards may share a folder: each locks its own name."""
-    return folder_lock(folder, partial(_busy, folder), f".lock_{kind}_{shard[0]}of{shard[1]}")
+def lock_for_job(
+    folder: Path, kind: str, shard: tuple[int, int] = (1, 1), *, must_write: bool = True
+) -> AbstractContextManager[bool]:
+    """Hold a cache folder for one writer of a kind. Shards may share a folder: each locks its own name.
+
+    Args:
+        must_write: see `folder_lock`.
+    """
+    return folder_lock(folder, partial(_busy, folder), f".lock_{kind}_{shard[0]}of{shard[1]}", must_write=must_write)
 
 
 def _busy(folder: Path, holder: str) -> CacheError:
@@ -237,10 +249,10 @@ def _half(config: RunConfig, kind: str, item: Item) -> Path:
     return half_path(cache_path(item, kind, config.spec.code))
 
 
-def _remove_abandoned(config: RunConfig, kind: str, batches: list[list[Item]]) -> None:
+def _remove_abandoned(config: RunConfig, kind: str, roots: set[Path], batches: list[list[Item]]) -> None:
     """Delete halves that no batch waits for: their items were finished, left the data set, or are made in one walk now."""
     wanted = {_half(config, kind, item) for batch in batches for item in batch}
-    for root in {dataset.cache_directory for dataset in config.datasets}:
+    for root in roots:
         for path in root.rglob(f".*{HALF_SUFFIX}"):
             name = path.name.removeprefix(".").removesuffix(HALF_SUFFIX)
             if kind_of(name, config.spec.code) == kind and path not in wanted:
@@ -293,11 +305,11 @@ def _finish_halves(
     config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome, bar: Any
 ) -> None:
     """The second walk: items whose first half failed are left out, and halves go as soon as their batch is written."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     def read(item: Item) -> Encoded:
-        # Copies: the file is removed while they are in use.
-        return {key: tensor.clone() for key, tensor in load_file(_half(config, job.kind, item)).items()}
+        # Not by its name: the library takes names in UTF-8 only.
+        return load(_half(config, job.kind, item).read_bytes())
 
     def fingerprint(item: Item) -> Fingerprint:
         """As the first half has it: the image may have changed since."""
@@ -440,7 +452,7 @@ def write_item(
         "architecture": config.spec.full_name,
         "format_version": FORMAT_VERSION,
         "code_version": __version__,
-        "fingerprint": json.dumps(fingerprint, ensure_ascii=False),
+        "fingerprint": json_text(fingerprint),
         **metadata,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class KindStatus:
         expected: by number of the dataset, for those that want such files.
         due: item -> why its file must be made. fresh: how many need nothing. imported: which of these were imported.
         orphans: complete files that belong to no item of the datasets.
-        hashed: why pictures and masks had to be read, and how many.
+        hashed: how many pictures and masks had to be read, by what the plan says of them.
     """
 
     kind: str
@@ -114,7 +114,7 @@ def examine(
     status.due |= changed
     status.fresh = len(imported) - len(changed)
     status.imported = {key for key, value in imported.items() if value and key not in changed}
-    status.hashed = Counter(doubt.reason for doubt in doubts)
+    status.hashed = Counter(doubt.note for doubt in doubts)
     status.orphans = find_orphans(items, kind, code, [dataset.cache_directory for dataset in config.datasets])
     return status
 

@@ -2,10 +2,15 @@
 
 ``--name value`` for flat names, ``--set section.key=value`` for all keys. Hyphens and underscores are the same. A bare
 ``--flag`` means true and ``--no_flag`` false.
+
+The list of processes shows everybody the words of a command line. So a command hands on secrets to its children in a
+variable of the environment: `secret_environment` makes it, and `split_overrides` of the child takes it.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +63,22 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\nusage: {self.format_usage().removeprefix('usage: ').strip()}")
 
 
+_SECRETS = "MUSUBI_SECRETS"
+"""Variable with the secret overrides of the parent, a JSON object."""
+
+
+def secret_keys() -> set[str]:
+    """Names under which an override is a secret: dotted keys and flat names."""
+    named = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
+    return {name for name, parameter in named.items() if parameter.extra("secret")}
+
+
+def secret_environment(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Variables that give a child the secrets among the overrides."""
+    secrets = {key: value for key, value in overrides.items() if key in secret_keys()}
+    return {_SECRETS: json.dumps(secrets)} if secrets else {}
+
+
 def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate a command's own options from settings.
 
@@ -65,7 +86,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
         own: option names of the command, with their dashes; they and everything positional are passed on.
 
     Returns:
-        The arguments for the command's parser, and overrides by dotted key, typed.
+        The arguments for the command's parser, and overrides by dotted key, typed; with the secrets of a parent.
 
     Raises:
         ConfigError: for an unknown option or a missing value.
@@ -73,7 +94,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
     flat = flat_names()
     keys = {parameter.key: parameter for parameter in parameters()}
     passed: list[str] = []
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = json.loads(os.environ.pop(_SECRETS, "{}"))
     rest = list(arguments)
     while rest:
         word = rest.pop(0)

@@ -4,8 +4,9 @@ Later wins: schema defaults, the family's defaults, the file, the command line. 
 Everything that is wrong is collected and raised as one `ConfigError`.
 """
 
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -25,7 +26,8 @@ from musubi_tuner.config.schema import (
     parameters,
     section_classes,
 )
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.errors import ConfigError, keep_secret
+from musubi_tuner.files import read_text
 from musubi_tuner.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -167,6 +169,10 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     spec = _find_family(values, problems)
     if spec:
         _apply_defaults(values, spec, origins)
+    for parameter in parameters():
+        table = values.get(parameter.section)
+        if parameter.extra("secret") and isinstance(table, dict):
+            keep_secret(table.get(parameter.name))
     config = _validate(values, origins, spec, problems)
     datasets: list[DatasetConfig] = []
     # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
@@ -194,6 +200,9 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     return config
 
 
+_BACKSLASH = "in double quotes a backslash begins an escape: write Windows paths in 'single quotes'"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file.
 
@@ -201,22 +210,36 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing or not TOML; names the line, and single quotes for Windows paths.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run `python train.py` to list the run files here") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, expected a TOML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
-        return tomllib.loads(text)
+        document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         advice = ""
         if "\\" in text and ("escape" in str(error) or "hex" in str(error)):
-            advice = "; in double quotes a backslash begins an escape: write Windows paths in 'single quotes'"
+            advice = f"; {_BACKSLASH}"
+        elif re.search(r"=\s*[\[{]?\s*[\u201c-\u201f\u2018-\u201b\u00ab]", text):
+            advice = "; write straight quotes, not those of a word processor"
         raise ConfigError(f"{path}: not valid TOML: {error}{advice}") from error
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+    # Escapes that TOML knows: "C:\\temp" is a path with a tab.
+    eaten = next((value for value in _texts(document) if re.match("[A-Za-z]:[\b\t\n\f\r]", value)), None)
+    if eaten is not None:
+        raise ConfigError(f"{path}: {eaten!r} was written as a path; {_BACKSLASH}")
+    return document
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a document, whatever tables and lists they are in."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":

@@ -17,6 +17,7 @@ from typing import Any
 
 from musubi_tuner.config.load import RunConfig, read_toml
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.files import read_text
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, ConfigError)
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a prompt file ({error})") from error
 
 

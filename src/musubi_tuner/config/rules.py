@@ -12,7 +12,7 @@ from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, sample_prompts
 from musubi_tuner.config.schema import ExpertsSection, parameters
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.errors import ConfigError, describe_unwritable
 from musubi_tuner.models.spec import ModelSpec
 
 
@@ -589,9 +589,21 @@ _RUN_NAMES = {
 """Load targets of other trainers -> what says the same here."""
 
 
+def _name_of_output(config: RunConfig) -> list[Diagnostic]:
+    """Libraries that read weights and states take paths in UTF-8 only: what is written under another name is lost."""
+    folder = str(config.output_dir)
+    try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeEncodeError as error:
+        return [_error("run.output_dir", f"is {folder!r}: {describe_unwritable(error)}")]
+    except UnicodeDecodeError:
+        return [_error("run.output_dir", f"is {folder!r}, a name that is no UTF-8; choose another")]
+    return []
+
+
 def _files(config: RunConfig) -> list[Diagnostic]:
     """Files that must exist, and a place to write to."""
-    found: list[Diagnostic] = []
+    found = _name_of_output(config)
     # The demo makes its own files before anything reads them.
     inputs = [] if config.demo else ["model.path", "model.vae_path", "model.clip_path", "model.t5_path",
                                      "model.clip_tokenizer", "model.t5_tokenizer", "experts.unet", "experts.vae",

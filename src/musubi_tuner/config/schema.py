@@ -37,7 +37,7 @@ def param(
 ) -> Any:
     """One setting: its default (``...`` = required), its sentence, and pydantic constraints such as ge and le."""
     extra: Any = {"flat": list(flat), "resume": resume, "secret": secret, "path": path}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
+    return Field(default, description=help, json_schema_extra=extra, repr=not secret, **constraints)
 
 
 class Section(BaseModel):

@@ -165,10 +165,10 @@ def _hints(extension: str, root: Path, images: Sequence[Path], absent: Sequence[
         if spare:
             found.append(f"{len(spare)} {extension} files in {folder} belong to no image ({first_names(spare)})")
     wanted = [path.with_suffix(extension).name for path in absent[:3]]
-    for names_alike in names.of(root).values():
-        for name in names_alike:
-            if any((root / name / caption).is_file() for caption in wanted):
-                found.append(f"{root / name} holds such files: a caption lies beside its image")
+    folders = sorted(root / name for alike in names.of(root).values() for name in alike if (root / name).is_dir())
+    for folder in folders:
+        if any((folder / caption).is_file() for caption in wanted):
+            found.append(f"{folder} holds such files: a caption lies beside its image")
     return found
 
 

@@ -1,46 +1,26 @@
 """Text files of a data set: how they are read, and found under names that differ in form only. Torch-free."""
 
-import codecs
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from musubi_tuner import files
 from musubi_tuner.errors import DataError
-
-_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-          (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
-_EXCERPT = 40
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file with lines that end in line feeds, without its byte order mark.
+    """Text of a UTF-8 file, see `files.read_text`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DataError: naming the file, what it holds instead of UTF-8 text, and what to do.
+        DataError: if it cannot be read, or is in another encoding.
     """
     try:
-        raw = path.read_bytes()
+        return files.read_text(path)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    for mark, name in _MARKS:
-        if raw.startswith(mark):
-            raise DataError(f"{path}: is {name} text; save it as UTF-8")
-    try:
-        text = raw.decode("utf-8").lstrip("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw[raw.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0][:_EXCERPT].strip()
-        raise DataError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8. As Windows-1252 it reads "
-            f"'{line.decode('cp1252', 'replace')}'"
-        ) from error
-    if "\0" in text:
-        wide = raw.count(0) > len(raw) // 3
-        found = "is UTF-16 text without its mark" if wide else f"holds a NUL character at byte {raw.index(0)}"
-        raise DataError(f"{path}: {found}; save it as plain UTF-8 text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
@@ -55,7 +35,7 @@ def is_blank(text: str) -> bool:
 
 def folded(name: str) -> str:
     """A name without its case and Unicode form: equal for names that Windows or macOS would not tell apart."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 class Names:

@@ -13,7 +13,6 @@ says nothing about real photographs.
 Everything is keyed: picture `index` of `seed` is the same whatever was drawn before it. Torch-free.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from musubi_tuner.errors import DataError
-from musubi_tuner.files import folder_lock, remove_leftovers, replace_file, sync_path, write_json
+from musubi_tuner.files import folder_lock, read_json, remove_leftovers, replace_file, sync_path, write_json
 
 Inside = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.bool_]]
 """Whether points belong to a shape. Both coordinates are in units of its radius, x to the right and y down, from its
@@ -268,7 +267,7 @@ def _write_caption(combination: Combination, path: Path) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = read_json(folder / MANIFEST)
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None

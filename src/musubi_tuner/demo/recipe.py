@@ -1,6 +1,5 @@
 """Where the demo's files are, and whether they are there. Torch-free."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.demo.pictures import MANIFEST as PICTURES_MANIFEST
 from musubi_tuner.demo.pictures import VERSION as PICTURES_VERSION
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.files import read_json
 
 VERSION = 1
 """Of the encoders that `prepare` makes. Raise it when the same config makes others."""
@@ -86,9 +86,9 @@ def is_ready(config: RunConfig) -> bool:
     folder = demo_folder(config)
     assert config.demo is not None
     try:
-        encoders = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        pictures = json.loads((pictures_folder(config) / PICTURES_MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        encoders = read_json(folder / MANIFEST)
+        pictures = read_json(pictures_folder(config) / PICTURES_MANIFEST)
+    except (OSError, ValueError):
         return False
     wanted = {"version": PICTURES_VERSION, "count": config.demo.pictures, "size": config.demo.size, "held": config.demo.held_out,
               "seed": config.demo.seed, "complete": True}  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.files import read_json, write_json
 from musubi_tuner.models.hub import LOCAL_ONLY
 from musubi_tuner.stamps import agrees, hash_file, hashed_state, quick_state
 
@@ -125,12 +126,12 @@ def stated_config(path: Path) -> dict[str, Any] | None:
     """Config of an encoder, of its folder or file, without reading weights; None if there is none that can be read."""
     try:
         if path.is_dir():
-            found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            found = read_json(path / "config.json")
         else:
             found = _header_config(path) if path.suffix == ".safetensors" else None
             beside = weight_files(path)[1:]
             if found is None and beside:
-                found = json.loads(beside[0].read_text(encoding="utf-8"))
+                found = read_json(beside[0])
     except (OSError, ValueError):
         return None  # said where the encoder is loaded
     return found if isinstance(found, dict) else None
@@ -204,19 +205,17 @@ def file_sha256(path: Path, *, full: bool = False) -> str:
     if now["size"] < 1 << 20:
         return hash_file(path)
     # A file per state: machines that share the folder, but not the weights, do not forget each other's.
-    name = hashlib.sha256(f"{path}\0{sorted(now.items())}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{path}\0{sorted(now.items())}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     memory = user_cache_folder() / "hashes" / f"{name}.json"
     if not full:
         try:
-            stored = json.loads(memory.read_text(encoding="utf-8"))
+            stored = read_json(memory)
             if stored["path"] == str(path) and agrees(stored, now):
                 return str(stored["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not remembered, or not readable: hash it again
     state = hashed_state(path)
     if agrees(state, now):  # else it changed meanwhile, and another name would be its
-        from musubi_tuner.files import write_json
-
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, {"path": str(path), **state})

@@ -20,6 +20,7 @@ from musubi_tuner.encoders.locate import find_tokenizer
 from musubi_tuner.encoders.tokens import CLIP_TOKENS
 from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.files import encodable
 from musubi_tuner.models.stored import StoredWeight, read_stored
 
 CLIP_L_CONFIG: dict[str, Any] = {
@@ -79,8 +80,9 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextStates:
         """Encode texts, padded and cut to `max_tokens`; encoders/tokens.py says which are cut."""
+        texts = [encodable(text) for text in texts]  # tokenizers take UTF-8 only
         tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         device = next(self.module.parameters()).device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)

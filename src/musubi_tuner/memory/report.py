@@ -1,6 +1,7 @@
 """What the plan says of memory, disk and time, before anything big is loaded."""
 
 import logging
+import math
 import shutil
 import textwrap
 import time
@@ -13,6 +14,7 @@ import torch
 
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.workers import shared_memory_warning
 from musubi_tuner.memory.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
@@ -68,6 +70,8 @@ def estimate_lines(
         *disk_lines(config, items, steps, plan, found, missing),
         *time_lines(config, found, device, rates),
     ]
+    shared = shared_memory_warning(batch_bytes(config, items, plan), config.train.loader_workers, processes)
+    lines += [shared] if shared else []
     if free is not None and found.total > free:
         lines.append(f"warning: only {format_bytes(free)} of device memory are free; see [memory]")
     return lines
@@ -172,6 +176,17 @@ def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only:
             for number in group:
                 found[number] += size * captions[kind][number]
     return found
+
+
+def batch_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> Bytes:
+    """Of the largest micro-batch: of one caption each, in the largest bucket of a dataset."""
+    largest: dict[int, Item] = {}
+    for item in items:
+        other = largest.get(item.dataset)
+        if other is None or math.prod(item.bucket) > math.prod(other.bucket):
+            largest[item.dataset] = replace(item, more_captions=())
+    sizes = cache_bytes(config, list(largest.values()), plan)
+    return max(sizes[number] * item.batch_size for number, item in largest.items())
 
 
 def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tuple[Bytes, Bytes]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
-from musubi_tuner.errors import CheckpointError, NoAverageError
+from musubi_tuner.errors import CheckpointError, DataError, NoAverageError
+from musubi_tuner.files import read_json, read_text
 from musubi_tuner.models.hub import Repository
 
 logger = logging.getLogger(__name__)
@@ -316,7 +317,9 @@ def _named(place: _Place, name: str | None, ema: bool) -> str:
             if file:
                 return _ema_twin(place, file, None) if ema else file
     try:
-        entries = dict(json.loads(_text_of(place, "checkpoints.json"))["checkpoints"])
+        if not place.has("checkpoints.json"):
+            raise FileNotFoundError("checkpoints.json")
+        entries = dict(read_json(place.fetch("checkpoints.json"))["checkpoints"])
         if not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("an entry is not an object")
     except (OSError, ValueError, KeyError, TypeError):
@@ -341,7 +344,7 @@ def _named(place: _Place, name: str | None, ema: bool) -> str:
 def _text_of(place: _Place, name: str) -> str:
     if not place.has(name):
         raise FileNotFoundError(name)
-    return place.fetch(name).read_text(encoding="utf-8")
+    return read_text(place.fetch(name))
 
 
 def _on_hub(
@@ -446,9 +449,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is not JSON, or holds something else than an object.
     """
     try:
-        return as_object(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error})") from error
+        return as_object(read_json(path), str(path))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def strip_wrappers(key: str) -> str:

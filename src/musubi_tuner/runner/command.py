@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
+from musubi_tuner.config.command_line import Parser, secret_environment, settings_help, split_overrides
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, run_command
+from musubi_tuner.files import read_text
 from musubi_tuner.runner.parent import die_with_parent, has_parent_pipe
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -118,8 +119,8 @@ def list_run_files() -> int:
     files = sorted(Path("toml").glob("*.toml"))
     print("usage: python train.py RUN_FILE [options]   (--help lists them)\n")
     for path in files:
-        first = path.read_text(encoding="utf-8").splitlines()[:1]
-        print(f"  {path.as_posix():<32} {first[0].lstrip('# ') if first else ''}")
+        first, _, _ = read_text(path, ConfigError).partition("\n")
+        print(f"  {path.as_posix():<32} {first.lstrip('# ')}")
     if not files:
         print("  no run files in ./toml; run this in the project's folder")
     print("\nNew here? `python train.py toml/demo.toml` trains a small model on pictures it draws itself, in minutes.")
@@ -223,7 +224,8 @@ class Runner:
     def _stage(self, arguments: list[str], environment: dict[str, str] | None = None) -> int:
         from musubi_tuner.runner.stages import override_arguments, run_child
 
-        return run_child([*arguments, str(self.config.path), *override_arguments(self.overrides)], environment)
+        words = [*arguments, str(self.config.path), *override_arguments(self.overrides)]
+        return run_child(words, {**(environment or {}), **secret_environment(self.overrides)})
 
     def _demo_is_ready(self) -> bool:
         from musubi_tuner.demo.recipe import is_ready
@@ -262,8 +264,13 @@ class Runner:
         from musubi_tuner.training.checkpoint import tidy
 
         folder, save = self.config.output_dir, self.config.save
-        with folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here")):
-            tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
+
+        def busy(holder: str) -> ConfigError:
+            return ConfigError(f"run.output_dir {folder}: {holder} is training here")
+
+        with folder_lock(folder, busy, must_write=False) as can_write:
+            if can_write:
+                tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""
@@ -298,7 +305,7 @@ class Runner:
 
         gpu = choose_device(self.config.run.device).type == "cuda"
         ranks = rank_environments(self.processes, self.config.distributed.main_process_port, gpu)
-        told = {} if planned is None else {_PLANNED: str(planned)}
+        told = secret_environment(self.overrides) | ({} if planned is None else {_PLANNED: str(planned)})
         words = [str(self.config.path), *override_arguments(self.overrides)]
         return run_children(["-m", "musubi_tuner.runner", "--skip_cache", *words], [{**rank, **told} for rank in ranks])
 

@@ -33,7 +33,7 @@ class Plan:
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
-    black_masks: list[Item]
+    black_masks: list[Item] = field(default_factory=list)
     split_note: str | None = None
     losses: list[str] = field(default_factory=list)
     state: dict[str, Any] | None = None
@@ -103,11 +103,9 @@ def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: 
     limits = token_limits(config, download=download)
     absent = " and ".join(limit.name for limit in limits if limit.tokenizer is None)
     lines = caption_lines(limits, due) + prompt_lines(limits, prompts, config.sample.negative_prompt)
-    return (
-        [*lines, f"note: texts are compared with the limits of {absent} when its tokenizer is here"]
-        if absent
-        else lines
-    )
+    if absent:
+        lines.append(f"note: texts are compared with the limits of {absent} when its tokenizer is here")
+    return lines
 
 
 def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
@@ -212,7 +210,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             f"{len(plan.found.items) - len(plan.held_out)} are trained"
         )
     if plan.split_note:
-        lines.append(f"warning: {plan.split_note}")
+        lines.append(plan.split_note)
     several = sum(len(item.captions) > 1 for item in plan.found.items)
     if several:
         lines.append(f"  captions {several} images have several; each presentation draws one")
@@ -222,9 +220,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     for kind, status in plan.status.items():
         lines.append(f"  {kind:<8} {_state(status)}")
         lines += _dataset_lines(config, plan, kind)
-        for reason, count in status.hashed.most_common():
-            once = "" if config.cache.verify == "full" else " once"
-            lines.append(f"           {count} pictures and masks are hashed{once} because {reason}")
+        lines += [f"           {count} {note}" for note, count in status.hashed.items()]
         if status.mixture:
             lines.append(f"warning: {status.mixture}")
         if status.orphans:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from musubi_tuner.config.command_line import secret_keys
 from musubi_tuner.runner.parent import child_environment
 from musubi_tuner.stopping import Repeats, stop_signals
 
@@ -19,11 +20,13 @@ _POLL_SECONDS = 0.1
 
 
 def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
-    """Command-line form of overrides, for a child."""
+    """Command-line form of overrides, for a child; secrets go another way, see `secret_environment`."""
     import tomli_w
 
-    words = []
+    words, secrets = [], secret_keys()
     for key, value in overrides.items():
+        if key in secrets:
+            continue
         text = (
             "none" if value is None else tomli_w.dumps({"v": value}, multiline_strings=False).partition("=")[2].strip()
         )

@@ -101,7 +101,7 @@ def adapter_metadata(
     arguments |= {key: value for key in ("depth", "lr_scale") if (value := getattr(adapter, key)) != 1}
     if adapter.targets:
         arguments["targets"] = [{"pattern": target.pattern, **target.fields()} for target in adapter.targets]
-    config_hash = hashlib.sha256(resolved_toml(config).encode()).hexdigest()
+    config_hash = hashlib.sha256(resolved_toml(config).encode("utf-8", "surrogateescape")).hexdigest()
     values: dict[str, Any] = {
         "session_id": int(started * 1000) % 2**32,
         "output_name": config.run.name,

@@ -34,6 +34,7 @@ from musubi_tuner.files import (
     TEMPORARY_PREFIX,
     fault_point,
     link_file,
+    read_json,
     remove_leftovers,
     replace_file,
     sync_path,
@@ -113,7 +114,7 @@ class CheckpointList:
         """
         path = folder / LIST_FILE
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path)
             entries = {name: Entry(**values) for name, values in stored["checkpoints"].items()}
             owner = stored["run"]
         except FileNotFoundError:
@@ -431,14 +432,14 @@ def read_values(folder: Path) -> dict[str, Any]:
         CheckpointError: if a file is missing, changed or of another format.
     """
     try:
-        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        hashes = read_json(folder / "manifest.json")
         for name, expected in hashes.items():
             if hash_file(folder / name) != expected:
                 raise CheckpointError(f"{folder}: {name} does not match its manifest")
         unnamed = {path.name for path in folder.iterdir()} - {"manifest.json", *hashes}
         if unnamed:
             raise CheckpointError(f"{folder}: its manifest does not name {', '.join(sorted(unnamed))}")
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "state.json")
         if values["format"] != STATE_FORMAT:
             raise CheckpointError(f"{folder}: is of format {values['format']}, this version reads {STATE_FORMAT}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -462,7 +463,7 @@ def find_states(folder: Path, run: str) -> list[tuple[int, Path]]:
         if path.name.startswith(TEMPORARY_PREFIX) or not path.is_dir():
             continue
         try:
-            found.append((int(json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]), path))
+            found.append((int(read_json(path / "state.json")["step"]), path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is not a readable state (%s); it is left alone", path, error)
     return sorted(found, key=lambda pair: (-pair[0], pair[1].name))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from musubi_tuner.errors import DataError
-from musubi_tuner.files import replace_file
+from musubi_tuner.files import read_text, replace_file
 from musubi_tuner.training.metrics import FILE, SIGMA
 
 Row = dict[str, Any]
@@ -39,10 +39,10 @@ def read_rows(path: Path) -> list[Row]:
         DataError: if the file is missing, holds something else, or nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the output folder of a run, which holds {FILE}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):

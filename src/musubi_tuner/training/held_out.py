@@ -16,7 +16,7 @@ def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], 
 
 
 def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
-    """What a person should know of a run whose state splits otherwise than a run that begins; None if it does not."""
+    """A line for a person where the state of a run splits otherwise than a run that begins; None where it does not."""
     recorded = _recorded(config, items)
     if recorded is None:
         return None
@@ -35,7 +35,7 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     if both:
         shown = ", ".join(both[:_SHOWN]) + (", ..." if len(both) > _SHOWN else "")
         text += f". {len(both)} of its trained files are held-out pictures ({shown}), so loss/val is too low"
-    return f"{text}. --fresh starts anew with the new split"
+    return f"{'warning' if both else 'note'}: {text}. --fresh starts anew with the new split"
 
 
 def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]] | None:

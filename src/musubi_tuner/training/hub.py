@@ -13,7 +13,6 @@ The queue is short. Of checkpoints the newest few wait; of all else one commit, 
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from musubi_tuner.files import temporary_path
+from musubi_tuner.errors import keep_secret, mask_secrets
+from musubi_tuner.files import encodable, read_json, temporary_path
 from musubi_tuner.runner.parent import child_environment, die_with_parent
 
 if TYPE_CHECKING:  # every upload is a start of Python, which need not read the settings again
@@ -77,6 +77,7 @@ class HubUploader:
 
     def __init__(self, settings: "HubSection", folder: Path, *, patient: bool = False) -> None:
         assert settings.repo_id is not None
+        keep_secret(settings.token)
         self.settings, self.patient = settings, patient
         self.uploaded: list[Commit] = []
         self.failed: list[Commit] = []
@@ -152,7 +153,7 @@ class HubUploader:
         """What stands for a file while it waits."""
         held = hold / str(next(self._numbers))
         if isinstance(file, str):
-            held.write_text(file, encoding="utf-8", newline="\n")
+            held.write_text(encodable(file), encoding="utf-8", newline="\n")
             return held
         if growing:
             return file
@@ -186,7 +187,7 @@ class HubUploader:
             try:
                 reason = self._upload(commit)
             except Exception as error:  # whatever it is, the next commit is tried, and the training goes on
-                reason = self._mask(f"{type(error).__name__}: {error}")
+                reason = mask_secrets(f"{type(error).__name__}: {error}")
             with self._changed:
                 self._current = None
                 if reason:
@@ -261,6 +262,7 @@ class HubUploader:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
+                errors="backslashreplace",
                 start_new_session=True,
             )
         # `communicate` would close the pipe by which the child knows that we are here.
@@ -276,14 +278,7 @@ class HubUploader:
             pipe.close()
             with self._changed:
                 self._child = None
-        return child.returncode, self._mask((said.strip().splitlines() or ["no message"])[-1])
-
-    def _mask(self, text: str) -> str:
-        """A message without access tokens, which a server or a library may repeat."""
-        for token in (self.settings.token, os.environ.get("HF_TOKEN")):
-            if token:
-                text = text.replace(token, "***").replace(repr(token)[1:-1], "***")
-        return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+        return child.returncode, mask_secrets((said.strip().splitlines() or ["no message"])[-1])
 
 
 def _remove_holds(commit: Commit) -> None:
@@ -320,7 +315,7 @@ def main() -> int:
     """Upload what a request file asks for; a failure is one line on standard error."""
     die_with_parent()
     try:
-        _send(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        _send(read_json(Path(sys.argv[1])))
     except Exception as error:  # whatever the library raises, the training process wants one line of it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text, advice = f"{type(error).__name__}: {' '.join(lines[:2])}", _advice(error)

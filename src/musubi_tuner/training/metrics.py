@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from musubi_tuner.files import encodable
 from musubi_tuner.units import format_seconds
 
 FILE = "metrics.jsonl"
@@ -42,7 +43,11 @@ class Metrics:
         self.path.touch()
         os.truncate(self.path, min(length, self.path.stat().st_size))
         self.writer: Any = None
-        if tensorboard:
+        if tensorboard and encodable(str(folder)) != str(folder):
+            print(
+                f"warning: {folder}: TensorBoard takes no folder whose name is no UTF-8; {FILE} holds the same values"
+            )
+        elif tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder / "logs"), purge_step=step + 1)

@@ -4,7 +4,6 @@ Each picture has its own CPU generator (seed + index), so it does not depend on 
 times are float32; both guidance branches go through the model in one forward pass.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.files import replace_file, write_new_file, write_text
+from musubi_tuner.files import json_text, replace_file, write_new_file, write_text
 from musubi_tuner.flow import guide, solve
 from musubi_tuner.models.spec import ModelSpec, Process
 
@@ -222,7 +221,7 @@ def save_new_png(
 def _png_writer(picture: np.ndarray, text: dict[str, Any] | None) -> Callable[[Path], None]:
     info = PngImagePlugin.PngInfo()
     if text:
-        info.add_text("parameters", json.dumps(text, ensure_ascii=False))
+        info.add_text("parameters", json_text(text))
     image = Image.fromarray(picture)
     return lambda target: image.save(target, format="PNG", pnginfo=info)
 

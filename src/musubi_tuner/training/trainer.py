@@ -45,6 +45,7 @@ from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches, raise_errors
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.workers import explain_workers, to_shared_memory
 from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
@@ -205,7 +206,7 @@ def environment(config: RunConfig, threads: int, processes: int, device: torch.d
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
     return platform.processor() or platform.machine()
@@ -619,7 +620,12 @@ class Trainer:
         from torch.utils.data import DataLoader
 
         loader: DataLoader[Batch | UserError] = DataLoader(
-            source, batch_size=None, shuffle=False, num_workers=workers, multiprocessing_context="spawn"
+            source,
+            batch_size=None,
+            shuffle=False,
+            num_workers=workers,
+            multiprocessing_context="spawn",
+            collate_fn=to_shared_memory,  # type: ignore[arg-type]  # of one batch, because batch_size is None
         )
         with signals_blocked():
             return raise_errors(iter(loader))
@@ -1199,13 +1205,14 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             tidy(folder, config.run.name)
             stack.callback(trainer.finish_uploads)
         trainer.wait()
-        with advise_on_memory(
+        memory = advise_on_memory(
             TrainingError,
             lambda on_device: (
                 f"end other programs that use it, or: {ways_to_save(config, on_device)}. The same command goes on from "
                 "the newest state, if there is one"
             ),
-        ):
+        )
+        with memory, explain_workers(config.train.loader_workers):
             trainer.build()
             stop = None
             try:

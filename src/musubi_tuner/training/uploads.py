@@ -135,9 +135,7 @@ class RunUploads:
         from musubi_tuner.runner.stages import override_arguments
 
         origins = self.config.origins
-        changed = {
-            key: self.config.get(key) for key, origin in origins.items() if origin == "cli" and key != "hub.token"
-        }
+        changed = {key: self.config.get(key) for key, origin in origins.items() if origin == "cli"}
         return shlex.join(
             ["python", "-m", "musubi_tuner.upload_run", str(self.config.path), *override_arguments(changed)]
         )

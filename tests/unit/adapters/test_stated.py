@@ -266,7 +266,9 @@ def test_a_converted_file_is_not_scaled_twice(tmp_path: Path) -> None:
     entries = {"ss_network_dim": "4", "ss_network_alpha": "16", "ss_output_name": "cat"}
     save_file(peft(), source, {**header("flat entries", {"lora_alpha": 16, "r": RANK}), **entries})
     for name in ("diffusers", "comfyui", "musubi"):
-        assert convert_lora.main(["--input", str(source), "--output", str(target), "--target", name]) == 0
+        assert (
+            convert_lora.main(["--input", str(source), "--output", str(target), "--target", name, "--overwrite"]) == 0
+        )
         found = read_adapter(target)
         key = "lora_unet_single_blocks_0_linear2"
         product = found.tensors[f"{key}.lora_up.weight"] @ found.tensors[f"{key}.lora_down.weight"]

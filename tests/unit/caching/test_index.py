@@ -136,7 +136,7 @@ def test_a_rewritten_file_of_the_same_size_is_read_again(cached: Any) -> None:
 
 def test_layouts_are_stored_once_for_files_alike(project: Any) -> None:
     for index in range(6):
-        project.picture(f"p{index}", caption="red " * index)
+        project.picture(f"p{index}", caption="red " * (index + 1))
     project.picture("wide", (128, 64))
     for kind in KINDS:
         assert project.run(kind) == 0

@@ -1,8 +1,10 @@
 """The frame of a cache job: its fixed batches, what it writes and leaves alone, and how it fails. Real jobs are run."""
 
+import errno
 import json
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -417,7 +419,8 @@ class TestFailures:
             with pytest.raises(CacheError) as caught:
                 project.run("text")
             assert str(caught.value) == (
-                f"cache: process {holder.pid} is writing caches here; wait for it, or use --shard i/n on each"
+                f"cache: process {holder.pid} on {platform.node()} is writing caches here; wait for it, or use --shard i/n "
+                "on each"
             )
             # Another kind, and another shard, have locks of their own.
             assert project.run("latents") == 0
@@ -426,6 +429,27 @@ class TestFailures:
             ours.send("done")
             holder.join(30)
         assert project.run("text") == 0
+
+    def test_complete_caches_on_a_read_only_disk_are_fine_and_others_are_named(
+        self, project: Any, summary: Summary, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        project.picture("a")
+        assert project.run("latents") == 0
+
+        def read_only(path: Any, *rest: Any) -> int:
+            if ".lock" in str(path):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return opened(path, *rest)
+
+        opened = os.open
+        monkeypatch.setattr(os, "open", read_only)
+        assert project.run("latents") == 0
+        assert summary()[-1].startswith("latents: encoded 0, up to date 1")
+        project.picture("b")
+        with pytest.raises(
+            CacheError, match=r"^cache: cannot be written to, and latents files are to be made there \(missing\)"
+        ):
+            project.run("latents")
 
 
 def hold(folder: str, name: str, pipe: Connection) -> None:

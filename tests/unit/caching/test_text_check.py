@@ -13,6 +13,7 @@ NO_TEACHERS = {"enable_lune": False, "enable_sol": False}
 @pytest.fixture(autouse=True)
 def without_teachers(project: Any) -> None:
     project.tables["experts"] |= NO_TEACHERS
+    project.tables["ema"] = {"enabled": False}  # of which the plan has a line of its own
 
 
 def said(project: Any, **options: Any) -> list[str]:

@@ -1,18 +1,22 @@
 """Reading a run file: what is accepted, where values come from, and what is said about mistakes."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from pydantic import ValidationError
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.paths import is_hub_id, locate
+from musubi_tuner.config.prompts import read_prompts
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.errors import ConfigError
@@ -448,10 +452,49 @@ def test_folder_instead_of_a_file(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: is a folder, expected a TOML file"
 
 
+def test_marks_of_windows_editors_are_read_over(load: Load, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the run file, the data set file and prompt files of every kind."""
+    load()
+    text = (project / "run.toml").read_text(encoding="utf-8")
+    document = tomllib.loads(text)
+    tables = {key: document.pop(key) for key in ("general", "datasets") if key in document}
+    (project / "data.toml").write_text(tomli_w.dumps(tables), encoding="utf-8-sig")
+    document["dataset_config"] = str(project / "data.toml")
+    (project / "run.toml").write_text(tomli_w.dumps(document), encoding="utf-8-sig")
+    assert len(load_config(project / "run.toml").datasets) == len(tables["datasets"])
+    prompts = {
+        "p.txt": "un café\r\n",
+        "p.json": '["un café"]',
+        "p.toml": "[prompt]\n[[prompt.subset]]\nprompt = 'un café'\n",
+    }
+    for name, content in prompts.items():
+        (project / name).write_text(content, encoding="utf-8-sig")
+        assert [prompt.text for prompt in read_prompts(project / name)] == ["un café"]
+        (project / name).write_text(content, encoding="utf-16")
+        with pytest.raises(ConfigError, match=rf"{name}: is UTF-16 text; convert it to UTF-8"):
+            read_prompts(project / name)
+
+
+def test_a_path_with_eaten_backslashes_is_named(tmp_path: Path) -> None:
+    said = refusal_of('schema_version = 1\n[[datasets]]\nimage_directory = "C:\\temp\\new"\n', tmp_path)
+    assert r"'C:\temp\new' was written as a path" in said and "single quotes" in said
+
+
+def test_quotes_of_a_word_processor_are_named(tmp_path: Path) -> None:
+    assert "straight quotes" in refusal_of("schema_version = 1\n[run]\nname = \u201ccat\u201d\n", tmp_path)
+
+
+def test_an_output_folder_that_libraries_cannot_read_is_refused(load: Load, project: Path) -> None:
+    load()
+    with pytest.raises(ConfigError, match=r"run\.output_dir.*'out\\udce9', a name that is no UTF-8"):
+        load_config(project / "run.toml", {"run.output_dir": os.fsdecode(b"out\xe9")})
+
+
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(b"# ok\n\xff\xfe")
-    assert refusal(path) == f"{path}: is not UTF-8 text (invalid start byte at byte 5)"
+    said = refusal(path)
+    assert f"{path}: is not UTF-8 text: line 2 holds the byte FF" in said and "convert it to UTF-8" in said
 
 
 def test_file_that_is_not_toml_names_the_line(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("raw", "words"),
         [
-            (b"Gr\xfc\xdfe", "is not UTF-8 text (invalid start byte at byte 2); save it as UTF-8. As Windows-1252 it reads 'Grüße'"),
-            ("a red circle".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
-            ("a red circle".encode("utf-16-be"), "is UTF-16 text without its mark; save it as plain UTF-8 text"),
-            ("a red circle".encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
+            (b"Gr\xfc\xdfe", "is not UTF-8 text: line 1 holds the byte FC, \'ü\' in Windows code page 1252"),
+            ("a red circle".encode("utf-16"), "is UTF-16 text; convert it to UTF-8"),
+            ("a red circle".encode("utf-16-be"), "is UTF-16 text without a byte order mark; convert it to UTF-8"),
+            ("a red circle".encode("utf-32"), "is UTF-32 text; convert it to UTF-8"),
             (b"a red\0 circle", "holds a NUL character at byte 5; save it as plain UTF-8 text"),
         ],
         ids=["cp1252", "utf-16", "utf-16 without mark", "utf-32", "NUL"],
@@ -111,7 +111,8 @@ class TestFolder:
     ) -> None:
         path = picture(tmp_path / "images" / "a.png").with_suffix(".txt")
         path.write_bytes(raw)
-        assert problems(dataset()) == [f"{path}: {words}"]
+        (problem,) = problems(dataset())
+        assert f"{path}: {words}" in problem
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows words the error differently")
     def test_a_caption_that_cannot_be_read_is_named(self, tmp_path: Path, picture: Make, dataset: Entry) -> None:
@@ -495,7 +496,7 @@ class TestJsonl:
         path = tmp_path / "meta.jsonl"
         path.write_bytes(b'{"caption": "\xff"}')
         (problem,) = problems(dataset(image_jsonl_file=path))
-        assert problem.startswith(f"{path}: is not UTF-8 text (invalid start byte at byte 13); save it as UTF-8")
+        assert f"{path}: is not UTF-8 text: line 1 holds the byte FF" in problem
 
     def test_a_file_without_rows(self, tmp_path: Path, jsonl: Entry) -> None:
         (problem,) = problems(jsonl("", ""))

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 from musubi_tuner.config import calculate_steps, load_config
 from musubi_tuner.config.load import RunConfig
+from musubi_tuner.data import workers
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import EXIT_FAILED, ConfigError
 from musubi_tuner.memory.compose import check_machine
+from musubi_tuner.memory.report import batch_bytes
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.runner import command, probe
 from musubi_tuner.runner.command import Runner
@@ -74,9 +76,14 @@ def test_plan_names_the_blocks_that_auto_chooses_and_the_free_memory(
 ) -> None:
     machine = Machine(free=36 << 20)
     monkeypatch.setattr(probe, "probe", lambda *_: machine)
-    auto = a_runner(load_config(write(tmp_path, str(base), blocks_to_swap="auto", swap_ring=1)))
+    monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
+    disk = shutil.disk_usage(tmp_path)._replace(total=300 << 10, free=300 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    path = write(tmp_path, str(base), blocks_to_swap="auto", swap_ring=1)
+    auto = a_runner(load_config(path, {"train.loader_workers": 2}))
     assert auto._plan_memory(a_plan()) == 2
     shown = capsys.readouterr().out
+    assert f"warning: {tmp_path} (shared memory) has 0.3 MiB" in shown
     assert 'memory.blocks_to_swap = "auto" is 2: about ' in shown and "of 36.0 MiB free" in shown
     assert "of main memory for swapped blocks" in shown
     machine = Machine()
@@ -220,3 +227,14 @@ def test_a_lack_of_memory_while_drawing_names_what_to_change(
         "error: the device's memory is full (2.50 GiB more were wanted); lower --batch_size, draw smaller pictures or "
         'set memory.blocks_to_swap = "auto"\n'
     )
+
+
+def test_the_largest_batch_has_the_largest_bucket_and_one_caption_each(base: Path, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, str(base)))
+    plan = config.spec.load("plan_model")(config)
+    items = [
+        Item(name, f"0:{name}", Path(name), "", Path("cache"), size, place(size, size), 1, 3, more_captions=("b", "c"))
+        for name, size in (("small", (64, 64)), ("large", (128, 64)), ("again", (64, 64)))
+    ]
+    latents, t5, clip = 16 * 16 * 8 * 4, 64 * 64 * 2, 64 * 2
+    assert batch_bytes(config, items, plan) == 3 * (latents + t5 + clip)

@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from musubi_tuner.config.command_line import split_overrides
-from musubi_tuner.runner.command import fresh_folder, list_run_files, main
+from musubi_tuner.config import load_config
+from musubi_tuner.config.command_line import secret_environment, secret_keys, split_overrides
+from musubi_tuner.config.schema import HubSection, RunSection
+from musubi_tuner.errors import ConfigError, run_command
+from musubi_tuner.runner.command import Runner, fresh_folder, list_run_files, main
 from musubi_tuner.runner.stages import override_arguments, run_child, run_children
 from musubi_tuner.stopping import REPEAT_SECONDS
 
@@ -241,6 +246,7 @@ ROUND_TRIPS: dict[str, list[Any]] = {
 )
 def test_override_reaches_a_child_with_its_value_and_type(key: str, value: Any) -> None:
     words = override_arguments({key: value})
+    os.environ.update(secret_environment({key: value}))
     passed, overrides = split_overrides(["run.toml", *words], set())
     assert passed == ["run.toml"]
     assert overrides == {key: value}
@@ -249,8 +255,53 @@ def test_override_reaches_a_child_with_its_value_and_type(key: str, value: Any) 
 
 def test_all_overrides_reach_a_child_in_order() -> None:
     given = {key: values[0] for key, values in ROUND_TRIPS.items()}
+    os.environ.update(secret_environment(given))
     _, overrides = split_overrides(override_arguments(given), set())
-    assert list(overrides.items()) == list(given.items())
+    assert overrides == given and list(overrides)[1:] == [key for key in given if key != "hub.token"]
+
+
+@pytest.mark.parametrize("key", sorted({"hub.token", "huggingface_token"} | secret_keys()))
+def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stages and of the processes that a launcher starts: everybody may list the arguments of processes."""
+    started: list[tuple[Any, Any]] = []
+    monkeypatch.setattr("musubi_tuner.runner.stages.run_child", lambda *call: started.append(call))
+    monkeypatch.setattr(
+        "musubi_tuner.runner.stages.run_children",
+        lambda words, environments: started.extend((words, environment) for environment in environments),
+    )
+    config: Any = SimpleNamespace(
+        path=Path("run.toml"),
+        distributed=SimpleNamespace(num_processes=2, main_process_port=29500),
+        run=RunSection(name="x", output_dir="o", device="cpu"),
+    )
+    runner = Runner(config, Namespace(), {key: "hf_SECRETSECRET", "run.seed": 5})
+    runner._stage(["-m", "musubi_tuner.caching", "text"])
+    runner._launch(3)
+    assert len(started) == 3
+    for words, environment in started:
+        assert "run.seed=5" in words and not any("SECRET" in word for word in words)
+        with monkeypatch.context() as child:
+            for name, value in environment.items():
+                child.setenv(name, value)
+            begin = list(words).index("--set")
+            assert split_overrides(words[begin:], set())[1] == {key: "hf_SECRETSECRET", "run.seed": 5}
+            assert not any("SECRET" in value for value in os.environ.values())  # nor does it go further by itself
+
+
+def test_no_error_shows_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text("schema_version = 1\n[hub]\ntoken = 'a secret of mine'\n", encoding="utf-8")
+
+    def body() -> None:
+        with pytest.raises(ConfigError):
+            load_config(tmp_path / "run.toml")
+        raise ConfigError("the server said: a secret of mine, hf_ABCDEFGHIJ and 'run' are wrong")
+
+    assert run_command(body) == 2
+    assert capsys.readouterr().err == "error: the server said: ***, *** and 'run' are wrong\n"
+
+
+def test_a_token_is_in_no_text_of_its_section() -> None:
+    assert "SECRET" not in repr(HubSection(repo_id="a/b", token="hf_SECRETSECRET"))
 
 
 # Folders and lists

@@ -58,7 +58,9 @@ def items(tmp_path: Path) -> list[Item]:
 
 def state(folder: Path, step: int = 5, **values: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": step, **values}), encoding="utf-8")
+    (folder / "state.json").write_text(
+        json.dumps({"step": step, "ema_updates": 0, "config": {}, **values}), encoding="utf-8"
+    )
     return folder
 
 
@@ -78,7 +80,7 @@ def test_a_state_without_a_list_was_split_by_id_and_stays_so(load: Load, items: 
     kept, held = hold_out_by_id(items, config.validation)
     assert split_of_run(config, items) == (kept, held) != hold_out(items, config.validation)
     note = split_note(config, items)
-    assert note is not None and "the split of its state" in note and "--fresh" in note
+    assert note is not None and note.startswith("warning: ") and "the split of its state" in note and "--fresh" in note
     both = [item for item in kept if item.path.read_text() in {one.path.read_text() for one in held}]
     assert both and f"{len(both)} of its trained files are held-out pictures" in note and "loss/val is too low" in note
     assert str(both[0].path) in note
@@ -93,7 +95,7 @@ def test_a_list_holds_even_if_files_have_changed(load: Load, items: list[Item], 
         item.path.write_text(item.path.read_text() + " mended")
     assert keys(split_of_run(config, items)) == begun
     note = split_note(config, items)
-    assert note is not None and "loss/val" not in note and "--fresh" in note
+    assert note is not None and note.startswith("note: ") and "loss/val" not in note and "--fresh" in note
 
 
 def test_the_state_that_is_continued_from_decides(load: Load, items: list[Item], tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_the_state_that_is_continued_from_decides(load: Load, items: list[Item],
     fresh = hold_out(items, load().validation)
     assert split_of_run(load(**{"from": "none"}), items) == fresh
     # A state of other images, which is refused where it is loaded, and one that cannot be read.
-    (other / "state.json").write_text(json.dumps({"step": 1, "held_out": ["0:gone"]}))
+    (other / "state.json").write_text(json.dumps({"step": 1, "ema_updates": 0, "config": {}, "held_out": ["0:gone"]}))
     assert split_of_run(load(**{"from": str(other)}), items) == fresh
     (other / "state.json").write_text("{")
     assert split_of_run(load(**{"from": str(other)}), items) == fresh

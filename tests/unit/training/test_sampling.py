@@ -472,7 +472,7 @@ def test_missing_prompt_file_is_named(tmp_path: Path) -> None:
 
 def test_prompt_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path = prompt_file(tmp_path, b"a cat\n\xff\xfe\x00")
-    assert message_of(path).startswith(f"{path}: cannot be read as a prompt file (")
+    assert message_of(path).startswith(f"{path}: is not UTF-8 text: line 2 holds the byte FF")
 
 
 def test_options_of_a_line(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from musubi_tuner import merge_lora
 from musubi_tuner.config import load_config
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.dataset import Batch
-from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.plan import MicroBatch, PlanItem, Update
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out_by_id
 from musubi_tuner.encoders.locate import hash_file
@@ -38,7 +38,7 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pret
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
 from musubi_tuner.training import trainer as trainer_module
-from musubi_tuner.training.checkpoint import read_values
+from musubi_tuner.training.checkpoint import read_values, refuse_second_branch
 from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.trainer import Trainer
@@ -440,7 +440,7 @@ def test_another_choice_of_the_teachers_is_said(trained: Trainer, tmp_path: Path
 
 
 def test_published_options_are_not_recorded(start: Start) -> None:
-    trainer = start("published", model={"text_positions": "zero", "timestep_scale": 1.0})
+    trainer = start("published options", model={"text_positions": "zero", "timestep_scale": 1.0})
     assert set(trainer.options) == {"expert_input", "expert_time", "sol_spatial_norm", "t5_attn_mask"}
 
 
@@ -567,6 +567,9 @@ def test_a_finished_run_without_a_good_state_is_not_overwritten_by_a_new_start(s
     first.run()
     if state:
         (first.folder / "tiny-state" / "model.safetensors").unlink()
+    else:
+        with pytest.raises(ConfigError, match="--fresh"):
+            refuse_second_branch(first.config)  # before anything is encoded
     before = (first.folder / "tiny.safetensors").read_bytes()
     with pytest.raises(
         ConfigError, match=r"holds the finished run 'tiny' \(tiny\.safetensors, step 4\) without a good state .*--fresh"
@@ -576,7 +579,9 @@ def test_a_finished_run_without_a_good_state_is_not_overwritten_by_a_new_start(s
 
 
 def test_the_start_says_that_the_rate_jumps(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    start("jumps", save={"state": True}).run()
+    first = start("jumps", save={"state": True})
+    first.run()
+    assert read_values(first.folder / "tiny-state")["schedule_end"] == 4
     capsys.readouterr()
     start("jumps", save={"state": True}, train={"max_steps": 8})
     # Cosine over 4 and over 8 updates: (1 + cos(3 pi / 4)) / 2 before, 1 / 2 from here.
@@ -620,6 +625,22 @@ def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
 
 
 # What is logged
+
+
+def test_loader_workers_put_their_batches_into_shared_memory_themselves(
+    trained: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room, their error comes here; that of the thread which sends a batch would not."""
+
+    def loader(source: Any, *, collate_fn: Callable[[Any], Any], **rest: Any) -> list[Any]:
+        return [collate_fn(source[index]) for index in range(len(source))]
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
+    train = trained.config.train.model_copy(update={"loader_workers": 1})
+    monkeypatch.setattr(trained, "config", trained.config.model_copy(update={"train": train}))
+    planned = MicroBatch((0, 2), (0, 1))
+    (batch,) = trained._batches([Update((planned,), ((0, planned),), 2)], 0)
+    assert batch.latents.is_shared()
 
 
 def test_an_epoch_ends_with_the_mean_loss_of_its_updates(saved: Trainer) -> None:
@@ -844,7 +865,7 @@ def test_samples_take_the_average_if_the_run_file_says_so(
 
     monkeypatch.setattr(Trainer, "_prepare_samples", lambda trainer: (Prompts(), None))
     monkeypatch.setattr(trainer_module, "draw", draw)
-    monkeypatch.setattr(trainer_module, "decode_images", lambda *arguments: [])
+    monkeypatch.setattr(trainer_module, "decode_images", lambda *arguments, **options: [])
     monkeypatch.setattr(trainer_module, "save_samples", lambda *arguments: None)
     sample = {"prompts": ["a cat"], "every_steps": 4, "use_ema": use_ema}
     trainer = start(f"samples {use_ema}", sample=sample, ema={"decay": 0.9})

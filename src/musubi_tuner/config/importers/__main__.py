@@ -1,7 +1,6 @@
 """Rewrite another tool's option file as a run file: python -m musubi_tuner.config.importers FILE -o run.toml"""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from musubi_tuner.config.importers import Imported, import_musubi, import_publis
 from musubi_tuner.config.load import read_toml
 from musubi_tuner.config.paths import locate
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
-from musubi_tuner.files import write_text
+from musubi_tuner.files import read_json, write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,11 +72,9 @@ def _imported(source: Path) -> Imported:
             raise ConfigError(f"{source}: is no option file of musubi-tuner")
         return import_musubi(document, lambda text: locate(text, source))
     try:
-        document = json.loads(source.read_text(encoding="utf-8"))
+        document = read_json(source)
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
-    except ValueError as error:
-        raise ConfigError(f"{source}: not a JSON file ({error})") from error
     imported = import_published(document) if isinstance(document, dict) else None
     if imported is None:
         raise ConfigError(

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from musubi_tuner.files import read_json
+
 LEGACY_NAMES = {
     "use_expert_predictor": "use_lune_expert",
     "expert_dim": "lune_expert_dim",
@@ -210,10 +212,7 @@ class TinyFluxConfig:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
     return values

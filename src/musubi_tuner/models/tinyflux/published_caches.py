@@ -13,7 +13,6 @@ and was not extracted from attention: its four columns become the three of today
 """
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CacheError, ConfigError
+from musubi_tuner.files import read_json
 from musubi_tuner.models.foreign_caches import ForeignCaches, ForeignKind, Rows
 
 COLUMNS = {
@@ -171,7 +171,7 @@ def _shards(folder: Path) -> _Found:
     """A build in shards, finished or not, checked against its state.json."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         size = state.get("shard_size", state.get("chunk_size"))
         total = state.get("n_samples")
         if not isinstance(size, int) or size < 1 or not (total is None or (isinstance(total, int) and total > 0)):
@@ -386,7 +386,7 @@ def _identity(files: Sequence[Path]) -> str:
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(0, size - _TAIL))
-            digest.update(f"{path.name}\0{size}\0".encode() + file.read())
+            digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape") + file.read())
     return digest.hexdigest()[:16]
 
 
