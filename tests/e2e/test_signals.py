@@ -84,18 +84,23 @@ def test_a_signal_to_the_group_saves_a_state(
 
 
 def test_samples_that_a_signal_cut_off_are_drawn_when_the_run_continues(place: Place, home: Path) -> None:
-    """And the run ends in the very files and pictures of one that nothing disturbed."""
-    train = {"max_steps": 5, "mixed_precision": "no", "loader_workers": 1}
+    """Those on the way and those of the last update; the run ends in the files and pictures of one that nothing disturbed."""
+    train = {"max_steps": 6, "mixed_precision": "no", "loader_workers": 1}
     sample = {**ENDLESS, "steps": 60}
     cut, undisturbed = (
         place.write(name, train=train, sample=sample, save={"every_steps": 0}) for name in ("cut off", "undisturbed")
     )
     ends = [config.parent / "out" for config in (cut, undisturbed)]
     lines = ends[0] / "metrics.jsonl"
-    begun = lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 3  # noqa: E731
-    stopped = stop_group(cut, place.server, home, signal.SIGINT, begun).expect(130)
-    assert "step 3: samples are drawn when the run continues" in stopped.out
-    assert not list(ends[0].glob("sample/*.png"))
+    for step in (3, 6):
+
+        def begun(step: int = step) -> bool:
+            return lines.exists() and lines.read_bytes().count(b"\n") >= step
+
+        stopped = stop_group(cut, place.server, home, signal.SIGINT, begun).expect(130)
+        assert f"step {step}: samples are drawn when the run continues" in stopped.out
+        assert f"stopped after step {step};" in stopped.err
+        assert not list(ends[0].glob(f"sample/*_{step:08d}_*.png"))
     for config in (cut, undisturbed):
         place.server.run("train", [config], config.parent).expect(0)
     pictures = [{path.name: path.read_bytes() for path in (end / "sample").iterdir()} for end in ends]

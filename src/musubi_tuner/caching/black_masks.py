@@ -51,7 +51,7 @@ def _cached_is_black(config: RunConfig, item: Item) -> bool:
                     file.seek(entry.start)
                     return not any(file.read(entry.end - entry.start))
     except (OSError, CacheError):
-        pass
+        return False  # said where the file is read for training
     return False
 
 

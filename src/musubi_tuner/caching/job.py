@@ -161,7 +161,7 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                 root.keep()
             if status.mixture:
                 print(f"warning: {status.mixture}", file=sys.stderr)
-            for line in job.report([item for batch in mine for item in batch if item.key in status.due]):
+            for line in job.report(due):
                 print(line, flush=True)
             if options.shard == (1, 1):
                 for folder in {item.cache_directory for item in due if item.cache_directory.is_dir()}:

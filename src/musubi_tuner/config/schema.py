@@ -585,7 +585,10 @@ class DistributedSection(Section):
     num_processes: int = param(1, "Processes on this machine, one per GPU.", ge=1, le=1024, resume="free")
     main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
                                           resume="free")  # fmt: skip
-    timeout_minutes: int = param(30, "How long a process waits for the others.", ge=1, resume="free")
+    timeout_minutes: int = param(
+        30, "How long a process waits for the others' gradients; while the main one draws or saves, they wait as long as it takes.",
+        ge=1, resume="free",
+    )  # fmt: skip
 
 
 class EmaSection(Section):

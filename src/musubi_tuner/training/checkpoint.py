@@ -273,7 +273,7 @@ def peek_state(config: RunConfig) -> dict[str, Any] | None:
     else:
         folder = config.locate(begin)
     try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else None
+        values = read_json(folder / "state.json") if folder else None
     except (OSError, ValueError):
         return None  # said by name where it is read
     return values if isinstance(values, dict) and {"step", "ema_updates", "config"} <= set(values) else None

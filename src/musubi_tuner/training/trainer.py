@@ -568,7 +568,7 @@ class Trainer:
                     self.position.epoch, self.position.update = self.position.epoch + 1, 0
                 self._finish()
                 if stopping := self._stop_signal():
-                    raise Interrupted(stopping, "")
+                    raise Interrupted(stopping, "")  # the run is complete all the same, and has said so
         finally:
             if self.swap is not None and self.swap.recoveries:
                 say = self.metrics.say if self.metrics else print
@@ -602,6 +602,8 @@ class Trainer:
             if self._due(config.sample.every_steps, config.sample.every_epochs, epoch_ends):
                 self._sample()
             if is_last:
+                # A request that comes now leaves the rest to the next start, so that samples left out are still drawn.
+                self._save_and_stop()
                 return True
             self._save_if_due()
             if self.uploads and self._due(config.hub.every_steps, config.hub.every_epochs, epoch_ends):
