@@ -1,12 +1,19 @@
-"""For all tests: one thread per process. Their tensors are tiny, and threads that wait for each other cost more than they give."""
+"""For all tests: one thread per process, since threads that wait for each other cost tiny tensors more than they give; and signals."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so before any test module is
+
+
+for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+    # Ignored in what a shell starts in the background, or nohup: our commands would leave it so, and the tests send it.
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
