@@ -274,15 +274,13 @@ class Runner:
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""
-        from musubi_tuner.training.checkpoint import as_begun, compare_config, read_values
-        from musubi_tuner.training.trainer import default_settings, fixed_settings
+        from musubi_tuner.training.checkpoint import read_values
+        from musubi_tuner.training.identity import changed_settings
 
         if not state:
             return
         began = read_values(self.config.output_dir / state)["config"]
-        differences = compare_config(
-            began, fixed_settings(as_begun(self.config, began), self.processes), default_settings()
-        )
+        differences = changed_settings(self.config, began, self.processes)
         if differences:
             raise ConfigError(
                 f"run.output_dir {self.config.output_dir}: holds a finished run with another config. Use --fresh to start "

@@ -169,7 +169,7 @@ def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
         return []
     done = average_updates = 0
     if plan.state is not None:
-        from musubi_tuner.training.checkpoint import as_begun
+        from musubi_tuner.training.identity import as_begun
 
         config = as_begun(config, plan.state["config"])
         done, average_updates = int(plan.state["step"]), int(plan.state["ema_updates"])

@@ -485,18 +485,6 @@ def newest_good_state(folder: Path, run: str) -> tuple[Path, dict[str, Any]] | N
     return None
 
 
-def as_begun(config: RunConfig, began: Mapping[str, Any] | None) -> RunConfig:
-    """The config with ``ema.warmup = "auto"`` replaced by what the run began with.
-
-    Args:
-        began: fixed settings of the state that the run goes on from; None = it begins now.
-    """
-    if config.ema.warmup != "auto":
-        return config
-    warmup = config.warms_average if began is None else began.get("ema.warmup", False)
-    return config.model_copy(update={"ema": config.ema.model_copy(update={"warmup": warmup})})
-
-
 def former_end(config: RunConfig, state: Mapping[str, Any]) -> int | None:
     """Update at which the schedule ended that a state was made with; None if an earlier version did not record it.
 
@@ -508,19 +496,3 @@ def former_end(config: RunConfig, state: Mapping[str, Any]) -> int | None:
         final = CheckpointList.read(config.output_dir, config.run.name).entries.get("final")
         known = final.step if final and final.step == state["step"] else None
     return known
-
-
-def compare_config(
-    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Settings in which a run that wants to continue differs from what it began as.
-
-    Args:
-        defaults: of settings that a state of an earlier version does not know; it ran as they say.
-    """
-    before = {**(defaults or {}), **stored}
-    return [
-        f"{key} was {before.get(key)!r}, now {current.get(key)!r}"
-        for key in sorted(set(stored) | set(current))
-        if before.get(key) != current.get(key)
-    ]

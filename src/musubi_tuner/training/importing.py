@@ -20,12 +20,12 @@ from musubi_tuner.training.checkpoint import (
     Best,
     CheckpointList,
     TrainingState,
-    as_begun,
     find_states,
     write_state,
 )
+from musubi_tuner.training.identity import as_begun, data_digest, fixed_settings, other_teachers
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
-from musubi_tuner.training.trainer import Position, count_steps, data_digest, fixed_settings, other_teachers
+from musubi_tuner.training.trainer import Position, count_steps
 
 
 def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) -> list[str]:

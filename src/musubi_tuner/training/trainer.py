@@ -14,13 +14,9 @@ The model goes through accelerate for data parallelism; order, schedule and prec
 """
 
 import contextlib
-import hashlib
 import json
 import math
-import os
-import platform
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,22 +32,20 @@ from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.adapters.files import save_adapter
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, calculate_steps
-from musubi_tuner.config.datasets import KEPT, WHITE
 from musubi_tuner.config.prompts import sample_prompts
-from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches, raise_errors
 from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import explain_workers, to_shared_memory
-from musubi_tuner.device import apply_backend_flags, choose_device, has_bf16, set_threads
+from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
 from musubi_tuner.memory.compose import check_machine, compose_memory, ways_to_save
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
 from musubi_tuner.randomness import seed_layers
-from musubi_tuner.stopping import StopRequest, kill_workers, signals_blocked
+from musubi_tuner.stopping import kill_workers, signals_blocked
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
@@ -61,8 +53,6 @@ from musubi_tuner.training.checkpoint import (
     CheckpointList,
     Entry,
     TrainingState,
-    as_begun,
-    compare_config,
     former_end,
     newest_good_state,
     read_tensors,
@@ -76,8 +66,15 @@ from musubi_tuner.training.checkpoint import (
 )
 from musubi_tuner.training.ema import EMA, unwrap
 from musubi_tuner.training.held_out import split_of_run
+from musubi_tuner.training.identity import (
+    as_begun,
+    check_state,
+    data_digest,
+    environment,
+    fixed_settings,
+    other_teachers,
+)
 from musubi_tuner.training.metrics import Metrics
-from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -86,6 +83,7 @@ from musubi_tuner.training.optimizers import (
     set_learning_rate,
     trainable,
 )
+from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import write_configs, write_release
 from musubi_tuner.training.sampling import (
     EncodedPrompts,
@@ -99,6 +97,7 @@ from musubi_tuner.training.schedulers import rate_jump, schedule_length, schedul
 from musubi_tuner.training.step import make_draws, stratified_draws, training_step
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
+from musubi_tuner.training.window import EpochLoss, Window, binned
 from musubi_tuner.units import format_bytes, format_seconds
 
 Listing = Callable[[Entry], None]
@@ -122,60 +121,6 @@ class Position:
     skipped_in_a_row: int = 0
 
 
-def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
-    """Settings that a run which continues must keep, as plain JSON values.
-
-    Processes and accumulation may change as long as their product, the micro-batches of an update, stays.
-    """
-    found = {
-        p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
-    }
-    found["ema.warmup"] = config.warms_average
-    found["micro-batches per update"] = processes * config.train.grad_accum_steps
-    return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
-
-
-def default_settings() -> dict[str, Any]:
-    """What a setting was before it existed."""
-    found = {p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}
-    return json.loads(json.dumps({**found, "ema.warmup": False}))
-
-
-def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
-    """How [experts] differs in every dataset."""
-    return [
-        {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
-        for dataset in config.datasets
-    ]
-
-
-def data_digest(
-    items: list[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
-) -> str:
-    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out.
-
-    Args:
-        teachers: what `other_teachers` gives.
-    """
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
-        if item.more_captions:
-            digest.update(repr(item.more_captions).encode())
-        if item.squashed:
-            digest.update(b"squashed")
-        if item.background not in (KEPT, WHITE):
-            digest.update(item.background.encode())
-        if masked and item.mask is not None:
-            digest.update(repr(item.mask.source).encode())
-    for item in held_out:
-        digest.update(repr(("held out", item.key, item.caption, item.bucket, item.batch_size)).encode())
-    for number, own in enumerate(teachers):
-        if own:
-            digest.update(repr(("experts", number, sorted(own.items()))).encode())
-    return digest.hexdigest()[:16]
-
-
 def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedDataset]) -> None:
     """Compare what is cached, of every dataset, with what the model takes.
 
@@ -191,27 +136,6 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
                 raise ConfigError(f"{where}{error}") from error
 
 
-def environment(config: RunConfig, threads: int, processes: int, device: torch.device) -> dict[str, Any]:
-    """What bit-exact repetition depends on beside the config."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "torch": torch.__version__,
-        "device": name,
-        "threads": threads,
-        "processes": processes,
-        "precision": config.train.mixed_precision,
-        **({"float32 products": torch.get_float32_matmul_precision()} if device.type == "cuda" else {}),
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
-
-
 class DrawingLeft(Exception):
     """Samples were given up because the run was asked to stop."""
 
@@ -225,13 +149,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig, items: list[Item], planned: int | None = None) -> None:
         self.config, self.begun, self.started, self.planned = config, time.monotonic(), time.time(), planned
-        self.accelerator = make_accelerator(config)
-        self.device = self.accelerator.device
-        self.main = self.accelerator.is_main_process
-        self.processes = self.accelerator.num_processes
-        self.stop = StopRequest(self._answer_signal)
-        self.patient = patient_group() if self.processes > 1 else None
-        threads = set_threads(config.run.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.ranks = Ranks(config, self._answer_signal)
+        self.device, self.main, self.processes = self.ranks.device, self.ranks.main, self.ranks.count
+        threads = set_threads(config.run.threads, self.ranks.local_count)
         sizes = len({item.bucket for item in items})
         self.kernels = apply_backend_flags(config.run, self.device, sizes)
         self.environment = environment(config, threads, self.processes, self.device)
@@ -258,11 +178,8 @@ class Trainer:
         """Load the model and everything around it, and continue where a state left off."""
         check_machine(self.config, self.device)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        if self.processes > 1 and free is not None:
-            # All ranks must choose the same number: the one that has least decides.
-            least = torch.tensor([free], device=self.device)
-            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-            free = int(least)
+        # All ranks must choose the same number of blocks: the one that has least memory decides.
+        free = None if free is None else self.ranks.least(free)
         slow = self.config.train.mixed_precision == "bf16" and not has_bf16(self.device)
         if self.main and slow:
             print('warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
@@ -279,7 +196,7 @@ class Trainer:
             if lines:
                 print("\n".join(lines), flush=True)
         self.prompts, self.vae = self._prepare_samples()
-        self.wait()
+        self.ranks.wait()
         trainee = config.spec.load("load_for_training")(config)
         self.geometry, self.options, self.base = trainee.geometry, trainee.options, trainee.base
         check_caches(config, self.geometry, [dataset for dataset in (self.dataset, self.measured) if dataset])
@@ -309,22 +226,21 @@ class Trainer:
                 config.validation,
                 device=self.device,
                 autocast=self.autocast,
-                rank=self.accelerator.process_index,
+                rank=self.ranks.rank,
                 processes=self.processes,
                 hidden=config.spec.expert_keys,
             )
         self.best = Best(METRIC if self.validator else EPOCH_METRIC) if config.keeps_best else None
         self.best_step = 0
-        self.window: dict[str, Tensor] = {}
-        self.window_updates = 0
-        self.bins = NoiseBins(config.log.noise_bins, self._sum_device)
-        self.epoch_total = torch.zeros((), dtype=torch.float64, device=self._sum_device)
-        self.epoch_updates = 0
+        self.window = Window(self.ranks, config.log.noise_bins)
+        self.epoch_loss = EpochLoss(self.ranks)
         self.term_weights: dict[str, float] = {}
         metrics_length = self._resume()
         if self.swap is not None:
             self.swap.refresh()
-        self.model = self._parallel(bare)
+        # Trained weights in main memory are reduced by hand, block by block.
+        self.host = [p for p in bare.parameters() if p.requires_grad and self.swap is not None and self.swap.keeps(p)]
+        self.model = self.ranks.parallel(bare, self.host)
         self.metrics = None
         if self.main:
             if not self.adapters:
@@ -371,37 +287,11 @@ class Trainer:
                 module.eval()
         return model, trained
 
-    def _parallel(self, bare: torch.nn.Module) -> torch.nn.Module:
-        """The model under data parallelism, if there are several processes; frozen weights are left out of it."""
-        if self.processes == 1:
-            return bare
-        # Frozen weights need no reduction; trained ones in main memory are reduced by hand, in _reduce_host.
-        self.host = [p for p in bare.parameters() if p.requires_grad and self.swap is not None and self.swap.keeps(p)]
-        on_host = {id(p) for p in self.host}
-        left_out = [name for name, p in bare.named_parameters() if not p.requires_grad or id(p) in on_host]
-        if left_out:
-            left_out += [name for name, _ in bare.named_buffers()]
-            ignore = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-            ignore(bare, left_out)  # type: ignore[no-untyped-call]
-        with warnings.catch_warnings():
-            # The name that replaces it is unknown to older versions of torch.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return self.accelerator.prepare(bare)
-
     def _reduce_host(self) -> None:
         """Average the gradients of parameters in main memory over the ranks, one block after the other."""
         assert self.swap is not None
         for block in self.swap.streamed:
-            self._reduce_block([p for p in block.trained if p.requires_grad])
-
-    def _reduce_block(self, parameters: list[torch.nn.Parameter]) -> None:
-        flat = torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
-        ]).to(self.device)  # fmt: skip
-        torch.distributed.all_reduce(flat)
-        flat /= self.processes
-        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
+            self.ranks.average_gradients([p for p in block.trained if p.requires_grad])
 
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
         """Encode the sample prompts, before the model needs the memory, and load the autoencoder into main memory."""
@@ -429,7 +319,18 @@ class Trainer:
         if found is None:
             return 0
         path, values = found
-        self._check_state(path, values)
+        warning = check_state(
+            self.config,
+            path,
+            values,
+            processes=self.processes,
+            data=self.data_digest,
+            base=self.base,
+            environment=self.environment,
+            total=self.total,
+        )
+        if warning and self.main:
+            print(warning)
         missing, unexpected = self.trained.load_state_dict(read_tensors(path, "model"), strict=False)
         if missing or unexpected:
             raise CheckpointError(f"{path}: belongs to another model ({(missing + unexpected)[0]})")
@@ -443,20 +344,8 @@ class Trainer:
         self.samples_due = values.get("samples_due", self.samples_due and self.position.step == 0)
         if self.position.update >= self.steps.updates_per_epoch and self.position.step < self.total:
             self.position.epoch, self.position.update = self.position.epoch + 1, 0
-        self.window = {
-            name: torch.tensor(value, dtype=torch.float64, device=self._sum_device)
-            for name, value in values["window"].items()
-        }
-        self.bins.load_state(values.get("noise_bins"))
-        if not self.main:
-            # The main process continues with the losses of all.
-            self.window = {name: value * (not name.startswith("loss/")) for name, value in self.window.items()}
-            self.bins.clear()
-        # States of earlier versions hold it beside the best value.
-        epoch = values.get("epoch_loss") or values.get("best") or {}
-        self.epoch_total += epoch.get("total", 0.0)
-        self.epoch_updates = epoch.get("updates", 0)
-        self.window_updates = values["window_updates"]
+        self.window.load_state(values)
+        self.epoch_loss.load_state(values)
         if self.best:
             self.best.load_state(values.get("best"))
         if self.main:
@@ -466,10 +355,6 @@ class Trainer:
             if jump:
                 print(f"warning: the learning rate jumps: {jump}")
         return int(values["metrics_bytes"])
-
-    @property
-    def _sum_device(self) -> torch.device:
-        return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def _find_state(self) -> tuple[Path, dict[str, Any]] | None:
         wanted = self.config.resume.from_
@@ -487,35 +372,6 @@ class Trainer:
             )
         return path, read_values(path)
 
-    def _check_state(self, path: Path, values: dict[str, Any]) -> None:
-        differences = compare_config(values["config"], fixed_settings(self.config, self.processes), default_settings())
-        if values["data"] != self.data_digest:
-            differences.append(
-                "the data set has other images, captions, masks, buckets, batch sizes or teachers; a new run can begin from the "
-                "weights of this one"
-            )
-        if values.get("base") != self.base:
-            differences.append("the checkpoint below the adapter holds other weights")
-        if differences:
-            raise ConfigError(
-                f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
-                "\n  " + "\n  ".join(differences)
-            )
-        # An imported state does not know where it was made.
-        changed = compare_config(values["environment"], self.environment) if values["environment"] else []
-        if changed:
-            text = "this run continues under other conditions, so it may differ in the last bits: " + "; ".join(changed)
-            if self.config.run.strict:
-                raise ConfigError(f"run.strict: {text}")
-            if self.main:
-                print(f"warning: {text}")
-        if values["position"]["step"] > self.total:
-            key = "max_steps" if self.config.train.max_steps == self.total else "max_epochs"
-            raise ConfigError(
-                f"{path}: is at step {values['position']['step']}, but train.{key} is {getattr(self.config.train, key)}; raise it, "
-                "or use --fresh to start anew in a new folder"
-            )
-
     def _state(self) -> TrainingState:
         tensors, scalars = optimizer_state(self.optimizer)
         assert self.metrics is not None
@@ -531,10 +387,8 @@ class Trainer:
                 "optimizer": scalars,
                 "ema_updates": self.ema.updates if self.ema else 0,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
-                "window": {name: value.item() for name, value in self.window.items()},
-                "window_updates": self.window_updates,
-                "noise_bins": self.bins.state(),
-                "epoch_loss": {"total": float(self.epoch_total), "updates": self.epoch_updates},
+                **self.window.state(),
+                **self.epoch_loss.state(),
                 "best": self.best.state() if self.best else None,
                 "metrics_bytes": self.metrics.length,
                 "schedule_end": schedule_length(self.config, self.total),
@@ -556,18 +410,18 @@ class Trainer:
             Interrupted: after saving, when a signal asked to stop.
             TrainingError: when a loss or gradient is not finite.
         """
-        self.wait()  # all ranks have read the state, which may move now
+        self.ranks.wait()  # all ranks have read the state, which may move now
         if self.metrics and self.position.step < self.total:
             self._keep_former_end(self.metrics)
         try:
-            with self.stop:
+            with self.ranks.stop:
                 if self.samples_due:
                     self._sample()
                     self._save_and_stop()
                 while self.position.step < self.total and not self._epoch():
                     self.position.epoch, self.position.update = self.position.epoch + 1, 0
                 self._finish()
-                if stopping := self._stop_signal():
+                if stopping := self.ranks.stop_signal():
                     raise Interrupted(stopping, "")  # the run is complete all the same, and has said so
         finally:
             if self.swap is not None and self.swap.recoveries:
@@ -584,7 +438,7 @@ class Trainer:
             planned,
             num_processes=self.processes,
             grad_accum_steps=config.train.grad_accum_steps,
-            rank=self.accelerator.process_index,
+            rank=self.ranks.rank,
         )[position.update :]
         updates = updates[: self.total - position.step]
         batches = self._batches(updates, self.position.epoch)
@@ -653,7 +507,7 @@ class Trainer:
             strata = stratified_draws(update.micro_batches, config.run.seed, position.epoch, position.step)
         work = self._work_of(update)
         sums: dict[str, Tensor] = {}
-        table = torch.zeros(2, self.bins.count, device=self.device)
+        table = torch.zeros(2, self.window.bins.count, device=self.device)
         seen: list[str] = []
         for number, (index, planned) in enumerate(work):
             batch = next(batches).to(self.device)
@@ -669,8 +523,7 @@ class Trainer:
             ).to(self.device)
             seed_layers(config.run.seed, "layers", position.step, -1 if index is None else index)
             is_last = number == len(work) - 1
-            hold = contextlib.nullcontext() if is_last or self.processes == 1 else self.accelerator.no_sync(self.model)
-            with hold:
+            with self.ranks.accumulating(self.model, is_last):
                 with torch.autocast(
                     self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
                 ):
@@ -686,8 +539,8 @@ class Trainer:
                 sums.setdefault(name, torch.zeros((), device=self.device))
                 if index is not None:
                     sums[name] = sums[name] + value
-            if index is not None and self.bins.count:
-                table = table + binned(self.process.sigma(output.time), output.main, self.bins.count)
+            if index is not None and self.window.bins.count:
+                table = table + binned(self.process.sigma(output.time), output.main, self.window.bins.count)
         self._step(update, sums, table, seen)
 
     def _step(self, update: Update, sums: dict[str, Tensor], table: Tensor, seen: list[str]) -> None:
@@ -710,15 +563,15 @@ class Trainer:
             position.skipped_in_a_row = 0
             if config.adapter.max_norm is not None and isinstance(self.trained, AdapterSet):
                 for tag, value in self.trained.limit_norms(config.adapter.max_norm).items():
-                    self._accumulate(tag, value.to(self._sum_device, torch.float64))
+                    self.window.add(tag, value)
             if self.ema:
                 self.ema.update(self.trained)
-            self._add_to_epoch(sums["total"] / update.samples)
+            self.epoch_loss.add(sums["total"] / update.samples)
             for name, value in sums.items():
-                self._accumulate(f"loss/{name}", value.to(self._sum_device, torch.float64) / update.samples)
-            self.bins.add(table)
-            self._accumulate("train/grad_norm", norm.detach().to(self._sum_device, torch.float64))
-            self.window_updates += 1
+                self.window.add(f"loss/{name}", value.to(self.ranks.sum_device, torch.float64) / update.samples)
+            self.window.bins.add(table)
+            self.window.add("train/grad_norm", norm.detach())
+            self.window.updates += 1
         else:
             self._not_finite(seen)
         position.step += 1
@@ -726,9 +579,6 @@ class Trainer:
         position.images += update.samples
         if self.metrics:
             self.metrics.advance(update.samples)
-
-    def _accumulate(self, tag: str, value: Tensor) -> None:
-        self.window[tag] = self.window[tag] + value if tag in self.window else value
 
     def _not_finite(self, seen: list[str]) -> None:
         """A gradient that is not finite: stop, or skip the update.
@@ -749,29 +599,15 @@ class Trainer:
         if self.main and self.metrics:
             self.metrics.say(f"warning: {where}; the update is skipped")
 
-    def _stop_signal(self) -> int:
-        """Number of the signal that asked to stop, agreed on by all ranks; 0 = none."""
-        if self.processes == 1:
-            return self.stop.signum
-        asked = torch.tensor([self.stop.signum], device=self.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return int(asked.item())
-
     def _answer_signal(self) -> None:
         """Tell the person at once that a signal arrived."""
-        if self.main:
-            tqdm.write(
-                "stopping when this update is done and a state is saved; a second signal stops at once, without saving"
-            )
+        tqdm.write(
+            "stopping when this update is done and a state is saved; a second signal stops at once, without saving"
+        )
 
     def _leave_drawing(self) -> None:
-        if self.stop.signum:
+        if self.ranks.stop.signum:
             raise DrawingLeft
-
-    def wait(self) -> None:
-        """Wait for all ranks, however long the main process draws, saves or encodes."""
-        if self.processes > 1:
-            torch.distributed.barrier(group=self.patient)
 
     # -- what happens between updates ----------------------------------------------------------------------------
 
@@ -785,20 +621,10 @@ class Trainer:
 
     def _log(self) -> None:
         """Reduce the window over ranks and write it."""
-        if self.window_updates == 0:
+        if self.window.updates == 0:
             return
-        tags = sorted(self.window)
-        totals = torch.stack([self.window[tag] for tag in tags])
-        if self.processes > 1:
-            # Every rank knows the loss of its own samples; all else is the same everywhere.
-            shares = torch.tensor([1.0 if tag.startswith("loss/") else 1.0 / self.processes for tag in tags])
-            totals = totals.float() * shares.to(totals.device)
-        totals = torch.cat((totals, self.bins.table.flatten().to(totals.dtype)))
-        if self.processes > 1:
-            torch.distributed.all_reduce(totals)
+        means, by_noise = self.window.means()
         if self.metrics:
-            numbers = totals.tolist()
-            means = {tag: value / self.window_updates for tag, value in zip(tags, numbers)}
             ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
             ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
             lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
@@ -806,7 +632,7 @@ class Trainer:
             values = {
                 **ordered,
                 **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
-                **self.bins.means(numbers[len(tags) :]),
+                **by_noise,
                 "train/lr": lr,
                 "train/grad_norm": means["train/grad_norm"],
                 "train/epoch": self.position.epoch + self.position.update / self.steps.updates_per_epoch,
@@ -817,29 +643,17 @@ class Trainer:
             values |= {f"train/lr_x{scale:g}": lr * scale for scale in sorted(scales)}
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
             self.metrics.log(self.position.step, values, peak_gib=peak)
-        self.window, self.window_updates = {}, 0
-        self.bins.clear()
 
     @property
     def _follows_epochs(self) -> bool:
         """Whether the best epoch by training loss is kept."""
         return self.best is not None and self.validator is None
 
-    def _add_to_epoch(self, loss: Tensor) -> None:
-        """Count the loss of an update into the mean of its epoch."""
-        loss = loss.to(self._sum_device, torch.float64)
-        if self.processes > 1:
-            # At once, not at the end: so the sum has one order, however often the run is interrupted.
-            torch.distributed.all_reduce(loss)
-        self.epoch_total = self.epoch_total + loss  # on the device, without waiting for it
-        self.epoch_updates += 1
-
     def _end_epoch(self) -> None:
         """Write the mean loss of an epoch, and keep its weights if it is the lowest and there is no validation."""
-        if not self.epoch_updates:
+        if not self.epoch_loss.updates:
             return
-        step, mean = self.position.step, float(self.epoch_total) / self.epoch_updates
-        self.epoch_total, self.epoch_updates = torch.zeros_like(self.epoch_total), 0
+        step, mean = self.position.step, self.epoch_loss.mean()
         if self.metrics:
             place = self.position.epoch + 1
             self.metrics.measured(step, {EPOCH_METRIC: mean, "epoch/step": step}, 0.0, place=place)
@@ -889,7 +703,7 @@ class Trainer:
             if self.uploads and self.config.hub.release == "best":
                 self.uploads.release(entry)
             self.best_step = entry.step
-        self.wait()
+        self.ranks.wait()
 
     def _sample(self) -> None:
         """Draw the sample prompts on the main process; the others wait. A request to stop leaves them to the next start."""
@@ -903,7 +717,7 @@ class Trainer:
         finally:
             if self.swap is not None:
                 self.swap.refresh()
-        self.wait()
+        self.ranks.wait()
 
     def _draw_samples(self) -> None:
         if self.prompts is not None and self.metrics is not None:
@@ -960,15 +774,14 @@ class Trainer:
         due = self._due_checkpoints(stopping)
         if not due:
             return
-        if self.processes > 1:
-            self._gather_window()
+        self.window.gather()
         if self.main:
             for name, kind in due.items():
                 stem = stem_on_the_way(self.name, kind, self.position.step, self.position.epoch + 1)
                 self._save(name, kind, stem, force_state=bool(stopping) and kind == "step")
         if self.config.save.state or stopping:
             self.state_step = self.position.step
-        self.wait()
+        self.ranks.wait()
 
     def _save_and_stop(self) -> None:
         """Stop if a signal asked for it; if there is no state of this very update yet, write one first.
@@ -976,7 +789,7 @@ class Trainer:
         Raises:
             Interrupted: with a message on the main process.
         """
-        stopping = self._stop_signal()
+        stopping = self.ranks.stop_signal()
         if not stopping:
             return
         if self.state_step != self.position.step:
@@ -989,18 +802,6 @@ class Trainer:
         names = CheckpointList.read(self.folder, self.name).keep_former_end(self.position.step)
         if names:
             metrics.say(f"{self.name}.safetensors of step {self.position.step} is kept as {', '.join(names)}")
-
-    def _gather_window(self) -> None:
-        """Bring the losses since the last log line to the main process, whose state must hold those of all ranks."""
-        tags = sorted(tag for tag in self.window if tag.startswith("loss/"))
-        if tags:
-            totals = torch.stack([self.window[tag] for tag in tags])
-            torch.distributed.all_reduce(totals)
-            self.window |= {tag: total if self.main else torch.zeros_like(total) for tag, total in zip(tags, totals)}
-        if self.bins.count:
-            torch.distributed.all_reduce(self.bins.table)
-            if not self.main:
-                self.bins.clear()
 
     def _save(
         self,
@@ -1094,7 +895,7 @@ class Trainer:
                 f"finished: {self.position.step} updates, {self.position.images} images, {taken} in this start; "
                 f"{self.position.skipped} updates skipped; see {self.folder}"
             )
-        self.wait()
+        self.ranks.wait()
 
     def finish_uploads(self) -> None:
         """Upload the logs and wait for all uploads, however the run ended."""
@@ -1143,52 +944,6 @@ def count_steps(config: RunConfig, items: list[Item], processes: int) -> Any:
     )
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """The process group of a run.
-
-    Raises:
-        ConfigError: if the launcher started several processes that would not train together, or fp16 has no GPU.
-    """
-    from datetime import timedelta
-
-    device = choose_device(config.run.device)
-    if config.train.mixed_precision == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            'train.mixed_precision = "fp16" needs a CUDA GPU, and this run is on the CPU; use "bf16" or "no"'
-        )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes)),
-        ],
-    )
-    if launched > 1 and accelerator.num_processes != launched:
-        raise ConfigError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: they would train apart and "
-            f"overwrite each other. Set [distributed] num_processes = {launched} and run `python train.py`, or on a CPU "
-            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
-        )
-    if config.distributed.num_processes > 1 and accelerator.num_processes != config.distributed.num_processes:
-        raise ConfigError(
-            f"distributed.num_processes is {config.distributed.num_processes}, but {accelerator.num_processes} processes run"
-        )
-    return accelerator
-
-
-def patient_group() -> Any:
-    """All ranks, for waiting on the main process.
-
-    Gloo, because its members sleep while they wait, and without the time limit of `distributed.timeout_minutes`: that one
-    is for ranks that hang, and drawing, saving or encoding may take longer. A rank that dies is noticed at once.
-    """
-    from datetime import timedelta
-
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-
-
 def train(config: RunConfig, items: list[Item], planned: int | None = None) -> None:
     """Train a run whose caches are complete, alone or as one process of several.
 
@@ -1206,7 +961,7 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             # What an interrupted start may still resume from is pruned at its next save, not here.
             tidy(folder, config.run.name)
             stack.callback(trainer.finish_uploads)
-        trainer.wait()
+        trainer.ranks.wait()
         memory = advise_on_memory(
             TrainingError,
             lambda on_device: (
@@ -1223,9 +978,6 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
                 stop = request.with_traceback(None)  # whose frames hold the loader, which now ends its workers
             finally:
                 kill_workers()
-        trainer.wait()
-        if trainer.processes > 1:
-            # Before the main process waits for its uploads: the others need not.
-            torch.distributed.destroy_process_group()
+        trainer.ranks.end()
         if stop is not None:
             raise stop

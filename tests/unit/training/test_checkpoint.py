@@ -20,7 +20,6 @@ from musubi_tuner.training.checkpoint import (
     CheckpointList,
     Entry,
     TrainingState,
-    compare_config,
     find_states,
     newest_good_state,
     read_tensors,
@@ -569,29 +568,6 @@ def test_weight_file_is_replaced_and_leaves_nothing_beside(tmp_path: Path) -> No
     saved(tmp_path, {"a": torch.zeros(2)}, "float32")
     assert saved(tmp_path, {"b": torch.ones(2)}, "float32")["b"].tolist() == [1.0, 1.0]
     assert content(tmp_path) == {"weights.safetensors"}
-
-
-# Comparing configs
-
-
-def test_differences_are_named_with_both_values() -> None:
-    stored = {"run.seed": 1, "optimizer.lr": 0.1, "gone": "x", "same": [1, 2]}
-    current = {"run.seed": 2, "optimizer.lr": 0.1, "added": True, "same": [1, 2]}
-    assert compare_config(stored, current) == [
-        "added was None, now True",
-        "gone was 'x', now None",
-        "run.seed was 1, now 2",
-    ]
-
-
-def test_a_setting_that_is_younger_than_the_state_was_its_default() -> None:
-    stored, defaults = {"run.seed": 1}, {"added": False, "run.seed": 7}
-    assert compare_config(stored, {"run.seed": 1, "added": False}, defaults) == []
-    assert compare_config(stored, {"run.seed": 1, "added": True}, defaults) == ["added was False, now True"]
-
-
-def test_equal_configs_have_no_differences() -> None:
-    assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
 
 
 def test_checkpoints_that_a_killed_start_left_unlisted_are_adopted_and_then_pruned(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from musubi_tuner.training.noise_bins import NoiseBins, binned
 from musubi_tuner.training.validation import METRIC, time_grid
+from musubi_tuner.training.window import NoiseBins, binned
 
 CPU = torch.device("cpu")
 

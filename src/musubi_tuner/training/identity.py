@@ -1,0 +1,183 @@
+"""What makes a run the same run: its fixed settings, its data, the weights below its adapters; and what its last bits depend on.
+
+A state records all of them. A run that goes on from it must have the same settings, data and base; another environment is
+said, or refused under `run.strict`.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.config.datasets import KEPT, WHITE
+from musubi_tuner.config.schema import parameters
+from musubi_tuner.data.sources import Item
+from musubi_tuner.errors import ConfigError
+
+
+def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
+    """Settings that a run which continues must keep, as plain JSON values.
+
+    Processes and accumulation may change as long as their product, the micro-batches of an update, stays.
+    """
+    found = {
+        p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
+    }
+    found["ema.warmup"] = config.warms_average
+    found["micro-batches per update"] = processes * config.train.grad_accum_steps
+    return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
+
+
+def default_settings() -> dict[str, Any]:
+    """What a setting was before it existed."""
+    found = {p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}
+    return json.loads(json.dumps({**found, "ema.warmup": False}))
+
+
+def as_begun(config: RunConfig, began: Mapping[str, Any] | None) -> RunConfig:
+    """The config with ``ema.warmup = "auto"`` replaced by what the run began with.
+
+    Args:
+        began: fixed settings of the state that the run goes on from; None = it begins now.
+    """
+    if config.ema.warmup != "auto":
+        return config
+    warmup = config.warms_average if began is None else began.get("ema.warmup", False)
+    return config.model_copy(update={"ema": config.ema.model_copy(update={"warmup": warmup})})
+
+
+def compare_config(
+    stored: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Settings in which a run that wants to continue differs from what it began as.
+
+    Args:
+        defaults: of settings that a state of an earlier version does not know; it ran as they say.
+    """
+    before = {**(defaults or {}), **stored}
+    return [
+        f"{key} was {before.get(key)!r}, now {current.get(key)!r}"
+        for key in sorted(set(stored) | set(current))
+        if before.get(key) != current.get(key)
+    ]
+
+
+def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int) -> list[str]:
+    """In which fixed settings a run differs from the one that a state is of.
+
+    Args:
+        began: fixed settings of the state.
+    """
+    return compare_config(began, fixed_settings(as_begun(config, began), processes), default_settings())
+
+
+def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
+    """How [experts] differs in every dataset."""
+    return [
+        {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
+        for dataset in config.datasets
+    ]
+
+
+def data_digest(
+    items: list[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out.
+
+    Args:
+        teachers: what `other_teachers` gives.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
+        if item.more_captions:
+            digest.update(repr(item.more_captions).encode())
+        if item.squashed:
+            digest.update(b"squashed")
+        if item.background not in (KEPT, WHITE):
+            digest.update(item.background.encode())
+        if masked and item.mask is not None:
+            digest.update(repr(item.mask.source).encode())
+    for item in held_out:
+        digest.update(repr(("held out", item.key, item.caption, item.bucket, item.batch_size)).encode())
+    for number, own in enumerate(teachers):
+        if own:
+            digest.update(repr(("experts", number, sorted(own.items()))).encode())
+    return digest.hexdigest()[:16]
+
+
+def environment(config: RunConfig, threads: int, processes: int, device: torch.device) -> dict[str, Any]:
+    """What bit-exact repetition depends on beside the config."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "torch": torch.__version__,
+        "device": name,
+        "threads": threads,
+        "processes": processes,
+        "precision": config.train.mixed_precision,
+        **({"float32 products": torch.get_float32_matmul_precision()} if device.type == "cuda" else {}),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()
+
+
+def check_state(
+    config: RunConfig,
+    path: Path,
+    values: Mapping[str, Any],
+    *,
+    processes: int,
+    data: str,
+    base: str | None,
+    environment: Mapping[str, Any],
+    total: int,
+) -> str | None:
+    """Compare a state with the run that wants to go on from it.
+
+    Args:
+        path, values: folder and plain data of the state. data: what `data_digest` gives. base: weights below an adapter.
+        environment: of this start. total: updates of the run.
+
+    Returns:
+        A warning about another environment, or None.
+
+    Raises:
+        ConfigError: if the state is of another run, or of a later update than the run has.
+    """
+    differences = changed_settings(config, values["config"], processes)
+    if values["data"] != data:
+        differences.append(
+            "the data set has other images, captions, masks, buckets, batch sizes or teachers; a new run can begin from the "
+            "weights of this one"
+        )
+    if values.get("base") != base:
+        differences.append("the checkpoint below the adapter holds other weights")
+    if differences:
+        raise ConfigError(
+            f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
+            "\n  " + "\n  ".join(differences)
+        )
+    # An imported state does not know where it was made.
+    changed = compare_config(values["environment"], environment) if values["environment"] else []
+    text = "this run continues under other conditions, so it may differ in the last bits: " + "; ".join(changed)
+    if changed and config.run.strict:
+        raise ConfigError(f"run.strict: {text}")
+    if values["position"]["step"] > total:
+        key = "max_steps" if config.train.max_steps == total else "max_epochs"
+        raise ConfigError(
+            f"{path}: is at step {values['position']['step']}, but train.{key} is {getattr(config.train, key)}; raise it, "
+            "or use --fresh to start anew in a new folder"
+        )
+    return f"warning: {text}" if changed else None

@@ -1,0 +1,158 @@
+"""The processes of a run, called ranks: the device of this one, what they agree on, and gradients that all of them have.
+
+One rank is the usual case, and then nothing here costs anything.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from musubi_tuner.config import RunConfig
+from musubi_tuner.device import choose_device
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.stopping import StopRequest
+
+
+class Ranks:
+    """This process among those of its run.
+
+    Attributes:
+        device: of this rank. rank: its number. count: of all. main: whether it is the one that writes and draws.
+        stop: a request to stop that arrived here; `stop_signal` is what all ranks agree on.
+
+    Args:
+        answer: tells the person at once that a request to stop arrived.
+
+    Raises:
+        ConfigError: if the launcher started several processes that would not train together, or fp16 has no GPU.
+    """
+
+    def __init__(self, config: RunConfig, answer: Callable[[], None]) -> None:
+        self.accelerator = _make_accelerator(config)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.count: int = self.accelerator.num_processes
+        self.main: bool = self.accelerator.is_main_process
+        self.stop = StopRequest(lambda: answer() if self.main else None)
+        self._patient = _patient_group() if self.count > 1 else None
+
+    @property
+    def sum_device(self) -> torch.device:
+        """Where float64 sums are kept."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    @property
+    def local_count(self) -> int:
+        """Ranks on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def wait(self) -> None:
+        """Wait for all ranks, however long the main one draws, saves or encodes."""
+        if self.count > 1:
+            torch.distributed.barrier(group=self._patient)
+
+    def end(self) -> None:
+        """Leave the group: what the main rank does after it, the others need not wait for."""
+        self.wait()
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace a tensor by its sum over all ranks, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(values)
+
+    def least(self, value: int) -> int:
+        """The smallest value that a rank has."""
+        return self._agreed(value, torch.distributed.ReduceOp.MIN) if self.count > 1 else value
+
+    def stop_signal(self) -> int:
+        """Number of the signal that asked to stop, the same on all ranks; 0 = none."""
+        signum = self.stop.signum
+        return self._agreed(signum, torch.distributed.ReduceOp.MAX) if self.count > 1 else signum
+
+    def _agreed(self, value: int, operation: Any) -> int:
+        shared = torch.tensor([value], device=self.device)
+        torch.distributed.all_reduce(shared, op=operation)
+        return int(shared.item())
+
+    def parallel(self, model: nn.Module, by_hand: Sequence[nn.Parameter] = ()) -> nn.Module:
+        """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank.
+
+        Args:
+            by_hand: trained parameters that `average_gradients` takes care of instead. Frozen ones need no average.
+        """
+        if self.count == 1:
+            return model
+        aside = {id(parameter) for parameter in by_hand}
+        left_out = [name for name, p in model.named_parameters() if not p.requires_grad or id(p) in aside]
+        if left_out:
+            left_out += [name for name, _ in model.named_buffers()]
+            ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(model, left_out)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # The name that replaces it is unknown to older versions of torch.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return self.accelerator.prepare(model)
+
+    def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+        """Holds the exchange of gradients back until the last micro-batch of an update."""
+        return contextlib.nullcontext() if is_last or self.count == 1 else self.accelerator.no_sync(model)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients of some parameters over the ranks, wherever they lie; an absent one counts as 0."""
+        if self.count == 1 or not parameters:
+            return
+        flat = torch.cat([
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
+        ]).to(self.device)  # fmt: skip
+        torch.distributed.all_reduce(flat)
+        flat /= self.count
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
+
+
+def _make_accelerator(config: RunConfig) -> Accelerator:
+    device = choose_device(config.run.device)
+    if config.train.mixed_precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            'train.mixed_precision = "fp16" needs a CUDA GPU, and this run is on the CPU; use "bf16" or "no"'
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes)),
+        ],
+    )
+    if launched > 1 and accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: they would train apart and "
+            f"overwrite each other. Set [distributed] num_processes = {launched} and run `python train.py`, or on a CPU "
+            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+        )
+    if config.distributed.num_processes > 1 and accelerator.num_processes != config.distributed.num_processes:
+        raise ConfigError(
+            f"distributed.num_processes is {config.distributed.num_processes}, but {accelerator.num_processes} processes run"
+        )
+    return accelerator
+
+
+def _patient_group() -> Any:
+    """All ranks, for waiting on the main one.
+
+    Gloo, because its members sleep while they wait, and without the time limit of `distributed.timeout_minutes`: that one
+    is for ranks that hang, and drawing, saving or encoding may take longer. A rank that dies is noticed at once.
+    """
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
