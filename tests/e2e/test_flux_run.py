@@ -166,7 +166,8 @@ def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     from musubi_tuner.data.plan import plan_epoch
     from musubi_tuner.data.sources import scan
     from musubi_tuner.training.generate import use_adapters
-    from musubi_tuner.training.step import make_draws, training_step
+    from musubi_tuner.training.task import make_draws
+    from steps import training_step
 
     model = config.spec.load("load_for_training")(config).model
     use_adapters(model, config.spec, [(str(config.output_dir), strength)])

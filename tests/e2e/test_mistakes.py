@@ -522,17 +522,17 @@ def test_updates_that_are_not_finite_can_be_skipped_and_are_counted(
 FULL = """
 import sys, torch
 from musubi_tuner.runner.command import main
-from musubi_tuner.training import trainer
+from musubi_tuner.training.task import FlowPhase
 
-step, calls = trainer.training_step, []
+losses, calls = FlowPhase.losses, []
 
 def full(*values, **named):
     calls.append(1)
     if len(calls) > 7:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")
-    return step(*values, **named)
+    return losses(*values, **named)
 
-trainer.training_step = full
+FlowPhase.losses = full
 sys.exit(main(sys.argv[1:]))
 """
 

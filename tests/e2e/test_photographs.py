@@ -169,7 +169,8 @@ def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
     from musubi_tuner.data.plan import plan_epoch
     from musubi_tuner.data.sources import scan
     from musubi_tuner.models.tinyflux import load_model
-    from musubi_tuner.training.step import make_draws, training_step
+    from musubi_tuner.training.task import make_draws
+    from steps import training_step
 
     trainee = config.spec.load("load_for_training")(config)
     model = trainee.model if weights is None else load_model(weights)

@@ -21,7 +21,8 @@ from musubi_tuner.config import load_config
 from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import scan
-from musubi_tuner.training.step import make_draws, training_step
+from musubi_tuner.training.task import make_draws
+from steps import training_step
 
 STILL: dict[str, Any] = {
     "model": {"geometry": {**GEOMETRY, "lune_dropout": 0.0}},

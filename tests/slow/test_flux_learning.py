@@ -31,7 +31,8 @@ from musubi_tuner.training.ema import EMA
 from musubi_tuner.training.generate import Generator
 from musubi_tuner.training.sampling import contact_sheet, save_png
 from musubi_tuner.training.schedulers import make_schedule
-from musubi_tuner.training.step import make_draws, training_step
+from musubi_tuner.training.task import make_draws
+from steps import training_step
 
 ROOT = Path(__file__).parents[2]
 NEW = "purple"

@@ -30,7 +30,8 @@ from musubi_tuner.data.dataset import Batch
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.models.spec import ModelPlan, Process
-from musubi_tuner.training.step import Draws, training_step
+from musubi_tuner.precision import COMPUTE_DTYPES, autocast
+from musubi_tuner.training.task import Draws, FlowPhase, Position, weighted_sum
 from musubi_tuner.units import Bytes
 
 
@@ -86,6 +87,7 @@ def run_step(
         trained = _give_weights(model, config, plan, kinds, layers)
         blocks = {name: list(getattr(model, name)) for name in names}
         inside = [_Inside(blocks[kind.name][kind.numbers[0]]) for kind in kinds if kind.recomputed]
+        phase = FlowPhase(model, process, "model")
         batch, draws = _empty_batch(config, process, plan.shapes, bucket, batch_size)
         widest = [0, 0]
 
@@ -100,10 +102,10 @@ def run_step(
             kept, forward, backward = _Kept(weights), _Operations(), _Operations()
             with norms():
                 with forward, kept, _autocast(config):
-                    output = training_step(model, process, batch, draws, 0)
+                    loss = weighted_sum(phase.losses(batch, draws, Position()))
                 if count:
                     with backward:
-                        output.loss.backward()
+                        loss.backward()
                     model.zero_grad(set_to_none=True)
             widest[:] = max(widest[0], forward.widest_input), max(widest[1], forward.widest_output)
             return _Sums(kept.total, away.total, forward.total + backward.total if count else 0)
@@ -231,8 +233,7 @@ def _empty_batch(
 
 
 def _autocast(config: RunConfig) -> torch.autocast:
-    compute = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
-    return torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None)
+    return autocast(torch.device("cpu"), COMPUTE_DTYPES[config.train.mixed_precision])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
 from musubi_tuner.memory.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
 
 PROBE_SIDE = {"cuda": 4096, "cpu": 768}
@@ -264,7 +265,7 @@ def time_lines(config: RunConfig, found: Estimate, device: torch.device, rates: 
     ways += f" and {format_bytes(found.taken * per_update)} from it" if found.taken else ""
     if device.type not in PROBE_SIDE:
         return [f"  compute  {work}; {ways}"]
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    dtype = COMPUTE_DTYPES[config.train.mixed_precision]
     rates = rates or measure_rates(device, dtype)
     # Both directions at once.
     computing, copying = found.operations / rates.operations, max(found.brought, found.taken) / rates.copied

@@ -182,10 +182,12 @@ class LossTerm:
     Attributes:
         per_sample_B: float32 [B]; samples without this term hold 0.
         weight: factor in the total.
+        sigma_B: noise level of every sample, [B] in [0, 1], for the statistics by noise level; None = it has none.
     """
 
     per_sample_B: "Tensor"
     weight: float
+    sigma_B: "Tensor | None" = None
 
 
 class Process(Protocol):

@@ -20,9 +20,8 @@ from musubi_tuner.device import choose_device, with_precision
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compose import check_machine
 from musubi_tuner.memory.report import Rates, measure_rates
+from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.runner.stages import override_arguments
-
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def measure(config: RunConfig, processes: int) -> Machine:
     if device.type == "cuda":
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(min(processes, torch.cuda.device_count())))
     moves = config.memory.blocks_to_swap or config.memory.checkpoint_offload
-    return Machine(free, measure_rates(device, PRECISIONS[config.train.mixed_precision]) if moves else None)
+    return Machine(free, measure_rates(device, COMPUTE_DTYPES[config.train.mixed_precision]) if moves else None)
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ from musubi_tuner.memory.compose import block_counts, check_machine, compose_mem
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.spec import ModelSpec, Process
+from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
-from musubi_tuner.training.trainer import AUTOCAST, load_vae
+from musubi_tuner.training.trainer import load_vae
 
 if TYPE_CHECKING:
     from musubi_tuner.adapters.files import AdapterFile
@@ -121,7 +122,7 @@ class Generator:
             settings,
             use_mask=self.use_mask,
             device=self.device,
-            autocast=AUTOCAST[self.config.train.mixed_precision],
+            compute_dtype=COMPUTE_DTYPES[self.config.train.mixed_precision],
             batch_size=batch_size,
             progress=progress,
         )

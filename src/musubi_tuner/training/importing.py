@@ -25,7 +25,8 @@ from musubi_tuner.training.checkpoint import (
 )
 from musubi_tuner.training.identity import as_begun, data_digest, fixed_settings, other_teachers
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
-from musubi_tuner.training.trainer import Position, count_steps
+from musubi_tuner.training.task import Position
+from musubi_tuner.training.trainer import count_steps
 
 
 def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) -> list[str]:

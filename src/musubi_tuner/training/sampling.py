@@ -22,6 +22,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import json_text, replace_file, write_new_file, write_text
 from musubi_tuner.flow import guide, solve
 from musubi_tuner.models.spec import ModelSpec, Process
+from musubi_tuner.precision import autocast
 
 
 @dataclass
@@ -78,7 +79,7 @@ def draw(
     *,
     use_mask: bool,
     device: torch.device,
-    autocast: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda count: None,
     check: Callable[[], None] = lambda: None,
@@ -87,7 +88,7 @@ def draw(
 
     Args:
         use_mask: hide text padding, for models trained so.
-        autocast: compute dtype of the model's matrix products, None = that of its weights.
+        compute_dtype: of the model's products; None = that of its weights.
         progress: called with the number of pictures finished.
         check: called before every evaluation of the model; what it raises ends the drawing.
 
@@ -109,7 +110,16 @@ def draw(
                     batch = members[start : start + batch_size]
                     texts = [prompts.prompts[index].text for index in batch]
                     latents = _draw_batch(
-                        model, process, spec, prompts, texts, [own[i] for i in batch], use_mask, device, autocast, check
+                        model,
+                        process,
+                        spec,
+                        prompts,
+                        texts,
+                        [own[i] for i in batch],
+                        use_mask,
+                        device,
+                        compute_dtype,
+                        check,
                     )
                     drawn.update(zip(batch, latents))
                     progress(len(batch))
@@ -148,7 +158,7 @@ def _draw_batch(
     own: list[SampleSettings],
     use_mask: bool,
     device: torch.device,
-    autocast: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
     check: Callable[[], None],
 ) -> Tensor:
     text_inputs, null_inputs, concatenate = (spec.load(n) for n in ("text_inputs", "null_inputs", "concatenate"))
@@ -172,7 +182,7 @@ def _draw_batch(
         check()
         batch = torch.cat((x, x)) if scale > 1 else x
         time = torch.full((len(batch),), now, device=device)
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with autocast(device, compute_dtype):
             prediction, _ = process.predict(model, batch, time, inputs)
         prediction = prediction.float()
         return guide(prediction[:count], prediction[count:], scale) if scale > 1 else prediction

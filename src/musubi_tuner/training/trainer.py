@@ -19,7 +19,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from musubi_tuner.config import RunConfig, calculate_steps
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.dataset import Batch, CachedDataset, PlannedBatches, raise_errors
-from musubi_tuner.data.plan import MicroBatch, Update, plan_epoch, updates_of_epoch
+from musubi_tuner.data.plan import Update, plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import explain_workers, to_shared_memory
 from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
@@ -44,7 +43,7 @@ from musubi_tuner.files import fault_point, folder_lock, link_file, write_text
 from musubi_tuner.memory.compose import check_machine, compose_memory, ways_to_save
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
-from musubi_tuner.randomness import seed_layers
+from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.stopping import kill_workers, signals_blocked
 from musubi_tuner.training.adapting import adapter_metadata, prepare_adapters
 from musubi_tuner.training.checkpoint import (
@@ -64,7 +63,7 @@ from musubi_tuner.training.checkpoint import (
     tidy,
     write_state,
 )
-from musubi_tuner.training.ema import EMA, unwrap
+from musubi_tuner.training.ema import unwrap
 from musubi_tuner.training.held_out import split_of_run
 from musubi_tuner.training.identity import (
     as_begun,
@@ -75,16 +74,9 @@ from musubi_tuner.training.identity import (
     other_teachers,
 )
 from musubi_tuner.training.metrics import Metrics
-from musubi_tuner.training.optimizers import (
-    build_optimizer,
-    clip_gradients,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-    trainable,
-)
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import write_configs, write_release
+from musubi_tuner.training.role import Role, RoleState
 from musubi_tuner.training.sampling import (
     EncodedPrompts,
     decode_images,
@@ -93,32 +85,15 @@ from musubi_tuner.training.sampling import (
     sample_settings,
     save_samples,
 )  # fmt: skip
-from musubi_tuner.training.schedulers import rate_jump, schedule_length, schedule_of
-from musubi_tuner.training.step import make_draws, stratified_draws, training_step
+from musubi_tuner.training.schedulers import rate_jump, schedule_length
+from musubi_tuner.training.task import FlowTask, Position
+from musubi_tuner.training.update import run_update, work_of
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
-from musubi_tuner.training.window import EpochLoss, Window, binned
+from musubi_tuner.training.window import EpochLoss, Window
 from musubi_tuner.units import format_bytes, format_seconds
 
 Listing = Callable[[Entry], None]
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Position:
-    """How far a run is.
-
-    Attributes:
-        step: updates done. epoch: from 0. update: updates done in this epoch.
-        images: samples seen. skipped_in_a_row: updates that were not finite.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    update: int = 0
-    images: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
 
 
 def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedDataset]) -> None:
@@ -202,22 +177,20 @@ class Trainer:
         check_caches(config, self.geometry, [dataset for dataset in (self.dataset, self.measured) if dataset])
         self.process = config.spec.load("make_process")(config, self.options)
         bare, self.trained = self._prepare_model(trainee.model, trainee.notes)
-        self.parameters = trainable(self.trained)
-        rates = self.trained.parameter_rates() if isinstance(self.trained, AdapterSet) else None
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
-        if self.swap is not None and not self.adapters:
-            self.swap.watch(self.optimizer)
-        self.ema = None
-        if config.ema.enabled:
-            where = "cpu" if config.ema.on_cpu else None
-            self.ema = EMA(self.trained, config.ema.decay, warmup=config.warms_average, device=where)
-        if self.ema and trainee.average is not None:
-            report = self.ema.load_shadow(trainee.average, self.trained)
+        self.role = Role(
+            "model",
+            self.trained,
+            config,
+            total=self.total,
+            ranks=self.ranks,
+            swap=self.swap,
+            scaler=torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None,
+        )
+        if self.role.ema and trainee.average is not None:
+            report = self.role.ema.load_shadow(trainee.average, self.trained)
             if self.main:
                 print(f"average: {report.loaded} tensors of the checkpoint, {report.initialized} copied from the model")
-        self.scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
-        self.autocast = AUTOCAST[config.train.mixed_precision]
-        self.schedule = schedule_of(config, self.total)
+        self.compute_dtype = COMPUTE_DTYPES[config.train.mixed_precision]
         self.validator = None
         if self.measured is not None:
             self.validator = Validator(
@@ -225,7 +198,7 @@ class Trainer:
                 self.process,
                 config.validation,
                 device=self.device,
-                autocast=self.autocast,
+                compute_dtype=self.compute_dtype,
                 rank=self.ranks.rank,
                 processes=self.processes,
                 hidden=config.spec.expert_keys,
@@ -236,11 +209,9 @@ class Trainer:
         self.epoch_loss = EpochLoss(self.ranks)
         self.term_weights: dict[str, float] = {}
         metrics_length = self._resume()
-        if self.swap is not None:
-            self.swap.refresh()
-        # Trained weights in main memory are reduced by hand, block by block.
-        self.host = [p for p in bare.parameters() if p.requires_grad and self.swap is not None and self.swap.keeps(p)]
-        self.model = self.ranks.parallel(bare, self.host)
+        self.role.refresh()
+        self.model = self.ranks.parallel(bare, self.role.by_hand)
+        self.task = FlowTask(self.model, self.process, self.role, config.objective, config.run.seed)
         self.metrics = None
         if self.main:
             if not self.adapters:
@@ -287,12 +258,6 @@ class Trainer:
                 module.eval()
         return model, trained
 
-    def _reduce_host(self) -> None:
-        """Average the gradients of parameters in main memory over the ranks, one block after the other."""
-        assert self.swap is not None
-        for block in self.swap.streamed:
-            self.ranks.average_gradients([p for p in block.trained if p.requires_grad])
-
     def _prepare_samples(self) -> tuple[EncodedPrompts | None, Any]:
         """Encode the sample prompts, before the model needs the memory, and load the autoencoder into main memory."""
         settings = self.config.sample
@@ -331,15 +296,14 @@ class Trainer:
         )
         if warning and self.main:
             print(warning)
-        missing, unexpected = self.trained.load_state_dict(read_tensors(path, "model"), strict=False)
-        if missing or unexpected:
-            raise CheckpointError(f"{path}: belongs to another model ({(missing + unexpected)[0]})")
-        load_optimizer_state(self.optimizer, read_tensors(path, "optimizer"), values["optimizer"])
-        if self.ema:
-            self.ema.load_shadow(read_tensors(path, "ema"))
-            self.ema.updates, self.ema.warmup = values["ema_updates"], self.config.warms_average
-        if self.scaler and values["scaler"]:
-            self.scaler.load_state_dict(values["scaler"])
+        tensors = (read_tensors(path, part) for part in ("model", "ema", "optimizer"))
+        other = self.role.load_state(RoleState(*tensors, values["optimizer"], values["ema_updates"]))
+        if other:
+            raise CheckpointError(f"{path}: belongs to another model ({other[0]})")
+        if self.role.ema:
+            self.role.ema.warmup = self.config.warms_average
+        if self.role.scaler and values["scaler"]:
+            self.role.scaler.load_state_dict(values["scaler"])
         self.position = Position(**values["position"])
         self.samples_due = values.get("samples_due", self.samples_due and self.position.step == 0)
         if self.position.update >= self.steps.updates_per_epoch and self.position.step < self.total:
@@ -373,20 +337,20 @@ class Trainer:
         return path, read_values(path)
 
     def _state(self) -> TrainingState:
-        tensors, scalars = optimizer_state(self.optimizer)
+        role = self.role.state()
         assert self.metrics is not None
         self.metrics.flush()
         return TrainingState(
-            model=self.trained.state_dict(),
-            ema=self.ema.shadow if self.ema else {},
-            optimizer=tensors,
+            model=role.model,
+            ema=role.ema,
+            optimizer=role.optimizer,
             values={
                 "step": self.position.step,
                 "position": vars(self.position),
                 "samples_due": self.samples_due,
-                "optimizer": scalars,
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "scaler": self.scaler.state_dict() if self.scaler else None,
+                "optimizer": role.scalars,
+                "ema_updates": role.average_updates,
+                "scaler": self.role.scaler.state_dict() if self.role.scaler else None,
                 **self.window.state(),
                 **self.epoch_loss.state(),
                 "best": self.best.state() if self.best else None,
@@ -468,7 +432,7 @@ class Trainer:
 
     def _batches(self, updates: list[Update], epoch: int) -> Iterator[Batch]:
         """This rank's micro-batches in order, read ahead by loader workers if there are any."""
-        mine = [batch for update in updates for _, batch in self._work_of(update)]
+        mine = [batch for update in updates for _, batch in work_of(update, self.ranks)]
         source = PlannedBatches(self.dataset, mine, epoch)
         workers = self.config.train.loader_workers
         if workers == 0:
@@ -486,94 +450,31 @@ class Trainer:
         with signals_blocked():
             return raise_errors(iter(loader))
 
-    def _work_of(self, update: Update) -> list[tuple[int | None, MicroBatch]]:
-        """Micro-batches that this rank runs, with their index in the update.
-
-        A rank without work still takes part in the gradient exchange: it runs one micro-batch with weight 0, marked by
-        the index None.
-        """
-        work: list[tuple[int | None, MicroBatch]] = [
-            (index, batch) for index, batch in update.share if batch is not None
-        ]
-        if self.processes > 1 and not work:
-            work.append((None, update.micro_batches[0]))
-        return work
-
     def _update(self, update: Update, batches: Iterator[Batch]) -> None:
-        config, position = self.config, self.position
-        set_learning_rate(self.optimizer, config.optimizer.lr * self.schedule(position.step))
-        strata = None
-        if config.objective.timestep_stratified:
-            strata = stratified_draws(update.micro_batches, config.run.seed, position.epoch, position.step)
-        work = self._work_of(update)
-        sums: dict[str, Tensor] = {}
-        table = torch.zeros(2, self.window.bins.count, device=self.device)
-        seen: list[str] = []
-        for number, (index, planned) in enumerate(work):
-            batch = next(batches).to(self.device)
-            draws = make_draws(
-                self.process,
-                tuple(batch.latents.shape[1:]),
-                planned,
-                config.run.seed,
-                position.epoch,
-                strata[index] if strata is not None and index is not None else None,
-                config.objective,
-                position.step,
-            ).to(self.device)
-            seed_layers(config.run.seed, "layers", position.step, -1 if index is None else index)
-            is_last = number == len(work) - 1
-            with self.ranks.accumulating(self.model, is_last):
-                with torch.autocast(
-                    self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
-                ):
-                    output = training_step(self.model, self.process, batch, draws, position.step)
-                # Data parallelism averages over ranks; the loss is a sum over them.
-                weight = 0.0 if index is None else self.processes / update.samples
-                loss = output.loss * weight
-                (self.scaler.scale(loss) if self.scaler else loss).backward()
-            seen += batch.items if index is not None else []
-            self.term_weights |= output.weights
-            for name, value in output.terms.items():
-                # A rank without work of its own still names the terms, so that all ranks reduce the same ones.
-                sums.setdefault(name, torch.zeros((), device=self.device))
-                if index is not None:
-                    sums[name] = sums[name] + value
-            if index is not None and self.window.bins.count:
-                table = table + binned(self.process.sigma(output.time), output.main, self.window.bins.count)
-        self._step(update, sums, table, seen)
-
-    def _step(self, update: Update, sums: dict[str, Tensor], table: Tensor, seen: list[str]) -> None:
-        """Clip, check, step, average, count."""
-        config, position = self.config, self.position
-        if self.processes > 1 and self.host:
-            self._reduce_host()
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients([p for _, p in self.parameters], config.train.max_grad_norm)
-        finite = bool(torch.isfinite(norm))  # gradients are equal on all ranks here, so all ranks agree
-        if finite or self.scaler:
-            if self.scaler:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-            else:
-                self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if finite:
+        """Run an update, and count it."""
+        position = self.position
+        outcome = run_update(
+            self.task,
+            update,
+            batches,
+            position,
+            ranks=self.ranks,
+            seed=self.config.run.seed,
+            compute_dtype=self.compute_dtype,
+            bins=self.window.bins.count,
+        )
+        self.term_weights |= outcome.weights
+        if outcome.not_finite is None:
             position.skipped_in_a_row = 0
-            if config.adapter.max_norm is not None and isinstance(self.trained, AdapterSet):
-                for tag, value in self.trained.limit_norms(config.adapter.max_norm).items():
-                    self.window.add(tag, value)
-            if self.ema:
-                self.ema.update(self.trained)
-            self.epoch_loss.add(sums["total"] / update.samples)
-            for name, value in sums.items():
+            self.epoch_loss.add(outcome.sums["total"] / update.samples)
+            for name, value in outcome.sums.items():
                 self.window.add(f"loss/{name}", value.to(self.ranks.sum_device, torch.float64) / update.samples)
-            self.window.bins.add(table)
-            self.window.add("train/grad_norm", norm.detach())
+            self.window.bins.add(outcome.bins)
+            for tag, value in outcome.measured.items():
+                self.window.add(tag, value)
             self.window.updates += 1
         else:
-            self._not_finite(seen)
+            self._not_finite(outcome.items)
         position.step += 1
         position.update += 1
         position.images += update.samples
@@ -589,7 +490,7 @@ class Trainer:
         position.skipped += 1
         position.skipped_in_a_row += 1
         where = f"step {position.step + 1}: the gradient is not finite (items {', '.join(seen[:8])})"
-        if self.scaler is None and train.on_nonfinite == "stop":
+        if self.role.scaler is None and train.on_nonfinite == "stop":
             raise TrainingError(
                 f"{where}. Nothing was changed by it. Lower optimizer.lr, look at these items, or set "
                 'train.on_nonfinite = "skip"'
@@ -627,8 +528,8 @@ class Trainer:
         if self.metrics:
             ordered = {tag: means[tag] for tag in ("loss/total", "loss/main")}
             ordered |= {tag: value for tag, value in means.items() if tag.startswith("loss/") and tag not in ordered}
-            lr = self.config.optimizer.lr * self.schedule(self.position.step - 1)
-            scales = {group["lr_scale"] for group in self.optimizer.param_groups} - {1.0}
+            lr = self.role.rate(self.position.step - 1)
+            scales = {group["lr_scale"] for group in self.role.optimizer.param_groups} - {1.0}
             values = {
                 **ordered,
                 **{f"loss/{name}_weight": weight for name, weight in self.term_weights.items()},
@@ -665,13 +566,9 @@ class Trainer:
         if self.validator is None or self.measured is None:
             return
         begun = time.perf_counter()
-        averaged = self.config.validation.weights == "ema" and self.ema is not None and self.ema.updates > 0
-        with self.ema.applied(self.trained) if averaged and self.ema else contextlib.nullcontext():
-            if self.swap is not None:
-                self.swap.refresh()
+        averaged = self.config.validation.weights == "ema" and self.role.ema is not None and self.role.ema.updates > 0
+        with self.role.averaged(averaged):
             values = self.validator.measure(unwrap(self.model), self.position.step)
-        if self.swap is not None:
-            self.swap.refresh()
         value = values[METRIC]
         better = self.best is not None and self.best.improve(value)
         if self.metrics:
@@ -694,9 +591,9 @@ class Trainer:
             entry = Entry(self.position.step, self.position.epoch + 1, "best", model="best.safetensors")
             entry.metric, entry.value = self.best.metric, self.best.value
             self._save_weights(entry.model, self.trained.state_dict(), "model")
-            if self.ema:
+            if self.role.ema:
                 entry.ema = "best_ema.safetensors"
-                self._save_weights(entry.ema, self.ema.shadow, "ema")
+                self._save_weights(entry.ema, self.role.ema.shadow, "ema")
             checkpoints = CheckpointList.read(self.folder, self.name)
             checkpoints.add("best", entry)
             fault_point("best.listed")
@@ -714,20 +611,15 @@ class Trainer:
         except DrawingLeft:
             assert self.metrics is not None
             self.metrics.say(f"step {self.position.step}: samples are drawn when the run continues")
-        finally:
-            if self.swap is not None:
-                self.swap.refresh()
         self.ranks.wait()
 
     def _draw_samples(self) -> None:
         if self.prompts is not None and self.metrics is not None:
             settings = sample_settings(self.config)
             bare = unwrap(self.model)
-            begun = self.ema is not None and (self.ema.updates > 0 or self.config.ema.init == "checkpoint")
-            use_ema = self.config.sample.use_ema and begun
-            with self.ema.applied(self.trained) if use_ema and self.ema else contextlib.nullcontext():
-                if self.swap is not None:
-                    self.swap.refresh()
+            ema = self.role.ema
+            begun = ema is not None and (ema.updates > 0 or self.config.ema.init == "checkpoint")
+            with self.role.averaged(self.config.sample.use_ema and begun):
                 latents = draw(
                     bare,
                     self.process,
@@ -736,12 +628,10 @@ class Trainer:
                     settings,
                     use_mask=self.options.get("t5_attn_mask", False),
                     device=self.device,
-                    autocast=self.autocast,
+                    compute_dtype=self.compute_dtype,
                     batch_size=max(item.batch_size for item in self.dataset.items),
                     check=self._leave_drawing,
                 )
-            if self.swap is not None:
-                self.swap.refresh()
             shift = self.config.spec.latent_shift
             pictures = decode_images(self.vae, latents, shift, self.device, check=self._leave_drawing)
             folder = self.folder / "sample"
@@ -822,9 +712,9 @@ class Trainer:
         # What was kept as the best at this very step is not written a second time.
         is_best = self.best_step == position.step
         self._save_weights(entry.model, self.trained.state_dict(), "model", "best.safetensors" if is_best else "")
-        if self.ema:
+        if self.role.ema:
             entry.ema = f"{stem}_ema.safetensors"
-            self._save_weights(entry.ema, self.ema.shadow, "ema", "best_ema.safetensors" if is_best else "")
+            self._save_weights(entry.ema, self.role.ema.shadow, "ema", "best_ema.safetensors" if is_best else "")
         if config.save.state or force_state:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, self._state())
@@ -865,7 +755,7 @@ class Trainer:
                 steps=self.steps,
                 step=self.position.step,
                 epoch=self.position.epoch + 1,
-                optimizer=self.optimizer,
+                optimizer=self.role.optimizer,
                 weights=weights,
                 options=self.options,
             )

@@ -23,9 +23,10 @@ from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.models.spec import Process
+from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import normal
 from musubi_tuner.training.sampling import evaluating
-from musubi_tuner.training.step import Draws, losses_at
+from musubi_tuner.training.task import Draws, losses_at
 
 METRIC = "loss/val"
 KEEP = 1 - 2.0**-24
@@ -55,7 +56,7 @@ class Validator:
     Args:
         dataset: of the images that are measured. rank, processes: this process among all.
         hidden: cached tensors that count as missing: features of teachers.
-        autocast: compute dtype of the model's matrix products, None = that of its weights.
+        compute_dtype: of the model's products; None = that of its weights.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Validator:
         settings: ValidationSection,
         *,
         device: torch.device,
-        autocast: torch.dtype | None,
+        compute_dtype: torch.dtype | None,
         rank: int = 0,
         processes: int = 1,
         hidden: Sequence[str] = (),
     ) -> None:
         self.dataset, self.process, self.settings = dataset, process, settings
-        self.device, self.autocast = device, autocast
+        self.device, self.compute_dtype = device, compute_dtype
         self.processes, self.hidden = processes, hidden
         self.times = time_grid(settings.times)
         self.batches = validation_batches(dataset.items)[rank::processes]
@@ -107,9 +108,7 @@ class Validator:
         for value in self.times:
             time = torch.full((count,), value)
             draws = Draws(noise, time, keep).to(self.device)
-            with torch.autocast(
-                self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
-            ):
+            with autocast(self.device, self.compute_dtype):
                 terms = losses_at(model, self.process, batch, draws, draws.time, update)
             columns.append(terms["main"].per_sample_B)
         return torch.stack(columns, dim=1).cpu().double()

@@ -65,7 +65,8 @@ from musubi_tuner.memory.estimate import estimate
 from musubi_tuner.training.adapting import prepare_adapters
 from musubi_tuner.training.ema import EMA
 from musubi_tuner.training.optimizers import build_optimizer, trainable
-from musubi_tuner.training.step import make_draws, training_step
+from musubi_tuner.precision import COMPUTE_DTYPES, autocast
+from musubi_tuner.training.task import FlowPhase, Position, make_draws, weighted_sum
 from musubi_tuner.data.plan import MicroBatch
 
 config = load_config(sys.argv[1])
@@ -108,12 +109,13 @@ valid = {name: torch.ones(batch_size, dtype=torch.bool) for name in tensors}
 ids = torch.zeros(batch_size, dtype=torch.int64)
 batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
 planned = MicroBatch(tuple(range(batch_size)), tuple(range(batch_size)))
-dtype = {"no": None, "bf16": torch.bfloat16}[config.train.mixed_precision]
+phase = FlowPhase(model, process, "model")
+dtype = COMPUTE_DTYPES[config.train.mixed_precision]
 for step in range(2):
     draws = make_draws(process, size[1:], planned, 1, step)
-    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        output = training_step(model, process, batch, draws, step)
-    output.loss.backward()
+    with autocast(torch.device("cpu"), dtype):
+        loss = weighted_sum(phase.losses(batch, draws, Position(step=step)))
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ema:

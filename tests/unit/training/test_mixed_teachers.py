@@ -18,8 +18,9 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
 from musubi_tuner.training.identity import data_digest
-from musubi_tuner.training.step import make_draws, training_step
+from musubi_tuner.training.task import make_draws
 from musubi_tuner.training.trainer import check_caches
+from steps import training_step
 
 RUN = """
 schema_version = 1

@@ -87,7 +87,7 @@ def drawn(
         SPEC,
         encode_prompts(encoder, prompts or PROMPTS, settings.negative),
         settings,
-        **{"use_mask": False, "device": torch.device("cpu"), "autocast": None, **options},
+        **{"use_mask": False, "device": torch.device("cpu"), "compute_dtype": None, **options},
     )
     return torch.stack(latents)
 
@@ -167,7 +167,7 @@ def test_solver_is_the_one_asked_for(solver: str, model: TinyFluxDeep) -> None:
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_state_in_float32(model: TinyFluxDeep) -> None:
-    exact, rough = drawn(model), drawn(model, autocast=torch.bfloat16)
+    exact, rough = drawn(model), drawn(model, compute_dtype=torch.bfloat16)
     assert rough.dtype == torch.float32
     # Three steps of a model with 8 bits: closer than another prompt, farther than rounding in float32.
     assert 1e-4 < (rough - exact).norm().item() / exact.norm().item() < 0.05
@@ -521,7 +521,7 @@ def test_pictures_of_different_options_come_back_in_order(model: TinyFluxDeep) -
     lines = ["a red circle --w 48", "a blue square", "a red circle --w 48 --d 7", "a red circle --h 37"]
     latents = draw(
         model, PROCESS, SPEC, encode_prompts(encode, lines, None), SETTINGS,
-        use_mask=False, device=torch.device("cpu"), autocast=None,
+        use_mask=False, device=torch.device("cpu"), compute_dtype=None,
     )  # fmt: skip
     assert [tuple(latent.shape) for latent in latents] == [(16, 6, 6), (16, 6, 4), (16, 6, 6), (16, 4, 4)]
     assert torch.equal(latents[0], latents[2])  # the first picture's seed is 7 too

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,10 +37,13 @@ from musubi_tuner.models.checkpoints import find_weights
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
+from musubi_tuner.training import role as role_module
 from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training import update as update_module
 from musubi_tuner.training.checkpoint import read_values, refuse_second_branch
 from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
+from musubi_tuner.training.task import FlowPhase
 from musubi_tuner.training.trainer import Trainer
 
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32)]
@@ -250,14 +253,15 @@ def test_a_micro_batch_waits_for_nothing_and_an_update_once(
         changes |= on_checkpoint(trained, adapter={"type": "lora", "rank": 2, "max_norm": 1.0})
     trainer = start(f"reads {case}", **changes)
     reads, phases = Reads(), dict[str, int]()
-    inner = trainer._step
+    inner = update_module._move
 
-    def step(*arguments: Any) -> None:
+    def move(*arguments: Any) -> bool:
         phases["micro-batches"] = len(reads.found)
-        inner(*arguments)
+        finite = inner(*arguments)
         phases["step"] = len(reads.found) - phases["micro-batches"]
+        return finite
 
-    monkeypatch.setattr(trainer, "_step", step)
+    monkeypatch.setattr(update_module, "_move", move)
     counted: list[dict[str, int]] = []
     whole = trainer._update
 
@@ -670,15 +674,14 @@ def test_lines_hold_the_mean_loss_around_each_noise_level(
     accumulation: int, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, float]] = []
-    step = trainer_module.training_step
+    losses = FlowPhase.losses
 
     def watched(*arguments: Any) -> Any:
-        output = step(*arguments)
-        # TinyFlux counts its time from noise to image.
-        seen.extend(zip((1 - output.time).tolist(), output.main.tolist()))
-        return output
+        terms = losses(*arguments)
+        seen.extend(zip(terms["main"].sigma_B.tolist(), terms["main"].per_sample_B.tolist()))
+        return terms
 
-    monkeypatch.setattr(trainer_module, "training_step", watched)
+    monkeypatch.setattr(FlowPhase, "losses", watched)
     changes: dict[str, Any] = {"train": {"grad_accum_steps": accumulation, "max_steps": 4 // accumulation}}
     trainer = start(f"levels {accumulation}", log={"every_steps": 2, "noise_bins": 4}, **changes)
     trainer.run()
@@ -764,7 +767,7 @@ def test_gradients_are_clipped_to_the_limit_of_the_run_file(limit: float, start:
     trainer = start(f"clipped {limit}", train={"max_grad_norm": limit, "max_steps": 1}, optimizer={"betas": [0.5, 0.9]})
     trainer.run()
     # After one update the first moment is half of the gradient that the optimizer was given.
-    moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in trainer.role.optimizer.state.values()]
     given = 2 * math.sqrt(sum(float(moment.double().square().sum()) for moment in moments))
     norm = updates(trainer)[0]["train/grad_norm"]
     assert norm > 0.01
@@ -777,12 +780,12 @@ def test_the_average_lies_where_the_run_file_says(
 ) -> None:
     places: list[Any] = []
 
-    class Placed(trainer_module.EMA):
+    class Placed(role_module.EMA):
         def __init__(self, *values: Any, device: Any = None, **named: Any) -> None:
             places.append(device)
             super().__init__(*values, device=device, **named)
 
-    monkeypatch.setattr(trainer_module, "EMA", Placed)
+    monkeypatch.setattr(role_module, "EMA", Placed)
     start(f"placed {on_cpu}", ema={"on_cpu": on_cpu})
     assert places == ["cpu" if on_cpu else None]
     assert ("warning: ema.on_cpu saves nothing here" in capsys.readouterr().out) == on_cpu
@@ -793,9 +796,9 @@ def test_the_average_follows_the_run_file(decay: float, warmup: bool, kept: floa
     trainer = start(f"average {decay}", ema={"decay": decay, "warmup": warmup}, train={"max_steps": 1})
     before = {key: value.clone() for key, value in trainer.trained.state_dict().items()}
     trainer.run()
-    assert trainer.ema is not None
+    assert trainer.role.ema is not None
     after = trainer.trained.state_dict()
-    for key, shadow in trainer.ema.shadow.items():
+    for key, shadow in trainer.role.ema.shadow.items():
         torch.testing.assert_close(shadow, kept * before[key] + (1 - kept) * after[key], atol=1e-6, rtol=1e-4)
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
@@ -811,12 +814,12 @@ def test_a_run_keeps_the_warm_up_of_its_average_that_it_began_with(start: Start)
     start("in two", ema={"warmup": False}, train={"max_steps": 2}, **changes).run()
     second = start("in two", **changes)
     second.run()
-    assert second.ema is not None and whole.ema is not None
-    assert all(torch.equal(value, whole.ema.shadow[key]) for key, value in second.ema.shadow.items())
+    assert second.role.ema is not None and whole.role.ema is not None
+    assert all(torch.equal(value, whole.role.ema.shadow[key]) for key, value in second.role.ema.shadow.items())
     assert read_values(second.folder / "tiny-state")["config"]["ema.warmup"] is False
     assert load_config(second.folder / "tiny.config.toml").ema.warmup is False
     new = start("new", **changes)
-    assert new.ema is not None and new.ema.warmup
+    assert new.role.ema is not None and new.role.ema.warmup
     assert load_config(new.folder / "tiny.config.toml").ema.warmup is True
     new.run()
     # It stays so where the file says it, and another word of the file is another config.
@@ -840,9 +843,11 @@ def test_the_rates_are_those_of_the_run_file(kind: str, start: Start, monkeypatc
         scheduler["min_lr"] = 2e-3
     trainer = start(f"rates {kind}", scheduler=scheduler, train={"max_steps": 8})
     used: list[float] = []
-    step = trainer.optimizer.step
+    step = trainer.role.optimizer.step
     monkeypatch.setattr(
-        trainer.optimizer, "step", lambda: (used.extend({g["lr"] for g in trainer.optimizer.param_groups}), step())
+        trainer.role.optimizer,
+        "step",
+        lambda: (used.extend({g["lr"] for g in trainer.role.optimizer.param_groups}), step()),
     )
     trainer.run()
     shapes = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": linear_schedule}
@@ -870,8 +875,8 @@ def test_samples_take_the_average_if_the_run_file_says_so(
     sample = {"prompts": ["a cat"], "every_steps": 4, "use_ema": use_ema}
     trainer = start(f"samples {use_ema}", sample=sample, ema={"decay": 0.9})
     trainer.run()
-    assert trainer.ema is not None
-    average, own = trainer.ema.shadow["img_in.weight"], trainer.trained.get_parameter("img_in.weight")
+    assert trainer.role.ema is not None
+    average, own = trainer.role.ema.shadow["img_in.weight"], trainer.trained.get_parameter("img_in.weight")
     assert not torch.equal(average, own)
     (weights,) = drawn
     assert torch.equal(weights, average if use_ema else own)
@@ -914,16 +919,17 @@ def test_prompts_of_a_file_are_drawn(folder: Path, start: Start, monkeypatch: py
 
 
 def test_a_run_that_skips_too_many_updates_in_a_row_gives_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, count = trainer_module.training_step, 0
+    losses, count = FlowPhase.losses, 0
 
     def spoiled(*arguments: Any) -> Any:
         nonlocal count
         count += 1
-        output = step(*arguments)
-        # Two bad updates, a good one, and then bad ones only.
-        return output if count == 3 else replace(output, loss=output.loss * math.nan)
+        terms = losses(*arguments)
+        if count != 3:  # two bad updates, a good one, and then bad ones only
+            terms["main"].per_sample_B = terms["main"].per_sample_B * math.nan
+        return terms
 
-    monkeypatch.setattr(trainer_module, "training_step", spoiled)
+    monkeypatch.setattr(FlowPhase, "losses", spoiled)
     trainer = start("gives up", train={"max_steps": 9, "on_nonfinite": "skip", "max_skipped_updates": 3})
     with pytest.raises(TrainingError, match=r"step 6: .*; 3 updates in a row were skipped, giving up"):
         trainer.run()

@@ -85,7 +85,7 @@ def make_validator(
         process or make_process(),
         section,
         device=torch.device("cpu"),
-        autocast=None,
+        compute_dtype=None,
         rank=rank,
         processes=processes,
         hidden=("lune_features",),

@@ -14,13 +14,14 @@ from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.flux_dev.state_dict import build, load_checkpoint, load_model, to_bfl
 from musubi_tuner.models.spec import ModelPlan, Trainee
+from musubi_tuner.precision import COMPUTE_DTYPES
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
     """Dtype of the frozen weights: that of the computation, or None to keep them as stored."""
     if config.model.keep_dtype:
         return None
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    return COMPUTE_DTYPES[config.train.mixed_precision] or torch.float32
 
 
 def load_for_training(config: RunConfig) -> Trainee:

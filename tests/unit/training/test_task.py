@@ -18,7 +18,8 @@ from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
-from musubi_tuner.training.step import Draws, make_draws, stratified_draws, training_step
+from musubi_tuner.training.task import Draws, make_draws, stratified_draws
+from steps import training_step
 from tiny import TINY
 
 CONFIG = replace(TINY, joint_attention_dim=12, pooled_projection_dim=10, lune_expert_dim=6)
@@ -604,7 +605,7 @@ def test_step_equals_the_sentence_of_the_paper() -> None:
     output = training_step(model, own, batch, draws, update=0)
     raw = torch.sigmoid(draws.time)
     time = 3 * raw / (1 + 2 * raw)
-    torch.testing.assert_close(output.time, time)
+    torch.testing.assert_close(1 - output.sigma, time)
     t = time.view(-1, 1, 1, 1)
     noisy = (1 - t) * draws.noise + t * batch.latents
     tokens = noisy.flatten(2).transpose(1, 2)
@@ -621,7 +622,7 @@ def test_losses_are_float32_under_autocast() -> None:
     draws = make_draws(own, SHAPE, planned(0, 1, 2, 3), seed=1, epoch=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = training_step(model, own, make_batch(dtype=torch.bfloat16), draws, update=5)
-    assert {value.dtype for value in (output.loss, output.time, *output.terms.values())} == {torch.float32}
+    assert {value.dtype for value in (output.loss, output.sigma, *output.terms.values())} == {torch.float32}
     exact = training_step(model, own, make_batch(), draws, update=5)
     # bfloat16 keeps 8 bits; the parts of the model average many of its roundings.
     torch.testing.assert_close(output.loss, exact.loss, rtol=2e-2, atol=0.0)

@@ -1,0 +1,201 @@
+"""A role: modules that are trained, and how they move.
+
+    begin an update    zero gradients are absent gradients
+    backward           scale the loss (fp16), add gradients
+    ready              average what data parallelism did not, unscale, clip, check
+    step               learning rate, optimizer, limits, moving average
+
+A model that trains alone, or the adapters on it, is one role. Where several roles share a phase, all of them are made ready
+before any of them moves; see `update`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.adapters.attach import AdapterSet
+from musubi_tuner.config import RunConfig
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.training.ema import EMA
+from musubi_tuner.training.optimizers import (
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    trainable,
+)
+from musubi_tuner.training.ranks import Ranks
+from musubi_tuner.training.schedulers import schedule_of
+
+
+@dataclass
+class RoleState:
+    """What must survive a restart of a role.
+
+    Attributes:
+        model, ema: weights and their average, by name; empty without an average.
+        optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry.
+        average_updates: how many the average has seen.
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    scalars: dict[str, dict[str, Any]]
+    average_updates: int
+
+
+class Role:
+    """Modules with their optimizer, schedule, limit of the gradient, loss scaler and average.
+
+    Args:
+        name: by which settings and files call it.
+        module: whose parameters with ``requires_grad`` train; a whole model or an `AdapterSet`.
+        total: updates of the run.
+        swap: of the blocks of the model, if there is one.
+        scaler: of fp16, shared by the roles of a run; None for other precisions.
+        alone: whether it is the only role; data parallelism then averages its gradients while they are made.
+
+    Attributes:
+        parameters: by name, in the order of the optimizer's state.
+        norm: of its gradients in the last update, before they were clipped; a float32 scalar.
+
+    Raises:
+        ConfigError: if nothing in it is trainable, or its optimizer is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        config: RunConfig,
+        *,
+        total: int,
+        ranks: Ranks,
+        swap: BlockSwap | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        alone: bool = True,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.parameters = trainable(module)
+        self.lr = config.optimizer.lr
+        self.schedule = schedule_of(config, total)
+        self.max_grad_norm = config.train.max_grad_norm
+        self.max_norm = config.adapter.max_norm
+        self.scaler = scaler
+        self.ema: EMA | None = None
+        self.norm = torch.zeros(())
+        self._ranks = ranks
+        self._swap = swap
+        rates = module.parameter_rates() if isinstance(module, AdapterSet) else None
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
+        # In main memory, data parallelism does not see them: block by block.
+        streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
+        self._by_hand = streamed if alone else [[parameter for _, parameter in self.parameters]]
+        if swap is not None and any(streamed):
+            swap.watch(self.optimizer)
+        if config.ema.enabled:
+            where = "cpu" if config.ema.on_cpu else None
+            self.ema = EMA(module, config.ema.decay, warmup=config.warms_average, device=where)
+
+    @property
+    def by_hand(self) -> list[nn.Parameter]:
+        """Parameters whose gradients `ready` averages over the ranks."""
+        return [parameter for group in self._by_hand for parameter in group]
+
+    def rate(self, step: int) -> float:
+        """Learning rate of an update, from 0; groups have factors of their own."""
+        return self.lr * self.schedule(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def ready(self) -> Tensor:
+        """Complete the gradients of an update and clip them; whether they are finite, as a boolean on the device."""
+        for group in self._by_hand:
+            self._ranks.average_gradients(group)
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
+        return torch.isfinite(self.norm).to(self._ranks.device)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Make a step with the gradients that `ready` completed, and forget them.
+
+        Args:
+            step: updates done before.
+
+        Returns:
+            What was measured, by tag.
+        """
+        set_learning_rate(self.optimizer, self.rate(step))
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        self.zero()
+        measured = {}
+        if self.max_norm is not None and isinstance(self.module, AdapterSet):
+            measured = self.module.limit_norms(self.max_norm)
+        if self.ema:
+            self.ema.update(self.module)
+        return measured
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def averaged(self, wanted: bool = True) -> Iterator[None]:
+        """The average in the place of the weights inside the block, if it is wanted; the trained weights after it."""
+        try:
+            if wanted and self.ema:
+                with self.ema.applied(self.module):
+                    self.refresh()
+                    yield
+            else:
+                self.refresh()
+                yield
+        finally:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Let copies of weights on the device follow a change."""
+        if self._swap is not None:
+            self._swap.refresh()
+
+    def state(self) -> RoleState:
+        """What a state holds of it; tensors are not copied."""
+        tensors, scalars = optimizer_state(self.optimizer)
+        return RoleState(
+            self.module.state_dict(),
+            self.ema.shadow if self.ema else {},
+            tensors,
+            scalars,
+            self.ema.updates if self.ema else 0,
+        )
+
+    def load_state(self, state: RoleState) -> list[str]:
+        """Go on from a state.
+
+        Returns:
+            Names of weights that it lacks or has too many.
+
+        Raises:
+            CheckpointError: if the state of the optimizer belongs to other parameters.
+        """
+        missing, unexpected = self.module.load_state_dict(state.model, strict=False)
+        if missing or unexpected:
+            return [*missing, *unexpected]
+        load_optimizer_state(self.optimizer, state.optimizer, state.scalars)
+        if self.ema:
+            self.ema.load_shadow(state.ema)
+            self.ema.updates = state.average_updates
+        return []

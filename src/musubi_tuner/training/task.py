@@ -1,0 +1,236 @@
+"""What is trained: which losses move which weights from which data. The loop knows no more.
+
+    Role     modules and how they move, see `role`
+    Phase    one backward pass and the steps after it: the roles that it moves, and the losses of a micro-batch
+    Task     roles, and phases in the order in which they run within an update
+
+`FlowTask` is the task of every family with one denoiser. Everything optional has become data before its losses are computed (a
+draw, a mask, a weight); everything that differs between families sits in `process`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.plan import MicroBatch, Update
+from musubi_tuner.flow import perturb
+from musubi_tuner.models.spec import LossTerm, Process
+from musubi_tuner.randomness import generator, normal, uniform
+from musubi_tuner.training.role import Role
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        step: updates done.
+        epoch: from 0.
+        update: updates done in this epoch.
+        images: samples seen.
+        skipped: updates that were not finite.
+        skipped_in_a_row: those of them since the last that was.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    update: int = 0
+    images: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Phase(Protocol):
+    """One backward pass and the steps after it."""
+
+    name: str
+    roles: Sequence[str]
+    """Names of the roles that it moves; no gradient is made for the others."""
+    exchange: nn.Module | None
+    """The model under data parallelism, which averages gradients while they are made; None where the roles do so after it."""
+
+    def due(self, at: Position) -> bool:
+        """Whether it runs in the update after ``at``."""
+
+    def begin(self, at: Position) -> None:
+        """Called once per update, before its first micro-batch and alike on all ranks: advances buffers that a forward pass
+        would change (u and v of spectral norm), which then stand still."""
+
+    def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
+        """Named loss terms of a micro-batch, one float32 value per sample each."""
+
+
+class Task(Protocol):
+    """What a run trains."""
+
+    roles: Mapping[str, Role]
+    phases: Sequence[Phase]
+    """In the order of the algorithm."""
+
+    def draws(self, batch: Batch, update: Update, index: int, at: Position) -> Any:
+        """Random numbers of a micro-batch, keyed by what they are for.
+
+        Args:
+            index: of the micro-batch in the update.
+        """
+
+
+@dataclass
+class Draws:
+    """Random numbers of one micro-batch, one row per sample.
+
+    Attributes:
+        noise: standard normal in the shape of the latents, float32.
+        time: what `Process.time` turns into times. uniforms: by purpose, [B].
+        input_noise: what the model sees instead of ``noise``, if a noise recipe changes it.
+    """
+
+    noise: Tensor
+    time: Tensor
+    uniforms: dict[str, Tensor]
+    input_noise: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same draws on a device, without waiting for what it computes."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor
+
+        return Draws(
+            move(self.noise),
+            move(self.time),
+            {name: move(u) for name, u in self.uniforms.items()},
+            None if self.input_noise is None else move(self.input_noise),
+        )
+
+
+def make_draws(
+    process: Process,
+    latent_shape: tuple[int, ...],
+    batch: MicroBatch,
+    seed: int,
+    epoch: int,
+    strata: Tensor | None = None,
+    objective: ObjectiveSection | None = None,
+    update: int = 0,
+) -> Draws:
+    """Draws keyed by (seed, purpose, epoch, presentation), whoever asks for them.
+
+    Args:
+        latent_shape: of one sample.
+        strata: replaces the uniform time draws, for stratified times.
+        objective: its noise recipe; absent = none. update: keys what is drawn once per update.
+    """
+    keys = batch.presentations
+    noise = torch.stack([normal(latent_shape, seed, "noise", epoch, index) for index in keys])
+    if strata is not None:
+        time = strata
+    elif process.time_draw == "normal":
+        time = torch.stack([normal((), seed, "time", epoch, index) for index in keys])
+    else:
+        time = torch.tensor([uniform(seed, "time", epoch, index) for index in keys])
+    uniforms = {name: torch.tensor([uniform(seed, name, epoch, index) for index in keys]) for name in process.uniforms}
+    return Draws(noise, time, uniforms, _input_noise(noise, objective, keys, seed, epoch, update))
+
+
+def _input_noise(
+    noise: Tensor, objective: ObjectiveSection | None, keys: tuple[int, ...], seed: int, epoch: int, update: int
+) -> Tensor | None:
+    """Noise after the recipe of [objective]; None if there is none."""
+    if objective is None or not objective.ip_noise_gamma:
+        return None
+    extra = torch.stack([normal(tuple(noise.shape[1:]), seed, "ip_noise", epoch, index) for index in keys])
+    if not objective.ip_noise_gamma_random_strength:
+        return perturb(noise, extra, objective.ip_noise_gamma)
+    if objective.ip_noise_per_sample:
+        shares = torch.tensor([uniform(seed, "ip_noise_strength", epoch, index) for index in keys])
+        return perturb(noise, extra, objective.ip_noise_gamma * shares)
+    return perturb(noise, extra, objective.ip_noise_gamma * uniform(seed, "ip_noise_strength", update))
+
+
+def stratified_draws(batches: tuple[MicroBatch, ...], seed: int, epoch: int, update: int) -> list[Tensor]:
+    """Uniform draws of an update, one per equal slice of [0, 1], dealt to its samples in a keyed random order."""
+    keys = [index for batch in batches for index in batch.presentations]
+    slices = torch.randperm(len(keys), generator=generator(seed, "strata", update))
+    inside = torch.tensor([uniform(seed, "time", epoch, index) for index in keys])
+    values = (slices + inside) / len(keys)
+    return list(values.split([len(batch) for batch in batches]))
+
+
+def losses_at(
+    model: nn.Module, process: Process, batch: Batch, draws: Draws, time: Tensor, update: int
+) -> dict[str, LossTerm]:
+    """Forward one micro-batch at given times; its loss terms, one float32 value per sample each."""
+    x0 = batch.latents
+    noisy = process.add_noise(x0, draws.noise if draws.input_noise is None else draws.input_noise, time)
+    target = process.target(x0, draws.noise)
+    inputs = process.conditioning(batch, time, draws.uniforms)
+
+    prediction, extra = process.predict(model, noisy, time, inputs)
+
+    # Losses are float32: the autocast of the model ends here.
+    with torch.autocast(x0.device.type, enabled=False):
+        return process.losses(prediction.float(), target, time, inputs, extra, update)
+
+
+def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
+    """The loss of a micro-batch, summed over its samples."""
+    return torch.stack([term.weight * term.per_sample_B.sum() for term in terms.values()]).sum()
+
+
+class FlowPhase:
+    """The one phase of a denoiser: predict what the process asks for, at random times.
+
+    Args:
+        model: under data parallelism, if there are several ranks.
+        role: name of the role that moves.
+    """
+
+    name = "flow"
+
+    def __init__(self, model: nn.Module, process: Process, role: str) -> None:
+        self.model, self.process, self.roles = model, process, (role,)
+        self.exchange: nn.Module | None = model
+
+    def due(self, at: Position) -> bool:
+        """In every update."""
+        return True
+
+    def begin(self, at: Position) -> None:
+        """Nothing: a denoiser has no buffers that move."""
+
+    def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
+        """The terms of the family; ``main`` with the noise level of every sample."""
+        x0 = batch.latents
+        time = self.process.time(draws.time, (x0.shape[-2], x0.shape[-1]), draws.uniforms)
+        terms = losses_at(self.model, self.process, batch, draws, time, at.step)
+        terms["main"].sigma_B = self.process.sigma(time).detach()
+        return terms
+
+
+class FlowTask:
+    """The task of every family with one denoiser: one role, one phase.
+
+    Args:
+        model: that predicts; ``role`` moves it, or the adapters on it.
+        objective: its noise recipe and its times. seed: of the run.
+    """
+
+    def __init__(self, model: nn.Module, process: Process, role: Role, objective: ObjectiveSection, seed: int) -> None:
+        self.process, self.objective, self.seed = process, objective, seed
+        self.roles = {role.name: role}
+        self.phases = [FlowPhase(model, process, role.name)]
+
+    def draws(self, batch: Batch, update: Update, index: int, at: Position) -> Draws:
+        """Noise, times and the uniform draws of the family."""
+        strata = None
+        if self.objective.timestep_stratified:
+            strata = stratified_draws(update.micro_batches, self.seed, at.epoch, at.step)[index]
+        shape = tuple(batch.latents.shape[1:])
+        planned = update.micro_batches[index]
+        return make_draws(self.process, shape, planned, self.seed, at.epoch, strata, self.objective, at.step)
