@@ -70,7 +70,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     import torch
 
     from musubi_tuner.config import load_config
-    from musubi_tuner.data.dataset import Batch
+    from musubi_tuner.data.batch import Batch
     from musubi_tuner.data.plan import MicroBatch
     from musubi_tuner.memory.compose import compose_memory, freeze_of
     from musubi_tuner.memory.estimate import estimate
@@ -79,9 +79,10 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     from musubi_tuner.models.flux_dev import FluxConfig, build
     from musubi_tuner.models.spec import ModelPlan
     from musubi_tuner.models.stored import StoredWeight
+    from musubi_tuner.precision import autocast
     from musubi_tuner.training.adapting import prepare_adapters
     from musubi_tuner.training.optimizers import build_optimizer, trainable
-    from musubi_tuner.training.step import make_draws, training_step
+    from musubi_tuner.training.task import FlowPhase, Position, make_draws, weighted_sum
 
     device = torch.device(options.device)
     geometry = FluxConfig(**TINY) if options.tiny else FluxConfig()
@@ -117,16 +118,18 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     adapters.train()
     optimizer = build_optimizer(trainable(adapters), config.optimizer)
     process = spec.load("make_process")(config, {})
+    phase = FlowPhase(model, process, "model")
     size = (1, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
     tensors = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     valid = {name: torch.ones(1, dtype=torch.bool) for name in tensors}
-    batch = Batch(torch.randn(size), tensors, valid, ["x"], (0,), torch.zeros(1, dtype=torch.int64))
+    tensors["latents"] = torch.randn(size)
+    batch = Batch(tensors, valid, ["x"], (0,), torch.zeros(1, dtype=torch.int64))
 
     def step(index: int) -> None:
         draws = make_draws(process, size[1:], MicroBatch((0,), (0,)), 1, index).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = training_step(model, process, batch.to(device), draws, index)
-        output.loss.backward()
+        with autocast(device, torch.bfloat16):
+            loss = weighted_sum(phase.losses(batch.to(device), draws, Position(step=index)))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

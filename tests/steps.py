@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.training.task import Draws, FlowPhase, Position, weighted_sum
 
 

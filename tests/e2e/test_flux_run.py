@@ -161,8 +161,8 @@ def test_second_start_skips_caches_and_training(trained: Path, server: ForkServe
 
 def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     """Mean loss of all photographs at fixed noise and noise levels, with the trained LoRA at a strength."""
+    from musubi_tuner.caching.reader import CachedDataset
     from musubi_tuner.caching.status import needed_kinds
-    from musubi_tuner.data.dataset import CachedDataset
     from musubi_tuner.data.plan import plan_epoch
     from musubi_tuner.data.sources import scan
     from musubi_tuner.training.generate import use_adapters
@@ -177,7 +177,7 @@ def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     with torch.no_grad():
         for planned in plan_epoch(dataset.plan_items(), seed=99, epoch=0):
             batch = dataset[planned]
-            draws = make_draws(process, tuple(batch.latents.shape[1:]), planned, seed=99, epoch=0)
+            draws = make_draws(process, tuple(batch.tensors["latents"].shape[1:]), planned, seed=99, epoch=0)
             total += float(training_step(model.eval(), process, batch, draws, update=100).loss)
             samples += len(planned)
     return total / samples

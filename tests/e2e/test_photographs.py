@@ -164,8 +164,8 @@ def test_a_larger_max_steps_trains_on_from_the_final_state(
 
 def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
     """Mean loss of all photographs at fixed noise and times, of the start weights or of a checkpoint."""
+    from musubi_tuner.caching.reader import CachedDataset
     from musubi_tuner.caching.status import needed_kinds
-    from musubi_tuner.data.dataset import CachedDataset
     from musubi_tuner.data.plan import plan_epoch
     from musubi_tuner.data.sources import scan
     from musubi_tuner.models.tinyflux import load_model
@@ -181,7 +181,7 @@ def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
         for repeat in range(4):
             for planned in plan_epoch(dataset.plan_items(), seed=99, epoch=repeat):
                 batch = dataset[planned]
-                draws = make_draws(process, tuple(batch.latents.shape[1:]), planned, seed=99, epoch=repeat)
+                draws = make_draws(process, tuple(batch.tensors["latents"].shape[1:]), planned, seed=99, epoch=repeat)
                 # After the warm-ups, so that the distillation terms count in full.
                 total += float(training_step(model.eval(), process, batch, draws, update=100).loss)
                 samples += len(planned)

@@ -16,9 +16,9 @@ from project import GEOMETRY, Place, metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import load_config
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import scan
 from musubi_tuner.training.task import make_draws
@@ -73,7 +73,7 @@ def computed_again(path: Path) -> list[dict[str, float]]:
             sums: dict[str, float] = {}
             for batch in update.micro_batches:
                 read = dataset.read(batch, epoch)
-                draws = make_draws(process, tuple(read.latents.shape[1:]), batch, config.run.seed, epoch)
+                draws = make_draws(process, tuple(read.tensors["latents"].shape[1:]), batch, config.run.seed, epoch)
                 output = training_step(model, process, read, draws, len(rows))
                 output.loss.backward()
                 for name, value in output.terms.items():

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from musubi_tuner.caching.jobs import TextEncoders
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import plan_epoch
 from musubi_tuner.data.sources import scan
 from musubi_tuner.demo.checker import score
@@ -110,7 +110,7 @@ def train_base(config: RunConfig, model: Flux) -> None:
                 tensor = batch.tensors[name].float()
                 tensor[dropped] = empty[name].float()
                 batch.tensors[name] = tensor
-            draws = make_draws(process, tuple(batch.latents.shape[1:]), planned, 1, epoch)
+            draws = make_draws(process, tuple(batch.tensors["latents"].shape[1:]), planned, 1, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * schedule(step)
             with torch.autocast("cpu", dtype=torch.bfloat16):

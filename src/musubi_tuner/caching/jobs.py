@@ -69,6 +69,26 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
     return run_job(config, job, options, family)
 
 
+def load_vae(config: RunConfig, device: torch.device, home: torch.device | None = None) -> Any:
+    """The run's autoencoder, for decoding.
+
+    Args:
+        device: where it decodes, which decides its precision. home: where it lies; absent = there too.
+    """
+    from musubi_tuner.encoders.autoencoder import load_autoencoder
+
+    path = encoder_sources(config, "latents").paths(download=True).get("vae")
+    if path is None:
+        raise ConfigError("model.vae_path: is needed to decode samples")
+    dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
+    spec = config.spec
+    vae = load_autoencoder(
+        path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=home or device
+    )
+    vae.set_tiling(config.cache.vae_tiling)
+    return vae
+
+
 def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
     """Header entries of a latents file."""
     (width, height), (bucket_width, bucket_height) = item.size, item.bucket

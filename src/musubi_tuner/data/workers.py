@@ -20,7 +20,7 @@ from musubi_tuner.errors import TrainingError, UserError
 from musubi_tuner.units import Bytes, format_bytes
 
 if TYPE_CHECKING:
-    from musubi_tuner.data.dataset import Batch
+    from musubi_tuner.data.batch import Batch
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps shared memory; other systems have no such limit."""
@@ -91,7 +91,7 @@ def to_shared_memory(batch: "Batch | UserError") -> "Batch | UserError":
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     if isinstance(batch, UserError):
         return batch
-    for tensor in (batch.latents, batch.dataset_ids, *batch.tensors.values(), *batch.valid.values()):
+    for tensor in batch.all_tensors():
         tensor.share_memory_()
     return batch
 

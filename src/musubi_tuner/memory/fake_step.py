@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from musubi_tuner.adapters.attach import Plan, attach, make_adapters, plan_adapters, target_paths
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.models.spec import ModelPlan, Process
@@ -224,10 +224,13 @@ def _empty_batch(
 ) -> tuple[Batch, Draws]:
     spec = config.spec
     size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
-    tensors = {name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()}
+    tensors = {
+        "latents": torch.zeros(size),
+        **{name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()},
+    }
     valid = dict.fromkeys(tensors, torch.ones(batch_size, dtype=torch.bool))
     ids = torch.zeros(batch_size, dtype=torch.int64)
-    batch = Batch(torch.zeros(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
+    batch = Batch(tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
     uniforms = {name: torch.full((batch_size,), 0.5) for name in process.uniforms}
     return batch, Draws(torch.zeros(size), torch.full((batch_size,), 0.5), uniforms)
 

@@ -201,8 +201,15 @@ class Process(Protocol):
     time_draw: str
     """``normal`` or ``uniform``: what `time` expects."""
 
-    def time(self, draws_B: "Tensor", size: tuple[int, int], uniforms: "dict[str, Tensor]") -> "Tensor":
-        """Training times from random draws, [B]; ``size`` is rows and columns of the latents."""
+    def size(self, x0: "Tensor") -> tuple[int, ...]:
+        """What the family's times depend on of latents [B, ...], if anything: rows and columns, or a number of tokens."""
+
+    def time(self, draws_B: "Tensor", size: tuple[int, ...], uniforms: "dict[str, Tensor]") -> "Tensor":
+        """Training times from random draws, [B].
+
+        Args:
+            size: see `size`.
+        """
 
     def sigma(self, time_B: "Tensor") -> "Tensor":
         """Noise fraction at a time: the unit of logs and loss statistics."""
@@ -210,8 +217,8 @@ class Process(Protocol):
     def add_noise(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
         """Noisy latents, float32."""
 
-    def target(self, x0: "Tensor", noise: "Tensor") -> "Tensor":
-        """What the model should predict."""
+    def target(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
+        """What the model should predict at a time, in the layout of the latents."""
 
     def conditioning(self, batch: Any, time_B: "Tensor", uniforms: "dict[str, Tensor]") -> "dict[str, Any]":
         """Model inputs of one micro-batch after dropout and teacher lookup."""
@@ -232,7 +239,7 @@ class Process(Protocol):
     ) -> "dict[str, LossTerm]":
         """Named loss terms; ``main`` is always among them."""
 
-    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """Times from noise to image, steps + 1 values in the family's direction.
 
         Raises:

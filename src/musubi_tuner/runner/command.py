@@ -290,7 +290,7 @@ class Runner:
     def _train(self, items: list[Any], planned: int | None) -> int:
         if self.processes > 1:
             return self._launch(planned)
-        from musubi_tuner.training.trainer import train
+        from musubi_tuner.training.loop import train
 
         train(self.config, items, planned)
         return EXIT_OK
@@ -335,7 +335,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
         if int(os.environ.get("RANK", "0")) == 0:
             print(describe(config, plan, processes), flush=True)
         items = plan.found.items
-    from musubi_tuner.training.trainer import train
+    from musubi_tuner.training.loop import train
 
     planned = os.environ.get(_PLANNED)
     train(config, items, None if planned is None else int(planned))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from musubi_tuner.caching.jobs import TextEncoders
+from musubi_tuner.caching.jobs import TextEncoders, load_vae
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
@@ -22,7 +22,6 @@ from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.spec import ModelSpec, Process
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
-from musubi_tuner.training.trainer import load_vae
 
 if TYPE_CHECKING:
     from musubi_tuner.adapters.files import AdapterFile

@@ -15,6 +15,7 @@ from musubi_tuner.data.split import hold_out
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.models.spec import PublishedState
+from musubi_tuner.training.build import count_steps
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
     Best,
@@ -26,7 +27,6 @@ from musubi_tuner.training.checkpoint import (
 from musubi_tuner.training.identity import as_begun, data_digest, fixed_settings, other_teachers
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.training.task import Position
-from musubi_tuner.training.trainer import count_steps
 
 
 def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) -> list[str]:

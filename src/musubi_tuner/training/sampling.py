@@ -187,7 +187,7 @@ def _draw_batch(
         prediction = prediction.float()
         return guide(prediction[:count], prediction[count:], scale) if scale > 1 else prediction
 
-    times = process.sampling_times(shared.steps, size, shared.shift)
+    times = process.sampling_times(shared.steps, process.size(noise), shared.shift)
     return solve(shared.solver, velocity, noise.to(device), times).cpu()
 
 

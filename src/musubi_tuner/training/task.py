@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.flow import perturb
 from musubi_tuner.models.spec import LossTerm, Process
@@ -166,9 +166,9 @@ def losses_at(
     model: nn.Module, process: Process, batch: Batch, draws: Draws, time: Tensor, update: int
 ) -> dict[str, LossTerm]:
     """Forward one micro-batch at given times; its loss terms, one float32 value per sample each."""
-    x0 = batch.latents
+    x0 = batch.tensors["latents"]
     noisy = process.add_noise(x0, draws.noise if draws.input_noise is None else draws.input_noise, time)
-    target = process.target(x0, draws.noise)
+    target = process.target(x0, draws.noise, time)
     inputs = process.conditioning(batch, time, draws.uniforms)
 
     prediction, extra = process.predict(model, noisy, time, inputs)
@@ -206,8 +206,7 @@ class FlowPhase:
 
     def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
         """The terms of the family; ``main`` with the noise level of every sample."""
-        x0 = batch.latents
-        time = self.process.time(draws.time, (x0.shape[-2], x0.shape[-1]), draws.uniforms)
+        time = self.process.time(draws.time, self.process.size(batch.tensors["latents"]), draws.uniforms)
         terms = losses_at(self.model, self.process, batch, draws, time, at.step)
         terms["main"].sigma_B = self.process.sigma(time).detach()
         return terms
@@ -231,6 +230,6 @@ class FlowTask:
         strata = None
         if self.objective.timestep_stratified:
             strata = stratified_draws(update.micro_batches, self.seed, at.epoch, at.step)[index]
-        shape = tuple(batch.latents.shape[1:])
+        shape = tuple(batch.tensors["latents"].shape[1:])
         planned = update.micro_batches[index]
         return make_draws(self.process, shape, planned, self.seed, at.epoch, strata, self.objective, at.step)

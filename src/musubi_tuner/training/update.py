@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.models.spec import LossTerm
 from musubi_tuner.precision import autocast

@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.config.schema import ValidationSection
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.models.spec import Process
@@ -101,7 +101,7 @@ class Validator:
         batch = self.dataset[planned].to(self.device)
         hidden = {name: torch.zeros_like(batch.valid[name]) for name in self.hidden if name in batch.valid}
         batch = replace(batch, valid={**batch.valid, **hidden})
-        shape, count = tuple(batch.latents.shape[1:]), len(planned)
+        shape, count = tuple(batch.tensors["latents"].shape[1:]), len(planned)
         noise = torch.stack([normal(shape, self.settings.seed, "validation", item) for item in batch.items])
         keep = {name: torch.full((count,), KEEP) for name in self.process.uniforms}
         columns = []

@@ -55,7 +55,10 @@ class ToyProcess:
     uniforms: tuple[str, ...] = ()
     time_draw = "uniform"
 
-    def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
+    def size(self, x0: Tensor) -> tuple[int, ...]:
+        return ()
+
+    def time(self, draws_B: Tensor, size: tuple[int, ...], uniforms: dict[str, Tensor]) -> Tensor:
         return draws_B
 
     def sigma(self, time_B: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class ToyProcess:
     def add_noise(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
         return interpolate(x0, noise, time_B)
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
         return noise - x0
 
     def conditioning(self, batch: Any, time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +79,7 @@ class ToyProcess:
     def losses(self, prediction: Tensor, target: Tensor, *rest: Any) -> dict[str, LossTerm]:
         return {"main": LossTerm(squared_error(prediction, target).flatten(1).mean(1), 1.0)}
 
-    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         return sampling_schedule(steps, shift=shift)
 
 

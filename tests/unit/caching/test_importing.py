@@ -16,9 +16,9 @@ from torch import Tensor
 from musubi_tuner.caching.__main__ import main
 from musubi_tuner.caching.file_format import KINDS, cache_path, plain_name, read_header
 from musubi_tuner.caching.importing import ImportOptions, import_caches
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.errors import CacheError, ConfigError, DataError
 from musubi_tuner.models.foreign_caches import Rows
 from musubi_tuner.runner.plan import describe, make_plan
@@ -292,7 +292,7 @@ class TestStatus:
         config = imported.config()
         batch = CachedDataset(config, imported.items(), list(KINDS))[MicroBatch((0, 2), (0, 1))]
         assert batch.items == ["a", "b"]
-        assert torch.equal(batch.latents, columns["latents"][[1, 2]].float())
+        assert torch.equal(batch.tensors["latents"], columns["latents"][[1, 2]].float())
         assert torch.equal(batch.tensors["lune_features"], columns["features"][[1, 2]])
 
 

@@ -26,8 +26,8 @@ from musubi_tuner.caching.experts import teacher_grid, time_buckets
 from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, read_header, split_caption
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
 from musubi_tuner.caching.jobs import image_tensor
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, ConfigError, DataError
@@ -262,7 +262,7 @@ class TestWriting:
             "a_tf_te.safetensors",
         ]
         dataset = CachedDataset(config, project.items(config), list(KINDS))
-        shapes = [tuple(dataset[MicroBatch((index,), (0,))].latents.shape) for index in (0, 1)]
+        shapes = [tuple(dataset[MicroBatch((index,), (0,))].tensors["latents"].shape) for index in (0, 1)]
         assert shapes == [(1, 16, 6, 10), (1, 16, 16, 16)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from musubi_tuner.data import workers
-from musubi_tuner.data.dataset import Batch, PlannedBatches, raise_errors
+from musubi_tuner.data.batch import Batch, PlannedBatches, raise_errors
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.workers import explain_workers, shared_memory_warning, to_shared_memory
 from musubi_tuner.errors import CacheError, TrainingError
@@ -30,8 +30,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch() -> Batch:
-    one = torch.zeros(1)
-    return Batch(one, {"text": torch.ones(2)}, {"text": torch.tensor([True])}, ["a"], (0,), one.long())
+    return Batch({"text": torch.ones(2)}, {"text": torch.tensor([True])}, ["a"], (0,), torch.zeros(1).long())
 
 
 class Source(Dataset[Batch]):
@@ -63,7 +62,7 @@ def load(do: Any, collate: Any = to_shared_memory) -> list[Batch]:
 def test_batches_come_through_shared_memory_as_they_are() -> None:
     first, second = load(lambda: None)
     for found in (first, second):
-        assert found.latents.is_shared() and found.tensors["text"].is_shared()
+        assert found.dataset_ids.is_shared() and found.tensors["text"].is_shared()
         assert torch.equal(found.tensors["text"], torch.ones(2)) and found.items == ["a"]
 
 

@@ -59,7 +59,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from musubi_tuner.config import load_config
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.estimate import estimate
 from musubi_tuner.training.adapting import prepare_adapters
@@ -107,7 +107,8 @@ if "t_buckets" in tensors:
     tensors["t_buckets"] = torch.linspace(0.05, 0.95, tensors["t_buckets"].shape[1]).expand(batch_size, -1)
 valid = {name: torch.ones(batch_size, dtype=torch.bool) for name in tensors}
 ids = torch.zeros(batch_size, dtype=torch.int64)
-batch = Batch(torch.randn(size), tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
+tensors["latents"] = torch.randn(size)
+batch = Batch(tensors, valid, [""] * batch_size, tuple(range(batch_size)), ids)
 planned = MicroBatch(tuple(range(batch_size)), tuple(range(batch_size)))
 phase = FlowPhase(model, process, "model")
 dtype = COMPUTE_DTYPES[config.train.mixed_precision]

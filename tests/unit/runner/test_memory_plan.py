@@ -102,7 +102,7 @@ def test_memory_is_planned_before_the_caches_and_training_is_told_so(
     monkeypatch.setattr(
         Runner, "_stage", lambda self, arguments, environment=None: done.append((arguments[-1], environment)) or 0
     )
-    monkeypatch.setattr("musubi_tuner.training.trainer.train", lambda config, items, planned: done.append(planned))
+    monkeypatch.setattr("musubi_tuner.training.loop.train", lambda config, items, planned: done.append(planned))
     config = load_config(write(tmp_path, str(base)), {"cache.run": "auto", "model.vae_path": str(base),
                                                       "model.clip_path": str(base), "model.t5_path": str(base)})  # fmt: skip
     assert a_runner(config).run() == 0

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import cache_path
+from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.data.dataset import CachedDataset
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
+from musubi_tuner.training.build import check_caches
 from musubi_tuner.training.identity import data_digest
 from musubi_tuner.training.task import make_draws
-from musubi_tuner.training.trainer import check_caches
 from steps import training_step
 
 RUN = """

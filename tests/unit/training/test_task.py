@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.schema import AdapterSection, ExpertsSection, ObjectiveSection, TrainSection
-from musubi_tuner.data.dataset import Batch
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight
 from musubi_tuner.models.flux_dev import FluxConfig
@@ -60,14 +60,19 @@ def make_batch(count: int = 4, without_teacher: tuple[int, ...] = (), dtype: tor
             tensors[name][row] = 0
             valid[name][row] = False
     ids = torch.zeros(count, dtype=torch.int64)
-    return Batch(latents, tensors, valid, [f"item {i}" for i in range(count)], tuple(range(count)), ids)
+    return Batch(
+        {"latents": latents, **tensors},
+        {"latents": torch.ones(count, dtype=torch.bool), **valid},
+        [f"item {i}" for i in range(count)],
+        tuple(range(count)),
+        ids,
+    )
 
 
 def part(batch: Batch, rows: slice) -> Batch:
     """Some samples as a micro-batch of their own; a tensor that none of them has is absent."""
     names = [name for name, valid in batch.valid.items() if valid[rows].any()]
     return Batch(
-        batch.latents[rows],
         {name: batch.tensors[name][rows] for name in names},
         {name: batch.valid[name][rows] for name in names},
         batch.items[rows],
@@ -86,7 +91,7 @@ def conditioning(
     own: TinyFluxProcess, batch: Batch | None = None, time: float = 0.25, **values: list[float]
 ) -> dict[str, Any]:
     batch = batch or make_batch()
-    count = len(batch.latents)
+    count = len(batch.tensors["latents"])
     return own.conditioning(batch, torch.full((count,), time), uniforms(count, **values))
 
 
@@ -607,13 +612,13 @@ def test_step_equals_the_sentence_of_the_paper() -> None:
     time = 3 * raw / (1 + 2 * raw)
     torch.testing.assert_close(1 - output.sigma, time)
     t = time.view(-1, 1, 1, 1)
-    noisy = (1 - t) * draws.noise + t * batch.latents
+    noisy = (1 - t) * draws.noise + t * batch.tensors["latents"]
     tokens = noisy.flatten(2).transpose(1, 2)
     with torch.no_grad():
         velocity = model(
             tokens, batch.tensors["t5_vec"], batch.tensors["clip_l_pooler"], time, height=SHAPE[1], width=SHAPE[2]
         )
-    target = (batch.latents - draws.noise).flatten(2).transpose(1, 2)
+    target = (batch.tensors["latents"] - draws.noise).flatten(2).transpose(1, 2)
     torch.testing.assert_close(output.loss.detach(), (velocity - target).square().mean((1, 2)).sum())
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.schema import ObjectiveSection, ValidationSection
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess
@@ -58,7 +58,7 @@ class Pictures:
         valid = {name: torch.ones(len(rows), dtype=torch.bool) for name in tensors}
         items = [self.items[index].id for index in planned.items]
         ids = torch.zeros(len(planned), dtype=torch.int64)
-        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations, ids)
+        return Batch(tensors, valid, items, planned.presentations, ids)
 
 
 def make_model(dropout: float = 0.0) -> nn.Module:
@@ -112,15 +112,15 @@ def test_the_loss_is_the_mean_over_images_and_noise_levels_of_a_plain_loop() -> 
     expected: dict[float, list[float]] = {}
     for index, item in enumerate(pictures.items):
         row = pictures[MicroBatch((index,), (0,))]
-        noise = normal(tuple(row.latents.shape[1:]), 42, "validation", item.id)[None]
+        noise = normal(tuple(row.tensors["latents"].shape[1:]), 42, "validation", item.id)[None]
         for t in time_grid(4):
             time = torch.tensor([t])
             keep = {name: torch.tensor([0.999]) for name in process.uniforms}
             inputs = process.conditioning(row, time, keep)
             inputs.pop("lune")
             with torch.no_grad():
-                guess, _ = process.predict(model, (1 - t) * noise + t * row.latents, time, inputs)
-            expected.setdefault(1 - t, []).append(float((guess - (row.latents - noise)).square().mean()))
+                guess, _ = process.predict(model, (1 - t) * noise + t * row.tensors["latents"], time, inputs)
+            expected.setdefault(1 - t, []).append(float((guess - (row.tensors["latents"] - noise)).square().mean()))
     assert list(values) == [METRIC, *(f"{METRIC}_sigma_{sigma:.3f}" for sigma in sorted(expected))]
     means = {sigma: sum(losses) / len(losses) for sigma, losses in expected.items()}
     assert [values[f"{METRIC}_sigma_{sigma:.3f}"] for sigma in means] == pytest.approx(list(means.values()), rel=1e-5)

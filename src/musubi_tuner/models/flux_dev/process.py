@@ -56,7 +56,11 @@ class FluxProcess:
             upstream_sigma=objective.sigma_compat == "upstream",
         )
 
-    def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
+    def size(self, x0: Tensor) -> tuple[int, ...]:
+        """Rows and columns of the latents."""
+        return (x0.shape[-2], x0.shape[-1])
+
+    def time(self, draws_B: Tensor, size: tuple[int, ...], uniforms: dict[str, Tensor]) -> Tensor:
         """sigma from one uniform draw per sample, for latents of ``size`` (rows, columns)."""
         height, width = size
         return sample_noise_levels(
@@ -71,7 +75,7 @@ class FluxProcess:
         """``(1 - sigma) * x0 + sigma * noise`` in float32."""
         return interpolate(x0.float(), noise.float(), time_B)
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
         """``noise - x0``, float32."""
         return noise.float() - x0.float()
 
@@ -125,7 +129,7 @@ class FluxProcess:
             main = main * min_snr_weight(1 - time_B, settings.min_snr_gamma, settings.min_snr_form)
         return {"main": LossTerm(main, 1.0)}
 
-    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """Noise levels from 1 to 0; without a shift, the one that follows from the number of tokens."""
         height, width = size
         return sampling_schedule(steps, shift=shift, tokens=(height // PATCH) * (width // PATCH))

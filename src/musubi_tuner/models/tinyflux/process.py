@@ -96,7 +96,11 @@ class TinyFluxProcess:
         """A value as `objective.precision` holds it, in float32."""
         return value.to(self.dtype).float()
 
-    def time(self, draws_B: Tensor, size: tuple[int, int], uniforms: dict[str, Tensor]) -> Tensor:
+    def size(self, x0: Tensor) -> tuple[int, ...]:
+        """Nothing: its times are the same for every size."""
+        return ()
+
+    def time(self, draws_B: Tensor, size: tuple[int, ...], uniforms: dict[str, Tensor]) -> Tensor:
         """t from one normal or uniform draw per sample (`time_draw`), float32 in [1e-4, 1 - 1e-4], or rounded to bfloat16."""
         settings = self.objective
         time = sample_timesteps(
@@ -116,7 +120,7 @@ class TinyFluxProcess:
         """``(1 - t) * noise + t * x0`` in `objective.precision`, float32."""
         return self._rounded(interpolate(self._rounded(x0), self._rounded(noise), self.sigma(time_B)))
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, time_B: Tensor) -> Tensor:
         """``x0 - noise`` in `objective.precision`, float32."""
         return self._rounded(self._rounded(x0) - self._rounded(noise))
 
@@ -261,7 +265,7 @@ class TinyFluxProcess:
             terms["sol"] = LossTerm(self._rounded(loss), ramp(update, settings.sol_warmup_steps, settings.sol_weight))
         return terms
 
-    def sampling_times(self, steps: int, size: tuple[int, int], shift: float | None = None) -> list[float]:
+    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """``shift(k / steps)`` for k = 0 .. steps: from noise (0) to the image (1).
 
         Raises:

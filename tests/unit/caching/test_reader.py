@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import DTYPES, cache_path, latents_key, mask_key, read_header
+from musubi_tuner.caching.reader import CachedDataset, read_tensor
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.data.dataset import CachedDataset, PlannedBatches, read_tensor
+from musubi_tuner.data.batch import PlannedBatches
 from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item, scan
@@ -91,18 +92,17 @@ def batch(*indices: int) -> MicroBatch:
 def test_latents_come_stacked_as_float32_with_ids_and_presentations(config: RunConfig, items: list[Item]) -> None:
     latents = write_latents(items, torch.bfloat16)
     found = CachedDataset(config, items, ["latents"])[batch(2, 0)]
-    assert found.latents.dtype == torch.float32
-    assert torch.equal(found.latents, torch.stack([latents["c"], latents["a"]]).float())
+    assert found.tensors["latents"].dtype == torch.float32
+    assert torch.equal(found.tensors["latents"], torch.stack([latents["c"], latents["a"]]).float())
     assert found.items == ["c", "a"]
     assert found.presentations == (10, 11)
-    assert found.tensors == {}
-    assert found.valid == {}
+    assert set(found.tensors) == set(found.valid) == {"latents"}
 
 
 def test_one_item_may_come_several_times_in_a_batch(config: RunConfig, items: list[Item]) -> None:
     latents = write_latents(items)
     found = CachedDataset(config, items, ["latents"])[batch(0, 0, 1)]
-    assert torch.equal(found.latents, torch.stack([latents[name] for name in "aab"]))
+    assert torch.equal(found.tensors["latents"], torch.stack([latents[name] for name in "aab"]))
 
 
 def values_of(dtype: torch.dtype) -> Tensor:
@@ -149,6 +149,7 @@ def test_names_are_plain_and_masks_keep_theirs(config: RunConfig, items: list[It
         )
     found = CachedDataset(config, items, ["latents", "text"])[batch(0, 1)]
     assert {name: tuple(tensor.shape) for name, tensor in found.tensors.items()} == {
+        "latents": (2, 16, 8, 8),
         "t5_vec": (2, 4, 8),
         "t5_mask": (2, 4),
         "clip_l_pooler": (2, 6),
@@ -163,14 +164,14 @@ def test_tensors_own_their_memory(config: RunConfig, items: list[Item]) -> None:
     path = cache_path(items[0], "latents", "tf")
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
-    assert torch.equal(found.latents[0], latents["a"])
+    assert torch.equal(found.tensors["latents"][0], latents["a"])
 
 
 def test_batches_do_not_share_memory(config: RunConfig, items: list[Item]) -> None:
     latents = write_latents(items)
     dataset = CachedDataset(config, items, ["latents"])
-    dataset[batch(0)].latents.zero_()
-    assert torch.equal(dataset[batch(0)].latents[0], latents["a"])
+    dataset[batch(0)].tensors["latents"].zero_()
+    assert torch.equal(dataset[batch(0)].tensors["latents"][0], latents["a"])
 
 
 def test_an_item_without_a_teacher_tensor_gets_a_zero_row_that_is_marked(config: RunConfig, items: list[Item]) -> None:
@@ -187,7 +188,7 @@ def test_an_item_without_a_teacher_tensor_gets_a_zero_row_that_is_marked(config:
     both = config.experts.model_copy(update={"enable_lune": True, "enable_sol": True})
     dataset = CachedDataset(config.model_copy(update={"experts": both}), items, ["latents", "experts"])
     found = dataset[batch(0, 1, 2)]
-    assert {name: valid.tolist() for name, valid in found.valid.items()} == {
+    assert {name: valid.tolist() for name, valid in found.valid.items() if name != "latents"} == {
         "lune_features": [True, False, True],
         "sol_stats": [True, True, False],
         "t_buckets": [True, True, True],
@@ -280,9 +281,9 @@ def test_another_file_in_place_of_a_cache_file_is_not_read_while_training(config
     before, tensors = path.stat(), load_file(path)
     copy = path.with_suffix(".copy")
     save_file(tensors, copy, metadata={"fingerprint": "{}"})
-    assert dataset[batch(0)].latents.shape == (1, 16, 8, 8)
+    assert dataset[batch(0)].tensors["latents"].shape == (1, 16, 8, 8)
     path.touch()
-    assert dataset[batch(0)].latents.shape == (1, 16, 8, 8)
+    assert dataset[batch(0)].tensors["latents"].shape == (1, 16, 8, 8)
     copy.replace(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(CacheError, match="changed while training"):
@@ -324,7 +325,7 @@ def test_loader_workers_read_the_same_batches(config: RunConfig, items: list[Ite
     loader = DataLoader(planned, batch_size=None, num_workers=2)
     found = list(loader)
     assert [entry.items for entry in found] == [["a", "b"], ["d"], ["c"]]
-    assert torch.equal(found[0].latents, torch.stack([latents["a"], latents["b"]]))
+    assert torch.equal(found[0].tensors["latents"], torch.stack([latents["a"], latents["b"]]))
 
 
 # Masks

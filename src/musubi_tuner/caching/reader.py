@@ -1,61 +1,25 @@
 """Cache files as micro-batches. Every tensor is read into memory of its own, never mapped."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from musubi_tuner.caching.file_format import TIMES, TensorEntry, split_caption
 from musubi_tuner.caching.index import CachedFile, open_items
 from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
-from musubi_tuner.errors import CacheError, UserError
+from musubi_tuner.errors import CacheError
 from musubi_tuner.randomness import uniform
 
 
-@dataclass
-class Batch:
-    """One micro-batch.
-
-    Attributes:
-        latents: [B, C, H, W] float32. tensors: everything else by plain name, stacked.
-        valid: name -> [B] boolean, false where an item has no such tensor (its row is zero).
-        items: ids, for messages. presentations: running numbers in the epoch, the key of random draws.
-        dataset_ids: number of the dataset that each item is from, [B] int64.
-    """
-
-    latents: Tensor
-    tensors: dict[str, Tensor]
-    valid: dict[str, Tensor]
-    items: list[str]
-    presentations: tuple[int, ...]
-    dataset_ids: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        if device.type == "cpu":
-            return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            move(self.latents),
-            {name: move(tensor) for name, tensor in self.tensors.items()},
-            {name: move(tensor) for name, tensor in self.valid.items()},
-            self.items,
-            self.presentations,
-            move(self.dataset_ids),
-        )
-
-
-class CachedDataset(Dataset[Batch]):
+class CachedDataset:
     """Reads micro-batches from cache files.
 
     Args:
@@ -165,7 +129,9 @@ class CachedDataset(Dataset[Batch]):
         for row in rows:
             for name, zeros in self.substitutes.items():
                 row.setdefault(name, zeros[: len(row.get(TIMES, zeros))])
-        names = sorted({name for row in rows for name in row} - {"latents"})
+        for row in rows:
+            row["latents"] = row["latents"].float()
+        names = sorted({name for row in rows for name in row})
         tensors, valid = {}, {}
         times = max(len(row.get(TIMES, ())) for row in rows)
         for name in names:
@@ -182,7 +148,6 @@ class CachedDataset(Dataset[Batch]):
             tensors[name] = torch.stack([torch.zeros_like(like) if tensor is None else tensor for tensor in given])
             valid[name] = torch.tensor([tensor is not None for tensor in given])
         return Batch(
-            torch.stack([row["latents"] for row in rows]).float(),
             tensors,
             valid,
             [self.items[index].id for index in batch.items],
@@ -256,32 +221,3 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
         if file.readinto(view) != size:  # type: ignore[attr-defined]  # buffered readers have readinto
             raise EOFError("file is too short")
     return tensor
-
-
-class PlannedBatches(Dataset[Any]):
-    """The batches of one rank's share of an epoch, by position; what loader workers iterate over."""
-
-    def __init__(self, dataset: CachedDataset, batches: Sequence[MicroBatch], epoch: int) -> None:
-        self.dataset, self.batches, self.epoch = dataset, list(batches), epoch
-
-    def __getitem__(self, position: int) -> Batch | UserError:
-        """A batch, or what a user can mend about it: raised in a worker, it would come back inside a traceback."""
-        try:
-            return self.dataset.read(self.batches[position], self.epoch)
-        except UserError as error:
-            return error
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
-    """The batches of `PlannedBatches`.
-
-    Raises:
-        UserError: in the place of a batch that could not be read.
-    """
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch

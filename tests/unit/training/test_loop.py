@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musubi_tuner import merge_lora
-from musubi_tuner.config import load_config
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.dataset import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem, Update
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out_by_id
@@ -37,14 +37,15 @@ from musubi_tuner.models.checkpoints import find_weights
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
+from musubi_tuner.training import build as build_module
+from musubi_tuner.training import loop, samples
 from musubi_tuner.training import role as role_module
-from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training import update as update_module
 from musubi_tuner.training.checkpoint import read_values, refuse_second_branch
+from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.task import FlowPhase
-from musubi_tuner.training.trainer import Trainer
 
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32)]
 IMAGES = 8
@@ -99,10 +100,28 @@ class Pictures:
         valid = {name: torch.ones(len(rows), dtype=torch.bool) for name in tensors}
         items = [self.items[index].id for index in planned.items]
         ids = torch.zeros(len(rows), dtype=torch.int64)
-        return Batch(tensors.pop("latents"), tensors, valid, items, planned.presentations, ids)
+        return Batch(tensors, valid, items, planned.presentations, ids)
 
 
-Start = Callable[..., Trainer]
+class Started:
+    """A run that is built, by the names under which the tests ask for its parts."""
+
+    def __init__(self, config: RunConfig, items: list[Item]) -> None:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        self.built = build_module.build_run(config, items, Ranks(config, lambda: None))
+        self.folder = config.output_dir
+        self.position = self.built.position
+        self.role = self.built.role
+        self.model = self.built.model
+        self.trained = self.built.role.module
+        self.geometry = self.built.geometry
+        self.options = self.built.options
+
+    def run(self) -> None:
+        loop.run_to_end(self.built)
+
+
+Start = Callable[..., Started]
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +132,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(folder: Path) -> Iterator[Start]:
-    """Build the trainer of a run file: the folder's name, then changes by table; None leaves a key out."""
+    """Build the run of a run file: the folder's name, then changes by table; None leaves a key out."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     patch = pytest.MonkeyPatch()
-    patch.setattr(trainer_module, "CachedDataset", Pictures)
-    patch.setattr(trainer_module, "estimate_lines", lambda *_: [])  # takes longer than the updates
+    patch.setattr(build_module, "CachedDataset", Pictures)
+    patch.setattr(build_module, "estimate_lines", lambda *_: [])  # takes longer than the updates
 
-    def begin(name: str, **changes: dict[str, Any]) -> Trainer:
-        trainer = Trainer(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
-        trainer.folder.mkdir(parents=True, exist_ok=True)
-        trainer.build()
-        return trainer
+    def begin(name: str, **changes: dict[str, Any]) -> Started:
+        return Started(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
 
     yield begin
     patch.undo()
@@ -156,13 +172,13 @@ def write(root: Path, **changes: dict[str, Any]) -> Path:
     return path
 
 
-def lines(trainer: Trainer) -> list[dict[str, Any]]:
+def lines(trainer: Started) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without the clock."""
     rows = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key != "clock"} for row in rows]
 
 
-def updates(trainer: Trainer) -> list[dict[str, Any]]:
+def updates(trainer: Started) -> list[dict[str, Any]]:
     return [row for row in lines(trainer) if "loss/total" in row]
 
 
@@ -171,7 +187,7 @@ def header(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def entries(trainer: Trainer) -> dict[str, Any]:
+def entries(trainer: Started) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((trainer.folder / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
     return found
 
@@ -244,7 +260,7 @@ def test_the_counter_counts() -> None:
 
 @pytest.mark.parametrize("case", ["teachers", "lora", "no_bins"])
 def test_a_micro_batch_waits_for_nothing_and_an_update_once(
-    case: str, start: Start, monkeypatch: pytest.MonkeyPatch, trained: Trainer
+    case: str, start: Start, monkeypatch: pytest.MonkeyPatch, trained: Started
 ) -> None:
     changes: dict[str, Any] = {"train": {"grad_accum_steps": 2}, "log": {"every_steps": 100}, "ema": {"decay": 0.9}}
     if case == "no_bins":
@@ -263,15 +279,16 @@ def test_a_micro_batch_waits_for_nothing_and_an_update_once(
 
     monkeypatch.setattr(update_module, "_move", move)
     counted: list[dict[str, int]] = []
-    whole = trainer._update
+    whole = loop.run_update
 
-    def one(*arguments: Any) -> None:
+    def one(*arguments: Any, **settings: Any) -> Any:
         reads.found.clear()
         with reads.counting():
-            whole(*arguments)
+            outcome = whole(*arguments, **settings)
         counted.append(dict(phases))
+        return outcome
 
-    monkeypatch.setattr(trainer, "_update", one)
+    monkeypatch.setattr(loop, "run_update", one)
     trainer.run()
     assert counted == [{"micro-batches": 0, "step": 1}] * 4, reads.found
 
@@ -284,7 +301,7 @@ RECORDED: dict[str, Any] = {**OPTIONS, "sol_spatial_norm": "mean", "t5_attn_mask
 
 
 @pytest.fixture(scope="module")
-def trained(start: Start) -> Trainer:
+def trained(start: Start) -> Started:
     """A run of a new model with every option that differs from the published model."""
     trainer = start(
         "every option",
@@ -297,14 +314,14 @@ def trained(start: Start) -> Trainer:
     return trainer
 
 
-def on_checkpoint(trained: Trainer, **changes: dict[str, Any]) -> dict[str, Any]:
+def on_checkpoint(trained: Started, **changes: dict[str, Any]) -> dict[str, Any]:
     """Changes of a run file that continue the checkpoint of another run."""
     model = {"init": "checkpoint", "geometry": None, "path": str(trained.folder), "t5_attn_mask": True}
     return {**changes, "model": {**model, **changes.get("model", {})}}
 
 
 @pytest.mark.parametrize("name", [*RECORDED, "guidance_embeds"])
-def test_an_option_is_in_every_file_of_a_run_and_comes_back_from_each(name: str, trained: Trainer) -> None:
+def test_an_option_is_in_every_file_of_a_run_and_comes_back_from_each(name: str, trained: Started) -> None:
     files = [trained.folder / f"{part}.safetensors" for part in ("tiny", "tiny_ema", "release/model", "release/ema")]
     beside = "config.json" if name == "guidance_embeds" else "options.json"
     for folder in (trained.folder, trained.folder / "release"):
@@ -324,7 +341,7 @@ def copy_configs(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["header", "config beside", "torch file", "upgraded", "merged"])
-def test_options_come_back_from_every_form_of_file(kind: str, trained: Trainer, start: Start, tmp_path: Path) -> None:
+def test_options_come_back_from_every_form_of_file(kind: str, trained: Started, start: Start, tmp_path: Path) -> None:
     source, path = trained.folder / "tiny.safetensors", tmp_path / "model.safetensors"
     tensors = load_file(source)
     if kind == "header":
@@ -369,10 +386,10 @@ PublishedConfig = make_dataclass("PublishedConfig", PUBLISHED_FIELDS)
 def test_the_published_loader_takes_every_folder_and_file(start: Start, tmp_path: Path) -> None:
     trainer = start("published", model={"geometry": GEOMETRY, **OPTIONS}, experts=TEACHERS, train={"max_steps": 1})
     trainer.run()
-    run, release, upgraded = trainer.folder, trainer.folder / "release", tmp_path / "upgraded.safetensors"
-    upgrade_file(str(run), upgraded)
-    configs = [(folder / "config.json").read_text(encoding="utf-8") for folder in (run, release)]
-    weights = [run / "tiny.safetensors", run / "tiny_ema.safetensors", *release.glob("*.safetensors"), upgraded]
+    whole, release, upgraded = trainer.folder, trainer.folder / "release", tmp_path / "upgraded.safetensors"
+    upgrade_file(str(whole), upgraded)
+    configs = [(folder / "config.json").read_text(encoding="utf-8") for folder in (whole, release)]
+    weights = [whole / "tiny.safetensors", whole / "tiny_ema.safetensors", *release.glob("*.safetensors"), upgraded]
     configs += [header(path)["config_json"] for path in weights]
     assert len(configs) == 7
     for text in configs:
@@ -384,10 +401,10 @@ def test_the_published_loader_takes_every_folder_and_file(start: Start, tmp_path
     old = {**trainer.geometry.to_dict(), "_metadata": {"options": trainer.options}}
     (tmp_path / "config.json").write_text(json.dumps(old), encoding="utf-8")
     texts = config_texts(tmp_path)
-    assert texts == {name: (run / name).read_text(encoding="utf-8") for name in ("config.json", "options.json")}
+    assert texts == {name: (whole / name).read_text(encoding="utf-8") for name in ("config.json", "options.json")}
 
 
-def test_options_that_v3_does_not_know_have_no_v3_form(trained: Trainer, tmp_path: Path) -> None:
+def test_options_that_v3_does_not_know_have_no_v3_form(trained: Started, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="text_positions, temperature_per_head, timestep_scale, which v3 does not know"
     ):
@@ -398,7 +415,7 @@ def test_options_that_v3_does_not_know_have_no_v3_form(trained: Trainer, tmp_pat
     ("key", "value"), [("text_order", "index"), ("text_positions", "middle"), ("timestep_scale", 0)]
 )
 def test_an_option_that_is_not_known_is_refused_wherever_a_model_is_loaded(
-    key: str, value: Any, trained: Trainer, tmp_path: Path
+    key: str, value: Any, trained: Started, tmp_path: Path
 ) -> None:
     source, path = trained.folder / "tiny.safetensors", tmp_path / "model.safetensors"
     options = json.dumps({**RECORDED, key: value})
@@ -417,7 +434,7 @@ def test_an_option_that_is_not_known_is_refused_wherever_a_model_is_loaded(
     ],
 )
 def test_training_a_checkpoint_with_another_option_is_refused(
-    key: str, value: Any, message: str, trained: Trainer, tmp_path: Path
+    key: str, value: Any, message: str, trained: Started, tmp_path: Path
 ) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, model={key: value})))
     for name in ("load_for_training", "plan_model", "open_base"):
@@ -427,7 +444,7 @@ def test_training_a_checkpoint_with_another_option_is_refused(
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Trainer, tmp_path: Path) -> None:
+def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Started, tmp_path: Path) -> None:
     own = OPTIONS if written else {}
     config = load_config(write(tmp_path, **on_checkpoint(trained, model=own, experts={"expert_input": "auto"})))
     trainee = config.spec.load("load_for_training")(config)
@@ -436,7 +453,7 @@ def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Trainer
     assert config.spec.load("plan_model")(config).model.config == trained.geometry
 
 
-def test_another_choice_of_the_teachers_is_said(trained: Trainer, tmp_path: Path) -> None:
+def test_another_choice_of_the_teachers_is_said(trained: Started, tmp_path: Path) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, experts={**TEACHERS, "sol_spatial_norm": "max"})))
     trainee = config.spec.load("load_for_training")(config)
     (note,) = [note for note in trainee.notes if note.startswith("note:")]
@@ -448,7 +465,7 @@ def test_published_options_are_not_recorded(start: Start) -> None:
     assert set(trainer.options) == {"expert_input", "expert_time", "sol_spatial_norm", "t5_attn_mask"}
 
 
-def test_exact_rotary_frequencies_survive_saving_in_bfloat16(trained: Trainer, start: Start, tmp_path: Path) -> None:
+def test_exact_rotary_frequencies_survive_saving_in_bfloat16(trained: Started, start: Start, tmp_path: Path) -> None:
     """They are stored as they are, so they come back without the setting, and rounded ones stay rounded."""
     source, rounded = trained.folder / "tiny.safetensors", tmp_path / "rounded.safetensors"
     tensors = load_file(source)
@@ -470,7 +487,7 @@ def test_exact_rotary_frequencies_survive_saving_in_bfloat16(trained: Trainer, s
 # Files of a run
 
 
-def test_a_weight_file_says_what_it_is(trained: Trainer) -> None:
+def test_a_weight_file_says_what_it_is(trained: Started) -> None:
     for name, weights in (("tiny", "model"), ("tiny_ema", "ema")):
         found = header(trained.folder / f"{name}.safetensors")
         expected = {"format": "pt", "architecture": "tinyflux", "modelspec.architecture": "TinyFlux",
@@ -481,7 +498,7 @@ def test_a_weight_file_says_what_it_is(trained: Trainer) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(start: Start) -> Trainer:
+def saved(start: Start) -> Started:
     """Eight updates, two epochs, with checkpoints at every second update and epoch; the last update ends an epoch."""
     trainer = start(
         "saved",
@@ -495,7 +512,7 @@ def saved(start: Start) -> Trainer:
     return trainer
 
 
-def test_epochs_have_files_and_names(saved: Trainer) -> None:
+def test_epochs_have_files_and_names(saved: Started) -> None:
     assert find_weights(f"{saved.folder}:epoch_1") == saved.folder / "tiny-000001.safetensors"
     assert find_weights(f"{saved.folder}:epoch_1", ema=True) == saved.folder / "tiny-000001_ema.safetensors"
     assert (saved.folder / "tiny-000001-state" / "manifest.json").is_file()
@@ -504,7 +521,7 @@ def test_epochs_have_files_and_names(saved: Trainer) -> None:
     assert header(saved.folder / "tiny-000001.safetensors")["epoch"] == "1"
 
 
-def test_the_last_update_is_saved_once_and_found_by_all_its_names(saved: Trainer) -> None:
+def test_the_last_update_is_saved_once_and_found_by_all_its_names(saved: Started) -> None:
     names = ("final", "step_8", "epoch_2", "latest")
     for ema, suffix in ((False, ""), (True, "_ema")):
         assert {find_weights(f"{saved.folder}:{name}", ema=ema) for name in names} == {
@@ -516,7 +533,7 @@ def test_the_last_update_is_saved_once_and_found_by_all_its_names(saved: Trainer
     }  # fmt: skip
 
 
-def test_the_best_weights_at_the_last_update_are_one_file_of_two_names(saved: Trainer) -> None:
+def test_the_best_weights_at_the_last_update_are_one_file_of_two_names(saved: Started) -> None:
     assert entries(saved)["best"]["step"] == 8
     for suffix in ("", "_ema"):
         best, final = (saved.folder / f"{name}{suffix}.safetensors" for name in ("best", "tiny"))
@@ -573,7 +590,7 @@ def test_a_finished_run_without_a_good_state_is_not_overwritten_by_a_new_start(s
         (first.folder / "tiny-state" / "model.safetensors").unlink()
     else:
         with pytest.raises(ConfigError, match="--fresh"):
-            refuse_second_branch(first.config)  # before anything is encoded
+            refuse_second_branch(first.built.config)  # before anything is encoded
     before = (first.folder / "tiny.safetensors").read_bytes()
     with pytest.raises(
         ConfigError, match=r"holds the finished run 'tiny' \(tiny\.safetensors, step 4\) without a good state .*--fresh"
@@ -632,7 +649,7 @@ def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
 
 
 def test_loader_workers_put_their_batches_into_shared_memory_themselves(
-    trained: Trainer, monkeypatch: pytest.MonkeyPatch
+    trained: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is no room, their error comes here; that of the thread which sends a batch would not."""
 
@@ -644,10 +661,10 @@ def test_loader_workers_put_their_batches_into_shared_memory_themselves(
     monkeypatch.setattr(trained, "config", trained.config.model_copy(update={"train": train}))
     planned = MicroBatch((0, 2), (0, 1))
     (batch,) = trained._batches([Update((planned,), ((0, planned),), 2)], 0)
-    assert batch.latents.is_shared()
+    assert batch.tensors["latents"].is_shared()
 
 
-def test_an_epoch_ends_with_the_mean_loss_of_its_updates(saved: Trainer) -> None:
+def test_an_epoch_ends_with_the_mean_loss_of_its_updates(saved: Started) -> None:
     rows = lines(saved)
     epochs = [row for row in rows if "epoch/loss" in row]
     losses = [row["loss/total"] for row in rows if "loss/total" in row]
@@ -712,7 +729,7 @@ def test_an_interrupted_run_writes_the_lines_of_an_undisturbed_one(
 
     broken = start("interrupted", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "fault_point", die)
+        patch.setattr(loop, "fault_point", die)
         with pytest.raises(KeyboardInterrupt):
             broken.run()
     again = start("interrupted", **changes)
@@ -727,7 +744,7 @@ def test_a_run_that_goes_on_keeps_the_split_of_its_state(
 ) -> None:
     """Whether the state lists it, or is of a version that split by id, whatever the files hold now."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer_module, "Validator", lambda *_, **__: None)
+    monkeypatch.setattr(build_module, "Validator", lambda *_, **__: None)
     changes: dict[str, Any] = {"validation": {"split": 0.4}, "save": {"state": True}}
 
     def mend(text: str) -> None:
@@ -737,7 +754,7 @@ def test_a_run_that_goes_on_keeps_the_split_of_its_state(
     mend("picture")
     by_content = start("split", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "split_of_run", lambda config, items: hold_out_by_id(items, config.validation))
+        patch.setattr(build_module, "split_of_run", lambda config, items: hold_out_by_id(items, config.validation))
         by_id = start("split before", **changes)
     assert by_content.held_out != by_id.held_out
     for trainer in (by_content, by_id):
@@ -868,10 +885,10 @@ def test_samples_take_the_average_if_the_run_file_says_so(
         drawn.append(model.get_parameter("img_in.weight").detach().clone())
         return []
 
-    monkeypatch.setattr(Trainer, "_prepare_samples", lambda trainer: (Prompts(), None))
-    monkeypatch.setattr(trainer_module, "draw", draw)
-    monkeypatch.setattr(trainer_module, "decode_images", lambda *arguments, **options: [])
-    monkeypatch.setattr(trainer_module, "save_samples", lambda *arguments: None)
+    monkeypatch.setattr(build_module, "prepare_prompts", lambda *_: samples.PreparedPrompts(Prompts(), None))
+    monkeypatch.setattr(samples, "draw", draw)
+    monkeypatch.setattr(samples, "decode_images", lambda *arguments, **options: [])
+    monkeypatch.setattr(samples, "save_samples", lambda *arguments: None)
     sample = {"prompts": ["a cat"], "every_steps": 4, "use_ema": use_ema}
     trainer = start(f"samples {use_ema}", sample=sample, ema={"decay": 0.9})
     trainer.run()
@@ -889,8 +906,8 @@ def test_a_failure_while_drawing_leaves_the_weights_that_train(start: Start, mon
         seen.append(model.get_parameter("img_in.weight").detach().clone())
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(Trainer, "_prepare_samples", lambda trainer: (Prompts(), None))
-    monkeypatch.setattr(trainer_module, "draw", draw)
+    monkeypatch.setattr(build_module, "prepare_prompts", lambda *_: samples.PreparedPrompts(Prompts(), None))
+    monkeypatch.setattr(samples, "draw", draw)
     plain = start("drawing nothing")
     plain.run()
     trainer = start("drawing fails", sample={"prompts": ["a cat"], "every_steps": 4}, ema={"decay": 0.9})
@@ -909,13 +926,14 @@ def test_prompts_of_a_file_are_drawn(folder: Path, start: Start, monkeypatch: py
         def encode(self, texts: list[str]) -> dict[str, Tensor]:
             return {"t5_vec": torch.zeros(len(texts), 5, 12)}
 
-    monkeypatch.setattr("musubi_tuner.caching.jobs.TextEncoders", Encoders)
-    monkeypatch.setattr(trainer_module, "load_vae", lambda *arguments: None)
+    monkeypatch.setattr(samples, "TextEncoders", Encoders)
+    monkeypatch.setattr(samples, "load_vae", lambda *arguments: None)
     path = folder / "prompts.txt"
     path.write_text("a cat --s 3\n\n# a dog\na bird\n", encoding="utf-8")
     trainer = start("prompts of a file", sample={"prompts": str(path)})
-    assert trainer.prompts is not None
-    assert [prompt.text for prompt in trainer.prompts.prompts] == ["a cat", "a bird"]
+    prepared = trainer.built.samples.prompts
+    assert prepared is not None
+    assert [prompt.text for prompt in prepared.encoded.prompts] == ["a cat", "a bird"]
 
 
 def test_a_run_that_skips_too_many_updates_in_a_row_gives_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -937,7 +955,7 @@ def test_a_run_that_skips_too_many_updates_in_a_row_gives_up(start: Start, monke
 
 
 def test_parameters_of_adapters_are_counted_from_the_layers(
-    trained: Trainer, start: Start, capsys: pytest.CaptureFixture[str]
+    trained: Started, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start("counted", **on_checkpoint(trained, adapter={"type": "lora", "rank": 2}))
     # Width 32, MLP of 4 times that: qkv, out_proj, fc1 and fc2 of the one single block, rank x (in + out) each.
@@ -953,12 +971,12 @@ def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypat
         return SimpleNamespace(set_tiling=lambda enabled: None)
 
     monkeypatch.setattr("musubi_tuner.encoders.autoencoder.load_autoencoder", load)
-    monkeypatch.setattr("musubi_tuner.caching.jobs.TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
+    monkeypatch.setattr(samples, "TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
     model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
     config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))
-    trainer: Any = SimpleNamespace(config=config, main=True, device=torch.device("cuda"))
-    encoded, _ = Trainer._prepare_samples(trainer)
-    assert encoded is not None and [prompt.text for prompt in encoded.prompts] == ["a cat"]
+    ranks: Any = SimpleNamespace(main=True, device=torch.device("cuda"))
+    prepared = samples.prepare_prompts(config, ranks)
+    assert prepared is not None and [prompt.text for prompt in prepared.encoded.prompts] == ["a cat"]
     assert given["device"] == torch.device("cpu") and given["dtype"] == torch.bfloat16
 
 
@@ -970,12 +988,12 @@ class Prompts:
 
 @pytest.mark.parametrize("case", ["adapter", "frozen predictor"])
 def test_what_is_frozen_drops_nothing_out_while_the_rest_trains(
-    case: str, trained: Trainer, start: Start, monkeypatch: pytest.MonkeyPatch
+    case: str, trained: Started, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "adapter":
-        prepare = trainer_module.prepare_adapters
+        prepare = build_module.prepare_adapters
         # However the model comes from its file.
-        monkeypatch.setattr(trainer_module, "prepare_adapters", lambda model, config: prepare(model.train(), config))
+        monkeypatch.setattr(build_module, "prepare_adapters", lambda model, config: prepare(model.train(), config))
         adapter = {"type": "lora", "rank": 2, "dropout": 0.1}
         trainer = start("frozen", **on_checkpoint(trained, adapter=adapter))
         inside = set(trainer.trained.modules())

@@ -1,0 +1,121 @@
+"""Micro-batches, and a rank's share of an epoch as an iterator over them, read ahead by loader workers if there are any."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.sources import Item
+from musubi_tuner.data.workers import to_shared_memory
+from musubi_tuner.errors import UserError
+from musubi_tuner.stopping import signals_blocked
+
+
+@dataclass
+class Batch:
+    """One micro-batch of B samples.
+
+    Attributes:
+        tensors: by plain name, stacked, [B, ...]; which there are depends on where they come from.
+        valid: name -> [B] boolean, false where an item has no such tensor (its row is zero).
+        items: ids, for messages.
+        presentations: running numbers in the epoch, the key of random draws.
+        dataset_ids: number of the dataset that each item is from, [B] int64.
+    """
+
+    tensors: dict[str, Tensor]
+    valid: dict[str, Tensor]
+    items: list[str]
+    presentations: tuple[int, ...]
+    dataset_ids: Tensor
+
+    def all_tensors(self) -> list[Tensor]:
+        """Every tensor in it."""
+        return [self.dataset_ids, *self.tensors.values(), *self.valid.values()]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; copies may still be on their way."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        ids = self.dataset_ids.to(device, non_blocking=True)
+        return Batch(move(self.tensors), move(self.valid), self.items, self.presentations, ids)
+
+
+class Source(Protocol):
+    """Where the micro-batches of a run come from: caches, or live pictures."""
+
+    items: Sequence[Item]
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def plan_items(self) -> list[PlanItem]:
+        """What `plan_epoch` needs to know of them."""
+
+    def read(self, batch: MicroBatch, epoch: int) -> Batch:
+        """A micro-batch of tensors in memory of their own; the same whenever and wherever it is read.
+
+        Args:
+            epoch: keys what is drawn per presentation.
+
+        Raises:
+            UserError: if a file is missing or broken.
+        """
+
+
+class PlannedBatches(Dataset[Any]):
+    """The batches of one rank's share of an epoch, by position; what loader workers iterate over."""
+
+    def __init__(self, source: Source, batches: Sequence[MicroBatch], epoch: int) -> None:
+        self.source, self.batches, self.epoch = source, list(batches), epoch
+
+    def __getitem__(self, position: int) -> Batch | UserError:
+        """A batch, or what a user can mend about it: raised in a worker, it would come back inside a traceback."""
+        try:
+            return self.source.read(self.batches[position], self.epoch)
+        except UserError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    """The batches of `PlannedBatches`.
+
+    Raises:
+        UserError: in the place of a batch that could not be read.
+    """
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def load_batches(source: Source, batches: Sequence[MicroBatch], epoch: int, workers: int) -> Iterator[Batch]:
+    """Batches in order.
+
+    Args:
+        workers: processes that read ahead; 0 reads each batch when it is asked for.
+    """
+    planned = PlannedBatches(source, batches, epoch)
+    if workers == 0:
+        return raise_errors(planned[position] for position in range(len(planned)))
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        planned,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        multiprocessing_context="spawn",
+        collate_fn=to_shared_memory,  # type: ignore[arg-type]  # of one batch, because batch_size is None
+    )
+    with signals_blocked():
+        return raise_errors(iter(loader))

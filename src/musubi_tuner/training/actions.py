@@ -1,0 +1,212 @@
+"""What happens between updates: log, end an epoch, validate, draw, save, stop. All ranks do it together, the main one writes."""
+
+import math
+import time
+
+import torch
+
+from musubi_tuner.data.plan import Update
+from musubi_tuner.errors import Interrupted, TrainingError
+from musubi_tuner.training.build import Run
+from musubi_tuner.training.checkpoint import EPOCH_METRIC
+from musubi_tuner.training.due import due_after
+from musubi_tuner.training.samples import DrawingLeft
+from musubi_tuner.training.update import Outcome
+from musubi_tuner.training.validation import METRIC
+from musubi_tuner.units import format_seconds
+
+
+def count(run: Run, update: Update, outcome: Outcome) -> None:
+    """Count an update, with its losses if its gradients were finite.
+
+    Raises:
+        TrainingError: if they were not, and that ends the run.
+    """
+    position, window = run.position, run.snapshot.window
+    run.term_weights |= outcome.weights
+    if outcome.not_finite is None:
+        position.skipped_in_a_row = 0
+        run.snapshot.epoch_loss.add(outcome.sums["total"] / update.samples)
+        for name, value in outcome.sums.items():
+            window.add(f"loss/{name}", value.to(run.ranks.sum_device, torch.float64) / update.samples)
+        window.bins.add(outcome.bins)
+        for tag, value in outcome.measured.items():
+            window.add(tag, value)
+        window.updates += 1
+    else:
+        _not_finite(run, outcome)
+    position.step += 1
+    position.update += 1
+    position.images += update.samples
+    if run.metrics:
+        run.metrics.advance(update.samples)
+
+
+def _not_finite(run: Run, outcome: Outcome) -> None:
+    """A gradient that is not finite: stop, or skip the update.
+
+    fp16 finds its loss scale by overflowing now and then, so a few such updates in a row are normal there.
+    """
+    position, train = run.position, run.config.train
+    position.skipped += 1
+    position.skipped_in_a_row += 1
+    several = f" of {outcome.not_finite}" if len(run.task.phases) > 1 else ""
+    where = f"step {position.step + 1}: the gradient{several} is not finite (items {', '.join(outcome.items[:8])})"
+    if run.role.scaler is None and train.on_nonfinite == "stop":
+        raise TrainingError(
+            f"{where}. Nothing was changed by it. Lower optimizer.lr, look at these items, or set "
+            'train.on_nonfinite = "skip"'
+        )
+    if position.skipped_in_a_row >= train.max_skipped_updates:
+        raise TrainingError(f"{where}; {position.skipped_in_a_row} updates in a row were skipped, giving up")
+    if run.metrics:
+        run.metrics.say(f"warning: {where}; the update is skipped")
+
+
+def log(run: Run) -> None:
+    """Write the line of the window."""
+    if run.snapshot.window.updates == 0:
+        return
+    means, by_noise = run.snapshot.window.means()
+    if run.metrics is None:
+        return
+    position, device = run.position, run.ranks.device
+    losses = {tag: means[tag] for tag in ("loss/total", "loss/main") if tag in means}
+    losses |= {tag: value for tag, value in means.items() if tag.startswith("loss/")}
+    lr = run.role.rate(position.step - 1)
+    scales = {group["lr_scale"] for group in run.role.optimizer.param_groups} - {1.0}
+    values = {
+        **losses,
+        **{f"loss/{name}_weight": weight for name, weight in run.term_weights.items()},
+        **by_noise,
+        "train/lr": lr,
+        "train/grad_norm": means["train/grad_norm"],
+        "train/epoch": position.epoch + position.update / run.steps.updates_per_epoch,
+        "train/images": position.images,
+        "train/skipped": position.skipped,
+        **{tag: value for tag, value in means.items() if tag.startswith("max_norm/")},
+        **{f"train/lr_x{scale:g}": lr * scale for scale in sorted(scales)},
+    }
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    run.metrics.log(position.step, values, peak_gib=peak)
+
+
+def end_epoch(run: Run) -> None:
+    """Write the mean loss of an epoch, and keep its weights if it is the lowest and there is no validation."""
+    if not run.snapshot.epoch_loss.updates:
+        return
+    step, mean = run.position.step, run.snapshot.epoch_loss.mean()
+    if run.metrics:
+        values = {EPOCH_METRIC: mean, "epoch/step": step}
+        run.metrics.measured(step, values, 0.0, place=run.position.epoch + 1)
+    if run.best and run.validator is None and run.best.improve(mean):
+        _save_best(run)
+
+
+def validate(run: Run) -> None:
+    """Measure the held-out images, on all ranks together, and keep the weights if they are the best."""
+    if run.validator is None:
+        return
+    begun, step, ema = time.perf_counter(), run.position.step, run.role.ema
+    averaged = run.config.validation.weights == "ema" and ema is not None and ema.updates > 0
+    with run.role.averaged(averaged):
+        values = run.validator.measure(run.model, step)
+    value = values[METRIC]
+    better = run.best is not None and run.best.improve(value)
+    if run.metrics:
+        seconds = time.perf_counter() - begun
+        run.metrics.measured(step, values, seconds)
+        run.metrics.say(
+            f"step {step}: validation loss {value:.4f}{', the lowest so far' if better else ''} "
+            f"({'averaged' if averaged else 'trained'} weights, {len(run.validator.dataset)} image(s) at "
+            f"{len(run.validator.times)} noise levels, {format_seconds(seconds)})"
+        )
+        if not math.isfinite(value):
+            run.metrics.say(f"warning: step {step}: the validation loss is not finite")
+    if better:
+        _save_best(run)
+
+
+def _save_best(run: Run) -> None:
+    if run.saver:
+        assert run.best is not None
+        entry = run.saver.best(run.best, run.position)
+        if run.uploads and run.config.hub.release == "best":
+            run.uploads.release(entry)
+    run.ranks.wait()
+
+
+def draw_samples(run: Run) -> None:
+    """Draw the sample prompts; a request to stop leaves them to the next start."""
+    samples, step = run.samples, run.position.step
+    samples.due = True
+    try:
+        drawn = samples.draw(step, run.metrics)
+        samples.due = False
+        if drawn and run.metrics:
+            run.metrics.say(f"step {step}: drew {drawn} samples into {samples.folder}")
+            if run.uploads:
+                run.uploads.samples(step)
+    except DrawingLeft:
+        assert run.metrics is not None
+        run.metrics.say(f"step {step}: samples are drawn when the run continues")
+    run.ranks.wait()
+
+
+def save(run: Run, due: dict[str, str], *, with_state: bool | None = None) -> None:
+    """Save checkpoints on the way, by name and kind.
+
+    Args:
+        with_state: absent = as [save] says.
+    """
+    if not due:
+        return
+    with_state = run.config.save.state if with_state is None else with_state
+    state = run.snapshot.take(run.metrics) if with_state else None
+    if run.saver:
+        for entry in run.saver.on_the_way(due, run.position, state):
+            if run.uploads:
+                run.uploads.saved(entry)
+    if with_state:
+        run.state_step = run.position.step
+    run.ranks.wait()
+
+
+def stop_if_asked(run: Run) -> None:
+    """Stop if a signal asked for it; if there is no state of this very update yet, write one first.
+
+    Raises:
+        Interrupted: with a message on the main rank.
+    """
+    stopping = run.ranks.stop_signal()
+    if not stopping:
+        return
+    step = run.position.step
+    if run.state_step != step:
+        save(run, {f"step_{step}": "step"}, with_state=True)
+    text = f"stopped after step {step}; run the same command again to continue"
+    raise Interrupted(stopping, text if run.ranks.main else "")
+
+
+def finish(run: Run) -> None:
+    """The final checkpoint and the release folder; then a request to stop that came meanwhile.
+
+    Raises:
+        Interrupted: without a message, since the run is complete and has said so.
+    """
+    state = run.snapshot.take(run.metrics) if run.config.save.state else None
+    if run.saver and run.metrics:
+        position = run.position
+        entry = run.saver.final(due_after(run.config, run.steps, position).checkpoints, position, state)
+        if run.uploads:
+            run.uploads.saved(entry)
+        if run.best and run.validator is None and run.best.value == math.inf:
+            run.metrics.say("note: no epoch was trained to its end, so save.best kept nothing")
+        taken = format_seconds(time.monotonic() - run.begun)
+        run.metrics.say(
+            f"finished: {position.step} updates, {position.images} images, {taken} in this start; "
+            f"{position.skipped} updates skipped; see {run.config.output_dir}"
+        )
+    run.ranks.wait()
+    if stopping := run.ranks.stop_signal():
+        raise Interrupted(stopping, "")

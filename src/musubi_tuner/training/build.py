@@ -1,0 +1,374 @@
+"""From a config to a run that is ready to train: source, model, roles and task, and what goes on from a state."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from musubi_tuner.caching.reader import CachedDataset
+from musubi_tuner.caching.status import needed_kinds
+from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.data.batch import Source
+from musubi_tuner.data.sources import Item
+from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.files import write_text
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.memory.compose import check_machine, compose_memory
+from musubi_tuner.memory.estimate import resolve_swap
+from musubi_tuner.memory.report import estimate_lines
+from musubi_tuner.models.spec import Trainee
+from musubi_tuner.precision import COMPUTE_DTYPES
+from musubi_tuner.training.adapting import prepare_adapters
+from musubi_tuner.training.checkpoint import (
+    EPOCH_METRIC,
+    Best,
+    former_end,
+    newest_good_state,
+    read_values,
+    refuse_new_start,
+    refuse_second_branch,
+)
+from musubi_tuner.training.held_out import split_of_run
+from musubi_tuner.training.identity import (
+    as_begun,
+    check_state,
+    data_digest,
+    environment,
+    fixed_settings,
+    other_teachers,
+)
+from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.ranks import Ranks
+from musubi_tuner.training.release import write_configs
+from musubi_tuner.training.role import Role
+from musubi_tuner.training.samples import Samples, prepare_prompts
+from musubi_tuner.training.saving import Saver
+from musubi_tuner.training.schedulers import rate_jump, schedule_length
+from musubi_tuner.training.snapshot import Snapshot
+from musubi_tuner.training.task import FlowTask, Position, Task
+from musubi_tuner.training.uploads import RunUploads
+from musubi_tuner.training.validation import METRIC, Validator
+from musubi_tuner.training.window import EpochLoss, Window
+from musubi_tuner.units import format_bytes
+
+
+@dataclass
+class Run:
+    """A run, in one of its processes.
+
+    Attributes:
+        config: with the precision of this machine and a number of swapped blocks.
+        model: that predicts, without wrappers of data parallelism.
+        role: that moves it, or the adapters on it.
+        geometry, options: of the model, recorded with its weights.
+        metrics, saver, uploads: of the main rank; None on the others, and without uploads.
+        begun: when this start began, of `time.monotonic`.
+        state_step: update of the newest state that this start wrote; -1 = none.
+        term_weights: factors of the loss terms in the last update.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    source: Source
+    steps: Steps
+    task: Task
+    role: Role
+    model: nn.Module
+    swap: BlockSwap | None
+    geometry: Any
+    options: dict[str, Any]
+    snapshot: Snapshot
+    samples: Samples
+    validator: Validator | None
+    metrics: Metrics | None
+    saver: Saver | None
+    uploads: RunUploads | None
+    begun: float
+    state_step: int = -1
+    term_weights: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def position(self) -> Position:
+        """How far it is."""
+        return self.snapshot.position
+
+    @property
+    def best(self) -> Best | None:
+        """The lowest value of the metric that is followed; None if none is."""
+        return self.snapshot.best
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of the model's products; None = that of its weights."""
+        return COMPUTE_DTYPES[self.config.train.mixed_precision]
+
+
+def build_run(config: RunConfig, items: list[Item], ranks: Ranks, planned: int | None = None) -> Run:
+    """Load the model and everything around it, and go on where a state left off.
+
+    Args:
+        items: of all data sets, whose caches are complete.
+        planned: number of swapped blocks with which the plan of memory and disk was printed already; None = it was not.
+
+    Raises:
+        ConfigError: if this machine, the caches or a state do not go with the config.
+        CheckpointError: if a file of weights cannot be read.
+    """
+    begun, started = time.monotonic(), time.time()
+    threads = set_threads(config.run.threads, ranks.local_count)
+    kernels = apply_backend_flags(config.run, ranks.device, len({item.bucket for item in items}))
+    trained, held_out = split_of_run(config, items)
+    refuse_second_branch(config)
+    source, measured = _open_caches(config, trained, held_out)
+    steps = count_steps(config, trained, ranks.count)
+    found = _find_state(config)
+    config = as_begun(config, found[1]["config"] if found else None)
+    config = _settle_memory(config, items, steps, ranks, kernels, planned)
+    prompts = prepare_prompts(config, ranks)
+    ranks.wait()
+    trainee = config.spec.load("load_for_training")(config)
+    check_caches(config, trainee.geometry, [dataset for dataset in (source, measured) if dataset])
+    process = config.spec.load("make_process")(config, trainee.options)
+    module, swap = _prepare_model(trainee, config, ranks)
+    role = _make_role(trainee, module, swap, config, steps, ranks)
+    validator = None
+    if measured is not None:
+        validator = Validator(
+            measured,
+            process,
+            config.validation,
+            device=ranks.device,
+            compute_dtype=COMPUTE_DTYPES[config.train.mixed_precision],
+            rank=ranks.rank,
+            processes=ranks.count,
+            hidden=config.spec.expert_keys,
+        )
+    samples = Samples(
+        config,
+        ranks,
+        prompts,
+        model=trainee.model,
+        role=role,
+        process=process,
+        use_mask=trainee.options.get("t5_attn_mask", False),
+        batch_size=max(item.batch_size for item in trained),
+    )
+    identity = {
+        "schedule_end": schedule_length(config, steps.total_updates),
+        "config": fixed_settings(config, ranks.count),
+        "data": data_digest(trained, config.train.masked_loss, held_out, other_teachers(config)),
+        "held_out": [item.key for item in held_out],
+        "base": trainee.base,
+        "environment": environment(config, threads, ranks.count, ranks.device),
+    }
+    snapshot = Snapshot(
+        roles=[role],
+        position=Position(),
+        window=Window(ranks, config.log.noise_bins),
+        epoch_loss=EpochLoss(ranks),
+        samples=samples,
+        best=Best(METRIC if validator else EPOCH_METRIC) if config.keeps_best else None,
+        identity=identity,
+    )
+    if found is not None:
+        _go_on(snapshot, *found, config=config, steps=steps, ranks=ranks)
+    role.refresh()
+    task = FlowTask(ranks.parallel(trainee.model, role.by_hand), process, role, config.objective, config.run.seed)
+    metrics = saver = None
+    if ranks.main:
+        if config.adapter.type == "none":
+            write_configs(config.output_dir, trainee.geometry.to_json(), trainee.options)
+        write_text(config.output_dir / f"{config.run.name}.config.toml", resolved_toml(config))
+        metrics = Metrics(
+            config.output_dir,
+            step=snapshot.position.step,
+            total=steps.total_updates,
+            length=int(found[1]["metrics_bytes"]) if found else 0,
+            tensorboard=config.log.tensorboard,
+        )
+        saver = Saver(
+            config,
+            role,
+            geometry=trainee.geometry,
+            options=trainee.options,
+            steps=steps,
+            started=started,
+            say=metrics.say,
+        )
+    return Run(
+        config=config,
+        ranks=ranks,
+        source=source,
+        steps=steps,
+        task=task,
+        role=role,
+        model=trainee.model,
+        swap=swap,
+        geometry=trainee.geometry,
+        options=trainee.options,
+        snapshot=snapshot,
+        samples=samples,
+        validator=validator,
+        metrics=metrics,
+        saver=saver,
+        uploads=RunUploads(config) if ranks.main and config.hub.repo_id is not None else None,
+        begun=begun,
+    )
+
+
+def count_steps(config: RunConfig, items: Sequence[Item], processes: int) -> Steps:
+    """Length of a run, from the real buckets."""
+    buckets = Counter[tuple[Any, int]]()
+    for item in items:
+        buckets[item.bucket, item.batch_size] += item.num_repeats
+    return calculate_steps(
+        [(count, size) for (_, size), count in buckets.items()],
+        num_processes=processes,
+        grad_accum_steps=config.train.grad_accum_steps,
+        max_steps=config.train.max_steps,
+        max_epochs=config.train.max_epochs,
+    )
+
+
+def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedDataset]) -> None:
+    """Compare what is cached, of every dataset, with what the model takes.
+
+    Raises:
+        ConfigError: naming the dataset where there are several.
+    """
+    for cached in datasets:
+        for number, shapes in cached.shapes():
+            try:
+                config.spec.load("check_caches")(config, geometry, shapes)
+            except ConfigError as error:
+                where = f"{config.datasets[number].name}: " if len(config.datasets) > 1 else ""
+                raise ConfigError(f"{where}{error}") from error
+
+
+def _open_caches(
+    config: RunConfig, trained: list[Item], held_out: list[Item]
+) -> tuple[CachedDataset, CachedDataset | None]:
+    """What is trained, and what is measured."""
+    kinds = needed_kinds(config)
+    measured = CachedDataset(config, held_out[: config.validation.max_images], kinds) if held_out else None
+    return CachedDataset(config, trained, kinds), measured
+
+
+def _settle_memory(
+    config: RunConfig, items: list[Item], steps: Steps, ranks: Ranks, kernels: str | None, planned: int | None
+) -> RunConfig:
+    """Check the machine, replace ``blocks_to_swap = "auto"`` by a number, and print what the plan did not say."""
+    check_machine(config, ranks.device)
+    # All ranks must choose the same number of blocks: the one that has least memory decides.
+    free = ranks.least(torch.cuda.mem_get_info(ranks.device)[0]) if ranks.device.type == "cuda" else None
+    if ranks.main and config.train.mixed_precision == "bf16" and not has_bf16(ranks.device):
+        print(
+            'warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
+            'or "auto"'
+        )
+    if ranks.main and config.ema.on_cpu and ranks.device.type == "cpu":
+        print("warning: ema.on_cpu saves nothing here: this device computes in main memory")
+    config, chosen = resolve_swap(config, items, free)
+    lines: list[str] = []
+    if ranks.main and config.memory.blocks_to_swap != planned:
+        lines = estimate_lines(config, items, steps, ranks.device, free, ranks.count)
+        lines += [chosen] if chosen else []
+    lines += [kernels] if kernels else []
+    if ranks.main and lines:
+        print("\n".join(lines), flush=True)
+    return config
+
+
+def _prepare_model(trainee: Trainee, config: RunConfig, ranks: Ranks) -> tuple[nn.Module, BlockSwap | None]:
+    """Bring the model to the device; returns the module that trains, the model itself or its adapters, and the swap."""
+    model, lines = trainee.model, list(trainee.notes)
+    trained: nn.Module = model
+    if config.adapter.type != "none":
+        trained, report = prepare_adapters(model, config)
+        lines += report
+        model.eval()
+    swap, report = compose_memory(model, config.memory, config.spec, ranks.device)
+    lines += report
+    if swap is not None:
+        lists = Counter(block.name.partition(".")[0] for block in swap.streamed)
+        of_lists = ", ".join(f"{count} of {len(getattr(model, name))} {name}" for name, count in lists.items())
+        lines.append(
+            f"swap: {len(swap.streamed)} blocks stay in main memory ({of_lists}; {format_bytes(swap.host_bytes)}"
+            f"{' per process' if ranks.count > 1 else ''}) and pass through {format_bytes(swap.device_bytes)} of device memory"
+        )
+    if ranks.main and lines:
+        print("\n".join(lines))
+    trained.train()
+    for part in trained.modules():
+        # What is frozen computes as it will when it draws; only what trains drops anything out.
+        if not any(parameter.requires_grad for parameter in part.parameters()) and list(part.parameters()):
+            part.eval()
+    return trained, swap
+
+
+def _make_role(
+    trainee: Trainee, module: nn.Module, swap: BlockSwap | None, config: RunConfig, steps: Steps, ranks: Ranks
+) -> Role:
+    """The one role of a denoiser."""
+    scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
+    role = Role("model", module, config, total=steps.total_updates, ranks=ranks, swap=swap, scaler=scaler)
+    if role.ema and trainee.average is not None:
+        report = role.ema.load_shadow(trainee.average, module)
+        if ranks.main:
+            print(f"average: {report.loaded} tensors of the checkpoint, {report.initialized} copied from the model")
+    return role
+
+
+def _find_state(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and plain data of the state to go on from; None = the run begins.
+
+    Raises:
+        ConfigError: if the state that is asked for is not there, or a new start would overwrite a finished run.
+    """
+    wanted = config.resume.from_
+    if wanted == "none":
+        return None
+    if wanted == "auto":
+        found = newest_good_state(config.output_dir, config.run.name)
+        if found is None:
+            refuse_new_start(config)
+        return found
+    path = config.locate(wanted)
+    if not path.is_dir():
+        raise ConfigError(f"resume.from: {wanted}: no such state folder; give auto, none, or a folder ending in -state")
+    return path, read_values(path)
+
+
+def _go_on(
+    snapshot: Snapshot, path: Path, values: dict[str, Any], *, config: RunConfig, steps: Steps, ranks: Ranks
+) -> None:
+    """Restore a state, and say so."""
+    identity, total = snapshot.identity, steps.total_updates
+    warning = check_state(
+        config,
+        path,
+        values,
+        processes=ranks.count,
+        data=identity["data"],
+        base=identity["base"],
+        environment=identity["environment"],
+        total=total,
+    )
+    snapshot.restore(path, values)
+    position = snapshot.position
+    if position.update >= steps.updates_per_epoch and position.step < total:
+        position.epoch, position.update = position.epoch + 1, 0
+    if ranks.main:
+        print(
+            *([warning] if warning else []), f"continuing from {path.name}: step {position.step} of {total}", sep="\n"
+        )
+        jump = rate_jump(config, total, values["config"], former_end(config, values), position.step)
+        if jump:
+            print(f"warning: the learning rate jumps: {jump}")

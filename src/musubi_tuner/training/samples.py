@@ -1,0 +1,129 @@
+"""The sample pictures of a run: its prompts are encoded before the model needs the memory, its main rank draws.
+
+A request to stop ends the drawing between two evaluations of the model; the state remembers that these samples are due, and the
+next start draws them first.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from musubi_tuner.caching.jobs import TextEncoders, load_vae
+from musubi_tuner.config import RunConfig
+from musubi_tuner.config.prompts import sample_prompts
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import Process
+from musubi_tuner.precision import COMPUTE_DTYPES
+from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.ranks import Ranks
+from musubi_tuner.training.role import Role
+from musubi_tuner.training.sampling import (
+    EncodedPrompts,
+    decode_images,
+    draw,
+    encode_prompts,
+    sample_settings,
+    save_samples,
+)
+
+
+class DrawingLeft(Exception):
+    """Samples were given up because the run was asked to stop."""
+
+
+@dataclass
+class PreparedPrompts:
+    """Encoded prompts, and the autoencoder in main memory."""
+
+    encoded: EncodedPrompts
+    vae: Any
+
+
+def prepare_prompts(config: RunConfig, ranks: Ranks) -> PreparedPrompts | None:
+    """Encode the prompts of [sample] on the main rank; None where there are none, and on the others.
+
+    Raises:
+        ConfigError: if the list of prompts is empty, or an encoder is missing.
+    """
+    if config.sample.prompts is None or not ranks.main:
+        return None
+    texts = sample_prompts(config)
+    if not texts:
+        raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
+    encoders = TextEncoders(config, ranks.device)
+    encoded = encode_prompts(encoders.encode, texts, config.sample.negative_prompt)
+    del encoders
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()  # what T5 had goes back to the device
+    return PreparedPrompts(encoded, load_vae(config, ranks.device, torch.device("cpu")))
+
+
+class Samples:
+    """Draws the prompts of a run.
+
+    Args:
+        prompts: see `prepare_prompts`. model: that draws, without wrappers of data parallelism. role: with its average.
+        use_mask: hide text padding, for models trained so. batch_size: pictures that go through the model together.
+
+    Attributes:
+        due: whether samples were begun, or asked for before the first update, and are not drawn.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        prompts: PreparedPrompts | None,
+        *,
+        model: nn.Module,
+        role: Role,
+        process: Process,
+        use_mask: bool,
+        batch_size: int,
+    ) -> None:
+        self.config, self.ranks, self.prompts = config, ranks, prompts
+        self.model, self.role, self.process = model, role, process
+        self.use_mask, self.batch_size = use_mask, batch_size
+        self.due = config.sample.at_first
+
+    def draw(self, step: int, metrics: Metrics | None) -> int:
+        """Draw, write and show the pictures of a step; returns how many.
+
+        Raises:
+            DrawingLeft: if the run is asked to stop meanwhile.
+        """
+        if self.prompts is None or metrics is None:
+            return 0
+        config, spec, device = self.config, self.config.spec, self.ranks.device
+        settings, ema = sample_settings(config), self.role.ema
+        begun = ema is not None and (ema.updates > 0 or config.ema.init == "checkpoint")
+        with self.role.averaged(config.sample.use_ema and begun):
+            latents = draw(
+                self.model,
+                self.process,
+                spec,
+                self.prompts.encoded,
+                settings,
+                use_mask=self.use_mask,
+                device=device,
+                compute_dtype=COMPUTE_DTYPES[config.train.mixed_precision],
+                batch_size=self.batch_size,
+                check=self._leave,
+            )
+        pictures = decode_images(self.prompts.vae, latents, spec.latent_shift, device, check=self._leave)
+        prompts = self.prompts.encoded.prompts
+        sheet = save_samples(self.folder, config.run.name, step, prompts, pictures, settings, spec.pixel_step)
+        metrics.image("samples", sheet, step)
+        return len(pictures)
+
+    @property
+    def folder(self) -> Path:
+        """Where the pictures lie."""
+        return self.config.output_dir / "sample"
+
+    def _leave(self) -> None:
+        if self.ranks.stop.signum:
+            raise DrawingLeft

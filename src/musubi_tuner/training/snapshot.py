@@ -1,0 +1,116 @@
+"""A state: everything that must survive a restart, taken from a run and given back to one.
+
+Randomness is keyed by what it is for, so nothing random has to be saved: a state holds weights, averages, optimizer tensors,
+sums of losses and a position, and what `identity` compares. All ranks take it together; the main one writes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner import __version__
+from musubi_tuner.errors import CheckpointError
+from musubi_tuner.training.checkpoint import Best, TrainingState, read_tensors
+from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.role import Role, RoleState
+from musubi_tuner.training.samples import Samples
+from musubi_tuner.training.task import Position
+from musubi_tuner.training.window import EpochLoss, Window
+
+PARTS = ("model", "ema", "optimizer")
+
+
+@dataclass
+class Snapshot:
+    """The parts of a run that change, and what of it does not.
+
+    Attributes:
+        roles: what trains. Of several, every name in a state begins with that of its role.
+        identity: values of a state that are the same in all states of a start.
+    """
+
+    roles: Sequence[Role]
+    position: Position
+    window: Window
+    epoch_loss: EpochLoss
+    samples: Samples
+    best: Best | None
+    identity: Mapping[str, Any]
+
+    def take(self, metrics: Metrics | None) -> TrainingState | None:
+        """The state, on the main rank; None on the others. All ranks call this together."""
+        self.window.gather()
+        if metrics is None:
+            return None
+        metrics.flush()
+        states = {self._prefix(role): role.state() for role in self.roles}
+        scaler = self.roles[0].scaler
+        updates = {role.name: state.average_updates for role, state in zip(self.roles, states.values())}
+        tensors = {
+            part: {
+                f"{prefix}{name}": tensor
+                for prefix, state in states.items()
+                for name, tensor in getattr(state, part).items()
+            }
+            for part in PARTS
+        }
+        return TrainingState(
+            **tensors,
+            values={
+                "step": self.position.step,
+                "position": vars(self.position),
+                "samples_due": self.samples.due,
+                "optimizer": {
+                    f"{prefix}{name}": entries
+                    for prefix, state in states.items()
+                    for name, entries in state.scalars.items()
+                },
+                "ema_updates": updates if len(updates) > 1 else next(iter(updates.values())),
+                "scaler": scaler.state_dict() if scaler else None,
+                **self.window.state(),
+                **self.epoch_loss.state(),
+                "best": self.best.state() if self.best else None,
+                "metrics_bytes": metrics.length,
+                **self.identity,
+                "code_version": __version__,
+            },
+        )
+
+    def restore(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            path, values: its folder and plain data.
+
+        Raises:
+            CheckpointError: if it belongs to another model or optimizer.
+        """
+        tensors = {part: read_tensors(path, part) for part in PARTS}
+        for role in self.roles:
+            prefix, updates = self._prefix(role), values["ema_updates"]
+            own = {part: _below(prefix, named) for part, named in tensors.items()}
+            count = updates[role.name] if isinstance(updates, dict) else updates
+            other = role.load_state(
+                RoleState(**own, scalars=_below(prefix, values["optimizer"]), average_updates=count)
+            )
+            if other:
+                raise CheckpointError(f"{path}: belongs to another model ({other[0]})")
+        scaler = self.roles[0].scaler
+        if scaler and values["scaler"]:
+            scaler.load_state_dict(values["scaler"])
+        for field, value in values["position"].items():
+            setattr(self.position, field, value)
+        self.samples.due = values.get("samples_due", self.samples.due and self.position.step == 0)
+        self.window.load_state(values)
+        self.epoch_loss.load_state(values)
+        if self.best:
+            self.best.load_state(values.get("best"))
+
+    def _prefix(self, role: Role) -> str:
+        return f"{role.name}." if len(self.roles) > 1 else ""
+
+
+def _below(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries whose name begins so, without it."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
