@@ -76,8 +76,8 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     from musubi_tuner.memory.estimate import estimate
     from musubi_tuner.memory.report import measure_rates
     from musubi_tuner.memory.storage import place_weights
+    from musubi_tuner.models.family import ModelPlan
     from musubi_tuner.models.flux_dev import FluxConfig, build
-    from musubi_tuner.models.spec import ModelPlan
     from musubi_tuner.models.stored import StoredWeight
     from musubi_tuner.precision import autocast
     from musubi_tuner.training.adapting import prepare_adapters
@@ -117,7 +117,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     swap, _ = compose_memory(model, config.memory, spec, device)
     adapters.train()
     optimizer = build_optimizer(trainable(adapters), config.optimizer)
-    process = spec.load("make_process")(config, {})
+    process = spec.family.make_process(config, {})
     phase = FlowPhase(model, process, "model")
     size = (1, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
     tensors = {name: torch.randn(1, *shape) for name, shape in shapes.items()}

@@ -60,8 +60,8 @@ def _main(arguments: Sequence[str]) -> int:
     family = MODELS[options.arch] if options.arch else None
     adapters = [read_adapter(file, family, ignore_unmatched=options.ignore_unmatched) for file in files]
     spec = adapters[0].spec
-    base = spec.load("load_checkpoint")(options.dit)
-    model = spec.load("load_to_merge")(base)
+    base = spec.family.load_checkpoint(options.dit)
+    model = spec.family.load_to_merge(base)
     for adapter, strength in zip(
         tqdm(adapters, desc="merging", unit="file", disable=None), strengths or [1.0] * len(files)
     ):

@@ -169,9 +169,9 @@ def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     from musubi_tuner.training.task import make_draws
     from steps import training_step
 
-    model = config.spec.load("load_for_training")(config).model
+    model = config.spec.family.load_for_training(config).model
     use_adapters(model, config.spec, [(str(config.output_dir), strength)])
-    process = config.spec.load("make_process")(config, {})
+    process = config.spec.family.make_process(config, {})
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))
     total, samples = 0.0, 0
     with torch.no_grad():

@@ -172,9 +172,9 @@ def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
     from musubi_tuner.training.task import make_draws
     from steps import training_step
 
-    trainee = config.spec.load("load_for_training")(config)
+    trainee = config.spec.family.load_for_training(config)
     model = trainee.model if weights is None else load_model(weights)
-    process = config.spec.load("make_process")(config, trainee.options)
+    process = config.spec.family.make_process(config, trainee.options)
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))
     total, samples = 0.0, 0
     with torch.no_grad():

@@ -81,7 +81,7 @@ def load_start(alone: Path) -> dict[str, torch.Tensor]:
     from musubi_tuner.config import load_config
 
     config = load_config(alone.parent / "run.toml")
-    return config.spec.load("load_for_training")(config).model.state_dict()
+    return config.spec.family.load_for_training(config).model.state_dict()
 
 
 def test_two_processes_of_the_runner_train_the_model_of_one_with_accumulation(

@@ -62,8 +62,8 @@ def still(setting: Setting) -> Path:
 def computed_again(path: Path) -> list[dict[str, float]]:
     """Loss terms, gradient norm and samples of every update of a run that accumulates, by a plain loop over its start weights."""
     config = load_config(path)
-    trainee = config.spec.load("load_for_training")(config)
-    model, process = trainee.model.train(), config.spec.load("make_process")(config, trainee.options)
+    trainee = config.spec.family.load_for_training(config)
+    model, process = trainee.model.train(), config.spec.family.make_process(config, trainee.options)
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))
     rows: list[dict[str, float]] = []
     for epoch in range(2):

@@ -86,7 +86,7 @@ def load_start(run: Path) -> dict[str, Any]:
     from musubi_tuner.config import load_config
 
     config = load_config(run)
-    return config.spec.load("load_for_training")(config).model.state_dict()
+    return config.spec.family.load_for_training(config).model.state_dict()
 
 
 def test_an_optimizer_that_cannot_step_in_main_memory(new: NewRun, server: ForkServer) -> None:

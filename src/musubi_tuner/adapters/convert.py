@@ -197,11 +197,8 @@ def from_published(
         CheckpointError: if the family has none, or the file cannot be used.
     """
     for family in [spec] if spec else [MODELS[code] for code in MODELS]:
-        try:
-            read = family.load("read_published_lora")
-        except AttributeError:
-            continue
-        return dict(read(tensors, metadata))
+        if family.published is not None:
+            return family.published.read_lora(tensors, metadata)
     raise CheckpointError(
         f"keys such as {next(iter(tensors))} are of no LoRA for {spec.title if spec else 'any family'}"
     )
@@ -213,12 +210,9 @@ def to_published(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[s
     Raises:
         CheckpointError: if there is no such form, or it lacks some of the layers.
     """
-    try:
-        write = spec.load("write_published_lora")
-    except AttributeError:
-        raise CheckpointError(f"{spec.title} has no published trainer with names of its own") from None
-    found: tuple[dict[str, Tensor], dict[str, str]] = write(tensors)
-    return found
+    if spec.published is None:
+        raise CheckpointError(f"{spec.title} has no published trainer with names of its own")
+    return spec.published.write_lora(tensors)
 
 
 def family_of(tensors: Mapping[str, Tensor], *, partly: bool = False) -> ModelSpec:
@@ -376,15 +370,11 @@ def _to_paths(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
 
 
 @cache
-def _table_of(code: str) -> dict[str, tuple[str, ...]]:
-    spec = MODELS[code]
-    try:
-        return dict(spec.load("diffusers_modules")(1, 1))
-    except AttributeError:
-        return {}
+def _table_of(code: str) -> Mapping[str, tuple[str, ...]]:
+    return MODELS[code].family.diffusers_modules(1, 1)
 
 
-def _diffusers_table(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+def _diffusers_table(spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:
     """Path of ours -> diffusers' paths of its parts, for the first block of each list; empty where diffusers has no such model."""
     return _table_of(spec.code)
 

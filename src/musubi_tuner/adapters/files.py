@@ -140,7 +140,7 @@ def read_adapter(
         named = to_musubi(own, family)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return AdapterFile(path, named, metadata, family, skipped, family.load("options_of")(file), alphas.remark)
+    return AdapterFile(path, named, metadata, family, skipped, family.family.options_of(file), alphas.remark)
 
 
 PUBLISHED_HEADER = ("config_json", "num_adapters")

@@ -67,5 +67,5 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     # Caches are made once and kept: in full float32.
     exact = config.run.model_copy(update={"allow_tf32": False})
     apply_backend_flags(exact, choose_device(config.run.device), sizes=2)
-    family = config.spec.load("checkpoint_options")(config)
+    family = config.spec.family.checkpoint_options(config)
     return run_jobs(config, kind, job_options, family)

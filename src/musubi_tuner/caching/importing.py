@@ -95,7 +95,7 @@ def import_caches(config: RunConfig, sources: Sequence[Path], options: ImportOpt
     dataset, items, roots = _items(config, options.dataset)
     config = config.limited_to([items[0].dataset])
     foreign = _open(config, sources, options.kinds)
-    family = config.spec.load("checkpoint_options")(config)
+    family = config.spec.family.checkpoint_options(config)
     tasks = []
     for kind, rows in foreign.kinds.items():
         expected = expectation(config, kind, family, download=False)
@@ -150,11 +150,9 @@ def _items(config: RunConfig, number: int | None) -> tuple[DatasetConfig, list[I
 
 
 def _open(config: RunConfig, sources: Sequence[Path], kinds: Sequence[str]) -> ForeignCaches:
-    try:
-        read = config.spec.load("open_published_caches")
-    except AttributeError:
-        raise ConfigError(f"{config.spec.title} has no published trainer with caches of its own") from None
-    foreign: ForeignCaches = read(config, sources, kinds)
+    if config.spec.published is None:
+        raise ConfigError(f"{config.spec.title} has no published trainer with caches of its own")
+    foreign = config.spec.published.open_caches(config, sources, kinds)
     if not foreign.kinds:
         raise CacheError(f"{foreign.form}: holds nothing that this run trains from ({', '.join(kinds)})")
     return foreign

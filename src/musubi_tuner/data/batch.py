@@ -52,7 +52,9 @@ class Batch:
 class Source(Protocol):
     """Where the micro-batches of a run come from: caches, or live pictures."""
 
-    items: Sequence[Item]
+    @property
+    def items(self) -> Sequence[Item]:
+        """What can be read."""
 
     def __len__(self) -> int:
         """Number of items."""

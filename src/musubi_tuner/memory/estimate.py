@@ -32,7 +32,7 @@ from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
-from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.models.family import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
 from musubi_tuner.training.optimizers import state_bytes
 from musubi_tuner.units import Bytes, format_bytes
@@ -312,7 +312,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         return _with_swap(config, 0), (
             f'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory{_unused(config, 0)}'
         )
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     usable, sizes = int(free * (1 - MARGIN)), bucket_sizes(items)
     try:
         steps = [_step(config, plan, sizes[size][0], size.batch_size) for size in largest_sizes(sizes)]

@@ -29,7 +29,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.models.spec import ModelPlan, Process
+from musubi_tuner.models.family import ModelPlan, Process
 from musubi_tuner.precision import COMPUTE_DTYPES, autocast
 from musubi_tuner.training.task import Draws, FlowPhase, Position, weighted_sum
 from musubi_tuner.units import Bytes
@@ -75,7 +75,7 @@ def run_step(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     memory, names = config.memory, config.spec.block_lists
-    process = config.spec.load("make_process")(config, plan.options)
+    process = config.spec.family.make_process(config, plan.options)
     layers = _adapted_layers(config, plan.model)
     kinds = _kinds(config, plan.model, layers)
     norms = _norms_of_gpus if gpu else nullcontext

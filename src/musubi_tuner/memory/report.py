@@ -16,7 +16,7 @@ from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
 from musubi_tuner.memory.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
-from musubi_tuner.models.spec import ModelPlan
+from musubi_tuner.models.family import ModelPlan
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
 
@@ -52,7 +52,7 @@ def estimate_lines(
     fake = logging.getLogger("torch._subclasses.fake_tensor")
     before, fake.disabled = fake.disabled, True
     try:
-        plan = config.spec.load("plan_model")(config)
+        plan = config.spec.family.plan_model(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
         found = peak(config, measured)
         found = replace(found, operations=max(each.operations for each in measured.values()))
@@ -170,7 +170,7 @@ def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only:
             found[item.dataset] += cells * spec.latent_channels * widths["latents"]
     groups = config.dataset_groups()
     for group in groups:
-        own = plan if len(groups) == 1 else spec.load("plan_model")(config.limited_to(group))
+        own = plan if len(groups) == 1 else spec.family.plan_model(config.limited_to(group))
         for name, shape in own.shapes.items():
             kind = "experts" if name in spec.expert_keys else "text"
             size = torch.Size(shape).numel() * widths[kind]

@@ -1,6 +1,6 @@
 """Caches of another program, as the import sees them: columns of tensors with one row per item.
 
-A family whose published trainer has cache files of its own describes them so (`ModelSpec.load("open_published_caches")`);
+A family whose published trainer has cache files of its own describes them so (`PublishedTrainer.open_caches`);
 `caching/importing.py` gives the rows to the items of a data set and writes our files. Rows stay in the mapped files until
 one is asked for.
 """

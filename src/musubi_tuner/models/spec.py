@@ -4,13 +4,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.diagnostics import Diagnostic
+    from musubi_tuner.models.family import Family, PublishedTrainer
 
 
 def resolve(dotted: str) -> Any:
@@ -61,14 +60,8 @@ class ModelSpec:
         foreign_keys: unknown key of other trainers -> what to write instead.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
-        module: package from which `load` takes, by name: ``load_for_training``, ``make_process``, ``check_caches`` and
-            ``checkpoint_options`` for a run; ``load_checkpoint``, ``load_for_run`` and ``options_of`` for drawing;
-            ``open_base`` for a run with adapters; ``plan_model`` for the
-            memory estimate; ``load_to_merge`` and ``diffusers_modules`` for tools; ``read_published_lora`` and
-            ``write_published_lora`` where the published trainer has LoRA files of its own, ``read_published_settings``
-            and ``read_published_state`` where it has settings (torch-free) and checkpoints, ``open_published_caches`` where
-            it has cache files;
-            ``text_inputs``, ``null_inputs`` and ``concatenate`` for the conditioning.
+        package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
+            `PublishedTrainer`).
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
         quantizable: regular expression of the Linear layers that may be quantised; modulation: of those that only
@@ -99,15 +92,24 @@ class ModelSpec:
     foreign_keys: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
     geometry: str
-    module: str
+    package: str
+    has_published_trainer: bool = False
     block_lists: tuple[str, ...]
     adapters: AdapterTargets
     quantizable: str = r"(?!)"
     modulation: str = r"(?!)"
 
-    def load(self, name: str) -> Any:
-        """An object of the family's package; imports torch."""
-        return getattr(importlib.import_module(self.module), name)
+    @property
+    def family(self) -> "Family":
+        """What the family does; imports torch."""
+        return cast("Family", importlib.import_module(f"{self.package}.family"))
+
+    @property
+    def published(self) -> "PublishedTrainer | None":
+        """What is known of files of the family's own trainer; None if it has none. Torch-free until it is used."""
+        if not self.has_published_trainer:
+            return None
+        return cast("PublishedTrainer", importlib.import_module(f"{self.package}.published"))
 
     def why_not(self, key: str) -> "str | Callable[[Any], str] | None":
         """Why a dotted key does not apply to this family; None if it does."""
@@ -116,132 +118,3 @@ class ModelSpec:
     def geometry_class(self) -> Any:
         """The torch-free geometry dataclass."""
         return resolve(self.geometry)
-
-
-@dataclass
-class Trainee:
-    """A model ready to be trained.
-
-    Attributes:
-        model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
-        notes: lines for the person, about what was merged into it.
-        base: identity of the weights that stay frozen; a run that continues must find the same.
-        average: weights that the moving average begins with, where it does not begin with the model.
-    """
-
-    model: "nn.Module"
-    geometry: Any
-    options: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    base: str | None = None
-    average: "dict[str, Tensor] | None" = None
-
-
-@dataclass
-class PublishedState:
-    """A checkpoint of a family's own trainer, under the names of the run that goes on from it.
-
-    Attributes:
-        model: state dict of the run's model, float32. ema: of its average; None if the file has none.
-        optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry; see `training.optimizers`.
-        step, epoch: updates and epochs done. best: lowest mean training loss of an epoch; None if unknown.
-        rate: learning rate of the next update there; None if unknown.
-        notes: lines for the person.
-    """
-
-    model: "dict[str, Tensor]"
-    ema: "dict[str, Tensor] | None"
-    optimizer: "dict[str, Tensor]"
-    scalars: dict[str, dict[str, Any]]
-    step: int
-    epoch: int
-    best: float | None = None
-    rate: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class ModelPlan:
-    """A run's model without storage, and what a step with it needs to know.
-
-    Attributes:
-        model: on the meta device; built again from its ``config``. dtype: of its weights.
-        shapes: of the cached tensors of one sample, latents left out. options: of the process.
-    """
-
-    model: "nn.Module"
-    dtype: Any
-    shapes: dict[str, tuple[int, ...]]
-    options: dict[str, Any]
-
-
-@dataclass
-class LossTerm:
-    """One named part of the loss.
-
-    Attributes:
-        per_sample_B: float32 [B]; samples without this term hold 0.
-        weight: factor in the total.
-        sigma_B: noise level of every sample, [B] in [0, 1], for the statistics by noise level; None = it has none.
-    """
-
-    per_sample_B: "Tensor"
-    weight: float
-    sigma_B: "Tensor | None" = None
-
-
-class Process(Protocol):
-    """How a family adds noise, what it predicts, and in which direction its time runs.
-
-    ``time`` is the family's own time in [0, 1], float32. Draws are keyed random numbers made by the trainer, one row
-    per sample: `uniforms` names the uniform draws that the family wants beside noise and time.
-    """
-
-    uniforms: tuple[str, ...]
-    time_draw: str
-    """``normal`` or ``uniform``: what `time` expects."""
-
-    def size(self, x0: "Tensor") -> tuple[int, ...]:
-        """What the family's times depend on of latents [B, ...], if anything: rows and columns, or a number of tokens."""
-
-    def time(self, draws_B: "Tensor", size: tuple[int, ...], uniforms: "dict[str, Tensor]") -> "Tensor":
-        """Training times from random draws, [B].
-
-        Args:
-            size: see `size`.
-        """
-
-    def sigma(self, time_B: "Tensor") -> "Tensor":
-        """Noise fraction at a time: the unit of logs and loss statistics."""
-
-    def add_noise(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
-        """Noisy latents, float32."""
-
-    def target(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
-        """What the model should predict at a time, in the layout of the latents."""
-
-    def conditioning(self, batch: Any, time_B: "Tensor", uniforms: "dict[str, Tensor]") -> "dict[str, Any]":
-        """Model inputs of one micro-batch after dropout and teacher lookup."""
-
-    def predict(
-        self, model: "nn.Module", noisy: "Tensor", time_B: "Tensor", inputs: "dict[str, Any]"
-    ) -> "tuple[Tensor, dict[str, Any]]":
-        """One model call: prediction in the layout of the latents, and what else the losses need."""
-
-    def losses(
-        self,
-        prediction: "Tensor",
-        target: "Tensor",
-        time_B: "Tensor",
-        inputs: "dict[str, Any]",
-        extra: "dict[str, Any]",
-        update: int,
-    ) -> "dict[str, LossTerm]":
-        """Named loss terms; ``main`` is always among them."""
-
-    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
-        """Times from noise to image, steps + 1 values in the family's direction.
-
-        Raises:
-            ConfigError: if a shift is asked for that the family does not know.
-        """

@@ -82,7 +82,7 @@ def make_plan(
         from musubi_tuner.models.hub import local_only
 
         with local_only() if only_look else nullcontext():
-            options = config.spec.load("checkpoint_options")(config)
+            options = config.spec.family.checkpoint_options(config)
     contents = Contents(config)
     status = {
         kind: examine(config, found.items, kind, options, download=download, encodes=encodes, contents=contents)

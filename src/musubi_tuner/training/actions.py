@@ -71,7 +71,8 @@ def log(run: Run) -> None:
     if run.metrics is None:
         return
     position, device = run.position, run.ranks.device
-    losses = {tag: means[tag] for tag in ("loss/total", "loss/main") if tag in means}
+    first: tuple[str, ...] = ("loss/total", "loss/main")
+    losses = {tag: means[tag] for tag in first if tag in means}
     losses |= {tag: value for tag, value in means.items() if tag.startswith("loss/")}
     lr = run.role.rate(position.step - 1)
     scales = {group["lr_scale"] for group in run.role.optimizer.param_groups} - {1.0}

@@ -23,7 +23,7 @@ from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.compose import check_machine, compose_memory
 from musubi_tuner.memory.estimate import resolve_swap
 from musubi_tuner.memory.report import estimate_lines
-from musubi_tuner.models.spec import Trainee
+from musubi_tuner.models.family import Trainee
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.adapting import prepare_adapters
 from musubi_tuner.training.checkpoint import (
@@ -133,9 +133,9 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, planned: int |
     config = _settle_memory(config, items, steps, ranks, kernels, planned)
     prompts = prepare_prompts(config, ranks)
     ranks.wait()
-    trainee = config.spec.load("load_for_training")(config)
+    trainee = config.spec.family.load_for_training(config)
     check_caches(config, trainee.geometry, [dataset for dataset in (source, measured) if dataset])
-    process = config.spec.load("make_process")(config, trainee.options)
+    process = config.spec.family.make_process(config, trainee.options)
     module, swap = _prepare_model(trainee, config, ranks)
     role = _make_role(trainee, module, swap, config, steps, ranks)
     validator = None
@@ -246,7 +246,7 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
     for cached in datasets:
         for number, shapes in cached.shapes():
             try:
-                config.spec.load("check_caches")(config, geometry, shapes)
+                config.spec.family.check_caches(config, geometry, shapes)
             except ConfigError as error:
                 where = f"{config.datasets[number].name}: " if len(config.datasets) > 1 else ""
                 raise ConfigError(f"{where}{error}") from error

@@ -19,7 +19,8 @@ from musubi_tuner.errors import NoAverageError
 from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.checkpoints import WeightFile
-from musubi_tuner.models.spec import ModelSpec, Process
+from musubi_tuner.models.family import Process
+from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
 
@@ -71,11 +72,11 @@ class Generator:
         apply_backend_flags(config.run, device, sizes=2)  # prompts may ask for any
         spec = config.spec
         if config.adapter.type != "none" and checkpoint is None:
-            file = spec.load("open_base")(config)
+            file = spec.family.open_base(config)
         else:
             file = _find_weights(config, checkpoint, ema)
         print(f"weights: {file.origin or file.path}")
-        model = spec.load("load_for_run")(file, config)
+        model = spec.family.load_for_run(file, config)
         swap = config.memory.blocks_to_swap
         if swap == "auto":
             # Drawing keeps nothing for a backward pass; what does not fit for certain is streamed.
@@ -91,10 +92,10 @@ class Generator:
         if hiding and not config.model.t5_attn_mask:
             print(f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {', '.join(hiding)}")
         masked = {"t5_attn_mask": config.model.t5_attn_mask or bool(hiding)}
-        options = {"sol_spatial_norm": "sum", **masked, **spec.load("options_of")(file)}
+        options = {"sol_spatial_norm": "sum", **masked, **spec.family.options_of(file)}
         if hiding or (config.adapter.type != "none" and checkpoint is None):
             options |= masked  # as the adapter was trained, whatever the model below it was
-        process = spec.load("make_process")(config, options)
+        process = spec.family.make_process(config, options)
         encoders, vae = TextEncoders(config, device), load_vae(config, device)
         return cls(config, model, process, encoders, vae, device, bool(options["t5_attn_mask"]))
 
@@ -163,7 +164,7 @@ def _find_weights(config: RunConfig, checkpoint: str | None, ema: bool) -> Weigh
         source, own = f"{config.output_dir}:{checkpoint}", True
     if own:
         ema = ema and config.ema.enabled and config.sample.use_ema
-    load = config.spec.load("load_checkpoint")
+    load = config.spec.family.load_checkpoint
     if ema:
         try:
             return load(source, ema=True)

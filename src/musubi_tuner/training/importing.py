@@ -14,7 +14,7 @@ from musubi_tuner.data.sources import scan
 from musubi_tuner.data.split import hold_out
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import folder_lock
-from musubi_tuner.models.spec import PublishedState
+from musubi_tuner.models.family import PublishedState
 from musubi_tuner.training.build import count_steps
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
@@ -42,10 +42,9 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         ConfigError: if the run cannot go on from such a file, or its folder is not empty.
         CheckpointError: if the file does not belong to the run's model and optimizer.
     """
-    try:
-        read = config.spec.load("read_published_state")
-    except AttributeError:
-        raise ConfigError(f"{config.path}: {config.spec.title} has no trainer of its own to import from") from None
+    published = config.spec.published
+    if published is None:
+        raise ConfigError(f"{config.path}: {config.spec.title} has no trainer of its own to import from")
     if config.adapter.type != "none":
         raise ConfigError(f'{path}: is of a whole model, and adapter.type is "{config.adapter.type}"; write "none"')
     if config.resume.from_ != "auto":
@@ -56,7 +55,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
     processes = config.distributed.num_processes
     trained, held_out = hold_out(scan(config.datasets, config.spec.code).items, config.validation)
     steps = count_steps(config, trained, processes)
-    state: PublishedState = read(path, config, moments=moments)
+    state = published.read_state(path, config, moments=moments)
     if state.step >= steps.total_updates:
         raise ConfigError(
             f"{path}: is at step {state.step}, and the run ends at {steps.total_updates}; raise train.max_steps or max_epochs"

@@ -104,9 +104,15 @@ class Ranks:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return self.accelerator.prepare(model)
 
-    def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        """Holds the exchange of gradients back until the last micro-batch of an update."""
-        return contextlib.nullcontext() if is_last or self.count == 1 else self.accelerator.no_sync(model)
+    def accumulating(self, model: nn.Module | None, is_last: bool) -> AbstractContextManager[Any]:
+        """Holds the exchange of gradients back until the last micro-batch of an update.
+
+        Args:
+            model: what `parallel` gave; None where gradients are not exchanged while they are made.
+        """
+        if model is None or is_last or self.count == 1:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average the gradients of some parameters over the ranks, wherever they lie; an absent one counts as 0."""

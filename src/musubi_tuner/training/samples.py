@@ -15,7 +15,7 @@ from musubi_tuner.caching.jobs import TextEncoders, load_vae
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.models.spec import Process
+from musubi_tuner.models.family import Process
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.ranks import Ranks

@@ -21,7 +21,8 @@ from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import json_text, replace_file, write_new_file, write_text
 from musubi_tuner.flow import guide, solve
-from musubi_tuner.models.spec import ModelSpec, Process
+from musubi_tuner.models.family import Process
+from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.precision import autocast
 
 
@@ -161,18 +162,17 @@ def _draw_batch(
     compute_dtype: torch.dtype | None,
     check: Callable[[], None],
 ) -> Tensor:
-    text_inputs, null_inputs, concatenate = (spec.load(n) for n in ("text_inputs", "null_inputs", "concatenate"))
-    shared, count = own[0], len(texts)
+    family, shared, count = spec.family, own[0], len(texts)
     size = (shared.height // spec.vae_factor, shared.width // spec.vae_factor)
     # Where the model embeds its guidance, classifier-free guidance is a second, separate number.
     scale = shared.cfg_scale if spec.guidance_embedded else shared.guidance
-    inputs: dict[str, Any] = text_inputs(prompts.of(texts, device), use_mask)
+    inputs: dict[str, Any] = family.text_inputs(prompts.of(texts, device), use_mask)
     if scale > 1:
         if shared.negative is None and not spec.guidance_embedded:
-            negative = null_inputs(inputs)
+            negative = family.null_inputs(inputs)
         else:
-            negative = text_inputs(prompts.of([one.negative or "" for one in own], device), use_mask)
-        inputs = concatenate(inputs, negative)
+            negative = family.text_inputs(prompts.of([one.negative or "" for one in own], device), use_mask)
+        inputs = family.concatenate(inputs, negative)
     if spec.guidance_embedded:
         inputs["guidance"] = torch.full((len(next(iter(inputs.values()))),), shared.guidance, device=device)
     shape = (spec.latent_channels, *size)

@@ -19,7 +19,7 @@ from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.flow import perturb
-from musubi_tuner.models.spec import LossTerm, Process
+from musubi_tuner.models.family import LossTerm, Process
 from musubi_tuner.randomness import generator, normal, uniform
 from musubi_tuner.training.role import Role
 
@@ -48,11 +48,17 @@ class Position:
 class Phase(Protocol):
     """One backward pass and the steps after it."""
 
-    name: str
-    roles: Sequence[str]
-    """Names of the roles that it moves; no gradient is made for the others."""
-    exchange: nn.Module | None
-    """The model under data parallelism, which averages gradients while they are made; None where the roles do so after it."""
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """Names of the roles that it moves; no gradient is made for the others."""
+
+    @property
+    def exchange(self) -> nn.Module | None:
+        """The model under data parallelism, which averages gradients while they are made; None where the roles do so after it."""
 
     def due(self, at: Position) -> bool:
         """Whether it runs in the update after ``at``."""
@@ -68,9 +74,13 @@ class Phase(Protocol):
 class Task(Protocol):
     """What a run trains."""
 
-    roles: Mapping[str, Role]
-    phases: Sequence[Phase]
-    """In the order of the algorithm."""
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """By name."""
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """In the order of the algorithm."""
 
     def draws(self, batch: Batch, update: Update, index: int, at: Position) -> Any:
         """Random numbers of a micro-batch, keyed by what they are for.

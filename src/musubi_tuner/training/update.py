@@ -20,7 +20,7 @@ from torch import Tensor
 
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
-from musubi_tuner.models.spec import LossTerm
+from musubi_tuner.models.family import LossTerm
 from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.ranks import Ranks

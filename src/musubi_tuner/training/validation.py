@@ -22,7 +22,7 @@ from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.config.schema import ValidationSection
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
-from musubi_tuner.models.spec import Process
+from musubi_tuner.models.family import Process
 from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import normal
 from musubi_tuner.training.sampling import evaluating

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
 from musubi_tuner.models.checkpoints import copy_weights, find_weights, read_weights
-from musubi_tuner.models.spec import LossTerm, ModelPlan, Trainee
+from musubi_tuner.models.family import LossTerm, ModelPlan, Trainee
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,7 @@ def options_of(file: Any) -> dict[str, Any]:
 
 def make_process(config: Any, options: dict[str, Any]) -> ToyProcess:
     return ToyProcess()
+
+
+def diffusers_modules(depth: int, depth_single: int) -> dict[str, tuple[str, ...]]:
+    return {}

@@ -27,7 +27,7 @@ SPEC = ModelSpec(
     },
     choices={"objective.timestep_sampling": ("uniform",)},
     geometry="musubi_tuner.models.toy.family:ToyConfig",
-    module="musubi_tuner.models.toy",
+    package="musubi_tuner.models.toy",
     block_lists=("blocks",),
     adapters=AdapterTargets(layers={"blocks": ("inner",)}, network_module="networks.lora_toy"),
 )

@@ -133,7 +133,7 @@ class Project:
         from musubi_tuner.caching.jobs import run_jobs
 
         config = config or self.config()
-        family = config.spec.load("checkpoint_options")(config)
+        family = config.spec.family.checkpoint_options(config)
         return run_jobs(config, kind, JobOptions(**options), family)
 
     def files(self) -> dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]]:

@@ -62,9 +62,7 @@ def look(project: Any, kind: str = "latents", *, save: bool = False) -> KindStat
     """The status of one kind as a start would find it."""
     config = project.config()
     known = Contents(config)
-    status = examine(
-        config, project.items(config), kind, config.spec.load("checkpoint_options")(config), contents=known
-    )
+    status = examine(config, project.items(config), kind, config.spec.family.checkpoint_options(config), contents=known)
     if save:
         known.save()
     return status
@@ -224,7 +222,7 @@ class TestOlderCaches:
         self, older: Any, hashed: list[str]
     ) -> None:
         config = older.config()
-        family, known = config.spec.load("checkpoint_options")(config), Contents(config)
+        family, known = config.spec.family.checkpoint_options(config), Contents(config)
         first, second = (
             examine(config, older.items(config), kind, family, contents=known) for kind in ("latents", "experts")
         )

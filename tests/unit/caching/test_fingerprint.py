@@ -26,7 +26,7 @@ BIG = (1 << 20) + 1
 def reasons(project: Any, kind: str, config: RunConfig | None = None) -> dict[str, str]:
     """Item id -> why its file of a kind is due, for those that are."""
     config = config or project.config()
-    family = config.spec.load("checkpoint_options")(config)
+    family = config.spec.family.checkpoint_options(config)
     status = examine(config, project.items(config), kind, family)
     assert status.fresh == len(project.items(config)) - len(status.due)
     return {key.partition(":")[2]: reason for key, reason in status.due.items()}
@@ -225,7 +225,7 @@ class TestSettings:
         fingerprints, grids = [], []
         for resolution in (64, 128):
             config = project.config(general={"resolution": resolution}, experts={"resolution": 512})
-            family = config.spec.load("checkpoint_options")(config)
+            family = config.spec.family.checkpoint_options(config)
             (item,) = project.items(config)
             fingerprints.append(expectation(config, "experts", family, download=False).of(item))
             grids.append(teacher_grid(item, 512, keep_aspect=True))
@@ -552,7 +552,7 @@ class TestIdentity:
 def test_a_fingerprint_holds_all_that_decides_the_content(cached: Any) -> None:
     """What is stored is what is expected, and for images their state beside it."""
     config = cached.config()
-    family = config.spec.load("checkpoint_options")(config)
+    family = config.spec.family.checkpoint_options(config)
     for kind in KINDS:
         expected = expectation(config, kind, family, download=False)
         for item in cached.items():

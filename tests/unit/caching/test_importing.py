@@ -107,7 +107,7 @@ def assert_rows(project: Any, columns: Columns, names: list[str] = NAMES) -> Non
 
 def statuses(project: Any, config: RunConfig | None = None) -> dict[str, KindStatus]:
     config = config or project.config()
-    family = config.spec.load("checkpoint_options")(config)
+    family = config.spec.family.checkpoint_options(config)
     return {kind: examine(config, project.items(config), kind, family) for kind in KINDS}
 
 

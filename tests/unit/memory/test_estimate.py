@@ -44,8 +44,8 @@ from musubi_tuner.memory.report import (
     time_lines,
 )
 from musubi_tuner.memory.transfer import STAGING_BYTES
+from musubi_tuner.models.family import ModelPlan
 from musubi_tuner.models.flux_dev import FluxConfig, build
-from musubi_tuner.models.spec import ModelPlan
 from musubi_tuner.models.stored import DEVICE_CHUNK
 from musubi_tuner.models.tinyflux.flops import training_flops
 from musubi_tuner.units import format_bytes
@@ -71,7 +71,7 @@ from musubi_tuner.data.plan import MicroBatch
 
 config = load_config(sys.argv[1])
 spec, batch_size, side = config.spec, int(sys.argv[2]), int(sys.argv[3])
-plan = spec.load("plan_model")(config)
+plan = spec.family.plan_model(config)
 expected = estimate(config, plan, (side, side), batch_size)
 
 def anonymous():
@@ -91,7 +91,7 @@ torch.optim.AdamW([torch.zeros(2, requires_grad=True)], fused=True)
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = spec.load("load_for_training")(config).model
+model = spec.family.load_for_training(config).model
 trained = model
 if config.adapter.type != "none":
     trained, _ = prepare_adapters(model, config)
@@ -100,7 +100,7 @@ compose_memory(model, config.memory, spec, torch.device("cpu"))
 parameters = trainable(trained)
 optimizer = build_optimizer(parameters, config.optimizer)
 ema = EMA(trained) if config.ema.enabled else None
-process = spec.load("make_process")(config, plan.options)
+process = spec.family.make_process(config, plan.options)
 size = (batch_size, spec.latent_channels, side // spec.vae_factor, side // spec.vae_factor)
 tensors = {name: torch.randn(batch_size, *shape) for name, shape in plan.shapes.items()}
 if "t_buckets" in tensors:
@@ -192,7 +192,7 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
 
 def estimate_run(config: RunConfig, items: Any) -> Estimate:
     """The estimate for the bucket that needs most."""
-    return peak(config, estimate_sizes(config, items, config.spec.load("plan_model")(config), largest_sizes))
+    return peak(config, estimate_sizes(config, items, config.spec.family.plan_model(config), largest_sizes))
 
 
 def an_item(side: int, key: str = "image") -> Item:
@@ -205,7 +205,7 @@ def of_flux(tmp_path: Path, count: bool = False, **changes: dict[str, Any]) -> E
     config = load_config(
         run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
     )
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     return estimate(config, plan, (256, 256), 1, count=count)
 
 
@@ -282,7 +282,7 @@ def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
     for checkpointing, side in ((False, 256), (True, 256), (False, 512)):
         path = run_file(tmp_path, "tf", model=model, experts=experts, memory={"gradient_checkpointing": checkpointing})
         config = load_config(path)
-        plan = config.spec.load("plan_model")(config)
+        plan = config.spec.family.plan_model(config)
         found[checkpointing, side] = estimate(config, plan, (side, side), 2).operations
         expected = training_flops(plan.model.config, 2, side // 8, side // 8, 128, checkpointing=checkpointing)
         # The backward pass of attention recomputes its logits (3.5 products of a forward's 2, not 4): up to a tenth more.
@@ -295,7 +295,7 @@ def test_operations_of_lists_with_few_blocks_or_none(layers: tuple[int, int], tm
     geometry = {**TF, "num_double_layers": layers[0], "num_single_layers": layers[1]}
     experts = {"expert_input": "random", "enable_lune": False, "enable_sol": False}
     config = load_config(run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, experts=experts))
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     items: Any = [SimpleNamespace(bucket=(512, 512), batch_size=2)]
     (found,) = estimate_sizes(config, items, plan, list, count=True).values()
     expected = training_flops(plan.model.config, 2, 64, 64, 64, checkpointing=False)
@@ -346,7 +346,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
         r"GiB? are moved to the device, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5]
     )
     assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
     assert cache_bytes(config, items, plan).total() == latents + text
     several = [replace(items[0], more_captions=("second", "third")), *items[1:]]
@@ -360,7 +360,7 @@ def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> N
     """Two sizes of each batch size are run; what is between them lies on a line."""
     path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"})
     config = load_config(path)
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     single = [(256, 256), (512, 256), (256, 512), (512, 512), (768, 768)]
     shapes = [*((bucket, 1) for bucket in single), ((256, 256), 4), ((512, 512), 4)]
     items: Any = [SimpleNamespace(bucket=bucket, batch_size=count) for bucket, count in shapes]
@@ -410,7 +410,7 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, save={"release": False}))
     items = [an_item(128, "first"), an_item(128, "second")]
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     found = estimate_run(config, items)
     checkpoints = checkpoint_bytes(config, plan, found)[0] + checkpoint_bytes(config, plan, found)[1]
     caches = {kind: ["0:first", "0:second"] for kind in ("latents", "text")}
@@ -576,7 +576,7 @@ def test_weights_that_keep_their_dtype_are_counted_in_it(dtype: torch.dtype, tmp
     config = load_config(
         run_file(tmp_path, "fd", model={"path": str(tmp_path / "flux.safetensors"), "keep_dtype": True})
     )
-    assert config.spec.load("plan_model")(config).dtype == dtype
+    assert config.spec.family.plan_model(config).dtype == dtype
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -606,7 +606,7 @@ def test_few_blocks_stand_for_all(
         "train": {"mixed_precision": "bf16"},
     }
     config = load_config(run_file(tmp_path, family, model=model, **tables))
-    plan = config.spec.load("plan_model")(config)
+    plan = config.spec.family.plan_model(config)
     if family == "fd":
         plan = replace(plan, model=build(replace(FD, depth=4, depth_single_blocks=7)))
     few = fake_step.run_step(config, plan, (128, 64), 2)

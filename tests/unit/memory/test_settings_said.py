@@ -96,7 +96,7 @@ def test_loading_says_what_the_file_keeps_and_leaves_out_what_is_merged(tmp_path
     (tmp_path / "run.toml").write_text(tomli_w.dumps(tables))
     for merge, kept in (([], 2), ([str(tmp_path / "lora.safetensors")], 1)):
         config = load_config(tmp_path / "run.toml", {"adapter.merge": merge})
-        *_, first, second = config.spec.load("load_for_training")(config).notes
+        *_, first, second = config.spec.family.load_for_training(config).notes
         assert first.startswith(f"storage: {kept} layers stay as the float8 numbers of the file, with its scales")
         assert second.startswith("storage: 1 layers are float8 numbers in the file and are brought to float32, ")
 

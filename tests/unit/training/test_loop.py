@@ -439,7 +439,7 @@ def test_training_a_checkpoint_with_another_option_is_refused(
     config = load_config(write(tmp_path, **on_checkpoint(trained, model={key: value})))
     for name in ("load_for_training", "plan_model", "open_base"):
         with pytest.raises(ConfigError) as caught:
-            config.spec.load(name)(config)
+            getattr(config.spec.family, name)(config)
         assert message in str(caught.value) and str(trained.folder) in str(caught.value)
 
 
@@ -447,15 +447,15 @@ def test_training_a_checkpoint_with_another_option_is_refused(
 def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Started, tmp_path: Path) -> None:
     own = OPTIONS if written else {}
     config = load_config(write(tmp_path, **on_checkpoint(trained, model=own, experts={"expert_input": "auto"})))
-    trainee = config.spec.load("load_for_training")(config)
+    trainee = config.spec.family.load_for_training(config)
     assert trainee.options == RECORDED
     assert trainee.geometry == trained.geometry
-    assert config.spec.load("plan_model")(config).model.config == trained.geometry
+    assert config.spec.family.plan_model(config).model.config == trained.geometry
 
 
 def test_another_choice_of_the_teachers_is_said(trained: Started, tmp_path: Path) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, experts={**TEACHERS, "sol_spatial_norm": "max"})))
-    trainee = config.spec.load("load_for_training")(config)
+    trainee = config.spec.family.load_for_training(config)
     (note,) = [note for note in trainee.notes if note.startswith("note:")]
     assert note == f"note: {trained.folder} was trained with sol_spatial_norm = mean, and this run uses max"
 

@@ -13,11 +13,8 @@ def import_published(document: dict[str, Any]) -> Imported | None:
     from musubi_tuner.models.registry import MODELS
 
     for code in MODELS:
-        try:
-            read = MODELS[code].load("read_published_settings")
-        except AttributeError:
-            continue
-        imported: Imported | None = read(document)
+        published = MODELS[code].published
+        imported = published.read_settings(document) if published else None
         if imported is not None:
             return imported
     return None

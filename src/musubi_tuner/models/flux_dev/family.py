@@ -1,6 +1,6 @@
 """What the trainer, the sampler and the cache jobs ask of the FLUX.1 family."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,11 +10,36 @@ from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.models.checkpoints import WeightFile, sample_identity
+from musubi_tuner.models.family import ModelPlan, Trainee
+from musubi_tuner.models.flux_dev.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.process import FluxProcess
-from musubi_tuner.models.flux_dev.state_dict import build, load_checkpoint, load_model, to_bfl
-from musubi_tuner.models.spec import ModelPlan, Trainee
+from musubi_tuner.models.flux_dev.state_dict import (
+    build,
+    diffusers_modules,
+    load_checkpoint,
+    load_model,
+    load_to_merge,
+    to_bfl,
+)
 from musubi_tuner.precision import COMPUTE_DTYPES
+
+__all__ = [
+    "check_caches",
+    "checkpoint_options",
+    "concatenate",
+    "diffusers_modules",
+    "load_checkpoint",
+    "load_for_run",
+    "load_for_training",
+    "load_to_merge",
+    "make_process",
+    "null_inputs",
+    "open_base",
+    "options_of",
+    "plan_model",
+    "text_inputs",
+]
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
@@ -112,3 +137,10 @@ def make_process(config: RunConfig, options: dict[str, Any]) -> FluxProcess:
     train = config.train
     masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
     return FluxProcess(config.objective, masks if train.masked_loss else None)
+
+
+if TYPE_CHECKING:
+    from musubi_tuner.models.family import Family
+    from musubi_tuner.models.flux_dev import family
+
+    _: Family = family

@@ -149,7 +149,7 @@ SPEC = ModelSpec(
     },
     check=check,
     geometry="musubi_tuner.models.flux_dev.geometry:FluxConfig",
-    module="musubi_tuner.models.flux_dev",
+    package="musubi_tuner.models.flux_dev",
     block_lists=("double_blocks", "single_blocks"),
     adapters=AdapterTargets(
         layers={"double_blocks": DOUBLE_LAYERS, "single_blocks": SINGLE_LAYERS},

@@ -26,11 +26,11 @@ from musubi_tuner.flow import (
     squared_error,
     unpack_patches,
 )
+from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.flux_dev.conditioning import text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH
 from musubi_tuner.models.flux_dev.model import EXACT_INPUTS
 from musubi_tuner.models.layers import image_positions
-from musubi_tuner.models.spec import LossTerm
 
 
 class FluxProcess:

@@ -5,12 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musubi_tuner.models.tinyflux.conditioning import encode_clip, encode_t5
-    from musubi_tuner.models.tinyflux.family import (
-        checkpoint_options,
-        geometry_of,
-        load_for_training,
-        make_process,
-    )
     from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
     from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
     from musubi_tuner.models.tinyflux.process import TinyFluxProcess
@@ -21,32 +15,12 @@ _PLACES = {
     "TinyFluxDeep": "model",
     "TinyFluxProcess": "process",
     "build": "state_dict",
-    "check_caches": "family",
-    "checkpoint_options": "family",
-    "concatenate": "conditioning",
-    "from_pretrained": "state_dict",
-    "geometry_of": "family",
-    "initialize": "model",
-    "load_checkpoint": "state_dict",
-    "load_for_run": "family",
-    "load_for_training": "family",
-    "load_model": "state_dict",
-    "load_to_merge": "state_dict",
-    "make_process": "family",
-    "open_base": "family",
-    "open_published_caches": "published_caches",
-    "options_of": "state_dict",
-    "read_published_lora": "lora",
-    "read_published_settings": "trainer_settings",
-    "read_published_state": "trainer_state",
-    "null_inputs": "conditioning",
-    "plan_model": "family",
-    "text_inputs": "conditioning",
-    "write_published_lora": "lora",
     "encode_clip": "conditioning",
     "encode_t5": "conditioning",
-    "forward_flops": "flops",
-    "training_flops": "flops",
+    "from_pretrained": "state_dict",
+    "initialize": "model",
+    "load_checkpoint": "state_dict",
+    "load_model": "state_dict",
 }
 
 __all__ = [
@@ -54,16 +28,12 @@ __all__ = [
     "TinyFluxDeep",
     "TinyFluxProcess",
     "build",
-    "checkpoint_options",
     "encode_clip",
     "encode_t5",
     "from_pretrained",
-    "geometry_of",
     "initialize",
     "load_checkpoint",
-    "load_for_training",
     "load_model",
-    "make_process",
 ]
 
 

@@ -14,18 +14,43 @@ from musubi_tuner.config.paths import is_hub_id, is_published
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.models.checkpoints import WeightFile, check_keys, sample_identity
+from musubi_tuner.models.family import ModelPlan, Trainee
 from musubi_tuner.models.hub import LOCAL_ONLY
-from musubi_tuner.models.spec import ModelPlan, Trainee
+from musubi_tuner.models.tinyflux.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
 from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance, written_options
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
-from musubi_tuner.models.tinyflux.state_dict import build, checkpoint_geometry, load_checkpoint, load_model, options_of
+from musubi_tuner.models.tinyflux.state_dict import (
+    build,
+    checkpoint_geometry,
+    load_checkpoint,
+    load_model,
+    load_to_merge,
+    options_of,
+)
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, summary
 
 if TYPE_CHECKING:
     from musubi_tuner.adapters.merging import RunMerges
     from musubi_tuner.memory.storage import Freeze
+
+__all__ = [
+    "check_caches",
+    "checkpoint_options",
+    "concatenate",
+    "diffusers_modules",
+    "load_checkpoint",
+    "load_for_run",
+    "load_for_training",
+    "load_to_merge",
+    "make_process",
+    "null_inputs",
+    "open_base",
+    "options_of",
+    "plan_model",
+    "text_inputs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -279,3 +304,15 @@ def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
         text_mask=options["t5_attn_mask"],
         masks=masks if train.masked_loss else None,
     )
+
+
+def diffusers_modules(depth: int, depth_single: int) -> dict[str, tuple[str, ...]]:
+    """None: diffusers has no TinyFlux."""
+    return {}
+
+
+if TYPE_CHECKING:
+    from musubi_tuner.models.family import Family
+    from musubi_tuner.models.tinyflux import family
+
+    _: Family = family

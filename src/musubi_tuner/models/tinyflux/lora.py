@@ -31,7 +31,7 @@ OLD_LAYERS = {
 FIELDS = ("rank", "alpha", "lr_scale", "depth", "dropout", "enabled")
 
 
-def read_published_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def read_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """A file of the published trainer under musubi names. Names of no layer are passed on, for the caller to report.
 
     Raises:
@@ -123,7 +123,7 @@ def _settings(path: str, config: Mapping[str, Any]) -> LayerSettings:
         raise CheckpointError(f"config_json in its header: {error}") from error
 
 
-def write_published_lora(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write_lora(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A LoRA under musubi names as the published trainer stores it, v4.2: tensors and header.
 
     Raises:

@@ -309,7 +309,8 @@ SPEC = ModelSpec(
     },
     check=check,
     geometry="musubi_tuner.models.tinyflux.geometry:TinyFluxConfig",
-    module="musubi_tuner.models.tinyflux",
+    package="musubi_tuner.models.tinyflux",
+    has_published_trainer=True,
     block_lists=("double_blocks", "single_blocks"),
     adapters=AdapterTargets(
         layers={

@@ -37,7 +37,7 @@ from musubi_tuner.flow import (
     squared_error,
     unpack_pixels,
 )
-from musubi_tuner.models.spec import LossTerm
+from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.tinyflux.model import EXACT_INPUTS
 
 SOL_MEAN_CAP = 4.0

@@ -80,7 +80,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
 
 
-def open_published_caches(config: RunConfig, sources: Sequence[Path], kinds: Collection[str]) -> ForeignCaches:
+def open_caches(config: RunConfig, sources: Sequence[Path], kinds: Collection[str]) -> ForeignCaches:
     """Open the caches of one data set.
 
     Args:

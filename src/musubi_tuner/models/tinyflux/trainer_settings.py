@@ -194,7 +194,7 @@ WAYS = {"optimizer.decay_all": True, "ema.warmup": False, "save.best": True}
 """What that trainer does without a field for it; ``TEACHERS`` only where it has one."""
 
 
-def read_published_settings(document: dict[str, Any]) -> Imported | None:
+def read_settings(document: dict[str, Any]) -> Imported | None:
     """Translate the settings of the published trainer; None if most keys of the document are not its own."""
     known = sum(key in FIELDS or key in LATER_FIELDS for key in document)
     return _Reader(document).run() if 2 * known > len(document) else None

@@ -22,13 +22,13 @@ from torch import Tensor
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.checkpoints import averaged_inside, read_torch_file, read_weights, strip_wrappers
-from musubi_tuner.models.spec import PublishedState
+from musubi_tuner.models.family import PublishedState
 from musubi_tuner.models.tinyflux.family import geometry_of
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.options import resolve_experts
 from musubi_tuner.models.tinyflux.state_dict import build
-from musubi_tuner.models.tinyflux.trainer_settings import read_published_settings
+from musubi_tuner.models.tinyflux.trainer_settings import read_settings
 from musubi_tuner.models.tinyflux.upgrade import UpgradeReport, summary, upgrade_weights
 
 ENTRIES = {
@@ -48,7 +48,7 @@ COMPARED = ("experts", "objective", "train", "optimizer", "scheduler", "ema")
 INSTEAD = "or use --fresh_optimizer to go on with the weights and begin with empty moments"
 
 
-def read_published_state(path: Path, config: RunConfig, *, moments: bool = True) -> PublishedState:
+def read_state(path: Path, config: RunConfig, *, moments: bool = True) -> PublishedState:
     """Read a checkpoint for a run.
 
     Args:
@@ -294,7 +294,7 @@ def _rate(scheduler: Any) -> float | None:
 
 def _differences(settings: dict[str, Any], config: RunConfig) -> Iterator[str]:
     """Settings that the file was trained with and the run is not, as lines."""
-    imported = read_published_settings(settings)
+    imported = read_settings(settings)
     if imported is None:
         return
     ours = {f"experts.{name}": value for name, value in resolve_experts(config).items()}

@@ -1,0 +1,282 @@
+"""The contract between a model family and the framework, typed: whoever adds a family writes these functions.
+
+A family's package has a module ``family`` with the functions of `Family`, found through `ModelSpec.family`, and its processes
+follow `Process`. Where the family has a published trainer whose files people bring along, the module ``published`` has those of
+`PublishedTrainer`. docs/extending.md walks through an example.
+
+Shape letters: B batch, C latent channels, H/W latent height and width; latents of other families may be tokens [B, N, D].
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from musubi_tuner.config import RunConfig
+    from musubi_tuner.config.importers.report import Imported
+    from musubi_tuner.data.batch import Batch
+    from musubi_tuner.models.checkpoints import WeightFile
+    from musubi_tuner.models.foreign_caches import ForeignCaches
+
+
+class Geometry(Protocol):
+    """Shape of a model, the content of config.json."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+
+    def to_json(self) -> str:
+        """Text of config.json."""
+
+
+@dataclass
+class Trainee:
+    """A model ready to be trained.
+
+    Attributes:
+        model: with storage of its own where it trains. geometry: its config record. options: recorded with its weights.
+        notes: lines for the person, about what was merged into it.
+        base: identity of the weights that stay frozen; a run that continues must find the same.
+        average: weights that the moving average begins with, where it does not begin with the model.
+    """
+
+    model: "nn.Module"
+    geometry: Geometry
+    options: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    base: str | None = None
+    average: "dict[str, Tensor] | None" = None
+
+
+@dataclass
+class PublishedState:
+    """A checkpoint of a family's own trainer, under the names of the run that goes on from it.
+
+    Attributes:
+        model: state dict of the run's model, float32. ema: of its average; None if the file has none.
+        optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry; see `training.optimizers`.
+        step, epoch: updates and epochs done. best: lowest mean training loss of an epoch; None if unknown.
+        rate: learning rate of the next update there; None if unknown.
+        notes: lines for the person.
+    """
+
+    model: "dict[str, Tensor]"
+    ema: "dict[str, Tensor] | None"
+    optimizer: "dict[str, Tensor]"
+    scalars: dict[str, dict[str, Any]]
+    step: int
+    epoch: int
+    best: float | None = None
+    rate: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelPlan:
+    """A run's model without storage, and what a step with it needs to know.
+
+    Attributes:
+        model: on the meta device; built again from its ``config``. dtype: of its weights.
+        shapes: of the cached tensors of one sample, latents left out. options: of the process.
+    """
+
+    model: "nn.Module"
+    dtype: "torch.dtype"
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any]
+
+
+@dataclass
+class LossTerm:
+    """One named part of the loss.
+
+    Attributes:
+        per_sample_B: float32 [B]; samples without this term hold 0.
+        weight: factor in the total.
+        sigma_B: noise level of every sample, [B] in [0, 1], for the statistics by noise level; None = it has none.
+    """
+
+    per_sample_B: "Tensor"
+    weight: float
+    sigma_B: "Tensor | None" = None
+
+
+class Process(Protocol):
+    """How a family adds noise, what it predicts, and in which direction its time runs.
+
+    ``time`` is the family's own time in [0, 1], float32. Draws are keyed random numbers made by the trainer, one row
+    per sample: `uniforms` names the uniform draws that the family wants beside noise and time.
+    """
+
+    @property
+    def uniforms(self) -> tuple[str, ...]:
+        """Names of the uniform draws that it wants."""
+
+    @property
+    def time_draw(self) -> str:
+        """``normal`` or ``uniform``: what `time` expects."""
+
+    def size(self, x0: "Tensor") -> tuple[int, ...]:
+        """What the family's times depend on of latents [B, ...], if anything: rows and columns, or a number of tokens."""
+
+    def time(self, draws_B: "Tensor", size: tuple[int, ...], uniforms: "dict[str, Tensor]") -> "Tensor":
+        """Training times from random draws, [B].
+
+        Args:
+            size: see `size`.
+        """
+
+    def sigma(self, time_B: "Tensor") -> "Tensor":
+        """Noise fraction at a time: the unit of logs and loss statistics."""
+
+    def add_noise(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
+        """Noisy latents, float32."""
+
+    def target(self, x0: "Tensor", noise: "Tensor", time_B: "Tensor") -> "Tensor":
+        """What the model should predict at a time, in the layout of the latents."""
+
+    def conditioning(self, batch: "Batch", time_B: "Tensor", uniforms: "dict[str, Tensor]") -> "dict[str, Any]":
+        """Model inputs of one micro-batch after dropout and teacher lookup."""
+
+    def predict(
+        self, model: "nn.Module", noisy: "Tensor", time_B: "Tensor", inputs: "dict[str, Any]"
+    ) -> "tuple[Tensor, dict[str, Any]]":
+        """One model call: prediction in the layout of the latents, and what else the losses need."""
+
+    def losses(
+        self,
+        prediction: "Tensor",
+        target: "Tensor",
+        time_B: "Tensor",
+        inputs: "dict[str, Any]",
+        extra: "dict[str, Any]",
+        update: int,
+    ) -> "dict[str, LossTerm]":
+        """Named loss terms; ``main`` is always among them."""
+
+    def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
+        """Times from noise to image, steps + 1 values in the family's direction.
+
+        Raises:
+            ConfigError: if a shift is asked for that the family does not know.
+        """
+
+
+class Family(Protocol):
+    """What a family does for training, caching, drawing and the tools."""
+
+    def load_for_training(self, config: "RunConfig") -> Trainee:
+        """Load or create the model of a run.
+
+        Raises:
+            CheckpointError: if the checkpoint holds another model.
+            ConfigError: if the run asks for what the model does not have.
+        """
+
+    def make_process(self, config: "RunConfig", options: dict[str, Any]) -> Process:
+        """The process of a run.
+
+        Args:
+            options: of the model; see `Trainee`.
+        """
+
+    def plan_model(self, config: "RunConfig") -> ModelPlan:
+        """The model of a run without storage, for the estimate of memory."""
+
+    def check_caches(self, config: "RunConfig", geometry: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare cached tensors with what the model takes.
+
+        Args:
+            shapes: of one item, by plain name.
+
+        Raises:
+            ConfigError: naming the key of the encoder and the field of the geometry.
+        """
+
+    def checkpoint_options(self, config: "RunConfig") -> dict[str, Any]:
+        """Options that training records and caching obeys, before the model is loaded."""
+
+    def load_checkpoint(self, source: str | Path, *, ema: bool = False) -> "WeightFile":
+        """A checkpoint under the family's names: a file, a folder or a hub id.
+
+        Args:
+            ema: its averaged weights.
+
+        Raises:
+            CheckpointError: if there is none, or it is of another family.
+        """
+
+    def load_for_run(self, file: "WeightFile", config: "RunConfig") -> "nn.Module":
+        """A checkpoint as a run computes with it, what it merges included."""
+
+    def open_base(self, config: "RunConfig") -> "WeightFile":
+        """The checkpoint below the adapters of a run.
+
+        Raises:
+            ConfigError: if the run starts from random weights.
+        """
+
+    def options_of(self, file: "WeightFile") -> dict[str, Any]:
+        """Options that a checkpoint records."""
+
+    def load_to_merge(self, file: "WeightFile") -> "nn.Module":
+        """A model in the dtype of its file, to have adapters merged into it."""
+
+    def diffusers_modules(self, depth: int, depth_single: int) -> Mapping[str, tuple[str, ...]]:
+        """Path of our module -> the modules of diffusers that make it up, in row order; empty where the names are the same."""
+
+    def text_inputs(self, encoded: "dict[str, Tensor]", use_mask: bool) -> "dict[str, Tensor]":
+        """Model inputs from encoded texts, one row per text.
+
+        Args:
+            use_mask: hide padding.
+        """
+
+    def null_inputs(self, like: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """Inputs of the unconditional branch, in the shapes of others."""
+
+    def concatenate(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of two branches in one batch."""
+
+
+class PublishedTrainer(Protocol):
+    """Files of a family's own trainer."""
+
+    def read_settings(self, document: dict[str, Any]) -> "Imported | None":
+        """Translate its settings; None if the document is something else. Torch-free."""
+
+    def read_state(self, path: Path, config: "RunConfig", *, moments: bool = True) -> PublishedState:
+        """Read a checkpoint for the run that goes on from it.
+
+        Args:
+            moments: take over those of the optimizer.
+
+        Raises:
+            CheckpointError: if it does not belong to the run's model and optimizer.
+        """
+
+    def open_caches(self, config: "RunConfig", sources: Sequence[Path], kinds: Collection[str]) -> "ForeignCaches":
+        """Open the caches of one data set.
+
+        Raises:
+            CacheError: if they are of no known form, or incomplete.
+            ConfigError: if the run needs what they do not hold.
+        """
+
+    def read_lora(self, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> "dict[str, Tensor]":
+        """A LoRA file of it under our names; unknown names are passed on.
+
+        Raises:
+            CheckpointError: for what cannot be translated.
+        """
+
+    def write_lora(self, tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dict[str, str]]":
+        """A LoRA under our names as it stores it: tensors and header.
+
+        Raises:
+            CheckpointError: naming layers that it cannot adapt.
+        """
