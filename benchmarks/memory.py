@@ -69,20 +69,20 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     """Build, train a few steps, measure; in this process."""
     import torch
 
+    from musubi_tuner.assemble import attach_adapters
     from musubi_tuner.config import load_config
     from musubi_tuner.data.batch import Batch
     from musubi_tuner.data.plan import MicroBatch
     from musubi_tuner.memory.compose import compose_memory, freeze_of
-    from musubi_tuner.memory.estimate import estimate
-    from musubi_tuner.memory.report import measure_rates
     from musubi_tuner.memory.storage import place_weights
     from musubi_tuner.models.family import ModelPlan
     from musubi_tuner.models.flux_dev import FluxConfig, build
-    from musubi_tuner.models.stored import StoredWeight
+    from musubi_tuner.planning.estimate import estimate
+    from musubi_tuner.planning.report import measure_rates
     from musubi_tuner.precision import autocast
-    from musubi_tuner.training.adapting import prepare_adapters
     from musubi_tuner.training.optimizers import build_optimizer, trainable
     from musubi_tuner.training.task import FlowPhase, Position, make_draws, weighted_sum
+    from musubi_tuner.weights.stored import StoredWeight
 
     device = torch.device(options.device)
     geometry = FluxConfig(**TINY) if options.tiny else FluxConfig()
@@ -112,7 +112,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
         for key, t in model.state_dict(keep_vars=True).items()
     }
     place_weights(model, weights, "random weights", torch.bfloat16, "cpu", freeze_of(config.memory, spec, device))
-    adapters, _ = prepare_adapters(model, config)
+    adapters, _ = attach_adapters(model, config)
     model.eval()
     swap, _ = compose_memory(model, config.memory, spec, device)
     adapters.train()

@@ -15,6 +15,7 @@ from typing import Literal
 
 from musubi_tuner.config.command_line import Parser, weights_to_write
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.models.registry import MODELS
 from musubi_tuner.stopping import exit_on_terminate
 
 TARGETS: dict[str, Literal["musubi", "comfyui", "diffusers", "published"]] = {"musubi": "musubi", "kohya": "musubi", "default": "musubi", "comfyui": "comfyui", "other": "comfyui",
@@ -39,7 +40,6 @@ def _main(arguments: Sequence[str]) -> int:
     exit_on_terminate()
     from musubi_tuner.adapters.convert import convert, to_published
     from musubi_tuner.adapters.files import read_adapter, save_adapter, why_skipped
-    from musubi_tuner.models.registry import MODELS
 
     if options.arch is not None and options.arch not in MODELS:
         raise ConfigError(f"--arch {options.arch}: is not a model family; known: {', '.join(MODELS)}")

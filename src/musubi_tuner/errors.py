@@ -7,11 +7,15 @@ through `run_command`, which prints such an error without a traceback.
     0 done    1 failed while working    2 wrong input    130 Ctrl-C    143 SIGTERM    129 the terminal closed
 """
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from musubi_tuner.output import secure_output
+from musubi_tuner.quiet import quiet_libraries
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -67,8 +71,6 @@ class Interrupted(BaseException):
 
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error: the file, the reason, and what to do about a full or read-only disk."""
-    import errno
-
     advice = {
         errno.ENOSPC: "free some space or point the key at another disk, then run the same command again",
         errno.EACCES: "check the permissions of the folder",
@@ -137,9 +139,6 @@ def mask_secrets(text: str) -> str:
 
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and turn its outcome into an exit code, with no traceback for a user's mistake."""
-    from musubi_tuner.output import secure_output
-    from musubi_tuner.quiet import quiet_libraries
-
     secure_output()
     quiet_libraries()
     # Threads that wait for each other spin only briefly before they sleep: beside another busy program endless spinning

@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -205,8 +206,6 @@ def sync_path(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that a killed process left in a folder; call it only while holding the folder's lock."""
-    import shutil
-
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.device import with_precision
 from musubi_tuner.errors import EXIT_OK, run_command
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -37,7 +38,6 @@ def _main(arguments: Sequence[str]) -> int:
     for finding in config.findings:
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
-    from musubi_tuner.device import with_precision
     from musubi_tuner.training.importing import import_checkpoint
 
     for line in import_checkpoint(

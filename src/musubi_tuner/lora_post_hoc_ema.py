@@ -70,7 +70,7 @@ def _main(arguments: Sequence[str]) -> int:
     output = weights_to_write("--output_file ", options.output_file, options.overwrite)
     exit_on_terminate()
     from musubi_tuner.adapters.files import save_adapter
-    from musubi_tuner.models.checkpoints import read_weights
+    from musubi_tuner.weights.checkpoints import read_weights
 
     for name in options.files:
         if not Path(name).is_file():

@@ -10,10 +10,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from musubi_tuner.config.command_line import Parser, weights_to_write
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.files import replace_file
+from musubi_tuner.models.registry import MODELS
 from musubi_tuner.stopping import exit_on_terminate
 
 
@@ -45,14 +50,8 @@ def _main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--lora_multiplier has {len(strengths)} numbers for {len(files)} files in --lora_weight")
     output = weights_to_write("--save_merged_model ", options.save_merged_model, options.overwrite)
     exit_on_terminate()
-    from functools import partial
-
-    from tqdm import tqdm
-
-    from musubi_tuner.adapters.attach import merge
     from musubi_tuner.adapters.files import read_adapter
-    from musubi_tuner.files import replace_file
-    from musubi_tuner.models.registry import MODELS
+    from musubi_tuner.adapters.merging import merge
     from musubi_tuner.tensors import save_tensors
 
     if options.arch is not None and options.arch not in MODELS:

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import encodable
 from musubi_tuner.stopping import exit_on_terminate
+from musubi_tuner.training.metrics import FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +32,6 @@ def _main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path(options.run)
     if folder.suffix == ".toml":
-        from musubi_tuner.config import load_config
-
         folder = load_config(folder).output_dir
     elif folder.is_file():
         raise ConfigError(f"{folder}: is a file; give the output folder of a run, or its run file (.toml)")
@@ -39,7 +39,6 @@ def _main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{folder}: no such folder; give the output folder of a run, or its run file (.toml)")
     exit_on_terminate()
     from musubi_tuner.training.curves import plot_run
-    from musubi_tuner.training.metrics import FILE
 
     # A run folder holds the resolved config under the run's name.
     names = [path.name.removesuffix(".config.toml") for path in folder.glob("*.config.toml")]

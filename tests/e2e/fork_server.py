@@ -40,7 +40,7 @@ def _plan(run_file: str) -> None:
     from project import ENDS
 
     from musubi_tuner.config import load_config
-    from musubi_tuner.memory.fake_step import run_step
+    from musubi_tuner.planning.fake_step import run_step
 
     config = load_config(run_file, {})
     plan = config.spec.family.plan_model(config)

@@ -161,6 +161,7 @@ def test_second_start_skips_caches_and_training(trained: Path, server: ForkServe
 
 def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     """Mean loss of all photographs at fixed noise and noise levels, with the trained LoRA at a strength."""
+    from musubi_tuner.assemble import load_trainee
     from musubi_tuner.caching.reader import CachedDataset
     from musubi_tuner.caching.status import needed_kinds
     from musubi_tuner.data.plan import plan_epoch
@@ -169,7 +170,7 @@ def fixed_batch_loss(config: RunConfig, strength: float) -> float:
     from musubi_tuner.training.task import make_draws
     from steps import training_step
 
-    model = config.spec.family.load_for_training(config).model
+    model = load_trainee(config, torch.device("cpu")).model
     use_adapters(model, config.spec, [(str(config.output_dir), strength)])
     process = config.spec.family.make_process(config, {})
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))

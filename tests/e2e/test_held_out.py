@@ -25,7 +25,7 @@ from project import (
 from musubi_tuner.config import load_config
 from musubi_tuner.data.sources import scan
 from musubi_tuner.data.split import hold_out
-from musubi_tuner.models.checkpoints import find_weights
+from musubi_tuner.weights.checkpoints import find_weights
 
 SPLIT = {"split": 0.5, "seed": 2, "times": 4, "every_steps": 3, "every_epochs": 0}
 """Holds out about half of the photographs; which of them depends on the bytes that Pillow writes."""

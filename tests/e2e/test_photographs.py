@@ -164,6 +164,7 @@ def test_a_larger_max_steps_trains_on_from_the_final_state(
 
 def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
     """Mean loss of all photographs at fixed noise and times, of the start weights or of a checkpoint."""
+    from musubi_tuner.assemble import load_trainee
     from musubi_tuner.caching.reader import CachedDataset
     from musubi_tuner.caching.status import needed_kinds
     from musubi_tuner.data.plan import plan_epoch
@@ -172,7 +173,7 @@ def fixed_batch_loss(config: RunConfig, weights: Path | None) -> float:
     from musubi_tuner.training.task import make_draws
     from steps import training_step
 
-    trainee = config.spec.family.load_for_training(config)
+    trainee = load_trainee(config, torch.device("cpu"))
     model = trainee.model if weights is None else load_model(weights)
     process = config.spec.family.make_process(config, trainee.options)
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))

@@ -27,6 +27,8 @@ from project import (
 )
 from safetensors.torch import load_file
 
+from musubi_tuner.assemble import load_trainee
+
 DATA = {"resolution": 128, "batch_size": 2, "num_repeats": 3}
 """27 presentations of 9 photographs in four buckets: 15 micro-batches, so that the eighth update of an epoch is short."""
 STEPS = 12
@@ -81,7 +83,7 @@ def load_start(alone: Path) -> dict[str, torch.Tensor]:
     from musubi_tuner.config import load_config
 
     config = load_config(alone.parent / "run.toml")
-    return config.spec.family.load_for_training(config).model.state_dict()
+    return load_trainee(config, torch.device("cpu")).model.state_dict()
 
 
 def test_two_processes_of_the_runner_train_the_model_of_one_with_accumulation(

@@ -16,6 +16,7 @@ from project import GEOMETRY, Place, metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from musubi_tuner.assemble import load_trainee
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import load_config
@@ -62,7 +63,7 @@ def still(setting: Setting) -> Path:
 def computed_again(path: Path) -> list[dict[str, float]]:
     """Loss terms, gradient norm and samples of every update of a run that accumulates, by a plain loop over its start weights."""
     config = load_config(path)
-    trainee = config.spec.family.load_for_training(config)
+    trainee = load_trainee(config, torch.device("cpu"))
     model, process = trainee.model.train(), config.spec.family.make_process(config, trainee.options)
     dataset = CachedDataset(config, scan(config.datasets, config.spec.code).items, needed_kinds(config))
     rows: list[dict[str, float]] = []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from project import (
     GEOMETRY,
     REPOSITORY,
@@ -17,6 +18,8 @@ from project import (
     write_run,
 )
 from safetensors.torch import load_file
+
+from musubi_tuner.assemble import load_trainee
 
 DEEP = {"model": {"geometry": {**GEOMETRY, "num_double_layers": 3, "num_single_layers": 4}}}
 SAMPLES = {"prompts": ["a cat"], "every_steps": 10, "width": 64, "height": 64, "steps": 2}
@@ -86,7 +89,7 @@ def load_start(run: Path) -> dict[str, Any]:
     from musubi_tuner.config import load_config
 
     config = load_config(run)
-    return config.spec.family.load_for_training(config).model.state_dict()
+    return load_trainee(config, torch.device("cpu")).model.state_dict()
 
 
 def test_an_optimizer_that_cannot_step_in_main_memory(new: NewRun, server: ForkServer) -> None:

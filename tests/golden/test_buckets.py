@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from musubi_tuner.data.buckets import BucketSelector, free_bucket, place
+from musubi_tuner.data.buckets import BucketSelector, place
 from musubi_tuner.data.images import resize_crop, to_array
 from musubi_tuner.errors import ConfigError, DataError
 
@@ -44,13 +44,6 @@ def test_the_golden_file_reaches_every_kind_of_case() -> None:
     kinds = {(case["step"], case["enable_bucket"], case["bucket_no_upscale"]) for case in GOLDEN["cases"]}
     assert kinds == {(step, *flags) for step in (16, 32) for flags in ((True, True), (True, False), (False, False))}
     assert {item["filter"] for case in GOLDEN["cases"] for item in case["items"]} == {"none", "lanczos", "area"}
-
-
-def test_free_bucket_of_every_control_image() -> None:
-    for case in GOLDEN["control"]:
-        width, height = case["resolution"]
-        found = free_bucket(tuple(case["image"]), width * height, case["step"])
-        assert list(found) == case["bucket"], case
 
 
 def synthetic_image(width: int, height: int) -> Image.Image:
@@ -106,8 +99,3 @@ def test_side_limits_filter_the_list_and_an_empty_list_is_an_error() -> None:
     assert 1 < len(limited) < len(everything)
     with pytest.raises(ConfigError, match="no bucket of 512x512 has all sides between 600 and None"):
         BucketSelector((512, 512), "tf", min_side=600)
-
-
-def test_a_free_bucket_that_cannot_exist_is_an_error() -> None:
-    with pytest.raises(DataError, match="image of 4000x4 has no size of 256 pixels in steps of 16"):
-        free_bucket((4000, 4), 256, 16)

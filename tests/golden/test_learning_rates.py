@@ -12,7 +12,6 @@ from musubi_tuner.flow import ramp
 from musubi_tuner.training.schedulers import (
     constant_with_warmup,
     cosine_schedule,
-    linear_decay,
     linear_schedule,
     make_schedule,
 )
@@ -25,8 +24,6 @@ RELATIVE = 1e-9
 HELPERS: dict[str, Callable[[int, int, int], float]] = {
     "cosine_schedule": lambda step, warmup, total: cosine_schedule(step, warmup, total),
     "cosine_schedule_min_0.1": lambda step, warmup, total: cosine_schedule(step, warmup, total, 0.1),
-    "linear_decay": lambda step, warmup, total: linear_decay(step, warmup, total),
-    "linear_decay_min_0.1": lambda step, warmup, total: linear_decay(step, warmup, total, 0.1),
     "constant_with_warmup": lambda step, warmup, total: constant_with_warmup(step, warmup),
 }
 
@@ -95,7 +92,7 @@ def test_schedule_keeps_its_last_value_beyond_the_end(case: dict[str, Any], beyo
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
-@pytest.mark.parametrize("helper", [cosine_schedule, linear_schedule, linear_decay])
+@pytest.mark.parametrize("helper", [cosine_schedule, linear_schedule])
 def test_helper_keeps_its_minimum_beyond_the_end(helper: Callable[..., float], ratio: float) -> None:
     assert [helper(step, 10, 100, ratio) for step in (100, 101, 190, 280)] == pytest.approx([ratio] * 4, abs=1e-15)
 

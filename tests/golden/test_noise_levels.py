@@ -12,7 +12,6 @@ from musubi_tuner.flow import (
     NoiseSettings,
     noise_level_weight,
     sample_noise_levels,
-    sample_timesteps,
     sampling_schedule,
 )
 from musubi_tuner.flow.noise_levels import MODES, density, line, table_sigma
@@ -112,11 +111,3 @@ def test_unknown_names_are_refused() -> None:
         sample_noise_levels(torch.rand(2), NoiseSettings(mode="flux_shfit"))
     with pytest.raises(ValueError, match="unknown weighting scheme 'sqrt'"):
         noise_level_weight(torch.rand(2), "sqrt")
-
-
-@pytest.mark.parametrize("mode", ["sigmoid", "flux_shift", "qwen_shift"])
-def test_one_name_for_all_times(mode: str) -> None:
-    u = torch.rand(8, generator=torch.Generator().manual_seed(0))
-    settings = NoiseSettings(mode=mode, sigmoid_scale=1.3)
-    found = sample_timesteps(u, mode, sigmoid_scale=1.3, size=(66, 50))
-    assert torch.equal(found, sample_noise_levels(u, settings, height=66, width=50))

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from attention import reduce_attention
 from musubi_tuner.encoders import teachers
-from musubi_tuner.encoders.teachers import Teacher, reduce_attention
+from musubi_tuner.encoders.teachers import Teacher
 from musubi_tuner.errors import CacheError
 
 DATA = Path(__file__).parent / "data"

@@ -160,7 +160,7 @@ def test_pool_without_padding_ignores_masked_rows(golden: dict[str, Tensor]) -> 
 def test_fused_attention_gives_the_same_outputs(
     case: str, golden: dict[str, Tensor], metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("musubi_tuner.models.layers.EXPLICIT_ATTENTION_TOKENS", 0)
+    monkeypatch.setattr("musubi_tuner.memory.attention.EXPLICIT_ATTENTION_TOKENS", 0)
     changes, given, suffix = CASES[case]
     velocity, _ = run(build(golden, metadata, changes), golden, given, suffix)
     assert_close(velocity, golden[f"out.{case}.velocity"])

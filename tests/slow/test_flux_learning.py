@@ -122,7 +122,7 @@ def train_base(config: RunConfig, model: Flux) -> None:
             average.update(model)
             step += 1
         epoch += 1
-    average.copy_to(model)
+    model.load_state_dict(average.shadow)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Putting adapters on a model, taking them off, and folding them into its weights.
+"""Putting adapters on a model and taking them off.
 
 An adapted layer stays the same object with the same parameter names; its class becomes one whose `forward` adds the change.
 The adapters live in one `AdapterSet`, a module of its own, whose state dict has the names of the file.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from musubi_tuner.adapters.lora import LoRALinear
 from musubi_tuner.config.patterns import LayerSettings, matches, resolve
 from musubi_tuner.config.schema import AdapterSection
-from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.randomness import generator
@@ -129,7 +129,7 @@ class AdapterSet(nn.Module):
     beside and put back, so merging and unmerging leaves every bit as it was. While merged, nothing is trained.
 
     Attributes:
-        multiplier: strength of all changes. enabled: whether they count at all.
+        multiplier: strength of all changes.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class AdapterSet(nn.Module):
             rates: path -> factor of the learning rate, and weight decay (None = the optimizer's); absent = 1 and None.
         """
         super().__init__()
-        self.multiplier, self.enabled = 1.0, True
+        self.multiplier = 1.0
         self._kept: dict[str, _Merged] = {}
         self.paths = {file_name(path): path for path in adapters}
         self.rates = {file_name(path): rate for path, rate in (rates or {}).items()}
@@ -163,11 +163,6 @@ class AdapterSet(nn.Module):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of all changes: the factor of their alpha / rank; 0 turns them off."""
         self.multiplier = multiplier
-        self._apply_strength()
-
-    def enable(self, on: bool = True) -> None:
-        """Let the changes count or not; their strength is remembered."""
-        self.enabled = on
         self._apply_strength()
 
     @property
@@ -208,11 +203,11 @@ class AdapterSet(nn.Module):
     @torch.no_grad()
     def _apply_strength(self) -> None:
         for path, adapter in self.items():
-            adapter.multiplier, adapter.active = self.multiplier, self.enabled and not self.merged
+            adapter.multiplier, adapter.active = self.multiplier, not self.merged
             if self.merged:
                 kept, weight = self._kept[path], self._kept[path].weight
                 changed = (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
-                kept.put(changed if self.enabled else weight)
+                kept.put(changed)
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
@@ -338,113 +333,3 @@ def detach(model: nn.Module) -> AdapterSet:
         del vars(layer)["adapter"]
     del model.adapters
     return adapters
-
-
-@dataclass
-class MergeReport:
-    """What merging a file did.
-
-    Attributes:
-        layers: how many changed. ratio: norm of all changes over the norm of these layers' weights.
-        skipped: keys that belong to no layer.
-    """
-
-    layers: int
-    ratio: float
-    skipped: list[str]
-
-
-class Merging:
-    """Adapters on their way into a model's weights, layer by layer; call it with a path and the weight in float32.
-
-    Args:
-        tensors: of one file, under musubi names. paths: all layers of the model that can be adapted.
-
-    Raises:
-        CheckpointError: listing keys that belong to no layer, or naming another kind of adapter.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        paths: list[str],
-        multiplier: float = 1.0,
-        *,
-        ignore_unmatched: bool = False,
-        what: str = "the adapter",
-    ) -> None:
-        from musubi_tuner.adapters.files import group_by_layer
-
-        self.layers, self.skipped = group_by_layer(tensors, paths)
-        self.multiplier, self.what = multiplier, what
-        self.changed = self.total = 0.0
-        if self.skipped and not ignore_unmatched:
-            raise CheckpointError(
-                f"{what}: {len(self.skipped)} keys belong to no layer of this model ({', '.join(self.skipped[:4])}); is it for "
-                "another model? adapter.merge_ignore_unmatched = true skips them"
-            )
-
-    def __call__(self, path: str, weight: Tensor) -> Tensor:
-        """The weight with its change; the very same tensor if it has none.
-
-        Raises:
-            CheckpointError: if the change is of another shape.
-        """
-        if path not in self.layers:
-            return weight
-        delta = delta_of(self.layers[path], f"{self.what}: {path}") * self.multiplier
-        if delta.shape != weight.shape:
-            raise CheckpointError(
-                f"{self.what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}"
-            )
-        self.changed += float(delta.square().sum())
-        self.total += float(weight.square().sum())
-        return weight + delta.to(weight.device)
-
-    @property
-    def report(self) -> MergeReport:
-        """What has been merged so far."""
-        ratio = (self.changed / self.total) ** 0.5 if self.total else 0.0
-        return MergeReport(len(self.layers), ratio, self.skipped)
-
-
-@torch.no_grad()
-def merge(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    targets: AdapterTargets,
-    multiplier: float = 1.0,
-    *,
-    ignore_unmatched: bool = False,
-    what: str = "the adapter",
-) -> MergeReport:
-    """Add an adapter's changes to a model's weights, in float32, stored in their own dtype.
-
-    Args:
-        tensors: under musubi names.
-
-    Raises:
-        CheckpointError: listing keys that belong to no layer, or layers of another shape.
-    """
-    merging = Merging(tensors, target_paths(model, targets), multiplier, ignore_unmatched=ignore_unmatched, what=what)
-    for path in merging.layers:
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, nn.Parameter)
-        weight.copy_(merging(path, weight.float()).to(weight.dtype))
-    return merging.report
-
-
-def delta_of(parts: Mapping[str, Tensor], what: str) -> Tensor:
-    """Weight change [out, in] float32 from the tensors of one layer of a file.
-
-    Raises:
-        CheckpointError: if a factor is missing.
-    """
-    if not {"lora_down.weight", "lora_up.weight"} <= set(parts):
-        raise CheckpointError(f"{what}: has {', '.join(parts)}; expected lora_down.weight and lora_up.weight")
-    down, up = parts["lora_down.weight"].float().flatten(1), parts["lora_up.weight"].float().flatten(1)
-    rank = len(down)
-    if up.shape[1] != rank:
-        raise CheckpointError(f"{what}: lora_down has rank {rank}, lora_up {up.shape[1]}; the file is damaged")
-    alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
-    return (up @ down) * (alpha / rank)

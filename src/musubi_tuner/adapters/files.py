@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
@@ -24,10 +25,10 @@ from musubi_tuner.adapters.stated import stated_alphas, without_stated
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import replace_file
-from musubi_tuner.models.checkpoints import ADAPTER_FILES, find_weights, read_weights
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.tensors import save_tensors
+from musubi_tuner.weights.checkpoints import ADAPTER_FILES, find_weights, read_weights
 
 NOT_OF_THE_MODEL = {
     "text encoder": ("lora_te", "text_encoder.", "text_encoder_2.", "text_encoders.", "te1.", "te2.", "clip_l.", "t5."),
@@ -266,8 +267,6 @@ def save_adapter(
 
 def content_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of the bytes that a file of these tensors would hold."""
-    from safetensors.torch import save
-
     data = save(dict(tensors), metadata=dict(metadata) or None)
     start = 8 + int.from_bytes(data[:8], "little")
     legacy = data[0x100000 : 0x100000 + 0x10000]

@@ -1,10 +1,124 @@
-"""The adapter files that a run merges into its frozen model while that is loaded."""
+"""Folding the changes of adapter files into the weights of a model, as it is or while it is loaded."""
 
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from musubi_tuner.adapters.attach import Merging
-from musubi_tuner.adapters.files import AdapterFile, left_out, read_adapter
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.adapters.attach import target_paths
+from musubi_tuner.adapters.files import AdapterFile, group_by_layer, left_out, read_adapter
 from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import CheckpointError
+from musubi_tuner.models.spec import AdapterTargets
+
+
+@dataclass
+class MergeReport:
+    """What merging a file did.
+
+    Attributes:
+        layers: how many changed. ratio: norm of all changes over the norm of these layers' weights.
+        skipped: keys that belong to no layer.
+    """
+
+    layers: int
+    ratio: float
+    skipped: list[str]
+
+
+class Merging:
+    """Adapters on their way into a model's weights, layer by layer; call it with a path and the weight in float32.
+
+    Args:
+        tensors: of one file, under musubi names. paths: all layers of the model that can be adapted.
+
+    Raises:
+        CheckpointError: listing keys that belong to no layer, or naming another kind of adapter.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        paths: list[str],
+        multiplier: float = 1.0,
+        *,
+        ignore_unmatched: bool = False,
+        what: str = "the adapter",
+    ) -> None:
+        self.layers, self.skipped = group_by_layer(tensors, paths)
+        self.multiplier, self.what = multiplier, what
+        self.changed = self.total = 0.0
+        if self.skipped and not ignore_unmatched:
+            raise CheckpointError(
+                f"{what}: {len(self.skipped)} keys belong to no layer of this model ({', '.join(self.skipped[:4])}); is it for "
+                "another model? adapter.merge_ignore_unmatched = true skips them"
+            )
+
+    def __call__(self, path: str, weight: Tensor) -> Tensor:
+        """The weight with its change; the very same tensor if it has none.
+
+        Raises:
+            CheckpointError: if the change is of another shape.
+        """
+        if path not in self.layers:
+            return weight
+        delta = delta_of(self.layers[path], f"{self.what}: {path}") * self.multiplier
+        if delta.shape != weight.shape:
+            raise CheckpointError(
+                f"{self.what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}"
+            )
+        self.changed += float(delta.square().sum())
+        self.total += float(weight.square().sum())
+        return weight + delta.to(weight.device)
+
+    @property
+    def report(self) -> MergeReport:
+        """What has been merged so far."""
+        ratio = (self.changed / self.total) ** 0.5 if self.total else 0.0
+        return MergeReport(len(self.layers), ratio, self.skipped)
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    targets: AdapterTargets,
+    multiplier: float = 1.0,
+    *,
+    ignore_unmatched: bool = False,
+    what: str = "the adapter",
+) -> MergeReport:
+    """Add an adapter's changes to a model's weights, in float32, stored in their own dtype.
+
+    Args:
+        tensors: under musubi names.
+
+    Raises:
+        CheckpointError: listing keys that belong to no layer, or layers of another shape.
+    """
+    merging = Merging(tensors, target_paths(model, targets), multiplier, ignore_unmatched=ignore_unmatched, what=what)
+    for path in merging.layers:
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, nn.Parameter)
+        weight.copy_(merging(path, weight.float()).to(weight.dtype))
+    return merging.report
+
+
+def delta_of(parts: Mapping[str, Tensor], what: str) -> Tensor:
+    """Weight change [out, in] float32 from the tensors of one layer of a file.
+
+    Raises:
+        CheckpointError: if a factor is missing.
+    """
+    if not {"lora_down.weight", "lora_up.weight"} <= set(parts):
+        raise CheckpointError(f"{what}: has {', '.join(parts)}; expected lora_down.weight and lora_up.weight")
+    down, up = parts["lora_down.weight"].float().flatten(1), parts["lora_up.weight"].float().flatten(1)
+    rank = len(down)
+    if up.shape[1] != rank:
+        raise CheckpointError(f"{what}: lora_down has rank {rank}, lora_up {up.shape[1]}; the file is damaged")
+    alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
+    return (up @ down) * (alpha / rank)
 
 
 class RunMerges:

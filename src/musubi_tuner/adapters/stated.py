@@ -25,7 +25,7 @@ from torch import Tensor
 
 from musubi_tuner.adapters.convert import FileLayer, bare_name, read_layers
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import ADAPTER_CONFIG, ADAPTER_FILES
+from musubi_tuner.weights.checkpoints import ADAPTER_CONFIG, ADAPTER_FILES
 
 JSON_ENTRIES = ("lora_adapter_metadata", "adapter_config", "peft_config", "lora_config")
 COMPONENTS = ("transformer", "unet", "diffusion_model", "dit", "denoiser", "model")

@@ -4,7 +4,9 @@ belong to no item."""
 import sys
 from collections.abc import Sequence
 
+from musubi_tuner.caching.command import main as job
 from musubi_tuner.caching.file_format import KINDS
+from musubi_tuner.caching.import_command import main as bring_in
 from musubi_tuner.caching.status import find_orphans
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
@@ -19,12 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in KINDS:
-        from musubi_tuner.caching.command import main as job
-
         return job(arguments[0], arguments[1:])
     if arguments and arguments[0] == "import":
-        from musubi_tuner.caching.import_command import main as bring_in
-
         return bring_in(arguments[1:])
     parser = Parser(prog="python -m musubi_tuner.caching", description="Look after cache folders.")
     actions = ["gc", "import", *KINDS]

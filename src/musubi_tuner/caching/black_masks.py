@@ -6,12 +6,15 @@ What is cached is looked up in the cache file; masks that are still to be encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from musubi_tuner.caching.file_format import cache_path, plain_name, read_header
+from tqdm import tqdm
+
+from musubi_tuner.caching.file_format import cache_path, plain_name
 from musubi_tuner.caching.status import KindStatus
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, DataError
+from musubi_tuner.headers import read_header
 
 _LONG = 2000
 """Masks whose reading takes long enough for a bar."""
@@ -32,8 +35,6 @@ def black_masks(config: RunConfig, items: Sequence[Item], latents: KindStatus) -
     masked = [item for item in items if item.mask is not None]
     if len(masked) < _LONG:
         return [item for item in masked if is_black(item)]
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(max(1, config.cache.workers)) as pool:
         found = list(
             tqdm(pool.map(is_black, masked), total=len(masked), desc="masks", unit="mask", leave=False, disable=None)

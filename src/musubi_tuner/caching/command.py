@@ -4,10 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from musubi_tuner.caching.job import JobOptions, parse_shard
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
+from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.parent import die_with_parent
 from musubi_tuner.stopping import exit_on_terminate
 
 _SUBJECT = {
@@ -27,8 +30,6 @@ def main(kind: str, arguments: Sequence[str] | None = None, *, architecture: str
 
 
 def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
-    from musubi_tuner.runner.parent import die_with_parent
-
     parser = Parser(
         description=f"{_SUBJECT[kind]} Files that are up to date are left alone; an interrupted job continues.",
         epilog="settings of the run file, also as options:\n" + settings_help(),
@@ -54,14 +55,11 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
             else f"{config.spec.title} has none"
         )
         raise ConfigError(f"{options.config}: needs no {kind} cache ({reason})")
-    from musubi_tuner.caching.job import JobOptions, parse_shard
-
     job_options = JobOptions(parse_shard(options.shard), options.dry_run)
     if config.cache.run == "never" and not options.dry_run:
         print(f'{kind}: cache.run is "never", nothing is encoded')
         return EXIT_OK
     from musubi_tuner.caching.jobs import run_jobs
-    from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 
     set_threads(config.run.threads, 1)
     # Caches are made once and kept: in full float32.

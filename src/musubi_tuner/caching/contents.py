@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from musubi_tuner.caching.fingerprint import Expectation, Fingerprint
 from musubi_tuner.caching.index import CacheIndex
 from musubi_tuner.config import RunConfig
@@ -71,8 +73,6 @@ class Contents:
 
     def settle(self, doubts: Iterable[Doubt]) -> dict[str, str]:
         """Read the files in doubt: key of an item -> what is wrong, for those whose content is another."""
-        from tqdm import tqdm
-
         doubts, wrong = list(doubts), {}
         with ThreadPoolExecutor(self._workers) as pool:
             states = pool.map(self._state, [doubt.path for doubt in doubts])

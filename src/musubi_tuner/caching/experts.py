@@ -25,6 +25,9 @@ from musubi_tuner.data.buckets import place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
+from musubi_tuner.encoders.autoencoder import load_autoencoder
+from musubi_tuner.encoders.teachers import SplitTeacher, check_overlay, geometric_sol, load_teacher
+from musubi_tuner.encoders.text import load_clip
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.randomness import normal
 
@@ -138,8 +141,6 @@ class ExpertsJob:
         return encoder_sources(self.config, "experts").paths(download=True)
 
     def _load(self, names: list[str], paths: dict[str, Path | None]) -> "SplitTeacher":
-        from musubi_tuner.encoders.teachers import SplitTeacher, load_teacher
-
         assert paths["unet"] is not None
         title = " and ".join(names)
         print(f"experts: {title} in {self.dtype} on {self.device}, input {self.family['expert_input']}, "
@@ -151,10 +152,6 @@ class ExpertsJob:
 
     def open(self) -> Encoder:
         """Load CLIP, the autoencoder and the first teacher, which may be both."""
-        from musubi_tuner.encoders.autoencoder import load_autoencoder
-        from musubi_tuner.encoders.teachers import check_overlay
-        from musubi_tuner.encoders.text import load_clip
-
         paths = self._paths()
         assert paths["clip"] is not None
         clip = load_clip(
@@ -263,8 +260,6 @@ class ExpertsJob:
                 self._add(found[row], name, number, value)
 
     def _add_geometric(self, found: list[Encoded], number: int, rows: list[int]) -> None:
-        from musubi_tuner.encoders.teachers import geometric_sol
-
         stats, spatial = geometric_sol(self.t_T)
         for row in rows:
             self._add(found[row], "sol_stats", number, stats)

@@ -1,4 +1,4 @@
-"""Names, keys and headers of cache files. All are safetensors; this module reads them without torch.
+"""Names, keys and headers of cache files. All are safetensors; `headers` reads them without torch.
 
     latents  {stem}_{W:04d}x{H:04d}_{code}.safetensors      W, H: original image size
     text     {stem}_{code}_te.safetensors
@@ -14,17 +14,14 @@ caption's names are those of a single one. The header holds strings only; ``fing
 Naming follows musubi-tuner.
 """
 
-import json
 import re
-import struct
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from musubi_tuner.errors import CacheError
 from musubi_tuner.files import fits, name_bytes
+from musubi_tuner.headers import DTYPES
 
 if TYPE_CHECKING:
     from musubi_tuner.data.sources import Item
@@ -33,22 +30,6 @@ FORMAT_VERSION = "1.0.1"
 TIMES = "t_buckets"
 """Tensor of an experts file with the ascending times [T] at which the teachers were run; the others there are tables [T, ...]."""
 KINDS = ("latents", "text", "experts")
-DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F64": "float64",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-"""Safetensors dtype -> torch name."""
-_MAX_HEADER = 100 << 20
 HALF_SUFFIX = ".half"
 """Ending of the first half of a cache file, hidden beside it, which waits for the second."""
 _SHORT_BYTES = 160
@@ -128,75 +109,3 @@ def split_caption(name: str) -> tuple[str, int]:
     """The opposite of `caption_name`: plain name of the first caption's tensor, and the caption's number."""
     found = re.fullmatch(r"(.+)_v([1-9]\d*)(_mask)?", name)
     return (found[1] + (found[3] or ""), int(found[2])) if found else (name, 0)
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies in its file.
-
-    Attributes:
-        dtype: torch name. start, end: byte offsets from the beginning of the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Header of a cache file: its tensors by key, and its metadata."""
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-    @property
-    def fingerprint(self) -> dict[str, Any] | None:
-        """What made the file; None for a file of another program."""
-        try:
-            value = json.loads(self.metadata["fingerprint"])
-        except (KeyError, TypeError, ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
-
-
-def read_header(path: Path) -> Header:
-    """Read a header and check that the file is as long as it says.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CacheError: if it is cut short or not a safetensors file.
-    """
-    with path.open("rb") as file:
-        beginning = file.read(8)
-        if len(beginning) < 8:
-            raise CacheError(f"{path}: is cut short ({len(beginning)} bytes); delete it and run the cache job again")
-        (length,) = struct.unpack("<Q", beginning)
-        if length > _MAX_HEADER:
-            raise CacheError(f"{path}: is not a safetensors file")
-        raw = file.read(length)
-        size = file.seek(0, 2)
-    try:
-        if len(raw) < length:
-            raise ValueError("header cut short")
-        content = json.loads(raw)
-        metadata = content.pop("__metadata__", {})
-        begin = 8 + length
-        tensors = {
-            key: TensorEntry(
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                begin + entry["data_offsets"][0],
-                begin + entry["data_offsets"][1],
-            )
-            for key, entry in content.items()
-        }
-        if not isinstance(metadata, dict):
-            raise ValueError("metadata is no object")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CacheError(f"{path}: has a broken header; delete it and run the cache job again") from error
-    expected = max((entry.end for entry in tensors.values()), default=begin)
-    if size != expected:
-        raise CacheError(f"{path}: has {size} bytes, its header says {expected}; delete it and run the cache job again")
-    return Header(tensors, metadata)

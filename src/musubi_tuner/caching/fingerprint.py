@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_name, read_header
+from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_name
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import KEPT
 from musubi_tuner.data.sources import Item
 from musubi_tuner.encoders.locate import Source, find_tokenizer, identity, source, tokenizer_identity
 from musubi_tuner.errors import CacheError
+from musubi_tuner.headers import read_header
 
 Fingerprint = dict[str, Any]
 IMPORTED = "imported"

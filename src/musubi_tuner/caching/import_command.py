@@ -23,6 +23,7 @@ from pathlib import Path
 from musubi_tuner.caching.file_format import KINDS
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.device import set_threads
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.stopping import exit_on_terminate
 
@@ -52,7 +53,6 @@ def main(arguments: Sequence[str]) -> int:
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
     from musubi_tuner.caching.importing import ImportOptions, import_caches
-    from musubi_tuner.device import set_threads
 
     set_threads(config.run.threads, 1)
     return import_caches(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.file_format import KINDS, cache_path, caption_metadata, caption_name, latents_key, mask_key
@@ -322,8 +323,6 @@ def _print_plan(foreign: ForeignCaches, tasks: list[_Task], dataset: DatasetConf
 
 
 def _write(config: RunConfig, foreign: ForeignCaches, task: _Task) -> None:
-    from tqdm import tqdm
-
     metadata = {
         "latents": lambda item: latents_metadata(config.spec, item),
         "text": caption_metadata,

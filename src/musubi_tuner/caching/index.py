@@ -11,16 +11,18 @@ is found again.
 """
 
 import json
+import logging
 import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from musubi_tuner.caching.file_format import Header, TensorEntry, cache_path, plain_name, read_header
+from musubi_tuner.caching.file_format import cache_path, plain_name
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import read_json, replace_file
+from musubi_tuner.headers import Header, TensorEntry, read_header
 from musubi_tuner.stamps import KEPT, STAMPS, State, stamps_of
 
 INDEX_VERSION = 1
@@ -144,8 +146,6 @@ class CacheIndex:
         try:
             replace_file(self.path, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
-            import logging
-
             logging.getLogger(__name__).warning(
                 "cannot write %s (%s); what it would hold is found out at each start", self.path, error
             )

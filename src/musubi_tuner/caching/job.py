@@ -23,15 +23,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from musubi_tuner import __version__
 from musubi_tuner.caching.contents import Contents
-from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_path, kind_of, read_header
+from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_path, kind_of
 from musubi_tuner.caching.fingerprint import Fingerprint, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, json_text, remove_leftovers, replace_file
+from musubi_tuner.headers import read_header
 from musubi_tuner.stamps import hashed_state, quick_state
 
 if TYPE_CHECKING:
@@ -199,8 +202,6 @@ def _summary(kind: str, outcome: Outcome) -> int:
 
 
 def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[Item]], outcome: Outcome) -> None:
-    from tqdm import tqdm
-
     walks = 1 if job.finish is None else 2
     total = walks * sum(_due(batch, status) for batch in batches)
     inputs = Inputs(job, status)

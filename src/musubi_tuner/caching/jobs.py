@@ -17,6 +17,8 @@ from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
+from musubi_tuner.encoders.autoencoder import load_autoencoder
+from musubi_tuner.encoders.text import load_clip, load_t5
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
@@ -40,8 +42,6 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         return pixels, {mask_key(tuple(mask.shape)): mask}
 
     def open_encoder() -> Encoder:
-        from musubi_tuner.encoders.autoencoder import load_autoencoder
-
         spec, device = config.spec, choose_device(config.run.device)
         path = encoder_sources(config, "latents").paths(download=True)["vae"]
         assert path is not None
@@ -75,8 +75,6 @@ def load_vae(config: RunConfig, device: torch.device, home: torch.device | None 
     Args:
         device: where it decodes, which decides its precision. home: where it lies; absent = there too.
     """
-    from musubi_tuner.encoders.autoencoder import load_autoencoder
-
     path = encoder_sources(config, "latents").paths(download=True).get("vae")
     if path is None:
         raise ConfigError("model.vae_path: is needed to decode samples")
@@ -138,8 +136,6 @@ class TextEncoders:
     """T5 and CLIP of a run, loaded once."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        from musubi_tuner.encoders.text import load_clip, load_t5
-
         paths = encoder_sources(config, "text").paths(download=True)
         t5, clip = paths.get("t5"), paths.get("clip")
         if t5 is None or clip is None:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from musubi_tuner.caching.file_format import TIMES, TensorEntry, split_caption
+from musubi_tuner.caching.file_format import TIMES, split_caption
 from musubi_tuner.caching.index import CachedFile, open_items
 from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
@@ -16,6 +16,7 @@ from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
+from musubi_tuner.headers import TensorEntry
 from musubi_tuner.randomness import uniform
 
 

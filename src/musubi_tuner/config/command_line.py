@@ -10,9 +10,12 @@ variable of the environment: `secret_environment` makes it, and `split_overrides
 import argparse
 import json
 import os
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.load import parse_value
@@ -71,6 +74,21 @@ def secret_keys() -> set[str]:
     """Names under which an override is a secret: dotted keys and flat names."""
     named = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
     return {name for name, parameter in named.items() if parameter.extra("secret")}
+
+
+def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """Command-line form of overrides, for a child; secrets go another way, see `secret_environment`."""
+    words, secrets = [], secret_keys()
+    for key, value in overrides.items():
+        if key in secrets:
+            continue
+        text = (
+            "none" if value is None else tomli_w.dumps({"v": value}, multiline_strings=False).partition("=")[2].strip()
+        )
+        if isinstance(value, str):
+            text = value
+        words += ["--set", f"{key}={text}"]
+    return words
 
 
 def secret_environment(overrides: Mapping[str, Any]) -> dict[str, str]:
@@ -136,8 +154,6 @@ def _value(option: str, rest: list[str]) -> str:
 
 
 def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
-    import tomllib
-
     if key in keys:
         return parse_value(keys[key], text)
     try:

@@ -4,30 +4,32 @@ Later wins: schema defaults, the family's defaults, the file, the command line. 
 Everything that is wrong is collected and raised as one `ConfigError`.
 """
 
-import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
 from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
+from musubi_tuner.config.importers import import_musubi, looks_flat
 from musubi_tuner.config.paths import locate
+from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.rules import validate
+from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.schema import (
     SECTION_ALIASES,
     ExpertsSection,
     Parameter,
-    RunFile,
     Section,
     flat_names,
     parameters,
     section_classes,
 )
 from musubi_tuner.errors import ConfigError, keep_secret
-from musubi_tuner.files import read_text
+from musubi_tuner.models.registry import MODELS, RESERVED
 from musubi_tuner.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,110 +37,6 @@ if TYPE_CHECKING:
 
 DATA_TABLES = ("general", "datasets")
 Overrides = Mapping[str, Any]
-
-
-class RunConfig(RunFile):
-    """A checked run file: its sections as attributes, and what was derived from them."""
-
-    _path: Path = PrivateAttr()
-    _spec: ModelSpec = PrivateAttr()
-    _datasets: list[DatasetConfig] = PrivateAttr(default_factory=list)
-    _tables: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
-    _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
-
-    @property
-    def path(self) -> Path:
-        """The run file."""
-        return self._path
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model family."""
-        return self._spec
-
-    @property
-    def datasets(self) -> list[DatasetConfig]:
-        """The resolved datasets, in order."""
-        return self._datasets
-
-    @property
-    def dataset_tables(self) -> dict[str, Any]:
-        """[general] and [[datasets]] as they were written."""
-        return self._tables
-
-    @property
-    def origins(self) -> dict[str, str]:
-        """Dotted key -> default, arch, preset, file or cli."""
-        return self._origins
-
-    @property
-    def findings(self) -> list[Diagnostic]:
-        """Warnings and notes found while loading."""
-        return self._findings
-
-    @property
-    def keeps_best(self) -> bool:
-        """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
-        return bool(self.validation.split) if self.save.best is None else self.save.best
-
-    @property
-    def warms_average(self) -> bool:
-        """Whether a new average starts with less memory: as ema.warmup says, else where it starts as good weights that train on."""
-        if self.ema.warmup != "auto":
-            return self.ema.warmup
-        # Warm-up would forget an average that comes from the checkpoint at once.
-        return self.ema.init == "model" and (self.model.init == "checkpoint" or self.adapter.type != "none")
-
-    def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
-        """[experts] as it is for the images of a dataset."""
-        return self.experts.model_copy(update=dict(dataset.experts))
-
-    def dataset_groups(self) -> list[list[int]]:
-        """Numbers of the datasets, those with the same [experts] together."""
-        groups: dict[str, list[int]] = {}
-        for number, dataset in enumerate(self._datasets):
-            groups.setdefault(self.experts_of(dataset).model_dump_json(), []).append(number)
-        return list(groups.values())
-
-    def limited_to(self, numbers: Sequence[int]) -> "RunConfig":
-        """The run over one of `dataset_groups`, with the [experts] of those datasets."""
-        datasets = [self._datasets[number] for number in numbers]
-        limited = self.model_copy(update={"experts": self.experts_of(datasets[0])})
-        limited._datasets = datasets
-        return limited
-
-    def set_keys(self) -> list[str]:
-        """Keys that a person set, in the file or on the command line."""
-        return [key for key, origin in self._origins.items() if origin in ("file", "cli")]
-
-    def get(self, key: str) -> Any:
-        """Value of a dotted key."""
-        section, _, name = key.rpartition(".")
-        owner = getattr(self, section) if section else self
-        return None if owner is None else getattr(owner, {"from": "from_"}.get(name, name))
-
-    def require(self, architecture: str | None) -> None:
-        """Refuse a run of another family; None accepts all.
-
-        Raises:
-            ConfigError: naming both families.
-        """
-        from musubi_tuner.models.registry import MODELS
-
-        if architecture is not None and MODELS[architecture].code != self.spec.code:
-            raise ConfigError(
-                f"{self._path}: model.arch is {self.spec.full_name}, this command is for {MODELS[architecture].full_name}"
-            )
-
-    def locate(self, text: str) -> Path:
-        """A path of the file, found as `paths.locate` says."""
-        return locate(text, self._path)
-
-    @property
-    def output_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.run.output_dir).expanduser()
 
 
 def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConfig:
@@ -190,8 +88,6 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
         config._tables, config._origins = tables, origins
-        from musubi_tuner.config.rules import validate
-
         problems += validate(config)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
@@ -200,56 +96,12 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     return config
 
 
-_BACKSLASH = "in double quotes a backslash begins an escape: write Windows paths in 'single quotes'"
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        ConfigError: if it is missing or not TOML; names the line, and single quotes for Windows paths.
-    """
-    try:
-        text = read_text(path, ConfigError)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; run `python train.py` to list the run files here") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, expected a TOML file") from None
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        advice = ""
-        if "\\" in text and ("escape" in str(error) or "hex" in str(error)):
-            advice = f"; {_BACKSLASH}"
-        elif re.search(r"=\s*[\[{]?\s*[\u201c-\u201f\u2018-\u201b\u00ab]", text):
-            advice = "; write straight quotes, not those of a word processor"
-        raise ConfigError(f"{path}: not valid TOML: {error}{advice}") from error
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
-    # Escapes that TOML knows: "C:\\temp" is a path with a tab.
-    eaten = next((value for value in _texts(document) if re.match("[A-Za-z]:[\b\t\n\f\r]", value)), None)
-    if eaten is not None:
-        raise ConfigError(f"{path}: {eaten!r} was written as a path; {_BACKSLASH}")
-    return document
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts of a document, whatever tables and lists they are in."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
 def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":
     """Read another tool's option file.
 
     Raises:
         ConfigError: if it is none that can be read.
     """
-    from musubi_tuner.config.importers import import_musubi, looks_flat
-
     tool = looks_flat(document)
     if tool == "musubi":
         return import_musubi(document, lambda text: locate(text, path))
@@ -315,14 +167,10 @@ def _collect(
 
 def _foreign_keys() -> list[Mapping[str, Any]]:
     """Keys of other trainers that a family explains."""
-    from musubi_tuner.models.registry import MODELS
-
     return [MODELS[code].foreign_keys for code in MODELS]
 
 
 def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpec | None:
-    from musubi_tuner.models.registry import MODELS, RESERVED
-
     model = values.get("model")
     arch = model.get("arch") if isinstance(model, dict) else None
     if not isinstance(arch, str):

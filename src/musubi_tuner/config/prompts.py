@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.load import RunConfig, read_toml
+from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import read_text
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import tomli_w
 
-from musubi_tuner.config.load import RunConfig
+from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.schema import Section, parameters, section_classes
 
 

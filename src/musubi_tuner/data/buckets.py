@@ -10,6 +10,7 @@ Source: musubi-tuner's rules, in specs of this project; files made there have th
 from dataclasses import dataclass
 
 from musubi_tuner.errors import ConfigError, DataError
+from musubi_tuner.models.registry import MODELS, RESERVED_STEPS
 
 Size = tuple[int, int]
 
@@ -25,8 +26,6 @@ def default_step(architecture: str) -> int:
     Raises:
         ConfigError: for an unknown code.
     """
-    from musubi_tuner.models.registry import MODELS, RESERVED_STEPS
-
     if architecture in MODELS:
         return MODELS[architecture].pixel_step
     if architecture in RESERVED_STEPS:
@@ -133,18 +132,3 @@ class BucketSelector:
             return bucket
         ratio = width / height
         return min(self.bucket_resolutions, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
-
-
-def free_bucket(image: Size, area: int, step: int) -> Size:
-    """The size of about ``area`` pixels that keeps the ratio of an image best; not bound to a list.
-
-    Raises:
-        DataError: if no size with positive sides exists.
-    """
-    ratio = image[0] / image[1]
-    base = floor_to(int((area * ratio) ** 0.5), step)
-    candidates = [(w, floor_to(area // w, step)) for w in (base + i * step for i in range(-2, 3)) if w > 0]
-    candidates = [(w, h) for w, h in candidates if h > 0]
-    if not candidates:
-        raise DataError(f"image of {image[0]}x{image[1]} has no size of {area} pixels in steps of {step}")
-    return min(candidates, key=lambda size: abs(size[0] / size[1] - ratio))

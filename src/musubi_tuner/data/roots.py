@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.caching.file_format import read_header
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import write_json
+from musubi_tuner.headers import read_header
 from musubi_tuner.stamps import hash_file
 
 NAME = "cache.json"

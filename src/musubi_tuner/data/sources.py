@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+from tqdm import tqdm
+
 from musubi_tuner.config.datasets import KEPT, DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
 from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
@@ -506,6 +508,4 @@ def _with_progress(entries: list[_Entry], name: str) -> Iterable[_Entry]:
     """A bar for large folders only: measuring 5,000 images takes about a second."""
     if len(entries) < 5000:
         return entries
-    from tqdm import tqdm
-
     return tqdm(entries, desc=f"measuring {name}", unit="image", leave=False)

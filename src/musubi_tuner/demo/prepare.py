@@ -9,19 +9,26 @@
 They are saved in the layouts in which real encoders come, and the run loads them like those.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.data.images import open_image, to_array
 from musubi_tuner.demo.pictures import vocabulary, write_dataset
 from musubi_tuner.demo.recipe import MANIFEST, demo_folder, expected_manifest, made_paths, pictures_folder
+from musubi_tuner.device import set_threads
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
-from musubi_tuner.files import folder_lock, write_json
-from musubi_tuner.runner.parent import die_with_parent
+from musubi_tuner.files import folder_lock, replace_file, write_json, write_text
+from musubi_tuner.parent import die_with_parent
+from musubi_tuner.quiet import quiet_progress
+from musubi_tuner.randomness import seed_layers
 from musubi_tuner.stopping import exit_on_terminate
 
 FIT_PICTURES = 384
@@ -48,11 +55,6 @@ def _main(arguments: Sequence[str]) -> int:
 
 def prepare(config: RunConfig) -> None:
     """Make everything that is missing."""
-    from tqdm import tqdm
-
-    from musubi_tuner.device import set_threads
-    from musubi_tuner.quiet import quiet_progress
-
     demo, folder = config.demo, demo_folder(config)
     assert demo is not None
     paths, pictures = made_paths(config), pictures_folder(config)
@@ -84,18 +86,13 @@ def _pixels(config: RunConfig) -> Any:
     """The first pictures as [N, 3, H, W] in [-1, 1]."""
     import torch
 
-    from musubi_tuner.data.images import open_image, to_array
-
     files = sorted(pictures_folder(config).glob("*.png"))[:FIT_PICTURES]
     arrays = [torch.from_numpy(to_array(open_image(path)).copy()) for path in files]
     return torch.stack(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _save_linear(config: RunConfig, path: Path, channels: int) -> None:
-    import json
-
     from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
-    from musubi_tuner.files import replace_file, write_text
     from musubi_tuner.tensors import save_tensors
 
     model = LinearPatchAutoencoder.fit(_pixels(config), LinearPatchConfig(latent_channels=channels))
@@ -138,8 +135,6 @@ def word_tokenizer(words: Sequence[str], begin: str | None, end: str, pad: str, 
 
 
 def _seed(config: RunConfig, key: str) -> None:
-    from musubi_tuner.randomness import seed_layers
-
     assert config.demo is not None
     seed_layers(config.demo.seed, "demo encoder", key)
 
@@ -222,7 +217,6 @@ def _make_overlay(config: RunConfig, path: Path, key: str) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from musubi_tuner.files import replace_file
     from musubi_tuner.tensors import save_tensors
 
     _seed(config, key)

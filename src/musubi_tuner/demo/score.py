@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
@@ -22,9 +23,11 @@ from musubi_tuner.demo.checker import check, score
 from musubi_tuner.demo.pictures import Combination, combinations, held_out
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_json
+from musubi_tuner.parent import die_with_parent
 from musubi_tuner.randomness import keyed_random
-from musubi_tuner.runner.parent import die_with_parent
 from musubi_tuner.stopping import exit_on_terminate
+from musubi_tuner.training.curves import plot_losses, read_rows
+from musubi_tuner.training.metrics import FILE
 
 NAMES = ("colour", "background", "position", "shape", "all", "unseen_all")
 
@@ -68,9 +71,7 @@ def scored_prompts(config: RunConfig) -> tuple[list[Combination], set[Combinatio
 
 def score_run(config: RunConfig) -> dict[str, Any]:
     """Draw, check and write the files; returns the content of accuracy.json."""
-    from musubi_tuner.training.curves import plot_losses, read_rows
     from musubi_tuner.training.generate import Generator
-    from musubi_tuner.training.metrics import FILE
 
     begun = time.perf_counter()
     demo = config.demo
@@ -92,8 +93,6 @@ def _contact_sheet(
     path: Path, pictures: Sequence[np.ndarray], wanted: Sequence[Combination], unseen: set[Combination]
 ) -> None:
     """All pictures, 12 in a row, enlarged twice, with captions below; what the checker finds wrong is red."""
-    from PIL import Image, ImageDraw, ImageFont
-
     from musubi_tuner.training.sampling import save_png
 
     columns, margin, text_height = 12, 8, 42

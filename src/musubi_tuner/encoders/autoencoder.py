@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
-from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.weights.sources import fits, materialize, on_meta, read_source
 
 FLUX_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",

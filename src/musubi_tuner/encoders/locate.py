@@ -7,6 +7,7 @@ by path and quick state (`stamps`).
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import read_json, write_json
-from musubi_tuner.models.hub import LOCAL_ONLY
 from musubi_tuner.stamps import agrees, hash_file, hashed_state, quick_state
+from musubi_tuner.weights.hub import LOCAL_ONLY
 
 _HUB_PATTERNS = (
     "*.json",
@@ -220,7 +221,5 @@ def file_sha256(path: Path, *, full: bool = False) -> str:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, {"path": str(path), **state})
         except OSError as error:
-            import logging
-
             logging.getLogger(__name__).warning("cannot remember file hashes in %s (%s)", memory.parent, error.strerror)
     return str(state["sha256"])

@@ -18,7 +18,7 @@ Across layers: plain means; clustering = 1 - entropy; the map is divided by its 
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from musubi_tuner.encoders.weights import materialize, on_meta, read_source
 from musubi_tuner.errors import CacheError, CheckpointError
-from musubi_tuner.models.checkpoints import read_weights, strip_wrappers
+from musubi_tuner.weights.checkpoints import read_weights, strip_wrappers
+from musubi_tuner.weights.sources import materialize, on_meta, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -106,30 +106,6 @@ def grid_distance(grid: tuple[int, int], first: int, count: int, device: torch.d
     rows, columns = (index // width).float(), (index % width).float()
     chosen = slice(first, first + count)
     return torch.sqrt((rows[chosen, None] - rows[None]).square() + (columns[chosen, None] - columns[None]).square())
-
-
-def reduce_attention(
-    layers: Iterable[tuple[Tensor, tuple[int, int]]], batch: int, size: int = MAP_SIZE
-) -> tuple[Tensor, Tensor]:
-    """Sol statistics from whole attention tensors; the streaming processor gives the same numbers.
-
-    Args:
-        layers: (probabilities [B, heads, n, n], grid); those of another batch, or whose grid is not n, are ignored.
-
-    Returns:
-        Stats [B, 3] and map [B, size, size].
-
-    Raises:
-        CacheError: if no layer is valid.
-    """
-    sums = []
-    for probabilities, grid in layers:
-        if probabilities.shape[0] != batch or grid[0] * grid[1] != probabilities.shape[-1]:
-            continue
-        layer = LayerSums.empty(batch, grid, probabilities.device)
-        layer.add(probabilities, 0)
-        sums.append(layer)
-    return combine_layers(sums, size)
 
 
 def combine_layers(layers: Sequence[LayerSums], size: int = MAP_SIZE) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from musubi_tuner.encoders.locate import find_tokenizer
 from musubi_tuner.encoders.tokens import CLIP_TOKENS
-from musubi_tuner.encoders.weights import fits, materialize, on_meta, read_source
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import encodable
-from musubi_tuner.models.stored import StoredWeight, read_stored
+from musubi_tuner.memory.frozen_linear import FrozenLinear
+from musubi_tuner.weights.sources import fits, materialize, on_meta, read_source
+from musubi_tuner.weights.stored import StoredWeight, read_stored
 
 CLIP_L_CONFIG: dict[str, Any] = {
     "vocab_size": 49408,
@@ -259,8 +260,6 @@ def load_t5(
 
 def _store_fp8(module: Any, stored: dict[str, StoredWeight]) -> None:
     """Replace the Linear layers of a T5 encoder by fp8 ones."""
-    from musubi_tuner.memory.frozen_linear import FrozenLinear
-
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
     for name, layer in layers.items():
         weight = stored.get(f"{name}.weight")

@@ -3,6 +3,7 @@
 Only the tokenizers are opened, so that the plan can say it before anything is encoded.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,8 +109,6 @@ def _unknown_id(tokenizer: "Tokenizer") -> int | None:
     token = getattr(model, "unk_token", None)
     if token is not None:
         return tokenizer.token_to_id(token)
-    import json
-
     stated = json.loads(tokenizer.to_str())["model"].get("unk_id")  # a Unigram model does not show it otherwise
     return None if stated is None else int(stated)
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.flow.timesteps import flux_shift
+
 QUANTILE_MARGIN = 1e-7
 TABLE = 1000
 """Entries of the discrete noise table of the ``sigma`` mode."""
@@ -196,8 +198,6 @@ def density(u_B: Tensor, settings: NoiseSettings) -> Tensor:
 
 
 def _table_levels(u_B: Tensor, settings: NoiseSettings) -> Tensor:
-    from musubi_tuner.flow.timesteps import flux_shift
-
     place = density(u_B, settings)
     if settings.upstream_sigma:
         low, high = settings.low * TABLE, settings.high * TABLE
@@ -233,7 +233,5 @@ def sampling_schedule(steps: int, *, shift: float | None = None, tokens: int | N
     Args:
         shift: factor of the shift; 1 = linear. tokens: image tokens, from which the shift follows when it is not given.
     """
-    from musubi_tuner.flow.timesteps import flux_shift
-
     factor = shift if shift is not None else math.exp(line(tokens)) if tokens is not None else 1.0
     return flux_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), factor).tolist()

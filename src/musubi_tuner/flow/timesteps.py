@@ -40,22 +40,18 @@ def sample_timesteps(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     shift: float = 1.0,
-    sigmoid_scale: float = 1.0,
-    size: tuple[int, int] = (128, 128),
 ) -> Tensor:
     """Turn random draws into training times.
 
     Args:
         draws_B: standard normal draws for ``logit_normal``; uniform draws in [0, 1] for ``uniform`` and
             ``stratified`` (where draw i lands in slice i; permute the result, or the strata follow the sample order).
-        method: ``logit_normal``, ``uniform`` or ``stratified``; or a mode of musubi-tuner (see noise_levels), which takes
-            uniform draws and gives noise levels.
+        method: ``logit_normal``, ``uniform`` or ``stratified``.
         logit_mean, logit_std: of the normal under the sigmoid.
         shift: factor of `flux_shift`, applied last.
-        sigmoid_scale, size: of musubi-tuner's modes; rows and columns of the latent.
 
     Returns:
-        [B] float32 in [1e-4, 1 - 1e-4] (musubi-tuner's modes: in [0, 1]). Never cast it to bfloat16: that rounds 1 - 1e-4 to 1.
+        [B] float32 in [1e-4, 1 - 1e-4]. Never cast it to bfloat16: that rounds 1 - 1e-4 to 1.
 
     Raises:
         ValueError: for an unknown method.
@@ -67,15 +63,7 @@ def sample_timesteps(
     elif method == "stratified":
         x = stratify(draws_B)
     else:
-        from musubi_tuner.flow.noise_levels import MODES, NoiseSettings, sample_noise_levels
-
-        if method not in MODES:
-            known = dict.fromkeys(("logit_normal", "uniform", "stratified", *MODES))
-            raise ValueError(f"unknown timestep method '{method}'; known: {', '.join(known)}")
-        settings = NoiseSettings(
-            mode=method, sigmoid_scale=sigmoid_scale, shift=shift, logit_mean=logit_mean, logit_std=logit_std
-        )
-        return sample_noise_levels(draws_B, settings, height=size[0], width=size[1])
+        raise ValueError(f"unknown timestep method '{method}'; known: logit_normal, uniform, stratified")
     return flux_shift(x, shift).clamp(TIME_MARGIN, 1 - TIME_MARGIN)
 
 

@@ -1,8 +1,6 @@
-"""The one order in which a frozen model is made to fit.
+"""How a model is made to fit: compile blocks -> checkpoint -> swap. What comes before it is in `assemble`.
 
-    build (meta) -> load: merge adapters, store weight by weight -> attach adapters -> compile blocks -> checkpoint -> swap
-
-A weight is stored as it is loaded, so its merge comes first. Checkpointing wraps the compiled block, and swapping that: the
+Checkpointing wraps the compiled block, and swapping that: the
 recomputation must happen while the block's weights are there, and neither belongs into compiled code.
 """
 
@@ -16,13 +14,13 @@ from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.config.swap import swapped_counts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload
+from musubi_tuner.memory.attention import use_attention
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compiling import check_backend, check_compiler, check_float8, compile_blocks
 from musubi_tuner.memory.fp8_compute import compute_in_fp8, require_fp8
 from musubi_tuner.memory.storage import Freeze
 from musubi_tuner.memory.transfer import transfer_for
-from musubi_tuner.models.layers import use_attention
 from musubi_tuner.models.spec import ModelSpec
 
 

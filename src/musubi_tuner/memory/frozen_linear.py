@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.memory.fp8_product import FP8_MAX, SCALE_FLOOR, TracedProduct, scaled_gradient, scaled_product
-from musubi_tuner.models.stored import StoredWeight, dequantize, is_fp8
+from musubi_tuner.weights.stored import StoredWeight, dequantize, is_fp8
 
 Storage = Literal["plain", "fp8", "fp8_scaled", "int8", "nf4"]
 Scale = Literal["tensor", "row", "block"]

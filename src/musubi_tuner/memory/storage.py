@@ -6,14 +6,15 @@ Neither host nor device ever holds the model in its compute dtype beside the sto
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Scale, Storage
-from musubi_tuner.models.checkpoints import check_keys
-from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.units import format_bytes
+from musubi_tuner.weights.checkpoints import check_keys
+from musubi_tuner.weights.stored import StoredWeight
 
 Merge = Callable[[str, Tensor], Tensor]
 """Layer path and its weight in float32 -> the weight with adapters merged into it."""
@@ -41,6 +42,35 @@ class Freeze:
         if self.storage != "plain" and re.fullmatch(self.quantized, path):
             return self.storage
         return "plain" if self.plain is not None and re.fullmatch(self.plain, path) else None
+
+
+class Merges(Protocol):
+    """Adapters that are merged into weights while these are loaded."""
+
+    changed: set[str]
+    """Paths of the layers that it has changed."""
+
+    def __call__(self, path: str, weight: Tensor) -> Tensor:
+        """The weight of a layer in float32 with all changes; the very same tensor if it has none."""
+
+    def notes(self) -> list[str]:
+        """What was merged, for the person."""
+
+
+@dataclass(frozen=True)
+class Storing:
+    """What happens to the weights of a frozen model while they are loaded.
+
+    Attributes:
+        freeze: form of its Linear layers; None = they stay ordinary ones. merges: None = nothing is merged.
+    """
+
+    freeze: Freeze | None = None
+    merges: Merges | None = None
+
+    def notes(self) -> list[str]:
+        """What was merged, for the person."""
+        return self.merges.notes() if self.merges else []
 
 
 def place_weights(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.importers.report import Imported
     from musubi_tuner.data.batch import Batch
-    from musubi_tuner.models.checkpoints import WeightFile
+    from musubi_tuner.memory.storage import Storing
     from musubi_tuner.models.foreign_caches import ForeignCaches
+    from musubi_tuner.weights.checkpoints import WeightFile
 
 
 class Geometry(Protocol):
@@ -169,8 +170,11 @@ class Process(Protocol):
 class Family(Protocol):
     """What a family does for training, caching, drawing and the tools."""
 
-    def load_for_training(self, config: "RunConfig") -> Trainee:
-        """Load or create the model of a run.
+    def load_for_training(self, config: "RunConfig", storing: "Storing") -> Trainee:
+        """Load or create the model of a run, in main memory.
+
+        Args:
+            storing: what happens to its weights meanwhile.
 
         Raises:
             CheckpointError: if the checkpoint holds another model.
@@ -210,7 +214,7 @@ class Family(Protocol):
             CheckpointError: if there is none, or it is of another family.
         """
 
-    def load_for_run(self, file: "WeightFile", config: "RunConfig") -> "nn.Module":
+    def load_for_run(self, file: "WeightFile", config: "RunConfig", storing: "Storing") -> "nn.Module":
         """A checkpoint as a run computes with it, what it merges included."""
 
     def open_base(self, config: "RunConfig") -> "WeightFile":

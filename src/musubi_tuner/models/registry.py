@@ -5,7 +5,7 @@ To add a family, write its folder and add one line to `FAMILIES`.
 
 from collections.abc import Iterator, Mapping
 
-from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.models.spec import ModelSpec, resolve
 
 FAMILIES: dict[str, str] = {
     "tf": "musubi_tuner.models.tinyflux.options:SPEC",
@@ -33,8 +33,6 @@ class Registry(Mapping[str, ModelSpec]):
     def __getitem__(self, name: str) -> ModelSpec:
         if name in self._families:
             if name not in self._loaded:
-                from musubi_tuner.models.spec import resolve
-
                 self._loaded[name] = resolve(self._families[name])
             return self._loaded[name]
         for code in self._families:

@@ -8,25 +8,36 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.config.command_line import Parser, secret_environment, settings_help, split_overrides
+from musubi_tuner.config import RunConfig, Steps, load_config
+from musubi_tuner.config.command_line import (
+    Parser,
+    override_arguments,
+    secret_environment,
+    settings_help,
+    split_overrides,
+)
 from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.paths import is_hub_id, is_published
+from musubi_tuner.device import choose_device, with_precision
 from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, run_command
-from musubi_tuner.files import read_text
-from musubi_tuner.runner.parent import die_with_parent, has_parent_pipe
+from musubi_tuner.files import folder_lock, read_text
+from musubi_tuner.parent import die_with_parent, has_parent_pipe
+from musubi_tuner.runner.processes import rank_environments, run_child, run_children
 from musubi_tuner.stopping import exit_on_terminate
+from musubi_tuner.weights.hub import local_only
 
 if TYPE_CHECKING:
-    from musubi_tuner.runner.plan import Plan
+    from musubi_tuner.data.sources import Item
+    from musubi_tuner.planning.plan import Plan
+    from musubi_tuner.training.ranks import Ranks
 
 _DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
 Run the same command again to continue."""
-
-_PLANNED = "MUSUBI_PLANNED"
-"""Variable that tells the processes of a run that the plan of its memory is printed: its number of swapped blocks."""
 
 
 def main(arguments: Sequence[str] | None = None, *, architecture: str | None = None) -> int:
@@ -85,8 +96,6 @@ def _resolved(config: RunConfig) -> RunConfig:
     """The config with what only this machine can say; torch is imported for it."""
     if config.train.mixed_precision != "auto":
         return config
-    from musubi_tuner.device import with_precision
-
     return with_precision(config)
 
 
@@ -102,8 +111,6 @@ def refuse_upstream() -> None:
     Raises:
         ConfigError: saying which to remove.
     """
-    from importlib.metadata import PackageNotFoundError, distribution
-
     try:
         other = distribution("musubi-tuner")
     except PackageNotFoundError:
@@ -151,7 +158,7 @@ class Runner:
             code = self._prepare_demo()
             if code or (options.plan and not self._demo_is_ready()):
                 return code
-        from musubi_tuner.runner.plan import describe, make_plan
+        from musubi_tuner.planning.plan import describe, make_plan
 
         encode = config.cache.run != "never" and not options.skip_cache
         download = encode and not options.plan
@@ -169,37 +176,39 @@ class Runner:
         refuse_second_branch(config)
         if plan.due and not encode and not options.skip_cache:
             self._refuse_due(plan.due)
-        planned = None if options.cache_only else self._plan_memory(plan)
+        settled = None if options.cache_only else self._plan_memory(plan)
         for kind in plan.due if encode else ():
             code = self._stage(["-m", "musubi_tuner.caching", kind])
             if code:
                 return code
         if options.cache_only:
             return EXIT_OK
-        code = self._train(plan.found.items, planned)
+        if settled is None:
+            settled = self._plan_memory(plan, last=True)  # the checkpoint may be fetched now
+        code = self._train(settled, plan.found.items)
         return code or self._score_demo()
 
-    def _plan_memory(self, plan: "Plan") -> int | None:
+    def _plan_memory(self, plan: "Plan", last: bool = False) -> RunConfig | None:
         """Print what the run needs of memory, disk and time, where the model's shape is known without a download.
 
+        Args:
+            last: training is next, so the checkpoint may be downloaded, and no cache is missing.
+
         Returns:
-            The number of swapped blocks that it was printed for; None if it was not.
+            The config with a number of swapped blocks; None if the model's shape is not known yet.
 
         Raises:
             ConfigError: if this machine lacks what [memory] asks for, or "auto" finds no number of blocks that fits.
         """
-        from musubi_tuner.config.paths import is_hub_id, is_published
-        from musubi_tuner.device import choose_device
-        from musubi_tuner.memory.estimate import resolve_swap
-        from musubi_tuner.memory.report import estimate_lines
-        from musubi_tuner.models.hub import local_only
-        from musubi_tuner.runner.probe import probe
+        from musubi_tuner.planning.estimate import resolve_swap
+        from musubi_tuner.planning.probe import probe
+        from musubi_tuner.planning.report import estimate_lines
 
         device = choose_device(self.config.run.device)
         machine = probe(self.config, self.overrides, self.processes, device)
         path, items = self.config.model.path, plan.found.items
-        with local_only():
-            if path is not None and (is_hub_id(path) or is_published(path)):
+        with local_only() if not last else nullcontext():
+            if not last and path is not None and (is_hub_id(path) or is_published(path)):
                 try:
                     self.config.spec.family.plan_model(self.config)
                 except CheckpointError:
@@ -209,11 +218,17 @@ class Runner:
                     return None
             config, chosen = resolve_swap(self.config, items, machine.free)
             lines = estimate_lines(
-                config, items, plan.steps, device, machine.free, self.processes, machine.rates, plan.missing
+                config,
+                items,
+                plan.steps,
+                device,
+                machine.free,
+                self.processes,
+                machine.rates,
+                {} if last else plan.missing,
             )
         print("\n".join([*lines, *([chosen] if chosen else [])]), flush=True)
-        assert isinstance(config.memory.blocks_to_swap, int)
-        return config.memory.blocks_to_swap
+        return config
 
     def _score_demo(self) -> int:
         """Score a finished demo that has no score yet."""
@@ -222,8 +237,6 @@ class Runner:
         return self._stage(["-m", "musubi_tuner.demo.score"])
 
     def _stage(self, arguments: list[str], environment: dict[str, str] | None = None) -> int:
-        from musubi_tuner.runner.stages import override_arguments, run_child
-
         words = [*arguments, str(self.config.path), *override_arguments(self.overrides)]
         return run_child(words, {**(environment or {}), **secret_environment(self.overrides)})
 
@@ -260,7 +273,6 @@ class Runner:
 
     def _tidy(self) -> None:
         """Clear up behind a start that was killed after its last checkpoint was listed."""
-        from musubi_tuner.files import folder_lock
         from musubi_tuner.training.checkpoint import tidy
 
         folder, save = self.config.output_dir, self.config.save
@@ -287,25 +299,25 @@ class Runner:
                 "anew in a new folder, or take the changes back:\n  " + "\n  ".join(differences)
             )
 
-    def _train(self, items: list[Any], planned: int | None) -> int:
+    def _train(self, config: "RunConfig | None", items: list[Any]) -> int:
+        assert config is not None
         if self.processes > 1:
-            return self._launch(planned)
+            return self._launch(config)
         from musubi_tuner.training.loop import train
 
-        train(self.config, items, planned)
+        train(config, items)
         return EXIT_OK
 
-    def _launch(self, planned: int | None) -> int:
+    def _launch(self, config: RunConfig) -> int:
         """Train in several processes."""
-        from musubi_tuner.device import choose_device
-        from musubi_tuner.runner.launch import rank_environments
-        from musubi_tuner.runner.stages import override_arguments, run_children
-
         gpu = choose_device(self.config.run.device).type == "cuda"
         ranks = rank_environments(self.processes, self.config.distributed.main_process_port, gpu)
-        told = secret_environment(self.overrides) | ({} if planned is None else {_PLANNED: str(planned)})
-        words = [str(self.config.path), *override_arguments(self.overrides)]
-        return run_children(["-m", "musubi_tuner.runner", "--skip_cache", *words], [{**rank, **told} for rank in ranks])
+        overrides = {**self.overrides, "memory.blocks_to_swap": config.memory.blocks_to_swap}
+        words = [str(config.path), *override_arguments(overrides)]
+        secrets = secret_environment(overrides)
+        return run_children(
+            ["-m", "musubi_tuner.runner", "--skip_cache", *words], [{**rank, **secrets} for rank in ranks]
+        )
 
 
 def run_beside_agent() -> int:
@@ -314,8 +326,6 @@ def run_beside_agent() -> int:
     The agent of `accelerate launch` and torchrun kills its processes 30 seconds after a signal. It then kills this one, and the
     child goes on until its state is written.
     """
-    from musubi_tuner.runner.stages import run_child
-
     return run_child(sys.orig_argv[1:])
 
 
@@ -326,7 +336,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
     if skip_cache:
         items = scan(config.datasets, config.spec.code).items
     else:
-        from musubi_tuner.runner.plan import describe, make_plan
+        from musubi_tuner.planning.plan import describe, make_plan
 
         plan = make_plan(config, processes, download=False, encodes=False)
         if plan.due:
@@ -337,6 +347,22 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
         items = plan.found.items
     from musubi_tuner.training.loop import train
 
-    planned = os.environ.get(_PLANNED)
-    train(config, items, None if planned is None else int(planned))
+    is_settled = skip_cache and config.memory.blocks_to_swap != "auto"
+    train(config, items, None if is_settled else lambda *given: _settle(items, *given))
     return EXIT_OK
+
+
+def _settle(items: "list[Item]", config: RunConfig, steps: Steps, ranks: "Ranks") -> RunConfig:
+    """Replace ``blocks_to_swap = "auto"`` by a number, the same on all ranks, and print what the run needs of memory."""
+    import torch
+
+    from musubi_tuner.planning.estimate import resolve_swap
+    from musubi_tuner.planning.report import estimate_lines
+
+    # The rank that has least memory decides.
+    free = ranks.least(torch.cuda.mem_get_info(ranks.device)[0]) if ranks.device.type == "cuda" else None
+    config, chosen = resolve_swap(config, items, free)
+    if ranks.main:
+        lines = estimate_lines(config, items, steps, ranks.device, free, ranks.count)
+        print("\n".join([*lines, *([chosen] if chosen else [])]), flush=True)
+    return config

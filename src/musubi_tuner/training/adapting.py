@@ -1,11 +1,10 @@
-"""Adapters in a run: what they start from, and what their files say about it."""
+"""What the adapter files of a run say about it."""
 
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,60 +12,10 @@ import torch
 from musubi_tuner import __version__
 from musubi_tuner.adapters.attach import (
     AdapterSet,
-    attach,
-    layer_settings,
-    make_adapters,
-    plan_adapters,
-    target_paths,
 )
-from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.write import resolved_toml
-
-
-def prepare_adapters(model: torch.nn.Module, config: RunConfig) -> tuple[AdapterSet, list[str]]:
-    """Make, load and attach the adapters of a run; the model is frozen. Files to merge are in its weights already.
-
-    Returns:
-        The adapters, and lines for the person.
-
-    Raises:
-        CheckpointError: if a file does not fit. ConfigError: if no layer is left to adapt.
-    """
-    settings, spec = config.adapter, config.spec
-    model.requires_grad_(False)
-    lines = []
-    paths = target_paths(model, spec.adapters)
-    given: dict[str, torch.Tensor] = {}
-    if settings.init_from is not None:
-        file = read_adapter(config.locate(settings.init_from), spec)
-        file.check_padding(config, "adapter.init_from")
-        given = file.tensors
-        lines.append(f"starting from {file.path.name}{file.remarks}")
-    if settings.rank_from_weights:
-        plans = [
-            replace(plan, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)
-            for plan in plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
-            for own, _ in [layer_settings(plan.path, settings)]
-        ]
-    else:
-        plans = plan_adapters(paths, spec.adapters, settings)
-    adapters = make_adapters(model, plans, settings, config.run.seed)
-    if given:
-        wanted = {plan.path: plan.alpha for plan in plans}
-        load_adapter(adapters, given, f"adapter.init_from: {settings.init_from}")
-        changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path]) > 1e-6]
-        if changed:
-            lines.append(
-                f"note: alpha is that of the file, not of adapter.alpha, for {len(changed)} layers ({changed[0]}, ...)"
-            )
-    attach(model, adapters)
-    count = sum(parameter.numel() for parameter in adapters.parameters())
-    ranks = sorted({plan.rank for plan in plans})
-    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    lines.append(f"adapter: LoRA of {text} on {len(plans)} layers, {count:,} parameters; the model is frozen")
-    return adapters, lines
 
 
 def adapter_metadata(

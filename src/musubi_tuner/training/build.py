@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from musubi_tuner.assemble import fit_to_device, load_trainee
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
@@ -20,12 +21,9 @@ from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import write_text
 from musubi_tuner.memory.block_swap import BlockSwap
-from musubi_tuner.memory.compose import check_machine, compose_memory
-from musubi_tuner.memory.estimate import resolve_swap
-from musubi_tuner.memory.report import estimate_lines
+from musubi_tuner.memory.compose import check_machine
 from musubi_tuner.models.family import Trainee
 from musubi_tuner.precision import COMPUTE_DTYPES
-from musubi_tuner.training.adapting import prepare_adapters
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
     Best,
@@ -56,7 +54,6 @@ from musubi_tuner.training.task import FlowTask, Position, Task
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
 from musubi_tuner.training.window import EpochLoss, Window
-from musubi_tuner.units import format_bytes
 
 
 @dataclass
@@ -110,12 +107,16 @@ class Run:
         return COMPUTE_DTYPES[self.config.train.mixed_precision]
 
 
-def build_run(config: RunConfig, items: list[Item], ranks: Ranks, planned: int | None = None) -> Run:
+Settle = Callable[[RunConfig, Steps, Ranks], RunConfig]
+"""Replaces what a config leaves to the machine, such as a number of swapped blocks; all ranks call it together."""
+
+
+def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle | None = None) -> Run:
     """Load the model and everything around it, and go on where a state left off.
 
     Args:
         items: of all data sets, whose caches are complete.
-        planned: number of swapped blocks with which the plan of memory and disk was printed already; None = it was not.
+        settle: absent = the config leaves nothing open.
 
     Raises:
         ConfigError: if this machine, the caches or a state do not go with the config.
@@ -130,13 +131,16 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, planned: int |
     steps = count_steps(config, trained, ranks.count)
     found = _find_state(config)
     config = as_begun(config, found[1]["config"] if found else None)
-    config = _settle_memory(config, items, steps, ranks, kernels, planned)
+    _check_machine(config, ranks, kernels)
+    config = settle(config, steps, ranks) if settle else config
     prompts = prepare_prompts(config, ranks)
     ranks.wait()
-    trainee = config.spec.family.load_for_training(config)
+    trainee = load_trainee(config, ranks.device)
     check_caches(config, trainee.geometry, [dataset for dataset in (source, measured) if dataset])
     process = config.spec.family.make_process(config, trainee.options)
-    module, swap = _prepare_model(trainee, config, ranks)
+    module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
+    if ranks.main and lines:
+        print("\n".join(lines))
     role = _make_role(trainee, module, swap, config, steps, ranks)
     validator = None
     if measured is not None:
@@ -261,13 +265,9 @@ def _open_caches(
     return CachedDataset(config, trained, kinds), measured
 
 
-def _settle_memory(
-    config: RunConfig, items: list[Item], steps: Steps, ranks: Ranks, kernels: str | None, planned: int | None
-) -> RunConfig:
-    """Check the machine, replace ``blocks_to_swap = "auto"`` by a number, and print what the plan did not say."""
+def _check_machine(config: RunConfig, ranks: Ranks, kernels: str | None) -> None:
+    """Check what the config asks of this machine, and say what it does not do well."""
     check_machine(config, ranks.device)
-    # All ranks must choose the same number of blocks: the one that has least memory decides.
-    free = ranks.least(torch.cuda.mem_get_info(ranks.device)[0]) if ranks.device.type == "cuda" else None
     if ranks.main and config.train.mixed_precision == "bf16" and not has_bf16(ranks.device):
         print(
             'warning: this device emulates bfloat16, which takes many times as long as float32; set train.mixed_precision = "no" '
@@ -275,42 +275,8 @@ def _settle_memory(
         )
     if ranks.main and config.ema.on_cpu and ranks.device.type == "cpu":
         print("warning: ema.on_cpu saves nothing here: this device computes in main memory")
-    config, chosen = resolve_swap(config, items, free)
-    lines: list[str] = []
-    if ranks.main and config.memory.blocks_to_swap != planned:
-        lines = estimate_lines(config, items, steps, ranks.device, free, ranks.count)
-        lines += [chosen] if chosen else []
-    lines += [kernels] if kernels else []
-    if ranks.main and lines:
-        print("\n".join(lines), flush=True)
-    return config
-
-
-def _prepare_model(trainee: Trainee, config: RunConfig, ranks: Ranks) -> tuple[nn.Module, BlockSwap | None]:
-    """Bring the model to the device; returns the module that trains, the model itself or its adapters, and the swap."""
-    model, lines = trainee.model, list(trainee.notes)
-    trained: nn.Module = model
-    if config.adapter.type != "none":
-        trained, report = prepare_adapters(model, config)
-        lines += report
-        model.eval()
-    swap, report = compose_memory(model, config.memory, config.spec, ranks.device)
-    lines += report
-    if swap is not None:
-        lists = Counter(block.name.partition(".")[0] for block in swap.streamed)
-        of_lists = ", ".join(f"{count} of {len(getattr(model, name))} {name}" for name, count in lists.items())
-        lines.append(
-            f"swap: {len(swap.streamed)} blocks stay in main memory ({of_lists}; {format_bytes(swap.host_bytes)}"
-            f"{' per process' if ranks.count > 1 else ''}) and pass through {format_bytes(swap.device_bytes)} of device memory"
-        )
-    if ranks.main and lines:
-        print("\n".join(lines))
-    trained.train()
-    for part in trained.modules():
-        # What is frozen computes as it will when it draws; only what trains drops anything out.
-        if not any(parameter.requires_grad for parameter in part.parameters()) and list(part.parameters()):
-            part.eval()
-    return trained, swap
+    if ranks.main and kernels:
+        print(kernels, flush=True)
 
 
 def _make_role(

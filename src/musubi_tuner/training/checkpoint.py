@@ -13,6 +13,7 @@ A state is written beside, flushed and renamed; reading verifies the manifest. O
 are ever removed.
 """
 
+import glob
 import json
 import logging
 import math
@@ -470,8 +471,6 @@ def find_states(folder: Path, run: str) -> list[tuple[int, Path]]:
 
 
 def _glob_escape(text: str) -> str:
-    import glob
-
     return glob.escape(text)
 
 

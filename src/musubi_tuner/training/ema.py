@@ -9,14 +9,17 @@ average would never move. Buffers are constants of the model (rotary frequencies
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.models.checkpoints import read_weights, strip_wrappers
+from musubi_tuner.files import replace_file
+from musubi_tuner.tensors import save_tensors
 from musubi_tuner.training.schedulers import average_decay
+from musubi_tuner.weights.checkpoints import read_weights, strip_wrappers
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -123,10 +126,6 @@ class EMA:
         finally:
             self.restore(model)
 
-    def copy_to(self, model: nn.Module) -> None:
-        """Put the average into the model for good."""
-        unwrap(model).load_state_dict(self.shadow)
-
     def to(self, device: torch.device | str) -> "EMA":
         """Move the shadow."""
         self.shadow = {key: value.to(device) for key, value in self.shadow.items()}
@@ -166,14 +165,6 @@ class EMA:
                 initialized += 1
         return LoadReport(loaded, sum(key not in self.shadow for key in weights), initialized)
 
-    def sync_from_model(self, model: nn.Module, pattern: str | None = None) -> int:
-        """Overwrite the entries whose key contains ``pattern`` (absent = all); returns how many."""
-        state = unwrap(model).state_dict()
-        keys = [key for key in state if key in self.shadow and (pattern is None or pattern in key)]
-        for key in keys:
-            self.shadow[key].copy_(state[key])
-        return len(keys)
-
     def save(self, path: Path) -> None:
         """Write the shadow under the model's keys as safetensors.
 
@@ -182,11 +173,6 @@ class EMA:
         """
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: averages are written as safetensors; give a name that ends so")
-        from functools import partial
-
-        from musubi_tuner.files import replace_file
-        from musubi_tuner.tensors import save_tensors
-
         replace_file(path, partial(save_tensors, {key: value.contiguous() for key, value in self.shadow.items()}))
 
     def load(self, path: Path, device: torch.device | str = "cpu") -> None:

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
+from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
+from musubi_tuner.assemble import storing_of
 from musubi_tuner.caching.jobs import TextEncoders, load_vae
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
+from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.config.swap import most_swapped
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import NoAverageError
 from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of
 from musubi_tuner.memory.storage import freeze_layers
-from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.family import Process
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
+from musubi_tuner.weights.checkpoints import WeightFile
 
 if TYPE_CHECKING:
     from musubi_tuner.adapters.files import AdapterFile
@@ -76,7 +80,7 @@ class Generator:
         else:
             file = _find_weights(config, checkpoint, ema)
         print(f"weights: {file.origin or file.path}")
-        model = spec.family.load_for_run(file, config)
+        model = spec.family.load_for_run(file, config, storing_of(config, device))
         swap = config.memory.blocks_to_swap
         if swap == "auto":
             # Drawing keeps nothing for a backward pass; what does not fit for certain is streamed.
@@ -137,10 +141,6 @@ def use_adapters(
     Args:
         ema: of run folders, take the averaged adapter.
     """
-    from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
-    from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
-    from musubi_tuner.config.schema import AdapterSection
-
     if not adapters:
         return []
     files = [read_adapter(source, spec, ema=ema and Path(source).is_dir()) for source, _ in adapters]

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
@@ -77,8 +79,6 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
         raise ConfigError("\n".join(problems))
     prompts = [_numbered(prompt, number) for prompt in prompts for number in range(options.images_per_prompt)]
     exit_on_terminate()
-    from tqdm import tqdm
-
     from musubi_tuner.training.generate import Generator
     from musubi_tuner.training.sampling import contact_sheet, file_part, picture_text, save_new_png
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from musubi_tuner.errors import keep_secret, mask_secrets
 from musubi_tuner.files import encodable, read_json, temporary_path
-from musubi_tuner.runner.parent import child_environment, die_with_parent
+from musubi_tuner.parent import child_environment, die_with_parent
 
 if TYPE_CHECKING:  # every upload is a start of Python, which need not read the settings again
     from musubi_tuner.config.schema import HubSection

@@ -18,7 +18,7 @@ from musubi_tuner.files import fault_point, folder_lock
 from musubi_tuner.memory.compose import ways_to_save
 from musubi_tuner.stopping import kill_workers
 from musubi_tuner.training import actions
-from musubi_tuner.training.build import Run, build_run
+from musubi_tuner.training.build import Run, Settle, build_run
 from musubi_tuner.training.checkpoint import tidy
 from musubi_tuner.training.due import due_after
 from musubi_tuner.training.ranks import Ranks
@@ -105,11 +105,11 @@ def _answer_signal() -> None:
     tqdm.write("stopping when this update is done and a state is saved; a second signal stops at once, without saving")
 
 
-def train(config: RunConfig, items: list[Item], planned: int | None = None) -> None:
+def train(config: RunConfig, items: list[Item], settle: Settle | None = None) -> None:
     """Train a run whose caches are complete, alone or as one process of several.
 
     Args:
-        planned: see `build_run`.
+        settle: see `build_run`.
 
     Raises:
         Interrupted: when a signal asked to stop. ConfigError, CheckpointError, CacheError, TrainingError: see there.
@@ -133,7 +133,7 @@ def train(config: RunConfig, items: list[Item], planned: int | None = None) -> N
             ),
         )
         with memory, explain_workers(config.train.loader_workers):
-            run = build_run(config, items, ranks, planned)
+            run = build_run(config, items, ranks, settle)
             if run.uploads:
                 stack.callback(run.uploads.finish)
             stop = None

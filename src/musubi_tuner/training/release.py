@@ -14,8 +14,8 @@ from typing import Any
 from musubi_tuner import __version__
 from musubi_tuner.config import RunConfig
 from musubi_tuner.files import replace_file, write_text
-from musubi_tuner.models.checkpoints import CONFIG_FILES, OPTIONS_FILE, as_object, read_json_object
 from musubi_tuner.training.checkpoint import Entry
+from musubi_tuner.weights.checkpoints import CONFIG_FILES, OPTIONS_FILE, as_object, read_json_object
 
 CARD = "README.md"
 CONFIG = CONFIG_FILES[0]

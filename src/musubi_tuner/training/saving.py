@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from musubi_tuner import __version__
@@ -139,8 +140,6 @@ class Saver:
             return
         module, dtype = self.role.module, self.config.save.dtype
         if isinstance(module, AdapterSet):
-            import torch
-
             save_adapter(self.folder / name, tensors, self._adapter_header(module, kind, at), getattr(torch, dtype))
         else:
             # Buffers are constants of the model, which rounding would change.

@@ -43,13 +43,6 @@ def linear_schedule(
     return max(min_ratio, 1 - progress(step, warmup_steps, total_steps) * (1 - min_ratio))
 
 
-def linear_decay(step: int, warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> float:
-    """``max(r, 1 - q)``: a straight line to 0 that stops at r; the stand-alone helper of the published code."""
-    if step < warmup_steps:
-        return warmup(step, warmup_steps)
-    return max(min_ratio, 1 - progress(step, warmup_steps, total_steps))
-
-
 def constant_with_warmup(step: int, warmup_steps: int, warmup_type: str = "linear") -> float:
     """1 after warm-up."""
     return warmup(step, warmup_steps, warmup_type) if step < warmup_steps else 1.0

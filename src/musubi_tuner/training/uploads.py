@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.command_line import override_arguments
 from musubi_tuner.training.checkpoint import CheckpointList, Entry
 from musubi_tuner.training.hub import Commit, HubUploader
 from musubi_tuner.training.metrics import FILE
@@ -132,8 +133,6 @@ class RunUploads:
 
     def _command(self) -> str:
         """The command that uploads by hand, with the changes of this command line."""
-        from musubi_tuner.runner.stages import override_arguments
-
         origins = self.config.origins
         changed = {key: self.config.get(key) for key, origin in origins.items() if origin == "cli"}
         return shlex.join(

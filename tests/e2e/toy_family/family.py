@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
-from musubi_tuner.models.checkpoints import copy_weights, find_weights, read_weights
+from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
 from musubi_tuner.models.family import LossTerm, ModelPlan, Trainee
+from musubi_tuner.weights.checkpoints import copy_weights, find_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]
     return {key: torch.cat((first[key], second[key])) for key in first}
 
 
-def load_for_training(config: Any) -> Trainee:
+def load_for_training(config: Any, storing: Storing) -> Trainee:
     if config.model.init == "checkpoint":
-        model = load_for_run(open_base(config), config)
+        model = load_for_run(open_base(config), config, storing)
     else:
         torch.manual_seed(config.run.seed)
         model = Toy(ToyConfig(**config.model.geometry))
@@ -112,9 +113,13 @@ def load_checkpoint(source: Any, *, ema: bool = False) -> Any:
     return read_weights(find_weights(source, ema=ema))
 
 
-def load_for_run(file: Any, config: Any) -> Toy:
+def load_for_run(file: Any, config: Any, storing: Storing) -> Toy:
     model = Toy(ToyConfig(**{key: value for key, value in file.config.items() if key == "width"}))
     copy_weights(model, file.tensors, str(file.path))
+    if storing.merges is not None:
+        merge_layers(model, storing.merges)
+    if storing.freeze is not None:
+        freeze_layers(model, storing.freeze)
     return model
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from musubi_tuner import convert_lora
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter, save_adapter
-from musubi_tuner.adapters.attach import delta_of, make_adapters, target_paths
+from musubi_tuner.adapters.attach import make_adapters, target_paths
 from musubi_tuner.adapters.files import plans_of_file
+from musubi_tuner.adapters.merging import delta_of
 from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers

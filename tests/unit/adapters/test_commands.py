@@ -12,10 +12,10 @@ from torch import Tensor
 
 from musubi_tuner import convert_lora, lora_post_hoc_ema, merge_lora
 from musubi_tuner.lora_post_hoc_ema import betas, power_gamma
-from musubi_tuner.models.checkpoints import read_weights
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.tinyflux import TinyFluxConfig
 from musubi_tuner.models.tinyflux.state_dict import build
+from musubi_tuner.weights.checkpoints import read_weights
 
 CONFIG = FluxConfig(
     vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6)

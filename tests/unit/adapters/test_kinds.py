@@ -10,7 +10,7 @@ from torch import Tensor
 
 from musubi_tuner import convert_lora, lora_post_hoc_ema
 from musubi_tuner.adapters import convert, read_adapter
-from musubi_tuner.adapters.attach import Merging
+from musubi_tuner.adapters.merging import Merging
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.registry import MODELS
 

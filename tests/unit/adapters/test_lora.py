@@ -116,18 +116,6 @@ def test_merged_equals_attached(multiplier: float, model: Model) -> None:
     assert report.layers == 3 and report.ratio > 0.1 and report.skipped == []
 
 
-def test_disabled_changes_nothing_and_keeps_its_strength(model: Model) -> None:
-    before = model(X)
-    adapters = made(model)
-    attach(model, adapters)
-    adapters.set_multiplier(0.5)
-    half = model(X)
-    adapters.enable(False)
-    assert torch.equal(model(X), before)
-    adapters.enable()
-    assert torch.equal(model(X), half) and not torch.equal(half, before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_and_unmerging_a_live_model_leaves_every_bit(dtype: torch.dtype, model: Model) -> None:
     model.to(dtype)
@@ -159,10 +147,8 @@ def test_strength_acts_on_merged_changes(model: Model) -> None:
     adapters.merge(model)
     adapters.set_multiplier(0.5)
     assert torch.allclose(model(X), half, atol=1e-5)
-    adapters.enable(False)
+    adapters.set_multiplier(0.0)
     assert torch.equal(model(X), plain)
-    adapters.enable()
-    assert torch.allclose(model(X), half, atol=1e-5)
 
 
 def test_detaching_unmerges_first(model: Model) -> None:

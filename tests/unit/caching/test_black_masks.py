@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from musubi_tuner.runner.plan import describe, make_plan
+from musubi_tuner.planning.plan import describe, make_plan
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from musubi_tuner import stamps
 from musubi_tuner.caching import contents as contents_module
 from musubi_tuner.caching import job as job_module
 from musubi_tuner.caching.contents import Contents
-from musubi_tuner.caching.file_format import cache_path, read_header
+from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.encoders.locate import file_sha256
-from musubi_tuner.runner.plan import describe, make_plan
+from musubi_tuner.headers import read_header
+from musubi_tuner.planning.plan import describe, make_plan
 from musubi_tuner.stamps import hash_file, hashed_state
 
 ARCHIVED = 1_500_000_000_000_000_000

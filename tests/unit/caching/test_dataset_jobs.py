@@ -9,10 +9,11 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
-from musubi_tuner.caching.file_format import cache_path, read_header
+from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.caching.status import examine, find_orphans, needed_kinds
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.headers import read_header
 
 Summary = Callable[[], list[str]]
 LUNE_ONLY = {"enable_sol": False, "time_buckets": 2, "seed": 5}
@@ -128,7 +129,7 @@ def test_features_of_a_dataset_that_turned_its_teachers_off_are_kept(mixed: Any)
 
 
 def test_plan_tells_the_teachers_of_every_dataset_and_the_state_of_their_features(mixed: Any) -> None:
-    from musubi_tuner.runner.plan import describe, make_plan
+    from musubi_tuner.planning.plan import describe, make_plan
 
     def lines() -> list[str]:
         config = mixed.config()
@@ -147,7 +148,7 @@ def test_plan_tells_the_teachers_of_every_dataset_and_the_state_of_their_feature
 
 
 def test_disk_is_counted_with_the_teachers_of_every_dataset(mixed: Any) -> None:
-    from musubi_tuner.memory.report import cache_bytes
+    from musubi_tuner.planning.report import cache_bytes
 
     def size() -> int:
         config = mixed.config()
@@ -171,7 +172,7 @@ def test_memory_is_estimated_with_the_longest_tables(mixed: Any) -> None:
 def test_looking_at_the_plan_downloads_no_checkpoint(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from musubi_tuner.runner.plan import make_plan
+    from musubi_tuner.planning.plan import make_plan
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     project.picture("a")

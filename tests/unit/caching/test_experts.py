@@ -16,7 +16,7 @@ from torch import Tensor
 
 from musubi_tuner.caching import job
 from musubi_tuner.caching.experts import ExpertsJob
-from musubi_tuner.caching.file_format import cache_path, read_header
+from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.caching.job import half_path
 from musubi_tuner.caching.jobs import image_tensor
 from musubi_tuner.data.buckets import place, squash
@@ -24,6 +24,7 @@ from musubi_tuner.encoders import teachers, text
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.teachers import SplitTeacher, Teacher, geometric_sol, load_teacher
 from musubi_tuner.errors import CacheError, CheckpointError, ConfigError
+from musubi_tuner.headers import read_header
 from musubi_tuner.randomness import normal
 
 TIMES = 3

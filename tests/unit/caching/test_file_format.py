@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from musubi_tuner.caching.file_format import (
-    DTYPES,
     KINDS,
     cache_path,
     caption_name,
@@ -18,7 +17,6 @@ from musubi_tuner.caching.file_format import (
     latents_key,
     mask_key,
     plain_name,
-    read_header,
     split_caption,
 )
 from musubi_tuner.caching.job import half_path
@@ -26,6 +24,7 @@ from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import temporary_path
+from musubi_tuner.headers import DTYPES, read_header
 
 
 def item(stem: str, size: tuple[int, int] = (512, 768), suffix: str = ".png") -> Item:

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from musubi_tuner.caching.__main__ import main
-from musubi_tuner.caching.file_format import KINDS, cache_path, plain_name, read_header
+from musubi_tuner.caching.file_format import KINDS, cache_path, plain_name
 from musubi_tuner.caching.importing import ImportOptions, import_caches
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CacheError, ConfigError, DataError
+from musubi_tuner.headers import read_header
 from musubi_tuner.models.foreign_caches import Rows
-from musubi_tuner.runner.plan import describe, make_plan
+from musubi_tuner.planning.plan import describe, make_plan
 from reference_caches import (
     Columns,
     make_columns,

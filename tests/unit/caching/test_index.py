@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from musubi_tuner.caching.file_format import KINDS, cache_path, plain_name, read_header
+from musubi_tuner.caching.file_format import KINDS, cache_path, plain_name
 from musubi_tuner.caching.index import CachedFile, CacheIndex, index_path, open_items
 from musubi_tuner.errors import CacheError
+from musubi_tuner.headers import read_header
 
 KINDS_LIST = list(KINDS)
 

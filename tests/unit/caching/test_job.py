@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.caching.experts import teacher_grid, time_buckets
-from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, read_header, split_caption
+from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, split_caption
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
 from musubi_tuner.caching.jobs import image_tensor
 from musubi_tuner.caching.reader import CachedDataset
@@ -32,6 +32,7 @@ from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, ConfigError, DataError
 from musubi_tuner.files import folder_lock
+from musubi_tuner.headers import read_header
 
 Summary = Callable[[], list[str]]
 

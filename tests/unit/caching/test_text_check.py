@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from musubi_tuner.runner.plan import describe, make_plan
+from musubi_tuner.planning.plan import describe, make_plan
 
 NO_TEACHERS = {"enable_lune": False, "enable_sol": False}
 
@@ -47,7 +47,7 @@ def test_what_is_encoded_is_not_counted_again_and_prompts_are(project: Any, monk
     project.picture("long", caption="red " * 9)
     assert project.run("text") == 0
     with monkeypatch.context() as patch:
-        patch.setattr("musubi_tuner.runner.plan.token_limits", lambda *_, **__: pytest.fail("tokenizers were opened"))
+        patch.setattr("musubi_tuner.planning.plan.token_limits", lambda *_, **__: pytest.fail("tokenizers were opened"))
         assert said(project) == []
     project.tables["sample"] = {"prompts": ["a"], "negative_prompt": "red " * 8}
     assert [line for line in said(project) if "(negative prompt: 9)" in line and "1 of 2 sample prompts" in line]

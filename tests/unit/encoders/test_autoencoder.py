@@ -13,8 +13,8 @@ from torch import Tensor
 
 from musubi_tuner.encoders.autoencoder import FLUX_CONFIG, Autoencoder, load_autoencoder, translate_bfl
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
-from musubi_tuner.encoders.weights import fits, on_meta
 from musubi_tuner.errors import CheckpointError
+from musubi_tuner.weights.sources import fits, on_meta
 
 FORMS = ("folder", "sharded", "json beside", "header", "bfl", "bfl header", "wrapped")
 TOLERANCE = 1e-5

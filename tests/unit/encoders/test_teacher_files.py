@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention import reduce_attention
 from musubi_tuner.encoders import teachers
 from musubi_tuner.encoders.teachers import (
     SD15_UNET_CONFIG,
@@ -18,10 +19,9 @@ from musubi_tuner.encoders.teachers import (
     LayerSums,
     Teacher,
     load_teacher,
-    reduce_attention,
 )
-from musubi_tuner.encoders.weights import on_meta
 from musubi_tuner.errors import CacheError, CheckpointError
+from musubi_tuner.weights.sources import on_meta
 
 BuildUnet = Callable[..., Any]
 TOLERANCE = 1e-5

@@ -17,8 +17,8 @@ from musubi_tuner.memory.compiling import check_float8, compile_blocks
 from musubi_tuner.memory.compose import check_machine, compose_memory
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
+from musubi_tuner.weights.stored import StoredWeight
 
 GEOMETRY = {
     "hidden_size": 16, "num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": [2, 2, 4], "num_double_layers": 2,

@@ -8,7 +8,8 @@ from torch import nn
 
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory import checkpointing, compose
+from musubi_tuner.memory import checkpointing
+from musubi_tuner.memory import compose as compose
 from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.compose import compose_memory, freeze_of

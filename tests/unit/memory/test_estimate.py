@@ -20,8 +20,13 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.device import has_bf16
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.memory import fake_step
-from musubi_tuner.memory.estimate import (
+from musubi_tuner.memory.flat import pinned_pieces
+from musubi_tuner.memory.transfer import STAGING_BYTES
+from musubi_tuner.models.family import ModelPlan
+from musubi_tuner.models.flux_dev import FluxConfig, build
+from musubi_tuner.models.tinyflux.flops import training_flops
+from musubi_tuner.planning import fake_step
+from musubi_tuner.planning.estimate import (
     Estimate,
     Size,
     bucket_sizes,
@@ -32,8 +37,7 @@ from musubi_tuner.memory.estimate import (
     peak,
     resolve_swap,
 )
-from musubi_tuner.memory.flat import pinned_pieces
-from musubi_tuner.memory.report import (
+from musubi_tuner.planning.report import (
     Rates,
     activation_lines,
     cache_bytes,
@@ -43,12 +47,8 @@ from musubi_tuner.memory.report import (
     measure_rates,
     time_lines,
 )
-from musubi_tuner.memory.transfer import STAGING_BYTES
-from musubi_tuner.models.family import ModelPlan
-from musubi_tuner.models.flux_dev import FluxConfig, build
-from musubi_tuner.models.stored import DEVICE_CHUNK
-from musubi_tuner.models.tinyflux.flops import training_flops
 from musubi_tuner.units import format_bytes
+from musubi_tuner.weights.stored import DEVICE_CHUNK
 
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
       "axes_dims_rope": [16, 24, 24], "lune_expert_dim": 64}  # fmt: skip
@@ -61,8 +61,8 @@ torch.set_num_threads(1)
 from musubi_tuner.config import load_config
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.compose import compose_memory
-from musubi_tuner.memory.estimate import estimate
-from musubi_tuner.training.adapting import prepare_adapters
+from musubi_tuner.planning.estimate import estimate
+from musubi_tuner.assemble import attach_adapters, load_trainee
 from musubi_tuner.training.ema import EMA
 from musubi_tuner.training.optimizers import build_optimizer, trainable
 from musubi_tuner.precision import COMPUTE_DTYPES, autocast
@@ -91,10 +91,10 @@ torch.optim.AdamW([torch.zeros(2, requires_grad=True)], fused=True)
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = spec.family.load_for_training(config).model
+model = load_trainee(config, torch.device("cpu")).model
 trained = model
 if config.adapter.type != "none":
-    trained, _ = prepare_adapters(model, config)
+    trained, _ = attach_adapters(model, config)
     model.eval()
 compose_memory(model, config.memory, spec, torch.device("cpu"))
 parameters = trainable(trained)
@@ -254,7 +254,7 @@ def test_auto_says_why_a_model_has_no_estimate(tmp_path: Path, monkeypatch: pyte
     def failing(*_: Any, **__: Any) -> Any:
         raise NotImplementedError("no rule for this operator")
 
-    monkeypatch.setattr("musubi_tuner.memory.estimate.run_step", failing)
+    monkeypatch.setattr("musubi_tuner.planning.estimate.run_step", failing)
     path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, memory={"blocks_to_swap": "auto"})
     with pytest.raises(ConfigError, match=r"blocks_to_swap: .*no rule for this operator.*Write a number"):
         resolve_swap(load_config(path), [an_item(128)], 2**30)
@@ -464,7 +464,7 @@ def test_what_products_hold_for_the_moment_is_counted(tmp_path: Path, monkeypatc
     assert moment(**fp8) == max(2 * largest, 5 * tokens * (width + inner))
     assert moment(**fp8, fp8_compute_backward="fp8") == max(2 * largest, 9 * tokens * (3 * width + inner))
     # A GPU brings more of it to float32 together, where there are scales.
-    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("musubi_tuner.planning.estimate.choose_device", lambda _: torch.device("cuda"))
     assert moment(base_storage="int8") == 2 * largest + 8 * min(largest, DEVICE_CHUNK)
     assert moment(base_storage="fp8") == 2 * largest
 
@@ -479,7 +479,7 @@ def test_a_gpu_keeps_the_inputs_of_norms_in_float32(tmp_path: Path, monkeypatch:
     last = 4 * width * image - 2 * width * (image + text)
     recomputed = {"memory": {"gradient_checkpointing": True}, "adapter": {"only": [r"single_blocks\..*"]}}
     here, here_recomputed = of_flux(tmp_path), of_flux(tmp_path, count=True, **recomputed)
-    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("musubi_tuner.planning.estimate.choose_device", lambda _: torch.device("cuda"))
     there, there_recomputed = of_flux(tmp_path), of_flux(tmp_path, count=True, **recomputed)
     inside = 2 * width * (image + text) * (1 + single)
     moments = 2 * 2 * ((image + text) * (1 + single) + image)
@@ -493,14 +493,14 @@ def test_a_gpu_keeps_the_inputs_of_norms_in_float32(tmp_path: Path, monkeypatch:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a run on a GPU."""
-    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("musubi_tuner.planning.estimate.choose_device", lambda _: torch.device("cuda"))
 
 
 def test_what_is_pinned_is_pinned_on_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = {"blocks_to_swap": 3}
     here = of_flux(tmp_path, memory=memory)
     assert here.pinned == here.staging == 0 and here.lines()[1].endswith("(not pinned)")
-    monkeypatch.setattr("musubi_tuner.memory.estimate.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("musubi_tuner.planning.estimate.choose_device", lambda _: torch.device("cuda"))
     swapped = of_flux(tmp_path, memory=memory)
     assert swapped.host == here.host and swapped.staging == 0
     assert swapped.pinned == sum(size for size, _ in pinned_pieces([swapped.host // 3] * 3)) > swapped.host

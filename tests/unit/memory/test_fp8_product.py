@@ -11,7 +11,7 @@ from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.fp8_compute import compute_in_fp8, multiply_once, require_fp8, why_not
 from musubi_tuner.memory.fp8_product import TracedProduct, quantize_tokens, scaled_gradient, scaled_product
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Scale, Storage, quantize_fp8
-from musubi_tuner.models.stored import StoredWeight
+from musubi_tuner.weights.stored import StoredWeight
 
 BOUND = 0.05
 """e4m3 rounds to 3 mantissa bits: a relative error spread over +-1/16, 0.026 root mean square for random numbers. Both factors

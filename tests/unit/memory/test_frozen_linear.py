@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.fake_step import Alive
 from musubi_tuner.memory.frozen_linear import FrozenLinear, Storage, quantize, quantize_fp8
-from musubi_tuner.models.stored import StoredWeight
+from musubi_tuner.planning.fake_step import Alive
+from musubi_tuner.weights.stored import StoredWeight
 
 
 def linear(columns: int = 128, rows: int = 96) -> nn.Linear:

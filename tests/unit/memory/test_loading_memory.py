@@ -14,12 +14,12 @@ from torch import Tensor
 
 from musubi_tuner.memory.storage import Freeze, freeze_layers, merge_layers
 from musubi_tuner.models import tinyflux
-from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, to_diffusers
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux.state_dict import example_inputs, load_model
 from musubi_tuner.models.tinyflux.upgrade import upgrade_weights
+from musubi_tuner.weights.checkpoints import WeightFile
 from tiny import TINY
 
 CONFIG = FluxConfig(hidden_size=768, num_heads=6, depth=1, depth_single_blocks=12, vec_in_dim=64, context_in_dim=64)

@@ -9,6 +9,7 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
+from musubi_tuner.assemble import load_trainee
 from musubi_tuner.config import load_config
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.memory.compose import compose_memory, freeze_of
@@ -16,8 +17,8 @@ from musubi_tuner.memory.frozen_linear import quantize_fp8
 from musubi_tuner.memory.storage import storage_notes
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
+from musubi_tuner.weights.stored import StoredWeight
 
 FLUX = MODELS["fd"]
 TINY = TinyFluxConfig(
@@ -96,7 +97,7 @@ def test_loading_says_what_the_file_keeps_and_leaves_out_what_is_merged(tmp_path
     (tmp_path / "run.toml").write_text(tomli_w.dumps(tables))
     for merge, kept in (([], 2), ([str(tmp_path / "lora.safetensors")], 1)):
         config = load_config(tmp_path / "run.toml", {"adapter.merge": merge})
-        *_, first, second = config.spec.family.load_for_training(config).notes
+        *_, first, second = load_trainee(config, torch.device("cpu")).notes
         assert first.startswith(f"storage: {kept} layers stay as the float8 numbers of the file, with its scales")
         assert second.startswith("storage: 1 layers are float8 numbers in the file and are brought to float32, ")
 

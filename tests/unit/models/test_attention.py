@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.models import layers
-from musubi_tuner.models.layers import attend, use_attention
+from musubi_tuner.memory import attention as layers
+from musubi_tuner.memory.attention import attend, use_attention
 
 CUDA = torch.device("cuda")
 

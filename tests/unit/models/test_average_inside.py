@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import locate_weights
 from musubi_tuner.models.tinyflux import load_checkpoint
+from musubi_tuner.weights.checkpoints import locate_weights
 
 CONFIG = {"hidden_size": 16}
 

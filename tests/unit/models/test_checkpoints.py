@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError, NoAverageError
-from musubi_tuner.models.checkpoints import find_weights, read_weights, strip_wrappers
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_checkpoint, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.state_dict import options_of
+from musubi_tuner.weights.checkpoints import find_weights, read_weights, strip_wrappers
 from tiny import TINY
 
 HEADER = {"config_json": TINY.to_json()}

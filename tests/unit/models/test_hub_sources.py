@@ -20,7 +20,7 @@ import json, logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import locate_weights
+from musubi_tuner.weights.checkpoints import locate_weights
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
 for source, options in json.loads(sys.argv[1]):
     try:

@@ -12,18 +12,17 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
-from musubi_tuner.config import calculate_steps, load_config
-from musubi_tuner.config.load import RunConfig
+from musubi_tuner.config import RunConfig, calculate_steps, load_config
 from musubi_tuner.data import workers
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import EXIT_FAILED, ConfigError
 from musubi_tuner.memory.compose import check_machine
-from musubi_tuner.memory.report import batch_bytes
 from musubi_tuner.models.flux_dev import FluxConfig, build
-from musubi_tuner.runner import command, probe
+from musubi_tuner.planning import probe
+from musubi_tuner.planning.probe import Machine, ask_child, measure
+from musubi_tuner.planning.report import batch_bytes
 from musubi_tuner.runner.command import Runner
-from musubi_tuner.runner.probe import Machine, ask_child, measure
 from musubi_tuner.training import generate_command
 from musubi_tuner.training.generate import Generator
 
@@ -81,28 +80,38 @@ def test_plan_names_the_blocks_that_auto_chooses_and_the_free_memory(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
     path = write(tmp_path, str(base), blocks_to_swap="auto", swap_ring=1)
     auto = a_runner(load_config(path, {"train.loader_workers": 2}))
-    assert auto._plan_memory(a_plan()) == 2
+    settled = auto._plan_memory(a_plan())
+    assert settled is not None and settled.memory.blocks_to_swap == 2
     shown = capsys.readouterr().out
     assert f"warning: {tmp_path} (shared memory) has 0.3 MiB" in shown
     assert 'memory.blocks_to_swap = "auto" is 2: about ' in shown and "of 36.0 MiB free" in shown
     assert "of main memory for swapped blocks" in shown
     machine = Machine()
-    monkeypatch.setattr("musubi_tuner.memory.report.estimate_lines", lambda *_: [])  # they take seconds
-    assert auto._plan_memory(a_plan()) == 0
+    monkeypatch.setattr("musubi_tuner.planning.report.estimate_lines", lambda *_: [])  # they take seconds
+    settled = auto._plan_memory(a_plan())
+    assert settled is not None and settled.memory.blocks_to_swap == 0
     assert "computes in main memory" in capsys.readouterr().out
 
 
-def test_memory_is_planned_before_the_caches_and_training_is_told_so(
+def test_memory_is_planned_before_the_caches_and_training_is_handed_the_result(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[Any] = []
-    monkeypatch.setattr("musubi_tuner.runner.plan.make_plan", lambda *_, **__: a_plan(["latents", "text"]))
-    monkeypatch.setattr("musubi_tuner.runner.plan.describe", lambda *_: "the plan")
-    monkeypatch.setattr(Runner, "_plan_memory", lambda *_: done.append("memory") or 3)
+    monkeypatch.setattr("musubi_tuner.planning.plan.make_plan", lambda *_, **__: a_plan(["latents", "text"]))
+    monkeypatch.setattr("musubi_tuner.planning.plan.describe", lambda *_: "the plan")
+
+    def plan_memory(runner: Runner, *_: Any, **__: Any) -> RunConfig:
+        done.append("memory")
+        memory = runner.config.memory.model_copy(update={"blocks_to_swap": 3})
+        return runner.config.model_copy(update={"memory": memory})
+
+    monkeypatch.setattr(Runner, "_plan_memory", plan_memory)
     monkeypatch.setattr(
         Runner, "_stage", lambda self, arguments, environment=None: done.append((arguments[-1], environment)) or 0
     )
-    monkeypatch.setattr("musubi_tuner.training.loop.train", lambda config, items, planned: done.append(planned))
+    monkeypatch.setattr(
+        "musubi_tuner.training.loop.train", lambda config, items: done.append(config.memory.blocks_to_swap)
+    )
     config = load_config(write(tmp_path, str(base)), {"cache.run": "auto", "model.vae_path": str(base),
                                                       "model.clip_path": str(base), "model.t5_path": str(base)})  # fmt: skip
     assert a_runner(config).run() == 0
@@ -111,15 +120,13 @@ def test_memory_is_planned_before_the_caches_and_training_is_told_so(
     runner = a_runner(config)
     runner.processes = 2
     monkeypatch.setattr(
-        "musubi_tuner.runner.stages.run_children", lambda words, ranks: done.append((words, ranks)) or 0
+        "musubi_tuner.runner.processes.run_children", lambda words, ranks: done.append((words, ranks)) or 0
     )
     assert runner.run() == 0
     words, ranks = done[-1]
     assert "--skip_cache" in words
-    assert [(rank["RANK"], rank["WORLD_SIZE"], rank[command._PLANNED]) for rank in ranks] == [
-        ("0", "2", "3"),
-        ("1", "2", "3"),
-    ]
+    assert words[-2:] == ["--set", "memory.blocks_to_swap=3"]
+    assert [(rank["RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [("0", "2"), ("1", "2")]
 
 
 def test_a_model_on_the_hub_is_planned_when_it_is_here(
@@ -137,7 +144,8 @@ def test_a_model_on_the_hub_is_planned_when_it_is_here(
     assert runner._plan_memory(a_plan()) is None  # another file of it is here
     capsys.readouterr()
     shutil.copy(base, repository / "snapshots" / "c0ffee" / "flux.safetensors")
-    assert runner._plan_memory(a_plan()) == 2
+    settled = runner._plan_memory(a_plan())
+    assert settled is not None and settled.memory.blocks_to_swap == 2
     assert "  memory   about " in capsys.readouterr().out
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from musubi_tuner.config import load_config
-from musubi_tuner.config.command_line import secret_environment, secret_keys, split_overrides
+from musubi_tuner.config.command_line import override_arguments, secret_environment, secret_keys, split_overrides
 from musubi_tuner.config.schema import HubSection, RunSection
 from musubi_tuner.errors import ConfigError, run_command
 from musubi_tuner.runner.command import Runner, fresh_folder, list_run_files, main
-from musubi_tuner.runner.stages import override_arguments, run_child, run_children
+from musubi_tuner.runner.processes import run_child, run_children
 from musubi_tuner.stopping import REPEAT_SECONDS
 
 TRAIN = Path(__file__).parents[3] / "train.py"
@@ -29,7 +29,7 @@ PATIENCE = 30.0
 
 HELD = "import time; time.sleep(60)"
 """Code of a process that does nothing until something ends it."""
-PARENT = "import sys; from musubi_tuner.runner.stages import run_child; sys.exit(run_child(sys.argv[1:]))"
+PARENT = "import sys; from musubi_tuner.runner.processes import run_child; sys.exit(run_child(sys.argv[1:]))"
 """Code of a process that runs its arguments as a child and passes on the exit code."""
 
 
@@ -118,7 +118,7 @@ class Family:
         """Run ``code`` as the child, after it wrote its process id; returns that."""
         ready = self.folder / "ready"
         begin = (
-            "import os, pathlib; from musubi_tuner.runner.parent import die_with_parent; die_with_parent(); "
+            "import os, pathlib; from musubi_tuner.parent import die_with_parent; die_with_parent(); "
             f"pathlib.Path({str(ready)!r}).with_suffix('.part').write_text(str(os.getpid())); "
         )
         end = f"\nos.rename({str(ready) + '.part'!r}, {str(ready)!r})\n"
@@ -212,7 +212,7 @@ def test_child_that_computes_ends_too_when_its_parent_is_killed(family: Family) 
 
 
 def test_process_that_is_no_child_does_not_watch_its_input() -> None:
-    code = "from musubi_tuner.runner.parent import die_with_parent; die_with_parent(); import time; time.sleep(0.3)"
+    code = "from musubi_tuner.parent import die_with_parent; die_with_parent(); import time; time.sleep(0.3)"
     environment = {name: value for name, value in os.environ.items() if name != "MUSUBI_PARENT_PIPE"}
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=environment)
     assert done.returncode == 0
@@ -264,9 +264,9 @@ def test_all_overrides_reach_a_child_in_order() -> None:
 def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of stages and of the processes that a launcher starts: everybody may list the arguments of processes."""
     started: list[tuple[Any, Any]] = []
-    monkeypatch.setattr("musubi_tuner.runner.stages.run_child", lambda *call: started.append(call))
+    monkeypatch.setattr("musubi_tuner.runner.processes.run_child", lambda *call: started.append(call))
     monkeypatch.setattr(
-        "musubi_tuner.runner.stages.run_children",
+        "musubi_tuner.runner.processes.run_children",
         lambda words, environments: started.extend((words, environment) for environment in environments),
     )
     config: Any = SimpleNamespace(

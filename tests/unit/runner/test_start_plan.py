@@ -10,7 +10,7 @@ import tomli_w
 
 from musubi_tuner.config import RunConfig, Steps, load_config
 from musubi_tuner.data.sources import Found
-from musubi_tuner.runner.plan import Plan, describe
+from musubi_tuner.planning.plan import Plan, describe
 from musubi_tuner.training.checkpoint import CheckpointList, Entry, peek_state
 
 Load = Callable[..., RunConfig]

@@ -232,21 +232,6 @@ def test_average_that_does_not_fit_leaves_the_training_weights_in_the_model() ->
     assert_same(weights(model), before)
 
 
-def test_average_can_be_copied_for_good() -> None:
-    model, ema = trained()
-    ema.copy_to(model)
-    ema.restore(model)
-    assert_same(weights(model), ema.shadow)
-
-
-def test_copied_average_does_not_follow_the_model() -> None:
-    model, ema = trained()
-    kept = {key: value.clone() for key, value in ema.shadow.items()}
-    ema.copy_to(model)
-    shift(model, 1.0)
-    assert_same(ema.shadow, kept)
-
-
 # States
 
 
@@ -311,29 +296,6 @@ def test_loading_removes_the_prefixes_of_wrappers(prefix: str) -> None:
     report = ema.load_shadow({prefix + key: value for key, value in model.state_dict().items()})
     assert report == LoadReport(loaded=4, skipped=0, initialized=0)
     assert_same(ema.shadow, weights(model))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "keys"), [("weight", {"linear.weight"}), ("lin", {"linear.weight", "linear.bias"})]
-)
-def test_sync_overwrites_the_entries_whose_key_contains_the_pattern(pattern: str, keys: set[str]) -> None:
-    model, ema = trained()
-    averaged = {key: value.clone() for key, value in ema.shadow.items()}
-    assert ema.sync_from_model(model, pattern) == len(keys)
-    assert_same(ema.shadow, averaged | {key: value for key, value in weights(model).items() if key in keys})
-
-
-def test_sync_without_a_pattern_overwrites_everything() -> None:
-    model, ema = trained()
-    assert ema.sync_from_model(model) == 4
-    assert_same(ema.shadow, weights(model))
-
-
-def test_sync_with_a_pattern_of_no_key_changes_nothing() -> None:
-    model, ema = trained()
-    averaged = {key: value.clone() for key, value in ema.shadow.items()}
-    assert ema.sync_from_model(model, "lune") == 0
-    assert_same(ema.shadow, averaged)
 
 
 def test_file_holds_the_average_under_the_keys_of_the_model(tmp_path: Path) -> None:

@@ -23,17 +23,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from musubi_tuner import merge_lora
+from musubi_tuner import assemble, merge_lora
+from musubi_tuner.assemble import load_trainee
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.batch import Batch, load_batches
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.plan import MicroBatch, PlanItem, Update
+from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out_by_id
 from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
 from musubi_tuner.memory.block_swap import BlockSwap
-from musubi_tuner.models.checkpoints import find_weights
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
@@ -46,6 +46,7 @@ from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import config_texts
 from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.task import FlowPhase
+from musubi_tuner.weights.checkpoints import find_weights
 
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32)]
 IMAGES = 8
@@ -437,9 +438,10 @@ def test_training_a_checkpoint_with_another_option_is_refused(
     key: str, value: Any, message: str, trained: Started, tmp_path: Path
 ) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, model={key: value})))
-    for name in ("load_for_training", "plan_model", "open_base"):
+    family = config.spec.family
+    for refused in (lambda _: load_trainee(config, torch.device("cpu")), family.plan_model, family.open_base):
         with pytest.raises(ConfigError) as caught:
-            getattr(config.spec.family, name)(config)
+            refused(config)
         assert message in str(caught.value) and str(trained.folder) in str(caught.value)
 
 
@@ -447,7 +449,7 @@ def test_training_a_checkpoint_with_another_option_is_refused(
 def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Started, tmp_path: Path) -> None:
     own = OPTIONS if written else {}
     config = load_config(write(tmp_path, **on_checkpoint(trained, model=own, experts={"expert_input": "auto"})))
-    trainee = config.spec.family.load_for_training(config)
+    trainee = load_trainee(config, torch.device("cpu"))
     assert trainee.options == RECORDED
     assert trainee.geometry == trained.geometry
     assert config.spec.family.plan_model(config).model.config == trained.geometry
@@ -455,7 +457,7 @@ def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Started
 
 def test_another_choice_of_the_teachers_is_said(trained: Started, tmp_path: Path) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, experts={**TEACHERS, "sol_spatial_norm": "max"})))
-    trainee = config.spec.family.load_for_training(config)
+    trainee = load_trainee(config, torch.device("cpu"))
     (note,) = [note for note in trainee.notes if note.startswith("note:")]
     assert note == f"note: {trained.folder} was trained with sol_spatial_norm = mean, and this run uses max"
 
@@ -656,11 +658,8 @@ def test_loader_workers_put_their_batches_into_shared_memory_themselves(
     def loader(source: Any, *, collate_fn: Callable[[Any], Any], **rest: Any) -> list[Any]:
         return [collate_fn(source[index]) for index in range(len(source))]
 
-    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
-    train = trained.config.train.model_copy(update={"loader_workers": 1})
-    monkeypatch.setattr(trained, "config", trained.config.model_copy(update={"train": train}))
-    planned = MicroBatch((0, 2), (0, 1))
-    (batch,) = trained._batches([Update((planned,), ((0, planned),), 2)], 0)
+    monkeypatch.setattr("musubi_tuner.data.batch.DataLoader", loader)
+    (batch,) = load_batches(trained.built.source, [MicroBatch((0, 2), (0, 1))], 0, workers=1)
     assert batch.tensors["latents"].is_shared()
 
 
@@ -991,9 +990,9 @@ def test_what_is_frozen_drops_nothing_out_while_the_rest_trains(
     case: str, trained: Started, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "adapter":
-        prepare = build_module.prepare_adapters
+        attached = assemble.attach_adapters
         # However the model comes from its file.
-        monkeypatch.setattr(build_module, "prepare_adapters", lambda model, config: prepare(model.train(), config))
+        monkeypatch.setattr(assemble, "attach_adapters", lambda model, config: attached(model.train(), config))
         adapter = {"type": "lora", "rank": 2, "dropout": 0.1}
         trainer = start("frozen", **on_checkpoint(trained, adapter=adapter))
         inside = set(trainer.trained.modules())

@@ -4,14 +4,13 @@ from typing import Any
 
 from musubi_tuner.config.importers.musubi import import_musubi, looks_flat
 from musubi_tuner.config.importers.report import Imported, Report
+from musubi_tuner.models.registry import MODELS
 
 __all__ = ["Imported", "Report", "import_musubi", "import_published", "looks_flat"]
 
 
 def import_published(document: dict[str, Any]) -> Imported | None:
     """Translate the settings of a family's own trainer; None if no family knows them."""
-    from musubi_tuner.models.registry import MODELS
-
     for code in MODELS:
         published = MODELS[code].published
         imported = published.read_settings(document) if published else None

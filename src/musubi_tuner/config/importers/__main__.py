@@ -9,8 +9,8 @@ import tomli_w
 
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.config.importers import Imported, import_musubi, import_published, looks_flat
-from musubi_tuner.config.load import read_toml
 from musubi_tuner.config.paths import locate
+from musubi_tuner.config.read import read_toml
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import read_json, write_text
 

@@ -17,6 +17,7 @@ from musubi_tuner.config.diagnostics import NOT_BUILT, did_you_mean
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import Parameter, flat_names
+from musubi_tuner.models.registry import MODELS
 
 DEFAULTS: dict[str, Any] = {
     "adapter.rank": 4,
@@ -177,8 +178,6 @@ class _Importer(Builder):
 
     def _family(self, options: dict[str, Any]) -> None:
         """The family: as said, else by the script, else by the network module."""
-        from musubi_tuner.models.registry import MODELS
-
         scripts = {MODELS[code].full_name: code for code in MODELS}
         networks = {MODELS[code].adapters.network_module: code for code in MODELS}
         if "script" in options:
@@ -437,8 +436,6 @@ class _Importer(Builder):
 
     def _defaults(self) -> None:
         """Write musubi-tuner's defaults where the family's differ."""
-        from musubi_tuner.models.registry import MODELS
-
         spec = MODELS.get(str(self.values.get("model.arch")))
         if spec is None:
             return

@@ -4,15 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from musubi_tuner.adapters.attach import target_paths
 from musubi_tuner.config import RunConfig
-from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import MaskSettings
-from musubi_tuner.models.checkpoints import WeightFile, sample_identity
+from musubi_tuner.memory.storage import Storing, storage_notes
 from musubi_tuner.models.family import ModelPlan, Trainee
 from musubi_tuner.models.flux_dev.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
+from musubi_tuner.models.flux_dev.model import Flux
 from musubi_tuner.models.flux_dev.process import FluxProcess
 from musubi_tuner.models.flux_dev.state_dict import (
     build,
@@ -23,6 +22,7 @@ from musubi_tuner.models.flux_dev.state_dict import (
     to_bfl,
 )
 from musubi_tuner.precision import COMPUTE_DTYPES
+from musubi_tuner.weights.checkpoints import WeightFile, sample_identity
 
 __all__ = [
     "check_caches",
@@ -49,31 +49,22 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
     return COMPUTE_DTYPES[config.train.mixed_precision] or torch.float32
 
 
-def load_for_training(config: RunConfig) -> Trainee:
-    """Load the frozen base of a run, in main memory, with [adapter] merge and the storage of [memory].
-
-    Raises:
-        CheckpointError: if the checkpoint holds another model.
-    """
-    return _load(open_base(config), config)
+def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
+    """Load the frozen base of a run; see `Family`."""
+    return _load(open_base(config), config, storing)
 
 
-def _load(file: WeightFile, config: RunConfig) -> Trainee:
-    from musubi_tuner.adapters.merging import RunMerges
-    from musubi_tuner.memory.compose import freeze_of
-    from musubi_tuner.memory.storage import storage_notes
-
-    geometry, weights = to_bfl(file, allow_schnell=config.model.allow_schnell)
-    base = sample_identity(file)
-    merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
-    freeze = freeze_of(config.memory, config.spec, choose_device(config.run.device))
-    dtype = compute_dtype(config)
-    model = load_model(file, dtype=dtype, allow_schnell=config.model.allow_schnell, freeze=freeze, merge=merges)
-    notes = merges.notes() if merges else []
+def _load(file: WeightFile, config: RunConfig, storing: Storing) -> Trainee:
+    _, weights = to_bfl(file, allow_schnell=config.model.allow_schnell)
+    base, dtype = sample_identity(file), compute_dtype(config)
+    model = load_model(
+        file, dtype=dtype, allow_schnell=config.model.allow_schnell, freeze=storing.freeze, merge=storing.merges
+    )
+    notes = storing.notes()
     if dtype is not None:
-        changed = {f"{path}.weight" for path in merges.changed} if merges else set()
+        changed = {f"{path}.weight" for path in storing.merges.changed} if storing.merges else set()
         untouched = {key: weight for key, weight in weights.items() if key not in changed}
-        notes += storage_notes(untouched, freeze, config.spec.modulation, dtype)
+        notes += storage_notes(untouched, storing.freeze, config.spec.modulation, dtype)
     return Trainee(model, model.config, {}, notes, base)
 
 
@@ -83,9 +74,10 @@ def open_base(config: RunConfig) -> WeightFile:
     return load_checkpoint(str(config.locate(config.model.path)), revision=config.model.revision)
 
 
-def load_for_run(file: WeightFile, config: RunConfig) -> Any:
+def load_for_run(file: WeightFile, config: RunConfig, storing: Storing) -> Flux:
     """A checkpoint as a run computes with it, what it merges included."""
-    return _load(file, config).model
+    model: Flux = _load(file, config, storing).model  # type: ignore[assignment]
+    return model
 
 
 def plan_model(config: RunConfig) -> ModelPlan:

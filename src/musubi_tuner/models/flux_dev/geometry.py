@@ -4,6 +4,7 @@ Field names are those of Black Forest Labs' parameter record; the defaults are F
 number of blocks is read from a checkpoint, so pruned variants load.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -105,6 +106,4 @@ class FluxConfig:
 
     def to_json(self) -> str:
         """Text of a `config.json`."""
-        import json
-
         return json.dumps(self.to_dict(), indent=2) + "\n"

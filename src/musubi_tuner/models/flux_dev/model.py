@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musubi_tuner.memory.attention import attend
 from musubi_tuner.models.flux_dev.geometry import TIME_WIDTH, FluxConfig
-from musubi_tuner.models.layers import attend, rotate
+from musubi_tuner.models.layers import rotate
 
 TIME_FACTOR = 1000.0
 NORM_EPS = 1e-6

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.encoders.locate import source as describe
-from musubi_tuner.encoders.weights import read_source
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.memory.storage import Freeze, Merge, place_weights
-from musubi_tuner.models.checkpoints import WeightFile, find_weights, read_weights
 from musubi_tuner.models.flux_dev.geometry import FluxConfig
 from musubi_tuner.models.flux_dev.model import Flux
 from musubi_tuner.models.flux_dev.options import PUBLISHED_AXES
-from musubi_tuner.models.stored import StoredWeight, read_stored
+from musubi_tuner.weights.checkpoints import WeightFile, find_weights, read_weights
+from musubi_tuner.weights.sources import read_source
+from musubi_tuner.weights.stored import StoredWeight, read_stored
 
 logger = logging.getLogger(__name__)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")

@@ -13,9 +13,8 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_hub_id, is_published
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.flow import MaskSettings
-from musubi_tuner.models.checkpoints import WeightFile, check_keys, sample_identity
+from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
 from musubi_tuner.models.family import ModelPlan, Trainee
-from musubi_tuner.models.hub import LOCAL_ONLY
 from musubi_tuner.models.tinyflux.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
@@ -30,10 +29,8 @@ from musubi_tuner.models.tinyflux.state_dict import (
     options_of,
 )
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, summary
-
-if TYPE_CHECKING:
-    from musubi_tuner.adapters.merging import RunMerges
-    from musubi_tuner.memory.storage import Freeze
+from musubi_tuner.weights.checkpoints import WeightFile, check_keys, sample_identity
+from musubi_tuner.weights.hub import LOCAL_ONLY
 
 __all__ = [
     "check_caches",
@@ -137,8 +134,8 @@ def geometry_of(config: RunConfig) -> TinyFluxConfig:
     return checkpoint_geometry(file)
 
 
-def load_for_training(config: RunConfig) -> Trainee:
-    """Load or create the model of a run.
+def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
+    """Load or create the model of a run; see `Family`.
 
     Raises:
         CheckpointError: if the checkpoint holds another model.
@@ -151,10 +148,10 @@ def load_for_training(config: RunConfig) -> Trainee:
         geometry = geometry_of(config)
         model = build(geometry).to_empty(device="cpu")
         initialize(model, config.model.init_scheme, torch.Generator().manual_seed(config.run.seed))
-        merged = _freeze_new(model, config)
+        _store(model, storing)
     else:
         notes.append(f"weights: {file.origin}")
-        model, merged = _load(file, config, notes.append)
+        model = _load(file, config, storing, notes.append)
         geometry = model.config
         if config.ema.enabled and config.ema.init == "checkpoint":
             average = _average(config, geometry, notes)
@@ -181,20 +178,17 @@ def load_for_training(config: RunConfig) -> Trainee:
     idle = [] if geometry.guidance_embeds or file is None else written_guidance(config)
     notes += [f"warning: {no_guidance(key, f'{config.model.path} embeds no guidance')}" for key in idle]
     base = sample_identity(file) if file is not None and config.adapter.type != "none" else None
-    return Trainee(model, geometry, options, notes + merged, base, average)
+    return Trainee(model, geometry, options, notes + storing.notes(), base, average)
 
 
 def _load(
-    file: WeightFile, config: RunConfig, report: Callable[[str], None] = logger.warning
-) -> tuple[TinyFluxDeep, list[str]]:
-    """A checkpoint as a run computes with it, what it merges included, and notes about the merge."""
-    freeze, merges = _frozen(config, checkpoint_geometry(file))
+    file: WeightFile, config: RunConfig, storing: Storing, report: Callable[[str], None] = logger.warning
+) -> TinyFluxDeep:
     settings = config.model
-    model = load_model(
+    return load_model(
         file, rope_freqs=settings.rope_freqs, neutral=settings.upgrade_neutral, seed=config.run.seed, report=report,
-        freeze=freeze, merge=merges,
+        freeze=storing.freeze, merge=storing.merges,
     )  # fmt: skip
-    return model, merges.notes() if merges else []
 
 
 def open_base(config: RunConfig) -> WeightFile:
@@ -209,33 +203,17 @@ def open_base(config: RunConfig) -> WeightFile:
     return file
 
 
-def load_for_run(file: WeightFile, config: RunConfig) -> TinyFluxDeep:
+def load_for_run(file: WeightFile, config: RunConfig, storing: Storing) -> TinyFluxDeep:
     """A checkpoint as a run computes with it, what it merges included."""
-    return _load(file, config)[0]
+    return _load(file, config, storing)
 
 
-def _frozen(config: RunConfig, geometry: TinyFluxConfig) -> "tuple[Freeze | None, RunMerges | None]":
-    """How the model below adapters is stored, and what is merged into it; both absent where the model itself trains."""
-    from musubi_tuner.adapters.attach import target_paths
-    from musubi_tuner.adapters.merging import RunMerges
-    from musubi_tuner.memory.compose import freeze_of
-
-    if config.adapter.type == "none":
-        return None, None
-    merges = RunMerges(config, target_paths(build(geometry), config.spec.adapters)) if config.adapter.merge else None
-    return freeze_of(config.memory, config.spec), merges
-
-
-def _freeze_new(model: TinyFluxDeep, config: RunConfig) -> list[str]:
-    """Merge and store the weights of a model that comes from no file; returns notes about the merge."""
-    from musubi_tuner.memory.storage import freeze_layers, merge_layers
-
-    freeze, merges = _frozen(config, model.config)
-    if merges is not None:
-        merge_layers(model, merges)
-    if freeze is not None:
-        freeze_layers(model, freeze)
-    return merges.notes() if merges else []
+def _store(model: TinyFluxDeep, storing: Storing) -> None:
+    """Merge and store the weights of a model that comes from no file."""
+    if storing.merges is not None:
+        merge_layers(model, storing.merges)
+    if storing.freeze is not None:
+        freeze_layers(model, storing.freeze)
 
 
 def plan_model(config: RunConfig) -> ModelPlan:

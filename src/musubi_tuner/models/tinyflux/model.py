@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.models.layers import attend, image_positions, rotate
+from musubi_tuner.memory.attention import attend
+from musubi_tuner.models.layers import image_positions, rotate
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.sol import LunePredictor, SolPrior, attention_temperature, modulation, upsample_map
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.swap import check_swap
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
+from musubi_tuner.models.tinyflux.geometry import ModelOptions, TinyFluxConfig
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 HUB_ID = "AbstractPhil/tinyflux-deep"
 OTHER_HUB_ID = "AbstractPhil/tiny-flux-deep"
 """Spelling used elsewhere; suggested when the first is not found."""
-LATENT_SCALE = 0.3611
-"""Of the FLUX autoencoder; TinyFlux leaves its shift of 0.1159 out."""
 
 
 def _kind_key(kind: str) -> Callable[[Any], str]:
@@ -54,8 +53,6 @@ def resolve_experts(config: "RunConfig", checkpoint: dict[str, Any] | None = Non
 
 def written_options(config: "RunConfig") -> dict[str, Any]:
     """The model options that a run file sets; see `geometry.ModelOptions`."""
-    from musubi_tuner.models.tinyflux.geometry import ModelOptions
-
     found = {field.name: getattr(config.model, field.name) for field in fields(ModelOptions)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -165,13 +162,9 @@ def check(config: "RunConfig") -> list[Diagnostic]:
             )
         )
     if model.init == "scratch":
-        from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
-
         known = TinyFluxConfig.shape_fields()
         for key in model.geometry:
             if key not in known:
-                from musubi_tuner.config.diagnostics import did_you_mean
-
                 found.append(Diagnostic("error", f"model.geometry.{key}", f"unknown key.{did_you_mean(key, known)}"))
         if not any(key not in known for key in model.geometry):
             try:

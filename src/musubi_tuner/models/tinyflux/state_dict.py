@@ -15,12 +15,12 @@ from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.memory.storage import Freeze, Merge, place_weights
-from musubi_tuner.models.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
-from musubi_tuner.models.stored import StoredWeight
 from musubi_tuner.models.tinyflux.geometry import ModelOptions, TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
 from musubi_tuner.models.tinyflux.upgrade import is_older, remap, shapes, summary, upgrade_weights
+from musubi_tuner.weights.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
+from musubi_tuner.weights.stored import StoredWeight
 
 logger = logging.getLogger(__name__)
 

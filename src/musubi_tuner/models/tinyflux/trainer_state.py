@@ -21,7 +21,6 @@ from torch import Tensor
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import averaged_inside, read_torch_file, read_weights, strip_wrappers
 from musubi_tuner.models.family import PublishedState
 from musubi_tuner.models.tinyflux.family import geometry_of
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
@@ -30,6 +29,7 @@ from musubi_tuner.models.tinyflux.options import resolve_experts
 from musubi_tuner.models.tinyflux.state_dict import build
 from musubi_tuner.models.tinyflux.trainer_settings import read_settings
 from musubi_tuner.models.tinyflux.upgrade import UpgradeReport, summary, upgrade_weights
+from musubi_tuner.weights.checkpoints import averaged_inside, read_torch_file, read_weights, strip_wrappers
 
 ENTRIES = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from musubi_tuner.models.checkpoints import WeightFile, check_keys
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize, rotary_frequencies
+from musubi_tuner.weights.checkpoints import WeightFile, check_keys
 
 V3, V4 = "expert_predictor.", "lune_predictor."
 """Prefix of the Lune predictor."""

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import replace_file
-from musubi_tuner.models.checkpoints import WeightFile
 from musubi_tuner.models.tinyflux.options import SPEC
 from musubi_tuner.models.tinyflux.state_dict import checkpoint_geometry, load_checkpoint, options_of
 from musubi_tuner.models.tinyflux.upgrade import upgrade_weights, v3_geometry
 from musubi_tuner.tensors import save_tensors
+from musubi_tuner.weights.checkpoints import WeightFile
 
 
 def upgrade_file(

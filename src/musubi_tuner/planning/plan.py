@@ -15,6 +15,7 @@ from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Found, Item, scan
 from musubi_tuner.training.schedulers import rate_jump, start_left
+from musubi_tuner.weights.hub import local_only
 
 
 @dataclass
@@ -79,8 +80,6 @@ def make_plan(
     options: dict[str, Any] = {}
     kinds = needed_kinds(config)
     if "experts" in kinds:
-        from musubi_tuner.models.hub import local_only
-
         with local_only() if only_look else nullcontext():
             options = config.spec.family.checkpoint_options(config)
     contents = Contents(config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.models.checkpoints import as_object, copy_weights, read_json_object, read_weights
+from musubi_tuner.weights.checkpoints import as_object, copy_weights, read_json_object, read_weights
 
 _FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 

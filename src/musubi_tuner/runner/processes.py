@@ -1,39 +1,26 @@
-"""Running a stage, or the processes of a training, as children whose memory is gone when they end."""
+"""Stages and the processes of a training, run as children whose memory is gone when they end.
+
+The processes of a training are started here rather than by torch's elastic agent, which kills its processes 30 seconds after a
+signal, however large the state is that they write, and calls a wanted stop an error. `accelerate launch` works as well; what it
+lacks is said in the README.
+"""
 
 import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from musubi_tuner.config.command_line import secret_keys
-from musubi_tuner.runner.parent import child_environment
+from musubi_tuner.parent import child_environment
 from musubi_tuner.stopping import Repeats, stop_signals
 
 _STOPPED = {128 + int(number) for number in stop_signals()}
 """Exit codes of a child that was asked to stop."""
 _POLL_SECONDS = 0.1
-
-
-def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
-    """Command-line form of overrides, for a child; secrets go another way, see `secret_environment`."""
-    import tomli_w
-
-    words, secrets = [], secret_keys()
-    for key, value in overrides.items():
-        if key in secrets:
-            continue
-        text = (
-            "none" if value is None else tomli_w.dumps({"v": value}, multiline_strings=False).partition("=")[2].strip()
-        )
-        if isinstance(value, str):
-            text = value
-        words += ["--set", f"{key}={text}"]
-    return words
 
 
 def run_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
@@ -85,6 +72,39 @@ def run_children(arguments: Sequence[str], environments: Sequence[Mapping[str, s
             if child.stdin:
                 child.stdin.close()
     return 128 + received[0] if received else code
+
+
+def rank_environments(processes: int, port: int | None, gpu: bool) -> list[dict[str, str]]:
+    """Variables by which torch.distributed and accelerate know a process, one dict per rank.
+
+    Args:
+        port: where the processes find each other; None = any that is free. gpu: each process takes the GPU of its rank.
+    """
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port or _free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # Until the trainer sets the threads of every process.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+    }
+    if not gpu:
+        shared["ACCELERATE_USE_CPU"] = "true"
+    else:
+        from accelerate.utils import check_cuda_p2p_ib_support
+
+        if not check_cuda_p2p_ib_support():
+            # Consumer cards of the RTX 40 series cannot exchange directly; accelerate refuses to start without these.
+            shared |= {name: os.environ.get(name, "1") for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"], patience: float) -> int:

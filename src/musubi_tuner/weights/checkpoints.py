@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
 from musubi_tuner.errors import CheckpointError, DataError, NoAverageError
 from musubi_tuner.files import read_json, read_text
-from musubi_tuner.models.hub import Repository
+from musubi_tuner.weights.hub import Repository
 
 logger = logging.getLogger(__name__)
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
@@ -462,8 +463,6 @@ def strip_wrappers(key: str) -> str:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

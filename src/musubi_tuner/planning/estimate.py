@@ -20,22 +20,26 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.data.sources import Item
-from musubi_tuner.device import choose_device
+from musubi_tuner.device import choose_device, encoder_dtype
+from musubi_tuner.encoders.autoencoder import plan_autoencoder
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices
 from musubi_tuner.memory.compose import block_counts, freeze_of, ways_to_save
-from musubi_tuner.memory.fake_step import Alive, StepNeeds, default_dtype, run_step
 from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.family import ModelPlan
-from musubi_tuner.models.stored import DEVICE_CHUNK
+from musubi_tuner.planning.fake_step import Alive, StepNeeds, default_dtype, run_step
 from musubi_tuner.training.optimizers import state_bytes
+from musubi_tuner.training.sampling import sample_settings
 from musubi_tuner.units import Bytes, format_bytes
+from musubi_tuner.weights.stored import DEVICE_CHUNK
 
 
 @dataclass(frozen=True)
@@ -262,12 +266,6 @@ def peak(config: RunConfig, found: Mapping[Size, Estimate]) -> Estimate:
 def decoding_bytes(config: RunConfig) -> Bytes:
     """Weights of the autoencoder and the peak of decoding the largest sample; 0 if none are drawn, or it is not here."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from musubi_tuner.caching.fingerprint import encoder_sources
-    from musubi_tuner.config.prompts import sample_prompts
-    from musubi_tuner.device import choose_device, encoder_dtype
-    from musubi_tuner.encoders.autoencoder import plan_autoencoder
-    from musubi_tuner.training.sampling import sample_settings
 
     spec, shared = config.spec, sample_settings(config)
     own = [shared.of(prompt, index, spec.pixel_step) for index, prompt in enumerate(sample_prompts(config))]

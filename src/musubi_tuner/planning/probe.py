@@ -2,7 +2,7 @@
 
 A GPU is asked by a child: the command itself would hold device memory, with its children encoding and training beside it.
 
-    python -m musubi_tuner.runner.probe RUN_FILE NUM_PROCESSES [options]      prints one line of JSON
+    python -m musubi_tuner.planning.probe RUN_FILE NUM_PROCESSES [options]      prints one line of JSON
 """
 
 import json
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.config.command_line import split_overrides
+from musubi_tuner.config.command_line import override_arguments, split_overrides
 from musubi_tuner.device import choose_device, with_precision
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compose import check_machine
-from musubi_tuner.memory.report import Rates, measure_rates
+from musubi_tuner.planning.report import Rates, measure_rates
 from musubi_tuner.precision import COMPUTE_DTYPES
-from musubi_tuner.runner.stages import override_arguments
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def ask_child(config: RunConfig, overrides: Mapping[str, Any], processes: int) -
     Raises:
         ConfigError: see `probe`.
     """
-    words = ["-m", "musubi_tuner.runner.probe", str(config.path), str(processes), *override_arguments(overrides)]
+    words = ["-m", "musubi_tuner.planning.probe", str(config.path), str(processes), *override_arguments(overrides)]
     done = subprocess.run([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ConfigError(f'run.device: the device does not answer (code {done.returncode}, see above); use "cpu"')

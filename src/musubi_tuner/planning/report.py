@@ -15,8 +15,8 @@ import torch
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
-from musubi_tuner.memory.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.models.family import ModelPlan
+from musubi_tuner.planning.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
 

@@ -1,0 +1,117 @@
+"""A checked run file as a value. Torch-free."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import PrivateAttr
+
+from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.paths import locate
+from musubi_tuner.config.schema import ExpertsSection, RunFile
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
+
+
+class RunConfig(RunFile):
+    """A checked run file: its sections as attributes, and what was derived from them."""
+
+    _path: Path = PrivateAttr()
+    _spec: ModelSpec = PrivateAttr()
+    _datasets: list[DatasetConfig] = PrivateAttr(default_factory=list)
+    _tables: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """The run file."""
+        return self._path
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model family."""
+        return self._spec
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """The resolved datasets, in order."""
+        return self._datasets
+
+    @property
+    def dataset_tables(self) -> dict[str, Any]:
+        """[general] and [[datasets]] as they were written."""
+        return self._tables
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Dotted key -> default, arch, preset, file or cli."""
+        return self._origins
+
+    @property
+    def findings(self) -> list[Diagnostic]:
+        """Warnings and notes found while loading."""
+        return self._findings
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
+        return bool(self.validation.split) if self.save.best is None else self.save.best
+
+    @property
+    def warms_average(self) -> bool:
+        """Whether a new average starts with less memory: as ema.warmup says, else where it starts as good weights that train on."""
+        if self.ema.warmup != "auto":
+            return self.ema.warmup
+        # Warm-up would forget an average that comes from the checkpoint at once.
+        return self.ema.init == "model" and (self.model.init == "checkpoint" or self.adapter.type != "none")
+
+    def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
+        """[experts] as it is for the images of a dataset."""
+        return self.experts.model_copy(update=dict(dataset.experts))
+
+    def dataset_groups(self) -> list[list[int]]:
+        """Numbers of the datasets, those with the same [experts] together."""
+        groups: dict[str, list[int]] = {}
+        for number, dataset in enumerate(self._datasets):
+            groups.setdefault(self.experts_of(dataset).model_dump_json(), []).append(number)
+        return list(groups.values())
+
+    def limited_to(self, numbers: Sequence[int]) -> "RunConfig":
+        """The run over one of `dataset_groups`, with the [experts] of those datasets."""
+        datasets = [self._datasets[number] for number in numbers]
+        limited = self.model_copy(update={"experts": self.experts_of(datasets[0])})
+        limited._datasets = datasets
+        return limited
+
+    def set_keys(self) -> list[str]:
+        """Keys that a person set, in the file or on the command line."""
+        return [key for key, origin in self._origins.items() if origin in ("file", "cli")]
+
+    def get(self, key: str) -> Any:
+        """Value of a dotted key."""
+        section, _, name = key.rpartition(".")
+        owner = getattr(self, section) if section else self
+        return None if owner is None else getattr(owner, {"from": "from_"}.get(name, name))
+
+    def require(self, architecture: str | None) -> None:
+        """Refuse a run of another family; None accepts all.
+
+        Raises:
+            ConfigError: naming both families.
+        """
+        if architecture is not None and MODELS[architecture].code != self.spec.code:
+            raise ConfigError(
+                f"{self._path}: model.arch is {self.spec.full_name}, this command is for {MODELS[architecture].full_name}"
+            )
+
+    def locate(self, text: str) -> Path:
+        """A path of the file, found as `paths.locate` says."""
+        return locate(text, self._path)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.output_dir).expanduser()
