@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
+os.environ["MUSUBI_STATE_HOME"] = tempfile.mkdtemp(prefix="musubi-tests-")  # not among the pages of a real user
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so before any test module is
 
 

@@ -59,14 +59,17 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the program to stop; ``exit_code`` is 128 + the signal's number. Without a message nothing is printed.
+    """The program was asked to stop: by a signal, and ``exit_code`` is 128 + its number; or otherwise (``signum`` 0), and it is 0.
+
+    Without a message nothing is printed.
 
     Like KeyboardInterrupt it is no `Exception`: code that catches those must not swallow it.
     """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.signum = signum
+        self.exit_code = 128 + signum if signum else EXIT_OK
 
 
 def describe_os_error(error: OSError) -> str:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from musubi_tuner.run_record import log_console
 from musubi_tuner.stopping import stop_requested
 
 _VARIABLE = "MUSUBI_PARENT_PIPE"
@@ -25,10 +26,11 @@ def has_parent_pipe() -> bool:
     return os.environ.get(_VARIABLE) == "1"
 
 
-def die_with_parent() -> None:
-    """In a child: watch the pipe, and end the process when the parent is gone. Elsewhere: do nothing."""
+def join_parent() -> None:
+    """In a child: end when the parent does, and print into the log of its run. Elsewhere: do nothing."""
     if not has_parent_pipe():
         return
+    log_console()
     threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
 
 

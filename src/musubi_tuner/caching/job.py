@@ -35,6 +35,7 @@ from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError, advise_on_memory
 from musubi_tuner.files import fault_point, folder_lock, json_text, remove_leftovers, replace_file
 from musubi_tuner.headers import read_header
+from musubi_tuner.run_record import tell
 from musubi_tuner.stamps import hashed_state, quick_state
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[
     walks = 1 if job.finish is None else 2
     total = walks * sum(_due(batch, status) for batch in batches)
     inputs = Inputs(job, status)
-    with tqdm(total=total, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
+    with Progress(total=total, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
         if job.finish is None:
             for items, encoded in _walk(config, status, batches, inputs.read, job.open, outcome):
                 bar.update(_write_batch(config, job, status, items, encoded, inputs.fingerprint, outcome))
@@ -215,6 +216,16 @@ def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[
             _finish_halves(config, job, status, batches, outcome, bar)
     if hasattr(os, "sync"):
         os.sync()
+
+
+class Progress(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+    """A bar that the record of the run shows too."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count items."""
+        self.told = getattr(self, "told", 0) + (n or 0)  # a disabled bar counts nothing
+        tell(phase=self.desc or "", done=int(self.told), total=self.total)
+        return super().update(n)
 
 
 def _due(items: list[Item], status: KindStatus) -> int:

@@ -26,7 +26,7 @@ from musubi_tuner.demo.recipe import MANIFEST, demo_folder, expected_manifest, m
 from musubi_tuner.device import set_threads
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import folder_lock, replace_file, write_json, write_text
-from musubi_tuner.parent import die_with_parent
+from musubi_tuner.parent import join_parent
 from musubi_tuner.quiet import quiet_progress
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.stopping import exit_on_terminate
@@ -47,7 +47,7 @@ def _main(arguments: Sequence[str]) -> int:
     config = load_config(parser.parse_args(passed).config, overrides)
     if config.demo is None:
         raise ConfigError(f"{config.path}: has no [demo] table")
-    die_with_parent()
+    join_parent()
     exit_on_terminate()
     prepare(config)
     return EXIT_OK

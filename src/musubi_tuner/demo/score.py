@@ -23,7 +23,7 @@ from musubi_tuner.demo.checker import check, score
 from musubi_tuner.demo.pictures import Combination, combinations, held_out
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_json
-from musubi_tuner.parent import die_with_parent
+from musubi_tuner.parent import join_parent
 from musubi_tuner.randomness import keyed_random
 from musubi_tuner.stopping import exit_on_terminate
 from musubi_tuner.training.curves import plot_losses, read_rows
@@ -44,7 +44,7 @@ def _main(arguments: Sequence[str]) -> int:
     config = load_config(parser.parse_args(passed).config, overrides)
     if config.demo is None:
         raise ConfigError(f"{config.path}: has no [demo] table")
-    die_with_parent()
+    join_parent()
     exit_on_terminate()
     result = score_run(config)
     width = max(map(len, NAMES))

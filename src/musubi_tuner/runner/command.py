@@ -7,7 +7,7 @@ the list of differences.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -24,9 +24,33 @@ from musubi_tuner.config.command_line import (
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.paths import is_hub_id, is_published
 from musubi_tuner.device import choose_device, with_precision
-from musubi_tuner.errors import EXIT_OK, CacheError, CheckpointError, ConfigError, run_command
+from musubi_tuner.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPT,
+    EXIT_OK,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    mask_secrets,
+    run_command,
+)
 from musubi_tuner.files import folder_lock, read_text
-from musubi_tuner.parent import die_with_parent, has_parent_pipe
+from musubi_tuner.parent import has_parent_pipe, join_parent
+from musubi_tuner.run_record import (
+    CONSOLE,
+    CONTROL,
+    EXIT_FILE,
+    FAILED,
+    FINISHED,
+    RUN_FILE,
+    STOPPED,
+    begin,
+    end,
+    recorder,
+    tell,
+    was_stopped,
+)
 from musubi_tuner.runner.processes import rank_environments, run_child, run_children
 from musubi_tuner.stopping import exit_on_terminate
 from musubi_tuner.weights.hub import local_only
@@ -72,7 +96,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     refuse_upstream()
     if options.config is None:
         return list_run_files()
-    die_with_parent()
+    join_parent()
     exit_on_terminate()
     if "TORCHELASTIC_RUN_ID" in os.environ and not has_parent_pipe():
         return run_beside_agent()
@@ -83,13 +107,53 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         report(config.findings)
     if launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return train_launched(config, launched, skip_cache=options.skip_cache)
+
+        def train() -> int:
+            return train_launched(config, launched, skip_cache=options.skip_cache)
+
+        # A run of several processes that train.py started is recorded there; under another launcher its main rank does it.
+        is_recorder = int(os.environ.get("RANK", "0")) == 0 and recorder() is None
+        return run_recorded(config, lambda _: train()) if is_recorder else train()
     if options.fresh:
         folder = fresh_folder(config.output_dir)
         overrides["run.output_dir"] = str(folder)
         config = _resolved(load_config(options.config, overrides))
         print(f"starting anew in {folder}")
-    return Runner(config, options, overrides).run()
+    runner = Runner(config, options, overrides)
+    return runner.run() if options.plan or options.cache_only else run_recorded(config, runner.run)
+
+
+def run_recorded(config: RunConfig, body: Callable[[bool], int]) -> int:
+    """Hold the folder of a run, and keep the record of a start.
+
+    Args:
+        body: gets whether the folder can be written to, and returns the exit code.
+
+    Raises:
+        ConfigError: if another start works there.
+    """
+    folder = config.output_dir
+
+    def busy(holder: str) -> ConfigError:
+        return ConfigError(f"run.output_dir {folder}: {holder} is training here")
+
+    with folder_lock(folder, busy, must_write=False) as can_write:
+        if not can_write:
+            return body(False)
+        begin(folder, config.path)
+        code, reason, message = EXIT_FAILED, FAILED, None
+        try:
+            code = body(True)
+            reason = STOPPED if code > 128 or was_stopped(folder) else FAILED if code else FINISHED
+            return code
+        except (Interrupted, KeyboardInterrupt) as stop:
+            code, reason = getattr(stop, "exit_code", EXIT_INTERRUPT), STOPPED
+            raise
+        except BaseException as error:
+            code, message = getattr(error, "exit_code", EXIT_FAILED), mask_secrets(str(error))
+            raise
+        finally:
+            end(code, reason, signum=code - 128 if code > 128 else None, message=message)
 
 
 def _resolved(config: RunConfig) -> RunConfig:
@@ -135,13 +199,18 @@ def list_run_files() -> int:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """The first of folder-2, folder-3, ... that does not exist; the folder itself if it is new."""
-    if not folder.exists():
-        return folder
-    number = 2
-    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+    """The first of folder-2, folder-3, ... in which no run was trained; the folder itself if it is new."""
+    candidate, number = folder, 1
+    while _is_used(candidate):
         number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds more than the record of a start that came to nothing."""
+    record = {RUN_FILE, EXIT_FILE, CONSOLE.parts[0], CONTROL, ".lock"}
+    return folder.exists() and (not folder.is_dir() or any(path.name not in record for path in folder.iterdir()))
 
 
 class Runner:
@@ -151,8 +220,12 @@ class Runner:
         self.config, self.options, self.overrides = config, options, overrides
         self.processes = config.distributed.num_processes
 
-    def run(self) -> int:
-        """Returns the exit code."""
+    def run(self, can_write: bool = False) -> int:
+        """Returns the exit code.
+
+        Args:
+            can_write: whether the run's folder is held and can be tidied.
+        """
         config, options = self.config, self.options
         if config.demo is not None:
             code = self._prepare_demo()
@@ -160,6 +233,7 @@ class Runner:
                 return code
         from musubi_tuner.planning.plan import describe, make_plan
 
+        tell(phase="plan")
         encode = config.cache.run != "never" and not options.skip_cache
         download = encode and not options.plan
         plan = make_plan(config, self.processes, download=download, only_look=options.plan)
@@ -171,7 +245,7 @@ class Runner:
             return EXIT_OK
         from musubi_tuner.training.checkpoint import refuse_second_branch
 
-        if self._finished(plan.steps.total_updates):
+        if self._finished(plan.steps.total_updates, can_write):
             return self._score_demo()
         refuse_second_branch(config)
         if plan.due and not encode and not options.skip_cache:
@@ -186,7 +260,7 @@ class Runner:
         if settled is None:
             settled = self._plan_memory(plan, last=True)  # the checkpoint may be fetched now
         code = self._train(settled, plan.found.items)
-        return code or self._score_demo()
+        return code if code or was_stopped(config.output_dir) else self._score_demo()
 
     def _plan_memory(self, plan: "Plan", last: bool = False) -> RunConfig | None:
         """Print what the run needs of memory, disk and time, where the model's shape is known without a download.
@@ -257,14 +331,15 @@ class Runner:
         jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.path}" for kind in due)
         raise CacheError(f'caches are not complete, and cache.run is "never"; run: {jobs}')
 
-    def _finished(self, total: int) -> bool:
+    def _finished(self, total: int, can_write: bool) -> bool:
         from musubi_tuner.training.checkpoint import CheckpointList
 
         final = CheckpointList.read(self.config.output_dir, self.config.run.name).entries.get("final")
         if final is None or final.step < total or self.config.resume.from_ != "auto":
             return False
         self._check_same_config(final.state)
-        self._tidy()
+        if can_write:
+            self._tidy()
         print(
             f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps or "
             "max_epochs to train on (--plan says what the learning rate would do), or use --fresh to start anew"
@@ -276,13 +351,7 @@ class Runner:
         from musubi_tuner.training.checkpoint import tidy
 
         folder, save = self.config.output_dir, self.config.save
-
-        def busy(holder: str) -> ConfigError:
-            return ConfigError(f"run.output_dir {folder}: {holder} is training here")
-
-        with folder_lock(folder, busy, must_write=False) as can_write:
-            if can_write:
-                tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
+        tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
 
     def _check_same_config(self, state: str) -> None:
         """A finished run with another config is a mistake too."""

@@ -7,6 +7,7 @@ import torch
 
 from musubi_tuner.data.plan import Update
 from musubi_tuner.errors import Interrupted, TrainingError
+from musubi_tuner.run_record import STOPPED, recorder, tell
 from musubi_tuner.training.build import Run
 from musubi_tuner.training.checkpoint import EPOCH_METRIC
 from musubi_tuner.training.due import due_after
@@ -108,6 +109,8 @@ def validate(run: Run) -> None:
     """Measure the held-out images, on all ranks together, and keep the weights if they are the best."""
     if run.validator is None:
         return
+    if run.metrics:
+        tell(phase="validate")
     begun, step, ema = time.perf_counter(), run.position.step, run.role.ema
     averaged = run.config.validation.weights == "ema" and ema is not None and ema.updates > 0
     with run.role.averaged(averaged):
@@ -141,6 +144,8 @@ def draw_samples(run: Run) -> None:
     """Draw the sample prompts; a request to stop leaves them to the next start."""
     samples, step = run.samples, run.position.step
     samples.due = True
+    if run.metrics and samples.prompts:
+        tell(phase="sample", message=f"drawing {len(samples.prompts.encoded.prompts)} pictures")
     try:
         drawn = samples.draw(step, run.metrics)
         samples.due = False
@@ -163,6 +168,8 @@ def save(run: Run, due: dict[str, str], *, with_state: bool | None = None) -> No
     if not due:
         return
     with_state = run.config.save.state if with_state is None else with_state
+    if run.saver:
+        tell(phase="save")
     state = run.snapshot.take(run.metrics) if with_state else None
     if run.saver:
         for entry in run.saver.on_the_way(due, run.position, state):
@@ -173,20 +180,25 @@ def save(run: Run, due: dict[str, str], *, with_state: bool | None = None) -> No
     run.ranks.wait()
 
 
-def stop_if_asked(run: Run) -> None:
-    """Stop if a signal asked for it; if there is no state of this very update yet, write one first.
+def answer_requests(run: Run) -> None:
+    """Draw, save or stop if a signal or a file in control asks for it; a stop has a state of this very update.
 
     Raises:
         Interrupted: with a message on the main rank.
     """
-    stopping = run.ranks.stop_signal()
-    if not stopping:
-        return
+    current = recorder() if run.ranks.main else None
+    asked = run.ranks.requests(current.requests() if current else ())
     step = run.position.step
-    if run.state_step != step:
+    if asked.sample:
+        draw_samples(run)
+    stops = bool(asked.signum) or asked.stop
+    if (asked.save or stops) and run.state_step != step:
         save(run, {f"step_{step}": "step"}, with_state=True)
-    text = f"stopped after step {step}; run the same command again to continue"
-    raise Interrupted(stopping, text if run.ranks.main else "")
+    if stops:
+        if current:
+            current.tell(phase=STOPPED, stopped=True)
+        text = f"stopped after step {step}; run the same command again to continue"
+        raise Interrupted(asked.signum, text if run.ranks.main else "")
 
 
 def finish(run: Run) -> None:
@@ -209,5 +221,5 @@ def finish(run: Run) -> None:
             f"{position.skipped} updates skipped; see {run.config.output_dir}"
         )
     run.ranks.wait()
-    if stopping := run.ranks.stop_signal():
-        raise Interrupted(stopping, "")
+    if signum := run.ranks.requests().signum:
+        raise Interrupted(signum, "")

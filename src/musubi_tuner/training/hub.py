@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from musubi_tuner.errors import keep_secret, mask_secrets
 from musubi_tuner.files import encodable, read_json, temporary_path
-from musubi_tuner.parent import child_environment, die_with_parent
+from musubi_tuner.parent import child_environment, join_parent
 
 if TYPE_CHECKING:  # every upload is a start of Python, which need not read the settings again
     from musubi_tuner.config.schema import HubSection
@@ -313,7 +313,7 @@ def _advice(error: Exception) -> str | None:
 
 def main() -> int:
     """Upload what a request file asks for; a failure is one line on standard error."""
-    die_with_parent()
+    join_parent()
     try:
         _send(read_json(Path(sys.argv[1])))
     except Exception as error:  # whatever the library raises, the training process wants one line of it

@@ -13,9 +13,10 @@ from musubi_tuner.data.batch import load_batches
 from musubi_tuner.data.plan import plan_epoch, updates_of_epoch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import explain_workers
-from musubi_tuner.errors import ConfigError, Interrupted, TrainingError, advise_on_memory
-from musubi_tuner.files import fault_point, folder_lock
+from musubi_tuner.errors import Interrupted, TrainingError, advise_on_memory
+from musubi_tuner.files import fault_point
 from musubi_tuner.memory.compose import ways_to_save
+from musubi_tuner.run_record import tell
 from musubi_tuner.stopping import kill_workers
 from musubi_tuner.training import actions
 from musubi_tuner.training.build import Run, Settle, build_run
@@ -69,7 +70,7 @@ def run_epoch(run: Run) -> None:
                 run.uploads.newest()
             fault_point("train.update")
         # After the last update a request leaves the end to the next start, which draws samples left out first.
-        actions.stop_if_asked(run)
+        actions.answer_requests(run)
 
 
 def run_to_end(run: Run) -> None:
@@ -86,7 +87,7 @@ def run_to_end(run: Run) -> None:
         with run.ranks.stop:
             if run.samples.due:
                 actions.draw_samples(run)
-                actions.stop_if_asked(run)
+                actions.answer_requests(run)
             while at.step < total:
                 run_epoch(run)
                 if at.step < total:
@@ -106,7 +107,7 @@ def _answer_signal() -> None:
 
 
 def train(config: RunConfig, items: list[Item], settle: Settle | None = None) -> None:
-    """Train a run whose caches are complete, alone or as one process of several.
+    """Train a run whose caches are complete, alone or as one process of several. Whoever calls it holds the folder's lock.
 
     Args:
         settle: see `build_run`.
@@ -119,9 +120,6 @@ def train(config: RunConfig, items: list[Item], settle: Settle | None = None) ->
     with contextlib.ExitStack() as stack:
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(
-                folder_lock(folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"))
-            )
             # What an interrupted start may still resume from is pruned at its next save, not here.
             tidy(folder, config.run.name)
         ranks.wait()
@@ -132,6 +130,8 @@ def train(config: RunConfig, items: list[Item], settle: Settle | None = None) ->
                 "the newest state, if there is one"
             ),
         )
+        if ranks.main:
+            tell(phase="load")
         with memory, explain_workers(config.train.loader_workers):
             run = build_run(config, items, ranks, settle)
             if run.uploads:

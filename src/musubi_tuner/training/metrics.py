@@ -13,7 +13,6 @@ A line of metrics.jsonl keeps wall-clock values apart, under "clock": everything
 an undisturbed one. The state stores the file's length, and resuming cuts the file there.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from musubi_tuner.files import encodable
+from musubi_tuner.run_record import finite_values, json_line, tell
 from musubi_tuner.units import format_seconds
 
 FILE = "metrics.jsonl"
@@ -60,6 +60,10 @@ class Metrics:
         """Count an update of so many images."""
         self._images += images
         self.bar.update(1)
+        self._tell(int(self.bar.n))
+
+    def _tell(self, step: int, **values: Any) -> None:
+        tell(phase="train", done=step, total=self.total, step=step, steps=self.total, **finite_values(values))
 
     def log(self, step: int, values: dict[str, float], *, peak_gib: float | None) -> None:
         """Write one line everywhere.
@@ -83,7 +87,8 @@ class Metrics:
         if peak_gib is not None:
             clock["peak_gib"] = round(peak_gib, 3)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values, "clock": clock}) + "\n")
+            file.write(json_line(step, values, clock))
+        self._tell(step, loss=values["loss/total"], seconds_left=clock["seconds_left"])
         if self.writer:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step)
@@ -112,7 +117,7 @@ class Metrics:
         self._mark += seconds
         clock = {"seconds": round(seconds, 3), "wall": round(time.time(), 3)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values, "clock": clock}) + "\n")
+            file.write(json_line(step, values, clock))
         if self.writer:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step if place is None else place)

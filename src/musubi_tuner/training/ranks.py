@@ -6,8 +6,9 @@ One rank is the usual case, and then nothing here costs anything.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,22 @@ from torch import Tensor, nn
 from musubi_tuner.config import RunConfig
 from musubi_tuner.device import choose_device
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.run_record import REQUESTS
 from musubi_tuner.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a run is asked to do between two updates.
+
+    Attributes:
+        signum: of the signal that asks to stop; 0 = none. stop, save, sample: files in control.
+    """
+
+    signum: int = 0
+    stop: bool = False
+    save: bool = False
+    sample: bool = False
 
 
 class Ranks:
@@ -27,7 +43,7 @@ class Ranks:
 
     Attributes:
         device: of this rank. rank: its number. count: of all. main: whether it is the one that writes and draws.
-        stop: a request to stop that arrived here; `stop_signal` is what all ranks agree on.
+        stop: a signal to stop that arrived here; `requests` is what all ranks agree on.
 
     Args:
         answer: tells the person at once that a request to stop arrived.
@@ -73,17 +89,23 @@ class Ranks:
 
     def least(self, value: int) -> int:
         """The smallest value that a rank has."""
-        return self._agreed(value, torch.distributed.ReduceOp.MIN) if self.count > 1 else value
+        return self._agreed([value], torch.distributed.ReduceOp.MIN)[0] if self.count > 1 else value
 
-    def stop_signal(self) -> int:
-        """Number of the signal that asked to stop, the same on all ranks; 0 = none."""
-        signum = self.stop.signum
-        return self._agreed(signum, torch.distributed.ReduceOp.MAX) if self.count > 1 else signum
+    def requests(self, of_control: Collection[str] = ()) -> Requests:
+        """What is asked for, by a signal to any rank or by files in control, the same on all ranks.
 
-    def _agreed(self, value: int, operation: Any) -> int:
-        shared = torch.tensor([value], device=self.device)
+        Args:
+            of_control: names of requests that the main rank found there.
+        """
+        found = [self.stop.signum, *(int(name in of_control) for name in REQUESTS)]
+        if self.count > 1:
+            found = self._agreed(found, torch.distributed.ReduceOp.MAX)
+        return Requests(found[0], *map(bool, found[1:]))
+
+    def _agreed(self, values: list[int], operation: Any) -> list[int]:
+        shared = torch.tensor(values, device=self.device)
         torch.distributed.all_reduce(shared, op=operation)
-        return int(shared.item())
+        return [int(value) for value in shared.tolist()]
 
     def parallel(self, model: nn.Module, by_hand: Sequence[nn.Parameter] = ()) -> nn.Module:
         """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank.

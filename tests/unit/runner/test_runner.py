@@ -118,7 +118,7 @@ class Family:
         """Run ``code`` as the child, after it wrote its process id; returns that."""
         ready = self.folder / "ready"
         begin = (
-            "import os, pathlib; from musubi_tuner.parent import die_with_parent; die_with_parent(); "
+            "import os, pathlib; from musubi_tuner.parent import join_parent; join_parent(); "
             f"pathlib.Path({str(ready)!r}).with_suffix('.part').write_text(str(os.getpid())); "
         )
         end = f"\nos.rename({str(ready) + '.part'!r}, {str(ready)!r})\n"
@@ -212,7 +212,7 @@ def test_child_that_computes_ends_too_when_its_parent_is_killed(family: Family) 
 
 
 def test_process_that_is_no_child_does_not_watch_its_input() -> None:
-    code = "from musubi_tuner.parent import die_with_parent; die_with_parent(); import time; time.sleep(0.3)"
+    code = "from musubi_tuner.parent import join_parent; join_parent(); import time; time.sleep(0.3)"
     environment = {name: value for name, value in os.environ.items() if name != "MUSUBI_PARENT_PIPE"}
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=environment)
     assert done.returncode == 0
