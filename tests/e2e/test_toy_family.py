@@ -5,9 +5,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from project import REPOSITORY, Result, metrics, run_tables
+from project import REPOSITORY, Result, differing, final_files, metrics, run_tables
 from safetensors.torch import load_file
 
 SOURCE = REPOSITORY / "src" / "musubi_tuner"
@@ -103,3 +104,53 @@ def test_the_search_finds_names() -> None:
     tree = ast.parse('from musubi_tuner.models.tinyflux import x\nif code == "fd":\n    Flux()\n"""tf"""\nflux_shift()')
     found = [text for _, text in words_of(tree) if NAMES.search(text)]
     assert found == ["musubi_tuner.models.tinyflux", "fd", "Flux"]
+
+
+def gan_run(root: Path, photographs: Path, **changes: dict[str, Any]) -> Path:
+    """A run file of the second task of the toy family: a GAN on live pictures."""
+    import tomli_w
+
+    tables: dict[str, Any] = {
+        "schema_version": 1,
+        "run": {"name": "photos", "output_dir": str(root / "out"), "seed": 7, "threads": 1, "device": "cpu"},
+        "model": {"arch": "toy", "init": "scratch", "geometry": {"width": 6, "gan": True}},
+        "general": {"resolution": 64, "batch_size": 1},
+        "datasets": [{"image_directory": str(photographs), "cache_directory": str(root / "cache")}],
+        "train": {"max_steps": 6, "mixed_precision": "no", "grad_accum_steps": 2},
+        "optimizer": {"lr": 1e-2},
+        "scheduler": {"type": "constant", "warmup_steps": 0},
+        "ema": {"decay": 0.5},
+        "save": {"every_steps": 2, "every_epochs": 0, "release": False},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    for table, values in changes.items():
+        tables[table] = {**tables.get(table, {}), **values}
+    root.mkdir(parents=True)
+    path = root / "run.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
+
+
+def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
+    package: Path, photographs: Path, tmp_path: Path, python: Callable[..., Result]
+) -> None:
+    """And two processes train what one trains with twice the accumulation."""
+    whole = gan_run(tmp_path / "whole", photographs)
+    python(REPOSITORY / "train.py", whole, PYTHONPATH=str(package)).expect(0)
+    rows = metrics(whole.parent / "out")
+    assert rows[-1]["loss/recon"] < rows[0]["loss/recon"]
+    assert {"train/lr_vae", "train/lr_discriminator", "train/grad_norm_vae"} <= set(rows[0])
+    assert not (whole.parent / "cache").exists()
+
+    killed = gan_run(tmp_path / "killed", photographs)
+    python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package), MUSUBI_FAULT="train.phase:4").expect(-9)
+    again = python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package)).expect(0)
+    assert "continuing from photos-step00000002-state: step 2 of 6" in again.out
+    assert differing(final_files(killed.parent / "out"), final_files(whole.parent / "out")) == []
+
+    two = gan_run(tmp_path / "two", photographs, train={"grad_accum_steps": 1}, distributed={"num_processes": 2})
+    python(REPOSITORY / "train.py", two, PYTHONPATH=str(package)).expect(0)
+    ours, theirs = (load_file(path.parent / "out" / "photos.safetensors") for path in (two, whole))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert (ours[key] - tensor).abs().max() <= 1e-5, key

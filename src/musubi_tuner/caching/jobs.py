@@ -13,8 +13,8 @@ from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job,
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.masks import read_mask, to_latent
+from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import load_autoencoder
@@ -24,17 +24,11 @@ from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
 
 
-def image_tensor(item: Item) -> Tensor:
-    """The picture at its bucket, [3, H, W] in [-1, 1]."""
-    array = to_array(resize_crop(open_image(item.path, item.background), item.placement))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
     """Encode images into latents [C, H / 8, W / 8], with their loss masks at the same size."""
 
     def read(item: Item) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = image_tensor(item)
+        pixels = read_pixels(item)
         if item.mask is None:
             return pixels, {}
         grey = read_mask(item.mask, item.path, item.background)

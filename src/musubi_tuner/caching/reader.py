@@ -13,11 +13,10 @@ from musubi_tuner.caching.index import CachedFile, open_items
 from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
-from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import TensorEntry
-from musubi_tuner.randomness import uniform
 
 
 class CachedDataset:
@@ -124,7 +123,7 @@ class CachedDataset:
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """A micro-batch; the epoch keys the draw of the caption of an item that has several."""
         rows = [
-            self._read(index, self.caption_of(index, epoch, presentation))
+            self._read(index, caption_of(len(self.items[index].captions), self.seed, epoch, presentation))
             for index, presentation in zip(batch.items, batch.presentations, strict=True)
         ]
         for row in rows:
@@ -158,11 +157,6 @@ class CachedDataset:
 
     def __len__(self) -> int:
         return len(self.items)
-
-    def caption_of(self, index: int, epoch: int, presentation: int) -> int:
-        """Which caption of an item a presentation takes: one draw for text and teacher features alike."""
-        count = len(self.items[index].captions)
-        return 0 if count == 1 else int(count * uniform(self.seed, "caption", epoch, presentation))
 
     def _read(self, index: int, caption: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -21,7 +21,10 @@ def wants(config: RunConfig, dataset: DatasetConfig, kind: str) -> bool:
 
 def needed_kinds(config: RunConfig) -> list[str]:
     """Kinds of cache that a run trains from, for some of its datasets at least."""
-    return [kind for kind in KINDS if any(wants(config, dataset, kind) for dataset in config.datasets)]
+    caches = config.spec.task(config).caches
+    return [
+        kind for kind in KINDS if kind in caches and any(wants(config, dataset, kind) for dataset in config.datasets)
+    ]
 
 
 def job_groups(config: RunConfig, kind: str) -> list[list[int]]:

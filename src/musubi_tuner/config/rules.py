@@ -622,9 +622,14 @@ def _files(config: RunConfig) -> list[Diagnostic]:
             found.append(_error(key, f"{text}: {_RUN_NAMES.get(text, f'write the folder too, as in folder:{text}')}"))
         else:
             found.append(_error(key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)"))
-    needed = {"model.vae_path": "images", "model.clip_path": "captions", "model.t5_path": "captions"}
-    for key, what in needed.items():
-        if config.get(key) is None and config.cache.run != "never":
+    caches = config.spec.task(config).caches
+    needed = [
+        ("latents", "model.vae_path", "images"),
+        ("text", "model.clip_path", "captions"),
+        ("text", "model.t5_path", "captions"),
+    ]
+    for kind, key, what in needed:
+        if kind in caches and config.get(key) is None and config.cache.run != "never":
             found.append(_error(key, f"is needed to encode {what}"))
     prompts = config.sample.prompts
     if isinstance(prompts, str) and not config.locate(prompts).is_file():

@@ -11,7 +11,7 @@ update of an epoch may have fewer: the ranks without one run an empty share.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from musubi_tuner.randomness import keyed_random
+from musubi_tuner.randomness import keyed_random, uniform
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def plan_epoch(items: Sequence[PlanItem], seed: int, epoch: int, micro_batch: in
         planned.append(MicroBatch(tuple(batch), tuple(range(begun, begun + len(batch)))))
         begun += len(batch)
     return planned
+
+
+def caption_of(captions: int, seed: int, epoch: int, presentation: int) -> int:
+    """Which of an item's captions a presentation takes: one draw for everything that is made from captions."""
+    return 0 if captions == 1 else int(captions * uniform(seed, "caption", epoch, presentation))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ follow `Process`. Where the family has a published trainer whose files people br
 Shape letters: B batch, C latent channels, H/W latent height and width; latents of other families may be tokens [B, N, D].
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from musubi_tuner.data.batch import Batch
     from musubi_tuner.memory.storage import Storing
     from musubi_tuner.models.foreign_caches import ForeignCaches
+    from musubi_tuner.training.role import Role
+    from musubi_tuner.training.task import Task
     from musubi_tuner.weights.checkpoints import WeightFile
 
 
@@ -245,6 +247,20 @@ class Family(Protocol):
 
     def concatenate(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         """Inputs of two branches in one batch."""
+
+
+class TaskFamily(Family, Protocol):
+    """A family some of whose tasks are no denoiser: several roles, or live pictures."""
+
+    def make_task(self, config: "RunConfig", trainee: Trainee, make_role: "Callable[[str, nn.Module], Role]") -> "Task":
+        """The task of a run, on the model of `load_for_training`.
+
+        Args:
+            make_role: gives a role for its name and its modules; call it once for every role.
+        """
+
+    def make_tokenizer(self, config: "RunConfig") -> "Callable[[list[str]], dict[str, Tensor]] | None":
+        """What a task that reads live pictures makes of their captions; None = nothing. Picklable, for loader workers."""
 
 
 class PublishedTrainer(Protocol):

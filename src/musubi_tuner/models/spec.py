@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.diagnostics import Diagnostic
-    from musubi_tuner.models.family import Family, PublishedTrainer
+    from musubi_tuner.models.family import Family, PublishedTrainer, TaskFamily
 
 
 def resolve(dotted: str) -> Any:
@@ -40,6 +40,30 @@ class AdapterTargets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskFacts:
+    """What is known of a run's task without torch.
+
+    Attributes:
+        roles: names of the modules that move on their own; a denoiser has one.
+        caches: kinds of cache that it reads, as far as the data sets want them.
+        pixels: it reads the pictures themselves.
+    """
+
+    roles: tuple[str, ...] = ("model",)
+    caches: tuple[str, ...] = ("latents", "text", "experts")
+    pixels: bool = False
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it is the task of a denoiser on cached latents, which the framework makes itself."""
+        return len(self.roles) == 1 and not self.pixels
+
+
+def _denoiser(config: "RunConfig") -> TaskFacts:
+    return TaskFacts()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """All the trainer knows about one model family.
 
@@ -60,6 +84,7 @@ class ModelSpec:
         foreign_keys: unknown key of other trainers -> what to write instead.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
+        task: facts of the task of a run. Where they are not those of a denoiser, the family makes it (see `TaskFamily`).
         package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
             `PublishedTrainer`).
         block_lists: attribute names of homogeneous block lists, in call order.
@@ -92,6 +117,7 @@ class ModelSpec:
     foreign_keys: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
     geometry: str
+    task: "Callable[[RunConfig], TaskFacts]" = _denoiser
     package: str
     has_published_trainer: bool = False
     block_lists: tuple[str, ...]
@@ -103,6 +129,11 @@ class ModelSpec:
     def family(self) -> "Family":
         """What the family does; imports torch."""
         return cast("Family", importlib.import_module(f"{self.package}.family"))
+
+    @property
+    def task_family(self) -> "TaskFamily":
+        """The same for a family that makes tasks of its own."""
+        return cast("TaskFamily", self.family)
 
     @property
     def published(self) -> "PublishedTrainer | None":

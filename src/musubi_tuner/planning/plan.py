@@ -89,8 +89,8 @@ def make_plan(
     }
     if not only_look:
         contents.save()
-    losses = _losses(config, found.items, status["text"], download)
-    black = black_masks(config, found.items, status["latents"])
+    losses = _losses(config, found.items, status["text"], download) if "text" in status else []
+    black = black_masks(config, found.items, status["latents"]) if "latents" in status else []
     return Plan(found, held_out, status, steps, black, difference, losses, _state_to_continue(config))
 
 
@@ -171,7 +171,9 @@ def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
         from musubi_tuner.training.identity import as_begun
 
         config = as_begun(config, plan.state["config"])
-        done, average_updates = int(plan.state["step"]), int(plan.state["ema_updates"])
+        counted = plan.state["ema_updates"]  # of every role, where there are several
+        done = int(plan.state["step"])
+        average_updates = max(counted.values()) if isinstance(counted, dict) else int(counted)
     average, total = config.ema, plan.steps.total_updates
     left = start_left(average_updates + max(0, total - done), average.decay, config.warms_average)
     why = ' (ema.warmup = "auto")' if average.warmup == "auto" else ""

@@ -278,6 +278,9 @@ class Runner:
         from musubi_tuner.planning.probe import probe
         from musubi_tuner.planning.report import estimate_lines
 
+        if not self.config.spec.task(self.config).denoises:
+            print("  memory   is not estimated for this task", flush=True)
+            return self.config
         device = choose_device(self.config.run.device)
         machine = probe(self.config, self.overrides, self.processes, device)
         path, items = self.config.model.path, plan.found.items

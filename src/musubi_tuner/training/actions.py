@@ -53,7 +53,7 @@ def _not_finite(run: Run, outcome: Outcome) -> None:
     position.skipped_in_a_row += 1
     several = f" of {outcome.not_finite}" if len(run.task.phases) > 1 else ""
     where = f"step {position.step + 1}: the gradient{several} is not finite (items {', '.join(outcome.items[:8])})"
-    if run.role.scaler is None and train.on_nonfinite == "stop":
+    if run.roles[0].scaler is None and train.on_nonfinite == "stop":
         raise TrainingError(
             f"{where}. Nothing was changed by it. Lower optimizer.lr, look at these items, or set "
             'train.on_nonfinite = "skip"'
@@ -75,19 +75,24 @@ def log(run: Run) -> None:
     first: tuple[str, ...] = ("loss/total", "loss/main")
     losses = {tag: means[tag] for tag in first if tag in means}
     losses |= {tag: value for tag, value in means.items() if tag.startswith("loss/")}
-    lr = run.role.rate(position.step - 1)
-    scales = {group["lr_scale"] for group in run.role.optimizer.param_groups} - {1.0}
+    rates: dict[str, float] = {}
+    for role in run.roles:
+        suffix, lr = f"_{role.name}" if len(run.roles) > 1 else "", role.rate(position.step - 1)
+        rates[f"train/lr{suffix}"] = lr
+        scales = {group["lr_scale"] for group in role.optimizer.param_groups} - {1.0}
+        rates |= {f"train/lr{suffix}_x{scale:g}": lr * scale for scale in sorted(scales)}
+    plain = {tag: value for tag, value in rates.items() if "_x" not in tag}
     values = {
         **losses,
         **{f"loss/{name}_weight": weight for name, weight in run.term_weights.items()},
         **by_noise,
-        "train/lr": lr,
-        "train/grad_norm": means["train/grad_norm"],
+        **plain,
+        **{tag: value for tag, value in means.items() if tag.startswith("train/grad_norm")},
         "train/epoch": position.epoch + position.update / run.steps.updates_per_epoch,
         "train/images": position.images,
         "train/skipped": position.skipped,
         **{tag: value for tag, value in means.items() if tag.startswith("max_norm/")},
-        **{f"train/lr_x{scale:g}": lr * scale for scale in sorted(scales)},
+        **{tag: value for tag, value in rates.items() if tag not in plain},
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     run.metrics.log(position.step, values, peak_gib=peak)
@@ -143,6 +148,8 @@ def _save_best(run: Run) -> None:
 def draw_samples(run: Run) -> None:
     """Draw the sample prompts; a request to stop leaves them to the next start."""
     samples, step = run.samples, run.position.step
+    if samples is None:
+        return
     samples.due = True
     if run.metrics and samples.prompts:
         tell(phase="sample", message=f"drawing {len(samples.prompts.encoded.prompts)} pictures")

@@ -16,13 +16,15 @@ from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.batch import Source
+from musubi_tuner.data.pixels import PixelSource
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import write_text
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.compose import check_machine
-from musubi_tuner.models.family import Trainee
+from musubi_tuner.models.family import Process, Trainee
+from musubi_tuner.models.spec import TaskFacts
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
@@ -63,7 +65,7 @@ class Run:
     Attributes:
         config: with the precision of this machine and a number of swapped blocks.
         model: that predicts, without wrappers of data parallelism.
-        role: that moves it, or the adapters on it.
+        roles: that move it, or the adapters on it.
         geometry, options: of the model, recorded with its weights.
         metrics, saver, uploads: of the main rank; None on the others, and without uploads.
         begun: when this start began, of `time.monotonic`.
@@ -76,13 +78,13 @@ class Run:
     source: Source
     steps: Steps
     task: Task
-    role: Role
+    roles: list[Role]
     model: nn.Module
     swap: BlockSwap | None
     geometry: Any
     options: dict[str, Any]
     snapshot: Snapshot
-    samples: Samples
+    samples: Samples | None
     validator: Validator | None
     metrics: Metrics | None
     saver: Saver | None
@@ -90,6 +92,11 @@ class Run:
     begun: float
     state_step: int = -1
     term_weights: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def role(self) -> Role:
+        """The one role of a denoiser."""
+        return self.roles[0]
 
     @property
     def position(self) -> Position:
@@ -127,7 +134,8 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     kernels = apply_backend_flags(config.run, ranks.device, len({item.bucket for item in items}))
     trained, held_out = split_of_run(config, items)
     refuse_second_branch(config)
-    source, measured = _open_caches(config, trained, held_out)
+    facts = config.spec.task(config)
+    source, measured = _open_source(config, facts, trained, held_out)
     steps = count_steps(config, trained, ranks.count)
     found = _find_state(config)
     config = as_begun(config, found[1]["config"] if found else None)
@@ -136,34 +144,36 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     prompts = prepare_prompts(config, ranks)
     ranks.wait()
     trainee = load_trainee(config, ranks.device)
-    check_caches(config, trainee.geometry, [dataset for dataset in (source, measured) if dataset])
-    process = config.spec.family.make_process(config, trainee.options)
+    caches = [dataset for dataset in (source, measured) if isinstance(dataset, CachedDataset)]
+    check_caches(config, trainee.geometry, caches)
     module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
     if ranks.main and lines:
         print("\n".join(lines))
-    role = _make_role(trainee, module, swap, config, steps, ranks)
-    validator = None
-    if measured is not None:
-        validator = Validator(
-            measured,
-            process,
-            config.validation,
-            device=ranks.device,
-            compute_dtype=COMPUTE_DTYPES[config.train.mixed_precision],
-            rank=ranks.rank,
-            processes=ranks.count,
-            hidden=config.spec.expert_keys,
+    scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
+
+    def make_role(name: str, part: nn.Module) -> Role:
+        alone, total = len(facts.roles) == 1, steps.total_updates
+        return Role(name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, alone=alone)
+
+    task: Task | None = None
+    validator = samples = None
+    if facts.denoises:
+        process = config.spec.family.make_process(config, trainee.options)
+        roles = [_denoising_role(make_role, module, trainee, ranks)]
+        validator = _make_validator(config, process, measured, ranks)
+        samples = Samples(
+            config,
+            ranks,
+            prompts,
+            model=trainee.model,
+            role=roles[0],
+            process=process,
+            use_mask=trainee.options.get("t5_attn_mask", False),
+            batch_size=max(item.batch_size for item in trained),
         )
-    samples = Samples(
-        config,
-        ranks,
-        prompts,
-        model=trainee.model,
-        role=role,
-        process=process,
-        use_mask=trainee.options.get("t5_attn_mask", False),
-        batch_size=max(item.batch_size for item in trained),
-    )
+    else:
+        task = config.spec.task_family.make_task(config, trainee, make_role)
+        roles = [task.roles[name] for name in facts.roles]
     identity = {
         "schedule_end": schedule_length(config, steps.total_updates),
         "config": fixed_settings(config, ranks.count),
@@ -173,7 +183,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         "environment": environment(config, threads, ranks.count, ranks.device),
     }
     snapshot = Snapshot(
-        roles=[role],
+        roles=roles,
         position=Position(),
         window=Window(ranks, config.log.noise_bins),
         epoch_loss=EpochLoss(ranks),
@@ -183,8 +193,11 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     )
     if found is not None:
         _go_on(snapshot, *found, config=config, steps=steps, ranks=ranks)
-    role.refresh()
-    task = FlowTask(ranks.parallel(trainee.model, role.by_hand), process, role, config.objective, config.run.seed)
+    for role in roles:
+        role.refresh()
+    if task is None:
+        model = ranks.parallel(trainee.model, roles[0].by_hand)
+        task = FlowTask(model, process, roles[0], config.objective, config.run.seed)
     metrics = saver = None
     if ranks.main:
         if config.adapter.type == "none":
@@ -199,7 +212,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         )
         saver = Saver(
             config,
-            role,
+            roles,
             geometry=trainee.geometry,
             options=trainee.options,
             steps=steps,
@@ -212,7 +225,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         source=source,
         steps=steps,
         task=task,
-        role=role,
+        roles=roles,
         model=trainee.model,
         swap=swap,
         geometry=trainee.geometry,
@@ -224,6 +237,23 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         saver=saver,
         uploads=RunUploads(config) if ranks.main and config.hub.repo_id is not None else None,
         begun=begun,
+    )
+
+
+def _make_validator(
+    config: RunConfig, process: Process, measured: CachedDataset | None, ranks: Ranks
+) -> Validator | None:
+    if measured is None:
+        return None
+    return Validator(
+        measured,
+        process,
+        config.validation,
+        device=ranks.device,
+        compute_dtype=COMPUTE_DTYPES[config.train.mixed_precision],
+        rank=ranks.rank,
+        processes=ranks.count,
+        hidden=config.spec.expert_keys,
     )
 
 
@@ -256,10 +286,12 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
                 raise ConfigError(f"{where}{error}") from error
 
 
-def _open_caches(
-    config: RunConfig, trained: list[Item], held_out: list[Item]
-) -> tuple[CachedDataset, CachedDataset | None]:
+def _open_source(
+    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item]
+) -> tuple[Source, CachedDataset | None]:
     """What is trained, and what is measured."""
+    if facts.pixels:
+        return PixelSource(trained, config.run.seed, config.spec.task_family.make_tokenizer(config)), None
     kinds = needed_kinds(config)
     measured = CachedDataset(config, held_out[: config.validation.max_images], kinds) if held_out else None
     return CachedDataset(config, trained, kinds), measured
@@ -279,12 +311,11 @@ def _check_machine(config: RunConfig, ranks: Ranks, kernels: str | None) -> None
         print(kernels, flush=True)
 
 
-def _make_role(
-    trainee: Trainee, module: nn.Module, swap: BlockSwap | None, config: RunConfig, steps: Steps, ranks: Ranks
+def _denoising_role(
+    make_role: Callable[[str, nn.Module], Role], module: nn.Module, trainee: Trainee, ranks: Ranks
 ) -> Role:
-    """The one role of a denoiser."""
-    scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
-    role = Role("model", module, config, total=steps.total_updates, ranks=ranks, swap=swap, scaler=scaler)
+    """The one role of a denoiser, with the average of its checkpoint."""
+    role = make_role("model", module)
     if role.ema and trainee.average is not None:
         report = role.ema.load_shadow(trainee.average, module)
         if ranks.main:

@@ -85,7 +85,7 @@ def run_to_end(run: Run) -> None:
         run.saver.keep_former_end(at)
     try:
         with run.ranks.stop:
-            if run.samples.due:
+            if run.samples and run.samples.due:
                 actions.draw_samples(run)
                 actions.answer_requests(run)
             while at.step < total:

@@ -99,8 +99,10 @@ class Metrics:
             *(f"{tag.removeprefix('loss/')} {value:.4f}" for tag, value in values.items()
               if tag.startswith("loss/") and tag not in ("loss/total", "loss/main")
               and not tag.endswith("_weight") and not tag.startswith(SIGMA)),
-            f"lr {values['train/lr']:.2e}",
-            f"grad norm {values['train/grad_norm']:.3f}",
+            *(f"{_named('lr', tag)} {value:.2e}" for tag, value in values.items()
+              if tag.startswith("train/lr") and "_x" not in tag),
+            *(f"{_named('grad norm', tag)} {value:.3f}" for tag, value in values.items()
+              if tag.startswith("train/grad_norm")),
             f"{rate:.1f} images/s",
             f"{format_seconds(left)} left",
         ]  # fmt: skip
@@ -148,3 +150,9 @@ class Metrics:
         self.bar.close()
         if self.writer:
             self.writer.close()
+
+
+def _named(what: str, tag: str) -> str:
+    """Name of a value on the console: that of its role behind it, where there are several."""
+    role = tag.removeprefix("train/lr").removeprefix("train/grad_norm").lstrip("_")
+    return f"{what} {role}" if role else what

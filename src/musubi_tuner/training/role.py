@@ -9,7 +9,7 @@ A model that trains alone, or the adapters on it, is one role. Where several rol
 before any of them moves; see `update`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -199,3 +199,24 @@ class Role:
             self.ema.load_shadow(state.ema)
             self.ema.updates = state.average_updates
         return []
+
+
+def prefix_of(role: Role, roles: Sequence[Role]) -> str:
+    """What begins the names of a role's tensors in files and states: nothing where it is alone."""
+    return f"{role.name}." if len(roles) > 1 else ""
+
+
+def weights_of(roles: Sequence[Role]) -> dict[str, Tensor]:
+    """The weights of all roles by name; tensors are not copied."""
+    return {f"{prefix_of(role, roles)}{key}": t for role in roles for key, t in role.module.state_dict().items()}
+
+
+def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
+    """Their averages, and the weights of those that have none; empty where no role has one."""
+    if not any(role.ema for role in roles):
+        return {}
+    found = {}
+    for role in roles:
+        tensors = role.ema.shadow if role.ema else role.module.state_dict()
+        found |= {f"{prefix_of(role, roles)}{key}": tensor for key, tensor in tensors.items()}
+    return found

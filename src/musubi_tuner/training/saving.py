@@ -4,7 +4,7 @@ What is not listed is made again. Used by the main rank only.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from musubi_tuner.training.checkpoint import (
     write_state,
 )
 from musubi_tuner.training.release import write_release
-from musubi_tuner.training.role import Role
+from musubi_tuner.training.role import Role, averages_of, prefix_of, weights_of
 from musubi_tuner.training.task import Position
 
 Said = Callable[[str], None]
@@ -36,7 +36,7 @@ class Saver:
     """The checkpoints of one start of a run.
 
     Args:
-        role: whose weights are saved. geometry, options: of its model, recorded with the weights.
+        roles: whose weights are saved. geometry, options: of its model, recorded with the weights.
         started: time of the start, in seconds since 1970. say: prints a line.
 
     Attributes:
@@ -46,7 +46,7 @@ class Saver:
     def __init__(
         self,
         config: RunConfig,
-        role: Role,
+        roles: Sequence[Role],
         *,
         geometry: Any,
         options: dict[str, Any],
@@ -54,7 +54,7 @@ class Saver:
         started: float,
         say: Said,
     ) -> None:
-        self.config, self.role, self.geometry, self.options = config, role, geometry, options
+        self.config, self.roles, self.geometry, self.options = config, roles, geometry, options
         self.steps, self.started, self.say = steps, started, say
         self.folder, self.name = config.output_dir, config.run.name
         self.best_step = 0
@@ -129,22 +129,23 @@ class Saver:
             same_as: stem of files that hold them already.
         """
         self._write_file(
-            f"{stem}.safetensors", self.role.module.state_dict(), "model", at, same_as and f"{same_as}.safetensors"
+            f"{stem}.safetensors", weights_of(self.roles), "model", at, same_as and f"{same_as}.safetensors"
         )
-        if self.role.ema:
+        averages = averages_of(self.roles)
+        if averages:
             entry.ema = f"{stem}_ema.safetensors"
-            self._write_file(entry.ema, self.role.ema.shadow, "ema", at, same_as and f"{same_as}_ema.safetensors")
+            self._write_file(entry.ema, averages, "ema", at, same_as and f"{same_as}_ema.safetensors")
 
     def _write_file(self, name: str, tensors: dict[str, Tensor], kind: str, at: Position, same_as: str) -> None:
         if same_as and link_file(self.folder / same_as, self.folder / name):
             return
-        module, dtype = self.role.module, self.config.save.dtype
+        dtype, module = self.config.save.dtype, self.roles[0].module
         if isinstance(module, AdapterSet):
             save_adapter(self.folder / name, tensors, self._adapter_header(module, kind, at), getattr(torch, dtype))
-        else:
-            # Buffers are constants of the model, which rounding would change.
-            exact = {key for key, _ in module.named_buffers()}
-            save_weights(self.folder / name, tensors, dtype, self._header(kind, at), exact)
+            return
+        # Buffers are constants of the model, which rounding would change.
+        exact = {f"{prefix_of(role, self.roles)}{key}" for role in self.roles for key, _ in role.module.named_buffers()}
+        save_weights(self.folder / name, tensors, dtype, self._header(kind, at), exact)
 
     def _adapter_header(self, adapters: AdapterSet, kind: str, at: Position) -> dict[str, str]:
         return adapter_metadata(
@@ -154,7 +155,7 @@ class Saver:
             steps=self.steps,
             step=at.step,
             epoch=at.epoch + 1,
-            optimizer=self.role.optimizer,
+            optimizer=self.roles[0].optimizer,
             weights=kind,
             options=self.options,
         )

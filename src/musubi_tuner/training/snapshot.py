@@ -13,7 +13,7 @@ from musubi_tuner import __version__
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.training.checkpoint import Best, TrainingState, read_tensors
 from musubi_tuner.training.metrics import Metrics
-from musubi_tuner.training.role import Role, RoleState
+from musubi_tuner.training.role import Role, RoleState, prefix_of
 from musubi_tuner.training.samples import Samples
 from musubi_tuner.training.task import Position
 from musubi_tuner.training.window import EpochLoss, Window
@@ -34,7 +34,7 @@ class Snapshot:
     position: Position
     window: Window
     epoch_loss: EpochLoss
-    samples: Samples
+    samples: Samples | None
     best: Best | None
     identity: Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Snapshot:
         if metrics is None:
             return None
         metrics.flush()
-        states = {self._prefix(role): role.state() for role in self.roles}
+        states = {prefix_of(role, self.roles): role.state() for role in self.roles}
         scaler = self.roles[0].scaler
         updates = {role.name: state.average_updates for role, state in zip(self.roles, states.values())}
         tensors = {
@@ -60,7 +60,7 @@ class Snapshot:
             values={
                 "step": self.position.step,
                 "position": vars(self.position),
-                "samples_due": self.samples.due,
+                "samples_due": self.samples is not None and self.samples.due,
                 "optimizer": {
                     f"{prefix}{name}": entries
                     for prefix, state in states.items()
@@ -88,7 +88,7 @@ class Snapshot:
         """
         tensors = {part: read_tensors(path, part) for part in PARTS}
         for role in self.roles:
-            prefix, updates = self._prefix(role), values["ema_updates"]
+            prefix, updates = prefix_of(role, self.roles), values["ema_updates"]
             own = {part: _below(prefix, named) for part, named in tensors.items()}
             count = updates[role.name] if isinstance(updates, dict) else updates
             other = role.load_state(
@@ -101,14 +101,12 @@ class Snapshot:
             scaler.load_state_dict(values["scaler"])
         for field, value in values["position"].items():
             setattr(self.position, field, value)
-        self.samples.due = values.get("samples_due", self.samples.due and self.position.step == 0)
+        if self.samples:
+            self.samples.due = values.get("samples_due", self.samples.due and self.position.step == 0)
         self.window.load_state(values)
         self.epoch_loss.load_state(values)
         if self.best:
             self.best.load_state(values.get("best"))
-
-    def _prefix(self, role: Role) -> str:
-        return f"{role.name}." if len(self.roles) > 1 else ""
 
 
 def _below(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
+from musubi_tuner.files import fault_point
 from musubi_tuner.models.family import LossTerm
 from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import seed_layers
@@ -105,6 +106,8 @@ def run_update(
         if not _move(task, phase, at, outcome):
             outcome.not_finite = phase.name
             break
+        if phase is not phases[-1]:
+            fault_point("train.phase")
     return outcome
 
 

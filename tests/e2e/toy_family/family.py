@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from musubi_tuner.models.toy.gan import GanTask, autoencoder, discriminator
 from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
@@ -18,6 +19,7 @@ class ToyConfig:
     """Geometry."""
 
     width: int = 24
+    gan: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,8 +103,20 @@ def load_for_training(config: Any, storing: Storing) -> Trainee:
         model = load_for_run(open_base(config), config, storing)
     else:
         torch.manual_seed(config.run.seed)
-        model = Toy(ToyConfig(**config.model.geometry))
+        geometry = ToyConfig(**config.model.geometry)
+        if geometry.gan:
+            parts = {"vae": autoencoder(geometry.width), "discriminator": discriminator(geometry.width)}
+            return Trainee(nn.ModuleDict(parts), geometry, {})
+        model = Toy(geometry)
     return Trainee(model, model.config, {})
+
+
+def make_task(config: Any, trainee: Trainee, make_role: Any) -> GanTask:
+    return GanTask(trainee.model, make_role, config.run.seed)
+
+
+def make_tokenizer(config: Any) -> None:
+    return None
 
 
 def open_base(config: Any) -> Any:

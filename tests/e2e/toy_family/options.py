@@ -1,6 +1,15 @@
 """Facts of the toy family. Torch-free."""
 
-from musubi_tuner.models.spec import AdapterTargets, ModelSpec
+from typing import Any
+
+from musubi_tuner.models.spec import AdapterTargets, ModelSpec, TaskFacts
+
+
+def task(config: Any) -> TaskFacts:
+    if config.model.geometry and config.model.geometry.get("gan"):
+        return TaskFacts(roles=("vae", "discriminator"), caches=(), pixels=True)
+    return TaskFacts()
+
 
 SPEC = ModelSpec(
     code="ty",
@@ -27,6 +36,7 @@ SPEC = ModelSpec(
     },
     choices={"objective.timestep_sampling": ("uniform",)},
     geometry="musubi_tuner.models.toy.family:ToyConfig",
+    task=task,
     package="musubi_tuner.models.toy",
     block_lists=("blocks",),
     adapters=AdapterTargets(layers={"blocks": ("inner",)}, network_module="networks.lora_toy"),

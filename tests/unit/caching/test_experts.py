@@ -18,8 +18,8 @@ from musubi_tuner.caching import job
 from musubi_tuner.caching.experts import ExpertsJob
 from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.caching.job import half_path
-from musubi_tuner.caching.jobs import image_tensor
 from musubi_tuner.data.buckets import place, squash
+from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.encoders import teachers, text
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.teachers import SplitTeacher, Teacher, geometric_sol, load_teacher
@@ -179,7 +179,7 @@ class TestWhatATeacherSees:
         pictures, times = [], []
         for item in two.items():
             # At 64 px the teacher sees the picture as the bucket has it.
-            image = vae.encode(image_tensor(item)[None], None, use_shift=False)[0]
+            image = vae.encode(read_pixels(item)[None], None, use_shift=False)[0]
             for bucket, t in enumerate((1 / 6, 1 / 2, 5 / 6)):
                 noise = normal((4, 8, 8), 7, "teacher", item.id, 0, bucket)
                 pictures.append(noise if expert_input == "random" else (1 - t) * noise + t * image)
@@ -212,7 +212,7 @@ class TestWhatATeacherSees:
         noise = normal((4, 8, 8), 7, "teacher", item.id, 0, 0)
         seen = {}
         for name, own in (("crop", place), ("squash", squash)):
-            image = image_tensor(replace(item, placement=own(item.size, item.bucket)))
+            image = read_pixels(replace(item, placement=own(item.size, item.bucket)))
             seen[name] = 5 / 6 * noise + 1 / 6 * vae.encode(image[None], None, use_shift=False)[0]
         assert (seen["crop"] - seen["squash"]).abs().max().item() > 0.01
         assert torch.allclose(watch.forwards[0].pictures[0], seen[resize], atol=1e-6)

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from musubi_tuner.caching.experts import teacher_grid, time_buckets
 from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, plain_name, split_caption
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
-from musubi_tuner.caching.jobs import image_tensor
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.plan import MicroBatch
+from musubi_tuner.data.pixels import read_pixels
+from musubi_tuner.data.plan import MicroBatch, caption_of
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, ConfigError, DataError
 from musubi_tuner.files import folder_lock
@@ -137,7 +137,7 @@ class TestWriting:
         assert project.run("latents") == 0
         (entry,) = project.items()
         vae = load_autoencoder(encoders / "vae", channels=16)
-        expected = vae.encode(image_tensor(entry)[None], None, use_shift=False)[0]
+        expected = vae.encode(read_pixels(entry)[None], None, use_shift=False)[0]
         (found,) = load_file(cache_path(entry, "latents", "tf")).values()
         assert torch.equal(found, expected)
 
@@ -539,7 +539,7 @@ class TestTeacherInputs:
         pixels[..., 0], pixels[:32, :, 1] = 255, 128
         Image.fromarray(pixels).save(path)
         (entry,) = project.items()
-        found = image_tensor(entry)
+        found = read_pixels(entry)
         assert found.shape == (3, 64, 64)
         assert found.dtype == torch.float32
         assert (found[0].min(), found[2].max()) == (1, -1)
@@ -776,7 +776,7 @@ class TestSeveralCaptions:
             assert set(found.tensors) == {
                 "t5_vec", "t5_mask", "clip_l_pooler", "lune_features", "sol_stats", "sol_spatial", "t_buckets",
             }  # fmt: skip
-            number = dataset.caption_of(0, 0, presentation)
+            number = caption_of(len(dataset.items[0].captions), dataset.seed, 0, presentation)
             pairs = {
                 "t5_vec": text[caption_name("t5_vec", number) + "_bfloat16"],
                 "t5_mask": text[caption_name("t5_mask", number)],

@@ -1,0 +1,57 @@
+"""Live pictures as micro-batches: through the same buckets, crops and captions as cached ones."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.images import open_image, resize_crop, to_array
+from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of
+from musubi_tuner.data.sources import Item
+
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+"""Captions -> tensors by name, one row per caption, such as ``tokens`` [B, L] int64; picklable, for loader workers."""
+
+
+def read_pixels(item: Item) -> Tensor:
+    """The picture at its bucket, [3, H, W] float32 in [-1, 1].
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    array = to_array(resize_crop(open_image(item.path, item.background), item.placement))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class PixelSource:
+    """Reads micro-batches from the pictures themselves: ``pixels`` [B, 3, H, W] float32 in [-1, 1], and token ids.
+
+    Args:
+        items: of all datasets. seed: of the run, which keys the draw of the caption.
+        tokenize: what is made of the captions; absent = nothing.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int, tokenize: Tokenize | None = None) -> None:
+        self.items, self.seed, self.tokenize = list(items), seed, tokenize
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def plan_items(self) -> list[PlanItem]:
+        """See `Source`."""
+        return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
+
+    def read(self, batch: MicroBatch, epoch: int) -> Batch:
+        """See `Source`."""
+        items = [self.items[index] for index in batch.items]
+        tensors = {"pixels": torch.stack([read_pixels(item) for item in items])}
+        if self.tokenize is not None:
+            captions = [
+                item.captions[caption_of(len(item.captions), self.seed, epoch, presentation)]
+                for item, presentation in zip(items, batch.presentations, strict=True)
+            ]
+            tensors |= self.tokenize(captions)
+        valid = {name: torch.ones(len(items), dtype=torch.bool) for name in tensors}
+        ids = torch.tensor([item.dataset for item in items])
+        return Batch(tensors, valid, [item.id for item in items], batch.presentations, ids)

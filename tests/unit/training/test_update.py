@@ -1,0 +1,195 @@
+"""What an update of several phases does: who moves, for whom gradients are made, and what a gradient that is not finite stops."""
+
+import contextlib
+import copy
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.schema import AdapterSection, EmaSection, OptimizerSection, SchedulerSection
+from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.plan import MicroBatch, Update
+from musubi_tuner.models.family import LossTerm
+from musubi_tuner.training import update as update_module
+from musubi_tuner.training.role import Role, averages_of, weights_of
+from musubi_tuner.training.task import Position
+from musubi_tuner.training.update import Outcome, run_update
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
+
+from toy_family import gan
+
+IMAGES = 4
+PIXELS = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+RANKS: Any = SimpleNamespace(
+    count=1,
+    device=torch.device("cpu"),
+    accumulating=lambda model, is_last: contextlib.nullcontext(),
+    average_gradients=lambda parameters: None,
+)
+
+
+def make_task(model: nn.ModuleDict | None = None) -> gan.GanTask:
+    """The GAN of the toy family, each role with an optimizer and an average."""
+    torch.manual_seed(0)
+    model = model or nn.ModuleDict({"vae": gan.autoencoder(6), "discriminator": gan.discriminator(6)})
+    config: Any = SimpleNamespace(
+        optimizer=OptimizerSection(lr=1e-2),
+        scheduler=SchedulerSection(type="constant", warmup_steps=0),
+        adapter=AdapterSection(),
+        ema=EmaSection(decay=0.5),
+        train=SimpleNamespace(max_grad_norm=1.0),
+        warms_average=False,
+    )
+    return gan.GanTask(model, lambda name, part: Role(name, part, config, total=9, ranks=RANKS, alone=False), seed=1)
+
+
+def batches(*sizes: int) -> tuple[Update, list[Batch]]:
+    """An update of micro-batches of the given sizes."""
+    planned, made, begun = [], [], 0
+    for size in sizes:
+        keys = tuple(range(begun, begun + size))
+        planned.append(MicroBatch(keys, keys))
+        ids = torch.zeros(size, dtype=torch.int64)
+        made.append(Batch({"pixels": PIXELS[begun : begun + size]}, {}, [f"picture {key}" for key in keys], keys, ids))
+        begun += size
+    return Update(tuple(planned), tuple(enumerate(planned)), begun), made
+
+
+def run(task: Any, *sizes: int, step: int = 0) -> Outcome:
+    update, made = batches(*sizes)
+    at = Position(step=step)
+    return run_update(task, update, iter(made), at, ranks=RANKS, seed=1, compute_dtype=None, bins=0)
+
+
+def values(task: Any) -> dict[str, Tensor]:
+    roles = list(task.roles.values())
+    return {key: value.clone() for key, value in weights_of(roles).items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Roles whose trained weights differ; u and v of spectral norms are buffers."""
+    return {
+        key.partition(".")[0] for key in before if not key.endswith(("_u", "_v")) and not before[key].equal(after[key])
+    }
+
+
+def test_a_phase_moves_its_roles_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, seen = make_task(), []
+    move = update_module._move
+
+    def watched(*arguments: Any) -> bool:
+        before = values(task)
+        finite = move(*arguments)
+        seen.append((arguments[1].name, changed(before, values(task))))
+        return finite
+
+    monkeypatch.setattr(update_module, "_move", watched)
+    outcome = run(task, 2, 2)
+    assert seen == [("discriminator", {"discriminator"}), ("autoencoder", {"vae"})]
+    assert set(outcome.sums) == {"critic", "recon", "taken", "total"}
+    assert {"train/grad_norm_vae", "train/grad_norm_discriminator"} <= set(outcome.measured)
+    for role in task.roles.values():
+        assert role.ema is not None and role.ema.updates == 1
+
+
+def test_no_gradient_is_made_for_a_role_that_stands_still() -> None:
+    task = make_task()
+    made: dict[str, int] = {}
+    phase = ""
+
+    def count(name: str) -> Any:
+        def hook(gradient: Tensor) -> None:
+            made[f"{phase}: {name}"] = made.get(f"{phase}: {name}", 0) + 1
+
+        return hook
+
+    for name, role in task.roles.items():
+        for _, parameter in role.parameters:
+            parameter.register_hook(count(name))
+    for each in task.phases:
+        losses = each.losses
+
+        def begun(*arguments: Any, each: Any = each, losses: Any = losses) -> Any:
+            nonlocal phase
+            phase = each.name
+            return losses(*arguments)
+
+        each.losses = begun  # type: ignore[method-assign]
+    run(task, 2, 2)
+    of = {name: len(role.parameters) for name, role in task.roles.items()}
+    assert made == {"discriminator: discriminator": 2 * of["discriminator"], "autoencoder: vae": 2 * of["vae"]}
+    assert all(p.requires_grad and p.grad is None for role in task.roles.values() for _, p in role.parameters)
+
+
+def test_micro_batches_of_an_update_equal_one_batch_and_spectral_norms_move_once() -> None:
+    whole, parts = make_task(), make_task()
+    for step in range(3):
+        run(whole, 4, step=step)
+        run(parts, 1, 2, 1, step=step)
+    for key, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[key], value, rtol=0, atol=1e-5)
+
+
+class Both:
+    """Both roles in one phase, whose gradients may be spoiled."""
+
+    name, roles, exchange = "both", ("vae", "discriminator"), None
+
+    def __init__(self, task: gan.GanTask, spoiled: str) -> None:
+        self.task, self.spoiled = task, spoiled
+        self.judge, self.vae = task.roles["discriminator"].module, task.roles["vae"].module
+
+    def due(self, at: Position) -> bool:
+        return True
+
+    def begin(self, at: Position) -> None:
+        gan.advance(self.judge)
+
+    def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
+        real = batch.tensors["pixels"]
+        terms = {
+            "vae": (gan.reconstruct(self.vae, real, draws) - real).square().flatten(1).mean(1),
+            "discriminator": self.judge(real).flatten(1).mean(1).square(),
+        }
+        factor = {name: math.inf if name == self.spoiled else 1.0 for name in terms}
+        return {name: LossTerm(term * factor[name], 1.0) for name, term in terms.items()}
+
+
+@pytest.mark.parametrize("spoiled", ["vae", "discriminator", ""])
+def test_roles_of_a_phase_move_together_or_not_at_all(spoiled: str) -> None:
+    task = make_task()
+    task.phases = [Both(task, spoiled)]  # type: ignore[list-item]
+    before, averages = values(task), copy.deepcopy(averages_of(list(task.roles.values())))
+    outcome = run(task, 2, 2)
+    if not spoiled:
+        assert outcome.not_finite is None and changed(before, values(task)) == {"vae", "discriminator"}
+        return
+    assert outcome.not_finite == "both"
+    assert changed(before, values(task)) == set()
+    for role in task.roles.values():
+        assert role.ema is not None and role.ema.updates == 0 and not role.optimizer.state
+        assert all(parameter.grad is None for _, parameter in role.parameters)
+    for key, value in averages_of(list(task.roles.values())).items():
+        assert torch.equal(value, averages[key])
+
+
+def test_a_phase_that_is_not_finite_ends_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    losses = task.phases[0].losses
+
+    def spoiled(*arguments: Any) -> Any:
+        return {name: LossTerm(term.per_sample_B * math.nan, 1.0) for name, term in losses(*arguments).items()}
+
+    monkeypatch.setattr(task.phases[0], "losses", spoiled)
+    before = values(task)
+    outcome = run(task, 4)
+    assert outcome.not_finite == "discriminator"
+    assert changed(before, values(task)) == set()
+    assert outcome.items == [f"picture {number}" for number in range(4)]
