@@ -154,3 +154,11 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert (ours[key] - tensor).abs().max() <= 1e-5, key
+
+
+def test_the_document_quotes_the_family_that_is_tested() -> None:
+    text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    files = [path.read_text(encoding="utf-8") for path in Path(__file__).with_name("toy_family").glob("*.py")]
+    assert len(quoted) == 8
+    assert [block for block in quoted if not any(block in file for file in files)] == []

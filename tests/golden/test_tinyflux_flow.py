@@ -159,7 +159,7 @@ CASES: dict[str, Callable[[Golden], Tensor]] = {
     "sample_timesteps.stratified": lambda g: sample_timesteps(g["in.u"], "stratified", **logit_settings(g)),
     "sample_timesteps.uniform_noshift": lambda g: uniform_between(g["in.u"], TIME_MARGIN, 1 - TIME_MARGIN),
     "flow.x_t": lambda g: interpolate(*flow_inputs(g)),
-    "flow.velocity": lambda g: process().target(g["in.flow.data"], g["in.flow.noise"]),
+    "flow.velocity": lambda g: process().target(g["in.flow.data"], g["in.flow.noise"], g["in.flow.t"]),
     "flow.data_from_v_pred": lambda g: x0_from_velocity(g["out.flow.x_t"], -g["in.flow.v_pred"], 1 - g["in.flow.t"]),
     "flow.noise_from_v_pred": lambda g: noise_from_velocity(
         g["out.flow.x_t"], -g["in.flow.v_pred"], 1 - g["in.flow.t"]

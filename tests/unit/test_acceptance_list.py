@@ -16,7 +16,9 @@ ROWS = 94
 """Rows of the users' checklist: 64 of its table, 15 of v4.2, 9 to be converted, 3 facts of data sets, 3 that were missing."""
 DEFECTS = {"A": 13, "B": 5, "C": 12, "D": 15, "E": 10, "F": 11, "G": 11, "H": 7}
 """Defects of the published code by group: model, flow, caches, trainer, experts, checkpoints, LoRA, sampling."""
-IDS = [f"R{number:02d}" for number in range(1, ROWS + 1)] + [
+LEFT_OUT = {26}
+"""A row about a method that nothing called: averages by a pattern of keys taken from the model."""
+IDS = [f"R{number:02d}" for number in range(1, ROWS + 1) if number not in LEFT_OUT] + [
     f"{group}{number}" for group, count in DEFECTS.items() for number in range(1, count + 1)
 ]
 
@@ -50,7 +52,7 @@ def problem_of(test: str) -> str | None:
 
 def test_every_row_and_defect_is_listed_in_order() -> None:
     assert list(ENTRIES) == IDS
-    assert len(IDS) == 94 + 84
+    assert len(IDS) == 93 + 84
 
 
 def test_every_entry_says_what_is_wanted() -> None:

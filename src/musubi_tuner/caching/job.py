@@ -206,7 +206,7 @@ def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[
     walks = 1 if job.finish is None else 2
     total = walks * sum(_due(batch, status) for batch in batches)
     inputs = Inputs(job, status)
-    with Progress(total=total, desc=job.kind, unit="item", disable=None, mininterval=0.5) as bar:
+    with Progress(job.kind, total) as bar:
         if job.finish is None:
             for items, encoded in _walk(config, status, batches, inputs.read, job.open, outcome):
                 bar.update(_write_batch(config, job, status, items, encoded, inputs.fingerprint, outcome))
@@ -219,12 +219,16 @@ def _encode(config: RunConfig, job: Job, status: KindStatus, batches: list[list[
 
 
 class Progress(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
-    """A bar that the record of the run shows too."""
+    """A bar of items that the record of the run shows too."""
+
+    def __init__(self, kind: str, total: int) -> None:
+        super().__init__(total=total, desc=kind, unit="item", disable=None, mininterval=0.5)
+        self.kind, self.items, self.done = kind, total, 0  # a disabled bar keeps none of them
 
     def update(self, n: float | None = 1) -> bool | None:
         """Count items."""
-        self.told = getattr(self, "told", 0) + (n or 0)  # a disabled bar counts nothing
-        tell(phase=self.desc or "", done=int(self.told), total=self.total)
+        self.done += int(n or 0)
+        tell(phase=self.kind, done=self.done, total=self.items)
         return super().update(n)
 
 

@@ -208,9 +208,10 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def _is_used(folder: Path) -> bool:
-    """Whether a folder holds more than the record of a start that came to nothing."""
+    """Whether something is there, other than the record of a start that came to nothing."""
     record = {RUN_FILE, EXIT_FILE, CONSOLE.parts[0], CONTROL, ".lock"}
-    return folder.exists() and (not folder.is_dir() or any(path.name not in record for path in folder.iterdir()))
+    is_record = (folder / RUN_FILE).is_file() and all(path.name in record for path in folder.iterdir())
+    return folder.exists() and not is_record
 
 
 class Runner:

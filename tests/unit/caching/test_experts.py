@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from musubi_tuner.caching import job
+from musubi_tuner.caching import experts, job
 from musubi_tuner.caching.experts import ExpertsJob
 from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.caching.job import half_path
@@ -122,7 +122,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         return encode(self, texts)
 
     monkeypatch.setattr(ExpertsJob, "__init__", start)
-    monkeypatch.setattr(teachers, "load_teacher", load)
+    monkeypatch.setattr(experts, "load_teacher", load)
     monkeypatch.setattr(text.TextEncoder, "encode", count)
     return watch
 

@@ -774,7 +774,7 @@ class TestSeveralCaptions:
         for presentation in range(30):
             found = dataset[MicroBatch((0, 1), (presentation, presentation))]
             assert set(found.tensors) == {
-                "t5_vec", "t5_mask", "clip_l_pooler", "lune_features", "sol_stats", "sol_spatial", "t_buckets",
+                "latents", "t5_vec", "t5_mask", "clip_l_pooler", "lune_features", "sol_stats", "sol_spatial", "t_buckets",
             }  # fmt: skip
             number = caption_of(len(dataset.items[0].captions), dataset.seed, 0, presentation)
             pairs = {

@@ -120,7 +120,7 @@ def test_memory_is_planned_before_the_caches_and_training_is_handed_the_result(
     runner = a_runner(config)
     runner.processes = 2
     monkeypatch.setattr(
-        "musubi_tuner.runner.processes.run_children", lambda words, ranks: done.append((words, ranks)) or 0
+        "musubi_tuner.runner.command.run_children", lambda words, ranks: done.append((words, ranks)) or 0
     )
     assert runner.run() == 0
     words, ranks = done[-1]

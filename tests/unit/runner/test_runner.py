@@ -264,9 +264,9 @@ def test_all_overrides_reach_a_child_in_order() -> None:
 def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of stages and of the processes that a launcher starts: everybody may list the arguments of processes."""
     started: list[tuple[Any, Any]] = []
-    monkeypatch.setattr("musubi_tuner.runner.processes.run_child", lambda *call: started.append(call))
+    monkeypatch.setattr("musubi_tuner.runner.command.run_child", lambda *call: started.append(call))
     monkeypatch.setattr(
-        "musubi_tuner.runner.processes.run_children",
+        "musubi_tuner.runner.command.run_children",
         lambda words, environments: started.extend((words, environment) for environment in environments),
     )
     config: Any = SimpleNamespace(
@@ -276,7 +276,7 @@ def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeyp
     )
     runner = Runner(config, Namespace(), {key: "hf_SECRETSECRET", "run.seed": 5})
     runner._stage(["-m", "musubi_tuner.caching", "text"])
-    runner._launch(3)
+    runner._launch(SimpleNamespace(path=config.path, memory=SimpleNamespace(blocks_to_swap=3)))
     assert len(started) == 3
     for words, environment in started:
         assert "run.seed=5" in words and not any("SECRET" in word for word in words)
@@ -284,7 +284,9 @@ def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeyp
             for name, value in environment.items():
                 child.setenv(name, value)
             begin = list(words).index("--set")
-            assert split_overrides(words[begin:], set())[1] == {key: "hf_SECRETSECRET", "run.seed": 5}
+            given = split_overrides(words[begin:], set())[1]
+            given.pop("memory.blocks_to_swap", None)  # what the plan chose, for the processes of a training
+            assert given == {key: "hf_SECRETSECRET", "run.seed": 5}
             assert not any("SECRET" in value for value in os.environ.values())  # nor does it go further by itself
 
 
@@ -319,6 +321,9 @@ def test_fresh_folder_is_the_first_number_that_is_free(tmp_path: Path) -> None:
     (tmp_path / "run-5").mkdir()
     assert fresh_folder(tmp_path / "run") == tmp_path / "run-4"
     assert not (tmp_path / "run-4").exists()
+    (tmp_path / "run-4" / "logs").mkdir(parents=True)
+    (tmp_path / "run-4" / "run.json").touch()  # a start that was refused
+    assert fresh_folder(tmp_path / "run") == tmp_path / "run-4"
 
 
 def test_run_files_are_listed_with_their_first_line(

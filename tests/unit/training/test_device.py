@@ -88,7 +88,7 @@ def test_text_is_encoded_in_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, t
     """T5 overflows float16."""
     loaded: list[torch.dtype] = []
     for name in ("load_t5", "load_clip"):
-        monkeypatch.setattr(f"musubi_tuner.encoders.text.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
+        monkeypatch.setattr(f"musubi_tuner.caching.jobs.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
     config: Any = SimpleNamespace(
         model=ModelSection(arch="tf", t5_path="t5", clip_path="clip"), spec=MODELS["tf"], cache=CacheSection()
     )

@@ -117,6 +117,7 @@ class Started:
         self.trained = self.built.role.module
         self.geometry = self.built.geometry
         self.options = self.built.options
+        self.held_out = self.built.snapshot.identity["held_out"]
 
     def run(self) -> None:
         loop.run_to_end(self.built)
@@ -137,7 +138,6 @@ def start(folder: Path) -> Iterator[Start]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     patch = pytest.MonkeyPatch()
     patch.setattr(build_module, "CachedDataset", Pictures)
-    patch.setattr(build_module, "estimate_lines", lambda *_: [])  # takes longer than the updates
 
     def begin(name: str, **changes: dict[str, Any]) -> Started:
         return Started(load_config(write(folder / name, **changes)), [make_item(n) for n in range(IMAGES)])
@@ -969,7 +969,7 @@ def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypat
         given.update(settings)
         return SimpleNamespace(set_tiling=lambda enabled: None)
 
-    monkeypatch.setattr("musubi_tuner.encoders.autoencoder.load_autoencoder", load)
+    monkeypatch.setattr("musubi_tuner.caching.jobs.load_autoencoder", load)
     monkeypatch.setattr(samples, "TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
     model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
     config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))

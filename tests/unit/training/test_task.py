@@ -481,7 +481,7 @@ def test_everything_that_the_step_mixes_is_rounded_if_asked() -> None:
     time = torch.full((4,), 0.3)
     for exact, found in (
         (own.add_noise(x0, noise, time), rounded.add_noise(x0, noise, time)),
-        (own.target(x0, noise), rounded.target(x0, noise)),
+        (own.target(x0, noise, time), rounded.target(x0, noise, time)),
     ):
         assert found.dtype == torch.float32
         assert torch.equal(found, found.bfloat16().float()) and not torch.equal(found, exact)
