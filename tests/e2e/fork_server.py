@@ -30,8 +30,8 @@ def _import_everything() -> None:
                  "transformers.models.t5.modeling_t5", "transformers.models.auto.tokenization_auto"):  # fmt: skip
         importlib.import_module(name)
     for name in ("caching.command", "caching.jobs", "encoders.autoencoder", "encoders.teachers", "encoders.text",
-                 "runner.command", "runner.plan", "training.loop", "training.generate_command",
-                 "training.generate", "models.flux_dev.family", "memory.report"):  # fmt: skip
+                 "runner.command", "planning.plan", "training.loop", "training.generate_command",
+                 "training.generate", "models.flux_dev.family", "planning.report"):  # fmt: skip
         importlib.import_module(f"musubi_tuner.{name}")
 
 

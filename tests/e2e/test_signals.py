@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM to the whole process group: the update is finished, a state is saved, and nothing calls it an error."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -62,6 +63,8 @@ def assert_saved(result: Result, config: Path, number: signal.Signals) -> None:
     step = all_lines(config.parent / "out")[-1]["step"]
     assert result.err.count(f"stopped after step {step};") == 1
     assert (config.parent / "out" / f"photos-step{step:08d}-state" / "manifest.json").is_file()
+    end = json.loads((config.parent / "out" / "exit.json").read_text(encoding="utf-8"))
+    assert [end[key] for key in ("code", "reason", "signal", "step")] == [128 + number, "stopped", number, step]
     assert not list((config.parent / "out").glob(".tmp-*"))
 
 

@@ -122,7 +122,7 @@ def compose_memory(
         model.to(device)
         return None, lines
     if memory.blocks_to_swap == "auto":
-        raise ValueError('blocks_to_swap = "auto" must be resolved first, see memory.estimate.resolve_swap')
+        raise ValueError('blocks_to_swap = "auto" must be resolved first, see planning.estimate.resolve_swap')
     counts = swapped_counts(memory.blocks_to_swap, block_counts(model, spec.block_lists), memory.swap_policy)
     if device.type == "cpu":
         lines.append("warning: memory.blocks_to_swap saves nothing here: this device computes in main memory")

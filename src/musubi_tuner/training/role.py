@@ -215,7 +215,7 @@ def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
     """Their averages, and the weights of those that have none; empty where no role has one."""
     if not any(role.ema for role in roles):
         return {}
-    found = {}
+    found: dict[str, Tensor] = {}
     for role in roles:
         tensors = role.ema.shadow if role.ema else role.module.state_dict()
         found |= {f"{prefix_of(role, roles)}{key}": tensor for key, tensor in tensors.items()}

@@ -32,13 +32,13 @@ from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out_by_id
 from musubi_tuner.encoders.locate import hash_file
-from musubi_tuner.errors import CheckpointError, ConfigError, TrainingError
+from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, from_pretrained, load_model
 from musubi_tuner.models.tinyflux.model import rotary_frequencies
 from musubi_tuner.models.tinyflux.upgrade_file import upgrade_file
+from musubi_tuner.training import actions, loop, samples
 from musubi_tuner.training import build as build_module
-from musubi_tuner.training import loop, samples
 from musubi_tuner.training import role as role_module
 from musubi_tuner.training import update as update_module
 from musubi_tuner.training.checkpoint import read_values, refuse_second_branch
@@ -645,6 +645,28 @@ def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
     assert elsewhere.position.step == step
     # The newest state is no step back.
     assert start(f"branch {begin}", save=save, resume={"from": str(first.folder / "tiny-state")}).position.step == 4
+
+
+# What a run is asked for between updates
+
+
+def test_files_in_control_save_draw_and_stop_between_two_updates(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter([set(), {"save"}, {"sample"}, {"stop"}])
+    told: list[dict[str, Any]] = []
+    drawn: list[int] = []
+    control = SimpleNamespace(requests=lambda: next(asked), tell=lambda **values: told.append(values))
+    monkeypatch.setattr(actions, "recorder", lambda: control)
+    trainer = start("control", train={"max_steps": 8}, save={"every_epochs": 0, "state": False})
+    monkeypatch.setattr(trainer.built.samples, "draw", lambda step, metrics: drawn.append(step) or 0)
+    with pytest.raises(Interrupted, match="stopped after step 4; run the same command again") as stopped:
+        trainer.run()
+    assert stopped.value.exit_code == 0
+    assert drawn == [3] and told == [{"phase": "stopped", "stopped": True}]
+    assert sorted(path.name for path in trainer.folder.glob("*-state")) == [
+        "tiny-step00000002-state", "tiny-step00000004-state",
+    ]  # fmt: skip
+    asked = iter([set()] * 8)
+    assert start("control", train={"max_steps": 8}, save={"every_epochs": 0, "state": False}).position.step == 4
 
 
 # What is logged
