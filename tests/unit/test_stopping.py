@@ -19,6 +19,8 @@ from musubi_tuner.stopping import (
     stop_requested,
 )
 
+pytestmark = pytest.mark.long
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

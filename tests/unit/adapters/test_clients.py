@@ -21,6 +21,8 @@ from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers
 from musubi_tuner.models.registry import MODELS
 
+pytestmark = pytest.mark.long
+
 TARGETS = MODELS["fd"].adapters
 CONFIG = FluxConfig(
     vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3, axes_dim=(4, 6, 6)

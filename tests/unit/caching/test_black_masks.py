@@ -9,6 +9,8 @@ from PIL import Image
 
 from musubi_tuner.planning.plan import describe, make_plan
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def masked(project: Any) -> Any:

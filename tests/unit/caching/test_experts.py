@@ -27,6 +27,8 @@ from musubi_tuner.errors import CacheError, CheckpointError, ConfigError
 from musubi_tuner.headers import read_header
 from musubi_tuner.randomness import normal
 
+pytestmark = pytest.mark.long
+
 TIMES = 3
 """Time buckets of these projects: 1/6, 1/2 and 5/6."""
 ROUNDING = 1e-5

@@ -34,6 +34,8 @@ from musubi_tuner.errors import CacheError, ConfigError, DataError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.headers import read_header
 
+pytestmark = pytest.mark.long
+
 Summary = Callable[[], list[str]]
 
 

@@ -18,6 +18,8 @@ from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.workers import explain_workers, shared_memory_warning, to_shared_memory
 from musubi_tuner.errors import CacheError, TrainingError
 
+pytestmark = pytest.mark.long
+
 Usage = namedtuple("Usage", "total used free")
 MIB = 1 << 20
 

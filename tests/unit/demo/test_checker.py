@@ -11,6 +11,8 @@ from PIL import Image, ImageFilter
 from musubi_tuner.demo.checker import Verdict, check, largest_component, score
 from musubi_tuner.demo.pictures import BACKGROUNDS, COLOURS, PLACES, SHAPES, Combination, combinations, draw, held_out
 
+pytestmark = pytest.mark.long
+
 Picture = NDArray[np.uint8]
 ALL = combinations()
 PROPERTIES = ("colour", "background", "position", "shape", "all")

@@ -23,6 +23,8 @@ from musubi_tuner.encoders.teachers import (
 from musubi_tuner.errors import CacheError, CheckpointError
 from musubi_tuner.weights.sources import on_meta
 
+pytestmark = pytest.mark.long
+
 BuildUnet = Callable[..., Any]
 TOLERANCE = 1e-5
 """Float32 sums of a few hundred terms below one, in another order."""

@@ -16,6 +16,8 @@ from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.transfer import HostTransfer
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

@@ -20,6 +20,8 @@ from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
 from musubi_tuner.weights.stored import StoredWeight
 
+pytestmark = pytest.mark.long
+
 GEOMETRY = {
     "hidden_size": 16, "num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": [2, 2, 4], "num_double_layers": 2,
     "num_single_layers": 3, "lune_expert_dim": 8, "lune_hidden_dim": 8, "sol_hidden_dim": 8,

@@ -50,6 +50,8 @@ from musubi_tuner.planning.report import (
 from musubi_tuner.units import format_bytes
 from musubi_tuner.weights.stored import DEVICE_CHUNK
 
+pytestmark = pytest.mark.long
+
 TF = {"hidden_size": 512, "num_attention_heads": 8, "attention_head_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64,
       "axes_dims_rope": [16, 24, 24], "lune_expert_dim": 64}  # fmt: skip
 FD = FluxConfig(hidden_size=768, num_heads=6, depth=1, depth_single_blocks=8, vec_in_dim=64, context_in_dim=64)
@@ -166,7 +168,9 @@ def measured(path: Path, batch_size: int, side: int) -> tuple[int, list[int]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("largest", ["weights", "optimizer", "activations"])
+@pytest.mark.parametrize(
+    "largest", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("weights", "optimizer")), "activations"]
+)
 def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> None:
     if largest == "weights":
         path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, adapter={"rank": 4})
@@ -590,8 +594,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("adapters", "every", "away"),
-    [("none", 0, False), ("none", 2, False), ("everywhere", 1, True), ("everywhere", 2, False), ("some blocks", 0, False),
-     ("by block", 0, False), ("by block", 3, False)],
+    [("none", 2, False),
+     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+         ("none", 0, False), ("everywhere", 1, True), ("everywhere", 2, False), ("some blocks", 0, False),
+         ("by block", 0, False), ("by block", 3, False)))],
 )  # fmt: skip
 def test_few_blocks_stand_for_all(
     adapters: str, every: int, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

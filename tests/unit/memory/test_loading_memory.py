@@ -22,6 +22,8 @@ from musubi_tuner.models.tinyflux.upgrade import upgrade_weights
 from musubi_tuner.weights.checkpoints import WeightFile
 from tiny import TINY
 
+pytestmark = pytest.mark.long
+
 CONFIG = FluxConfig(hidden_size=768, num_heads=6, depth=1, depth_single_blocks=12, vec_in_dim=64, context_in_dim=64)
 """About 125 million parameters, 250 MB in bfloat16, a fifth of it modulation, which stays as it is."""
 SCRIPT = """

@@ -19,6 +19,8 @@ from musubi_tuner.models.tinyflux.state_dict import options_of
 from musubi_tuner.weights.checkpoints import find_weights, read_weights, strip_wrappers
 from tiny import TINY
 
+pytestmark = pytest.mark.long
+
 HEADER = {"config_json": TINY.to_json()}
 Weights = dict[str, Tensor]
 

@@ -8,6 +8,8 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, build
 from musubi_tuner.models.tinyflux.flops import forward_flops, training_flops
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
 
+pytestmark = pytest.mark.long
+
 TINY = TinyFluxConfig(
     hidden_size=32, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6), joint_attention_dim=24,
     pooled_projection_dim=20, num_double_layers=2, num_single_layers=3, lune_expert_dim=18, lune_hidden_dim=16,

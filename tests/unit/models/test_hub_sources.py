@@ -15,6 +15,8 @@ import pytest
 
 from hub_server import Hub, environment, serving
 
+pytestmark = pytest.mark.long
+
 CHILD = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -26,6 +26,8 @@ from musubi_tuner.runner.command import Runner
 from musubi_tuner.training import generate_command
 from musubi_tuner.training.generate import Generator
 
+pytestmark = pytest.mark.long
+
 FD = FluxConfig(hidden_size=256, num_heads=2, depth=1, depth_single_blocks=4, vec_in_dim=64, context_in_dim=64)
 CPU = torch.device("cpu")
 

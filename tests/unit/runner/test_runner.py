@@ -23,6 +23,8 @@ from musubi_tuner.runner.command import Runner, fresh_folder, list_run_files, ma
 from musubi_tuner.runner.processes import run_child, run_children
 from musubi_tuner.stopping import REPEAT_SECONDS
 
+pytestmark = pytest.mark.long
+
 TRAIN = Path(__file__).parents[3] / "train.py"
 PATIENCE = 30.0
 """Seconds to wait for a process to begin; only a broken test waits so long."""

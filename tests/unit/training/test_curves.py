@@ -13,6 +13,8 @@ from musubi_tuner.plot_metrics import main
 from musubi_tuner.training import curves
 from musubi_tuner.training.curves import PLOTS, loss_tags, plot_run, points, read_rows, running_mean
 
+pytestmark = pytest.mark.long
+
 ALL = ["losses.png", "learning_rate.png", "gradient_norm.png", "training_by_noise.png", "loss_by_noise.png",
        "step_time.png"]  # fmt: skip
 

@@ -20,6 +20,8 @@ from musubi_tuner.config.schema import HubSection
 from musubi_tuner.files import replace_file
 from musubi_tuner.training.hub import HubUploader
 
+pytestmark = pytest.mark.long
+
 TOKEN = "hf_SecretOfTheTest0123456789"
 REPO = "someone/cats"
 

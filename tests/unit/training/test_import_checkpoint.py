@@ -27,6 +27,8 @@ from musubi_tuner.training.ema import EMA
 from musubi_tuner.training.optimizers import build_optimizer, load_optimizer_state, set_learning_rate, trainable
 from musubi_tuner.training.schedulers import make_schedule
 
+pytestmark = pytest.mark.long
+
 GEOMETRY = {
     "hidden_size": 16, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "joint_attention_dim": 12,
     "pooled_projection_dim": 12, "num_double_layers": 1, "num_single_layers": 2, "axes_dims_rope": [2, 2, 4],

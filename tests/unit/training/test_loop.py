@@ -48,6 +48,8 @@ from musubi_tuner.training.schedulers import cosine_schedule, linear_schedule
 from musubi_tuner.training.task import FlowPhase
 from musubi_tuner.weights.checkpoints import find_weights
 
+pytestmark = pytest.mark.long
+
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32)]
 IMAGES = 8
 """Six of one bucket and two of another: with batches of 2, an epoch is four micro-batches."""
