@@ -4,7 +4,7 @@
 
 RUN is an output folder, or the run file (TOML) that names it. The files go into RUN/plots: losses.png, learning_rate.png,
 gradient_norm.png, training_by_noise.png, loss_by_noise.png (with [validation]) and step_time.png. A run that still trains
-can be drawn too.
+can be drawn too. Of a file with steps, or their common folder, steps.png shows all of them; the folder of a step is drawn as a run.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from pathlib import Path
 
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser
+from musubi_tuner.config.load import load_steps
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import encodable
+from musubi_tuner.runner.steps import root_of, trained_steps
 from musubi_tuner.stopping import exit_on_terminate
 from musubi_tuner.training.metrics import FILE
 
@@ -32,18 +34,28 @@ def _main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path(options.run)
     if folder.suffix == ".toml":
-        folder = load_config(folder).output_dir
+        steps = load_steps(folder)
+        folder = root_of(steps) if steps else load_config(folder).output_dir
     elif folder.is_file():
         raise ConfigError(f"{folder}: is a file; give the output folder of a run, or its run file (.toml)")
     elif not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the output folder of a run, or its run file (.toml)")
     exit_on_terminate()
-    from musubi_tuner.training.curves import plot_run
+    from musubi_tuner.training.curves import plot_run, plot_steps
+
+    output = Path(options.output) if options.output else folder / "plots"
+    trained = trained_steps(folder)
+    if trained:
+        found = [(name, path / FILE) for name, path in trained if (path / FILE).is_file()]
+        if not found:
+            raise ConfigError(f"{folder}: none of its steps has logged anything yet")
+        print(plot_steps(found, output / "steps.png", encodable(folder.resolve().name)))
+        return EXIT_OK
 
     # A run folder holds the resolved config under the run's name.
     names = [path.name.removesuffix(".config.toml") for path in folder.glob("*.config.toml")]
     title = names[0] if len(names) == 1 else encodable(folder.resolve().name)
-    made, missing = plot_run(folder / FILE, Path(options.output) if options.output else folder / "plots", title)
+    made, missing = plot_run(folder / FILE, output, title)
     for path in made:
         print(path)
     if missing:

@@ -1,6 +1,7 @@
 """What a run tells while it works, and what it can be told. Torch-free.
 
-    run.json            id, pid, start, phase, done and total of it, step and steps, loss, seconds left; at most once a second
+    run.json            id, pid, start, phase, done and total of it, step and steps, loss, seconds left; at most once a second.
+                        In a file of several steps the phase begins with the step
     exit.json           how the start ended: code, signal, reason (finished, stopped, failed), last step, message
     logs/console.log    what it printed, without the intermediate states of progress bars
     control/            a file named stop, save or sample is a request, taken between two updates
@@ -22,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from musubi_tuner.files import read_json, write_json
+from musubi_tuner.files import json_text, read_json, temporary_path
 
 RUN_FILE, EXIT_FILE = "run.json", "exit.json"
 CONSOLE = Path("logs") / "console.log"
@@ -53,6 +54,8 @@ class Recorder:
         Args:
             values: entries of run.json. A new phase forgets what the last one had done.
         """
+        if "phase" in values and self.values.get("part"):
+            values["phase"] = f"{self.values['part']}: {values['phase']}"
         changed = "phase" in values and values["phase"] != self.values.get("phase")
         if changed:
             self.values |= {"done": None, "total": None, "message": None}
@@ -64,8 +67,7 @@ class Recorder:
 
     def write(self) -> None:
         """Replace run.json. What cannot be written ends no run."""
-        with suppress(OSError):
-            write_json(self.folder / RUN_FILE, {**self.values, "updated": round(time.time(), 3)})
+        _write(self.folder / RUN_FILE, {**self.values, "updated": round(time.time(), 3)})
 
     def requests(self) -> set[str]:
         """Take what control asks for; looks at most once a second."""
@@ -74,6 +76,16 @@ class Recorder:
             return set()
         self._looked = now
         return take_requests(self.folder)
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a small file of the record, without waiting for the disk: what it says is of this moment. A failure is none."""
+    beside = temporary_path(path)
+    with suppress(OSError):
+        beside.write_text(json_text(values, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def begin(folder: Path, config: Path) -> Recorder:
     with suppress(OSError):
         runs = user_state_folder() / "runs"
         runs.mkdir(parents=True, exist_ok=True)
-        write_json(
+        _write(
             runs / f"{identity}.json",
             {"folder": str(folder.absolute()), "config": str(config.absolute()), "started": now},
         )
@@ -135,8 +147,7 @@ def end(code: int, reason: str, *, signum: int | None = None, message: str | Non
         return
     known = {**_recorder.values, **_read(_recorder.folder / RUN_FILE)}  # a child may have been further
     values = {"id": known.get("id"), "code": code, "reason": reason, "signal": signum, "step": known.get("step")}
-    with suppress(OSError):
-        write_json(_recorder.folder / EXIT_FILE, {**values, "message": message, "ended": round(time.time(), 3)})
+    _write(_recorder.folder / EXIT_FILE, {**values, "message": message, "ended": round(time.time(), 3)})
     _recorder.values = {**known, "phase": reason}
     _recorder.write()
     _recorder = None

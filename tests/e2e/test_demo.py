@@ -12,6 +12,7 @@ from PIL import Image
 from project import REPOSITORY, Result, metrics
 
 from musubi_tuner.config import load_config
+from musubi_tuner.config.load import load_steps
 
 RUN_FILES = sorted(path for path in (REPOSITORY / "toml").glob("*.toml") if "[run]" in path.read_text(encoding="utf-8"))
 SMALL = {
@@ -150,10 +151,11 @@ def test_the_project_has_the_run_files_that_the_readme_names() -> None:
 def test_every_run_file_loads_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if path.name != "demo.toml":
-        (tmp_path / "data" / "images").mkdir(parents=True)
-    config = load_config(path)
-    assert [finding for finding in config.findings if finding.level == "warning"] == []
-    assert config.datasets and (config.train.max_steps or config.train.max_epochs)
+        for name in ("images", "style"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+    for config in load_steps(path) or [load_config(path)]:
+        assert [finding for finding in config.findings if finding.level == "warning"] == []
+        assert config.datasets and (config.train.max_steps or config.train.max_epochs)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "toml").glob("*.toml")), ids=lambda path: path.name)

@@ -174,11 +174,13 @@ def test_a_run_killed_while_a_state_takes_the_place_of_an_older_one_keeps_either
 
 
 def test_every_fault_point_of_the_source_is_pulled_here() -> None:
-    """But for ``best.listed``, which test_held_out.py pulls."""
+    """But for those of other runs: `test_held_out`, `test_toy_family` and `test_steps` pull them."""
     source = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src").rglob("*.py"))
     names = {name.replace("{job.kind}", "text") for name in re.findall(r'fault_point\(f?"([^"]+)"\)', source)}
     names |= {f"state.{part}" for part in ("model", "ema", "optimizer")}
-    assert names - {"state.{name}"} == {*TRAINING_POINTS, "state.aside", "cache.text.batch", "best.listed"}
+    assert names - {"state.{name}"} == {
+        *TRAINING_POINTS, "state.aside", "cache.text.batch", "best.listed", "train.phase", "step.finished",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

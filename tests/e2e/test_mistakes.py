@@ -172,7 +172,7 @@ def test_a_broken_image_fails_the_job_after_the_others_were_cached_and_can_be_me
     assert f"failed: {images / 'coffee.jpg'}: broken image (" in result.err
     assert "replace or remove it" in result.err
     assert "latents: encoded 8, up to date 0, failed 1" in result.out
-    assert "text:" not in result.out and not (config.parent / "out").exists()
+    assert "text:" not in result.out and not (config.parent / "out" / "metrics.jsonl").exists()
     assert len(cache_paths(config.parent / "cache")) == 8
     shutil.copy2(photographs / "coffee.jpg", images / "coffee.jpg")
     mended = server.run("latents", [config], config.parent).expect(0)
@@ -217,7 +217,7 @@ def test_a_cache_made_with_another_encoder_is_refused_by_name_where_nothing_may_
         in (result.err)
     )
     assert differing(cache_files(tmp_path / "cache"), before) == []
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_cache_made_at_another_resolution_is_made_again(

@@ -183,7 +183,7 @@ def test_a_launcher_that_starts_fewer_processes_than_the_run_file_says_is_an_err
     result = python(*command, cwd=config.parent)
     assert result.code != 0
     assert "error: distributed.num_processes is 2, but 1 processes run" in result.err
-    assert not (config.parent / "out").exists()
+    assert not (config.parent / "out" / "metrics.jsonl").exists()
 
 
 def test_due_caches_under_a_launcher_are_an_error_that_names_the_commands(setting: Setting, server: ForkServer) -> None:

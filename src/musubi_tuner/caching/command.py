@@ -38,6 +38,7 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     parser.add_argument("config", help="run file (TOML)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="do part I of N, on several machines")
     parser.add_argument("--dry_run", action="store_true", help="only say what is due")
+    parser.add_argument("--step", metavar="NAME", help="one step of a file that has several")
     own = {"--shard", "--dry_run", "--help"}
     passed, overrides = split_overrides(arguments, own)
     options = parser.parse_args(passed)

@@ -82,6 +82,9 @@ def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
     for key, value in overrides.items():
         if key in secrets:
             continue
+        if key == "step":
+            words += ["--step", str(value)]
+            continue
         text = (
             "none" if value is None else tomli_w.dumps({"v": value}, multiline_strings=False).partition("=")[2].strip()
         )
@@ -124,6 +127,9 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
         if f"--{name}" in own:
             passed.append(f"--{name}{equals}{attached}")
             continue
+        if name == "step":
+            overrides[name] = attached if equals else _value(word, rest)
+            continue
         if name == "set":
             if not equals:
                 attached = _value(word, rest)
@@ -154,6 +160,8 @@ def _value(option: str, rest: list[str]) -> str:
 
 
 def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
+    if key.startswith("steps."):
+        key = key.removeprefix("steps.").partition(".")[2]
     if key in keys:
         return parse_value(keys[key], text)
     try:

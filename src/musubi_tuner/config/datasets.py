@@ -40,6 +40,7 @@ SHARED_KEYS: dict[str, str] = {
     "caption_transform": "caption_transform",
 }
 _DATASET_ONLY: dict[str, str] = {
+    "name": "text",
     "image_directory": "text",
     "image_jsonl_file": "text",
     "cache_directory": "text",
@@ -76,7 +77,7 @@ class DatasetConfig:
     """One resolved `[[datasets]]` entry.
 
     Attributes:
-        name: how messages call it, "datasets[0]".
+        name: as given, or "datasets[0]"; how messages and steps call it.
         image_directory, image_jsonl_file: exactly one is set.
         cache_directory: where cache files go; the image directory if not given.
         resolution: (width, height) in pixels; the area when buckets are on.
@@ -295,7 +296,7 @@ def _resolve_one(
     cache: Path | None = locate(own["cache_directory"]) if "cache_directory" in own else directory
     assert cache is not None  # a JSONL source without cache_directory was refused above
     return DatasetConfig(
-        name=where,
+        name=own.get("name", where),
         image_directory=directory,
         image_jsonl_file=locate(own["image_jsonl_file"]) if "image_jsonl_file" in own else None,
         cache_directory=cache,

@@ -4,6 +4,7 @@ Later wins: schema defaults, the family's defaults, the file, the command line. 
 Everything that is wrong is collected and raised as one `ConfigError`.
 """
 
+import copy
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_dat
 from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
 from musubi_tuner.config.importers import import_musubi, looks_flat
 from musubi_tuner.config.paths import locate
+from musubi_tuner.config.pipeline import TABLE, Step, document_of, find_step, follow_problem, steps_of
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import RunConfig
@@ -39,12 +41,46 @@ DATA_TABLES = ("general", "datasets")
 Overrides = Mapping[str, Any]
 
 
+STEP = "step"
+"""Among overrides: the name of the step that is meant."""
+
+
+def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[RunConfig]:
+    """The steps of a run file, each as the run that it is; none for a file without [[steps]].
+
+    Raises:
+        ConfigError: listing everything that is wrong, in all steps.
+    """
+    problems: list[Diagnostic] = []
+    document = read_toml(Path(path))
+    found = steps_of(document, problems)
+    if problems:
+        raise ConfigError(format_problems(str(path), problems))
+    configs, wrong = [], dict[str, None]()
+    for step in found:
+        try:
+            configs.append(load_config(path, {**(overrides or {}), STEP: step.name}))
+        except ConfigError as error:
+            wrong[str(error)] = None
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    everywhere = (
+        [found for found in configs[0]._of_other_steps if all(found in c._of_other_steps for c in configs)]
+        if configs
+        else []
+    )
+    for config in configs[:1]:
+        config._findings = [*config._findings, *everywhere]
+    return configs
+
+
 def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConfig:
-    """Read, resolve and check a run file.
+    """Read, resolve and check a run file, or one step of it.
 
     Args:
         path: the TOML file.
-        overrides: dotted keys or flat names -> values, already typed; they win over the file.
+        overrides: dotted keys or flat names -> values, already typed; they win over the file. ``step`` names the step of a file
+            that has some: there they lay over the file before the step does, and ``steps.NAME.section.key`` over one step.
 
     Raises:
         ConfigError: listing everything that is wrong.
@@ -52,6 +88,9 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     path = Path(path)
     document = read_toml(path)
     problems: list[Diagnostic] = []
+    step = None
+    if TABLE in document or (overrides or {}).get(STEP) is not None:
+        document, overrides, step = _choose_step(path, document, dict(overrides or {}), problems)
     imported = None
     if not {"schema_version", "run", "model"} & set(document):
         imported = _import_flat(path, document)
@@ -76,6 +115,8 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
     before = len(problems)
     tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
+    if step is not None and step.use:
+        tables = _chosen_datasets(tables, step, problems)
     if imported is not None:
         tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
     if spec and len(problems) == before:
@@ -87,13 +128,80 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         problems += found
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
-        config._tables, config._origins = tables, origins
+        config._tables, config._origins, config._step = tables, origins, step
         problems += validate(config)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
-        raise ConfigError(format_problems(str(path), errors))
-    config._findings = [problem for problem in problems if problem.level != "error"]
+        raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
+    findings = [problem for problem in problems if problem.level != "error"]
+    # What the file says for another step does nothing wrong in this one.
+    config._of_other_steps = [found for found in findings if step is not None and not _is_own(found.key, step)]
+    config._findings = [found for found in findings if found not in config._of_other_steps]
     return config
+
+
+def _is_own(key: str, step: Step) -> bool:
+    """Whether a step itself sets a key."""
+    section, _, name = key.partition(".")
+    return name in step.own.get(section, {})
+
+
+def _choose_step(
+    path: Path, document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]
+) -> tuple[dict[str, Any], dict[str, Any], Step]:
+    """The run file that a step is, and the options that lay over it.
+
+    Raises:
+        ConfigError: if no step is named, or there is no such step.
+    """
+    name = overrides.pop(STEP, None)
+    steps = steps_of(document, problems)
+    if name is None:
+        names = ", ".join(step.name for step in steps)
+        raise ConfigError(f"{path}: has steps ({names}), and this command needs one of them: --step NAME")
+    step = find_step(steps, str(name))
+    if isinstance(step, str):
+        raise ConfigError(f"{path}: {step}")
+    problem = follow_problem(document, step)
+    if problem:
+        problems.append(Diagnostic("error", "start", problem))
+    known, flat = {parameter.key: parameter for parameter in parameters()}, flat_names()
+    own: dict[str, Any] = {}
+    for key in [key for key in overrides if key.startswith(f"{TABLE}.")]:
+        value = overrides.pop(key)
+        of, _, rest = key.removeprefix(f"{TABLE}.").partition(".")
+        if isinstance(find_step(steps, of), str):
+            problems.append(Diagnostic("error", key, f"{find_step(steps, of)}"))
+        elif of == step.name:
+            own[rest] = value
+    # Options lay over the file before the steps do: what a step says itself stays.
+    laid = copy.deepcopy(document)
+    for key, value in list(overrides.items()):
+        parameter = known.get(key) or flat.get(key)
+        if parameter is None:
+            continue
+        section = laid.setdefault(parameter.section, {}) if parameter.section else laid
+        if parameter.name in step.own.get(parameter.section, {}) or parameter.key == "run.output_dir":
+            del overrides[key]
+        if isinstance(section, dict):
+            section[parameter.name] = value
+    return document_of(laid, step), {**overrides, **own}, step
+
+
+def _chosen_datasets(tables: dict[str, Any], step: Step, problems: list[Diagnostic]) -> dict[str, Any]:
+    """[general] and those [[datasets]] that a step uses."""
+    entries = tables.get("datasets", [])
+    names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    known = [name for name in names if isinstance(name, str)]
+    for name in step.use:
+        if name not in known:
+            problems.append(
+                Diagnostic("error", "use", f"{name!r}: no data set has this name.{did_you_mean(name, known)}")
+            )
+    return {
+        **tables,
+        "datasets": [entry for entry in entries if isinstance(entry, dict) and entry.get("name") in step.use],
+    }
 
 
 def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":

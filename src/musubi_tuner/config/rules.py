@@ -613,7 +613,7 @@ def _files(config: RunConfig) -> list[Diagnostic]:
         own = [name for name in dataset.experts if f"experts.{name}" in inputs]
         texts += [(f"{dataset.name}.experts.{name}", dataset.experts[name]) for name in own]
     for key, text in texts:
-        if text is None or is_hub_id(text) or exists(config.locate(text)):
+        if text is None or is_hub_id(text) or exists(config.locate(text)) or config.waits_for(Path(text)):
             continue
         if key == "model.path" and is_published(text):
             if not config.spec.hub_id:

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.paths import locate
+from musubi_tuner.config.pipeline import Step
 from musubi_tuner.config.schema import ExpertsSection, RunFile
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
@@ -24,6 +25,22 @@ class RunConfig(RunFile):
     _tables: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
     _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
+    _step: Step | None = PrivateAttr(default=None)
+    _of_other_steps: list[Diagnostic] = PrivateAttr(default_factory=list)
+
+    @property
+    def step(self) -> Step | None:
+        """The step of the file that this is; None for a file without steps."""
+        return self._step
+
+    def waits_for(self, path: Path) -> bool:
+        """Whether a file or folder is made by a step before this one, and is not there yet."""
+        before = self._step.previous if self._step else None
+        while before is not None:
+            if path.is_relative_to(self.output_dir.parent / before.folder) and not path.exists():
+                return True
+            before = before.previous
+        return False
 
     @property
     def path(self) -> Path:

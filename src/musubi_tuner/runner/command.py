@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from musubi_tuner.config.command_line import (
     split_overrides,
 )
 from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.load import STEP, load_steps
 from musubi_tuner.config.paths import is_hub_id, is_published
 from musubi_tuner.device import choose_device, with_precision
 from musubi_tuner.errors import (
@@ -52,6 +53,7 @@ from musubi_tuner.run_record import (
     was_stopped,
 )
 from musubi_tuner.runner.processes import rank_environments, run_child, run_children
+from musubi_tuner.runner.steps import root_of, run_steps
 from musubi_tuner.stopping import exit_on_terminate
 from musubi_tuner.weights.hub import local_only
 
@@ -85,6 +87,7 @@ def _parser() -> Parser:
     parser.add_argument("--fresh", action="store_true", help="start anew in a new folder beside run.output_dir")
     parser.add_argument("--cache_only", action="store_true", help="stop after the cache jobs")
     parser.add_argument("--skip_cache", action="store_true", help="trust the caches as they are")
+    parser.add_argument("--step", metavar="NAME", help="one step of a file that has several")
     return parser
 
 
@@ -100,47 +103,74 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     exit_on_terminate()
     if "TORCHELASTIC_RUN_ID" in os.environ and not has_parent_pipe():
         return run_beside_agent()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    under_launcher = launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if STEP not in overrides and not under_launcher:
+        steps = load_steps(options.config, overrides)
+        if steps:
+            return _run_all(steps, options, overrides, architecture)
     config = load_config(options.config, overrides)
     config.require(architecture)
     config = _resolved(config)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         report(config.findings)
-    if launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if under_launcher:
 
         def train() -> int:
             return train_launched(config, launched, skip_cache=options.skip_cache)
 
         # A run of several processes that train.py started is recorded there; under another launcher its main rank does it.
         is_recorder = int(os.environ.get("RANK", "0")) == 0 and recorder() is None
-        return run_recorded(config, lambda _: train()) if is_recorder else train()
+        return run_recorded(config.output_dir, config.path, lambda _: train()) if is_recorder else train()
     if options.fresh:
         folder = fresh_folder(config.output_dir)
         overrides["run.output_dir"] = str(folder)
         config = _resolved(load_config(options.config, overrides))
         print(f"starting anew in {folder}")
     runner = Runner(config, options, overrides)
-    return runner.run() if options.plan or options.cache_only else run_recorded(config, runner.run)
+    return (
+        runner.run() if options.plan or options.cache_only else run_recorded(config.output_dir, config.path, runner.run)
+    )
 
 
-def run_recorded(config: RunConfig, body: Callable[[bool], int]) -> int:
+def _run_all(
+    steps: list[RunConfig], options: argparse.Namespace, overrides: dict[str, Any], architecture: str | None
+) -> int:
+    """Go through the steps of a file."""
+    for config in steps:
+        config.require(architecture)
+        report(config.findings)
+    root = root_of(steps)
+    if options.fresh:
+        root = fresh_folder(root)
+        overrides["run.output_dir"] = str(root)
+        steps = load_steps(options.config, overrides)
+        print(f"starting anew in {root}")
+
+    def run_step(config: RunConfig, given: dict[str, Any], can_write: bool) -> int:
+        with nullcontext() if not can_write else _hold(config.output_dir):  # from a start with --step
+            return Runner(_resolved(config), options, given).run(can_write)
+
+    if options.plan or options.cache_only:
+        return run_steps(steps, options, overrides, run_step, False)
+    return run_recorded(root, steps[0].path, lambda can: run_steps(steps, options, overrides, run_step, can))
+
+
+def run_recorded(folder: Path, path: Path, body: Callable[[bool], int]) -> int:
     """Hold the folder of a run, and keep the record of a start.
 
     Args:
+        path: the run file.
         body: gets whether the folder can be written to, and returns the exit code.
 
     Raises:
         ConfigError: if another start works there.
     """
-    folder = config.output_dir
 
-    def busy(holder: str) -> ConfigError:
-        return ConfigError(f"run.output_dir {folder}: {holder} is training here")
-
-    with folder_lock(folder, busy, must_write=False) as can_write:
+    with _hold(folder) as can_write:
         if not can_write:
             return body(False)
-        begin(folder, config.path)
+        begin(folder, path)
         code, reason, message = EXIT_FAILED, FAILED, None
         try:
             code = body(True)
@@ -154,6 +184,13 @@ def run_recorded(config: RunConfig, body: Callable[[bool], int]) -> int:
             raise
         finally:
             end(code, reason, signum=code - 128 if code > 128 else None, message=message)
+
+
+def _hold(folder: Path) -> AbstractContextManager[bool]:
+    """Hold the folder of a run; yields whether it can be written to."""
+    return folder_lock(
+        folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"), must_write=False
+    )
 
 
 def _resolved(config: RunConfig) -> RunConfig:
@@ -261,7 +298,8 @@ class Runner:
         if settled is None:
             settled = self._plan_memory(plan, last=True)  # the checkpoint may be fetched now
         code = self._train(settled, plan.found.items)
-        return code if code or was_stopped(config.output_dir) else self._score_demo()
+        current = recorder()
+        return code if code or (current and was_stopped(current.folder)) else self._score_demo()
 
     def _plan_memory(self, plan: "Plan", last: bool = False) -> RunConfig | None:
         """Print what the run needs of memory, disk and time, where the model's shape is known without a download.
@@ -339,7 +377,7 @@ class Runner:
         from musubi_tuner.training.checkpoint import CheckpointList
 
         final = CheckpointList.read(self.config.output_dir, self.config.run.name).entries.get("final")
-        if final is None or final.step < total or self.config.resume.from_ != "auto":
+        if final is None or (final.step < total and not final.ended) or self.config.resume.from_ != "auto":
             return False
         self._check_same_config(final.state)
         if can_write:

@@ -96,6 +96,24 @@ def log(run: Run) -> None:
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     run.metrics.log(position.step, values, peak_gib=peak)
+    _follow(run, values)
+
+
+def _follow(run: Run, values: dict[str, float]) -> None:
+    """Let the metric that may end a step see a line."""
+    if run.snapshot.until is not None:
+        position = run.position
+        run.snapshot.until.add(values, position.epoch + (position.update == run.steps.updates_per_epoch))
+
+
+def reached(run: Run) -> bool:
+    """Whether the metric of a step ends it now, the same on all ranks."""
+    until = run.snapshot.until
+    if until is None or not run.ranks.any(bool(until.reason)):
+        return False
+    if run.metrics:
+        run.metrics.say(f"step {run.position.step}: this step of the file ends here: {until.reason}")
+    return True
 
 
 def end_epoch(run: Run) -> None:
@@ -106,6 +124,7 @@ def end_epoch(run: Run) -> None:
     if run.metrics:
         values = {EPOCH_METRIC: mean, "epoch/step": step}
         run.metrics.measured(step, values, 0.0, place=run.position.epoch + 1)
+        _follow(run, values)
     if run.best and run.validator is None and run.best.improve(mean):
         _save_best(run)
 
@@ -125,6 +144,7 @@ def validate(run: Run) -> None:
     if run.metrics:
         seconds = time.perf_counter() - begun
         run.metrics.measured(step, values, seconds)
+        _follow(run, values)
         run.metrics.say(
             f"step {step}: validation loss {value:.4f}{', the lowest so far' if better else ''} "
             f"({'averaged' if averaged else 'trained'} weights, {len(run.validator.dataset)} image(s) at "
@@ -217,7 +237,9 @@ def finish(run: Run) -> None:
     state = run.snapshot.take(run.metrics) if run.config.save.state else None
     if run.saver and run.metrics:
         position = run.position
-        entry = run.saver.final(due_after(run.config, run.steps, position).checkpoints, position, state)
+        ended = run.snapshot.until.reason if run.snapshot.until else ""
+        names = due_after(run.config, run.steps, position).checkpoints
+        entry = run.saver.final(names, position, state, ended)
         if run.uploads:
             run.uploads.saved(entry)
         if run.best and run.validator is None and run.best.value == math.inf:

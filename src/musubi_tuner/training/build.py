@@ -53,6 +53,7 @@ from musubi_tuner.training.saving import Saver
 from musubi_tuner.training.schedulers import rate_jump, schedule_length
 from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import FlowTask, Position, Task
+from musubi_tuner.training.until import UntilMetric
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
 from musubi_tuner.training.window import EpochLoss, Window
@@ -189,6 +190,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         epoch_loss=EpochLoss(ranks),
         samples=samples,
         best=Best(METRIC if validator else EPOCH_METRIC) if config.keeps_best else None,
+        until=UntilMetric(config.step.until) if config.step and config.step.until else None,
         identity=identity,
     )
     if found is not None:

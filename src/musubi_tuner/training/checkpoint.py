@@ -60,6 +60,7 @@ class Entry:
 
     Attributes:
         metric, value: of the best checkpoint: by what it is the best.
+        ended: of the final one: why the run ended before its budget.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Entry:
     state: str = ""
     metric: str = ""
     value: float | None = None
+    ended: str = ""
 
 
 @dataclass

@@ -6,6 +6,7 @@
     training_by_noise.png    training loss around each noise level, over the updates and in a few parts of the run
     loss_by_noise.png        validation loss at each noise level, over the updates and at a few of them
     step_time.png            seconds per update, and images per second
+    steps.png                losses and learning rate of the steps of a file, one after the other
 
 A curve of many points is drawn pale, with its running mean over it. A picture whose values the file lacks is not made.
 """
@@ -272,6 +273,51 @@ PLOTS: dict[str, Callable[[list[Row], Path, str], bool]] = {
 }  # fmt: skip
 
 
+def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
+    """Draw the steps of a file one after the other in one picture: losses above, learning rate below, borders between them.
+
+    Args:
+        steps: name and metrics file of each, in order.
+
+    Raises:
+        DataError: if a file cannot be read, or the folder of ``target`` cannot be written.
+    """
+    figure, (upper, lower) = _figure(2, 1, figsize=(11, 7), sharex=True)
+    begun, every = 0, []
+    for number, (name, path) in enumerate(steps):
+        rows = read_rows(path)
+        for axes, tags in ((upper, ("loss/total", "loss/val")), (lower, ("train/lr",))):
+            for style, tag in zip(("-", "--"), tags):
+                updates, values = points(rows, tag)
+                if len(updates):
+                    axes.plot(begun + updates, values, style, color=f"C{number}", label=f"{name}: {tag}")
+                    every += [values] if axes is upper else []
+        if number:
+            for axes in (upper, lower):
+                axes.axvline(begun, color="grey", linewidth=0.8, linestyle=":")
+        upper.annotate(
+            name, (begun, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
+        )
+        begun += int(rows[-1]["step"])
+    upper.set_xlim(0, begun)
+    upper.margins(y=0.12)  # for the names
+    _log_if_wide(upper, *every)
+    lower.set_ylim(bottom=0)
+    _finish(upper, title, "loss", "")
+    _finish(lower, "", "learning rate", "update, over all steps")
+    _legend(upper, fontsize="small")
+    _make(target.parent)
+    _save(figure, target)
+    return target
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder with --output") from error
+
+
 def plot_run(metrics: Path, folder: Path, title: str) -> tuple[list[Path], list[str]]:
     """Draw all curves of a metrics file.
 
@@ -282,9 +328,6 @@ def plot_run(metrics: Path, folder: Path, title: str) -> tuple[list[Path], list[
         DataError: if the file cannot be read, or the folder cannot be written.
     """
     rows = read_rows(metrics)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder with --output") from error
+    _make(folder)
     made = [folder / name for name, plot in PLOTS.items() if plot(rows, folder / name, title)]
     return made, [name for name in PLOTS if folder / name not in made]

@@ -26,8 +26,8 @@ from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.update import run_update, work_of
 
 
-def run_epoch(run: Run) -> None:
-    """Run what is left of an epoch, or of the run.
+def run_epoch(run: Run) -> bool:
+    """Run what is left of an epoch; true when the run is complete.
 
     Raises:
         Interrupted: after saving, when a signal asked to stop.
@@ -43,6 +43,7 @@ def run_epoch(run: Run) -> None:
     )[at.update :][: run.steps.total_updates - at.step]
     mine = [batch for update in updates for _, batch in work_of(update, run.ranks)]
     batches = load_batches(run.source, mine, at.epoch, config.train.loader_workers)
+    ends = False
     for update in updates:
         outcome = run_update(
             run.task,
@@ -62,15 +63,21 @@ def run_epoch(run: Run) -> None:
             actions.end_epoch(run)
         if due.validate:
             actions.validate(run)
+        ends = actions.reached(run) or due.is_last
+        if ends and not due.validate:
+            actions.validate(run)
         if due.sample:
             actions.draw_samples(run)
-        if not due.is_last:
+        if not ends:
             actions.save(run, due.checkpoints)
             if due.upload and run.uploads:
                 run.uploads.newest()
             fault_point("train.update")
         # After the last update a request leaves the end to the next start, which draws samples left out first.
         actions.answer_requests(run)
+        if ends:
+            return True
+    return False
 
 
 def run_to_end(run: Run) -> None:
@@ -88,10 +95,8 @@ def run_to_end(run: Run) -> None:
             if run.samples and run.samples.due:
                 actions.draw_samples(run)
                 actions.answer_requests(run)
-            while at.step < total:
-                run_epoch(run)
-                if at.step < total:
-                    at.epoch, at.update = at.epoch + 1, 0
+            while at.step < total and not run_epoch(run):
+                at.epoch, at.update = at.epoch + 1, 0
             actions.finish(run)
     finally:
         if run.swap is not None and run.swap.recoveries:

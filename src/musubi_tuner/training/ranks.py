@@ -91,6 +91,10 @@ class Ranks:
         """The smallest value that a rank has."""
         return self._agreed([value], torch.distributed.ReduceOp.MIN)[0] if self.count > 1 else value
 
+    def any(self, here: bool) -> bool:
+        """Whether something holds on any rank."""
+        return bool(self._agreed([int(here)], torch.distributed.ReduceOp.MAX)[0]) if self.count > 1 else here
+
     def requests(self, of_control: Collection[str] = ()) -> Requests:
         """What is asked for, by a signal to any rank or by files in control, the same on all ranks.
 

@@ -66,18 +66,18 @@ class Saver:
             for name, kind in due.items()
         ]
 
-    def final(self, names: Mapping[str, str], at: Position, state: TrainingState | None) -> Entry:
+    def final(self, names: Mapping[str, str], at: Position, state: TrainingState | None, ended: str = "") -> Entry:
         """Save the end of the run and its release folder.
 
         Args:
-            names: under which it is listed too, with their kinds.
+            names: under which it is listed too, with their kinds. ended: why the run ends before its budget.
         """
 
         def release(entry: Entry) -> None:
             if self.config.save.release:
                 write_release(self.config, entry)
 
-        return self._save("final", "final", self.name, at, state, before_listing=release, names=names)
+        return self._save("final", "final", self.name, at, state, before_listing=release, names=names, ended=ended)
 
     def best(self, best: Best, at: Position) -> Entry:
         """Save weights and averages as the best; a run goes on from its states, so there is none here."""
@@ -104,9 +104,10 @@ class Saver:
         state: TrainingState | None,
         before_listing: Callable[[Entry], None] = lambda entry: None,
         names: Mapping[str, str] | None = None,
+        ended: str = "",
     ) -> Entry:
         save = self.config.save
-        entry = Entry(at.step, at.epoch + 1, kind, model=f"{stem}.safetensors")
+        entry = Entry(at.step, at.epoch + 1, kind, model=f"{stem}.safetensors", ended=ended)
         # What was kept as the best at this very step is not written a second time.
         self._write(entry, stem, at, same_as="best" if self.best_step == at.step else "")
         if state is not None:

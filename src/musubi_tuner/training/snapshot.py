@@ -16,6 +16,7 @@ from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.role import Role, RoleState, prefix_of
 from musubi_tuner.training.samples import Samples
 from musubi_tuner.training.task import Position
+from musubi_tuner.training.until import UntilMetric
 from musubi_tuner.training.window import EpochLoss, Window
 
 PARTS = ("model", "ema", "optimizer")
@@ -36,6 +37,7 @@ class Snapshot:
     epoch_loss: EpochLoss
     samples: Samples | None
     best: Best | None
+    until: UntilMetric | None
     identity: Mapping[str, Any]
 
     def take(self, metrics: Metrics | None) -> TrainingState | None:
@@ -71,6 +73,7 @@ class Snapshot:
                 **self.window.state(),
                 **self.epoch_loss.state(),
                 "best": self.best.state() if self.best else None,
+                **({"until": self.until.state()} if self.until else {}),
                 "metrics_bytes": metrics.length,
                 **self.identity,
                 "code_version": __version__,
@@ -107,6 +110,8 @@ class Snapshot:
         self.epoch_loss.load_state(values)
         if self.best:
             self.best.load_state(values.get("best"))
+        if self.until:
+            self.until.load_state(values.get("until"))
 
 
 def _below(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,3 +152,20 @@ def test_every_rate_of_a_run_has_a_curve(tmp_path: Path) -> None:
         "train/lr_x16": "parameters with 16 times that",
     }
     assert PLOTS["learning_rate.png"](rows, tmp_path / "a.png", "run") and (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_the_steps_of_a_file_are_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = []
+    for number, name in enumerate(("warm-up", "distil"), start=1):
+        folder = tmp_path / f"{number:02d}-{name}"
+        folder.mkdir()
+        rows = [{"step": step, "loss/total": 2.0 / (number + step), "train/lr": 1e-3 / number} for step in range(1, 9)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        steps.append({"name": name, "folder": folder.name})
+    (tmp_path / "03-lora").mkdir()  # has not begun
+    steps.append({"name": "lora", "folder": "03-lora"})
+    (tmp_path / "steps.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'plots' / 'steps.png'}\n"
+    with Image.open(tmp_path / "plots" / "steps.png") as picture:
+        assert picture.size[0] > 900

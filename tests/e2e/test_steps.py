@@ -1,0 +1,121 @@
+"""A run file of several steps, killed wherever: the same command again ends in the same bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import Place, Result, differing, final_files, metrics
+from safetensors.torch import load_file
+
+FOLDERS = ["01-warm", "02-distil", "03-lora"]
+STEPS: list[dict[str, Any]] = [
+    {"name": "warm", "experts": {"enable_lune": False, "enable_sol": False}, "train": {"max_steps": 3}},
+    {"name": "distil", "start": "previous", "train": {"max_steps": 4}},
+    {
+        "name": "lora",
+        "use": ["photographs"],
+        "start": "previous_ema",
+        "experts": {"enable_lune": False, "enable_sol": False},
+        "adapter": {"type": "lora", "rank": 2},
+        "train": {"max_steps": 3},
+    },
+]
+
+
+def write(place: Place, name: str, steps: list[dict[str, Any]] = STEPS, **tables: Any) -> Path:
+    """A file of three steps with its caches in a new folder."""
+    data = {"image_directory": str(place.photographs), "cache_directory": str(place.folder / name / "cache")}
+    settings: dict[str, Any] = {
+        "datasets": [{"name": "photographs", **data}],
+        "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+        "scheduler": {"warmup_steps": 0},
+        "save": {"every_steps": 2, "every_epochs": 0},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    return place.write(name, **{**settings, **tables}, steps=steps)
+
+
+def ends(config: Path) -> dict[str, Any]:
+    """Tensors of the end of every step."""
+    return {
+        f"{folder}/{name}": content
+        for folder in FOLDERS
+        for name, content in final_files(config.parent / "out" / folder).items()
+    }
+
+
+def tensors_only(files: dict[str, Any]) -> dict[str, Any]:
+    return {name: content[1] for name, content in files.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place) -> Path:
+    config = write(place, "undisturbed")
+    place.server.run("train", [config], config.parent).expect(0)
+    return config
+
+
+def test_three_steps_are_planned_and_trained_in_turn(undisturbed: Path, place: Place) -> None:
+    out = undisturbed.parent / "out"
+    listed = json.loads((out / "steps.json").read_text(encoding="utf-8"))["steps"]
+    assert [(entry["folder"], entry["status"], entry["step"]) for entry in listed] == [
+        ("01-warm", "finished", 3), ("02-distil", "finished", 4), ("03-lora", "finished", 3),
+    ]  # fmt: skip
+    assert "loss/lune" not in metrics(out / "01-warm")[0] and "loss/lune" in metrics(out / "02-distil")[0]
+    assert any("lora" in key for key in load_file(out / "03-lora" / "photos.safetensors"))
+    again = place.server.run("train", [undisturbed], undisturbed.parent).expect(0)
+    assert again.out.count("this run is finished") == 3
+    end = json.loads((out / "exit.json").read_text(encoding="utf-8"))
+    assert (end["reason"], end["code"]) == ("finished", 0)
+    plan = place.server.run("train", [write(place, "planned"), "--plan"], undisturbed.parent).expect(0)
+    assert "step 2 of 3: distil\n  begins with the end of 01-warm, and is planned when that is there" in plan.out
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["train.update:2", "step.finished:1", "train.update:5", "state.model:5", "step.finished:2", "train.update:7"],
+)
+def test_a_file_killed_in_a_step_or_between_two_ends_in_the_same_bits(
+    point: str, undisturbed: Path, place: Place
+) -> None:
+    config = write(place, f"killed {point.replace(':', ' ')}")
+    place.server.run("train", [config], config.parent, MUSUBI_FAULT=point).expect(-9)
+    place.server.run("train", [config], config.parent).expect(0)
+    assert differing(tensors_only(ends(config)), tensors_only(ends(undisturbed))) == []
+
+
+def test_an_edited_finished_step_is_refused_with_its_key(undisturbed: Path, place: Place) -> None:
+    text = undisturbed.read_text(encoding="utf-8")
+    try:
+        result = place.server.run("train", [undisturbed, "--set", "steps.distil.optimizer.lr=0.5"], undisturbed.parent)
+        result.expect(2)
+        assert "out/02-distil: holds a finished run with another config" in result.err
+        assert "optimizer.lr was 0.003, now 0.5" in result.err
+    finally:
+        undisturbed.write_text(text, encoding="utf-8")
+
+
+def test_a_metric_ends_a_step_before_its_budget_and_says_why(place: Place) -> None:
+    steps = [
+        {"name": "short", "until": {"metric": "loss/main", "below": 1e9, "patience": 2}, "train": {"max_steps": 60}},
+    ]
+    config = write(place, "until", steps, experts={"enable_lune": False, "enable_sol": False})
+    result = place.server.run("train", [config], config.parent).expect(0)
+    assert "step 21: this step of the file ends here: the mean of the last 20 values of loss/main is" in result.out
+    assert metrics(config.parent / "out" / "01-short")[-1]["step"] == 21
+    assert (config.parent / "out" / "01-short" / "photos.safetensors").is_file()
+    again = place.server.run("train", [config], config.parent).expect(0)
+    assert "this run is finished" in again.out
+
+
+def test_one_step_and_a_cache_job_of_one(place: Place, python: Callable[..., Result]) -> None:
+    config = write(place, "one")
+    done = place.server.run("train", [config, "--step", "warm"], config.parent).expect(0)
+    assert "finished: 3 updates" in done.out
+    assert not (config.parent / "out" / "02-distil").exists()
+    refused = place.server.run("latents", [config], config.parent)
+    refused.expect(2)
+    assert "has steps (warm, distil, lora), and this command needs one of them: --step NAME" in refused.err
+    place.server.run("latents", [config, "--step", "warm", "--dry_run"], config.parent).expect(0)
