@@ -16,7 +16,6 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
-from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, load_config
@@ -25,6 +24,7 @@ from musubi_tuner.data.sources import scan
 from musubi_tuner.demo.checker import score
 from musubi_tuner.demo.pictures import Combination, combinations, held_out
 from musubi_tuner.device import set_threads
+from musubi_tuner.encoders.for_run import TextEncoders
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, FluxProcess
 from musubi_tuner.randomness import uniform
 from musubi_tuner.training.ema import EMA

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import caption_metadata, caption_name
-from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.buckets import place, squash
@@ -26,6 +25,7 @@ from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import load_autoencoder
+from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.encoders.teachers import SplitTeacher, check_overlay, geometric_sol, load_teacher
 from musubi_tuner.encoders.text import load_clip
 from musubi_tuner.errors import CheckpointError, ConfigError

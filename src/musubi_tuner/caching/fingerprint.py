@@ -12,7 +12,7 @@ from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_n
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import KEPT
 from musubi_tuner.data.sources import Item
-from musubi_tuner.encoders.locate import Source, find_tokenizer, identity, source, tokenizer_identity
+from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer, identity, tokenizer_identity
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import read_header
 
@@ -57,38 +57,6 @@ _UNSTATED = {
     "mask_alpha": False,
 }
 """What files hold that were written before a key existed."""
-
-
-@dataclass(frozen=True)
-class EncoderSources:
-    """The encoders a run needs, by role; absent roles are not used."""
-
-    sources: dict[str, Source]
-
-    def paths(self, *, download: bool) -> dict[str, Path | None]:
-        """Local path of every role."""
-        return {role: found.resolve(download=download) for role, found in self.sources.items()}
-
-
-def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
-    """The encoders of one kind of cache."""
-    roles: dict[str, str] = {}
-    if kind == "latents":
-        roles = {"vae": "model.vae_path"}
-    elif kind == "text":
-        roles = {"t5": "model.t5_path", "clip": "model.clip_path", "t5_tokenizer": "model.t5_tokenizer",
-                 "clip_tokenizer": "model.clip_tokenizer"}  # fmt: skip
-    elif kind == "experts" and config.experts.extracted:
-        roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
-        roles |= {name: f"experts.{name}" for name in config.experts.extracted}
-        if config.experts.vae is not None:
-            roles["expert_vae"] = "experts.vae"
-    found = {}
-    for role, key in roles.items():
-        text = config.get(key)
-        if text is not None:
-            found[role] = source(key, text, config.locate(text))
-    return EncoderSources(found)
 
 
 @dataclass(frozen=True)

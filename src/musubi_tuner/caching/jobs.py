@@ -8,7 +8,6 @@ from torch import Tensor
 
 from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
-from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
@@ -18,8 +17,8 @@ from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import load_autoencoder
-from musubi_tuner.encoders.text import load_clip, load_t5
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.encoders.for_run import TextEncoders
+from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
 
@@ -61,24 +60,6 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         "latents", config.cache.latents_batch_size, True, open_encoder, read, partial(latents_metadata, config.spec)
     )
     return run_job(config, job, options, family)
-
-
-def load_vae(config: RunConfig, device: torch.device, home: torch.device | None = None) -> Any:
-    """The run's autoencoder, for decoding.
-
-    Args:
-        device: where it decodes, which decides its precision. home: where it lies; absent = there too.
-    """
-    path = encoder_sources(config, "latents").paths(download=True).get("vae")
-    if path is None:
-        raise ConfigError("model.vae_path: is needed to decode samples")
-    dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
-    spec = config.spec
-    vae = load_autoencoder(
-        path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=home or device
-    )
-    vae.set_tiling(config.cache.vae_tiling)
-    return vae
 
 
 def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
@@ -124,47 +105,6 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
 
     job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata, report=report)
     return run_job(config, job, options, family)
-
-
-class TextEncoders:
-    """T5 and CLIP of a run, loaded once."""
-
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        paths = encoder_sources(config, "text").paths(download=True)
-        t5, clip = paths.get("t5"), paths.get("clip")
-        if t5 is None or clip is None:
-            raise ConfigError(f"{'model.t5_path' if t5 is None else 'model.clip_path'}: is needed to encode texts")
-        self.dtype = encoder_dtype(config.model.text_dtype, device, gpu="bfloat16")
-        self.t5 = load_t5(
-            t5,
-            paths.get("t5_tokenizer"),
-            config.spec.t5_tokenizer,
-            max_tokens=config.model.t5_max_tokens,
-            dtype=self.dtype,
-            device=device,
-            preset=config.spec.t5_preset,
-            masked=config.spec.t5_attention_mask,
-            fp8=config.model.fp8_t5,
-        )
-        self.clip = load_clip(
-            clip,
-            paths.get("clip_tokenizer"),
-            config.spec.clip_tokenizer,
-            dtype=self.dtype,
-            device=device,
-            activation=config.model.clip_act,
-        )
-        self.batch_size = config.cache.text_batch_size
-
-    def encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """``t5_vec`` [B, L, J], ``t5_mask`` [B, L], ``clip_l_pooler`` [B, P]."""
-        parts = []
-        for start in range(0, len(texts), self.batch_size):
-            some = texts[start : start + self.batch_size]
-            t5, clip = self.t5.encode(some), self.clip.encode(some)
-            assert clip.pooled is not None
-            parts.append({"t5_vec": t5.states, "t5_mask": t5.mask, "clip_l_pooler": clip.pooled})
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt
 from musubi_tuner.data.sources import Item
-from musubi_tuner.encoders.locate import find_tokenizer
+from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer
 from musubi_tuner.encoders.tokens import TokenLimit, clip_limit, open_tokenizer
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_hub_id
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import read_json, write_json
@@ -63,6 +64,38 @@ class Source:
 def source(key: str, text: str, local: Path, revision: str | None = None) -> Source:
     """Describe an encoder; ``local`` is where a path would be."""
     return Source(key, text, None if is_hub_id(text) else local, revision)
+
+
+@dataclass(frozen=True)
+class EncoderSources:
+    """The encoders a run needs, by role; absent roles are not used."""
+
+    sources: dict[str, Source]
+
+    def paths(self, *, download: bool) -> dict[str, Path | None]:
+        """Local path of every role."""
+        return {role: found.resolve(download=download) for role, found in self.sources.items()}
+
+
+def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
+    """The encoders of one kind of cache."""
+    roles: dict[str, str] = {}
+    if kind == "latents":
+        roles = {"vae": "model.vae_path"}
+    elif kind == "text":
+        roles = {"t5": "model.t5_path", "clip": "model.clip_path", "t5_tokenizer": "model.t5_tokenizer",
+                 "clip_tokenizer": "model.clip_tokenizer"}  # fmt: skip
+    elif kind == "experts" and config.experts.extracted:
+        roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
+        roles |= {name: f"experts.{name}" for name in config.experts.extracted}
+        if config.experts.vae is not None:
+            roles["expert_vae"] = "experts.vae"
+    found = {}
+    for role, key in roles.items():
+        text = config.get(key)
+        if text is not None:
+            found[role] = source(key, text, config.locate(text))
+    return EncoderSources(found)
 
 
 def _from_hub(wanted: Source, download: bool) -> Path | None:

@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from musubi_tuner.caching.fingerprint import encoder_sources
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import plan_autoencoder
+from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices
 from musubi_tuner.memory.compose import block_counts, freeze_of, ways_to_save

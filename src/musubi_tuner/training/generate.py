@@ -11,7 +11,6 @@ import torch
 from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
 from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
 from musubi_tuner.assemble import storing_of
-from musubi_tuner.caching.jobs import TextEncoders, load_vae
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
@@ -19,6 +18,7 @@ from musubi_tuner.config.schema import AdapterSection
 from musubi_tuner.config.swap import most_swapped
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder
+from musubi_tuner.encoders.for_run import TextEncoders, load_vae
 from musubi_tuner.errors import NoAverageError
 from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of
 from musubi_tuner.memory.storage import freeze_layers

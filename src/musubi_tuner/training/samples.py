@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from musubi_tuner.caching.jobs import TextEncoders, load_vae
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
+from musubi_tuner.encoders.for_run import TextEncoders, load_vae
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.family import Process
 from musubi_tuner.precision import COMPUTE_DTYPES

@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.caching.file_format import KINDS, cache_path
-from musubi_tuner.caching.fingerprint import difference, encoder_sources, expectation, file_state
+from musubi_tuner.caching.fingerprint import difference, expectation, file_state
 from musubi_tuner.caching.status import examine, needed_kinds
 from musubi_tuner.config import RunConfig
-from musubi_tuner.encoders.locate import file_sha256, identity
+from musubi_tuner.encoders.locate import encoder_sources, file_sha256, identity
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.headers import read_header
 from musubi_tuner.stamps import hash_file

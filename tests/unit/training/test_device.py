@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from musubi_tuner.caching.jobs import TextEncoders
 from musubi_tuner.config.schema import CacheSection, ModelSection, RunSection
 from musubi_tuner.device import apply_backend_flags, encoder_dtype, with_precision
+from musubi_tuner.encoders.for_run import TextEncoders
 from musubi_tuner.models.registry import MODELS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -88,12 +88,12 @@ def test_text_is_encoded_in_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, t
     """T5 overflows float16."""
     loaded: list[torch.dtype] = []
     for name in ("load_t5", "load_clip"):
-        monkeypatch.setattr(f"musubi_tuner.caching.jobs.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
+        monkeypatch.setattr(f"musubi_tuner.encoders.for_run.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
     config: Any = SimpleNamespace(
         model=ModelSection(arch="tf", t5_path="t5", clip_path="clip"), spec=MODELS["tf"], cache=CacheSection()
     )
     sources = SimpleNamespace(paths=lambda download: {"t5": tmp_path, "clip": tmp_path})
-    monkeypatch.setattr("musubi_tuner.caching.jobs.encoder_sources", lambda *arguments: sources)
+    monkeypatch.setattr("musubi_tuner.encoders.for_run.encoder_sources", lambda *arguments: sources)
     for kind, expected in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         loaded.clear()
         TextEncoders(config, torch.device(kind))

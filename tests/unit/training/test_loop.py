@@ -993,7 +993,7 @@ def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypat
         given.update(settings)
         return SimpleNamespace(set_tiling=lambda enabled: None)
 
-    monkeypatch.setattr("musubi_tuner.caching.jobs.load_autoencoder", load)
+    monkeypatch.setattr("musubi_tuner.encoders.for_run.load_autoencoder", load)
     monkeypatch.setattr(samples, "TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
     model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
     config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))
