@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.flow import guide, solve, unpack_pixels
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess
 from musubi_tuner.models.tinyflux.process import TeacherSettings

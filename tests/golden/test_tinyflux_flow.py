@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.encoders.teachers import geometric_sol
 from musubi_tuner.flow import (
     MaskSettings,

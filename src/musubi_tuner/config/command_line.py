@@ -18,8 +18,9 @@ from typing import Any
 import tomli_w
 
 from musubi_tuner.config.diagnostics import did_you_mean
+from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.load import parse_value
-from musubi_tuner.config.schema import Parameter, flat_names, parameters, section_classes
+from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 

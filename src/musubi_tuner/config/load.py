@@ -15,21 +15,15 @@ from pydantic import ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
 from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
+from musubi_tuner.config.fields import Parameter, Section
 from musubi_tuner.config.importers import import_musubi, looks_flat
+from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import TABLE, Step, document_of, find_step, follow_problem, steps_of
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import RunConfig
-from musubi_tuner.config.schema import (
-    SECTION_ALIASES,
-    ExpertsSection,
-    Parameter,
-    Section,
-    flat_names,
-    parameters,
-    section_classes,
-)
+from musubi_tuner.config.schema import SECTION_ALIASES, flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, RESERVED
 from musubi_tuner.models.spec import ModelSpec

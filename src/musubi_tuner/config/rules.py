@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
+from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.prompts import Prompt, sample_prompts
 from musubi_tuner.config.run_config import RunConfig
-from musubi_tuner.config.schema import ExpertsSection, parameters
+from musubi_tuner.config.schema import parameters
 from musubi_tuner.errors import ConfigError, describe_unwritable
 from musubi_tuner.models.spec import ModelSpec
 

@@ -8,9 +8,10 @@ from pydantic import PrivateAttr
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import Step
-from musubi_tuner.config.schema import ExpertsSection, RunFile
+from musubi_tuner.config.schema import RunFile
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec

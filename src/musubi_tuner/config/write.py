@@ -4,8 +4,9 @@ from typing import Any
 
 import tomli_w
 
+from musubi_tuner.config.fields import Section
 from musubi_tuner.config.run_config import RunConfig
-from musubi_tuner.config.schema import Section, parameters, section_classes
+from musubi_tuner.config.schema import parameters, section_classes
 
 
 def resolved_toml(config: RunConfig) -> str:

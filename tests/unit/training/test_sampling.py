@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.config.prompts import Prompt, SampleSettings, read_prompts
-from musubi_tuner.config.schema import ObjectiveSection
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.schema import AdapterSection, ExpertsSection, ObjectiveSection, TrainSection
+from musubi_tuner.config.model_sections import AdapterSection, ExpertsSection, ObjectiveSection
+from musubi_tuner.config.schema import TrainSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import AdapterSection, EmaSection, OptimizerSection, SchedulerSection
+from musubi_tuner.config.model_sections import AdapterSection
+from musubi_tuner.config.schema import EmaSection, OptimizerSection, SchedulerSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.models.family import LossTerm

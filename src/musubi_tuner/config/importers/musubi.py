@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.diagnostics import NOT_BUILT, did_you_mean
+from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
-from musubi_tuner.config.schema import Parameter, flat_names
+from musubi_tuner.config.schema import flat_names
 from musubi_tuner.models.registry import MODELS
 
 DEFAULTS: dict[str, Any] = {

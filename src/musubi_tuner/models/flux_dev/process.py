@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import ObjectiveSection
+from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.device import to_model
 from musubi_tuner.flow import (
     MaskSettings,
