@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ class TestImages:
         assert {kind: reasons(cached, kind) for kind in KINDS} == {
             "latents": expected, "text": {}, "experts": expected,
         }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("change", "reason"), [({"crop": (8, 0)}, "the crop"), ({"resized": (72, 64)}, "the size before the crop")]
+    )
+    def test_another_placement_in_the_same_bucket_makes_latents_stale(
+        self, cached: Any, change: Any, reason: str
+    ) -> None:
+        config, item = cached.config(), cached.items()[0]
+        expected = expectation(config, "latents", config.spec.family.checkpoint_options(config), download=False)
+        moved = replace(item, placement=replace(item.placement, **change))
+        assert difference(expected.of(item), expected.of(item)) is None
+        assert reason in str(difference(expected.of(item), expected.of(moved)))
 
     def test_a_picture_of_another_size_has_another_file(self, cached: Any) -> None:
         cached.picture("a", (64, 128))
