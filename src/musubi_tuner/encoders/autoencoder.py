@@ -107,14 +107,14 @@ class Autoencoder:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """The weights on a device inside the block, and back where they were after it."""
-        home = self.device
+        before = self.device
         # Not module.to(): the libraries override it with warnings.
         nn.Module.to(self.module, device)
         try:
             yield
         finally:
-            nn.Module.to(self.module, home)
-            if device != home and device.type == "cuda":
+            nn.Module.to(self.module, before)
+            if device != before and device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def set_tiling(self, enabled: bool) -> None:

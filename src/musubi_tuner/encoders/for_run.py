@@ -54,11 +54,11 @@ class TextEncoders:
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def load_vae(config: RunConfig, device: torch.device, home: torch.device | None = None) -> Any:
+def load_vae(config: RunConfig, device: torch.device, storage_device: torch.device | None = None) -> Any:
     """The run's autoencoder, for decoding.
 
     Args:
-        device: where it decodes, which decides its precision. home: where it lies; absent = there too.
+        device: where it decodes, which decides its precision. storage_device: where its weights lie; absent = there too.
     """
     path = encoder_sources(config, "latents").paths(download=True).get("vae")
     if path is None:
@@ -66,7 +66,7 @@ def load_vae(config: RunConfig, device: torch.device, home: torch.device | None 
     dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
     spec = config.spec
     vae = load_autoencoder(
-        path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=home or device
+        path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=storage_device or device
     )
     vae.set_tiling(config.cache.vae_tiling)
     return vae

@@ -27,13 +27,13 @@ def adapter_metadata(
     step: int,
     epoch: int,
     optimizer: torch.optim.Optimizer,
-    weights: str,
+    kind: str,
     options: Mapping[str, Any],
 ) -> dict[str, str]:
     """Header of an adapter file: the fields that sd-scripts and musubi-tuner write, and modelspec. All values are texts.
 
     Args:
-        options: of the model below the adapter; see `Trainee`.
+        kind: of the weights in the file, ``model`` or ``ema``. options: of the model below the adapter; see `Trainee`.
     """
     adapter, objective, train, spec = config.adapter, config.objective, config.train, config.spec
     sizes = Counter((layer.rank, float(layer.alpha)) for _, layer in adapters.items())
@@ -111,7 +111,7 @@ def adapter_metadata(
         "modelspec.resolution": f"{side[0]}x{side[1]}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime()),
         **({"options_json": json.dumps(dict(options))} if options else {}),
-        "weights": weights,
+        "weights": kind,
     }
 
 

@@ -157,7 +157,7 @@ class Saver:
             step=at.step,
             epoch=at.epoch + 1,
             optimizer=self.roles[0].optimizer,
-            weights=kind,
+            kind=kind,
             options=self.options,
         )
 

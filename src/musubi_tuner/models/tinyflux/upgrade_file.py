@@ -51,7 +51,7 @@ def upgrade_file(
     written = v3_geometry(geometry) if to == "v3" else geometry
     tensors: dict[str, Tensor] | None = None
     lines = []
-    for file, path, weights in (
+    for file, path, kind in (
         (model, output, "model"),
         (average, output.with_name(f"{output.stem}_ema{output.suffix}"), "ema"),
     ):
@@ -62,14 +62,14 @@ def upgrade_file(
             file.tensors, geometry, to=to, model=tensors, neutral=neutral, seed=seed, strict=strict, what=what
         )
         lines += report.lines(file.origin)
-        metadata = _metadata(file, weights, json.dumps(written.to_dict()), json.dumps(options_of(model)))
+        metadata = _metadata(file, kind, json.dumps(written.to_dict()), json.dumps(options_of(model)))
         owned = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
         replace_file(path, partial(save_tensors, owned, metadata=metadata))
         lines.append(f"{path}: {len(tensors)} tensors for {to}")
     return lines
 
 
-def _metadata(file: WeightFile, weights: str, config: str, options: str) -> dict[str, str]:
+def _metadata(file: WeightFile, kind: str, config: str, options: str) -> dict[str, str]:
     """Header of the file written: what the source said of itself, with the geometry of the new version."""
     return {
         **file.metadata,
@@ -78,5 +78,5 @@ def _metadata(file: WeightFile, weights: str, config: str, options: str) -> dict
         "modelspec.architecture": SPEC.modelspec_architecture,
         "config_json": config,
         "options_json": options,
-        "weights": weights,
+        "weights": kind,
     }
