@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -12,6 +13,7 @@ import pytest
 import musubi_tuner
 
 ROOT = Path(musubi_tuner.__file__).parent
+TESTS = Path(__file__).parents[1]
 REGISTRY = ("models.registry", "models.spec")
 """The list of families and its records: torch-free, read by config, and so a room of their own."""
 LIGHT = {*sys.stdlib_module_names, "pydantic", "pydantic_core", "tomli_w", "tqdm"}
@@ -134,3 +136,8 @@ def test_an_import_inside_a_function_keeps_a_heavy_package_out() -> None:
         if inside and name not in PLATFORM and heavy(name) <= heavy(f"musubi_tuner.{module}")
     ]
     assert idle == []
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest imports them by their names
