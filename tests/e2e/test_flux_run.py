@@ -305,8 +305,15 @@ def test_training_starts_from_a_lora_and_merges_others(new_run: NewRun, trained:
 # Memory
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "checkpointing"),
+    [
+        (1, False),
+        (2, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_swapped_blocks_train_the_same_lora(
     count: int, checkpointing: bool, new_run: NewRun, trained: Path, tmp_path: Path, photographs: Path, encoders: Path,
     server: ForkServer,
