@@ -1,8 +1,8 @@
-"""What a run tells while it works, and what it can be told. Torch-free.
+"""The record of a run for other programs, and requests to it. Torch-free.
 
     run.json            id, pid, start, phase, done and total of it, step and steps, loss, seconds left; at most once a second.
                         In a file of several steps the phase begins with the step
-    exit.json           how the start ended: code, signal, reason (finished, stopped, failed), last step, message
+    exit.json           how this start ended: code, signal, reason (finished, stopped, failed), last step, message
     logs/console.log    what it printed, without the intermediate states of progress bars
     control/            a file named stop, save or sample is a request, taken between two updates
 
@@ -66,11 +66,11 @@ class Recorder:
             self.write()
 
     def write(self) -> None:
-        """Replace run.json. What cannot be written ends no run."""
+        """Replace run.json. A failed write does not end the run."""
         _write(self.folder / RUN_FILE, {**self.values, "updated": round(time.time(), 3)})
 
     def requests(self) -> set[str]:
-        """Take what control asks for; looks at most once a second."""
+        """Requests in control/, which are removed; looks at most once a second."""
         now = time.monotonic()
         if now - self._looked < _SECONDS:
             return set()
@@ -79,7 +79,7 @@ class Recorder:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a small file of the record, without waiting for the disk: what it says is of this moment. A failure is none."""
+    """Replace a small file of the record, without waiting for the disk: what it says is of this moment. Errors are ignored."""
     beside = temporary_path(path)
     with suppress(OSError):
         beside.write_text(json_text(values, indent=2) + "\n", encoding="utf-8")

@@ -70,7 +70,7 @@ def test_three_steps_are_planned_and_trained_in_turn(undisturbed: Path, place: P
     end = json.loads((out / "exit.json").read_text(encoding="utf-8"))
     assert (end["reason"], end["code"]) == ("finished", 0)
     plan = place.server.run("train", [write(place, "planned"), "--plan"], undisturbed.parent).expect(0)
-    assert "step 2 of 3: distil\n  begins with the end of 01-warm, and is planned when that is there" in plan.out
+    assert "step 2 of 3: distil\n  starts from the end of 01-warm; planned once that exists" in plan.out
 
 
 @pytest.mark.parametrize(

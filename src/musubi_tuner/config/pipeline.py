@@ -3,13 +3,13 @@
     [[steps]]
     name = "warm-up"                 folder <output_dir>/01-warm-up
     use = ["cats"]                   which data sets, by their names; absent = all
-    start = "previous"               begins from the end of the step before; "previous_ema" from its average, "file" as the file says
-    until = { metric = "loss/main", below = 0.02 }     may end it before its budget
-    [steps.train]                    every table lays over that of the file
+    start = "previous"               from the final weights of the step before; "previous_ema" = their average, "file" = as the file says
+    until = { metric = "loss/main", below = 0.02 }     ends it early
+    [steps.train]                    each table overrides that of the file
     max_steps = 500
 
-A step is an ordinary run: `document_of` gives the run file that it would be. A LoRA step after a LoRA step begins with its adapter, after
-full training its model is the trained one.
+A step is an ordinary run; `document_of` gives its run file. A LoRA step starts from the adapter of a LoRA step before it, or attaches to the
+model that full training left.
 """
 
 import copy
@@ -29,13 +29,13 @@ _UNTIL = {"metric": str, "below": float, "min_epochs": int, "patience": int}
 
 @dataclass(frozen=True)
 class Until:
-    """When a step ends before its budget.
+    """When a step ends early.
 
     Attributes:
         metric: a tag of metrics.jsonl, whose mean over the last 20 logged values is tested at each log line.
-        below: the mean must be lower.
-        min_epochs: not before so many epochs are done.
-        patience: tests in a row that must hold.
+        below: limit that the mean must be under.
+        min_epochs: complete epochs before it may end.
+        patience: tests in a row that must succeed.
     """
 
     metric: str
@@ -50,9 +50,9 @@ class Step:
 
     Attributes:
         number: from 1. of: how many there are.
-        start: what it begins from. previous: folder of the step before; None for the first one.
+        start: what it starts from. previous: the step before; None for the first one.
         use: names of its data sets; empty = all.
-        own: its tables.
+        own: tables that override those of the file.
     """
 
     number: int
@@ -66,15 +66,15 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """Its folder in that of the run."""
+        """Name of its folder below run.output_dir."""
         return f"{self.number:02d}-{self.name}"
 
 
 def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[Step]:
-    """The steps of a run file, those that can be used; none in an ordinary one."""
+    """The valid steps of a run file; empty for an ordinary one."""
     entries = document.get(TABLE, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        problems.append(Diagnostic("error", TABLE, "is no list of tables; write [[steps]] with two brackets"))
+        problems.append(Diagnostic("error", TABLE, "is not a list of tables; write [[steps]] with two brackets"))
         return []
     steps: list[Step] = []
     for number, entry in enumerate(entries, start=1):
@@ -85,10 +85,10 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
 
         name = entry.get("name")
         if not isinstance(name, str) or not name or name in (".", "..") or any(c in '/\\:*?"<>|' for c in name):
-            refuse("name", f"is {name!r}, expected a name that can be that of a folder")
+            refuse("name", f"is {name!r}, expected a name that a folder can have")
             name = f"step{number}"
         elif name in {step.name for step in steps}:
-            refuse("name", f"is {name!r} twice; every step has a name of its own")
+            refuse("name", f"is {name!r} twice; every step needs its own name")
         begin = entry.get("start", "previous" if steps else "file")
         if begin not in get_args(Start):
             refuse(
@@ -106,11 +106,13 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
         own = {key: value for key, value in entry.items() if key not in _KEYS}
         for key, value in own.items():
             if not isinstance(value, dict):
-                refuse(key, f"unknown key.{did_you_mean(key, _KEYS)} Settings of a step stand in tables: [steps.train]")
+                refuse(
+                    key, f"unknown key.{did_you_mean(key, _KEYS)} Settings of a step belong in tables: [steps.train]"
+                )
         own = {key: value for key, value in own.items() if isinstance(value, dict)}
         for key in ("output_dir", "name"):
             if key in own.get("run", {}):
-                refuse(f"run.{key}", "is that of the whole file; a step writes into a folder of its name there")
+                refuse(f"run.{key}", "belongs to the file; a step writes into its own folder below run.output_dir")
         until = _until(entry.get("until"), refuse)
         previous = steps[-1] if steps else None
         steps.append(Step(number, len(entries), name, begin, previous, tuple(use), until, own))
@@ -159,10 +161,10 @@ def find_step(steps: Sequence[Step], name: str) -> Step | str:
 
 
 def document_of(document: Mapping[str, Any], step: Step) -> dict[str, Any]:
-    """The ordinary run file that a step is.
+    """The run file of a step.
 
     Args:
-        document: of the file, with the options that lay over it; its run.output_dir is that of the whole.
+        document: the whole file with command-line overrides applied.
     """
     tables = {key: value for key, value in copy.deepcopy(dict(document)).items() if key != TABLE}
     root, name = Path(str(tables.get("run", {}).get("output_dir", ""))), str(tables.get("run", {}).get("name", ""))
@@ -218,12 +220,12 @@ def _lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def follow_problem(document: Mapping[str, Any], step: Step) -> str | None:
-    """Why a step cannot begin from the one before; None if it can."""
+    """Why a step cannot start from the one before; None if it can."""
     if step.start == "file" or step.previous is None:
         return None
     if trains_adapter(document, step.previous) and not trains_adapter(document, step):
         return (
-            f'is "{step.start}", and step {step.previous.name} trains an adapter, which the whole model of this step cannot begin with; '
+            f'is "{step.start}", and step {step.previous.name} trains an adapter, from which the full model of this step cannot start; '
             'write "file", or merge the adapter and name the merged file'
         )
     return None

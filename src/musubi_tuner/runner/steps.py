@@ -3,7 +3,7 @@
     <output_dir>/steps.json      name, folder, status (waiting, running, finished, stopped, failed) and last update of every step
     <output_dir>/NN-<name>/      the run of a step
 
-The same command again goes on: finished steps are compared and passed over, the first other one continues.
+The same command continues: finished steps are checked for changed settings and skipped, the first unfinished one goes on.
 """
 
 import argparse
@@ -25,12 +25,12 @@ RunStep = Callable[[RunConfig, dict[str, Any], bool], int]
 
 
 def root_of(steps: list[RunConfig]) -> Path:
-    """The folder of the whole."""
+    """The folder that holds those of all steps."""
     return steps[0].output_dir.parent
 
 
 def trained_steps(folder: Path) -> list[tuple[str, Path]]:
-    """Name and folder of the steps in the folder of a whole; none in that of an ordinary run."""
+    """Name and folder of the steps below a folder; empty for an ordinary run."""
     try:
         return [(entry["name"], folder / entry["folder"]) for entry in read_json(folder / FILE)["steps"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -56,7 +56,7 @@ def run_steps(
             and config.waits_for(Path(config.model.path))
         ):
             assert step.previous is not None
-            print(f"  begins with the end of {step.previous.folder}, and is planned when that is there", flush=True)
+            print(f"  starts from the end of {step.previous.folder}; planned once that exists", flush=True)
             continue
         current = recorder()
         if current is not None:
@@ -95,7 +95,7 @@ class StepTable:
         }
 
     def note(self, name: str, status: str) -> None:
-        """Write what became of a step."""
+        """Write the status of a step."""
         entry = self.entries[name]
         entry["status"] = status
         with suppress(OSError, ValueError, KeyError):

@@ -1,7 +1,7 @@
-"""The end of a step by a metric, before its budget.
+"""Ends a step early when a metric is low enough; see `Until`.
 
-The mean of the last 20 values that were logged under a tag is tested at each log line. When it has been low enough often enough in a
-row, the step ends as if its budget were used up. What was logged is part of the state, so a run that goes on ends at the same update.
+The mean of the last 20 logged values is tested at each log line. These values are part of the state, so a resumed run ends at the same
+update.
 """
 
 from collections import deque
@@ -14,10 +14,10 @@ WINDOW = 20
 
 
 class UntilMetric:
-    """Follows the metric of a step.
+    """Tests the metric of a step.
 
     Attributes:
-        reason: why the step ends now; empty before.
+        reason: why the step ends; empty while it goes on.
     """
 
     def __init__(self, until: Until) -> None:
@@ -27,10 +27,10 @@ class UntilMetric:
         self._in_a_row = 0
 
     def add(self, values: Mapping[str, Any], epochs: int) -> None:
-        """Take what a line of metrics.jsonl says.
+        """Add a line of metrics.jsonl.
 
         Args:
-            epochs: that are complete.
+            epochs: complete ones.
         """
         value = values.get(self.until.metric)
         if not isinstance(value, int | float):
