@@ -63,7 +63,7 @@ CASES = {
     "fd lora": Case("fd", {"train": TRAIN, "objective": {"ip_noise_gamma": 0.1}, "sample": SAMPLE}),
     "fd swapped": Case("fd", {
         "train": {**TRAIN, "mixed_precision": "bf16"},
-        "memory": {"base_storage": "fp8_scaled", "blocks_to_swap": 2, "gradient_checkpointing": True},
+        "memory": {"base_storage": "fp8_scaled", "blocks_to_swap": 1, "gradient_checkpointing": True},
     }),
 }  # fmt: skip
 
