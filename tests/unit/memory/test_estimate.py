@@ -264,6 +264,7 @@ def test_auto_says_why_a_model_has_no_estimate(tmp_path: Path, monkeypatch: pyte
         resolve_swap(load_config(path), [an_item(128)], 2**30)
 
 
+@pytest.mark.slow
 def test_full_size(tmp_path: Path) -> None:
     """FLUX.1-dev at 1024 px: 22.2 GiB of weights in bfloat16, and a run that fits 16 GB."""
     config = load_config(
@@ -277,6 +278,7 @@ def test_full_size(tmp_path: Path) -> None:
     assert "GiB on the device: weights" in found.lines()[0] and "main memory for swapped blocks" in found.lines()[1]
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
     """models/tinyflux/flops.py derives them from the geometry, and leaves small products out."""
     geometry = {**TF, "num_double_layers": 3, "num_single_layers": 5}
