@@ -51,7 +51,9 @@ def test_a_run_keeps_its_id_and_a_pointer_finds_its_folder(folder: Path, tmp_pat
     tell(phase="plan")
     first = read(folder / "run.json")["id"]
     end(1, run_record.FAILED, message="no")
+    assert read(folder / "exit.json")["message"] == "no"
     begin(folder, tmp_path / "run.toml")
+    assert not (folder / "exit.json").exists()
     tell(phase="plan")
     assert read(folder / "run.json")["id"] == first
     (pointer,) = (tmp_path / "state" / "runs").iterdir()
@@ -101,7 +103,8 @@ def test_the_log_has_finished_lines_and_no_states_of_a_bar(folder: Path, capsys:
     print("first")
     sys.stderr.write("\r10 %")
     sys.stderr.write("\r90 %")
-    sys.stderr.write("\r100 %\nafter\n")
+    sys.stderr.write("\r100 %")
+    sys.stderr.write("\nafter\n")
     print("half", end="")
     log = (folder / "logs" / "console.log").read_text(encoding="utf-8")
     assert log == "first\n100 %\nafter\n"

@@ -41,10 +41,10 @@ class Draws:
         return Draws(self.noise.to(device))
 
 
-class Critic:
-    """The discriminator tells pictures from decoded ones."""
+class GanPhase:
+    """What both phases have: the parts, and spectral norms that move at the beginning."""
 
-    name, roles, exchange = "discriminator", ("discriminator",), None
+    exchange = None
 
     def __init__(self, vae: nn.ModuleDict, judge: nn.Module) -> None:
         self.vae, self.judge = vae, judge
@@ -54,6 +54,12 @@ class Critic:
 
     def begin(self, at: Position) -> None:
         advance(self.judge)
+
+
+class Critic(GanPhase):
+    """The discriminator tells pictures from decoded ones."""
+
+    name, roles = "discriminator", ("discriminator",)
 
     def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
         real = batch.tensors["pixels"]
@@ -63,19 +69,10 @@ class Critic:
         return {"critic": LossTerm(F.relu(1 - scores[0]) + F.relu(1 + scores[1]), 1.0)}
 
 
-class Autoencode:
+class Autoencode(GanPhase):
     """The autoencoder learns to reconstruct, and to be taken for a picture."""
 
-    name, roles, exchange = "autoencoder", ("vae",), None
-
-    def __init__(self, vae: nn.ModuleDict, judge: nn.Module) -> None:
-        self.vae, self.judge = vae, judge
-
-    def due(self, at: Position) -> bool:
-        return True
-
-    def begin(self, at: Position) -> None:
-        advance(self.judge)
+    name, roles = "autoencoder", ("vae",)
 
     def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
         real = batch.tensors["pixels"]

@@ -114,6 +114,7 @@ def test_the_end_by_a_metric_is_read(write: Any) -> None:
         ([{"name": "a", "run": {"output_dir": "x"}}], "steps[0].run.output_dir: belongs to the file"),
         ([{"name": "a", "until": {"metric": "loss/main"}}], "steps[0].until: has no below"),
         ([{"name": "a", "until": {"metric": "l", "below": 1, "pateince": 2}}], "steps[0].until.pateince: unknown key. Did you mean 'patience'?"),
+        ([{"name": "a", "until": {"metric": "l", "below": 1, "patience": 0}}], "steps[0].until.patience: is 0, expected a whole number"),
         ([{"name": "a", "until": {"metric": "l", "below": True}}], "steps[0].until.below: is True, expected a number"),
         ([{"name": "a", "model": {"init": "checkpoint", "path": "hub"}, "adapter": LORA}, {"name": "b"}],
          'start: is "previous", and step a trains an adapter'),

@@ -27,6 +27,10 @@ def test_patience_is_counted_in_a_row_and_epochs_are_waited_for() -> None:
     values = [1.0] * WINDOW + [0.0] * 11 + [5.0] + [0.0] * WINDOW
     line, _ = fed(Until("loss/main", 0.5, patience=3), values)
     assert line is not None and line > WINDOW + 12
+    # Low twice, high at the 9.0, and low again from the seventh zero after it.
+    once_high = [1.0] * WINDOW + [0.0] * 12 + [9.0] + [0.0] * WINDOW
+    line, _ = fed(Until("loss/main", 0.5, patience=3), once_high)
+    assert line == WINDOW + 12 + 1 + 9
     assert fed(Until("loss/main", 0.5, min_epochs=3), [0.0] * 40, epochs=2)[0] is None
 
 
@@ -39,13 +43,12 @@ def test_lines_without_the_metric_and_values_that_are_null_do_not_count() -> Non
 
 def test_a_state_goes_on() -> None:
     values = [1.0] * WINDOW + [0.0] * WINDOW
-    whole, _ = fed(Until("loss/main", 0.5, patience=2), values)
-    assert whole is not None
-    first, second = (UntilMetric(Until("loss/main", 0.5, patience=2)) for _ in range(2))
-    for value in values[: whole - 2]:
+    whole, _ = fed(Until("loss/main", 0.5, patience=3), values)
+    assert whole == WINDOW + 13
+    first, second = (UntilMetric(Until("loss/main", 0.5, patience=3)) for _ in range(2))
+    for value in values[: whole - 1]:  # two tests have held by then
         first.add({"loss/main": value}, 0)
     second.load_state(first.state())
-    for value in values[whole - 2 : whole]:
-        assert not second.reason
-        second.add({"loss/main": value}, 0)
+    assert not second.reason
+    second.add({"loss/main": values[whole - 1]}, 0)
     assert second.reason

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +137,40 @@ def test_micro_batches_of_an_update_equal_one_batch_and_spectral_norms_move_once
         run(parts, 1, 2, 1, step=step)
     for key, value in values(whole).items():
         torch.testing.assert_close(values(parts)[key], value, rtol=0, atol=1e-5)
+
+
+def backward_losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses whose gradients are made from now on."""
+    made: list[float] = []
+    backward = Role.backward
+
+    def noted(role: Role, loss: Tensor) -> None:
+        made.append(loss.item())
+        backward(role, loss)
+
+    monkeypatch.setattr(Role, "backward", noted)
+    return made
+
+
+def test_the_loss_of_an_update_is_the_mean_over_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backward_losses(monkeypatch)
+    outcome = run(make_task(), 1, 3)
+    assert len(made) == 4 and all(made)
+    assert sum(made) == pytest.approx(outcome.sums["total"].item() / 4, rel=1e-6)
+    sums, weights = outcome.sums, outcome.weights
+    total = sum(sums[name] * weights[name] for name in ("critic", "recon", "taken"))
+    torch.testing.assert_close(total, sums["total"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_without_micro_batches_adds_nothing_and_names_the_same_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = run(make_task(), 4)
+    made = backward_losses(monkeypatch)
+    update, batch = batches(4)
+    idle = replace(update, share=((0, None),))
+    ranks = SimpleNamespace(**{**vars(RANKS), "count": 2})
+    outcome = run_update(make_task(), idle, iter(batch), Position(), ranks=ranks, seed=1, compute_dtype=None, bins=0)
+    assert made == [0.0, 0.0] and outcome.items == []
+    assert outcome.sums.keys() == full.sums.keys() and not any(value.any() for value in outcome.sums.values())
 
 
 class Both:
