@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -566,7 +567,10 @@ def _own_teachers(
 def _family(config: RunConfig) -> list[Diagnostic]:
     """What a family does not know, and its own rules."""
     spec, found = config.spec, []
+    denoises = spec.task(config).denoises
     for key in config.set_keys():
+        if not denoises and any(fnmatchcase(key, pattern) for pattern in _OF_DENOISERS):
+            found.append(_error(key, f"acts on a denoiser, and this run of {spec.title} trains none"))
         reason = spec.why_not(key)
         if reason is not None:
             text = f"does not apply to {spec.title}: {reason}" if isinstance(reason, str) else reason(config.get(key))
@@ -582,6 +586,9 @@ def _family(config: RunConfig) -> list[Diagnostic]:
             )
     return found + (spec.check(config) if spec.check else [])
 
+
+_OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss")
+"""Patterns of keys that do nothing for other tasks, see `TaskFacts`."""
 
 _RUN_NAMES = {
     "none": 'a new model is model.init = "scratch"',

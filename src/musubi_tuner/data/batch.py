@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from musubi_tuner.data.plan import MicroBatch, PlanItem
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import to_shared_memory
 from musubi_tuner.errors import UserError
 from musubi_tuner.stopping import signals_blocked
@@ -51,13 +50,6 @@ class Batch:
 
 class Source(Protocol):
     """Where the micro-batches of a run come from: caches, or live pictures."""
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """What can be read."""
-
-    def __len__(self) -> int:
-        """Number of items."""
 
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know of them."""

@@ -29,14 +29,11 @@ class PixelSource:
 
     Args:
         items: of all datasets. seed: of the run, which keys the draw of the caption.
-        tokenize: what is made of the captions; absent = nothing.
+        tokenize: turns captions into tensors; None = captions are not used.
     """
 
     def __init__(self, items: Sequence[Item], seed: int, tokenize: Tokenize | None = None) -> None:
         self.items, self.seed, self.tokenize = list(items), seed, tokenize
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def plan_items(self) -> list[PlanItem]:
         """See `Source`."""

@@ -205,10 +205,6 @@ class BlockSwap:
         ring = sum(len(slot.buffer) for slot in self.slots)
         return ring + (self.gradients.device_bytes if self.gradients is not None else 0)
 
-    def keeps(self, parameter: nn.Parameter) -> bool:
-        """Whether a trained parameter lives in main memory."""
-        return any(parameter is own for block in self.streamed for own in block.trained)
-
     def slot_of(self, rank: int) -> _Slot:
         """The buffer that a block uses."""
         return self.slots[rank % len(self.slots)]

@@ -27,7 +27,8 @@ def count(run: Run, update: Update, outcome: Outcome) -> None:
     run.term_weights |= outcome.weights
     if outcome.not_finite is None:
         position.skipped_in_a_row = 0
-        run.snapshot.epoch_loss.add(outcome.sums["total"] / update.samples)
+        if "total" in outcome.sums:  # unless no phase was due
+            run.snapshot.epoch_loss.add(outcome.sums["total"] / update.samples)
         for name, value in outcome.sums.items():
             window.add(f"loss/{name}", value.to(run.ranks.sum_device, torch.float64) / update.samples)
         window.bins.add(outcome.bins)
@@ -53,15 +54,17 @@ def _not_finite(run: Run, outcome: Outcome) -> None:
     position.skipped_in_a_row += 1
     several = f" of {outcome.not_finite}" if len(run.task.phases) > 1 else ""
     where = f"step {position.step + 1}: the gradient{several} is not finite (items {', '.join(outcome.items[:8])})"
+    moved = " and ".join(outcome.moved)
     if run.roles[0].scaler is None and train.on_nonfinite == "stop":
         raise TrainingError(
-            f"{where}. Nothing was changed by it. Lower optimizer.lr, look at these items, or set "
-            'train.on_nonfinite = "skip"'
+            f"{where}. {'It changed nothing' if not outcome.moved else f'It changed nothing, but {moved} had moved'}. Lower optimizer.lr, "
+            'look at these items, or set train.on_nonfinite = "skip"'
         )
     if position.skipped_in_a_row >= train.max_skipped_updates:
         raise TrainingError(f"{where}; {position.skipped_in_a_row} updates in a row were skipped, giving up")
     if run.metrics:
-        run.metrics.say(f"warning: {where}; the update is skipped")
+        skipped = f"it is skipped, after {moved} moved" if outcome.moved else "the update is skipped"
+        run.metrics.say(f"warning: {where}; {skipped}")
 
 
 def log(run: Run) -> None:
@@ -76,23 +79,23 @@ def log(run: Run) -> None:
     losses = {tag: means[tag] for tag in first if tag in means}
     losses |= {tag: value for tag, value in means.items() if tag.startswith("loss/")}
     rates: dict[str, float] = {}
+    of_groups: dict[str, float] = {}
     for role in run.roles:
         suffix, lr = f"_{role.name}" if len(run.roles) > 1 else "", role.rate(position.step - 1)
         rates[f"train/lr{suffix}"] = lr
         scales = {group["lr_scale"] for group in role.optimizer.param_groups} - {1.0}
-        rates |= {f"train/lr{suffix}_x{scale:g}": lr * scale for scale in sorted(scales)}
-    plain = {tag: value for tag, value in rates.items() if "_x" not in tag}
+        of_groups |= {f"train/lr{suffix}_x{scale:g}": lr * scale for scale in sorted(scales)}
     values = {
         **losses,
         **{f"loss/{name}_weight": weight for name, weight in run.term_weights.items()},
         **by_noise,
-        **plain,
+        **rates,
         **{tag: value for tag, value in means.items() if tag.startswith("train/grad_norm")},
         "train/epoch": position.epoch + position.update / run.steps.updates_per_epoch,
         "train/images": position.images,
         "train/skipped": position.skipped,
         **{tag: value for tag, value in means.items() if tag.startswith("max_norm/")},
-        **{tag: value for tag, value in rates.items() if tag not in plain},
+        **of_groups,
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     run.metrics.log(position.step, values, peak_gib=peak)
@@ -168,10 +171,11 @@ def _save_best(run: Run) -> None:
 def draw_samples(run: Run) -> None:
     """Draw the sample prompts; a request to stop leaves them to the next start."""
     samples, step = run.samples, run.position.step
-    if samples is None:
+    if samples is None or run.config.sample.prompts is None:
         return
     samples.due = True
-    if run.metrics and samples.prompts:
+    if run.metrics:
+        assert samples.prompts is not None
         tell(phase="sample", message=f"drawing {len(samples.prompts.encoded.prompts)} pictures")
     try:
         drawn = samples.draw(step, run.metrics)
@@ -217,6 +221,8 @@ def answer_requests(run: Run) -> None:
     asked = run.ranks.requests(current.requests() if current else ())
     step = run.position.step
     if asked.sample:
+        if run.metrics and run.config.sample.prompts is None:
+            run.metrics.say("note: control/sample draws nothing, because the run file has no sample.prompts")
         draw_samples(run)
     stops = bool(asked.signum) or asked.stop
     if (asked.save or stops) and run.state_step != step:

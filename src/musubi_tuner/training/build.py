@@ -1,4 +1,4 @@
-"""From a config to a run that is ready to train: source, model, roles and task, and what goes on from a state."""
+"""From a config to a run that is ready to train: source, model, roles and task, resumed from a state if there is one."""
 
 import time
 from collections import Counter
@@ -67,7 +67,6 @@ class Run:
         config: with the precision of this machine and a number of swapped blocks.
         model: that predicts, without wrappers of data parallelism.
         roles: that move it, or the adapters on it.
-        geometry, options: of the model, recorded with its weights.
         metrics, saver, uploads: of the main rank; None on the others, and without uploads.
         begun: when this start began, of `time.monotonic`.
         state_step: update of the newest state that this start wrote; -1 = none.
@@ -82,8 +81,6 @@ class Run:
     roles: list[Role]
     model: nn.Module
     swap: BlockSwap | None
-    geometry: Any
-    options: dict[str, Any]
     snapshot: Snapshot
     samples: Samples | None
     validator: Validator | None
@@ -142,7 +139,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     config = as_begun(config, found[1]["config"] if found else None)
     _check_machine(config, ranks, kernels)
     config = settle(config, steps, ranks) if settle else config
-    prompts = prepare_prompts(config, ranks)
+    prompts = prepare_prompts(config, ranks) if facts.denoises else None
     ranks.wait()
     trainee = load_trainee(config, ranks.device)
     caches = [dataset for dataset in (source, measured) if isinstance(dataset, CachedDataset)]
@@ -153,8 +150,9 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
 
     def make_role(name: str, part: nn.Module) -> Role:
-        alone, total = len(facts.roles) == 1, steps.total_updates
-        return Role(name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, alone=alone)
+        # Data parallelism wraps the model of a denoiser; other roles average their gradients themselves.
+        total, wrapped = steps.total_updates, facts.denoises
+        return Role(name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped)
 
     task: Task | None = None
     validator = samples = None
@@ -174,6 +172,10 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         )
     else:
         task = config.spec.task_family.make_task(config, trainee, make_role)
+        if set(task.roles) != set(facts.roles):
+            raise ValueError(
+                f"{config.spec.code}: the task has the roles {set(task.roles)}, its facts name {facts.roles}"
+            )
         roles = [task.roles[name] for name in facts.roles]
     identity = {
         "schedule_end": schedule_length(config, steps.total_updates),
@@ -230,8 +232,6 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         roles=roles,
         model=trainee.model,
         swap=swap,
-        geometry=trainee.geometry,
-        options=trainee.options,
         snapshot=snapshot,
         samples=samples,
         validator=validator,
@@ -362,7 +362,8 @@ def _go_on(
     )
     snapshot.restore(path, values)
     position = snapshot.position
-    if position.update >= steps.updates_per_epoch and position.step < total:
+    over = position.step >= total or (snapshot.until is not None and bool(snapshot.until.reason))
+    if position.update >= steps.updates_per_epoch and not over:
         position.epoch, position.update = position.epoch + 1, 0
     if ranks.main:
         print(

@@ -1,7 +1,7 @@
 """The training loop: epochs -> updates -> what is due after them.
 
 An update is processes x accumulation consecutive micro-batches of the epoch's plan. Order, noise and times are keyed by what they
-are for, so a run that goes on trains what one that was never interrupted would have trained.
+are for, so a resumed run trains exactly what an uninterrupted one would have.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def run_to_end(run: Run) -> None:
             if run.samples and run.samples.due:
                 actions.draw_samples(run)
                 actions.answer_requests(run)
-            while at.step < total and not run_epoch(run):
+            while at.step < total and not actions.reached(run) and not run_epoch(run):
                 at.epoch, at.update = at.epoch + 1, 0
             actions.finish(run)
     finally:

@@ -141,15 +141,22 @@ class Ranks:
         return self.accelerator.no_sync(model)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients of some parameters over the ranks, wherever they lie; an absent one counts as 0."""
+        """Average the gradients of some parameters over the ranks, wherever they lie.
+
+        One that a rank lacks counts as 0 there; one that all lack stays absent.
+        """
         if self.count == 1 or not parameters:
             return
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
         flat = torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters
+            *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters), present
         ]).to(self.device)  # fmt: skip
         torch.distributed.all_reduce(flat)
         flat /= self.count
-        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+        *means, present = flat.split([*(p.numel() for p in parameters), len(parameters)])
+        for number, (parameter, mean) in enumerate(zip(parameters, means)):
+            if parameter.grad is None and not present[number]:
+                continue
             parameter.grad = mean.view_as(parameter).to(parameter.device, copy=True)
 
 

@@ -1,6 +1,6 @@
 """A role: modules that are trained, and how they move.
 
-    begin an update    zero gradients are absent gradients
+    begin an update    gradients start as None
     backward           scale the loss (fp16), add gradients
     ready              average what data parallelism did not, unscale, clip, check
     step               learning rate, optimizer, limits, moving average
@@ -40,7 +40,7 @@ class RoleState:
     Attributes:
         model, ema: weights and their average, by name; empty without an average.
         optimizer: tensors by ``parameter/entry``. scalars: plain values by parameter and entry.
-        average_updates: how many the average has seen.
+        average_updates: number of updates the average has seen.
     """
 
     model: dict[str, Tensor]
@@ -59,7 +59,7 @@ class Role:
         total: updates of the run.
         swap: of the blocks of the model, if there is one.
         scaler: of fp16, shared by the roles of a run; None for other precisions.
-        alone: whether it is the only role; data parallelism then averages its gradients while they are made.
+        wrapped: whether data parallelism wraps the model and averages gradients during the backward pass; otherwise `ready` does.
 
     Attributes:
         parameters: by name, in the order of the optimizer's state.
@@ -79,7 +79,7 @@ class Role:
         ranks: Ranks,
         swap: BlockSwap | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        alone: bool = True,
+        wrapped: bool = True,
     ) -> None:
         self.name = name
         self.module = module
@@ -95,9 +95,9 @@ class Role:
         self._swap = swap
         rates = module.parameter_rates() if isinstance(module, AdapterSet) else None
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
-        # In main memory, data parallelism does not see them: block by block.
+        # DDP does not see parameters in main memory; their gradients are averaged block by block.
         streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
-        self._by_hand = streamed if alone else [[parameter for _, parameter in self.parameters]]
+        self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
         if swap is not None and any(streamed):
             swap.watch(self.optimizer)
         if config.ema.enabled:
@@ -110,8 +110,13 @@ class Role:
         return [parameter for group in self._by_hand for parameter in group]
 
     def rate(self, step: int) -> float:
-        """Learning rate of an update, from 0; groups have factors of their own."""
+        """Learning rate of an update, counted from 0; each parameter group multiplies it by its own factor."""
         return self.lr * self.schedule(step)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a loss of this update reached it."""
+        return any(parameter.grad is not None for _, parameter in self.parameters)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
@@ -121,7 +126,7 @@ class Role:
         """Complete the gradients of an update and clip them; whether they are finite, as a boolean on the device."""
         for group in self._by_hand:
             self._ranks.average_gradients(group)
-        if self.scaler:
+        if self.scaler and self.has_gradients:
             self.scaler.unscale_(self.optimizer)
         self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
@@ -136,7 +141,7 @@ class Role:
             What was measured, by tag.
         """
         set_learning_rate(self.optimizer, self.rate(step))
-        if self.scaler:
+        if self.scaler and self.has_gradients:
             self.scaler.step(self.optimizer)
         else:
             self.optimizer.step()
@@ -186,7 +191,7 @@ class Role:
         """Go on from a state.
 
         Returns:
-            Names of weights that it lacks or has too many.
+            Names of weights that are missing from it or unexpected in it.
 
         Raises:
             CheckpointError: if the state of the optimizer belongs to other parameters.
@@ -202,7 +207,7 @@ class Role:
 
 
 def prefix_of(role: Role, roles: Sequence[Role]) -> str:
-    """What begins the names of a role's tensors in files and states: nothing where it is alone."""
+    """Prefix of the names of a role's tensors in files and states; empty if it is the only role."""
     return f"{role.name}." if len(roles) > 1 else ""
 
 

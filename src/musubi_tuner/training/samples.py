@@ -87,7 +87,7 @@ class Samples:
         self.config, self.ranks, self.prompts = config, ranks, prompts
         self.model, self.role, self.process = model, role, process
         self.use_mask, self.batch_size = use_mask, batch_size
-        self.due = config.sample.at_first
+        self.due = config.sample.at_first and config.sample.prompts is not None
 
     def draw(self, step: int, metrics: Metrics | None) -> int:
         """Draw, write and show the pictures of a step; returns how many.

@@ -38,9 +38,6 @@ class Saver:
     Args:
         roles: whose weights are saved. geometry, options: of its model, recorded with the weights.
         started: time of the start, in seconds since 1970. say: prints a line.
-
-    Attributes:
-        state_step: update of the newest state that this start wrote; -1 = none.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class Saver:
         self.best_step = 0
 
     def on_the_way(self, due: Mapping[str, str], at: Position, state: TrainingState | None) -> list[Entry]:
-        """Save the checkpoints that are due, by name and kind; only the one of the step gets a state that is not asked for in [save]."""
+        """Save the checkpoints that are due, by name and kind, each with the state if there is one."""
         return [
             self._save(name, kind, stem_on_the_way(self.name, kind, at.step, at.epoch + 1), at, state)
             for name, kind in due.items()

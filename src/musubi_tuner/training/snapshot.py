@@ -27,7 +27,7 @@ class Snapshot:
     """The parts of a run that change, and what of it does not.
 
     Attributes:
-        roles: what trains. Of several, every name in a state begins with that of its role.
+        roles: what trains. If there are several, every name in a state is prefixed with its role's name.
         identity: values of a state that are the same in all states of a start.
     """
 
@@ -90,6 +90,10 @@ class Snapshot:
             CheckpointError: if it belongs to another model or optimizer.
         """
         tensors = {part: read_tensors(path, part) for part in PARTS}
+        known = tuple(prefix_of(role, self.roles) for role in self.roles)
+        for name in (name for named in (*tensors.values(), values["optimizer"]) for name in named):
+            if not name.startswith(known):
+                raise CheckpointError(f"{path}: belongs to another model ({name})")
         for role in self.roles:
             prefix, updates = prefix_of(role, self.roles), values["ema_updates"]
             own = {part: _below(prefix, named) for part, named in tensors.items()}

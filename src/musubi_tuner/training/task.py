@@ -1,4 +1,4 @@
-"""What is trained: which losses move which weights from which data. The loop knows no more.
+"""What is trained: which losses move which weights from which data. The loop needs to know nothing else.
 
     Role     modules and how they move, see `role`
     Phase    one backward pass and the steps after it: the roles that it moves, and the losses of a micro-batch
@@ -34,7 +34,7 @@ class Position:
         update: updates done in this epoch.
         images: samples seen.
         skipped: updates that were not finite.
-        skipped_in_a_row: those of them since the last that was.
+        skipped_in_a_row: consecutive ones up to now.
     """
 
     step: int = 0
@@ -58,14 +58,15 @@ class Phase(Protocol):
 
     @property
     def exchange(self) -> nn.Module | None:
-        """The model under data parallelism, which averages gradients while they are made; None where the roles do so after it."""
+        """The model under data parallelism, which averages gradients during the backward pass; None if the roles
+        average them after the phase."""
 
     def due(self, at: Position) -> bool:
         """Whether it runs in the update after ``at``."""
 
     def begin(self, at: Position) -> None:
-        """Called once per update, before its first micro-batch and alike on all ranks: advances buffers that a forward pass
-        would change (u and v of spectral norm), which then stand still."""
+        """Called once per update, before its first micro-batch and identically on all ranks: advances buffers that a forward
+        pass would change (u and v of spectral norm), which then stand still."""
 
     def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
         """Named loss terms of a micro-batch, one float32 value per sample each."""
@@ -232,6 +233,7 @@ class FlowTask:
 
     def __init__(self, model: nn.Module, process: Process, role: Role, objective: ObjectiveSection, seed: int) -> None:
         self.process, self.objective, self.seed = process, objective, seed
+        self._strata: tuple[Update | None, list[Tensor]] = (None, [])
         self.roles = {role.name: role}
         self.phases = [FlowPhase(model, process, role.name)]
 
@@ -239,7 +241,9 @@ class FlowTask:
         """Noise, times and the uniform draws of the family."""
         strata = None
         if self.objective.timestep_stratified:
-            strata = stratified_draws(update.micro_batches, self.seed, at.epoch, at.step)[index]
+            if self._strata[0] is not update:  # once for all its micro-batches
+                self._strata = update, stratified_draws(update.micro_batches, self.seed, at.epoch, at.step)
+            strata = self._strata[1][index]
         shape = tuple(batch.tensors["latents"].shape[1:])
         planned = update.micro_batches[index]
         return make_draws(self.process, shape, planned, self.seed, at.epoch, strata, self.objective, at.step)

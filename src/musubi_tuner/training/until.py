@@ -46,10 +46,11 @@ class UntilMetric:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a state."""
-        return {"values": list(self._values), "in_a_row": self._in_a_row}
+        return {"values": list(self._values), "in_a_row": self._in_a_row, "reason": self.reason}
 
     def load_state(self, stored: Mapping[str, Any] | None) -> None:
         """Continue from a state."""
         if stored:
             self._values = deque(stored["values"], maxlen=WINDOW)
             self._in_a_row = stored["in_a_row"]
+            self.reason = stored.get("reason", "")

@@ -4,7 +4,8 @@
         forward and backward of this rank's micro-batches -> all its roles ready: averaged, unscaled, clipped, checked
         -> all of them step, or none does
 
-Phases are outside and micro-batches inside, so P processes x accumulation A equal 1 process x P*A for every task. The loss is
+Phases are outside and micro-batches inside, so P processes with accumulation A give the same result as one process with
+accumulation P*A, for every task. The loss is
 the sum over the samples of the update divided by their number.
 
 No micro-batch synchronises with the device, except to fetch gradients of blocks that train in main memory. A phase
@@ -39,6 +40,7 @@ class Outcome:
         bins: see `binned`.
         measured: norms of gradients, and what the roles measured, by tag.
         items: ids of this rank's samples.
+        moved: phases whose roles made a step.
         not_finite: phase whose gradients were not finite; it changed nothing, and those after it did not run.
     """
 
@@ -47,14 +49,15 @@ class Outcome:
     weights: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Tensor] = field(default_factory=dict)
     items: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     not_finite: str | None = None
 
 
 def work_of(update: Update, ranks: Ranks) -> list[tuple[int | None, MicroBatch]]:
     """Micro-batches that this rank runs, with their index in the update.
 
-    A rank without work still takes part in the exchange of gradients: it runs the first micro-batch with weight 0, marked by
-    the index None.
+    A rank without work still takes part in the exchange of gradients: it runs the first micro-batch with weight 0; its index is
+    None.
     """
     work: list[tuple[int | None, MicroBatch]] = [(index, batch) for index, batch in update.share if batch is not None]
     if ranks.count > 1 and not work:
@@ -84,7 +87,7 @@ def run_update(
     phases = [phase for phase in task.phases if phase.due(at)]
     work = work_of(update, ranks)
     taken: Iterable[Batch] = (next(batches) for _ in work)
-    if len(phases) > 1:
+    if len(phases) != 1:  # several phases share them, and none must leave them in the iterator
         taken = list(taken)
     for phase in phases:
         phase.begin(at)
@@ -106,6 +109,7 @@ def run_update(
         if not _move(task, phase, at, outcome):
             outcome.not_finite = phase.name
             break
+        outcome.moved.append(phase.name)
         if phase is not phases[-1]:
             fault_point("train.phase")
     return outcome
@@ -146,7 +150,9 @@ def _count(outcome: Outcome, terms: dict[str, LossTerm], total: Tensor, is_own: 
 def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
     """Step with all roles of a phase if the gradients of all are finite; else with none. The same on all ranks."""
     roles = [task.roles[name] for name in phase.roles]
+    scaler = roles[0].scaler
     ready = [role.ready() for role in roles]
+    checked = any(role.has_gradients for role in roles)
     finite = bool(torch.stack(ready).all())
     for role in roles:
         several = len(task.roles) > 1
@@ -155,6 +161,6 @@ def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
             outcome.measured |= role.step(at.step)
         else:
             role.zero()
-    if roles[0].scaler:
-        roles[0].scaler.update()
+    if scaler and checked:
+        scaler.update()
     return finite

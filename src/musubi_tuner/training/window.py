@@ -1,6 +1,6 @@
-"""Losses since the last line of the log, and since the begin of the epoch.
+"""Losses since the last line of the log, and since the start of the epoch.
 
-    loss/<term>                 mean over the updates of the window
+    loss/<term>                 mean over the updates of the window in which the term was computed
     loss/sigma_<noise level>    mean of the main loss over the samples of the window whose noise level lies in one of the equal
                                 slices of [0, 1]; named by the middle of the slice, as loss/val_sigma_ is
 
@@ -19,7 +19,7 @@ from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.validation import time_grid
 
 LOSS = "loss/"
-"""Begins the tags of values that every rank has of its own samples."""
+"""Prefix of tags whose values each rank has for its own samples only."""
 
 
 def binned(sigma_B: Tensor, loss_B: Tensor, count: int) -> Tensor:
@@ -83,14 +83,16 @@ class Window:
         self.bins = NoiseBins(bins, ranks.sum_device)
         self._ranks = ranks
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, tag: str, value: Tensor) -> None:
         """Add the value of an update, a scalar."""
         value = value.to(self._ranks.sum_device, torch.float64)
         self._sums[tag] = self._sums[tag] + value if tag in self._sums else value
+        self._counts[tag] = self._counts.get(tag, 0) + 1
 
     def means(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Means by tag and losses by noise level, over all ranks, which must call this together; the window begins anew."""
+        """Means by tag and losses by noise level, over all ranks, which must call this together; resets the window."""
         tags = sorted(self._sums)
         totals = torch.stack([self._sums[tag] for tag in tags])
         if self._ranks.count > 1:
@@ -99,9 +101,9 @@ class Window:
         totals = torch.cat((totals, self.bins.table.flatten().to(totals.dtype)))
         self._ranks.add_up(totals)
         numbers = totals.tolist() if self._ranks.main else [0.0] * len(totals)
-        means = {tag: value / self.updates for tag, value in zip(tags, numbers)}
+        means = {tag: value / self._counts[tag] for tag, value in zip(tags, numbers)}
         by_noise = self.bins.means(numbers[len(tags) :])
-        self._sums, self.updates = {}, 0
+        self._sums, self._counts, self.updates = {}, {}, 0
         self.bins.clear()
         return means, by_noise
 
@@ -130,6 +132,7 @@ class Window:
         """Plain data for a state."""
         return {
             "window": {tag: value.item() for tag, value in self._sums.items()},
+            "window_counts": dict(self._counts),
             "window_updates": self.updates,
             "noise_bins": self.bins.state(),
         }
@@ -141,6 +144,7 @@ class Window:
             for tag, value in values["window"].items()
         }
         self.updates = values["window_updates"]
+        self._counts = values.get("window_counts") or dict.fromkeys(self._sums, self.updates)
         self.bins.load_state(values.get("noise_bins"))
         self._leave_to_main()
 
@@ -164,7 +168,7 @@ class EpochLoss:
         self.updates += 1
 
     def mean(self) -> float:
-        """The mean; the next epoch begins."""
+        """The mean of the epoch; resets it for the next one."""
         mean = float(self._total) / self.updates
         self._total, self.updates = torch.zeros_like(self._total), 0
         return mean

@@ -117,8 +117,9 @@ class Started:
         self.role = self.built.role
         self.model = self.built.model
         self.trained = self.built.role.module
-        self.geometry = self.built.geometry
-        self.options = self.built.options
+        assert self.built.saver is not None
+        self.geometry = self.built.saver.geometry
+        self.options = self.built.saver.options
         self.held_out = self.built.snapshot.identity["held_out"]
 
     def run(self) -> None:
@@ -657,8 +658,11 @@ def test_files_in_control_save_draw_and_stop_between_two_updates(start: Start, m
     told: list[dict[str, Any]] = []
     drawn: list[int] = []
     control = SimpleNamespace(requests=lambda: next(asked), tell=lambda **values: told.append(values))
+    prompts = SimpleNamespace(encoded=SimpleNamespace(prompts=["a cat"]))
     monkeypatch.setattr(actions, "recorder", lambda: control)
-    trainer = start("control", train={"max_steps": 8}, save={"every_epochs": 0, "state": False})
+    monkeypatch.setattr(build_module, "prepare_prompts", lambda config, ranks: prompts)
+    tables = {"train": {"max_steps": 8}, "save": {"every_epochs": 0, "state": False}, "sample": {"prompts": ["a cat"]}}
+    trainer = start("control", **tables)
     monkeypatch.setattr(trainer.built.samples, "draw", lambda step, metrics: drawn.append(step) or 0)
     with pytest.raises(Interrupted, match="stopped after step 4; run the same command again") as stopped:
         trainer.run()
@@ -668,7 +672,17 @@ def test_files_in_control_save_draw_and_stop_between_two_updates(start: Start, m
         "tiny-step00000002-state", "tiny-step00000004-state",
     ]  # fmt: skip
     asked = iter([set()] * 8)
-    assert start("control", train={"max_steps": 8}, save={"every_epochs": 0, "state": False}).position.step == 4
+    assert start("control", **tables).position.step == 4
+
+
+def test_a_request_for_samples_of_a_run_without_prompts_is_answered(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = iter([{"sample"}, set()])
+    control = SimpleNamespace(requests=lambda: next(asked))
+    monkeypatch.setattr(actions, "recorder", lambda: control)
+    start("no prompts", train={"max_steps": 2}, save={"every_epochs": 0}).run()
+    assert "note: control/sample draws nothing, because the run file has no sample.prompts" in capsys.readouterr().out
 
 
 # What is logged

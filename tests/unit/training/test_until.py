@@ -52,3 +52,7 @@ def test_a_state_goes_on() -> None:
     assert not second.reason
     second.add({"loss/main": values[whole - 1]}, 0)
     assert second.reason
+    # A stop in the very update that ends the step: the next start has nothing left to train.
+    third = UntilMetric(Until("loss/main", 0.5, patience=3))
+    third.load_state(second.state())
+    assert third.reason == second.reason

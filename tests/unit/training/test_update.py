@@ -17,11 +17,16 @@ from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.schema import EmaSection, OptimizerSection, SchedulerSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
+from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.family import LossTerm
+from musubi_tuner.training import snapshot as snapshot_module
 from musubi_tuner.training import update as update_module
+from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.role import Role, averages_of, weights_of
+from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import Position
 from musubi_tuner.training.update import Outcome, run_update
+from musubi_tuner.training.window import EpochLoss, Window
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
 
@@ -31,7 +36,9 @@ IMAGES = 4
 PIXELS = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 RANKS: Any = SimpleNamespace(
     count=1,
+    main=True,
     device=torch.device("cpu"),
+    sum_device=torch.device("cpu"),
     accumulating=lambda model, is_last: contextlib.nullcontext(),
     average_gradients=lambda parameters: None,
 )
@@ -49,7 +56,7 @@ def make_task(model: nn.ModuleDict | None = None) -> gan.GanTask:
         train=SimpleNamespace(max_grad_norm=1.0),
         warms_average=False,
     )
-    return gan.GanTask(model, lambda name, part: Role(name, part, config, total=9, ranks=RANKS, alone=False), seed=1)
+    return gan.GanTask(model, lambda name, part: Role(name, part, config, total=9, ranks=RANKS, wrapped=False), seed=1)
 
 
 def batches(*sizes: int) -> tuple[Update, list[Batch]]:
@@ -229,3 +236,67 @@ def test_a_phase_that_is_not_finite_ends_the_update(monkeypatch: pytest.MonkeyPa
     assert outcome.not_finite == "discriminator"
     assert changed(before, values(task)) == set()
     assert outcome.items == [f"picture {number}" for number in range(4)]
+
+
+def test_an_update_without_a_phase_takes_its_batches_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    for phase in task.phases:
+        monkeypatch.setattr(phase, "due", lambda at: False)
+    update, made = batches(2, 2)
+    waiting, before = iter(made), values(task)
+    outcome = run_update(task, update, waiting, Position(), ranks=RANKS, seed=1, compute_dtype=None, bins=0)
+    assert next(waiting, None) is None
+    assert outcome.sums == {} and outcome.moved == [] and changed(before, values(task)) == set()
+
+
+class OneOfTwo(Both):
+    """Both roles in one phase whose loss reaches the first only."""
+
+    def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
+        return {"vae": super().losses(batch, draws, at)["vae"]}
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_role_that_no_loss_reaches_stays(precision: str) -> None:
+    task = make_task()
+    task.phases = [OneOfTwo(task, "")]  # type: ignore[list-item]
+    if precision == "fp16":
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for role in task.roles.values():
+            role.scaler = scaler
+            role.optimizer = torch.optim.SGD(role.optimizer.param_groups, lr=0.1)  # not fused: unscaled by the scaler
+            for group in role.optimizer.param_groups:
+                group.setdefault("lr_scale", 1.0)
+    before = values(task)
+    assert run(task, 2, 2).not_finite is None
+    assert changed(before, values(task)) == {"vae"}
+
+
+def test_gradients_that_all_ranks_lack_stay_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: Any = SimpleNamespace(count=2, device=torch.device("cpu"))
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    first.grad = torch.tensor([1.0, 3.0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))  # a second rank with the same
+    Ranks.average_gradients(ranks, [first, second])
+    assert first.grad.tolist() == [1.0, 3.0] and second.grad is None
+
+    def other_has_it(flat: Tensor) -> None:
+        flat += torch.tensor([1.0, 1.0, 4.0, 4.0, 4.0, 1.0, 1.0])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", other_has_it)
+    Ranks.average_gradients(ranks, [first, second])
+    assert second.grad is not None and second.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_state_with_more_roles_than_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    roles = list(make_task().roles.values())
+    window = Window(RANKS, 0)
+    snapshot = Snapshot(roles, Position(), window, EpochLoss(RANKS), None, None, None, {})
+    state = snapshot.take(SimpleNamespace(flush=lambda: None, length=0))  # type: ignore[arg-type]
+    assert state is not None
+    parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
+    monkeypatch.setattr(snapshot_module, "read_tensors", lambda path, part: parts[part])
+    snapshot.restore(tmp_path, state.values)
+    parts["model"] = {**parts["model"], "flow.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"belongs to another model \(flow.weight\)"):
+        snapshot.restore(tmp_path, state.values)

@@ -1,10 +1,13 @@
 """Training losses by noise level: the plain mean of each slice, whatever the split into micro-batches, lines and starts."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from musubi_tuner.training.validation import METRIC, time_grid
-from musubi_tuner.training.window import NoiseBins, binned
+from musubi_tuner.training.window import NoiseBins, Window, binned
 
 CPU = torch.device("cpu")
 
@@ -67,3 +70,18 @@ def test_none_are_kept_where_there_are_no_slices() -> None:
     bins = NoiseBins(0, CPU)
     assert bins.state() == [[], []] and means(bins) == {}
     bins.load_state(bins.state())
+
+
+def test_a_term_that_is_not_in_every_update_has_the_mean_of_its_own_updates() -> None:
+    ranks: Any = SimpleNamespace(count=1, main=True, sum_device=CPU, add_up=lambda values: None)
+    window, again = Window(ranks, 0), Window(ranks, 0)
+    for update in range(4):
+        window.add("loss/main", torch.tensor(float(update)))
+        if update == 2:
+            window.add("loss/critic", torch.tensor(7.0))
+        window.updates += 1
+    again.load_state(window.state())
+    older = {key: value for key, value in window.state().items() if key != "window_counts"}
+    assert window.means()[0] == again.means()[0] == {"loss/critic": 7.0, "loss/main": 1.5}
+    again.load_state(older)  # of a version in which every term was in every update
+    assert again.means()[0]["loss/main"] == 1.5
