@@ -113,11 +113,6 @@ class Role:
         """Learning rate of an update, counted from 0; each parameter group multiplies it by its own factor."""
         return self.lr * self.schedule(step)
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether a loss of this update reached it."""
-        return any(parameter.grad is not None for _, parameter in self.parameters)
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -126,7 +121,7 @@ class Role:
         """Complete the gradients of an update and clip them; whether they are finite, as a boolean on the device."""
         for group in self._by_hand:
             self._ranks.average_gradients(group)
-        if self.scaler and self.has_gradients:
+        if self.scaler:
             self.scaler.unscale_(self.optimizer)
         self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
@@ -141,10 +136,10 @@ class Role:
             What was measured, by tag.
         """
         set_learning_rate(self.optimizer, self.rate(step))
-        if self.scaler and self.has_gradients:
-            self.scaler.step(self.optimizer)
-        else:
+        if self.scaler is None:
             self.optimizer.step()
+        elif any(parameter.grad is not None for _, parameter in self.parameters):
+            self.scaler.step(self.optimizer)  # which takes no role that the losses of this update did not reach
         self.zero()
         measured = {}
         if self.max_norm is not None and isinstance(self.module, AdapterSet):

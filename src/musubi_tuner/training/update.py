@@ -150,9 +150,7 @@ def _count(outcome: Outcome, terms: dict[str, LossTerm], total: Tensor, is_own: 
 def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
     """Step with all roles of a phase if the gradients of all are finite; else with none. The same on all ranks."""
     roles = [task.roles[name] for name in phase.roles]
-    scaler = roles[0].scaler
     ready = [role.ready() for role in roles]
-    checked = any(role.has_gradients for role in roles)
     finite = bool(torch.stack(ready).all())
     for role in roles:
         several = len(task.roles) > 1
@@ -161,6 +159,6 @@ def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
             outcome.measured |= role.step(at.step)
         else:
             role.zero()
-    if scaler and checked:
-        scaler.update()
+    if roles[0].scaler:
+        roles[0].scaler.update()
     return finite
