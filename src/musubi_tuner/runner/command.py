@@ -423,7 +423,9 @@ class Runner:
         """Train in several processes."""
         gpu = choose_device(self.config.run.device).type == "cuda"
         ranks = rank_environments(self.processes, self.config.distributed.main_process_port, gpu)
-        overrides = {**self.overrides, "memory.blocks_to_swap": config.memory.blocks_to_swap}
+        overrides = dict(self.overrides)
+        if config.memory.blocks_to_swap != self.config.memory.blocks_to_swap:  # "auto" became a number
+            overrides["memory.blocks_to_swap"] = config.memory.blocks_to_swap
         words = [str(config.path), *override_arguments(overrides)]
         secrets = secret_environment(overrides)
         return run_children(
