@@ -35,7 +35,7 @@ def _main(arguments: Sequence[str]) -> int:
     folder = Path(options.run)
     if folder.suffix == ".toml":
         steps = load_steps(folder)
-        folder = root_of(steps) if steps else load_config(folder).output_dir
+        folder = root_of(steps[0]) if steps else load_config(folder).output_dir
     elif folder.is_file():
         raise ConfigError(f"{folder}: is a file; give the output folder of a run, or its run file (.toml)")
     elif not folder.is_dir():

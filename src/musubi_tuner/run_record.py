@@ -124,6 +124,7 @@ def begin(folder: Path, config: Path) -> Recorder:
         folder,
         {"id": identity, "pid": os.getpid(), "host": platform.node(), "config": str(config.absolute()), "started": now},
     )
+    _recorder.write()  # what an earlier start told is no longer true
     os.environ[_VARIABLE] = str(folder.absolute())
     with suppress(OSError):
         runs = user_state_folder() / "runs"

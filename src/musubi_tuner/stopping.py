@@ -22,14 +22,19 @@ from musubi_tuner.errors import Interrupted
 
 REPEAT_SECONDS = 1.0
 """Signals that come within this time after the first belong to it."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _active: "StopRequest | None" = None
 
 
 def stop_signals() -> list[signal.Signals]:
     """Signals that ask to stop; one that was ignored when the process began (SIGHUP under nohup) is left alone."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def is_stop(code: int) -> bool:
+    """Whether an exit code is that of a program that was asked to stop, see `stop_signals`; 137 and 139 are crashes."""
+    return code - 128 in {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 
 class Repeats:

@@ -69,8 +69,29 @@ def test_three_steps_are_planned_and_trained_in_turn(undisturbed: Path, place: P
     assert again.out.count("this run is finished") == 3
     end = json.loads((out / "exit.json").read_text(encoding="utf-8"))
     assert (end["reason"], end["code"]) == ("finished", 0)
-    plan = place.server.run("train", [write(place, "planned"), "--plan"], undisturbed.parent).expect(0)
-    assert "step 2 of 3: distil\n  starts from the end of 01-warm; planned once that exists" in plan.out
+    planned = write(place, "planned")
+    plan = place.server.run("train", [planned, "--plan"], undisturbed.parent).expect(0)
+    second = plan.out[plan.out.index("step 2 of 3: distil") : plan.out.index("step 3 of 3: lora")]
+    assert "experts  are planned and cached when step warm is finished" in second
+    assert "memory   is estimated when step warm is finished" in second and "train    4 updates" in second
+    for words, expected in (
+        (["--step", "distil"], "step distil starts from step warm, which is not finished; run that first: --step warm"),
+        (["--step", "distill"], "has no step 'distill'. Did you mean 'distil'?"),
+    ):
+        assert expected in place.server.run("train", [planned, *words], planned.parent).expect(2).err
+    launched = place.server.run("train", [planned, "--fresh"], planned.parent, ACCELERATE_MIXED_PRECISION="no")
+    assert "--fresh: not under a launcher" in launched.expect(2).err
+
+
+def test_steps_are_not_put_before_one_that_has_begun(undisturbed: Path, place: Place) -> None:
+    text = undisturbed.read_text(encoding="utf-8")
+    edited = undisturbed.with_name("edited.toml")
+    edited.write_text(
+        text.replace('name = "lora"', 'name = "before"', 1) + '[[steps]]\nname = "lora"\nadapter.type = "lora"\n',
+        encoding="utf-8",
+    )
+    result = place.server.run("train", [edited], undisturbed.parent).expect(2)
+    assert "step 03-lora has begun, and the file no longer has it there" in result.err
 
 
 @pytest.mark.parametrize(
@@ -115,3 +136,11 @@ def test_one_step_and_a_cache_job_of_one(place: Place, python: Callable[..., Res
     refused.expect(2)
     assert "has steps (warm, distil, lora), and this command needs one of them: --step NAME" in refused.err
     place.server.run("latents", [config, "--step", "warm", "--dry_run"], config.parent).expect(0)
+    listed = json.loads((config.parent / "out" / "steps.json").read_text(encoding="utf-8"))["steps"]
+    assert [(entry["status"], entry["step"]) for entry in listed] == [
+        ("finished", 3),
+        ("waiting", None),
+        ("waiting", None),
+    ]
+    begun = place.server.run("train", [config, "--step", "warm", "--fresh"], config.parent).expect(0)
+    assert "finished: 3 updates" in begun.out and (config.parent / "out-2" / "01-warm" / "photos.safetensors").is_file()

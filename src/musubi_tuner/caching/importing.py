@@ -403,5 +403,5 @@ def _summary(config: RunConfig, kinds: Sequence[str], tasks: list[_Task]) -> int
     complete = {task.kind for task in tasks if not task.unfinished}
     left = [kind for kind in needed_kinds(config) if kind in kinds and kind not in complete]
     for kind in left:
-        print(f"{kind}: not complete there; the rest is made by: python -m musubi_tuner.caching {kind} {config.path}")
+        print(f"{kind}: not complete there; the rest is made by: python -m musubi_tuner.caching {kind} {config.words}")
     return EXIT_FAILED if failed else EXIT_OK

@@ -71,17 +71,22 @@ _SECRETS = "MUSUBI_SECRETS"
 """Variable with the secret overrides of the parent, a JSON object."""
 
 
-def secret_keys() -> set[str]:
-    """Names under which an override is a secret: dotted keys and flat names."""
+def is_secret(option: str) -> bool:
+    """Whether an override is a secret, for the file or for one of its steps.
+
+    Args:
+        option: dotted key or flat name.
+    """
     named = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
-    return {name for name, parameter in named.items() if parameter.extra("secret")}
+    secrets = [name for name, parameter in named.items() if parameter.extra("secret")]
+    return any(option == name or (option.startswith("steps.") and option.endswith(f".{name}")) for name in secrets)
 
 
 def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
     """Command-line form of overrides, for a child; secrets go another way, see `secret_environment`."""
-    words, secrets = [], secret_keys()
+    words = []
     for key, value in overrides.items():
-        if key in secrets:
+        if is_secret(key):
             continue
         if key == "step":
             words += ["--step", str(value)]
@@ -97,7 +102,7 @@ def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
 
 def secret_environment(overrides: Mapping[str, Any]) -> dict[str, str]:
     """Variables that give a child the secrets among the overrides."""
-    secrets = {key: value for key, value in overrides.items() if key in secret_keys()}
+    secrets = {key: value for key, value in overrides.items() if is_secret(key)}
     return {_SECRETS: json.dumps(secrets)} if secrets else {}
 
 
@@ -161,8 +166,9 @@ def _value(option: str, rest: list[str]) -> str:
 
 
 def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
-    if key.startswith("steps."):
-        key = key.removeprefix("steps.").partition(".")[2]
+    if key.startswith("steps."):  # a name may have dots
+        parts = key.split(".")
+        key = next((end for n in range(2, len(parts)) if (end := ".".join(parts[n:])) in keys), key)
     if key in keys:
         return parse_value(keys[key], text)
     try:

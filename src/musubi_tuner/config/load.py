@@ -19,11 +19,21 @@ from musubi_tuner.config.fields import Parameter, Section
 from musubi_tuner.config.importers import import_musubi, looks_flat
 from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import locate
-from musubi_tuner.config.pipeline import TABLE, Step, document_of, find_step, follow_problem, steps_of
+from musubi_tuner.config.pipeline import (
+    TABLE,
+    Step,
+    document_of,
+    find_step,
+    follow_problem,
+    put,
+    rename_aliases,
+    steps_of,
+    take_step_options,
+)
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import RunConfig
-from musubi_tuner.config.schema import SECTION_ALIASES, flat_names, parameters, section_classes
+from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, RESERVED
 from musubi_tuner.models.spec import ModelSpec
@@ -42,16 +52,18 @@ STEP = "step"
 def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[RunConfig]:
     """The steps of a run file, each as the run that it is; none for a file without [[steps]].
 
+    Findings on what the file says are those of the first step, and only if they hold in every step: what acts in one of them is
+    no mistake of the others.
+
     Raises:
         ConfigError: listing everything that is wrong, in all steps.
     """
     problems: list[Diagnostic] = []
-    document = read_toml(Path(path))
-    found = steps_of(document, problems)
+    steps, _ = _read_steps(read_toml(Path(path)), dict(overrides or {}), problems)
     if problems:
         raise ConfigError(format_problems(str(path), problems))
     configs, wrong = [], dict[str, None]()
-    for step in found:
+    for step in steps:
         try:
             configs.append(load_config(path, {**(overrides or {}), STEP: step.name}))
         except ConfigError as error:
@@ -59,12 +71,11 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     if wrong:
         raise ConfigError("\n".join(wrong))
     everywhere = (
-        [found for found in configs[0]._of_other_steps if all(found in c._of_other_steps for c in configs)]
-        if configs
-        else []
+        [found for found in configs[0].findings if all(found in c.findings for c in configs)] if configs else []
     )
-    for config in configs[:1]:
-        config._findings = [*config._findings, *everywhere]
+    for config, step in zip(configs, steps):
+        first = everywhere if config is configs[0] else []
+        config._findings = [found for found in config.findings if found in first or _is_own(found.key, step)]
     return configs
 
 
@@ -82,9 +93,9 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     path = Path(path)
     document = read_toml(path)
     problems: list[Diagnostic] = []
-    step = None
+    step, steps = None, list[Step]()
     if TABLE in document or (overrides or {}).get(STEP) is not None:
-        document, overrides, step = _choose_step(path, document, dict(overrides or {}), problems)
+        document, overrides, step, steps = _choose_step(path, document, dict(overrides or {}), problems)
     imported = None
     if not {"schema_version", "run", "model"} & set(document):
         imported = _import_flat(path, document)
@@ -122,15 +133,12 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         problems += found
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
-        config._tables, config._origins, config._step = tables, origins, step
+        config._tables, config._origins, config._step, config._steps = tables, origins, step, steps
         problems += validate(config)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
         raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
-    findings = [problem for problem in problems if problem.level != "error"]
-    # What the file says for another step does nothing wrong in this one.
-    config._of_other_steps = [found for found in findings if step is not None and not _is_own(found.key, step)]
-    config._findings = [found for found in findings if found not in config._of_other_steps]
+    config._findings = [problem for problem in problems if problem.level != "error"]
     return config
 
 
@@ -140,16 +148,32 @@ def _is_own(key: str, step: Step) -> bool:
     return name in step.own.get(section, {})
 
 
+def _read_steps(
+    document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]
+) -> tuple[list[Step], dict[str, Any]]:
+    """The steps of a file with their options in them, and the options that are left; both arguments may change."""
+    rename_aliases(document, "", problems)
+    entries = document.get(TABLE)
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict):
+            rename_aliases(entry, f"{TABLE}[{number}].", problems)
+    given = dict(overrides)
+    take_step_options(document, overrides, problems)
+    return steps_of(document, problems), {key: value for key, value in given.items() if key not in overrides}
+
+
 def _choose_step(
     path: Path, document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]
-) -> tuple[dict[str, Any], dict[str, Any], Step]:
-    """The run file that a step is, and the options that lay over it.
+) -> tuple[dict[str, Any], dict[str, Any], Step, list[Step]]:
+    """The run file that a step is, the options that lay over it, the step, and all steps.
 
     Raises:
         ConfigError: if no step is named, or there is no such step.
     """
     name = overrides.pop(STEP, None)
-    steps = steps_of(document, problems)
+    steps, taken = _read_steps(document, overrides, problems)
+    if problems and not steps:
+        raise ConfigError(format_problems(str(path), problems))
     if name is None:
         names = ", ".join(step.name for step in steps)
         raise ConfigError(f"{path}: has steps ({names}), and this command needs one of them: --step NAME")
@@ -159,27 +183,34 @@ def _choose_step(
     problem = follow_problem(document, step)
     if problem:
         problems.append(Diagnostic("error", "start", problem))
-    known, flat = {parameter.key: parameter for parameter in parameters()}, flat_names()
-    own: dict[str, Any] = {}
-    for key in [key for key in overrides if key.startswith(f"{TABLE}.")]:
-        value = overrides.pop(key)
-        of, _, rest = key.removeprefix(f"{TABLE}.").partition(".")
-        if isinstance(find_step(steps, of), str):
-            problems.append(Diagnostic("error", key, f"{find_step(steps, of)}"))
-        elif of == step.name:
-            own[rest] = value
-    # Options lay over the file before the steps do: what a step says itself stays.
+    # Options lay over the file before the steps do: what a step says itself, or takes over from the one before, stays.
+    known = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
     laid = copy.deepcopy(document)
-    for key, value in list(overrides.items()):
-        parameter = known.get(key) or flat.get(key)
-        if parameter is None:
-            continue
-        section = laid.setdefault(parameter.section, {}) if parameter.section else laid
-        if parameter.name in step.own.get(parameter.section, {}) or parameter.key == "run.output_dir":
-            del overrides[key]
-        if isinstance(section, dict):
-            section[parameter.name] = value
-    return document_of(laid, step), {**overrides, **own}, step
+    plain = {known[key].key if key in known else key: value for key, value in overrides.items()}
+    for key, value in plain.items():
+        if key in known or key.startswith(_GEOMETRY):
+            put(laid, key, value)
+    document = document_of(laid, step)
+    for key, value in list(plain.items()):
+        if _get(document, key) != value and (key in known or key.startswith(_GEOMETRY)):
+            del plain[key]
+            if _get(step.own, key) is not None:
+                text = f"step {step.name} sets this itself; to change it there: --set {TABLE}.{step.name}.{key}=..."
+                problems.append(Diagnostic("info", key, text))
+    prefix = f"{TABLE}.{step.name}."
+    own = {known[key].key: value for option, value in taken.items() if (key := option.removeprefix(prefix)) in known}
+    return document, {**plain, **own}, step, steps
+
+
+_GEOMETRY = "model.geometry."
+
+
+def _get(document: Mapping[str, Any], key: str) -> Any:
+    """Value of a dotted key; None if there is none."""
+    found: Any = document
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _chosen_datasets(tables: dict[str, Any], step: Step, problems: list[Diagnostic]) -> dict[str, Any]:
@@ -188,10 +219,11 @@ def _chosen_datasets(tables: dict[str, Any], step: Step, problems: list[Diagnost
     names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     known = [name for name in names if isinstance(name, str)]
     for name in step.use:
-        if name not in known:
-            problems.append(
-                Diagnostic("error", "use", f"{name!r}: no data set has this name.{did_you_mean(name, known)}")
-            )
+        if known.count(name) != 1:
+            text = f"no data set has this name.{did_you_mean(name, known)}"
+            if name in known:
+                text = f"{known.count(name)} data sets have this name"
+            problems.append(Diagnostic("error", "use", f"{name!r}: {text}"))
     return {
         **tables,
         "datasets": [entry for entry in entries if isinstance(entry, dict) and entry.get("name") in step.use],
@@ -218,11 +250,7 @@ def _collect(
     document: dict[str, Any], overrides: Overrides, origins: dict[str, str], problems: list[Diagnostic]
 ) -> dict[str, Any]:
     """Merge file and overrides into one tree, noting origins; unknown overrides are left under their own name."""
-    for alias, name in SECTION_ALIASES.items():
-        if alias in document:
-            if name in document:
-                problems.append(Diagnostic("error", alias, f"is another spelling of [{name}]; keep one"))
-            document[name] = document.pop(alias)
+    rename_aliases(document, "", problems)
     values: dict[str, Any] = {}
     for key, value in document.items():
         if key in section_classes() and isinstance(value, dict):
@@ -237,7 +265,7 @@ def _collect(
     for key, value in overrides.items():
         parameter = known.get(key) or flat.get(key)
         if parameter is None:
-            if not key.startswith("model.geometry."):
+            if not key.startswith(_GEOMETRY):
                 if not any(key.rpartition(".")[2] in names for names in _foreign_keys()):
                     names = [*known, *flat]
                     reason = NOT_BUILT.get(key.rpartition(".")[2], f"unknown key.{did_you_mean(key, names)}")
@@ -249,7 +277,7 @@ def _collect(
             geometry = model.setdefault("geometry", {}) if isinstance(model, dict) else None
             if isinstance(geometry, dict):
                 geometry = model["geometry"] = dict(geometry)
-                geometry[key.removeprefix("model.geometry.")] = value
+                geometry[key.removeprefix(_GEOMETRY)] = value
             origins["model.geometry"] = "cli"
             continue
         target = values

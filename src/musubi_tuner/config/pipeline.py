@@ -13,18 +13,29 @@ model that full training left.
 """
 
 import copy
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
+from musubi_tuner.config.schema import SECTION_ALIASES, flat_names, parameters
+from musubi_tuner.files import read_json
 from musubi_tuner.models.registry import MODELS
 
 Start = Literal["file", "previous", "previous_ema"]
 TABLE = "steps"
+CHECKPOINTS = "checkpoints.json"
 _KEYS = ("name", "use", "start", "until")
-_UNTIL = {"metric": str, "below": float, "min_epochs": int, "patience": int}
+_UNTIL = {
+    "metric": "a tag of metrics.jsonl",
+    "below": "a number",
+    "min_epochs": "a whole number, 0 or more",
+    "patience": "a whole number, 1 or more",
+}
+_FOLDER = re.compile(r'[^/\\:*?"<>|\x00-\x1f\x7f]{0,99}[^/\\:*?"<>|\x00-\x1f\x7f\s.]')
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,62 @@ class Step:
         return f"{self.number:02d}-{self.name}"
 
 
+def rename_aliases(tables: dict[str, Any], where: str, problems: list[Diagnostic]) -> None:
+    """Give tables that have another spelling their own name.
+
+    Args:
+        where: words before the key in a message, such as ``steps[0].``.
+    """
+    for alias, name in SECTION_ALIASES.items():
+        if alias in tables:
+            if name in tables:
+                problems.append(Diagnostic("error", f"{where}{alias}", f"is another spelling of [{name}]; keep one"))
+            tables[name] = tables.pop(alias)
+
+
+def take_step_options(document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]) -> None:
+    """Move the options ``steps.NAME.section.key`` into the steps that they name.
+
+    Args:
+        document: the run file, changed in place. overrides: the options, which lose those of steps.
+    """
+    entries = document.get(TABLE)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return
+    by_name = {entry["name"]: entry for entry in entries if isinstance(entry.get("name"), str)}
+    known = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
+    for option in [key for key in overrides if key.startswith(f"{TABLE}.")]:
+        value, rest = overrides.pop(option), option.removeprefix(f"{TABLE}.")
+        name = max((name for name in by_name if rest.startswith(f"{name}.")), key=len, default=None)
+        if name is None:
+            hint = did_you_mean(rest.partition(".")[0], by_name)
+            problems.append(Diagnostic("error", option, f"names no step.{hint} The steps are {', '.join(by_name)}"))
+            continue
+        key = rest.removeprefix(f"{name}.")
+        if key == "name" or not put(by_name[name], known[key].key if key in known else key, value):
+            problems.append(Diagnostic("error", option, "cannot be changed by an option; change the file"))
+
+
+def put(document: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a dotted key; False if one of its tables is none, which the schema reports."""
+    *tables, last = key.split(".")
+    table: Any = document
+    for part in tables:
+        table = table.setdefault(part, {}) if isinstance(table, dict) else None
+    if isinstance(table, dict):
+        table[last] = value
+    return isinstance(table, dict)
+
+
 def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[Step]:
     """The valid steps of a run file; empty for an ordinary one."""
     entries = document.get(TABLE, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         problems.append(Diagnostic("error", TABLE, "is not a list of tables; write [[steps]] with two brackets"))
+        return []
+    if entries and not {"schema_version", "run", "model"} & set(document):
+        text = "belong to a run file with [run] and [model], not to an option file; docs/steps.md shows one"
+        problems.append(Diagnostic("error", TABLE, text))
         return []
     steps: list[Step] = []
     for number, entry in enumerate(entries, start=1):
@@ -84,7 +146,7 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
             problems.append(Diagnostic("error", f"{where}.{key}" if key else where, text))
 
         name = entry.get("name")
-        if not isinstance(name, str) or not name or name in (".", "..") or any(c in '/\\:*?"<>|' for c in name):
+        if not isinstance(name, str) or not _FOLDER.fullmatch(name):
             refuse("name", f"is {name!r}, expected a name that a folder can have")
             name = f"step{number}"
         elif name in {step.name for step in steps}:
@@ -127,24 +189,28 @@ def _until(given: Any, refuse: Any) -> Until | None:
         return None
     good = True
     for key, value in given.items():
-        kind = _UNTIL.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind is None:
+        if key not in _UNTIL:
             refuse(f"until.{key}", f"unknown key.{did_you_mean(key, _UNTIL)}")
             good = False
-        elif (
-            (kind is str and not isinstance(value, str))
-            or (kind is float and not is_number)
-            or (kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < (key == "patience")))
-        ):
-            words = {str: "a tag of metrics.jsonl", float: "a number", int: "a whole number"}[kind]
-            refuse(f"until.{key}", f"is {value!r}, expected {words}")
+        elif not _is_until(key, value):
+            refuse(f"until.{key}", f"is {value!r}, expected {_UNTIL[key]}")
             good = False
     for key in ("metric", "below"):
         if key not in given:
             refuse("until", f"has no {key}")
             good = False
     return Until(**{**given, "below": float(given["below"])}) if good else None
+
+
+def _is_until(key: str, value: Any) -> bool:
+    """Whether a value is what a key of ``until`` takes."""
+    if key == "metric":
+        return isinstance(value, str) and bool(value.strip())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if key == "below":
+        return math.isfinite(value)
+    return isinstance(value, int) and value >= (key == "patience")
 
 
 def find_step(steps: Sequence[Step], name: str) -> Step | str:
@@ -167,33 +233,61 @@ def document_of(document: Mapping[str, Any], step: Step) -> dict[str, Any]:
         document: the whole file with command-line overrides applied.
     """
     tables = {key: value for key, value in copy.deepcopy(dict(document)).items() if key != TABLE}
-    root, name = Path(str(tables.get("run", {}).get("output_dir", ""))), str(tables.get("run", {}).get("name", ""))
-    model = dict(tables.get("model", {}))
+    run = _table(tables, "run")
+    root, name = Path(str(run.get("output_dir", ""))).expanduser(), str(run.get("name", ""))
+    model = _table(tables, "model")
     chain: list[Step] = []
     current: Step | None = step
     while current is not None:
         chain.insert(0, current)
         current = current.previous
+    adapter: dict[str, Any] = {}
     for each in chain:
         # Each step hands on what the next one trains: a trained model, or the model below an adapter.
         model, adapter = _begun(each, tables, model, root, name)
-        if each is step:
-            laid = _lay(tables, each.own)
-            laid["model"] = _lay({"m": model}, {"m": each.own.get("model", {})})["m"]
-            if adapter:
-                laid["adapter"] = {**adapter, **laid.get("adapter", {})}
-            laid["run"] = {**laid.get("run", {}), "output_dir": str(root / step.folder)}
-            return laid
-        model = _lay({"m": model}, {"m": each.own.get("model", {})})["m"]
-    raise AssertionError("a step is at the end of its own chain")
+        model = _lay(model, _table(each.own, "model"))
+    for key, begun in (("model", model), ("adapter", adapter)):
+        if begun and isinstance(tables.get(key, {}), dict):
+            tables[key] = begun if key == "model" else {**tables.get(key, {}), **begun}
+    laid = {key: _lay(value, step.own[key]) if key in step.own else value for key, value in tables.items()}
+    laid |= {key: value for key, value in step.own.items() if key not in laid}
+    if isinstance(laid.get("run", {}), dict):
+        laid["run"] = {**laid.get("run", {}), "output_dir": str(root / step.folder)}
+    return laid
+
+
+def _table(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A table of a file; empty if it is none, which the schema reports."""
+    found = document.get(key)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _lay(below: Any, above: Mapping[str, Any]) -> Any:
+    """A table over a table, tables inside key by key; a value that should be a table stays, for the schema to report."""
+    if not isinstance(below, dict):
+        return below
+    inner = {key: {**below[key], **value} for key, value in above.items()
+             if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
+    return {**below, **above, **inner}
+
+
+def _setting(document: Mapping[str, Any], step: Step, key: str) -> Any:
+    """What a setting is in a step: its own value, the file's, the family's or the schema's."""
+    section, name = key.split(".")
+    for table in (_table(step.own, section), _table(document, section)):
+        if name in table:
+            return table[name]
+    arch = _table(document, "model").get("arch")
+    if isinstance(arch, str) and arch in MODELS and key in MODELS[arch].defaults:
+        return MODELS[arch].defaults[key]
+    return next(
+        parameter.field.get_default(call_default_factory=True) for parameter in parameters() if parameter.key == key
+    )
 
 
 def trains_adapter(document: Mapping[str, Any], step: Step) -> bool:
     """Whether a step trains an adapter."""
-    arch = document.get("model", {}).get("arch")
-    usual = MODELS[arch].defaults.get("adapter.type", "none") if arch in MODELS else "none"
-    kind = step.own.get("adapter", {}).get("type", document.get("adapter", {}).get("type", usual))
-    return bool(kind != "none")
+    return bool(_setting(document, step, "adapter.type") != "none")
 
 
 def _begun(
@@ -201,22 +295,42 @@ def _begun(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """[model] and [adapter] of a step, as they follow from the step before."""
     if step.start == "file" or step.previous is None:
-        return dict(document.get("model", {})), {}
+        return _table(document, "model"), {}
     folder, ending = root / step.previous.folder, "_ema" if step.start == "previous_ema" else ""
     if trains_adapter(document, step.previous):
         return model, {"init_from": str(folder / f"{name}{ending}.safetensors")}
     of_another = ("geometry", "init_scheme", "ema_file", "revision", "weights")
     kept = {key: value for key, value in model.items() if key not in of_another}
-    begun = {**kept, "init": "checkpoint", "path": str(folder)}
+    begun = {**kept, "init": "checkpoint", "path": f"{folder}{_FINAL}"}
     return {**begun, **({"weights": "ema"} if ending else {})}, {}
 
 
-def _lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables over tables, key by key."""
-    laid = dict(below)
-    for key, value in above.items():
-        laid[key] = {**laid[key], **value} if isinstance(value, dict) and isinstance(laid.get(key), dict) else value
-    return laid
+_FINAL = ":final"
+"""Behind the folder of a step: its final checkpoint."""
+
+
+def final_update(folder: Path) -> int | None:
+    """Update at which the run of a folder ended; None while it has not."""
+    try:
+        return int(read_json(folder / CHECKPOINTS)["checkpoints"]["final"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def unfinished_step(step: Step | None, root: Path, texts: Sequence[str | None]) -> Step | None:
+    """The step before, from which files of this one come, that is not finished yet; None if there is none.
+
+    Args:
+        texts: paths of the run file.
+    """
+    before = step.previous if step else None
+    while before is not None:
+        folder = root / before.folder
+        files = [Path(text.removesuffix(_FINAL)) for text in texts if text is not None]
+        if any(file.is_relative_to(folder) for file in files) and final_update(folder) is None:
+            return before
+        before = before.previous
+    return None
 
 
 def follow_problem(document: Mapping[str, Any], step: Step) -> str | None:
@@ -227,5 +341,9 @@ def follow_problem(document: Mapping[str, Any], step: Step) -> str | None:
         return (
             f'is "{step.start}", and step {step.previous.name} trains an adapter, from which the full model of this step cannot start; '
             'write "file", or merge the adapter and name the merged file'
+        )
+    if step.start == "previous_ema" and not _setting(document, step.previous, "ema.enabled"):
+        return (
+            f'is "previous_ema", and step {step.previous.name} keeps no average (ema.enabled = false); write "previous"'
         )
     return None

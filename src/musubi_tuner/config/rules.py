@@ -11,6 +11,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
 from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
+from musubi_tuner.config.pipeline import unfinished_step
 from musubi_tuner.config.prompts import Prompt, sample_prompts
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.schema import parameters
@@ -28,6 +29,7 @@ def validate(config: RunConfig) -> list[Diagnostic]:
         *_teachers(config),
         *_family(config),
         *_files(config),
+        *_until(config),
     ]
 
 
@@ -587,6 +589,13 @@ def _family(config: RunConfig) -> list[Diagnostic]:
     return found + (spec.check(config) if spec.check else [])
 
 
+def _until(config: RunConfig) -> list[Diagnostic]:
+    until = config.step.until if config.step else None
+    if until and until.metric.startswith("loss/val") and not config.validation.split:
+        return [_error("until.metric", f"is {until.metric!r}, and nothing is validated (validation.split is 0)")]
+    return []
+
+
 _OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss")
 """Patterns of keys that do nothing for other tasks, see `TaskFacts`."""
 
@@ -621,7 +630,11 @@ def _files(config: RunConfig) -> list[Diagnostic]:
         own = [name for name in dataset.experts if f"experts.{name}" in inputs]
         texts += [(f"{dataset.name}.experts.{name}", dataset.experts[name]) for name in own]
     for key, text in texts:
-        if text is None or is_hub_id(text) or exists(config.locate(text)) or config.waits_for(Path(text)):
+        if text is None or is_hub_id(text) or exists(config.locate(text)):
+            continue
+        if key in ("model.path", "adapter.init_from") and unfinished_step(
+            config.step, config.output_dir.parent, [text]
+        ):
             continue
         if key == "model.path" and is_published(text):
             if not config.spec.hub_id:

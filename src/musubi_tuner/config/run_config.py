@@ -1,5 +1,6 @@
 """A checked run file as a value. Torch-free."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import locate
-from musubi_tuner.config.pipeline import Step
+from musubi_tuner.config.pipeline import Step, unfinished_step
 from musubi_tuner.config.schema import RunFile
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
@@ -27,21 +28,27 @@ class RunConfig(RunFile):
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
     _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
     _step: Step | None = PrivateAttr(default=None)
-    _of_other_steps: list[Diagnostic] = PrivateAttr(default_factory=list)
+    _steps: list[Step] = PrivateAttr(default_factory=list)
 
     @property
     def step(self) -> Step | None:
         """The step of the file that this is; None for a file without steps."""
         return self._step
 
-    def waits_for(self, path: Path) -> bool:
-        """Whether a file or folder is made by a step before this one, and is not there yet."""
-        before = self._step.previous if self._step else None
-        while before is not None:
-            if path.is_relative_to(self.output_dir.parent / before.folder) and not path.exists():
-                return True
-            before = before.previous
-        return False
+    @property
+    def steps(self) -> list[Step]:
+        """All steps of the file."""
+        return self._steps
+
+    @property
+    def waits_for(self) -> Step | None:
+        """The step before from which this one starts and which is not finished; None if this one can start."""
+        return unfinished_step(self._step, self.output_dir.parent, [self.model.path, self.adapter.init_from])
+
+    @property
+    def words(self) -> str:
+        """Arguments by which a command means this run: the file, and its step."""
+        return f"{self._path}" + (f" --step {shlex.quote(self._step.name)}" if self._step else "")
 
     @property
     def path(self) -> Path:

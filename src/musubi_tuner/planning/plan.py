@@ -78,7 +78,7 @@ def make_plan(
         max_epochs=config.train.max_epochs,
     )
     options: dict[str, Any] = {}
-    kinds = needed_kinds(config)
+    kinds = [kind for kind in needed_kinds(config) if kind != "experts" or not config.waits_for]
     if "experts" in kinds:
         with local_only() if only_look else nullcontext():
             options = config.spec.family.checkpoint_options(config)
@@ -226,6 +226,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             lines.append(f"warning: {status.mixture}")
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
+    if config.waits_for and "experts" in needed_kinds(config):
+        lines.append(f"  experts  are planned and cached when step {config.waits_for.name} is finished")
     lines += plan.losses
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [

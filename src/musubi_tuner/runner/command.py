@@ -53,8 +53,8 @@ from musubi_tuner.run_record import (
     was_stopped,
 )
 from musubi_tuner.runner.processes import rank_environments, run_child, run_children
-from musubi_tuner.runner.steps import root_of, run_steps
-from musubi_tuner.stopping import exit_on_terminate
+from musubi_tuner.runner.steps import refuse_unfinished, root_of, run_steps
+from musubi_tuner.stopping import exit_on_terminate, is_stop
 from musubi_tuner.weights.hub import local_only
 
 if TYPE_CHECKING:
@@ -105,23 +105,17 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
         return run_beside_agent()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     under_launcher = launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if STEP not in overrides and not under_launcher:
-        steps = load_steps(options.config, overrides)
-        if steps:
-            return _run_all(steps, options, overrides, architecture)
-    config = load_config(options.config, overrides)
-    config.require(architecture)
-    config = _resolved(config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        report(config.findings)
     if under_launcher:
-
-        def train() -> int:
-            return train_launched(config, launched, skip_cache=options.skip_cache)
-
-        # A run of several processes that train.py started is recorded there; under another launcher its main rank does it.
-        is_recorder = int(os.environ.get("RANK", "0")) == 0 and recorder() is None
-        return run_recorded(config.output_dir, config.path, lambda _: train()) if is_recorder else train()
+        return _main_launched(options, overrides, architecture, launched)
+    steps = [] if STEP in overrides else load_steps(options.config, overrides)
+    if steps:
+        return _run_steps(steps, options, overrides, architecture)
+    config = load_config(options.config, overrides)
+    if config.step is not None:
+        return _run_steps([config], options, overrides, architecture)
+    config.require(architecture)
+    report(config.findings)
+    config = _resolved(config)
     if options.fresh:
         folder = fresh_folder(config.output_dir)
         overrides["run.output_dir"] = str(folder)
@@ -133,27 +127,58 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     )
 
 
-def _run_all(
+def _main_launched(
+    options: argparse.Namespace, overrides: dict[str, Any], architecture: str | None, processes: int
+) -> int:
+    """Be one process of a launcher."""
+    for option in ("plan", "fresh", "cache_only"):
+        if getattr(options, option):
+            raise ConfigError(
+                f"--{option}: not under a launcher, which starts a training; run python train.py {options.config} --{option}"
+            )
+    config = load_config(options.config, overrides)
+    config.require(architecture)
+    # A run of several processes that train.py started is recorded there; under another launcher its main rank does it.
+    is_recorder = int(os.environ.get("RANK", "0")) == 0 and recorder() is None
+    if is_recorder:
+        report(config.findings)
+    config = _resolved(config)
+
+    refuse_unfinished(config)
+
+    def train(*_: Any) -> int:
+        return train_launched(config, processes, skip_cache=options.skip_cache)
+
+    def record(can_write: bool) -> int:
+        return train() if config.step is None else run_steps([config], options, overrides, train, can_write)
+
+    return run_recorded(config.output_dir, config.path, record) if is_recorder else train()
+
+
+def _run_steps(
     steps: list[RunConfig], options: argparse.Namespace, overrides: dict[str, Any], architecture: str | None
 ) -> int:
-    """Go through the steps of a file."""
+    """Go through the steps of a file, or run the one that --step names."""
     for config in steps:
         config.require(architecture)
         report(config.findings)
-    root = root_of(steps)
+    is_single = STEP in overrides
     if options.fresh:
-        root = fresh_folder(root)
+        root = fresh_folder(root_of(steps[0]))
         overrides["run.output_dir"] = str(root)
-        steps = load_steps(options.config, overrides)
+        steps = [load_config(options.config, overrides)] if is_single else load_steps(options.config, overrides)
         print(f"starting anew in {root}")
+    # All steps are recorded in their root; one that is run alone, in its own folder.
+    folder = steps[0].output_dir if is_single else root_of(steps[0])
 
     def run_step(config: RunConfig, given: dict[str, Any], can_write: bool) -> int:
-        with nullcontext() if not can_write else _hold(config.output_dir):  # from a start with --step
+        is_held = config.output_dir == folder or not can_write
+        with nullcontext() if is_held else _hold(config.output_dir):  # from a start with --step
             return Runner(_resolved(config), options, given).run(can_write)
 
     if options.plan or options.cache_only:
         return run_steps(steps, options, overrides, run_step, False)
-    return run_recorded(root, steps[0].path, lambda can: run_steps(steps, options, overrides, run_step, can))
+    return run_recorded(folder, steps[0].path, lambda can: run_steps(steps, options, overrides, run_step, can))
 
 
 def run_recorded(folder: Path, path: Path, body: Callable[[bool], int]) -> int:
@@ -174,7 +199,7 @@ def run_recorded(folder: Path, path: Path, body: Callable[[bool], int]) -> int:
         code, reason, message = EXIT_FAILED, FAILED, None
         try:
             code = body(True)
-            reason = STOPPED if code > 128 or was_stopped(folder) else FAILED if code else FINISHED
+            reason = STOPPED if is_stop(code) or was_stopped(folder) else FAILED if code else FINISHED
             return code
         except (Interrupted, KeyboardInterrupt) as stop:
             code, reason = getattr(stop, "exit_code", EXIT_INTERRUPT), STOPPED
@@ -203,7 +228,7 @@ def _resolved(config: RunConfig) -> RunConfig:
 def report(findings: list[Diagnostic]) -> None:
     """Print warnings and notes."""
     for finding in findings:
-        print(f"{finding.level}: {finding}", file=sys.stderr)
+        print(f"{'note' if finding.level == 'info' else finding.level}: {finding}", file=sys.stderr)
 
 
 def refuse_upstream() -> None:
@@ -320,6 +345,9 @@ class Runner:
         if not self.config.spec.task(self.config).denoises:
             print("  memory   is not estimated for this task", flush=True)
             return self.config
+        if self.config.waits_for:
+            print(f"  memory   is estimated when step {self.config.waits_for.name} is finished", flush=True)
+            return None
         device = choose_device(self.config.run.device)
         machine = probe(self.config, self.overrides, self.processes, device)
         path, items = self.config.model.path, plan.found.items
@@ -370,7 +398,7 @@ class Runner:
         return self._stage(["-m", "musubi_tuner.demo.prepare"])
 
     def _refuse_due(self, due: list[str]) -> None:
-        jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.path}" for kind in due)
+        jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.words}" for kind in due)
         raise CacheError(f'caches are not complete, and cache.run is "never"; run: {jobs}')
 
     def _finished(self, total: int, can_write: bool) -> bool:
@@ -453,7 +481,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
 
         plan = make_plan(config, processes, download=False, encodes=False)
         if plan.due:
-            jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.path}" for kind in plan.due)
+            jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.words}" for kind in plan.due)
             raise CacheError(f"caches are not complete, and nothing is encoded under a launcher; run:\n  {jobs}")
         if int(os.environ.get("RANK", "0")) == 0:
             print(describe(config, plan, processes), flush=True)

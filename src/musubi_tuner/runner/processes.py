@@ -16,10 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from musubi_tuner.parent import child_environment
-from musubi_tuner.stopping import Repeats, stop_signals
+from musubi_tuner.stopping import Repeats, is_stop, stop_signals
 
-_STOPPED = {128 + int(number) for number in stop_signals()}
-"""Exit codes of a child that was asked to stop."""
 _POLL_SECONDS = 0.1
 
 
@@ -115,7 +113,7 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], patience: float) -> int
         failed = failed or next((child.returncode for child in children if child.returncode), 0)
         if not running:
             return 128 - failed if failed < 0 else failed
-        if failed and failed not in _STOPPED:
+        if failed and not is_stop(failed):
             give_up = min(give_up, time.monotonic() + patience)
         if time.monotonic() > give_up:
             _kill(running)

@@ -104,9 +104,11 @@ def log(run: Run) -> None:
 
 def _follow(run: Run, values: dict[str, float]) -> None:
     """Let the metric that may end a step see a line."""
-    if run.snapshot.until is not None:
-        position = run.position
-        run.snapshot.until.add(values, position.epoch + (position.update == run.steps.updates_per_epoch))
+    until, position = run.snapshot.until, run.position
+    if until is not None:
+        until.add(values, position.epoch + (position.update == run.steps.updates_per_epoch))
+        if until.warning and run.metrics:
+            run.metrics.say(until.warning)
 
 
 def reached(run: Run) -> bool:

@@ -12,6 +12,7 @@ A curve of many points is drawn pale, with its running mean over it. A picture w
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -285,7 +286,11 @@ def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
     figure, (upper, lower) = _figure(2, 1, figsize=(11, 7), sharex=True)
     begun, every = 0, []
     for number, (name, path) in enumerate(steps):
-        rows = read_rows(path)
+        try:
+            rows = read_rows(path)
+        except DataError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
         for axes, tags in ((upper, ("loss/total", "loss/val")), (lower, ("train/lr",))):
             for style, tag in zip(("-", "--"), tags):
                 updates, values = points(rows, tag)
@@ -299,6 +304,8 @@ def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
             name, (begun, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
         )
         begun += int(rows[-1]["step"])
+    if not every:
+        raise DataError(f"{title}: no step has a loss to draw")
     upper.set_xlim(0, begun)
     upper.margins(y=0.12)  # for the names
     _log_if_wide(upper, *every)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.pipeline import Until
 
 WINDOW = 20
@@ -18,11 +19,13 @@ class UntilMetric:
 
     Attributes:
         reason: why the step ends; empty while it goes on.
+        warning: what is wrong with the metric, after the line of `add` that shows it; else empty.
     """
 
     def __init__(self, until: Until) -> None:
         self.until = until
-        self.reason = ""
+        self.reason = self.warning = ""
+        self._lines = 0
         self._values: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row = 0
 
@@ -32,7 +35,17 @@ class UntilMetric:
         Args:
             epochs: complete ones.
         """
-        value = values.get(self.until.metric)
+        metric = self.until.metric
+        value = values.get(metric)
+        self._lines += 1
+        # Values of a validation come seldom, and the rules know whether there are any.
+        is_absent = self._lines == WINDOW and not self._values and not metric.startswith("loss/val")
+        self.warning = (
+            f"warning: until.metric: none of the first {WINDOW} log lines has {metric!r}, so it does not end the step."
+            f"{did_you_mean(metric, values)} They have {', '.join(values)}"
+            if is_absent and value is None
+            else ""
+        )
         if not isinstance(value, int | float):
             return
         self._values.append(float(value))

@@ -135,8 +135,8 @@ class RunUploads:
         """The command that uploads by hand, with the changes of this command line."""
         origins = self.config.origins
         changed = {key: self.config.get(key) for key, origin in origins.items() if origin == "cli"}
-        return shlex.join(
-            ["python", "-m", "musubi_tuner.upload_run", str(self.config.path), *override_arguments(changed)]
+        return (
+            f"python -m musubi_tuner.upload_run {self.config.words} {shlex.join(override_arguments(changed))}".rstrip()
         )
 
 

@@ -1,5 +1,6 @@
 """Run files of several steps: what each begins with, which options reach it, and what is refused."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,15 @@ def test_each_step_is_a_run_in_a_folder_of_its_own_that_begins_with_the_one_befo
         ["cats"], ["cats", "dogs"], ["dogs"],
     ]  # fmt: skip
     assert (warm.model.init, warm.model.path) == ("scratch", None)
-    assert (on.model.init, on.model.path, on.model.weights) == ("checkpoint", str(tmp_path / "out/01-warm"), "ema")
-    assert (lora.model.path, lora.model.weights) == (str(tmp_path / "out/02-on"), "model")
+    assert (on.model.init, on.model.path, on.model.weights) == (
+        "checkpoint",
+        str(tmp_path / "out/01-warm:final"),
+        "ema",
+    )
+    assert (lora.model.path, lora.model.weights) == (str(tmp_path / "out/02-on:final"), "model")
     assert lora.adapter.init_from is None
     # The model below the second adapter is that below the first.
-    assert (more.model.path, more.model.weights) == (str(tmp_path / "out/02-on"), "model")
+    assert (more.model.path, more.model.weights) == (str(tmp_path / "out/02-on:final"), "model")
     assert more.adapter.init_from == str(tmp_path / "out/03-lora/x_ema.safetensors")
     assert (anew.model.init, anew.adapter.init_from) == ("scratch", None)
     assert [config.train.max_steps for config in (warm, on)] == [10, 20]
@@ -80,6 +85,86 @@ def test_options_lie_over_the_file_before_the_steps_and_may_name_one(write: Any,
     assert load_config(path, again).optimizer.lr == 0.5
 
 
+def test_an_option_for_one_step_reaches_those_that_start_from_it(write: Any, tmp_path: Path) -> None:
+    path = write({"name": "a"}, {"name": "v1.5"}, {"name": "c"})
+    _, overrides = split_overrides(["--set", "steps.v1.5.adapter.type=lora", "--set", "steps.c.start=file"], set())
+    _, middle, last = load_steps(path, overrides)
+    assert middle.adapter.type == "lora" and last.model.init == "scratch"
+    with pytest.raises(ConfigError, match=r"step v1\.5 trains an adapter"):
+        load_steps(path, {"steps.v1.5.adapter.type": "lora"})
+    for option, expected in (
+        ("steps.d.train.max_steps", "names no step. The steps are a, v1.5, c"),
+        ("steps.a.run.output_dir", "run.output_dir: belongs to the file"),
+        ("steps.a.name", "cannot be changed by an option"),
+        ("steps.a.train.max_step", "train.max_step: unknown key. Did you mean 'max_steps'?"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_steps(path, {option: "x"})
+        assert expected in str(caught.value)
+
+
+def test_an_option_for_the_file_does_not_replace_what_a_step_takes_over(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    path = write({"name": "a"}, {"name": "b", "train": {"max_steps": 20}})
+    given = {"model.init": "checkpoint", "model.path": str(tmp_path / "base"), "max_steps": 7}
+    first, second = load_steps(path, given)
+    assert first.model.path == str(tmp_path / "base") and first.origins["model.path"] == "cli"
+    assert second.model.path == str(tmp_path / "out/01-a:final")
+    assert [f"{found.level} {found}" for found in second.findings] == [
+        "info train.max_steps: step b sets this itself; to change it there: --set steps.b.train.max_steps=..."
+    ]
+    first, second = load_steps(path, {"model.geometry.num_double_layers": 3})
+    assert (first.model.geometry, second.model.geometry) == ({"num_double_layers": 3}, {})
+
+
+def test_a_step_waits_for_the_end_of_the_one_before(write: Any, tmp_path: Path) -> None:
+    path = write({"name": "a"}, {"name": "b", "adapter": LORA}, {"name": "c", "adapter": LORA})
+
+    def waits() -> list[str | None]:
+        return [config.waits_for and config.waits_for.name for config in load_steps(path)]
+
+    def checkpoints(folder: str, **listed: Any) -> None:
+        (tmp_path / "out" / folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"checkpoints": listed})
+        (tmp_path / "out" / folder / "checkpoints.json").write_text(text, encoding="utf-8")
+
+    assert waits() == [None, "a", "b"]
+    checkpoints("01-a", step_5={"step": 5})
+    assert waits() == [None, "a", "b"]
+    checkpoints("01-a", step_5={"step": 5}, final={"step": 10})
+    assert waits() == [None, None, "b"]
+    checkpoints("02-b", final={"step": 10})
+    (tmp_path / "out" / "02-b" / "x.safetensors").touch()
+    assert waits() == [None, None, None]
+
+
+@pytest.mark.parametrize(("table", "value"), [("run", 3), ("model", "x"), ("adapter", 3), ("train", [])])
+def test_a_value_in_the_place_of_a_table_is_named(table: str, value: Any, write: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{table}: is .*expected a table"):
+        load_steps(write({"name": "a"}, {"name": "b", table: {}}, **{table: value}))
+
+
+def test_steps_lie_over_a_table_under_its_other_name(write: Any) -> None:
+    path = write({"name": "a", "distributed": {"num_processes": 2}}, accelerate={"num_processes": 3})
+    assert load_steps(path)[0].distributed.num_processes == 2
+
+
+def test_two_data_sets_of_one_name_and_option_files_are_refused(write: Any, tmp_path: Path) -> None:
+    data = [{"name": "cats", "image_directory": str(tmp_path / name)} for name in ("cats", "dogs")]
+    with pytest.raises(ConfigError, match="use: 'cats': 2 data sets have this name"):
+        load_steps(write({"name": "a", "use": ["cats"]}, datasets=data))
+    option_file = tmp_path / "options.toml"
+    option_file.write_text('dit = "x"\nnetwork_dim = 4\n[[steps]]\nname = "a"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="steps: belong to a run file"):
+        load_steps(option_file)
+
+
+def test_a_home_folder_is_found(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, second = load_steps(write({"name": "a"}, {"name": "b"}, run={"name": "x", "output_dir": "~/out"}))
+    assert second.model.path == str(tmp_path / "out/01-a:final") and second.waits_for is not None
+
+
 def test_a_file_without_steps_has_none_and_one_with_steps_needs_a_name(write: Any, tmp_path: Path) -> None:
     path = write({"name": "a"}, {"name": "b"})
     with pytest.raises(ConfigError, match=r"has steps \(a, b\), and this command needs one of them: --step NAME"):
@@ -95,9 +180,9 @@ def test_a_file_without_steps_has_none_and_one_with_steps_needs_a_name(write: An
 
 
 def test_the_end_by_a_metric_is_read(write: Any) -> None:
-    path = write({"name": "a", "until": {"metric": "loss/val", "below": 1, "patience": 2}})
-    (config,) = load_steps(path)
-    assert config.step is not None and config.step.until == Until("loss/val", 1.0, 0, 2)
+    path = write({"name": "a", "until": {"metric": "loss/main", "below": 1, "patience": 2}})
+    (config,) = load_steps(path, {"steps.a.until.below": 2})
+    assert config.step is not None and config.step.until == Until("loss/main", 2.0, 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +199,18 @@ def test_the_end_by_a_metric_is_read(write: Any) -> None:
         ([{"name": "a", "run": {"output_dir": "x"}}], "steps[0].run.output_dir: belongs to the file"),
         ([{"name": "a", "until": {"metric": "loss/main"}}], "steps[0].until: has no below"),
         ([{"name": "a", "until": {"metric": "l", "below": 1, "pateince": 2}}], "steps[0].until.pateince: unknown key. Did you mean 'patience'?"),
-        ([{"name": "a", "until": {"metric": "l", "below": 1, "patience": 0}}], "steps[0].until.patience: is 0, expected a whole number"),
+        ([{"name": "a", "until": {"metric": "l", "below": 1, "patience": 0}}], "steps[0].until.patience: is 0, expected a whole number, 1 or more"),
+        ([{"name": "a", "until": {"metric": "l", "below": 1, "min_epochs": -1}}], "min_epochs: is -1, expected a whole number, 0 or more"),
+        ([{"name": "a", "until": {"metric": " ", "below": 1}}], "steps[0].until.metric: is ' ', expected a tag of metrics.jsonl"),
+        ([{"name": "a", "until": {"metric": "l", "below": float("nan")}}], "steps[0].until.below: is nan, expected a number"),
+        ([{"name": "a", "until": {"metric": "loss/val", "below": 1}}], "until.metric: is 'loss/val', and nothing is validated"),
+        ([{"name": "a\n"}], "steps[0].name: is 'a\\n', expected a name"),
+        ([{"name": "a."}], "steps[0].name: is 'a.', expected a name"),
+        ([{"name": "a "}], "steps[0].name: is 'a ', expected a name"),
+        ([{"name": "a" * 101}], "expected a name that a folder can have"),
+        ([{"name": "a", "accelerate": {}, "distributed": {}}], "steps[0].accelerate: is another spelling of [distributed]"),
+        ([{"name": "a", "ema": {"enabled": False}}, {"name": "b", "start": "previous_ema"}],
+         "start: is \"previous_ema\", and step a keeps no average"),
         ([{"name": "a", "until": {"metric": "l", "below": True}}], "steps[0].until.below: is True, expected a number"),
         ([{"name": "a", "model": {"init": "checkpoint", "path": "hub"}, "adapter": LORA}, {"name": "b"}],
          'start: is "previous", and step a trains an adapter'),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from musubi_tuner.config import load_config
-from musubi_tuner.config.command_line import override_arguments, secret_environment, secret_keys, split_overrides
+from musubi_tuner.config.command_line import override_arguments, secret_environment, split_overrides
 from musubi_tuner.config.schema import HubSection, RunSection
 from musubi_tuner.errors import ConfigError, run_command
 from musubi_tuner.runner.command import Runner, fresh_folder, list_run_files, main
@@ -262,7 +262,9 @@ def test_all_overrides_reach_a_child_in_order() -> None:
     assert overrides == given and list(overrides)[1:] == [key for key in given if key != "hub.token"]
 
 
-@pytest.mark.parametrize("key", sorted({"hub.token", "huggingface_token"} | secret_keys()))
+@pytest.mark.parametrize(
+    "key", sorted({"hub.token", "huggingface_token", "steps.one.hub.token", "steps.v1.5.huggingface_token"})
+)
 def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of stages and of the processes that a launcher starts: everybody may list the arguments of processes."""
     started: list[tuple[Any, Any]] = []
@@ -275,6 +277,7 @@ def test_a_secret_is_in_no_argument_of_a_child(key: str, tmp_path: Path, monkeyp
         path=Path("run.toml"),
         distributed=SimpleNamespace(num_processes=2, main_process_port=29500),
         run=RunSection(name="x", output_dir="o", device="cpu"),
+        memory=SimpleNamespace(blocks_to_swap="auto"),
     )
     runner = Runner(config, Namespace(), {key: "hf_SECRETSECRET", "run.seed": 5})
     runner._stage(["-m", "musubi_tuner.caching", "text"])

@@ -56,3 +56,17 @@ def test_a_state_goes_on() -> None:
     third = UntilMetric(Until("loss/main", 0.5, patience=3))
     third.load_state(second.state())
     assert third.reason == second.reason
+
+
+def test_a_metric_that_no_line_has_is_said_once() -> None:
+    metric = UntilMetric(Until("loss/mian", 1.0))
+    said = []
+    for _ in range(2 * WINDOW):
+        metric.add({"loss/main": 0.0}, 9)
+        said.append(metric.warning)
+    assert [bool(text) for text in said] == [line == WINDOW - 1 for line in range(2 * WINDOW)]
+    assert "none of the first 20 log lines has 'loss/mian'" in said[WINDOW - 1] and "'loss/main'" in said[WINDOW - 1]
+    validated = UntilMetric(Until("loss/val", 1.0))
+    for _ in range(2 * WINDOW):
+        validated.add({"loss/main": 0.0}, 9)
+        assert not validated.warning

@@ -246,7 +246,7 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
     if config.model.t5_attn_mask and "t5_mask" not in shapes:
         raise ConfigError(
             "model.t5_attn_mask is true, but text caches hold no t5_mask (those of the published trainer have none); set it to "
-            f"false, or make them again: python -m musubi_tuner.caching text {config.path}"
+            f"false, or make them again: python -m musubi_tuner.caching text {config.words}"
         )
     expected = {
         "t5_vec": ("joint_attention_dim", "model.t5_path"),
