@@ -56,7 +56,7 @@ def fit_to_device(
         config: its ``blocks_to_swap`` is a number. processes: that train on this machine.
 
     Returns:
-        What trains, the model or the adapters on it; the swap of its blocks, if there is one; lines for the person.
+        The module that trains (the model, or its adapters), the swap of its blocks if there is one, and lines to print.
 
     Raises:
         CheckpointError, ConfigError: see `attach_adapters` and `memory.compose_memory`.

@@ -176,7 +176,7 @@ class Family(Protocol):
         """Load or create the model of a run, in main memory.
 
         Args:
-            storing: what happens to its weights meanwhile.
+            storing: how its weights are converted as they are read.
 
         Raises:
             CheckpointError: if the checkpoint holds another model.

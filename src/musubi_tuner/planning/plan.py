@@ -148,7 +148,7 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
         return []
     warning = f"warning: the learning rate jumps: {jump}, because"
     if jump.end == jump.former_end:
-        return [f"{warning} scheduler.min_lr is another now"]
+        return [f"{warning} scheduler.min_lr has changed"]
     floor = config.scheduler.min_lr
     zero = "" if floor else "; at 0 nothing is learned, so set scheduler.min_lr too"
     return [
@@ -159,11 +159,11 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
 
 
 LITTLE_START = 0.1
-"""Share of its start in an average above which the plan warns."""
+"""Share of the initial weights in an average above which the plan warns."""
 
 
 def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
-    """How the weights are averaged, and how much of its start is left in the average at the end."""
+    """How the weights are averaged, and how much of the initial weights is left in the average at the end."""
     if not config.ema.enabled:
         return []
     done = average_updates = 0
@@ -178,18 +178,18 @@ def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
     left = start_left(average_updates + max(0, total - done), average.decay, config.warms_average)
     why = ' (ema.warmup = "auto")' if average.warmup == "auto" else ""
     lines = [f"  average  decay {average.decay:g}, with{'' if config.warms_average else 'out'} warm-up{why}"]
-    share = f"{100 * left:.1f} % of it"
+    share = f"after {total} updates, {100 * left:.1f} % of the average"
     if left <= LITTLE_START:
-        return [f"{lines[0]}; {share} is the start after {total} updates"]
+        return [f"{lines[0]}; {share} is still the initial weights"]
     if plan.state is not None:
-        advice = "a run keeps its [ema]: sample.use_ema = false draws the trained weights, --fresh begins anew"
+        advice = "a run keeps its [ema]: sample.use_ema = false draws with the trained weights, --fresh starts anew"
     elif config.warms_average:
         advice = "lower ema.decay"
     elif average.init == "checkpoint":
         advice = 'lower ema.decay, or set ema.init = "model"'
     else:
         advice = "lower ema.decay or set ema.warmup = true"
-    return [*lines, f"warning: average: {share} would still be the start after {total} updates; {advice}"]
+    return [*lines, f"warning: average: {share} would still be the initial weights; {advice}"]
 
 
 def describe(config: RunConfig, plan: Plan, processes: int) -> str:

@@ -1,7 +1,7 @@
 """What makes a run the same run: its fixed settings, its data, the weights below its adapters; and what its last bits depend on.
 
-A state records all of them. A run that goes on from it must have the same settings, data and base; another environment is
-said, or refused under `run.strict`.
+A state records all of them. A run that continues from it must have the same settings, data and base. A changed environment is a
+warning, or an error under `run.strict`.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Writing the checkpoints of a run: weights, averages and state under one stem, and their names in the list.
 
-What is not listed is made again. Used by the main rank only.
+A checkpoint counts once it is listed. Used by the main rank only.
 """
 
 import json

@@ -60,18 +60,24 @@ def planned(config: RunConfig, total: int = 200) -> str:
 
 # The average
 
-MUCH = "warning: average: 98.0 % of it would still be the start after 200 updates; "
+MUCH = "warning: average: after 200 updates, 98.0 % of the average would still be the initial weights; "
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, '  average  decay 0.9999, with warm-up (ema.warmup = "auto"); 0.0 % of it is the start after 200 updates'),
+        (
+            {},
+            '  average  decay 0.9999, with warm-up (ema.warmup = "auto"); after 200 updates, 0.0 % of the average is still the initial weights',
+        ),
         ({"ema": {"warmup": False}}, MUCH + "lower ema.decay or set ema.warmup = true"),
         ({"ema": {"init": "checkpoint"}}, MUCH + 'lower ema.decay, or set ema.init = "model"'),
         ({"model": SCRATCH}, MUCH + "lower ema.decay or set ema.warmup = true"),
         ({"model": SCRATCH, "ema": {"decay": 0.98}}, "  average  decay 0.98, without warm-up (ema.warmup = "),
-        ({"model": SCRATCH, "ema": {"decay": 0.98}}, "; 1.8 % of it is the start after 200 updates"),
+        (
+            {"model": SCRATCH, "ema": {"decay": 0.98}},
+            "; after 200 updates, 1.8 % of the average is still the initial weights",
+        ),
     ],
 )
 def test_the_plan_says_how_much_of_the_start_is_left_in_the_average(
@@ -99,7 +105,7 @@ def test_updates_that_the_average_has_seen_count_and_not_those_of_the_run(load: 
     """An imported state without an average: it begins at step 150, so only 50 updates move it."""
     config = load(ema={"decay": 0.99})
     leave_state(config, 150, {"ema.warmup": False}, ema_updates=0)
-    assert f"{100 * 0.99**50:.1f} % of it would still be the start after 200 updates" in planned(config)
+    assert f"{100 * 0.99**50:.1f} % of the average would still be the initial weights" in planned(config)
 
 
 # The learning rate
@@ -150,4 +156,4 @@ def test_a_smallest_rate_that_was_changed_is_a_jump(load: Load) -> None:
     leave_state(config, 100, schedule_end=100)
     text = planned(config)
     assert "the learning rate jumps: 2.47e-07 at update 100, 0.0005 at update 101" in text
-    assert "because scheduler.min_lr is another now" in text and "keeps the old curve" not in text
+    assert "because scheduler.min_lr has changed" in text and "keeps the old curve" not in text
