@@ -570,16 +570,16 @@ def text_of(error: Result, code: int = 2) -> str:
         ({"objective": {"timestep_sampling": "flux_shfit"}}, ["Did you mean 'flux_shift'?"]),
         (
             {"objective": {"timestep_sampling": "logit_normal"}},
-            ["objective.timestep_sampling: is 'logit_normal', which FLUX.1-dev does not know"],
+            ["objective.timestep_sampling: is 'logit_normal', expected one of sigma, uniform"],
         ),
         (
             {"objective": {"text_dropout": 0.1, "lune_weight": 1.0}},
             [
-                "objective.text_dropout: does not apply to FLUX.1-dev",
-                "objective.lune_weight: does not apply to FLUX.1-dev",
+                "objective.text_dropout: FLUX.1 is distilled for its embedded guidance",
+                "objective.lune_weight: is a setting of TinyFlux-Deep; FLUX.1-dev has none like it",
             ],
         ),
-        ({"experts": {"unet": "x"}}, ["experts.unet: does not apply to FLUX.1-dev: it has no teachers"]),
+        ({"experts": {"unet": "x"}}, ["experts.unet: FLUX.1 has no teachers"]),
         ({"adapter": {"only": ["single_blocks.*["]}}, ["adapter.only: 'single_blocks.*[' is not a regular expression"]),
         ({"adapter": {"merge": ["no.safetensors"]}}, ["adapter.merge: no.safetensors: no such file or folder"]),
         ({"adapter": {"rank_from_weights": True}}, ["adapter.rank_from_weights: needs adapter.init_from"]),

@@ -76,8 +76,8 @@ def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[...
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a cat --fs 3", "--fs does not apply to TinyFlux-Deep: it samples with objective.shift"),
-        ("a cat --l 4", "--l does not apply to TinyFlux-Deep: its classifier-free guidance is sample.guidance"),
+        ("a cat --fs 3", "--fs has no effect: TinyFlux draws with objective.shift"),
+        ("a cat --l 4", "--l has no effect: TinyFlux's classifier-free guidance is sample.guidance"),
         ("a cat --m 0.5", "--m sets the strength of an adapter, and there is none"),
     ],
 )

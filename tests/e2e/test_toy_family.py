@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def test_the_trainer_trains_a_family_it_has_never_seen(
     tables = run_tables(tmp_path, photographs, encoders)
     for name in ("experts", "objective"):
         del tables[name]
+    del tables["cache"]["experts_batch_size"]
     model = {key: tables["model"][key] for key in ("vae_path", "clip_path", "t5_path", "t5_max_tokens")}
     tables["model"] = {"arch": "toy", "init": "scratch", "geometry": {"width": 16}, **model}
     tables["sample"] = {"prompts": ["a cat"], "every_steps": 20, "steps": 2}
@@ -135,20 +137,30 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
     package: Path, photographs: Path, tmp_path: Path, python: Callable[..., Result]
 ) -> None:
     """And two processes train what one trains with twice the accumulation."""
-    whole = gan_run(tmp_path / "whole", photographs)
+    own = {"optimizer": {"lr": 5e-3}, "ema": {"enabled": False}, "max_grad_norm": 0.5}
+    roles = {"discriminator": own}
+    whole = gan_run(tmp_path / "whole", photographs, roles=roles)
     python(REPOSITORY / "train.py", whole, PYTHONPATH=str(package)).expect(0)
     rows = metrics(whole.parent / "out")
     assert rows[-1]["loss/recon"] < rows[0]["loss/recon"]
     assert {"train/lr_vae", "train/lr_discriminator", "train/grad_norm_vae"} <= set(rows[0])
     assert not (whole.parent / "cache").exists()
 
-    killed = gan_run(tmp_path / "killed", photographs)
+    assert (rows[0]["train/lr_vae"], rows[0]["train/lr_discriminator"]) == (1e-2, 5e-3)
+    resolved = tomllib.loads((whole.parent / "out" / "photos.config.toml").read_text(encoding="utf-8"))
+    assert resolved["roles"] == {"freeze": [], "discriminator": own}
+    killed = gan_run(tmp_path / "killed", photographs, roles=roles)
     python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package), MUSUBI_FAULT="train.phase:4").expect(-9)
     again = python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package)).expect(0)
     assert "continuing from photos-step00000002-state: step 2 of 6" in again.out
     assert differing(final_files(killed.parent / "out"), final_files(whole.parent / "out")) == []
 
-    two = gan_run(tmp_path / "two", photographs, train={"grad_accum_steps": 1}, distributed={"num_processes": 2})
+    changed = python(REPOSITORY / "train.py", killed, "--set", "roles.vae.optimizer.lr=0.1", PYTHONPATH=str(package))
+    assert "roles.vae.optimizer.lr was 0.01, now 0.1" in changed.expect(2).err
+
+    two = gan_run(
+        tmp_path / "two", photographs, roles=roles, train={"grad_accum_steps": 1}, distributed={"num_processes": 2}
+    )
     python(REPOSITORY / "train.py", two, PYTHONPATH=str(package)).expect(0)
     ours, theirs = (load_file(path.parent / "out" / "photos.safetensors") for path in (two, whole))
     assert ours.keys() == theirs.keys()
@@ -156,9 +168,29 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
         assert (ours[key] - tensor).abs().max() <= 1e-5, key
 
 
+def test_settings_of_roles_are_checked_like_those_of_the_run(
+    package: Path, photographs: Path, tmp_path: Path, python: Callable[..., Result]
+) -> None:
+    def refused(*words: str, **roles: Any) -> str:
+        path = gan_run(
+            tmp_path / str(len(list(tmp_path.iterdir()))), photographs, roles=roles, validation={"split": 0.2}
+        )
+        return python(REPOSITORY / "train.py", path, "--plan", *words, PYTHONPATH=str(package)).expect(2).err
+
+    text = refused(vae={"optimizer": {"lrr": 1.0, "lr": "x"}}, discriminator={"ema": {"decay": 2.0}})
+    assert "roles.vae.optimizer.lrr: unknown key. Did you mean 'lr'?" in text
+    assert "roles.vae.optimizer.lr: is 'x', expected a number" in text
+    assert "roles.discriminator.ema.decay: is 2.0, expected" in text
+    text = refused("--set", "roles.vae.scheduler.min_lr=0.5", freeze=["vae", "discriminator"])
+    assert "roles.vae.scheduler.min_lr: is 0.5, above optimizer.lr = 0.01" in text
+    assert "roles.freeze: names all roles" in text
+    assert "validation.split: acts on a denoiser" in text
+    assert "roles.freeze" in refused(freeze=["critic"])
+
+
 def test_the_document_quotes_the_family_that_is_tested() -> None:
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     quoted = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     files = [path.read_text(encoding="utf-8") for path in Path(__file__).with_name("toy_family").glob("*.py")]
-    assert len(quoted) == 8
+    assert len(quoted) == 9
     assert [block for block in quoted if not any(block in file for file in files)] == []

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.flow import guide, solve, unpack_pixels
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess
 from musubi_tuner.models.tinyflux.process import TeacherSettings
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 from musubi_tuner.training.ema import EMA
 
 DATA = Path(__file__).parent / "data"
@@ -78,7 +78,7 @@ def model(golden: dict[str, Tensor]) -> TinyFluxDeep:
 
 @pytest.fixture(scope="module")
 def process(settings: dict[str, Any]) -> TinyFluxProcess:
-    return TinyFluxProcess(ObjectiveSection(shift=settings["shift"]), TeacherSettings(False, False, "sum"))
+    return TinyFluxProcess(TinyFluxObjective(shift=settings["shift"]), TeacherSettings(False, False, "sum"))
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.encoders.teachers import geometric_sol
 from musubi_tuner.flow import (
     MaskSettings,
@@ -44,6 +43,7 @@ from musubi_tuner.flow import (
 )
 from musubi_tuner.flow.timesteps import TIME_MARGIN
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess, sol_loss
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 
 FILE = Path(__file__).parent / "data" / "tinyflux_flow.safetensors"
 Golden = dict[str, Tensor]
@@ -81,7 +81,7 @@ def flow_inputs(golden: Golden) -> tuple[Tensor, Tensor, Tensor]:
 def process(
     lune: bool = False, sol: bool = False, masks: MaskSettings | None = None, **settings: Any
 ) -> TinyFluxProcess:
-    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(lune, sol, "sum"), masks=masks)
+    return TinyFluxProcess(TinyFluxObjective(**settings), TeacherSettings(lune, sol, "sum"), masks=masks)
 
 
 def on_grid(tokens: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class AdapterFile:
         Raises:
             ConfigError: naming the setting to change.
         """
-        if self.hides_padding and not config.model.t5_attn_mask:
+        if self.hides_padding and not config.get("model.t5_attn_mask"):
             raise ConfigError(f"{key}: {self.path} was trained with padding hidden; set model.t5_attn_mask to true")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from musubi_tuner.caching.job import JobOptions, parse_shard
 from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import load_config
-from musubi_tuner.config.command_line import Parser, settings_help, split_overrides
+from musubi_tuner.config.command_line import Parser, family_of, settings_help, split_overrides
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.parent import join_parent
@@ -32,7 +32,7 @@ def main(kind: str, arguments: Sequence[str] | None = None, *, architecture: str
 def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     parser = Parser(
         description=f"{_SUBJECT[kind]} Files that are up to date are left alone; an interrupted job continues.",
-        epilog="settings of the run file, also as options:\n" + settings_help(),
+        epilog="settings of the run file, also as options:\n" + settings_help(family_of(arguments)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="run file (TOML)")

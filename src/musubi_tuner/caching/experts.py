@@ -84,7 +84,7 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
     experts = ExpertsJob(config, family)
     job = Job(
         "experts",
-        config.cache.experts_batch_size,
+        config.get("cache.experts_batch_size"),
         True,
         experts.open if experts.names else experts.open_geometric,
         experts.read if experts.sees_image else None,
@@ -105,14 +105,14 @@ class ExpertsJob:
     def __init__(self, config: RunConfig, family: dict[str, Any]) -> None:
         self.config, self.family = config, family
         self.names = config.experts.extracted
-        self.apart = len(self.names) == 2 and config.experts.lune != config.experts.sol
+        self.apart = len(self.names) == 2 and config.sd15.lune != config.sd15.sol
         self.sees_image = bool(self.names) and family["expert_input"] == "noised_image"
-        if self.sees_image and config.experts.vae is None:
+        if self.sees_image and config.sd15.vae is None:
             raise ConfigError(
                 'experts.vae: is needed, because the checkpoint was trained with expert_input = "noised_image"; give the SD1.5 '
                 'autoencoder, or set expert_input = "random"'
             )
-        self.t_T = time_buckets(config.experts.time_buckets)
+        self.t_T = time_buckets(config.sd15.time_buckets)
         self.stored = storage_dtype(config, "float32")
 
     @cached_property
@@ -123,16 +123,16 @@ class ExpertsJob:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Precision of CLIP and the teachers."""
-        return encoder_dtype(self.config.experts.dtype, self.device, gpu="float16")
+        return encoder_dtype(self.config.sd15.dtype, self.device, gpu="float16")
 
     def metadata(self, item: Item) -> dict[str, str]:
         """Header entries of an item."""
-        seed = str(self.config.experts.seed)
+        seed = str(self.config.sd15.seed)
         return {**caption_metadata(item), "time_convention": "data_at_1", "seed": seed}
 
     def read(self, item: Item) -> Tensor:
         """The item's image at the size that the teachers see, [3, H, W] in [-1, 1]."""
-        rows, columns = teacher_grid(item, self.config.experts.resolution, keep_aspect=True)
+        rows, columns = teacher_grid(item, self.config.sd15.resolution, keep_aspect=True)
         put = squash if item.squashed else place
         image = resize_crop(open_image(item.path, item.background), put(item.size, (columns * 8, rows * 8)))
         return torch.from_numpy(to_array(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -184,7 +184,7 @@ class ExpertsJob:
             for number, rows in _by_caption(items):
                 text = clip.encode([items[row].captions[number] for row in rows])
                 self._add_features(found, names, teacher, items, number, rows, images, text.states)
-                if self.config.experts.sol_source == "geometric":
+                if self.config.sd15.sol_source == "geometric":
                     self._add_geometric(found, number, rows)
                 if self.apart:
                     # CLIP computes in the teachers' precision, so nothing is lost.
@@ -241,7 +241,7 @@ class ExpertsJob:
             found: of all items. rows: which of them have the caption. images: latents of all items, if they are seen.
             states: of the captions, one per row.
         """
-        experts, some, times = self.config.experts, [items[row] for row in rows], len(self.t_T)
+        experts, some, times = self.config.sd15, [items[row] for row in rows], len(self.t_T)
         grid = teacher_grid(some[0], experts.resolution, keep_aspect=images is not None)
         pictures = noise_of(some, number, times, experts.seed, grid)
         if images is not None:

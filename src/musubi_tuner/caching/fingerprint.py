@@ -131,7 +131,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
     full = config.cache.verify == "full"
     shared.update({role: identity(path, full=full) for role, path in paths.items() if path is not None})
     shared.update(_tokenizers(config, paths))
-    cache, experts = config.cache, config.experts
+    cache = config.cache
     shared["storage"] = cache.dtype
     if kind == "latents":
         shared |= {
@@ -150,6 +150,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
             "clip_act": config.model.clip_act,
         }
     else:
+        experts = config.sd15
         shared |= {
             "lune_enabled": experts.enable_lune,
             "sol_enabled": experts.enable_sol,
@@ -165,7 +166,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
                 "precision": experts.dtype,
                 "text_padding": "visible",
             }
-    needed = ("t5_mask",) if kind == "text" and config.model.t5_attn_mask else ()
+    needed = ("t5_mask",) if kind == "text" and config.get("model.t5_attn_mask") else ()
     return Expectation(kind, shared, own, complete, needed)
 
 

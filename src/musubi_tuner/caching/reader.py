@@ -40,7 +40,7 @@ class CachedDataset:
         self._check_times(config.spec.expert_keys)
         self._check_sizes(config.spec.vae_factor, config.spec.latent_channels, masked=config.train.masked_loss)
         self._check_captions()
-        if config.objective.missing_teacher == "zeros":
+        if config.get("objective.missing_teacher") == "zeros":
             self._fill_in_zeros()
 
     def _leave_out_teachers(self, config: RunConfig) -> None:

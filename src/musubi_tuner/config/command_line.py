@@ -12,6 +12,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ import tomli_w
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.load import parse_value
+from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
 
 
 def format_default(parameter: Parameter) -> str:
     """Default of a setting as TOML, or a word."""
     if parameter.required:
         return "required"
-    value = parameter.field.get_default(call_default_factory=True)
+    return format_value(parameter.field.get_default(call_default_factory=True))
+
+
+def format_value(value: Any) -> str:
+    """A value as TOML, or a word."""
     if value is None:
         return "absent"
     if isinstance(value, bool):
@@ -37,27 +44,52 @@ def format_default(parameter: Parameter) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def family_defaults(parameter: Parameter) -> str:
-    """The default of a setting, and those of the families that have their own."""
-    own = {code: MODELS[code].defaults.get(parameter.key) for code in MODELS}
-    return format_default(parameter) + "".join(f"; {code}: {value}" for code, value in own.items() if value is not None)
+def type_and_default(parameter: Parameter, spec: ModelSpec | None = None) -> tuple[str, str]:
+    """Type and default of a setting in a family; or in all, behind the code of each where they differ or not all have it."""
+    types, defaults = {}, {}
+    for code in [spec.code] if spec else MODELS:
+        for own in parameters(MODELS[code]):
+            if own.key == parameter.key:
+                value = MODELS[code].defaults.get(own.key)
+                types[code] = own.type_name
+                defaults[code] = format_default(own) if value is None else format_value(value)
+    shared = len(set(defaults.values())) == 1 and len(defaults) == (1 if spec else len(MODELS))
+    each = ["; ".join(f"{code}: {fact}" for code, fact in facts.items()) for facts in (types, defaults)]
+    kind = parameter.type_name if len(set(types.values())) == 1 else each[0]
+    return kind, next(iter(defaults.values())) if shared else each[1]
 
 
-def settings_help() -> str:
-    """All settings by table: flag, type, defaults and sentence."""
+def family_of(words: Sequence[str]) -> ModelSpec | None:
+    """Family of the run file among the words of a command, whose settings its help shows; None if there is none."""
+    for word in words:
+        with suppress(ConfigError, KeyError, TypeError):
+            if word.endswith(".toml"):
+                return MODELS[read_toml(Path(word))["model"]["arch"]]
+    return None
+
+
+def settings_help(spec: ModelSpec | None = None) -> str:
+    """All settings by table: flag, type, defaults and sentence; of one family, or of all."""
     by_key: dict[str, list[str]] = {}
     for name, parameter in flat_names().items():
         by_key.setdefault(parameter.key, []).append(f"--{name}")
     lines = []
     section = None
-    for parameter in parameters():
+    for parameter in parameters(spec):
         if parameter.section != section:
             section = parameter.section
-            lines.append(f"\n[{section}]  {section_classes()[section].__doc__}" if section else "\ntop level")
+            lines.append(f"\n[{section}]  {table_doc(section, spec)}" if section else "\ntop level")
         flags = ", ".join(by_key.get(parameter.key, [f"--set {parameter.key}=..."]))
-        lines.append(f"  {parameter.name}  ({parameter.type_name}; default {family_defaults(parameter)})  {flags}")
+        kind, default = type_and_default(parameter, spec)
+        lines.append(f"  {parameter.name}  ({kind}; default {default})  {flags}")
         lines.append(f"      {parameter.help}")
     return "\n".join(lines)
+
+
+def table_doc(section: str, spec: ModelSpec | None = None) -> str:
+    """What a table is for: in a family, or in the first that has settings in it."""
+    classes = [section_classes(each)[section] for each in ([spec] if spec else map(MODELS.__getitem__, MODELS))]
+    return next((cls.__doc__ for cls in classes if cls.model_fields), None) or ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +198,7 @@ def _value(option: str, rest: list[str]) -> str:
 
 
 def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
-    if key.startswith("steps."):  # a name may have dots
+    if key.startswith(("steps.", "roles.")):  # a setting, behind the name of a step or a role
         parts = key.split(".")
         key = next((end for n in range(2, len(parts)) if (end := ".".join(parts[n:])) in keys), key)
     if key in keys:

@@ -72,7 +72,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is list:
         item = get_args(annotation)[0]
         return "list of " + ("tables" if isinstance(item, type) and issubclass(item, Section) else _type_name(item))
-    if get_origin(annotation) is dict:
+    if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
         return "table"
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if parts:

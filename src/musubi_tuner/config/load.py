@@ -8,6 +8,7 @@ import copy
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -17,7 +18,6 @@ from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_dat
 from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
 from musubi_tuner.config.fields import Parameter, Section
 from musubi_tuner.config.importers import import_musubi, looks_flat
-from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
     TABLE,
@@ -32,7 +32,7 @@ from musubi_tuner.config.pipeline import (
 )
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
-from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.config.run_config import ROLE_TABLES, RunConfig, config_class, lay
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, RESERVED
@@ -134,7 +134,8 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
         config._tables, config._origins, config._step, config._steps = tables, origins, step, steps
-        problems += validate(config)
+        wrong = _role_problems(config, spec)
+        problems += wrong or validate(config)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
         raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
@@ -188,11 +189,11 @@ def _choose_step(
     laid = copy.deepcopy(document)
     plain = {known[key].key if key in known else key: value for key, value in overrides.items()}
     for key, value in plain.items():
-        if key in known or key.startswith(_GEOMETRY):
+        if key in known or _table_of(key) in known:
             put(laid, key, value)
     document = document_of(laid, step)
     for key, value in list(plain.items()):
-        if _get(document, key) != value and (key in known or key.startswith(_GEOMETRY)):
+        if _get(document, key) != value and (key in known or _table_of(key) in known):
             del plain[key]
             if _get(step.own, key) is not None:
                 text = f"step {step.name} sets this itself; to change it there: --set {TABLE}.{step.name}.{key}=..."
@@ -200,6 +201,11 @@ def _choose_step(
     prefix = f"{TABLE}.{step.name}."
     own = {known[key].key: value for option, value in taken.items() if (key := option.removeprefix(prefix)) in known}
     return document, {**plain, **own}, step, steps
+
+
+def _table_of(key: str) -> str:
+    """The setting that is a table, of a key inside it, such as ``model.geometry.width`` or ``roles.vae.optimizer.lr``."""
+    return ".".join(key.split(".")[:2]) if key.startswith((_GEOMETRY, "roles.")) else ""
 
 
 _GEOMETRY = "model.geometry."
@@ -254,7 +260,7 @@ def _collect(
     values: dict[str, Any] = {}
     for key, value in document.items():
         if key in section_classes() and isinstance(value, dict):
-            values[key] = dict(value)
+            values[key] = copy.deepcopy(value)
             origins.update({f"{key}.{name}": "file" for name in value})
         else:
             values[key] = value
@@ -265,20 +271,14 @@ def _collect(
     for key, value in overrides.items():
         parameter = known.get(key) or flat.get(key)
         if parameter is None:
-            if not key.startswith(_GEOMETRY):
-                if not any(key.rpartition(".")[2] in names for names in _foreign_keys()):
-                    names = [*known, *flat]
-                    reason = NOT_BUILT.get(key.rpartition(".")[2], f"unknown key.{did_you_mean(key, names)}")
-                    problems.append(Diagnostic("error", key, reason))
-                else:
-                    overridden[key] = value
-                continue
-            model = values.setdefault("model", {})
-            geometry = model.setdefault("geometry", {}) if isinstance(model, dict) else None
-            if isinstance(geometry, dict):
-                geometry = model["geometry"] = dict(geometry)
-                geometry[key.removeprefix(_GEOMETRY)] = value
-            origins["model.geometry"] = "cli"
+            if _table_of(key) in known:
+                put(values, key, value)
+                origins[_table_of(key)] = "cli"
+            elif any(key.rpartition(".")[2] in names for names in _foreign_keys()):
+                overridden[key] = value
+            else:
+                reason = NOT_BUILT.get(key.rpartition(".")[2], f"unknown key.{did_you_mean(key, [*known, *flat])}")
+                problems.append(Diagnostic("error", key, reason))
             continue
         target = values
         if parameter.section:
@@ -333,15 +333,28 @@ def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, 
 def _validate(
     values: dict[str, Any], origins: dict[str, str], spec: ModelSpec | None, problems: list[Diagnostic]
 ) -> RunConfig | None:
+    """The config; without its unknown keys where nothing else is wrong, so that the rules find what else there is."""
+    model = config_class(spec.code) if spec else RunConfig
     try:
-        config = RunConfig.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
+        known = {parameter.key for parameter in parameters()}
+        found = error.errors(include_url=False)
+        unknown = [tuple(map(str, item["loc"])) for item in found if item["type"] == "extra_forbidden"]
+        for item in found:
+            if spec is None and item["type"] == "extra_forbidden" and ".".join(map(str, item["loc"])) in known:
+                continue  # of a family, and which one it is is not known
             problem = _explain(item, spec)
             if problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
                 problems.append(problem)
-        return None
-    for parameter in parameters():
+        if spec is None or len(unknown) < len(found) or max(map(len, unknown)) > 2:
+            return None
+        values = copy.deepcopy(values)
+        for *tables, name in unknown:
+            del (values[tables[0]] if tables else values)[name]
+            origins.pop(".".join([*tables, name]), None)
+        config = model.model_validate(values)
+    for parameter in parameters(spec):
         origins.setdefault(parameter.key, "default")
     return config
 
@@ -357,7 +370,7 @@ def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Dia
         for key in ONE_WAY if key in dataset.experts
     ]  # fmt: skip
     try:
-        ExpertsSection.model_validate(dict(dataset.experts))
+        section_classes(spec)["experts"].model_validate(dict(dataset.experts))
     except ValidationError as error:
         for item in error.errors(include_url=False):
             problem = _explain({**item, "loc": ("experts", *item["loc"])}, spec)
@@ -366,10 +379,24 @@ def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Dia
     return replace(dataset, experts={}) if found else dataset
 
 
+def _role_problems(config: RunConfig, spec: ModelSpec) -> list[Diagnostic]:
+    """Unknown keys and wrong values in the tables of roles."""
+    found = []
+    for name, table in product(spec.task(config).roles, ROLE_TABLES):
+        own = getattr(getattr(config.roles, name, None), table, {})
+        try:
+            lay(getattr(config, table), own)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                problem = _explain({**item, "loc": (table, *item["loc"])}, spec)
+                found.append(replace(problem, key=f"roles.{name}.{problem.key}"))
+    return found
+
+
 def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
     """One pydantic finding in our words."""
     location = [str(part) for part in item["loc"] if not str(part).startswith(("list[", "function-"))]
-    by_key = {parameter.key: parameter for parameter in parameters()}
+    by_key = {parameter.key: parameter for parameter in parameters(spec)}
     key = ".".join(location[:2])
     parameter = by_key.get(key)
     if item["type"] == "missing" and len(location) == 4:
@@ -389,9 +416,10 @@ def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
 
 
 def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str:
-    name = location[-1]
-    if spec and name in spec.foreign_keys:
-        return spec.foreign_keys[name](value)
+    name, key = location[-1], ".".join(location)
+    reason = spec.why_not(key, value) if spec else None
+    if reason:
+        return reason
     if name in NOT_BUILT:
         return NOT_BUILT[name]
     if name in SHARED_KEYS and name not in section_classes().get(location[0], Section).model_fields:
@@ -401,13 +429,16 @@ def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str
         kind = "table" if isinstance(value, dict) else "key"
         extra = f" It is written [{flat.section}] {flat.name}." if (flat := flat_names().get(name)) else ""
         return f"unknown {kind}.{did_you_mean(name, tables)}{extra}"
-    own = [parameter.name for parameter in parameters() if parameter.section == location[0]]
+    owners = [each.title for each in map(MODELS.__getitem__, MODELS) if key in {p.key for p in parameters(each)}]
+    if spec and owners:
+        return f"is a setting of {' and '.join(owners)}; {spec.title} has none like it"
+    own = [parameter.name for parameter in parameters(spec) if parameter.section == location[0]]
     hint = did_you_mean(name, own)
     flat = flat_names().get(name)
     if flat and not hint:
         hint = f" It is written [{flat.section}] {flat.name}."
     if not hint:
-        elsewhere = [p.key for p in parameters() if p.name == name]
+        elsewhere = [p.key for p in parameters(spec) if p.name == name]
         hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(name, flat_names())
     return f"unknown key.{hint}"
 

@@ -1,13 +1,14 @@
-"""What is trained: the tables [model], [experts], [adapter] and [objective]."""
+"""What is trained: [adapter], and the parts from which families build their [model], [experts] and [objective].
+
+A family's own tables are classes in ``models/<family>/settings.py`` (see `ModelSpec.sections`). What a family does not have does not exist
+there. The framework itself reads `ModelSection`, `ExpertsSection` and `ObjectiveSection` only.
+"""
 
 from typing import Any, Literal
 
-from musubi_tuner.config.fields import AutoDtype, Section, param
+from pydantic import create_model
 
-TimestepSampling = Literal[
-    "logit_normal", "uniform", "sigma", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift",
-    "logsnr", "qinglong_flux", "qinglong_qwen", "ideogram4_shift",
-]  # fmt: skip
+from musubi_tuner.config.fields import AutoDtype, Section, param
 
 
 class ModelSection(Section):
@@ -24,41 +25,7 @@ class ModelSection(Section):
         flat=("dit",),
         path=True,
     )
-    weights: Literal["model", "ema"] = param("model", "Which weights of the checkpoint to start from.")
-    ema_file: str | None = param(
-        None,
-        "Exact name of the averaged weights, beside the checkpoint or in its repository, or a whole path: the run starts "
-        'from them, or its average does with ema.init = "checkpoint"; absent = the usual names.',
-    )
-    upgrade_neutral: bool = param(
-        True, "Parts that an older checkpoint lacks start so that it computes what it did, as far as they can."
-    )
     revision: str | None = param(None, "Branch, tag or commit of a hub id in model.path; absent = main.")
-    geometry: dict[str, Any] = param({}, "Shape of a new model: the fields of its config.json.")
-    init_scheme: Literal["reference", "adaln_zero"] = param(
-        "reference",
-        "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
-    )
-    rope_freqs: Literal["checkpoint", "exact"] = param(
-        "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
-    )
-    text_positions: Literal["zero", "index"] | None = param(
-        None,
-        "Position of text tokens in attention: none, as published, or their number; only a new model may choose; absent = as "
-        "in the checkpoint, and none in a new model.",
-    )
-    temperature_per_head: bool | None = param(
-        None,
-        "Give each attention head its own temperature of Sol instead of their mean; only a new model may choose; absent = as "
-        "in the checkpoint, and false in a new model.",
-    )
-    timestep_scale: float | None = param(
-        None,
-        "Factor of the time inside its embedding, 1 as published; more tells close times better apart; only a new model may "
-        "choose; absent = as in the checkpoint, and 1 in a new model.",
-        gt=0,
-        le=1e6,
-    )
     vae_path: str | None = param(None, "Autoencoder: a file, a folder or a hub id.", flat=("vae", "ae"), path=True)
     clip_path: str | None = param(
         None,
@@ -87,18 +54,48 @@ class ModelSection(Section):
     clip_act: Literal["quick_gelu", "gelu"] = param(
         "quick_gelu", "Activation of a CLIP-L file without config; gelu reproduces caches of musubi-tuner."
     )
-    keep_dtype: bool = param(
-        False, "Keep frozen weights in the precision of their file instead of that of the computation."
-    )
-    allow_schnell: bool = param(
-        False, "Train on a model without guidance embedding, whose distillation training undoes."
-    )
-    t5_attn_mask: bool = param(False, "Hide padding tokens from pooling and attention; the published model does not.")
     vae_dtype: AutoDtype = param("auto", "Precision of the autoencoder; auto = float32.")
     text_dtype: AutoDtype = param("auto", "Precision of the text encoders; auto = bfloat16 on a GPU, float32 on a CPU.")
 
 
+class NewModel(Section):
+    """The shape of a model that starts from random weights."""
+
+    geometry: dict[str, Any] = param({}, "Shape of a new model: the fields of its config.json.")
+
+
+class AveragedCheckpoint(Section):
+    """Which weights of a checkpoint that holds an average too."""
+
+    weights: Literal["model", "ema"] = param("model", "Which weights of the checkpoint to start from.")
+    ema_file: str | None = param(
+        None,
+        "Exact name of the averaged weights, beside the checkpoint or in its repository, or a whole path: the run starts "
+        'from them, or its average does with ema.init = "checkpoint"; absent = the usual names.',
+    )
+
+
+class HiddenPadding(Section):
+    """Whether the model sees the padding of its text."""
+
+    t5_attn_mask: bool = param(False, "Hide padding tokens from pooling and attention; the published model does not.")
+
+
 class ExpertsSection(Section):
+    """[experts] of a family without teachers: empty."""
+
+    @property
+    def extracted(self) -> list[str]:
+        """Names of the teachers that are run while caching."""
+        return []
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers that are on; their names begin those of their tensors."""
+        return ()
+
+
+class Sd15Teachers(ExpertsSection):
     """The SD1.5 teachers whose features are distilled, used while caching only; `experts` of a dataset says what differs."""
 
     enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
@@ -145,13 +142,13 @@ class ExpertsSection(Section):
 
     @property
     def extracted(self) -> list[str]:
-        """Names of the teachers that are run while caching."""
+        """See `ExpertsSection`; a Sol of geometry is computed, not extracted."""
         sol = self.enable_sol and self.sol_source == "extracted"
         return [name for name, runs in (("lune", self.enable_lune), ("sol", sol)) if runs]
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers that are on; their names begin those of their tensors."""
+        """See `ExpertsSection`."""
         return tuple(name for name, on in (("lune", self.enable_lune), ("sol", self.enable_sol)) if on)
 
 
@@ -234,30 +231,7 @@ class AdapterSection(Section):
 class ObjectiveSection(Section):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
-    timestep_sampling: TimestepSampling = param(
-        "logit_normal", "Density of the training times; each family knows some of these."
-    )
-    sigmoid_scale: float = param(1.0, "Spread of the normal under the sigmoid and shift densities.", gt=0, le=100)
-    discrete_flow_shift: float = param(
-        1.0, "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.", gt=0, le=100
-    )
-    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999)
-    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000)
-    preserve_distribution_shape: bool = param(
-        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
-    )
-    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = param(
-        "none",
-        "Loss weight by noise level; logit_normal and mode shape the draws of timestep_sampling = sigma instead.",
-    )
-    mode_scale: float = param(1.29, "Strength of weighting_scheme = mode.", ge=-10, le=10)
-    sigma_compat: Literal["exact", "upstream"] = param(
-        "exact", "upstream draws timestep_sampling = sigma as musubi-tuner does: without shift, range by table index."
-    )
-    timestep_offset: float = param(
-        0.0, "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.", ge=0, le=0.1
-    )
-    guidance_scale: float = param(1.0, "Embedded guidance while training.", ge=0, le=100)
+    timestep_stratified: bool = param(False, "Spread the times of one update evenly over the density.")
     ip_noise_gamma: float | None = param(
         None, "Input perturbation: extra noise of this strength that the model sees and need not predict; 0 = off.",
         ge=0, le=10,
@@ -266,61 +240,49 @@ class ObjectiveSection(Section):
         False, "Draw the strength between 0 and ip_noise_gamma, once per update."
     )
     ip_noise_per_sample: bool = param(False, "Draw that strength for every sample on its own.")
+
+
+class LogitNormal(Section):
+    """The normal under some densities of the training times."""
+
     logit_mean: float = param(0.0, "Mean of logit_normal and logsnr.", ge=-10, le=10)
     logit_std: float = param(1.0, "Standard deviation of logit_normal and logsnr.", gt=0, le=10)
-    shift: float = param(
-        3.0,
-        "Bends training and sampling times; above 1 towards the end the family states in docs.",
-        flat=("shift",),
-        gt=0,
-        le=100,
-    )
-    timestep_stratified: bool = param(False, "Spread the times of one update evenly over the density.")
+
+
+class ElementLoss(Section):
+    """The loss of one element."""
+
     loss: Literal["l2", "huber"] = param("l2", "Element-wise loss.", flat=("loss_type",))
     huber_delta: float = param(0.1, "Where huber turns from square to linear.", gt=0, le=10)
+
+
+class MinSnr(Section):
+    """The min-SNR weight of a loss."""
+
     min_snr_gamma: float | None = param(5.0, "Cap of the min-SNR weight; 0 = off.", ge=0, le=1000)
     min_snr_form: Literal["published", "x0", "vpred", "none"] = param(
         "published", "Formula of the min-SNR weight; see flow/weighting.py."
     )
-    precision: Literal["float32", "bfloat16"] = param(
-        "float32",
-        "Times, noise, noisy latents, targets and losses; bfloat16 rounds each, as published: times above 0.998 become 1.",
-    )
-    spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
-    text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
-    guidance_min: float = param(
-        1.0,
-        "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
-        ge=0,
-        le=100,
-    )
-    guidance_max: float = param(5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100)
-    guidance_dropout: float = param(
-        0.0,
-        "For models that embed guidance: share of samples trained without it; 0.1 in models before v4.2.",
-        ge=0,
-        le=1,
-    )
-    lune_weight: float = param(0.1, "Weight of the Lune distillation loss.", ge=0, le=100)
-    lune_warmup_steps: int = param(1000, "Updates until the Lune weight is reached.", ge=0)
-    lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
-        "cosine", "Distance between predicted and real Lune features."
-    )
-    lune_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1)
-    sol_weight: float = param(0.05, "Weight of the Sol distillation loss.", ge=0, le=100)
-    sol_stats_weight: float = param(1.0, "Share of the attention statistics in the Sol loss.", ge=0, le=100)
-    sol_spatial_weight: float = param(1.0, "Share of the attention map in the Sol loss.", ge=0, le=100)
-    sol_warmup_steps: int = param(2000, "Updates until the Sol weight is reached.", ge=0)
-    sol_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1)
-    teacher_dropout_mode: Literal["sample", "batch"] = param(
-        "sample", "One coin per sample, or one per micro-batch as published."
-    )
-    missing_teacher: Literal["predict", "zeros"] = param(
-        "predict",
-        "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
-        "to be learned, as published.",
-    )
-    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still pay the distillation loss.")
-    drop_experts_with_text: bool = param(
-        True, "Samples without text also lose the teacher features, which were made from the text."
-    )
+
+
+class RoleSection(Section):
+    """How one role moves: keys that lie over the tables of the same name."""
+
+    optimizer: dict[str, Any] = param({}, "Keys of [optimizer] that differ.")
+    scheduler: dict[str, Any] = param({}, "Keys of [scheduler] that differ.")
+    ema: dict[str, Any] = param({}, "Keys of [ema] that differ.")
+    max_grad_norm: float | None = param(None, "As train.max_grad_norm.", gt=0)
+
+
+class RolesSection(Section):
+    """[roles] of a family with one role: empty."""
+
+
+def roles_section(*names: str) -> type[RolesSection]:
+    """[roles] of a family whose modules train on their own, under these names."""
+    text = "Keys of [optimizer], [scheduler] and [ema], and max_grad_norm, that differ for this role."
+    tables: Any = {name: (RoleSection, param(RoleSection(), text)) for name in names}
+    kept = param([], "Roles that stay as they are.")
+    doc = "How each role moves: [roles.<role>.optimizer], .scheduler and .ema lie over the tables of the same name."
+    role: Any = Literal[names]
+    return create_model("RolesSection", __base__=RolesSection, __doc__=doc, freeze=(list[role], kept), **tables)

@@ -2,8 +2,8 @@
 
 import sys
 
-from musubi_tuner.config.command_line import family_defaults
-from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.config.command_line import table_doc, type_and_default
+from musubi_tuner.config.schema import flat_names, parameters
 
 
 def reference_page() -> str:
@@ -19,6 +19,7 @@ def reference_page() -> str:
         "Every setting is also reached by `--set table.key=value`. An absent optional value means off. Items are described in",
         "`[general]` and `[[datasets]]`, see `toml/tinyflux_dataset.toml`. `[accelerate]` is another name of `[distributed]`.",
         "A setting marked * may change between starts of one run; all others are refused with the list of differences.",
+        "Where families differ, a type or default stands behind the code of each family that has the setting.",
     ]
     section = None
     for parameter in parameters():
@@ -27,13 +28,13 @@ def reference_page() -> str:
             title = f"## [{section}]" if section else "## Top level"
             lines += ["", title, ""]
             if section:
-                lines += [section_classes()[section].__doc__ or "", ""]
+                lines += [table_doc(section), ""]
             lines += ["| key | type | default | option | meaning |", "|---|---|---|---|---|"]
-        default = family_defaults(parameter)
+        kind, default = type_and_default(parameter)
         star = "*" if parameter.extra("resume") == "free" else ""
         cells = [
             f"`{parameter.name}`{star}",
-            parameter.type_name,
+            kind,
             f"`{default}`" if default not in ("absent", "required") else default,
             " ".join(flags.get(parameter.key, [])),
             parameter.help,

@@ -2,13 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
-from musubi_tuner.config.model_sections import ExpertsSection
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_repository
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.pipeline import unfinished_step
@@ -26,15 +23,68 @@ def validate(config: RunConfig) -> list[Diagnostic]:
         *_adapter(config),
         *_memory(config),
         *_no_effect(config),
-        *_teachers(config),
         *_family(config),
         *_files(config),
         *_until(config),
+        *_roles(config),
     ]
 
 
 def _error(key: str, message: str) -> Diagnostic:
     return Diagnostic("error", key, message)
+
+
+def _movement(config: RunConfig, where: str) -> list[Diagnostic]:
+    """Rules of how weights move, of the run or of a role.
+
+    Args:
+        where: words before the key, such as ``roles.vae.``.
+    """
+    found: list[Diagnostic] = []
+    if config.train.max_steps is not None and config.scheduler.warmup_steps > config.train.max_steps:
+        found.append(
+            _error(
+                f"{where}scheduler.warmup_steps",
+                f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {config.train.max_steps}; "
+                "the learning rate would never be reached",
+            )
+        )
+    length = config.scheduler.total_steps
+    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
+        found.append(
+            _error(
+                f"{where}scheduler.total_steps",
+                f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
+            )
+        )
+    if config.scheduler.min_lr > config.optimizer.lr:
+        found.append(
+            _error(
+                f"{where}scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}"
+            )
+        )
+    for index, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            found.append(_error(f"{where}optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
+    return found
+
+
+def _roles(config: RunConfig) -> list[Diagnostic]:
+    """Rules of [roles]."""
+    roles, found = config.spec.task(config).roles, []
+    for key in config.set_keys():
+        table, _, name = key.partition(".")
+        if table == "roles" and name != "freeze" and name not in roles:
+            found.append(_error(key, f"is no role of this run, which trains {', '.join(roles)}"))
+    for name in config.frozen:
+        if name not in roles:
+            found.append(_error("roles.freeze", f"{name!r} is no role of this run, which trains {', '.join(roles)}"))
+    if set(roles) <= set(config.frozen):
+        found.append(_error("roles.freeze", "names all roles, and nothing would be trained"))
+    for name in roles if len(roles) > 1 else ():
+        common = {str(problem) for problem in _movement(config, f"roles.{name}.")}
+        found += [each for each in _movement(config.for_role(name), f"roles.{name}.") if str(each) not in common]
+    return found
 
 
 def _needs(config: RunConfig) -> list[Diagnostic]:
@@ -45,51 +95,15 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(_error("model.path", 'is required; or set init = "scratch" to train a new model'))
     if model.init == "scratch" and model.path is not None:
         found.append(_error("model.path", 'is set, but init = "scratch" starts from random weights; remove one'))
-    if model.init == "checkpoint" and model.geometry:
+    if model.init == "checkpoint" and config.get("model.geometry"):
         found.append(_error("model.geometry", 'is read from the checkpoint; remove the table, or set init = "scratch"'))
     if train.max_steps is None and train.max_epochs is None:
         found.append(_error("train.max_steps", "is missing, and max_epochs too; give one of them"))
-    if train.max_steps is not None and config.scheduler.warmup_steps > train.max_steps:
-        found.append(
-            _error(
-                "scheduler.warmup_steps",
-                f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {train.max_steps}; "
-                "the learning rate would never be reached",
-            )
-        )
-    length = config.scheduler.total_steps
-    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
-        found.append(
-            _error(
-                "scheduler.total_steps",
-                f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
-            )
-        )
-    if config.scheduler.min_lr > config.optimizer.lr:
-        found.append(
-            _error("scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}")
-        )
-    for index, beta in enumerate(config.optimizer.betas):
-        if not 0 <= beta < 1:
-            found.append(_error("optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
-    if objective.min_timestep >= objective.max_timestep:
-        found.append(
-            _error(
-                "objective.min_timestep",
-                f"is {objective.min_timestep}, not below max_timestep = {objective.max_timestep}",
-            )
-        )
+    found += _movement(config, "")
     if objective.ip_noise_gamma is not None and objective.ip_noise_gamma > 0.5:
         found.append(
             Diagnostic("warning", "objective.ip_noise_gamma", f"is {objective.ip_noise_gamma}; 0.1 to 0.3 is usual")
         )
-    places = {"experts": config.experts} | {
-        f"{own.name}.experts": config.experts_of(own) for own in config.datasets if own.experts
-    }
-    for place, experts in places.items():
-        times = experts.times_per_forward
-        if isinstance(times, int) and times < 1:
-            found.append(_error(f"{place}.times_per_forward", f'is {times}, expected 1 or more, or "auto"'))
     if train.mixed_precision == "fp16" and config.run.device == "cpu":
         found.append(_error("train.mixed_precision", '"fp16" needs a GPU; use "bf16" or "no" on a CPU'))
     if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
@@ -334,7 +348,7 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
                 _error("memory.attention", f'"{memory.attention}" computes on GPUs only, and run.device is "{config.run.device}"; '
                        'use "sdpa"')
             )  # fmt: skip
-        if config.model.t5_attn_mask:
+        if config.get("model.t5_attn_mask"):
             found.append(
                 _error(
                     "memory.attention",
@@ -382,16 +396,13 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
 
 def _no_effect(config: RunConfig) -> list[Diagnostic]:
     """Settings that a person wrote and that cannot act."""
-    distils = config.experts.enable_lune and config.adapter.type == "none"
-    huber = config.objective.loss == "huber" or (config.objective.lune_mode == "huber" and distils)
+    distils = "lune" in config.experts.teachers and config.adapter.type == "none"
+    huber = config.get("objective.loss") == "huber" or (config.get("objective.lune_mode") == "huber" and distils)
+    snr_gamma, snr_form = config.get("objective.min_snr_gamma"), config.get("objective.min_snr_form")
     nothing = "nothing is saved on the way"
     no_steps = "save.every_steps is off" if config.save.every_epochs else nothing
     no_epochs = "save.every_epochs is off" if config.save.every_steps else nothing
-    teacher_keys = (
-        "expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype", "times_per_forward",
-    )  # fmt: skip
-    distilling = ("objective.teacher_dropout_mode", "objective.distill_on_dropped", "objective.drop_experts_with_text")
-    uniform = config.objective.timestep_sampling == "uniform"
+    uniform = config.get("objective.timestep_sampling") == "uniform"
     fast = ("run.allow_tf32", "run.cudnn_benchmark")
     silent: list[tuple[bool, tuple[str, ...], str]] = [
         (uniform, ("objective.logit_mean", "objective.logit_std"), 'objective.timestep_sampling is "uniform"'),
@@ -399,7 +410,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         (config.run.deterministic, fast, "run.deterministic is true"),
         (not huber, ("objective.huber_delta",), "no loss is huber"),
         (
-            not config.objective.min_snr_gamma or config.objective.min_snr_form == "none",
+            not snr_gamma or snr_form == "none",
             ("objective.min_snr_form", "objective.min_snr_gamma"),
             "the min-SNR weight is off",
         ),
@@ -411,7 +422,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             'model.init is "scratch"',
         ),
         (
-            config.model.ema_file is not None and config.ema.init == "model",
+            config.get("model.ema_file") is not None and config.ema.init == "model",
             ("model.weights",),
             "model.ema_file names the weights",
         ),
@@ -442,12 +453,6 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         (not config.save.state, ("save.keep_last_states",), "save.state is false"),
         (config.adapter.type == "none", ("save.comment",), "only adapter files carry it"),
         (
-            not (config.experts.enable_lune or config.experts.enable_sol),
-            (*(f"experts.{name}" for name in teacher_keys), *distilling, "cache.experts_batch_size"),
-            "both teachers are off",
-        ),
-        (config.experts.expert_input == "random", ("experts.vae",), 'experts.expert_input is "random"'),
-        (
             not config.objective.ip_noise_gamma,
             ("objective.ip_noise_gamma_random_strength", "objective.ip_noise_per_sample"),
             "objective.ip_noise_gamma is off",
@@ -458,7 +463,7 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             "the strength is not random",
         ),
         (
-            config.sample.cfg_scale == 1,
+            config.get("sample.cfg_scale") == 1,
             ("sample.negative_prompt",) if config.spec.guidance_embedded else (),
             "sample.cfg_scale is 1",
         ),
@@ -496,8 +501,8 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
         ),
     ]
     written = set(config.set_keys())
-    off = {"objective.min_snr_gamma"} if config.objective.min_snr_gamma in (0, None) else set()
-    if config.objective.min_snr_form == "none":
+    off = {"objective.min_snr_gamma"} if snr_gamma in (0, None) else set()
+    if snr_form == "none":
         off.add("objective.min_snr_form")
     return [
         Diagnostic("warning", key, f"has no effect because {reason}")
@@ -508,64 +513,6 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     ]
 
 
-def _teachers(config: RunConfig) -> list[Diagnostic]:
-    """Rules between [experts] and what datasets say of it."""
-    found, run = [], config.experts
-    changed = [dataset for dataset in config.datasets if dataset.experts]
-    if changed and not config.spec.expert_keys:
-        reason = config.spec.why_not("experts.enable_lune")
-        return [
-            _error(f"{dataset.name}.experts", f"does not apply to {config.spec.title}: {reason}") for dataset in changed
-        ]
-    for dataset in changed:
-        found += _own_teachers(f"{dataset.name}.experts", dataset.experts, run, config.experts_of(dataset))
-    users = {name: [d for d in config.datasets if name in config.experts_of(d).teachers] for name in run.teachers}
-    for name in run.teachers if changed else ():
-        if not users[name]:
-            found.append(
-                _error(f"experts.enable_{name}", "is true, but every dataset turns it off; set it to false, or leave it on in one")
-            )  # fmt: skip
-    for name in [key.removeprefix("experts.") for key in config.set_keys() if key.startswith("experts.")]:
-        others = users.get(name, [dataset for every in users.values() for dataset in every])
-        if others and not name.startswith("enable_") and all(name in dataset.experts for dataset in others):
-            found.append(
-                Diagnostic(
-                    "warning", f"experts.{name}", "has no effect because every dataset with teachers has its own"
-                )
-            )
-    return found
-
-
-def _own_teachers(
-    where: str, own: Mapping[str, Any], run: ExpertsSection, resolved: ExpertsSection
-) -> list[Diagnostic]:
-    """Rules of one dataset's ``experts``.
-
-    Args:
-        own: as written. run: [experts]. resolved: both together.
-    """
-    found = [
-        _error(f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a dataset cannot turn on what the run "
-               f"does not learn from; set experts.enable_{name} = true, and false in the other datasets")
-        for name in resolved.teachers if name not in run.teachers
-    ]  # fmt: skip
-    if not run.teachers:
-        return found or [
-            Diagnostic("warning", where, "has no effect because experts.enable_lune and enable_sol are false")
-        ]
-    silent = {name: f"enable_{name} is false here" for name in ("lune", "sol") if name not in resolved.teachers}
-    if not resolved.teachers:
-        silent |= {key: "both teachers are off here" for key in own if not key.startswith("enable_")}
-    if run.expert_input == "random":
-        silent["vae"] = 'experts.expert_input is "random"'
-    found += [
-        Diagnostic("warning", f"{where}.{key}", f"has no effect because {reason}")
-        for key, reason in silent.items()
-        if key in own
-    ]
-    return found
-
-
 def _family(config: RunConfig) -> list[Diagnostic]:
     """What a family does not know, and its own rules."""
     spec, found = config.spec, []
@@ -573,19 +520,6 @@ def _family(config: RunConfig) -> list[Diagnostic]:
     for key in config.set_keys():
         if not denoises and any(fnmatchcase(key, pattern) for pattern in _OF_DENOISERS):
             found.append(_error(key, f"acts on a denoiser, and this run of {spec.title} trains none"))
-        reason = spec.why_not(key)
-        if reason is not None:
-            text = f"does not apply to {spec.title}: {reason}" if isinstance(reason, str) else reason(config.get(key))
-            found.append(_error(key, text))
-    for key, allowed in spec.choices.items():
-        value = config.get(key)
-        if value not in allowed:
-            hint = did_you_mean(str(value), allowed)
-            found.append(
-                _error(
-                    key, f"is {value!r}, which {spec.title} does not know; expected one of {', '.join(allowed)}.{hint}"
-                )
-            )
     return found + (spec.check(config) if spec.check else [])
 
 
@@ -685,11 +619,12 @@ def _files(config: RunConfig) -> list[Diagnostic]:
 def prompt_problems(prompt: Prompt, spec: ModelSpec, adapters: bool) -> list[str]:
     """Options of a prompt that a family cannot follow, with or without adapters."""
     found = []
-    for option, key in (("l", "cfg_scale"), ("fs", "shift")):
-        reason = spec.why_not(f"sample.{key}")
-        if getattr(prompt, key) is not None and reason is not None:
-            text = reason if isinstance(reason, str) else reason(getattr(prompt, key))
-            found.append(f"'{prompt.text}': --{option} does not apply to {spec.title}: {text}")
+    own = {parameter.key for parameter in parameters(spec)}
+    for option, name in (("l", "cfg_scale"), ("fs", "shift")):
+        key, value = f"sample.{name}", getattr(prompt, name)
+        if value is not None and key not in own:
+            reason = spec.why_not(key, value) or f"{spec.title} has no {key}"
+            found.append(f"'{prompt.text}': --{option} has no effect: {reason}")
     if prompt.multiplier is not None and not adapters:
         found.append(f"'{prompt.text}': --m sets the strength of an adapter, and there is none")
     return found

@@ -1,21 +1,35 @@
 """A checked run file as a value. Torch-free."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, create_model
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.config.model_sections import ExpertsSection
+from musubi_tuner.config.fields import Section
+from musubi_tuner.config.model_sections import ExpertsSection, RoleSection, Sd15Teachers
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import Step, unfinished_step
 from musubi_tuner.config.schema import RunFile
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
+
+ROLE_TABLES = ("optimizer", "scheduler", "ema")
+"""Tables that a role may change for itself."""
+
+
+def lay(section: Section, own: Mapping[str, Any]) -> Section:
+    """A table with some of its keys changed, checked like a file's.
+
+    Raises:
+        pydantic.ValidationError: for an unknown key or a wrong value.
+    """
+    return type(section).model_validate({**section.model_dump(by_alias=True), **own})
 
 
 class RunConfig(RunFile):
@@ -93,6 +107,25 @@ class RunConfig(RunFile):
         # Warm-up would forget an average that comes from the checkpoint at once.
         return self.ema.init == "model" and (self.model.init == "checkpoint" or self.adapter.type != "none")
 
+    def for_role(self, name: str) -> "RunConfig":
+        """The run as it is for one of its roles: [roles.<name>] over [optimizer], [scheduler], [ema] and train.max_grad_norm.
+
+        Raises:
+            pydantic.ValidationError: if a key there is unknown or has a wrong value; a loaded config raises none.
+        """
+        own = getattr(self.roles, name, None)
+        if not isinstance(own, RoleSection):
+            return self
+        tables: dict[str, Any] = {table: lay(getattr(self, table), getattr(own, table)) for table in ROLE_TABLES}
+        if own.max_grad_norm is not None:
+            tables["train"] = self.train.model_copy(update={"max_grad_norm": own.max_grad_norm})
+        return self.model_copy(update=tables)
+
+    @property
+    def frozen(self) -> list[str]:
+        """Roles that stay as they are."""
+        return self.get("roles.freeze") or []
+
     def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
         """[experts] as it is for the images of a dataset."""
         return self.experts.model_copy(update=dict(dataset.experts))
@@ -116,10 +149,16 @@ class RunConfig(RunFile):
         return [key for key, origin in self._origins.items() if origin in ("file", "cli")]
 
     def get(self, key: str) -> Any:
-        """Value of a dotted key."""
+        """Value of a dotted key; None if it is absent, or if the family has no such setting."""
         section, _, name = key.rpartition(".")
         owner = getattr(self, section) if section else self
-        return None if owner is None else getattr(owner, {"from": "from_"}.get(name, name))
+        return getattr(owner, {"from": "from_"}.get(name, name), None)
+
+    @property
+    def sd15(self) -> Sd15Teachers:
+        """[experts] of a family that has teachers."""
+        assert isinstance(self.experts, Sd15Teachers)
+        return self.experts
 
     def require(self, architecture: str | None) -> None:
         """Refuse a run of another family; None accepts all.
@@ -140,3 +179,13 @@ class RunConfig(RunFile):
     def output_dir(self) -> Path:
         """Where the run writes."""
         return Path(self.run.output_dir).expanduser()
+
+
+@cache
+def config_class(code: str) -> type[RunConfig]:
+    """The class of run files of a family, with the tables that it has for itself."""
+    tables: dict[str, Any] = {
+        name: (cls, ... if RunFile.model_fields[name].is_required() else cls())
+        for name, cls in MODELS[code].sections.items()
+    }
+    return create_model("RunConfig", __base__=RunConfig, **tables)

@@ -12,13 +12,22 @@ The tables that say what is trained stand in `model_sections.py`. A field's extr
 An absent optional value means off. Torch-free.
 """
 
-from collections.abc import Iterator
+from functools import cache
 from typing import Literal, get_args
 
 from pydantic import ConfigDict
+from pydantic.fields import FieldInfo
 
 from musubi_tuner.config.fields import AutoDtype, Dtype, Parameter, Section, param
-from musubi_tuner.config.model_sections import AdapterSection, ExpertsSection, ModelSection, ObjectiveSection
+from musubi_tuner.config.model_sections import (
+    AdapterSection,
+    ExpertsSection,
+    ModelSection,
+    ObjectiveSection,
+    RolesSection,
+)
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
 
 SCHEMA_VERSION = 1
 
@@ -85,7 +94,6 @@ class CacheSection(Section):
     seed: int = param(0, "Seed of the posterior sample.", ge=0, lt=2**32)
     latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024)
     text_batch_size: int = param(16, "Captions encoded together.", ge=1, le=4096)
-    experts_batch_size: int = param(1, "Items per teacher batch; each goes through at every time bucket.", ge=1, le=256)
     workers: int = param(2, "Threads that read and resize images.", ge=0, le=64, resume="free")
     vae_tiling: bool = param(
         False, "Encode and decode large images in overlapping tiles (less memory, seams possible)."
@@ -338,13 +346,6 @@ class SampleSection(Section):
         5.0, "Guidance: the embedded number where a model takes one, else classifier-free (1 = off).", ge=0, le=100,
         resume="free",
     )  # fmt: skip
-    cfg_scale: float = param(
-        1.0, "Classifier-free guidance against the negative prompt, for models with embedded guidance; 1 = off.", ge=1,
-        le=100, resume="free",
-    )  # fmt: skip
-    shift: float | None = param(
-        None, "Shift of the sampling times; absent = by picture size.", gt=0, le=100, resume="free"
-    )
     negative_prompt: str | None = param(
         None, "What to avoid; absent = the trained null condition, which differs from an empty text.", resume="free"
     )
@@ -454,6 +455,7 @@ class RunFile(Section):
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
     ema: EmaSection = EmaSection()
+    roles: RolesSection = RolesSection()
     validation: ValidationSection = ValidationSection()
     save: SaveSection = SaveSection()
     sample: SampleSection = SampleSection()
@@ -474,31 +476,39 @@ AMBIGUOUS = {
 SECTION_ALIASES = {"accelerate": "distributed"}
 
 
-def section_classes() -> dict[str, type[Section]]:
-    """TOML table name -> its class, in order."""
+def section_classes(spec: ModelSpec | None = None) -> dict[str, type[Section]]:
+    """TOML table name -> its class, in order; of a family, or as far as all families share it."""
     tables: dict[str, type[Section]] = {}
     for name, field in RunFile.model_fields.items():
         classes = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type)]
         for candidate in classes:
             if issubclass(candidate, Section):
-                tables[name] = candidate
+                tables[name] = spec.sections.get(name, candidate) if spec else candidate
     return tables
 
 
-def parameters() -> Iterator[Parameter]:
-    """All settings in the order of the file."""
+def parameters(spec: ModelSpec | None = None) -> tuple[Parameter, ...]:
+    """All settings of a family in the order of the file; or those that some family has, as the first one has them."""
+    return _parameters(spec.code if spec else None)
+
+
+@cache
+def _parameters(code: str | None) -> tuple[Parameter, ...]:
     tables = section_classes()
-    for name, field in RunFile.model_fields.items():
-        if name not in tables:
-            yield Parameter("", name, field)
-    for section, cls in tables.items():
-        for name, field in cls.model_fields.items():
-            yield Parameter(section, field.alias or name, field)
+    found = [Parameter("", name, field) for name, field in RunFile.model_fields.items() if name not in tables]
+    for section, shared in tables.items():
+        families = [MODELS[code]] if code else [MODELS[each] for each in MODELS]
+        fields: dict[str, FieldInfo] = {}
+        for cls in [spec.sections.get(section, shared) for spec in families]:
+            for name, field in cls.model_fields.items():
+                fields.setdefault(field.alias or name, field)
+        found += [Parameter(section, name, field) for name, field in fields.items()]
+    return tuple(found)
 
 
 def flat_names() -> dict[str, Parameter]:
     """Command-line names -> settings: the flat aliases, and the last part of every key where it is unique."""
-    everything = list(parameters())
+    everything = parameters()
     names: dict[str, Parameter] = {}
     for parameter in everything:
         for alias in parameter.extra("flat"):

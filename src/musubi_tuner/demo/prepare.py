@@ -140,7 +140,7 @@ def _seed(config: RunConfig, key: str) -> None:
 
 
 def _width(config: RunConfig, name: str) -> int:
-    values = config.spec.geometry_class().from_dict(config.model.geometry).to_dict()
+    values = config.spec.geometry_class().from_dict(config.get("model.geometry")).to_dict()
     return int(values[name])
 
 
@@ -198,7 +198,7 @@ def _make_unet(config: RunConfig, path: Path, key: str) -> None:
     _seed(config, key)
     middle = _width(config, "lune_expert_dim")
     model: Any = UNet2DConditionModel(
-        sample_size=config.experts.resolution // 8,
+        sample_size=config.sd15.resolution // 8,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
@@ -220,8 +220,8 @@ def _make_overlay(config: RunConfig, path: Path, key: str) -> None:
     from musubi_tuner.tensors import save_tensors
 
     _seed(config, key)
-    assert config.experts.unet is not None
-    base = load_file(config.locate(config.experts.unet) / "diffusion_pytorch_model.safetensors")
+    assert config.sd15.unet is not None
+    base = load_file(config.locate(config.sd15.unet) / "diffusion_pytorch_model.safetensors")
     moved = {name: tensor + 0.1 * torch.randn_like(tensor) * tensor.std(correction=0) for name, tensor in base.items()}
     replace_file(path, partial(save_tensors, moved))
 

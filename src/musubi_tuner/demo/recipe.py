@@ -67,7 +67,7 @@ def pictures_folder(config: RunConfig) -> Path:
 def expected_manifest(config: RunConfig) -> dict[str, Any]:
     """What decides the content of the encoders."""
     assert config.demo is not None
-    geometry = config.model.geometry
+    geometry = config.get("model.geometry")
     names = ("joint_attention_dim", "pooled_projection_dim", "lune_expert_dim", "in_channels")
     return {
         "version": VERSION,

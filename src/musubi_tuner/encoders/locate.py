@@ -88,7 +88,7 @@ def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
     elif kind == "experts" and config.experts.extracted:
         roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
         roles |= {name: f"experts.{name}" for name in config.experts.extracted}
-        if config.experts.vae is not None:
+        if config.sd15.vae is not None:
             roles["expert_vae"] = "experts.vae"
     found = {}
     for role, key in roles.items():

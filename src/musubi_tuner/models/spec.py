@@ -3,12 +3,12 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.diagnostics import Diagnostic
+    from musubi_tuner.config.fields import Section
     from musubi_tuner.models.family import Family, PublishedTrainer, TaskFamily
 
 
@@ -79,9 +79,9 @@ class ModelSpec:
             job.
         defaults: dotted config key -> value where the family differs from the schema.
         dataset_defaults: shared dataset key -> value.
-        choices: dotted config key -> the values that this family knows, where it does not know all.
-        not_applicable: dotted config key or pattern -> why setting it is an error, or a function of the value that says so.
-        foreign_keys: unknown key of other trainers -> what to write instead.
+        sections: TOML table -> its class in this family, where it is not the shared one.
+        foreign_keys: dotted key that the family does not have, or its last part, or its table -> why, or what to write instead; a function gets
+            the value.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
         task: facts of the task of a run. Where they are not those of a denoiser, the family makes it (see `TaskFamily`).
@@ -112,9 +112,8 @@ class ModelSpec:
     expert_keys: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     dataset_defaults: Mapping[str, Any] = field(default_factory=dict)
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    not_applicable: Mapping[str, str | Callable[[Any], str]] = field(default_factory=dict)
-    foreign_keys: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
+    sections: "Mapping[str, type[Section]]" = field(default_factory=dict)
+    foreign_keys: Mapping[str, str | Callable[[Any], str]] = field(default_factory=dict)
     check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
     geometry: str
     task: "Callable[[RunConfig], TaskFacts]" = _denoiser
@@ -142,9 +141,11 @@ class ModelSpec:
             return None
         return cast("PublishedTrainer", importlib.import_module(f"{self.package}.published"))
 
-    def why_not(self, key: str) -> "str | Callable[[Any], str] | None":
-        """Why a dotted key does not apply to this family; None if it does."""
-        return next((reason for pattern, reason in self.not_applicable.items() if fnmatchcase(key, pattern)), None)
+    def why_not(self, key: str, value: Any) -> str | None:
+        """Why this family has no such key, or what to write instead; None if nothing is known of it."""
+        names = (key, key.rpartition(".")[2], key.partition(".")[0])
+        found = next((self.foreign_keys[name] for name in names if name in self.foreign_keys), None)
+        return found(value) if callable(found) else found
 
     def geometry_class(self) -> Any:
         """The torch-free geometry dataclass."""

@@ -10,6 +10,7 @@ from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.config.model_sections import Sd15Teachers
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
@@ -130,7 +131,7 @@ def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
     for number, dataset in enumerate(config.datasets):
         own, items = config.experts_of(dataset), [item for item in plan.found.items if item.dataset == number]
         text = f"no teachers: {len(items)} images are trained without"
-        if own.teachers:
+        if isinstance(own, Sd15Teachers) and own.teachers:
             text = f"{' and '.join(own.teachers)} at {own.time_buckets} times: {_state(plan.status[kind].of(items))}"
         lines.append(f"           {dataset.name}: {text}")
     return lines
@@ -236,6 +237,11 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update"
         + (", more for swapped blocks" if config.memory.blocks_to_swap and config.adapter.type == "none" else ""),
     ]
+    roles = config.spec.task(config).roles
+    for role in roles if len(roles) > 1 else ():
+        own = config.for_role(role)
+        moves = f"{own.optimizer.type} at {own.optimizer.lr:g}, {own.scheduler.type}"
+        lines.append(f"           {role}: {'stays as it is (roles.freeze)' if role in config.frozen else moves}")
     lines += _jump_lines(config, plan)
     lines += _average_lines(config, plan)
     adapter = config.adapter

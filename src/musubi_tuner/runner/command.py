@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from musubi_tuner.config import RunConfig, Steps, load_config
 from musubi_tuner.config.command_line import (
     Parser,
+    family_of,
     override_arguments,
     secret_environment,
     settings_help,
@@ -37,6 +38,8 @@ from musubi_tuner.errors import (
     run_command,
 )
 from musubi_tuner.files import folder_lock, read_text
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.parent import has_parent_pipe, join_parent
 from musubi_tuner.run_record import (
     CONSOLE,
@@ -75,11 +78,11 @@ def main(arguments: Sequence[str] | None = None, *, architecture: str | None = N
     return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments), architecture))
 
 
-def _parser() -> Parser:
+def _parser(spec: ModelSpec | None = None) -> Parser:
     parser = Parser(
         prog="train.py",
         description=_DESCRIPTION,
-        epilog="settings of the run file, also as options:\n" + settings_help(),
+        epilog="settings of the run file, also as options:\n" + settings_help(spec),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="run file (TOML); without it the run files here are listed")
@@ -94,7 +97,7 @@ def _parser() -> Parser:
 def _main(arguments: Sequence[str], architecture: str | None) -> int:
     own = {"--plan", "--dry_run", "--fresh", "--cache_only", "--skip_cache", "--help"}
     passed, overrides = split_overrides(arguments, own)
-    parser = _parser()
+    parser = _parser(MODELS[architecture] if architecture else family_of(passed))
     options = parser.parse_args(passed)
     refuse_upstream()
     if options.config is None:

@@ -80,7 +80,7 @@ def log(run: Run) -> None:
     losses |= {tag: value for tag, value in means.items() if tag.startswith("loss/")}
     rates: dict[str, float] = {}
     of_groups: dict[str, float] = {}
-    for role in run.roles:
+    for role in [role for role in run.roles if not role.frozen]:
         suffix, lr = f"_{role.name}" if len(run.roles) > 1 else "", role.rate(position.step - 1)
         rates[f"train/lr{suffix}"] = lr
         scales = {group["lr_scale"] for group in role.optimizer.param_groups} - {1.0}

@@ -35,7 +35,7 @@ def adapter_metadata(
     Args:
         kind: of the weights in the file, ``model`` or ``ema``. options: of the model below the adapter; see `Trainee`.
     """
-    adapter, objective, train, spec = config.adapter, config.objective, config.train, config.spec
+    adapter, train, spec = config.adapter, config.train, config.spec
     sizes = Counter((layer.rank, float(layer.alpha)) for _, layer in adapters.items())
     (rank, alpha), _ = sizes.most_common(1)[0]
     group = optimizer.param_groups[0]
@@ -77,16 +77,7 @@ def adapter_metadata(
         "training_comment": config.save.comment,
         "optimizer": name,
         "max_grad_norm": train.max_grad_norm,
-        "weighting_scheme": objective.weighting_scheme,
-        "logit_mean": objective.logit_mean,
-        "logit_std": objective.logit_std,
-        "mode_scale": objective.mode_scale,
-        "guidance_scale": objective.guidance_scale,
-        "timestep_sampling": objective.timestep_sampling,
-        "sigmoid_scale": objective.sigmoid_scale,
-        "discrete_flow_shift": objective.discrete_flow_shift,
-        "ip_noise_gamma": objective.ip_noise_gamma,
-        "ip_noise_gamma_random_strength": objective.ip_noise_gamma_random_strength,
+        **{name: value for name in _OBJECTIVE if (value := config.get(f"objective.{name}")) is not None},
         "fp8_base": config.memory.base_storage.startswith("fp8"),
         "full_fp16": False,
         "full_bf16": False,
@@ -113,6 +104,13 @@ def adapter_metadata(
         **({"options_json": json.dumps(dict(options))} if options else {}),
         "weights": kind,
     }
+
+
+_OBJECTIVE = (
+    "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale", "timestep_sampling", "sigmoid_scale",
+    "discrete_flow_shift", "ip_noise_gamma", "ip_noise_gamma_random_strength",
+)  # fmt: skip
+"""Settings of [objective] in a header, as far as the family has them."""
 
 
 def _base_name(text: str | None) -> str | None:

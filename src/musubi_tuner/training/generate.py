@@ -93,9 +93,9 @@ class Generator:
         model.eval().requires_grad_(False)
         compose_memory(model, memory.model_copy(update={"blocks_to_swap": swap}), spec, device)
         hiding = [str(file.path) for file in used if file.hides_padding]
-        if hiding and not config.model.t5_attn_mask:
+        if hiding and not config.get("model.t5_attn_mask"):
             print(f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {', '.join(hiding)}")
-        masked = {"t5_attn_mask": config.model.t5_attn_mask or bool(hiding)}
+        masked = {"t5_attn_mask": bool(config.get("model.t5_attn_mask") or hiding)}
         options = {"sol_spatial_norm": "sum", **masked, **spec.family.options_of(file)}
         if hiding or (config.adapter.type != "none" and checkpoint is None):
             options |= masked  # as the adapter was trained, whatever the model below it was

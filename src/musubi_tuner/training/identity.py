@@ -16,9 +16,12 @@ import torch
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import KEPT, WHITE
+from musubi_tuner.config.fields import Parameter
+from musubi_tuner.config.run_config import ROLE_TABLES
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.spec import ModelSpec
 
 
 def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
@@ -27,16 +30,29 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
     Processes and accumulation may change as long as their product, the micro-batches of an update, stays.
     """
     found = {
-        p.key: config.get(p.key) for p in parameters() if p.extra("resume") == "fixed" and config.get(p.key) is not None
+        p.key: value
+        for p in _single(config.spec)
+        if p.extra("resume") == "fixed" and (value := config.get(p.key)) is not None
     }
     found["ema.warmup"] = config.warms_average
+    roles = config.spec.task(config).roles
+    for role in roles if len(roles) > 1 else ():
+        own = config.for_role(role)
+        moves = {key: own.get(key) for key in found if key.partition(".")[0] in ROLE_TABLES}
+        moves |= {"ema.warmup": own.warms_average, "train.max_grad_norm": own.train.max_grad_norm}
+        found |= {f"roles.{role}.{key}": value for key, value in moves.items()}
     found["micro-batches per update"] = processes * config.train.grad_accum_steps
     return json.loads(json.dumps(found, default=lambda table: table.model_dump(exclude_none=True)))
 
 
-def default_settings() -> dict[str, Any]:
-    """What a setting was before it existed."""
-    found = {p.key: p.field.get_default() for p in parameters() if not p.field.is_required()}
+def _single(spec: ModelSpec) -> list[Parameter]:
+    """The settings of a family, without the tables of roles, of which the results are compared."""
+    return [p for p in parameters(spec) if p.section != "roles" or p.name == "freeze"]
+
+
+def default_settings(spec: ModelSpec) -> dict[str, Any]:
+    """What a setting of a family was before it existed."""
+    found = {p.key: p.field.get_default() for p in _single(spec) if not p.field.is_required()}
     return json.loads(json.dumps({**found, "ema.warmup": False}))
 
 
@@ -74,7 +90,10 @@ def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int
     Args:
         began: fixed settings of the state.
     """
-    return compare_config(began, fixed_settings(as_begun(config, began), processes), default_settings())
+    # States made when all families had the same tables hold settings that only others have.
+    foreign = {p.key for p in parameters()} - {p.key for p in parameters(config.spec)}
+    own = {key: value for key, value in began.items() if key not in foreign}
+    return compare_config(own, fixed_settings(as_begun(config, began), processes), default_settings(config.spec))
 
 
 def other_teachers(config: RunConfig) -> list[dict[str, Any]]:

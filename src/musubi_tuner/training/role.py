@@ -63,6 +63,7 @@ class Role:
 
     Attributes:
         parameters: by name, in the order of the optimizer's state.
+        frozen: it stays as it is; no phase moves it.
         norm: of its gradients in the last update, before they were clipped; a float32 scalar.
 
     Raises:
@@ -81,7 +82,9 @@ class Role:
         scaler: torch.amp.GradScaler | None = None,
         wrapped: bool = True,
     ) -> None:
+        config = config.for_role(name)
         self.name = name
+        self.frozen = name in config.frozen
         self.module = module
         self.parameters = trainable(module)
         self.lr = config.optimizer.lr
@@ -100,7 +103,7 @@ class Role:
         self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
         if swap is not None and any(streamed):
             swap.watch(self.optimizer)
-        if config.ema.enabled:
+        if config.ema.enabled and not self.frozen:
             where = "cpu" if config.ema.on_cpu else None
             self.ema = EMA(module, config.ema.decay, warmup=config.warms_average, device=where)
 

@@ -55,8 +55,8 @@ def sample_settings(config: RunConfig) -> SampleSettings:
         solver=sample.solver,
         seed=sample.seed,
         negative=sample.negative_prompt,
-        cfg_scale=sample.cfg_scale,
-        shift=sample.shift,
+        cfg_scale=config.get("sample.cfg_scale") or 1.0,
+        shift=config.get("sample.shift"),
     )
 
 

@@ -26,6 +26,7 @@ from musubi_tuner.models.family import LossTerm
 from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import seed_layers
 from musubi_tuner.training.ranks import Ranks
+from musubi_tuner.training.role import Role
 from musubi_tuner.training.task import Phase, Position, Task, weighted_sum
 from musubi_tuner.training.window import binned
 
@@ -84,7 +85,7 @@ def run_update(
         bins: slices of the noise level.
     """
     outcome = Outcome(torch.zeros(2, bins, device=ranks.device))
-    phases = [phase for phase in task.phases if phase.due(at)]
+    phases = [phase for phase in task.phases if phase.due(at) and moving(task, phase)]
     work = work_of(update, ranks)
     taken: Iterable[Batch] = (next(batches) for _ in work)
     if len(phases) != 1:  # several phases share them, and none must leave them in the iterator
@@ -115,12 +116,16 @@ def run_update(
     return outcome
 
 
+def moving(task: Task, phase: Phase) -> list[Role]:
+    """The roles that a phase moves, without those that are frozen."""
+    return [role for name in phase.roles if not (role := task.roles[name]).frozen]
+
+
 @contextmanager
 def only_trains(task: Task, phase: Phase) -> Iterator[None]:
     """No gradients for the roles that a phase does not move."""
-    others = [
-        parameter for name, role in task.roles.items() if name not in phase.roles for _, parameter in role.parameters
-    ]
+    own = moving(task, phase)
+    others = [parameter for role in task.roles.values() if role not in own for _, parameter in role.parameters]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -149,7 +154,7 @@ def _count(outcome: Outcome, terms: dict[str, LossTerm], total: Tensor, is_own: 
 
 def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
     """Step with all roles of a phase if the gradients of all are finite; else with none. The same on all ranks."""
-    roles = [task.roles[name] for name in phase.roles]
+    roles = moving(task, phase)
     ready = [role.ready() for role in roles]
     finite = bool(torch.stack(ready).all())
     for role in roles:

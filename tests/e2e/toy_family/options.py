@@ -2,7 +2,12 @@
 
 from typing import Any
 
+from musubi_tuner.config.model_sections import ModelSection, NewModel, roles_section
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec, TaskFacts
+
+
+class ToyModel(NewModel, ModelSection):
+    """Which model is trained, and the frozen networks around it."""
 
 
 def task(config: Any) -> TaskFacts:
@@ -23,7 +28,6 @@ SPEC = ModelSpec(
     sample_size=64,
     t5_tokenizer="none",
     clip_tokenizer="none",
-    defaults={"objective.timestep_sampling": "uniform", "objective.min_snr_gamma": 0.0},
     dataset_defaults={
         "resolution": 64,
         "enable_bucket": True,
@@ -34,7 +38,7 @@ SPEC = ModelSpec(
         "missing_caption": "error",
         "recursive": False,
     },
-    choices={"objective.timestep_sampling": ("uniform",)},
+    sections={"model": ToyModel, "roles": roles_section("vae", "discriminator")},
     geometry="musubi_tuner.models.toy.family:ToyConfig",
     task=task,
     package="musubi_tuner.models.toy",

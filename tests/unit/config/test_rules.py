@@ -10,7 +10,7 @@ import pytest
 from musubi_tuner.config import RunConfig, load_config, validate
 from musubi_tuner.config.diagnostics import Diagnostic, format_problems
 from musubi_tuner.config.rules import unwritable
-from musubi_tuner.models.tinyflux.options import resolve_experts
+from musubi_tuner.models.tinyflux.settings import resolve_experts
 
 Load = Callable[..., RunConfig]
 Problems = Callable[..., list[str]]
@@ -752,7 +752,7 @@ def test_a_temperature_per_head_needs_sol(warnings_of: WarningsOf) -> None:
 def test_other_families_have_no_such_options(line: str, problems: Problems) -> None:
     found = problems(model=f'arch = "fd"\n{line}', without=("experts.unet",))
     assert [text.split(":")[0] for text in found] == [f"model.{line.split()[0]}"]
-    assert "does not apply to FLUX.1-dev" in found[0]
+    assert found[0].endswith("is a setting of TinyFlux-Deep; FLUX.1-dev has none like it")
 
 
 @pytest.mark.parametrize("value", ["0.0", "-1.0"])

@@ -16,7 +16,7 @@ from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "tinyflux.md").read_text(encoding="utf-8")
 SPEC = MODELS["tf"]
-KEYS = {parameter.key: parameter for parameter in parameters()}
+KEYS = {parameter.key: parameter for parameter in parameters(SPEC)}
 ROWS = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", PAGE, re.MULTILINE))
 SNIPPETS = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
@@ -49,13 +49,13 @@ def test_no_key_is_listed_twice() -> None:
 
 @pytest.mark.parametrize("section", ["experts", "objective"])
 def test_every_setting_of_training_that_applies_is_listed(section: str) -> None:
-    applicable = [key for key in KEYS if key.startswith(f"{section}.") and SPEC.why_not(key) is None]
-    assert [key for key in applicable if key not in ROWS] == []
+    own = [key for key in KEYS if key.startswith(f"{section}.")]
+    assert len(own) > 10 and [key for key in own if key not in ROWS] == []
 
 
 def test_snippets_hold_known_settings_with_values_that_they_take() -> None:
     assert len(SNIPPETS) == 2
-    classes = section_classes()
+    classes = section_classes(SPEC)
     for snippet in SNIPPETS:
         for section, values in tomllib.loads(snippet).items():
             required = {"model": {"arch": "tf"}}.get(section, {})

@@ -1,6 +1,11 @@
 """What a run that goes on must share with its state."""
 
-from musubi_tuner.training.identity import compare_config
+from pathlib import Path
+
+import tomli_w
+
+from musubi_tuner.config import load_config
+from musubi_tuner.training.identity import changed_settings, compare_config, fixed_settings
 
 
 def test_differences_are_named_with_both_values() -> None:
@@ -21,3 +26,30 @@ def test_a_setting_that_is_younger_than_the_state_was_its_default() -> None:
 
 def test_equal_configs_have_no_differences() -> None:
     assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
+
+
+def test_a_state_made_when_all_families_had_the_same_tables_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    document = {
+        "schema_version": 1,
+        "run": {"name": "x", "output_dir": str(tmp_path / "out")},
+        "model": {"arch": "fd", "path": str(tmp_path / "model.safetensors")},
+        "cache": {"run": "never"},
+        "train": {"max_steps": 10},
+        "datasets": [{"image_directory": str(tmp_path)}],
+    }
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(document), encoding="utf-8")
+    config = load_config(path)
+    before = {
+        "objective.lune_weight": 0.1,
+        "experts.enable_lune": True,
+        "model.geometry": {},
+        "cache.experts_batch_size": 1,
+    }
+    stored = fixed_settings(config, 1)
+    assert not set(before) & set(stored)
+    assert changed_settings(config, {**stored, **before}, 1) == []
+    assert changed_settings(config, {**stored, **before, "objective.sigmoid_scale": 2.0}, 1) == [
+        "objective.sigmoid_scale was 2.0, now 1.0"
+    ]

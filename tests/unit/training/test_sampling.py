@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.config.prompts import Prompt, SampleSettings, read_prompts
 from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
@@ -22,6 +21,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 from musubi_tuner.training.sampling import (
     contact_sheet,
     decode_images,
@@ -37,7 +37,7 @@ SPEC = MODELS["tf"]
 CONFIG = replace(
     TINY, in_channels=16, joint_attention_dim=12, pooled_projection_dim=10, lune_expert_dim=6, lune_dropout=0.5
 )
-PROCESS = TinyFluxProcess(ObjectiveSection(shift=3.0), TeacherSettings(True, True, "sum"))
+PROCESS = TinyFluxProcess(TinyFluxObjective(shift=3.0), TeacherSettings(True, True, "sum"))
 SETTINGS = SampleSettings(width=32, height=48, steps=3, guidance=3.0, solver="euler", seed=7, negative=None)
 TOLERANCE = 1e-5
 """Relative to the largest value: matrix products of other sizes differ in the last bits of float32."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.model_sections import AdapterSection, ExpertsSection, ObjectiveSection
+from musubi_tuner.config.model_sections import AdapterSection, Sd15Teachers
 from musubi_tuner.config.schema import TrainSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch
@@ -16,9 +16,11 @@ from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight
 from musubi_tuner.models.flux_dev import FluxConfig
 from musubi_tuner.models.flux_dev import family as flux_family
 from musubi_tuner.models.flux_dev.process import FluxProcess
+from musubi_tuner.models.flux_dev.settings import FluxObjective
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 from musubi_tuner.training.task import Draws, make_draws, stratified_draws
 from steps import training_step
 from tiny import TINY
@@ -34,7 +36,7 @@ KEEP = 0.99
 
 
 def process(*, lune: bool = True, sol: bool = True, norm: str = "sum", **settings: Any) -> TinyFluxProcess:
-    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(lune, sol, norm))
+    return TinyFluxProcess(TinyFluxObjective(**settings), TeacherSettings(lune, sol, norm))
 
 
 def make_batch(count: int = 4, without_teacher: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Batch:
@@ -137,7 +139,7 @@ def assert_brought(given: dict[str, Any], names: set[str]) -> None:
 
 
 def test_every_input_of_tinyflux_is_brought_to_the_model_right_before_the_call() -> None:
-    own = TinyFluxProcess(ObjectiveSection(), TeacherSettings(True, True, "sum"), text_mask=True)
+    own = TinyFluxProcess(TinyFluxObjective(), TeacherSettings(True, True, "sum"), text_mask=True)
     inputs = conditioning(own)
     model = _Listening(dtype=torch.bfloat16, device="meta")
     velocity, _ = own.predict(model, torch.zeros(4, 4, 2, 2), torch.full((4,), 0.5), inputs)
@@ -149,7 +151,7 @@ def test_every_input_of_tinyflux_is_brought_to_the_model_right_before_the_call()
 
 
 def test_every_input_of_flux_is_brought_to_the_model_right_before_the_call() -> None:
-    own = FluxProcess(ObjectiveSection(timestep_sampling="uniform"))
+    own = FluxProcess(FluxObjective(timestep_sampling="uniform"))
     inputs = {"t5": torch.zeros(2, 5, 8), "clip": torch.zeros(2, 8), "guidance": torch.full((2,), 3.5)}
     model = _ListeningFlux(dtype=torch.bfloat16, device="meta")
     own.predict(model, torch.zeros(2, 16, 4, 6), torch.full((2,), 0.5).double(), inputs)
@@ -177,7 +179,7 @@ def test_guidance_is_drawn_between_its_limits_and_dropped_on_its_own() -> None:
 def test_model_is_told_which_samples_have_which_features() -> None:
     batch = make_batch(without_teacher=(3,))
     batch.tensors["t5_mask"][0, 3:] = 0
-    settings = ObjectiveSection(lune_teacher_dropout=0.5, sol_teacher_dropout=0.5)
+    settings = TinyFluxObjective(lune_teacher_dropout=0.5, sol_teacher_dropout=0.5)
     own = TinyFluxProcess(settings, TeacherSettings(True, True, "sum"), text_mask=True)
     inputs = conditioning(own, batch, lune_dropout=[0.1, 0.9, 0.9, 0.9], sol_dropout=[0.9, 0.1, 0.9, 0.9])
     model, time = _Listening(embeds=False), torch.full((4,), 0.25)
@@ -217,7 +219,7 @@ def test_text_mask_is_passed_on_only_to_models_trained_with_it() -> None:
     batch = make_batch()
     batch.tensors["t5_mask"][0, 3:] = 0
     assert "text_mask" not in conditioning(process(), batch)
-    masked = TinyFluxProcess(ObjectiveSection(), TeacherSettings(False, False, "sum"), text_mask=True)
+    masked = TinyFluxProcess(TinyFluxObjective(), TeacherSettings(False, False, "sum"), text_mask=True)
     assert conditioning(masked, batch)["text_mask"].tolist() == batch.tensors["t5_mask"].bool().tolist()
 
 
@@ -504,7 +506,7 @@ def test_samples_that_do_not_distil_have_a_zero_term() -> None:
 
 
 def test_below_an_adapter_teachers_are_fed_and_not_distilled() -> None:
-    own = TinyFluxProcess(ObjectiveSection(), TeacherSettings(True, True, "sum", distil=False))
+    own = TinyFluxProcess(TinyFluxObjective(), TeacherSettings(True, True, "sum", distil=False))
     inputs = conditioning(own)
     assert list(losses(own, inputs, update=5000)) == ["main"]
     assert inputs["lune"]["feed"].all() and inputs["sol"]["feed"].all()
@@ -761,11 +763,11 @@ def masked_batch(masks: Tensor, valid: list[bool]) -> Batch:
 
 
 def flux_process(masks: MaskSettings | None) -> Any:
-    return FluxProcess(ObjectiveSection(timestep_sampling="uniform", min_snr_gamma=0.0), masks)
+    return FluxProcess(FluxObjective(timestep_sampling="uniform", min_snr_gamma=0.0), masks)
 
 
 def tiny_process(masks: MaskSettings | None) -> Any:
-    objective = ObjectiveSection(min_snr_gamma=0.0)
+    objective = TinyFluxObjective(min_snr_gamma=0.0)
     return TinyFluxProcess(objective, TeacherSettings(False, False, "sum"), masks=masks)
 
 
@@ -819,12 +821,15 @@ def test_an_empty_mask_gives_a_loss_of_zero_and_no_nan() -> None:
 
 @pytest.mark.parametrize("family", [tinyflux_family, flux_family])
 def test_settings_of_masks_reach_the_process(family: Any) -> None:
-    experts = ExpertsSection(enable_lune=False, enable_sol=False)
+    objective = FluxObjective() if family is flux_family else TinyFluxObjective()
+    experts = Sd15Teachers(enable_lune=False, enable_sol=False)
     options = {"sol_spatial_norm": "sum", "t5_attn_mask": False}
 
     def masks(**settings: Any) -> MaskSettings | None:
         train = TrainSection(mask_foreground=3.0, mask_background=0.25, mask_normalize=True, **settings)
-        config = SimpleNamespace(objective=ObjectiveSection(), experts=experts, train=train, adapter=AdapterSection())
+        config = SimpleNamespace(
+            objective=objective, experts=experts, sd15=experts, train=train, adapter=AdapterSection()
+        )
         return family.make_process(config, options).masks
 
     assert masks(masked_loss=True) == MaskSettings(3.0, 0.25, normalize=True)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ RANKS: Any = SimpleNamespace(
 )
 
 
-def make_task(model: nn.ModuleDict | None = None) -> gan.GanTask:
+def make_task(model: nn.ModuleDict | None = None, frozen: Sequence[str] = ()) -> gan.GanTask:
     """The GAN of the toy family, each role with an optimizer and an average."""
     torch.manual_seed(0)
     model = model or nn.ModuleDict({"vae": gan.autoencoder(6), "discriminator": gan.discriminator(6)})
@@ -55,7 +56,9 @@ def make_task(model: nn.ModuleDict | None = None) -> gan.GanTask:
         ema=EmaSection(decay=0.5),
         train=SimpleNamespace(max_grad_norm=1.0),
         warms_average=False,
+        frozen=frozen,
     )
+    config.for_role = lambda name: config
     return gan.GanTask(model, lambda name, part: Role(name, part, config, total=9, ranks=RANKS, wrapped=False), seed=1)
 
 
@@ -106,6 +109,21 @@ def test_a_phase_moves_its_roles_and_nobody_else(monkeypatch: pytest.MonkeyPatch
     assert {"train/grad_norm_vae", "train/grad_norm_discriminator"} <= set(outcome.measured)
     for role in task.roles.values():
         assert role.ema is not None and role.ema.updates == 1
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moved", "phase"), [("vae", "discriminator", "discriminator"), ("discriminator", "vae", "autoencoder")]
+)
+def test_a_frozen_role_stays_and_a_phase_without_another_does_not_run(frozen: str, moved: str, phase: str) -> None:
+    task = make_task(frozen=[frozen])
+    before = values(task)
+    outcome = run(task, 2, 2)
+    assert changed(before, values(task)) == {moved}
+    assert outcome.moved == [phase] and f"train/grad_norm_{frozen}" not in outcome.measured
+    assert task.roles[frozen].ema is None
+    assert all(parameter.grad is None for _, parameter in task.roles[frozen].parameters)
+    # Its weights are saved as an average of themselves.
+    assert set(averages_of(list(task.roles.values()))) == set(before)
 
 
 def test_no_gradient_is_made_for_a_role_that_stands_still() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.config.schema import ValidationSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import place
@@ -17,6 +16,7 @@ from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess
 from musubi_tuner.models.tinyflux.process import TeacherSettings
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 from musubi_tuner.randomness import normal
 from musubi_tuner.training.checkpoint import Best
 from musubi_tuner.training.validation import METRIC, Validator, time_grid, validation_batches
@@ -74,7 +74,7 @@ def make_model(dropout: float = 0.0) -> nn.Module:
 
 
 def make_process(**settings: Any) -> TinyFluxProcess:
-    return TinyFluxProcess(ObjectiveSection(**settings), TeacherSettings(True, False, "sum"))
+    return TinyFluxProcess(TinyFluxObjective(**settings), TeacherSettings(True, False, "sum"))
 
 
 def make_validator(

@@ -11,13 +11,13 @@ written where ours differs. A value of another kind is an error, as in a typed f
 import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from musubi_tuner.config.diagnostics import NOT_BUILT, did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
-from musubi_tuner.config.schema import flat_names
+from musubi_tuner.config.schema import flat_names, parameters
 from musubi_tuner.models.registry import MODELS
 
 DEFAULTS: dict[str, Any] = {
@@ -442,7 +442,7 @@ class _Importer(Builder):
             return
         if "run.seed" not in self.values:
             self.report.defaulted.append(("run.seed", 42))
-        samples = "sample.prompts" in self.values
+        samples, own = "sample.prompts" in self.values, {parameter.key: parameter for parameter in parameters(spec)}
         for key, value in DEFAULTS.items():
             section = key.partition(".")[0]
             if key in self.values or (section == "sample" and not samples):
@@ -458,10 +458,11 @@ class _Importer(Builder):
             every = key.replace("keep_last_", "every_").replace("every_states", "keep_last_states")
             if every != key and not self.values.get(every):
                 continue
-            if spec.why_not(key) is not None:
+            if key not in own:
                 continue
-            ours = spec.defaults.get(key, self.known[key].field.default)
-            if value != ours and value in (spec.choices.get(key) or [value]):
+            ours = spec.defaults.get(key, own[key].field.default)
+            kind = own[key].field.annotation
+            if value != ours and (get_origin(kind) is not Literal or value in get_args(kind)):
                 self.values[key] = value
                 self.report.defaulted.append((key, value))
 

@@ -13,6 +13,7 @@ from musubi_tuner.models.flux_dev.conditioning import concatenate, null_inputs, 
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.model import Flux
 from musubi_tuner.models.flux_dev.process import FluxProcess
+from musubi_tuner.models.flux_dev.settings import model_of, objective_of
 from musubi_tuner.models.flux_dev.state_dict import (
     build,
     diffusers_modules,
@@ -44,7 +45,7 @@ __all__ = [
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
     """Dtype of the frozen weights: that of the computation, or None to keep them as stored."""
-    if config.model.keep_dtype:
+    if model_of(config).keep_dtype:
         return None
     return COMPUTE_DTYPES[config.train.mixed_precision] or torch.float32
 
@@ -55,10 +56,10 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
 
 
 def _load(file: WeightFile, config: RunConfig, storing: Storing) -> Trainee:
-    _, weights = to_bfl(file, allow_schnell=config.model.allow_schnell)
+    _, weights = to_bfl(file, allow_schnell=model_of(config).allow_schnell)
     base, dtype = sample_identity(file), compute_dtype(config)
     model = load_model(
-        file, dtype=dtype, allow_schnell=config.model.allow_schnell, freeze=storing.freeze, merge=storing.merges
+        file, dtype=dtype, allow_schnell=model_of(config).allow_schnell, freeze=storing.freeze, merge=storing.merges
     )
     notes = storing.notes()
     if dtype is not None:
@@ -82,7 +83,7 @@ def load_for_run(file: WeightFile, config: RunConfig, storing: Storing) -> Flux:
 
 def plan_model(config: RunConfig) -> ModelPlan:
     """The model of a run without storage, from the header of its checkpoint."""
-    geometry, weights = to_bfl(open_base(config), allow_schnell=config.model.allow_schnell)
+    geometry, weights = to_bfl(open_base(config), allow_schnell=model_of(config).allow_schnell)
     largest = max(weights.values(), key=lambda weight: weight.numel())
     shapes = {
         "t5_vec": (config.model.t5_max_tokens, geometry.context_in_dim),
@@ -128,7 +129,7 @@ def make_process(config: RunConfig, options: dict[str, Any]) -> FluxProcess:
     """The process of a run."""
     train = config.train
     masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
-    return FluxProcess(config.objective, masks if train.masked_loss else None)
+    return FluxProcess(objective_of(config), masks if train.masked_loss else None)
 
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.swap import check_swap
+from musubi_tuner.models.flux_dev.settings import SECTIONS, objective_of
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
 
 if TYPE_CHECKING:
@@ -11,10 +12,6 @@ if TYPE_CHECKING:
 
 PUBLISHED_AXES = (16, 56, 56)
 """Rotary widths of the published models, whose heads are 128 wide."""
-TIMESTEP_SAMPLING = (
-    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "logsnr",
-    "qinglong_flux", "qinglong_qwen", "ideogram4_shift",
-)  # fmt: skip
 SCALED_MODES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux",
                 "qinglong_qwen")  # fmt: skip
 """Modes with a sigmoid under them, which `sigmoid_scale` spreads."""
@@ -34,7 +31,7 @@ def _shift(value: Any) -> str:
 def check(config: "RunConfig") -> list[Diagnostic]:
     """Static rules of this family."""
     found: list[Diagnostic] = []
-    objective, model = config.objective, config.model
+    objective, model = objective_of(config), config.model
 
     def error(key: str, message: str) -> None:
         found.append(Diagnostic("error", key, message))
@@ -66,19 +63,23 @@ def check(config: "RunConfig") -> list[Diagnostic]:
             Diagnostic("warning", "objective.weighting_scheme", f'"{objective.weighting_scheme}" only shapes the draws of '
                        'timestep_sampling = "sigma", and weighs all losses alike')
         )  # fmt: skip
+    if objective.min_timestep >= objective.max_timestep:
+        error(
+            "objective.min_timestep", f"is {objective.min_timestep}, not below max_timestep = {objective.max_timestep}"
+        )
     if objective.preserve_distribution_shape and mode in ("uniform", "sigma"):
         error("objective.preserve_distribution_shape", f'does not apply to timestep_sampling = "{mode}"')
     return found
 
 
 def _uses_logit(config: "RunConfig") -> bool:
-    objective = config.objective
+    objective = objective_of(config)
     shaped = objective.timestep_sampling == "sigma" and objective.weighting_scheme == "logit_normal"
     return shaped or objective.timestep_sampling in ("logsnr", "qinglong_flux")
 
 
-_NO_TEACHERS = "it has no teachers"
-_NO_NULL = "it is distilled for its embedded guidance and has no trained null condition"
+_NO_TEACHERS = "FLUX.1 has no teachers"
+_EMBEDDED = "the embedded guidance of FLUX.1 while training is objective.guidance_scale"
 
 SPEC = ModelSpec(
     code="fd",
@@ -101,10 +102,8 @@ SPEC = ModelSpec(
         "adapter.type": "lora",
         "optimizer.type": "AdamW",
         "scheduler.type": "constant",
-        "objective.timestep_sampling": "flux_shift",
         "objective.min_snr_gamma": 0.0,
         "objective.min_snr_form": "x0",
-        "objective.text_dropout": 0.0,
         "ema.enabled": False,
         "sample.steps": 20,
         "sample.guidance": 3.5,
@@ -120,32 +119,16 @@ SPEC = ModelSpec(
         "missing_caption": "error",
         "recursive": False,
     },
-    choices={"objective.timestep_sampling": TIMESTEP_SAMPLING},
-    not_applicable={
-        "experts.*": _NO_TEACHERS,
-        "cache.experts_batch_size": _NO_TEACHERS,
-        "objective.lune_*": _NO_TEACHERS,
-        "objective.sol_*": _NO_TEACHERS,
-        "objective.teacher_dropout_mode": _NO_TEACHERS,
-        "objective.missing_teacher": _NO_TEACHERS,
-        "objective.distill_on_dropped": _NO_TEACHERS,
-        "objective.drop_experts_with_text": _NO_TEACHERS,
-        "objective.spatial_weighting": _NO_TEACHERS,
-        "objective.precision": "it is float32; bfloat16 is how TinyFlux was published",
+    sections=SECTIONS,
+    foreign_keys={
+        "experts": _NO_TEACHERS,
+        "experts_batch_size": _NO_TEACHERS,
         "objective.shift": _shift,
-        "objective.text_dropout": _NO_NULL,
-        "objective.guidance_m*": "its embedded guidance while training is objective.guidance_scale",
-        "objective.guidance_dropout": "its embedded guidance while training is objective.guidance_scale",
-        "model.geometry": "its shape is read from the checkpoint",
-        "model.init_scheme": "its shape is read from the checkpoint",
-        "model.rope_freqs": "its rotary frequencies are computed, not stored",
-        "model.text_positions": "its text tokens have the positions it was trained with",
-        "model.temperature_per_head": "its attention has no temperature",
-        "model.timestep_scale": "its time embedding is that of the checkpoint",
-        "model.weights": "its checkpoints hold no averaged weights",
-        "model.ema_file": "its checkpoints hold no averaged weights",
-        "model.upgrade_neutral": "its checkpoints have one version",
-        "model.t5_attn_mask": "FLUX.1 is trained with padding visible",
+        "text_dropout": "FLUX.1 is distilled for its embedded guidance and has no trained null condition",
+        **dict.fromkeys(("guidance_min", "guidance_max", "guidance_dropout"), _EMBEDDED),
+        "geometry": "the shape of FLUX.1 is read from the checkpoint",
+        **dict.fromkeys(("weights", "ema_file"), "checkpoints of FLUX.1 hold no averaged weights"),
+        "t5_attn_mask": "FLUX.1 is trained with padding visible",
     },
     check=check,
     geometry="musubi_tuner.models.flux_dev.geometry:FluxConfig",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.device import to_model
 from musubi_tuner.flow import (
     MaskSettings,
@@ -30,6 +29,7 @@ from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.flux_dev.conditioning import text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH
 from musubi_tuner.models.flux_dev.model import EXACT_INPUTS
+from musubi_tuner.models.flux_dev.settings import FluxObjective
 from musubi_tuner.models.layers import image_positions
 
 
@@ -38,7 +38,7 @@ class FluxProcess:
 
     time_draw = "uniform"
 
-    def __init__(self, objective: ObjectiveSection, masks: MaskSettings | None = None) -> None:
+    def __init__(self, objective: FluxObjective, masks: MaskSettings | None = None) -> None:
         self.objective, self.masks = objective, masks
         mode = objective.timestep_sampling
         self.uniforms: tuple[str, ...] = ("mixture",) if mode.startswith("qinglong") else ()

@@ -18,8 +18,16 @@ from musubi_tuner.models.family import ModelPlan, Trainee
 from musubi_tuner.models.tinyflux.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
-from musubi_tuner.models.tinyflux.options import no_guidance, resolve_experts, written_guidance, written_options
 from musubi_tuner.models.tinyflux.process import TeacherSettings, TinyFluxProcess
+from musubi_tuner.models.tinyflux.settings import (
+    model_of,
+    no_guidance,
+    objective_of,
+    resolve_experts,
+    teachers_of,
+    written_guidance,
+    written_options,
+)
 from musubi_tuner.models.tinyflux.state_dict import (
     build,
     checkpoint_geometry,
@@ -58,9 +66,11 @@ def open_checkpoint(config: RunConfig) -> WeightFile | None:
         return None
     assert config.model.path is not None
     # With ema.init = "checkpoint" the file named is where the average starts, not the model.
-    ema_file = config.model.ema_file if config.ema.init == "model" else None
+    ema_file = model_of(config).ema_file if config.ema.init == "model" else None
     source = str(config.locate(config.model.path))
-    file = load_checkpoint(source, ema=config.model.weights == "ema", ema_file=ema_file, revision=config.model.revision)
+    file = load_checkpoint(
+        source, ema=model_of(config).weights == "ema", ema_file=ema_file, revision=config.model.revision
+    )
     _check_options(file, config)
     return file
 
@@ -77,7 +87,7 @@ def _check_options(file: WeightFile, config: RunConfig) -> None:
         for name, value in written_options(config).items()
         if value != own[name]
     ]
-    if options_of(file).get("t5_attn_mask") and not config.model.t5_attn_mask:
+    if options_of(file).get("t5_attn_mask") and not model_of(config).t5_attn_mask:
         wrong.append("model.t5_attn_mask is false, and it was trained with padding hidden; set it to true")
     if wrong:
         raise ConfigError(f"the checkpoint {config.model.path} does not go with this run: " + "; ".join(wrong))
@@ -89,7 +99,7 @@ def _average(config: RunConfig, geometry: TinyFluxConfig, notes: list[str]) -> d
     file = load_checkpoint(
         str(config.locate(config.model.path)),
         ema=True,
-        ema_file=config.model.ema_file,
+        ema_file=model_of(config).ema_file,
         revision=config.model.revision,
         complete=False,
     )
@@ -111,9 +121,9 @@ def checkpoint_options(config: RunConfig) -> dict[str, Any]:
     """
     file = None
     if config.model.init == "checkpoint" and "auto" in (
-        config.experts.expert_input,
-        config.experts.expert_time,
-        config.experts.sol_spatial_norm,
+        config.sd15.expert_input,
+        config.sd15.expert_time,
+        config.sd15.sol_spatial_norm,
     ):
         try:
             file = open_checkpoint(config)
@@ -122,13 +132,13 @@ def checkpoint_options(config: RunConfig) -> dict[str, Any]:
             if not (LOCAL_ONLY.get() and (is_hub_id(path) or is_published(path))):
                 raise
     recorded = options_of(file) if file else {}
-    return {**resolve_experts(config, recorded), "t5_attn_mask": config.model.t5_attn_mask}
+    return {**resolve_experts(config, recorded), "t5_attn_mask": model_of(config).t5_attn_mask}
 
 
 def geometry_of(config: RunConfig) -> TinyFluxConfig:
     """Shape of the model that a run trains."""
     if config.model.init == "scratch":
-        return TinyFluxConfig.from_dict(config.model.geometry).with_options(written_options(config))
+        return TinyFluxConfig.from_dict(model_of(config).geometry).with_options(written_options(config))
     file = open_checkpoint(config)
     assert file is not None
     return checkpoint_geometry(file)
@@ -147,7 +157,7 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     if file is None:
         geometry = geometry_of(config)
         model = build(geometry).to_empty(device="cpu")
-        initialize(model, config.model.init_scheme, torch.Generator().manual_seed(config.run.seed))
+        initialize(model, model_of(config).init_scheme, torch.Generator().manual_seed(config.run.seed))
         _store(model, storing)
     else:
         notes.append(f"weights: {file.origin}")
@@ -156,8 +166,8 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
         if config.ema.enabled and config.ema.init == "checkpoint":
             average = _average(config, geometry, notes)
     for enabled, built, name in (
-        (config.experts.enable_lune, geometry.use_lune_expert, "lune"),
-        (config.experts.enable_sol, geometry.use_sol_prior, "sol"),
+        (config.sd15.enable_lune, geometry.use_lune_expert, "lune"),
+        (config.sd15.enable_sol, geometry.use_sol_prior, "sol"),
     ):
         if enabled and not built:
             raise ConfigError(
@@ -167,7 +177,7 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     recorded = options_of(file) if file else {}
     options = {
         **resolve_experts(config, recorded),
-        "t5_attn_mask": config.model.t5_attn_mask,
+        "t5_attn_mask": model_of(config).t5_attn_mask,
         **geometry.options.changed(),
     }
     notes += [
@@ -184,7 +194,7 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
 def _load(
     file: WeightFile, config: RunConfig, storing: Storing, report: Callable[[str], None] = logger.warning
 ) -> TinyFluxDeep:
-    settings = config.model
+    settings = model_of(config)
     return load_model(
         file, rope_freqs=settings.rope_freqs, neutral=settings.upgrade_neutral, seed=config.run.seed, report=report,
         freeze=storing.freeze, merge=storing.merges,
@@ -218,8 +228,8 @@ def _store(model: TinyFluxDeep, storing: Storing) -> None:
 
 def plan_model(config: RunConfig) -> ModelPlan:
     """The model of a run without storage."""
-    geometry, experts = geometry_of(config), config.experts
-    times = max(config.experts_of(dataset).time_buckets for dataset in config.datasets)
+    geometry, experts = geometry_of(config), config.sd15
+    times = max(teachers_of(config, dataset).time_buckets for dataset in config.datasets)
     length, side = config.model.t5_max_tokens, geometry.sol_spatial_size
     shapes: dict[str, tuple[int, ...]] = {
         "t5_vec": (length, geometry.joint_attention_dim),
@@ -232,7 +242,7 @@ def plan_model(config: RunConfig) -> ModelPlan:
         shapes["lune_features"] = (times, geometry.lune_expert_dim)
     if experts.enable_sol:
         shapes |= {"sol_stats": (times, 3), "sol_spatial": (times, side, side)}
-    options = {"sol_spatial_norm": "max", "t5_attn_mask": config.model.t5_attn_mask}
+    options = {"sol_spatial_norm": "max", "t5_attn_mask": model_of(config).t5_attn_mask}
     return ModelPlan(build(geometry), torch.float32, shapes, options)
 
 
@@ -243,7 +253,7 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
         ConfigError: naming the geometry's field and the encoder's key, for all that differ; or if the mask of the text is
             wanted and not cached.
     """
-    if config.model.t5_attn_mask and "t5_mask" not in shapes:
+    if model_of(config).t5_attn_mask and "t5_mask" not in shapes:
         raise ConfigError(
             "model.t5_attn_mask is true, but text caches hold no t5_mask (those of the published trainer have none); set it to "
             f"false, or make them again: python -m musubi_tuner.caching text {config.words}"
@@ -269,15 +279,15 @@ def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, 
 def make_process(config: RunConfig, options: dict[str, Any]) -> TinyFluxProcess:
     """The process of a run."""
     teachers = TeacherSettings(
-        config.experts.enable_lune,
-        config.experts.enable_sol,
+        config.sd15.enable_lune,
+        config.sd15.enable_sol,
         options["sol_spatial_norm"],
         distil=config.adapter.type == "none",
     )
     train = config.train
     masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
     return TinyFluxProcess(
-        config.objective,
+        objective_of(config),
         teachers,
         text_mask=options["t5_attn_mask"],
         masks=masks if train.masked_loss else None,

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import ObjectiveSection
 from musubi_tuner.device import to_model
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import (
@@ -39,6 +38,7 @@ from musubi_tuner.flow import (
 )
 from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.tinyflux.model import EXACT_INPUTS
+from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
 
 SOL_MEAN_CAP = 4.0
 """With sol_spatial_norm = "mean", a map value is at most this many times the mean."""
@@ -83,7 +83,7 @@ class TinyFluxProcess:
 
     def __init__(
         self,
-        objective: ObjectiveSection,
+        objective: TinyFluxObjective,
         teachers: TeacherSettings,
         text_mask: bool = False,
         masks: MaskSettings | None = None,

@@ -28,6 +28,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CacheError, ConfigError
 from musubi_tuner.files import read_json
 from musubi_tuner.models.foreign_caches import ForeignCaches, ForeignKind, Rows
+from musubi_tuner.models.tinyflux.settings import model_of
 
 COLUMNS = {
     "encodings": {"latents": "latents", "t5_embeds": "t5_vec", "clip_pooled": "clip_l_pooler"},
@@ -90,7 +91,7 @@ def open_caches(config: RunConfig, sources: Sequence[Path], kinds: Collection[st
         CacheError: if they are of no known form, incomplete, or contradict each other.
         ConfigError: if the run needs what they do not hold.
     """
-    if config.model.t5_attn_mask and "text" in kinds:
+    if model_of(config).t5_attn_mask and "text" in kinds:
         raise ConfigError(
             "model.t5_attn_mask is true, but caches of the published trainer keep no attention mask; set it to false, or make "
             "the text caches with: python -m musubi_tuner.caching text"
@@ -419,7 +420,7 @@ def _rows(name: str, part: _Part) -> Rows:
 
 def _experts(config: RunConfig, found: _Found) -> ForeignKind | None:
     """Features of the teachers that the run uses; None if there are none."""
-    wanted = {"lune": config.experts.enable_lune, "sol": config.experts.enable_sol}
+    wanted = {"lune": config.sd15.enable_lune, "sol": config.sd15.enable_sol}
     held = [name for name in wanted if name in found.parts]
     unused = [name for name in held if not wanted[name]]
     if unused:

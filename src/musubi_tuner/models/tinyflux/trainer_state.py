@@ -25,7 +25,7 @@ from musubi_tuner.models.family import PublishedState
 from musubi_tuner.models.tinyflux.family import geometry_of
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
-from musubi_tuner.models.tinyflux.options import resolve_experts
+from musubi_tuner.models.tinyflux.settings import model_of, resolve_experts
 from musubi_tuner.models.tinyflux.state_dict import build
 from musubi_tuner.models.tinyflux.trainer_settings import read_settings
 from musubi_tuner.models.tinyflux.upgrade import UpgradeReport, summary, upgrade_weights
@@ -82,7 +82,7 @@ def read_state(path: Path, config: RunConfig, *, moments: bool = True) -> Publis
     settings = held.get("trainer_config")
     if isinstance(settings, dict):
         notes += _differences(settings, config)
-    exact = config.model.rope_freqs == "exact"
+    exact = model_of(config).rope_freqs == "exact"
     return PublishedState(
         _whole(tensors, geometry, exact),
         None if ema is None else _whole(ema, geometry, exact),

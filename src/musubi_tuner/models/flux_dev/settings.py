@@ -1,0 +1,78 @@
+"""The tables of a run file that FLUX.1-dev has for itself. Torch-free."""
+
+from typing import TYPE_CHECKING, Literal, cast
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.model_sections import ElementLoss, LogitNormal, MinSnr, ModelSection, ObjectiveSection
+from musubi_tuner.config.schema import SampleSection
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
+
+TimestepSampling = Literal[
+    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "logsnr",
+    "qinglong_flux", "qinglong_qwen", "ideogram4_shift",
+]  # fmt: skip
+
+
+class FluxModel(ModelSection):
+    """Which model is trained, and the frozen networks around it."""
+
+    keep_dtype: bool = param(
+        False, "Keep frozen weights in the precision of their file instead of that of the computation."
+    )
+    allow_schnell: bool = param(
+        False, "Train on a model without guidance embedding, whose distillation training undoes."
+    )
+
+
+class FluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
+    """What is learned: times, loss and weights."""
+
+    timestep_sampling: TimestepSampling = param("flux_shift", "Density of the training times.")
+    sigmoid_scale: float = param(1.0, "Spread of the normal under the sigmoid and shift densities.", gt=0, le=100)
+    discrete_flow_shift: float = param(
+        1.0, "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.", gt=0, le=100
+    )
+    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999)
+    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000)
+    preserve_distribution_shape: bool = param(
+        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
+    )
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = param(
+        "none",
+        "Loss weight by noise level; logit_normal and mode shape the draws of timestep_sampling = sigma instead.",
+    )
+    mode_scale: float = param(1.29, "Strength of weighting_scheme = mode.", ge=-10, le=10)
+    sigma_compat: Literal["exact", "upstream"] = param(
+        "exact", "upstream draws timestep_sampling = sigma as musubi-tuner does: without shift, range by table index."
+    )
+    timestep_offset: float = param(
+        0.0, "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.", ge=0, le=0.1
+    )
+    guidance_scale: float = param(1.0, "Embedded guidance while training.", ge=0, le=100)
+
+
+class FluxSample(SampleSection):
+    """Pictures drawn while training."""
+
+    cfg_scale: float = param(
+        1.0, "Classifier-free guidance against the negative prompt, beside the embedded one; 1 = off.", ge=1, le=100,
+        resume="free",
+    )  # fmt: skip
+    shift: float | None = param(
+        None, "Shift of the sampling times; absent = by picture size.", gt=0, le=100, resume="free"
+    )
+
+
+SECTIONS: dict[str, type[Section]] = {"model": FluxModel, "objective": FluxObjective, "sample": FluxSample}
+
+
+def model_of(config: "RunConfig") -> FluxModel:
+    """[model] of a run of this family."""
+    return cast(FluxModel, config.model)
+
+
+def objective_of(config: "RunConfig") -> FluxObjective:
+    """[objective] of a run of this family."""
+    return cast(FluxObjective, config.objective)

@@ -1,0 +1,178 @@
+"""The tables of a run file that TinyFlux has for itself. Torch-free."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.model_sections import (
+    AveragedCheckpoint,
+    ElementLoss,
+    HiddenPadding,
+    LogitNormal,
+    MinSnr,
+    ModelSection,
+    NewModel,
+    ObjectiveSection,
+    Sd15Teachers,
+)
+from musubi_tuner.config.schema import CacheSection
+from musubi_tuner.models.tinyflux.geometry import ModelOptions
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
+
+
+class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
+    """Which model is trained, and the frozen networks around it."""
+
+    init_scheme: Literal["reference", "adaln_zero"] = param(
+        "reference",
+        "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
+    )
+    upgrade_neutral: bool = param(
+        True, "Parts that an older checkpoint lacks start so that it computes what it did, as far as they can."
+    )
+    rope_freqs: Literal["checkpoint", "exact"] = param(
+        "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
+    )
+    text_positions: Literal["zero", "index"] | None = param(
+        None,
+        "Position of text tokens in attention: none, as published, or their number; only a new model may choose; absent = as "
+        "in the checkpoint, and none in a new model.",
+    )
+    temperature_per_head: bool | None = param(
+        None,
+        "Give each attention head its own temperature of Sol instead of their mean; only a new model may choose; absent = as "
+        "in the checkpoint, and false in a new model.",
+    )
+    timestep_scale: float | None = param(
+        None,
+        "Factor of the time inside its embedding, 1 as published; more tells close times better apart; only a new model may "
+        "choose; absent = as in the checkpoint, and 1 in a new model.",
+        gt=0,
+        le=1e6,
+    )
+
+
+class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
+    """What is learned: times, loss, weights, and what is dropped on the way."""
+
+    timestep_sampling: Literal["logit_normal", "uniform"] = param("logit_normal", "Density of the training times.")
+    shift: float = param(
+        3.0,
+        "Bends training and sampling times; above 1 towards the end the family states in docs.",
+        flat=("shift",),
+        gt=0,
+        le=100,
+    )
+    precision: Literal["float32", "bfloat16"] = param(
+        "float32",
+        "Times, noise, noisy latents, targets and losses; bfloat16 rounds each, as published: times above 0.998 become 1.",
+    )
+    spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
+    text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
+    guidance_min: float = param(
+        1.0,
+        "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
+        ge=0,
+        le=100,
+    )
+    guidance_max: float = param(5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100)
+    guidance_dropout: float = param(
+        0.0,
+        "For models that embed guidance: share of samples trained without it; 0.1 in models before v4.2.",
+        ge=0,
+        le=1,
+    )
+    lune_weight: float = param(0.1, "Weight of the Lune distillation loss.", ge=0, le=100)
+    lune_warmup_steps: int = param(1000, "Updates until the Lune weight is reached.", ge=0)
+    lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
+        "cosine", "Distance between predicted and real Lune features."
+    )
+    lune_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1)
+    sol_weight: float = param(0.05, "Weight of the Sol distillation loss.", ge=0, le=100)
+    sol_stats_weight: float = param(1.0, "Share of the attention statistics in the Sol loss.", ge=0, le=100)
+    sol_spatial_weight: float = param(1.0, "Share of the attention map in the Sol loss.", ge=0, le=100)
+    sol_warmup_steps: int = param(2000, "Updates until the Sol weight is reached.", ge=0)
+    sol_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1)
+    teacher_dropout_mode: Literal["sample", "batch"] = param(
+        "sample", "One coin per sample, or one per micro-batch as published."
+    )
+    missing_teacher: Literal["predict", "zeros"] = param(
+        "predict",
+        "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
+        "to be learned, as published.",
+    )
+    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still pay the distillation loss.")
+    drop_experts_with_text: bool = param(
+        True, "Samples without text also lose the teacher features, which were made from the text."
+    )
+
+
+class TinyFluxCache(CacheSection):
+    """The separate jobs that encode images and captions once."""
+
+    experts_batch_size: int = param(1, "Items per teacher batch; each goes through at every time bucket.", ge=1, le=256)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": TinyFluxModel,
+    "experts": Sd15Teachers,
+    "cache": TinyFluxCache,
+    "objective": TinyFluxObjective,
+}
+
+
+def model_of(config: "RunConfig") -> TinyFluxModel:
+    """[model] of a run of this family."""
+    return cast(TinyFluxModel, config.model)
+
+
+def objective_of(config: "RunConfig") -> TinyFluxObjective:
+    """[objective] of a run of this family."""
+    return cast(TinyFluxObjective, config.objective)
+
+
+def teachers_of(config: "RunConfig", dataset: DatasetConfig) -> Sd15Teachers:
+    """[experts] as it is for the images of a dataset."""
+    return cast(Sd15Teachers, config.experts_of(dataset))
+
+
+def resolve_experts(config: "RunConfig", checkpoint: dict[str, Any] | None = None) -> dict[str, str]:
+    """What ``auto`` means for expert_input, expert_time and sol_spatial_norm.
+
+    Args:
+        checkpoint: options recorded in the checkpoint that training starts from, if it has any.
+
+    Returns:
+        The three keys with their final values: as set, else as the checkpoint records, else the published
+        ones when a checkpoint is continued, else the corrected ones.
+    """
+    published = {"expert_input": "random", "expert_time": "reference", "sol_spatial_norm": "sum"}
+    corrected = {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"}
+    base = corrected if config.model.init == "scratch" else published
+    resolved = {}
+    for key in base:
+        value = getattr(config.sd15, key)
+        resolved[key] = value if value != "auto" else (checkpoint or {}).get(key, base[key])
+    return resolved
+
+
+def written_options(config: "RunConfig") -> dict[str, Any]:
+    """The model options that a run file sets; see `geometry.ModelOptions`."""
+    found = {field.name: getattr(config.model, field.name) for field in fields(ModelOptions)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def written_guidance(config: "RunConfig") -> list[str]:
+    """Keys of embedded guidance that a person wrote."""
+    return [
+        key for key in config.set_keys() if key.startswith("objective.guidance_") and key != "objective.guidance_scale"
+    ]
+
+
+def no_guidance(key: str, reason: str) -> Diagnostic:
+    """A warning that a key of embedded guidance does nothing."""
+    return Diagnostic("warning", key, f"has no effect because {reason}")
