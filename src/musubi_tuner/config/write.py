@@ -13,7 +13,7 @@ def resolved_toml(config: RunConfig) -> str:
     """All settings as TOML; absent values and secrets are left out."""
     lines = [f"# Resolved from {config.path.name}; a comment names the origin of a value that is not the default."]
     by_section: dict[str, list[str]] = {}
-    nested: dict[str, list[str]] = {}
+    of_roles: dict[str, list[str]] = {}
     for parameter in parameters(config.spec):
         value = config.get(parameter.key)
         if value is None or parameter.extra("secret") or parameter.key == "dataset_config":
@@ -21,7 +21,7 @@ def resolved_toml(config: RunConfig) -> str:
         if isinstance(value, Section):
             changed = value.model_dump(exclude_defaults=True)
             text = tomli_w.dumps({parameter.section: {parameter.name: changed}}) if changed else ""
-            nested.setdefault(parameter.section, []).extend(["", *text.splitlines()] if text else [])
+            of_roles.setdefault(parameter.section, []).extend(["", *text.splitlines()] if text else [])
             continue
         origin = config.origins.get(parameter.key, "default")
         tables = isinstance(value, list) and value and isinstance(value[0], Section)
@@ -44,7 +44,7 @@ def resolved_toml(config: RunConfig) -> str:
             if name.startswith(f"{section}.") and entries
             for line in ("", f"[{name}]", *entries)
         ]
-        lines += nested.get(section, [])
+        lines += of_roles.get(section, [])
     # Not in one call: the library would write a short list of tables inline, into the section above it.
     data: dict[str, Any] = config.dataset_tables
     if "general" in data:
