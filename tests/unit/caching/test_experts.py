@@ -384,10 +384,8 @@ class TestMemory:
         watch.fits = 0
         with pytest.raises(CacheError) as caught:
             two.run("experts")
-        assert str(caught.value) == (
-            "lune: a single picture does not fit into the device's memory; end other programs there, or choose "
-            'experts.dtype = "float16" or a smaller experts.resolution'
-        )
+        for part in ("lune", "a single picture does not fit", 'experts.dtype = "float16"', "experts.resolution"):
+            assert part in str(caught.value)
         assert watch.rows("lune") == [3, 1]
 
     def test_a_number_of_times_is_taken_at_its_word(self, two: Any, watch: Watch) -> None:
@@ -397,10 +395,8 @@ class TestMemory:
         two.tables["experts"]["times_per_forward"] = 2
         with pytest.raises(CacheError) as caught:
             two.run("experts")
-        assert str(caught.value) == (
-            "lune: 4 pictures in one forward pass do not fit into the device's memory; lower experts.times_per_forward or "
-            'cache.experts_batch_size, or write experts.times_per_forward = "auto"'
-        )
+        for part in ("lune", "4 pictures", "cache.experts_batch_size", 'experts.times_per_forward = "auto"'):
+            assert part in str(caught.value)
         assert watch.rows("lune") == [4]
 
     def test_other_errors_are_not_taken_for_a_lack_of_memory(

@@ -224,9 +224,8 @@ class TestHeader:
             cache_file.write_bytes(whole[:size])
             with pytest.raises(CacheError) as caught:
                 read_header(cache_file)
-            assert str(caught.value) == (
-                f"{cache_file}: has {size} bytes, its header says {len(whole)}; delete it and run the cache job again"
-            )
+            for part in (str(cache_file), f"{size} bytes", f"says {len(whole)}", "run the cache job again"):
+                assert part in str(caught.value)
 
     def test_a_file_with_bytes_behind_its_data(self, cache_file: Path) -> None:
         whole = cache_file.read_bytes()

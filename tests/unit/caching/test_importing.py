@@ -303,10 +303,8 @@ class TestRefusals:
         source = write_folder(tmp_path / "caches", columns_of(rows), None)
         with pytest.raises(DataError) as caught:
             bring(run, source)
-        assert str(caught.value) == (
-            f"folder {source}: has {rows} rows of latents, datasets[0] has 3 images; rows are known by their order only, so give "
-            "exactly the images that the cache was made from"
-        )
+        for part in (str(source), f"{rows} rows of latents", "datasets[0] has 3 images", "exactly the images"):
+            assert part in str(caught.value)
         assert not (run.root / "cache").exists()
 
     def test_an_unfinished_build_of_more_images(self, run: Any, tmp_path: Path) -> None:
@@ -320,10 +318,8 @@ class TestRefusals:
         source = write_folder(tmp_path / "caches", columns, [prompts[0], "another circle", prompts[2]])
         with pytest.raises(DataError) as caught:
             bring(run, source)
-        assert str(caught.value) == (
-            f"folder {source}: 1 of 3 prompts are no captions of their items; mend the captions, if the images are the right "
-            "ones\n  row 1, a: 'another circle' there, 'a red circle' here"
-        )
+        for part in (str(source), "1 of 3 prompts", "row 1, a: 'another circle' there, 'a red circle' here"):
+            assert part in str(caught.value)
 
     def test_prompts_of_another_number_than_the_rows_say_nothing(
         self, run: Any, columns: Columns, prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -421,10 +421,8 @@ class TestFailures:
             assert ours.recv() == "locked"
             with pytest.raises(CacheError) as caught:
                 project.run("text")
-            assert str(caught.value) == (
-                f"cache: process {holder.pid} on {platform.node()} is writing caches here; wait for it, or use --shard i/n "
-                "on each"
-            )
+            for part in (f"process {holder.pid} on {platform.node()}", "--shard i/n"):
+                assert part in str(caught.value)
             # Another kind, and another shard, have locks of their own.
             assert project.run("latents") == 0
             assert project.run("text", shard=(1, 2)) == 0
@@ -470,9 +468,8 @@ class TestValues:
         values = torch.tensor([1.0, -70000.0])
         with pytest.raises(CacheError) as caught:
             store(values, torch.float16)
-        assert str(caught.value) == (
-            'a value of 7e+04 does not fit into torch.float16; use cache.dtype = "float32" or "bfloat16"'
-        )
+        for part in ("7e+04", "torch.float16", 'cache.dtype = "float32"'):
+            assert part in str(caught.value)
         assert torch.equal(store(values, torch.bfloat16), values.bfloat16())
         assert torch.equal(store(torch.tensor([65504.0]), torch.float16), torch.tensor([65504.0], dtype=torch.float16))
 

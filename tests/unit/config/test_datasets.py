@@ -303,10 +303,8 @@ def test_uneven_resolution_is_an_area_when_buckets_are_on(load: Load) -> None:
 def test_resolution_without_a_single_bucket(resolution: str, problems: Problems) -> None:
     (message,) = problems(data=f"{IMAGES}resolution = {resolution}\n")
     size = {"16": "16x16", "31": "31x31", "[1, 1000]": "1x1000"}[resolution]
-    assert message == (
-        f"datasets[0].resolution: is {size}; the smallest bucket side would be 0. Use at least 32x32, or "
-        "enable_bucket = false"
-    )
+    assert message.startswith(f"datasets[0].resolution: is {size}")
+    assert "32x32" in message and "enable_bucket = false" in message
 
 
 def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:

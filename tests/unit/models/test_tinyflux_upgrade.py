@@ -196,9 +196,8 @@ def test_piece_of_a_part_is_damage_and_strict_raises() -> None:
     assert report.missing == ["t5_pool.0.bias", "t5_pool.2.weight", "t5_pool.2.bias"]
     with pytest.raises(CheckpointError) as caught:
         upgrade_weights(given, TINY, strict=True, what="old.pt")
-    assert str(caught.value) == (
-        f"old.pt: 3 of {len(shapes(TINY))} keys missing (t5_pool.0.bias, t5_pool.2.weight, t5_pool.2.bias)"
-    )
+    for part in ("old.pt", f"3 of {len(shapes(TINY))} keys", "t5_pool.0.bias, t5_pool.2.weight, t5_pool.2.bias"):
+        assert part in str(caught.value)
 
 
 def test_other_shapes_and_unknown_keys_are_reported_and_strict_raises() -> None:
@@ -300,9 +299,8 @@ def test_v3_file_that_is_damaged_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "v3.safetensors", state)
     with pytest.raises(CheckpointError) as caught:
         load_model(path)
-    assert str(caught.value) == (
-        f"{path}: is an older TinyFlux checkpoint that cannot be upgraded: 1 of 87 keys missing (img_in.bias)"
-    )
+    for part in (str(path), "cannot be upgraded", "1 of 87 keys", "img_in.bias"):
+        assert part in str(caught.value)
 
 
 # The command

@@ -233,10 +233,9 @@ def test_a_lack_of_memory_while_drawing_names_what_to_change(
     monkeypatch.setattr(Generator, "from_run", full)
     arguments = [str(write(tmp_path, str(base))), "--prompt", "a cat", "--save_path", str(tmp_path)]
     assert generate_command.main("fd", "", arguments) == EXIT_FAILED
-    assert capsys.readouterr().err == (
-        "error: the device's memory is full (2.50 GiB more were wanted); lower --batch_size, draw smaller pictures or "
-        'set memory.blocks_to_swap = "auto"\n'
-    )
+    message = capsys.readouterr().err
+    for part in ("error: ", "2.50 GiB", "--batch_size", 'memory.blocks_to_swap = "auto"'):
+        assert part in message
 
 
 def test_the_largest_batch_has_the_largest_bucket_and_one_caption_each(base: Path, tmp_path: Path) -> None:

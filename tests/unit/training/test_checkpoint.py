@@ -336,9 +336,8 @@ def test_list_of_another_run_is_refused(tmp_path: Path) -> None:
     listed(tmp_path, {"step_1": step_entry(1)})
     with pytest.raises(ConfigError) as caught:
         CheckpointList.read(tmp_path, "dog")
-    assert str(caught.value) == (
-        f"run.output_dir {tmp_path}: holds the run 'run', this run is called 'dog'; choose another folder"
-    )
+    for part in (f"run.output_dir {tmp_path}", "'run'", "'dog'", "choose another folder"):
+        assert part in str(caught.value)
 
 
 BROKEN_LISTS: dict[str, bytes] = {
