@@ -75,7 +75,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
     from musubi_tuner.data.plan import MicroBatch
     from musubi_tuner.memory.compose import compose_memory, freeze_of
     from musubi_tuner.memory.storage import place_weights
-    from musubi_tuner.models.family import ModelPlan
+    from musubi_tuner.models.family import ModelOutline
     from musubi_tuner.models.flux_dev import FluxConfig, build
     from musubi_tuner.planning.estimate import estimate
     from musubi_tuner.planning.report import measure_rates
@@ -99,7 +99,7 @@ def run_variant(storage: str, count: int, options: argparse.Namespace) -> dict[s
         config = load_config(Path(folder) / "run.toml", {})
     spec = config.spec
     shapes = {"t5_vec": (tokens, geometry.context_in_dim), "clip_l_pooler": (geometry.vec_in_dim,)}
-    planned = estimate(config, ModelPlan(build(geometry), torch.bfloat16, shapes, {}), (side, side), 1)
+    planned = estimate(config, ModelOutline(build(geometry), torch.bfloat16, shapes, {}), (side, side), 1)
     rates = measure_rates(device, torch.bfloat16)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import AdapterSet, attach, layer_settings, make_adapters, plan_adapters, target_paths
-from musubi_tuner.adapters.files import load_adapter, plans_of_file, read_adapter
+from musubi_tuner.adapters.attach import AdapterSet, attach, layer_settings, make_adapters, place_adapters, target_paths
+from musubi_tuner.adapters.files import load_adapter, placements_of_file, read_adapter
 from musubi_tuner.adapters.merging import RunMerges
 from musubi_tuner.config import RunConfig
 from musubi_tuner.memory.block_swap import BlockSwap
@@ -33,7 +33,7 @@ def storing_of(config: RunConfig, device: torch.device) -> Storing:
         return Storing()
     merges = None
     if config.adapter.merge:
-        merges = RunMerges(config, target_paths(spec.family.plan_model(config).model, spec.adapters))
+        merges = RunMerges(config, target_paths(spec.family.outline_model(config).model, spec.adapters))
     return Storing(freeze_of(config.memory, spec, device), merges)
 
 
@@ -104,16 +104,16 @@ def attach_adapters(model: nn.Module, config: RunConfig) -> tuple[AdapterSet, li
         given = file.tensors
         lines.append(f"starting from {file.path.name}{file.remarks}")
     if settings.rank_from_weights:
-        plans = [
-            replace(plan, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)
-            for plan in plans_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
-            for own, _ in [layer_settings(plan.path, settings)]
+        placements = [
+            replace(placement, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)
+            for placement in placements_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
+            for own, _ in [layer_settings(placement.path, settings)]
         ]
     else:
-        plans = plan_adapters(paths, spec.adapters, settings)
-    adapters = make_adapters(model, plans, settings, config.run.seed)
+        placements = place_adapters(paths, spec.adapters, settings)
+    adapters = make_adapters(model, placements, settings, config.run.seed)
     if given:
-        wanted = {plan.path: plan.alpha for plan in plans}
+        wanted = {placement.path: placement.alpha for placement in placements}
         load_adapter(adapters, given, f"adapter.init_from: {settings.init_from}")
         changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path]) > 1e-6]
         if changed:
@@ -122,7 +122,7 @@ def attach_adapters(model: nn.Module, config: RunConfig) -> tuple[AdapterSet, li
             )
     attach(model, adapters)
     count = sum(parameter.numel() for parameter in adapters.parameters())
-    ranks = sorted({plan.rank for plan in plans})
+    ranks = sorted({placement.rank for placement in placements})
     text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    lines.append(f"adapter: LoRA of {text} on {len(plans)} layers, {count:,} parameters; the model is frozen")
+    lines.append(f"adapter: LoRA of {text} on {len(placements)} layers, {count:,} parameters; the model is frozen")
     return adapters, lines

@@ -43,7 +43,7 @@ def _plan(run_file: str) -> None:
     from musubi_tuner.planning.fake_step import run_step
 
     config = load_config(run_file, {})
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     for bucket in ENDS:
         run_step(config, plan, bucket, config.datasets[0].batch_size)
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, merge
-from musubi_tuner.adapters.attach import AdapterSet, make_adapters, plan_adapters, target_paths
-from musubi_tuner.adapters.files import plans_of_file
+from musubi_tuner.adapters.attach import AdapterSet, make_adapters, place_adapters, target_paths
+from musubi_tuner.adapters.files import placements_of_file
 from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.schema import OptimizerSection
 from musubi_tuner.flow import pack_patches, unpack_patches
@@ -35,7 +35,7 @@ def golden() -> dict[str, Tensor]:
 
 def adapters_of(model: torch.nn.Module, **settings: Any) -> AdapterSet:
     section = AdapterSection(type="lora", rank=KEYS["rank"], alpha=KEYS["alpha"], **settings)
-    return make_adapters(model, plan_adapters(target_paths(model, TARGETS), TARGETS, section), section)
+    return make_adapters(model, place_adapters(target_paths(model, TARGETS), TARGETS, section), section)
 
 
 def shapes(tensors: dict[str, Tensor]) -> Shapes:
@@ -59,12 +59,12 @@ def test_full_size() -> None:
     model = build(FluxConfig())
     assert shapes(model.state_dict()) == KEYS["full_model_state_dict"]
     section = AdapterSection(type="lora", rank=16)
-    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, section)
-    assert len(plans) == 228
+    placements = place_adapters(target_paths(model, TARGETS), TARGETS, section)
+    assert len(placements) == 228
     count = 0
-    for plan in plans:
-        layer = model.get_submodule(plan.path)
-        count += plan.rank * (layer.in_features + layer.out_features)  # type: ignore[operator]
+    for placement in placements:
+        layer = model.get_submodule(placement.path)
+        count += placement.rank * (layer.in_features + layer.out_features)  # type: ignore[operator]
     assert count == 56_033_280
     assert sum(p.numel() for p in model.parameters()) == 11_901_408_320
 
@@ -82,8 +82,8 @@ def test_training_step_with_adapters(golden: dict[str, Tensor]) -> None:
     model.load_state_dict({key[2:]: tensor for key, tensor in golden.items() if key.startswith("w.")})
     model.requires_grad_(False)
     tensors = {key[5:]: tensor for key, tensor in golden.items() if key.startswith("lora.")}
-    plans = plans_of_file(tensors, target_paths(model, TARGETS), "golden")
-    adapters = make_adapters(model, plans, AdapterSection(type="lora"))
+    placements = placements_of_file(tensors, target_paths(model, TARGETS), "golden")
+    adapters = make_adapters(model, placements, AdapterSection(type="lora"))
     load_adapter(adapters, tensors)
     attach(model, adapters)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from musubi_tuner import convert_lora
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter
-from musubi_tuner.adapters.attach import AdapterSet, Plan, make_adapters, plan_adapters, target_paths
-from musubi_tuner.adapters.files import AdapterFile, plans_of_file
+from musubi_tuner.adapters.attach import AdapterSet, Placement, make_adapters, place_adapters, target_paths
+from musubi_tuner.adapters.files import AdapterFile, placements_of_file
 from musubi_tuner.config.model_sections import AdapterSection, AdapterTarget
 from musubi_tuner.config.schema import OptimizerSection
 from musubi_tuner.errors import CheckpointError
@@ -55,9 +55,9 @@ def own_settings() -> AdapterSection:
     return section(kinds=kinds, targets=CONFIG["targets"], **CONFIG["defaults"])
 
 
-def parameters(model: torch.nn.Module, plans: list[Plan]) -> int:
-    layers = {plan: model.get_submodule(plan.path) for plan in plans}
-    return sum(plan.rank * (layer.in_features + layer.out_features) for plan, layer in layers.items())  # type: ignore[operator]
+def parameters(model: torch.nn.Module, placements: list[Placement]) -> int:
+    layers = {placement: model.get_submodule(placement.path) for placement in placements}
+    return sum(placement.rank * (layer.in_features + layer.out_features) for placement, layer in layers.items())  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -73,38 +73,40 @@ def parameters(model: torch.nn.Module, plans: list[Plan]) -> int:
 )
 def test_presets_at_full_size(preset: str, layers: int, count: int) -> None:
     model = build(TinyFluxConfig())
-    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, section(**TARGETS.presets[preset]))
-    assert (len(plans), parameters(model, plans)) == (layers, count)
+    placements = place_adapters(target_paths(model, TARGETS), TARGETS, section(**TARGETS.presets[preset]))
+    assert (len(placements), parameters(model, placements)) == (layers, count)
 
 
 def test_sizes_and_rates_of_presets() -> None:
     model = build(TinyFluxConfig())
     found = {
         preset: {
-            plan.path: plan
-            for plan in plan_adapters(target_paths(model, TARGETS), TARGETS, section(**TARGETS.presets[preset]))
+            placement.path: placement
+            for placement in place_adapters(target_paths(model, TARGETS), TARGETS, section(**TARGETS.presets[preset]))
         }
         for preset in TARGETS.presets
     }
-    assert {(plan.rank, plan.alpha) for plan in found["minimal"].values()} == {(8, 8.0)}
-    assert {plan.alpha for name in found if name != "minimal" for plan in found[name].values()} == {16.0}
+    assert {(placement.rank, placement.alpha) for placement in found["minimal"].values()} == {(8, 8.0)}
+    assert {placement.alpha for name in found if name != "minimal" for placement in found[name].values()} == {16.0}
     character = [found["character"][f"single_blocks.{index}.mlp.fc1"] for index in (0, 9, 10, 19, 20, 24)]
-    assert [(plan.rank, plan.lr_scale) for plan in character] == [(8, 0.5)] * 2 + [(16, 1.0)] * 2 + [(32, 1.5)] * 2
+    assert [(placement.rank, placement.lr_scale) for placement in character] == [(8, 0.5)] * 2 + [(16, 1.0)] * 2 + [
+        (32, 1.5)
+    ] * 2
     doubles = [found["progressive"][f"double_blocks.{index}.attn.img_qkv"].rank for index in (0, 1, 7, 14)]
     singles = [found["progressive"][f"single_blocks.{index}.attn.qkv"].rank for index in (0, 1, 12, 24)]
     assert doubles == [8, 9, 16, 24] and singles == [8, 9, 20, 32]
 
 
 def test_a_preset_fits_a_smaller_model(model: TinyFluxDeep) -> None:
-    plans = plan_adapters(
+    placements = place_adapters(
         target_paths(model, TARGETS), TARGETS, section(preset="character", **TARGETS.presets["character"])
     )
-    assert {(plan.rank, plan.lr_scale) for plan in plans} == {(8, 0.5)}
+    assert {(placement.rank, placement.lr_scale) for placement in placements} == {(8, 0.5)}
 
 
 def made(model: TinyFluxDeep) -> AdapterSet:
     settings = own_settings()
-    return make_adapters(model, plan_adapters(target_paths(model, TARGETS), TARGETS, settings), settings)
+    return make_adapters(model, place_adapters(target_paths(model, TARGETS), TARGETS, settings), settings)
 
 
 def test_layers_and_sizes_of_a_config(model: TinyFluxDeep) -> None:
@@ -151,8 +153,8 @@ def published(path: Path, tensors: Tensors = STORED, **metadata: str) -> Path:
 
 
 def loaded(model: TinyFluxDeep, file: AdapterFile) -> AdapterSet:
-    plans = plans_of_file(file.tensors, target_paths(model, TARGETS), "file")
-    adapters = make_adapters(model, plans, AdapterSection(type="lora"))
+    placements = placements_of_file(file.tensors, target_paths(model, TARGETS), "file")
+    adapters = make_adapters(model, placements, AdapterSection(type="lora"))
     load_adapter(adapters, file.tensors)
     return adapters
 

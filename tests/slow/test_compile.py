@@ -12,7 +12,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import attach, make_adapters, place_adapters, target_paths
 from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.schema import MemorySection
 from musubi_tuner.errors import ConfigError
@@ -48,7 +48,7 @@ def adapted(model: nn.Module, code: str, memory: MemorySection) -> Any:
         freeze_layers(model, freeze)
     section = AdapterSection(type="lora", rank=4)
     adapters = make_adapters(
-        model, plan_adapters(target_paths(model, spec.adapters), spec.adapters, section), section, 1
+        model, place_adapters(target_paths(model, spec.adapters), spec.adapters, section), section, 1
     )
     torch.manual_seed(3)
     for _, adapter in adapters.items():

@@ -41,7 +41,7 @@ def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """One adapted layer.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
     weight_decay: float | None = None
 
 
-def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSection) -> list[Plan]:
+def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSection) -> list[Placement]:
     """Which layers get an adapter, and of what size.
 
     As in musubi-tuner, patterns must match whole paths, a user's ``exclude`` replaces the family's (unless
@@ -89,7 +89,7 @@ def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSe
                 "* is one part of it, ** any number"
             )
     kinds = [targets.kinds[kind] for kind in (targets.usual if settings.kinds is None else settings.kinds)]
-    plans = []
+    placements = []
     for path in paths:
         of_kind = any(matches(kind, path) for kind in kinds)
         unwanted = not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path))
@@ -99,12 +99,12 @@ def plan_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSe
             continue
         if layer.enabled and layer.rank:
             rank, alpha = layer.folded
-            plans.append(Plan(path, rank, alpha, layer.lr_scale, layer.dropout, layer.weight_decay))
-    if not plans:
+            placements.append(Placement(path, rank, alpha, layer.lr_scale, layer.dropout, layer.weight_decay))
+    if not placements:
         raise ConfigError(
             "adapter: no layer is left to adapt; look at adapter.kinds, exclude, only, rank_patterns and targets"
         )
-    return plans
+    return placements
 
 
 def layer_settings(path: str, settings: AdapterSection) -> tuple[LayerSettings, bool]:
@@ -259,22 +259,24 @@ class _Merged:
             self.put(self.weight)
 
 
-def make_adapters(model: nn.Module, plans: list[Plan], settings: AdapterSection, seed: int = 0) -> AdapterSet:
-    """Untrained adapters for the layers of a plan; each layer's start depends on the seed and its path alone."""
+def make_adapters(model: nn.Module, placements: list[Placement], settings: AdapterSection, seed: int = 0) -> AdapterSet:
+    """Untrained adapters at their placements; each layer's start depends on the seed and its path alone."""
     adapters = {}
-    for plan in plans:
-        layer = model.get_submodule(plan.path)
+    for placement in placements:
+        layer = model.get_submodule(placement.path)
         adapter = LoRALinear(
-            *_features(layer, plan.path),
-            plan.rank,
-            plan.alpha,
-            dropout=plan.dropout,
+            *_features(layer, placement.path),
+            placement.rank,
+            placement.alpha,
+            dropout=placement.dropout,
             rank_dropout=settings.rank_dropout,
             module_dropout=settings.module_dropout,
         )
-        adapter.initialize(generator(seed, "adapter", plan.path))
-        adapters[plan.path] = adapter
-    return AdapterSet(adapters, {plan.path: (plan.lr_scale, plan.weight_decay) for plan in plans})
+        adapter.initialize(generator(seed, "adapter", placement.path))
+        adapters[placement.path] = adapter
+    return AdapterSet(
+        adapters, {placement.path: (placement.lr_scale, placement.weight_decay) for placement in placements}
+    )
 
 
 def _features(layer: nn.Module, path: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import AdapterSet, Plan, file_name
+from musubi_tuner.adapters.attach import AdapterSet, Placement, file_name
 from musubi_tuner.adapters.convert import (
     family_of,
     from_published,
@@ -196,7 +196,7 @@ def combine(files: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Te
     return combined
 
 
-def plans_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) -> list[Plan]:
+def placements_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) -> list[Placement]:
     """Layers, ranks and alphas of a file.
 
     Raises:
@@ -207,15 +207,15 @@ def plans_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) ->
         raise CheckpointError(
             f"{what}: {len(strange)} keys belong to no layer of this model ({', '.join(strange[:4])})"
         )
-    plans = []
+    placements = []
     for path in paths:
         if path in layers:
             parts = layers[path]
             if "lora_down.weight" not in parts or "lora_up.weight" not in parts:
                 raise CheckpointError(f"{what}: {path} has only {', '.join(parts)}; the file is damaged")
             rank = len(parts["lora_down.weight"])
-            plans.append(Plan(path, rank, float(parts["alpha"]) if "alpha" in parts else float(rank)))
-    return plans
+            placements.append(Placement(path, rank, float(parts["alpha"]) if "alpha" in parts else float(rank)))
+    return placements
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Item:
 
 
 @dataclass
-class Found:
+class ScannedItems:
     """The usable items of all datasets, and what a user should know about the rest.
 
     Attributes:
@@ -96,7 +96,7 @@ class Found:
     roots: list[Root] = field(default_factory=list)
 
 
-def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
+def scan(datasets: Iterable[DatasetConfig], architecture: str) -> ScannedItems:
     """List the items of all datasets, sorted by dataset and id.
 
     Raises:
@@ -118,7 +118,7 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> Found:
     problems += _shared_files(items)
     if problems:
         raise DataError(_join(problems))
-    return Found(items, notes, roots)
+    return ScannedItems(items, notes, roots)
 
 
 def _shared_files(items: list[Item]) -> list[str]:

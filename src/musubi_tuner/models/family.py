@@ -79,7 +79,7 @@ class PublishedState:
 
 
 @dataclass
-class ModelPlan:
+class ModelOutline:
     """A run's model without storage, and what a step with it needs to know.
 
     Attributes:
@@ -190,7 +190,7 @@ class Family(Protocol):
             options: of the model; see `Trainee`.
         """
 
-    def plan_model(self, config: "RunConfig") -> ModelPlan:
+    def outline_model(self, config: "RunConfig") -> ModelOutline:
         """The model of a run without storage, for the estimate of memory."""
 
     def check_caches(self, config: "RunConfig", geometry: Any, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -34,7 +34,7 @@ from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
-from musubi_tuner.models.family import ModelPlan
+from musubi_tuner.models.family import ModelOutline
 from musubi_tuner.planning.fake_step import Alive, StepNeeds, default_dtype, run_step
 from musubi_tuner.training.optimizers import state_bytes
 from musubi_tuner.training.sampling import sample_settings
@@ -135,7 +135,7 @@ def stored_bytes(layer: nn.Linear, storage: Storage, scale: str, dtype: torch.dt
 
 
 def estimate(
-    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, *, count: bool = True
+    config: RunConfig, plan: ModelOutline, bucket: tuple[int, int], batch_size: int, *, count: bool = True
 ) -> Estimate:
     """Device memory of training with one bucket.
 
@@ -146,13 +146,13 @@ def estimate(
 
 
 def _step(
-    config: RunConfig, plan: ModelPlan, bucket: tuple[int, int], batch_size: int, count: bool = False
+    config: RunConfig, plan: ModelOutline, bucket: tuple[int, int], batch_size: int, count: bool = False
 ) -> StepNeeds:
     """The step as the run's device computes it."""
     return run_step(config, plan, bucket, batch_size, count=count, gpu=_on_gpu(config))
 
 
-def _estimate(config: RunConfig, plan: ModelPlan, step: StepNeeds, weights: "_Weights") -> Estimate:
+def _estimate(config: RunConfig, plan: ModelOutline, step: StepNeeds, weights: "_Weights") -> Estimate:
     """Where everything is that a step needs."""
     frozen, kind, ema = config.adapter.type != "none", config.optimizer.type, config.ema
     values = _values(step.trained)
@@ -191,7 +191,7 @@ def _values(shapes: Mapping[torch.Size, int]) -> int:
     return sum(count * shape.numel() for shape, count in shapes.items())
 
 
-def _moment(config: RunConfig, plan: ModelPlan, step: StepNeeds, trains_from_host: bool) -> Bytes:
+def _moment(config: RunConfig, plan: ModelOutline, step: StepNeeds, trains_from_host: bool) -> Bytes:
     """What a product with a weight in another form holds for the moment."""
     memory = config.memory
     largest = max((m.weight.numel() for m in plan.model.modules() if isinstance(m, nn.Linear)), default=0)
@@ -240,7 +240,7 @@ def largest_sizes(sizes: Iterable[Size]) -> list[Size]:
 def estimate_sizes(
     config: RunConfig,
     items: Sequence[Item],
-    plan: ModelPlan,
+    plan: ModelOutline,
     wanted: Callable[[Iterable[Size]], Iterable[Size]],
     *,
     count: bool = False,
@@ -310,7 +310,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
         return _with_swap(config, 0), (
             f'swap: memory.blocks_to_swap = "auto" is 0, since this device computes in main memory{_unused(config, 0)}'
         )
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     usable, sizes = int(free * (1 - MARGIN)), bucket_sizes(items)
     try:
         steps = [_step(config, plan, sizes[size][0], size.batch_size) for size in largest_sizes(sizes)]
@@ -363,7 +363,7 @@ class _Weights(NamedTuple):
     taken: Bytes
 
 
-def _weights(config: RunConfig, plan: ModelPlan) -> _Weights:
+def _weights(config: RunConfig, plan: ModelOutline) -> _Weights:
     """Where the weights of a run are, with the blocks that it swaps."""
     spec, memory, model, dtype = config.spec, config.memory, plan.model, plan.dtype
     frozen = config.adapter.type != "none"

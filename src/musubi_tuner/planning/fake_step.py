@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from musubi_tuner.adapters.attach import Plan, attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import Placement, attach, make_adapters, place_adapters, target_paths
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.activation_offload import leaves
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
-from musubi_tuner.models.family import ModelPlan, Process
+from musubi_tuner.models.family import ModelOutline, Process
 from musubi_tuner.precision import COMPUTE_DTYPES, autocast
 from musubi_tuner.training.task import Draws, FlowPhase, Position, weighted_sum
 from musubi_tuner.units import Bytes
@@ -58,7 +58,7 @@ class StepNeeds:
 
 def run_step(
     config: RunConfig,
-    plan: ModelPlan,
+    plan: ModelOutline,
     bucket: tuple[int, int],
     batch_size: int,
     *,
@@ -148,15 +148,15 @@ class _Kind(NamedTuple):
     numbers: list[int]
 
 
-Layers = Mapping[str, list[Plan]]
+Layers = Mapping[str, list[Placement]]
 """Block, as in ``single_blocks.3`` -> its adapted layers."""
 
 
 def _adapted_layers(config: RunConfig, model: nn.Module) -> Layers:
-    found: dict[str, list[Plan]] = {}
+    found: dict[str, list[Placement]] = {}
     if config.adapter.type != "none":
         targets = config.spec.adapters
-        for plan in plan_adapters(target_paths(model, targets), targets, config.adapter):
+        for plan in place_adapters(target_paths(model, targets), targets, config.adapter):
             found.setdefault(_block(plan.path), []).append(plan)
     return found
 
@@ -180,13 +180,13 @@ def _kinds(config: RunConfig, model: nn.Module, layers: Layers) -> list[_Kind]:
     return list(found.values())
 
 
-def _adapters(plans: Iterable[Plan]) -> tuple[tuple[str, int, bool], ...]:
+def _adapters(plans: Iterable[Placement]) -> tuple[tuple[str, int, bool], ...]:
     """What the adapters of a block do to memory and time."""
     return tuple((plan.path.removeprefix(_block(plan.path)), plan.rank, plan.dropout > 0) for plan in plans)
 
 
 def _give_weights(
-    model: nn.Module, config: RunConfig, plan: ModelPlan, kinds: Sequence[_Kind], layers: Layers
+    model: nn.Module, config: RunConfig, plan: ModelOutline, kinds: Sequence[_Kind], layers: Layers
 ) -> Counter[torch.Size]:
     """Fill a model with tensors of the caller's mode, which takes none from outside, and put adapters on it.
 

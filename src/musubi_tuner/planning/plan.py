@@ -14,7 +14,7 @@ from musubi_tuner.config.model_sections import Sd15Teachers
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
-from musubi_tuner.data.sources import Found, Item, scan
+from musubi_tuner.data.sources import Item, ScannedItems, scan
 from musubi_tuner.training.schedulers import rate_jump, start_left
 from musubi_tuner.weights.hub import local_only
 
@@ -31,7 +31,7 @@ class Plan:
         state: plain data of the state that it would go on from; None = it begins.
     """
 
-    found: Found
+    found: ScannedItems
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps

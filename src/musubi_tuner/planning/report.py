@@ -15,7 +15,7 @@ import torch
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
-from musubi_tuner.models.family import ModelPlan
+from musubi_tuner.models.family import ModelOutline
 from musubi_tuner.planning.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
@@ -52,7 +52,7 @@ def estimate_lines(
     fake = logging.getLogger("torch._subclasses.fake_tensor")
     before, fake.disabled = fake.disabled, True
     try:
-        plan = config.spec.family.plan_model(config)
+        plan = config.spec.family.outline_model(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
         found = peak(config, measured)
         found = replace(found, operations=max(each.operations for each in measured.values()))
@@ -120,7 +120,7 @@ def disk_lines(
     config: RunConfig,
     items: Sequence[Item],
     steps: Steps,
-    plan: ModelPlan,
+    plan: ModelOutline,
     found: Estimate,
     missing: Missing | None = None,
 ) -> list[str]:
@@ -150,7 +150,9 @@ def disk_lines(
     return lines
 
 
-def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only: Missing | None = None) -> Counter[int]:
+def cache_bytes(
+    config: RunConfig, items: Sequence[Item], plan: ModelOutline, only: Missing | None = None
+) -> Counter[int]:
     """Of the cache files by number of the dataset, if every caption fills its tokens.
 
     Args:
@@ -170,7 +172,7 @@ def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only:
             found[item.dataset] += cells * spec.latent_channels * widths["latents"]
     groups = config.dataset_groups()
     for group in groups:
-        own = plan if len(groups) == 1 else spec.family.plan_model(config.limited_to(group))
+        own = plan if len(groups) == 1 else spec.family.outline_model(config.limited_to(group))
         for name, shape in own.shapes.items():
             kind = "experts" if name in spec.expert_keys else "text"
             size = torch.Size(shape).numel() * widths[kind]
@@ -179,7 +181,7 @@ def cache_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan, only:
     return found
 
 
-def batch_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> Bytes:
+def batch_bytes(config: RunConfig, items: Sequence[Item], plan: ModelOutline) -> Bytes:
     """Of the largest micro-batch: of one caption each, in the largest bucket of a dataset."""
     largest: dict[int, Item] = {}
     for item in items:
@@ -190,7 +192,7 @@ def batch_bytes(config: RunConfig, items: Sequence[Item], plan: ModelPlan) -> By
     return max(sizes[number] * item.batch_size for number, item in largest.items())
 
 
-def checkpoint_bytes(config: RunConfig, plan: ModelPlan, found: Estimate) -> tuple[Bytes, Bytes]:
+def checkpoint_bytes(config: RunConfig, plan: ModelOutline, found: Estimate) -> tuple[Bytes, Bytes]:
     """Of one checkpoint: its weights, with their average, and its state."""
     frozen = config.adapter.type != "none"
     stored = found.values if frozen else sum(tensor.numel() for tensor in plan.model.state_dict().values())

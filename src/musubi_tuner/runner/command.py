@@ -357,7 +357,7 @@ class Runner:
         with local_only() if not last else nullcontext():
             if not last and path is not None and (is_hub_id(path) or is_published(path)):
                 try:
-                    self.config.spec.family.plan_model(self.config)
+                    self.config.spec.family.outline_model(self.config)
                 except CheckpointError:
                     teachers = self.options.plan and self.config.spec.expert_keys
                     late = ", and what it records of its teachers is read then" if teachers else ""

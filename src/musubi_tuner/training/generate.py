@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
-from musubi_tuner.adapters.files import combine, load_adapter, plans_of_file, read_adapter
+from musubi_tuner.adapters.files import combine, load_adapter, placements_of_file, read_adapter
 from musubi_tuner.assemble import storing_of
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.model_sections import AdapterSection
@@ -150,7 +150,7 @@ def use_adapters(
     tensors = combine([(file.tensors, strength) for file, strength in zip(files, strengths)])
     what = ", ".join(str(file.path) for file in files)
     made = make_adapters(
-        model, plans_of_file(tensors, target_paths(model, spec.adapters), what), AdapterSection(type="lora")
+        model, placements_of_file(tensors, target_paths(model, spec.adapters), what), AdapterSection(type="lora")
     )
     load_adapter(made, tensors, what)
     attach(model, made)

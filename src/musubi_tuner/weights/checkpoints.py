@@ -69,7 +69,7 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """A weight file that a source led to.
 
     Attributes:
@@ -90,7 +90,7 @@ def find_weights(source: str | Path, *, ema: bool = False, first: Sequence[str] 
 def locate_weights(
     source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None,
     published: Sequence[str] = (), first: Sequence[str] = (),
-) -> Found:  # fmt: skip
+) -> FoundWeights:  # fmt: skip
     """Turn a source into one weight file, downloading it if it is on the hub.
 
     Args:
@@ -109,7 +109,7 @@ def locate_weights(
         path = Path(ema_file).expanduser()
         if not path.is_file():
             raise CheckpointError(f"{path}: file not found")
-        return Found(path, str(path))
+        return FoundWeights(path, str(path))
     ema = ema or ema_file is not None
     path = Path(text).expanduser()
     if path.is_file():
@@ -158,8 +158,8 @@ class _Folder:
     def fetch(self, name: str) -> Path:
         return self.folder / name
 
-    def found(self, name: str) -> Found:
-        return Found(self.folder / name, self.said(name))
+    def found(self, name: str) -> FoundWeights:
+        return FoundWeights(self.folder / name, self.said(name))
 
 
 class _HubFolder:
@@ -185,7 +185,7 @@ class _HubFolder:
     def fetch(self, name: str) -> Path:
         return self.repository.fetch(self.prefix + name)
 
-    def found(self, name: str) -> Found:
+    def found(self, name: str) -> FoundWeights:
         """Download a weight file with the config that belongs to it: one beside it, else one at the root; and what goes with both."""
         path, whole = self.fetch(name), self.prefix + name
         folder, _, file = whole.rpartition("/")
@@ -195,7 +195,7 @@ class _HubFolder:
         for wanted in [name.removeprefix("/") for name in more]:
             if wanted in self.files:
                 self.repository.fetch(wanted)
-        return Found(path, self.said(name), self.repository.fetch(config) if config else None)
+        return FoundWeights(path, self.said(name), self.repository.fetch(config) if config else None)
 
 
 _Place = _Folder | _HubFolder
@@ -247,7 +247,7 @@ def averaged_inside(held: dict[str, Any]) -> dict[str, Any] | None:
     return shadow if isinstance(shadow, dict) else None
 
 
-def _choose(place: _Place, ema: bool, ema_file: str | None, first: Sequence[str]) -> Found:
+def _choose(place: _Place, ema: bool, ema_file: str | None, first: Sequence[str]) -> FoundWeights:
     """The weights of a folder, by the names that trainers give them."""
     if ema_file:
         if not place.has(ema_file):
@@ -350,7 +350,7 @@ def _text_of(place: _Place, name: str) -> str:
 
 def _on_hub(
     text: str, ema: bool, ema_file: str | None, revision: str | None, published: Sequence[str], first: Sequence[str]
-) -> Found:
+) -> FoundWeights:
     """Weights in a repository: what the part after the colon names, a file or a folder."""
     repo, _, tail = text.partition(":")
     tail = tail.strip("/")

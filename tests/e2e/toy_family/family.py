@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
 from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
-from musubi_tuner.models.family import LossTerm, ModelPlan, Trainee
+from musubi_tuner.models.family import LossTerm, ModelOutline, Trainee
 from musubi_tuner.weights.checkpoints import copy_weights, find_weights, read_weights
 
 
@@ -137,12 +137,12 @@ def load_for_run(file: Any, config: Any, storing: Storing) -> Toy:
     return model
 
 
-def plan_model(config: Any) -> ModelPlan:
+def outline_model(config: Any) -> ModelOutline:
     width = (
         config.model.geometry.get("width", 24) if config.model.init == "scratch" else open_base(config).config["width"]
     )
     with torch.device("meta"):
-        return ModelPlan(Toy(ToyConfig(width)), torch.float32, {"clip_l_pooler": (32,)}, {})
+        return ModelOutline(Toy(ToyConfig(width)), torch.float32, {"clip_l_pooler": (32,)}, {})
 
 
 def check_caches(config: Any, geometry: ToyConfig, shapes: dict[str, tuple[int, ...]]) -> None:

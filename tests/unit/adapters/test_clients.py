@@ -14,7 +14,7 @@ from torch import Tensor
 from musubi_tuner import convert_lora
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter, save_adapter
 from musubi_tuner.adapters.attach import make_adapters, target_paths
-from musubi_tuner.adapters.files import plans_of_file
+from musubi_tuner.adapters.files import placements_of_file
 from musubi_tuner.adapters.merging import delta_of
 from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
@@ -88,10 +88,10 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 def lora(model: Flux, rank: int = 4, alpha: float = 2.0, **settings: Any) -> Tensors:
     """A LoRA with random weights under musubi names."""
-    from musubi_tuner.adapters.attach import plan_adapters
+    from musubi_tuner.adapters.attach import place_adapters
 
     section = AdapterSection(type="lora", rank=rank, alpha=alpha, **settings)
-    adapters = make_adapters(model, plan_adapters(target_paths(model, TARGETS), TARGETS, section), section)
+    adapters = make_adapters(model, place_adapters(target_paths(model, TARGETS), TARGETS, section), section)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, adapter in adapters.items():
@@ -101,7 +101,7 @@ def lora(model: Flux, rank: int = 4, alpha: float = 2.0, **settings: Any) -> Ten
 
 def ours_with(model: Flux, tensors: Tensors) -> Tensor:
     adapters = make_adapters(
-        model, plans_of_file(tensors, target_paths(model, TARGETS), "file"), AdapterSection(type="lora")
+        model, placements_of_file(tensors, target_paths(model, TARGETS), "file"), AdapterSection(type="lora")
     )
     load_adapter(adapters, tensors)
     attach(model, adapters)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.adapters import LoRALinear, attach, detach, load_adapter, merge, read_adapter, save_adapter
-from musubi_tuner.adapters.attach import AdapterSet, Plan, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import AdapterSet, Placement, make_adapters, place_adapters, target_paths
 from musubi_tuner.config.model_sections import AdapterSection, AdapterTarget
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.memory.storage import Freeze, freeze_layers
@@ -53,7 +53,7 @@ def section(**settings: Any) -> AdapterSection:
 
 def made(model: nn.Module, seed: int = 0, filled: bool = True, **settings: Any) -> AdapterSet:
     own = section(**settings)
-    adapters = make_adapters(model, plan_adapters(target_paths(model, TARGETS), TARGETS, own), own, seed)
+    adapters = make_adapters(model, place_adapters(target_paths(model, TARGETS), TARGETS, own), own, seed)
     if filled:
         generator = torch.Generator().manual_seed(1)
         for _, adapter in adapters.items():
@@ -252,7 +252,7 @@ def test_start_depends_on_seed_and_path_only(model: Model) -> None:
 
 
 def paths(model: nn.Module, **settings: Any) -> list[str]:
-    return [plan.path for plan in plan_adapters(target_paths(model, TARGETS), TARGETS, section(**settings))]
+    return [placement.path for placement in place_adapters(target_paths(model, TARGETS), TARGETS, section(**settings))]
 
 
 def test_patterns(model: Model) -> None:
@@ -272,10 +272,10 @@ def test_patterns(model: Model) -> None:
 
 def test_ranks_and_alphas_by_pattern(model: Model) -> None:
     own = section(rank_patterns={r"blocks\.0\..*": 8}, alpha_patterns={r"blocks\.[01]\..*": 3.0}, alpha=None)
-    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, own)
-    assert [(plan.rank, plan.alpha) for plan in plans] == [(8, 3.0), (4, 3.0), (4, 2.0)]
-    zero = plan_adapters(target_paths(model, TARGETS), TARGETS, section(alpha=0.0))
-    assert {(plan.rank, plan.alpha) for plan in zero} == {(4, 4.0)}
+    placements = place_adapters(target_paths(model, TARGETS), TARGETS, own)
+    assert [(placement.rank, placement.alpha) for placement in placements] == [(8, 3.0), (4, 3.0), (4, 2.0)]
+    zero = place_adapters(target_paths(model, TARGETS), TARGETS, section(alpha=0.0))
+    assert {(placement.rank, placement.alpha) for placement in zero} == {(4, 4.0)}
 
 
 def test_targets_set_sizes_rates_and_layers(model: Model) -> None:
@@ -289,13 +289,13 @@ def test_targets_set_sizes_rates_and_layers(model: Model) -> None:
             AdapterTarget(pattern="blocks.1.first", enabled=False),
         ],
     )
-    plans = plan_adapters(target_paths(model, TARGETS), TARGETS, own)
-    assert plans == [
-        Plan("blocks.0.first", 4, 3.0),
-        Plan("blocks.1.second", 4, 4.0),
-        Plan("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0),
+    placements = place_adapters(target_paths(model, TARGETS), TARGETS, own)
+    assert placements == [
+        Placement("blocks.0.first", 4, 3.0),
+        Placement("blocks.1.second", 4, 4.0),
+        Placement("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0),
     ]
-    adapters = make_adapters(model, plans, own)
+    adapters = make_adapters(model, placements, own)
     assert {path: adapter.dropout for path, adapter in adapters.items()}["blocks.2.first"] == 0.25
     assert adapters.parameter_rates()["lora_unet_blocks_2_first.lora_up.weight"] == (0.5, 0.0)
 
@@ -322,20 +322,20 @@ def test_targets_of_tinyflux_exist() -> None:
     targets = MODELS["tf"].adapters
     model = TinyFluxDeep(TinyFluxConfig(hidden_size=32, num_attention_heads=2, attention_head_dim=16,
                                         axes_dims_rope=(4, 6, 6), num_double_layers=2, num_single_layers=3))  # fmt: skip
-    plans = plan_adapters(target_paths(model, targets), targets, section())
-    assert [plan.path.partition(".")[2] for plan in plans[:4]] == [
+    placements = place_adapters(target_paths(model, targets), targets, section())
+    assert [placement.path.partition(".")[2] for placement in placements[:4]] == [
         "0.attn.qkv",
         "0.attn.out_proj",
         "0.mlp.fc1",
         "0.mlp.fc2",
     ]
-    assert len(plans) == 4 * 3
-    everything = plan_adapters(target_paths(model, targets), targets, section(kinds=list(targets.kinds)))
+    assert len(placements) == 4 * 3
+    everything = place_adapters(target_paths(model, targets), targets, section(kinds=list(targets.kinds)))
     assert len(everything) == 10 * 2 + 5 * 3
-    assert {plan.path for plan in everything} == {
+    assert {placement.path for placement in everything} == {
         path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks." in path
     }
-    assert len(make_adapters(model, plans, section()).state_dict()) == 3 * len(plans)
+    assert len(make_adapters(model, placements, section()).state_dict()) == 3 * len(placements)
 
 
 # Files

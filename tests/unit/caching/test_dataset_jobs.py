@@ -152,7 +152,7 @@ def test_disk_is_counted_with_the_teachers_of_every_dataset(mixed: Any) -> None:
 
     def size() -> int:
         config = mixed.config()
-        return cache_bytes(config, mixed.items(config), config.spec.family.plan_model(config)).total()
+        return cache_bytes(config, mixed.items(config), config.spec.family.outline_model(config)).total()
 
     found = size()
     mixed.tables["datasets"] = datasets(None, None, None)
@@ -165,7 +165,7 @@ def test_disk_is_counted_with_the_teachers_of_every_dataset(mixed: Any) -> None:
 def test_memory_is_estimated_with_the_longest_tables(mixed: Any) -> None:
     mixed.tables["datasets"] = datasets(None, False, {"time_buckets": 11})
     config = mixed.config()
-    shapes = config.spec.family.plan_model(config).shapes
+    shapes = config.spec.family.outline_model(config).shapes
     assert (shapes["t_buckets"], shapes["lune_features"]) == ((11,), (11, 1280))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner.config.datasets import DatasetConfig
-from musubi_tuner.data.sources import Found, scan
+from musubi_tuner.data.sources import ScannedItems, scan
 from musubi_tuner.errors import DataError
 
 Make = Callable[..., Path]
@@ -25,7 +25,7 @@ def problem(*datasets: DatasetConfig) -> str:
     return lines[0]
 
 
-def captions(found: Found) -> dict[str, str]:
+def captions(found: ScannedItems) -> dict[str, str]:
     return {item.id: item.caption for item in found.items}
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from musubi_tuner.caching.file_format import cache_path
 from musubi_tuner.data.roots import NAME
-from musubi_tuner.data.sources import Found, Item, scan
+from musubi_tuner.data.sources import Item, ScannedItems, scan
 from musubi_tuner.stamps import hashed_state
 
 
@@ -31,10 +31,10 @@ def picture(path: str) -> str:
 
 
 @pytest.fixture
-def listed(dataset: Callable[..., object]) -> Callable[..., Found]:
+def listed(dataset: Callable[..., object]) -> Callable[..., ScannedItems]:
     """Scan a list of pictures that has its caches in ``cache``, or where ``cache`` says."""
 
-    def look(paths: Sequence[str], cache: str = "cache", captions: str = "a caption") -> Found:
+    def look(paths: Sequence[str], cache: str = "cache", captions: str = "a caption") -> ScannedItems:
         rows = [json.dumps({"image_path": path, "caption": captions}) for path in paths]
         Path("list.jsonl").write_text("\n".join(rows))
         return scan([dataset(image_jsonl_file=Path("list.jsonl"), cache_directory=Path(cache))], "tf")  # type: ignore[list-item]
@@ -42,7 +42,7 @@ def listed(dataset: Callable[..., object]) -> Callable[..., Found]:
     return look
 
 
-def ids(found: Found) -> dict[str, str]:
+def ids(found: ScannedItems) -> dict[str, str]:
     """Path -> id."""
     return {item.path.as_posix(): item.id for item in found.items}
 
@@ -59,7 +59,7 @@ def write_caches(items: Sequence[Item], kinds: Sequence[str] = ("latents", "text
             save_file({"x_float32": torch.zeros(1)}, path, metadata={"fingerprint": json.dumps(made)})
 
 
-def fill(found: Found) -> dict[str, str]:
+def fill(found: ScannedItems) -> dict[str, str]:
     """Make the caches, as a job does, and return the ids."""
     write_caches(found.items)
     for root in found.roots:
@@ -68,10 +68,10 @@ def fill(found: Found) -> dict[str, str]:
 
 
 A = [f"pics/a/p0{number}.png" for number in range(4)]
-Listed = Callable[..., Found]
+Listed = Callable[..., ScannedItems]
 
 
-def has(found: Found, before: dict[str, str]) -> bool:
+def has(found: ScannedItems, before: dict[str, str]) -> bool:
     """Whether all pictures that had an id still have it."""
     return {path: name for path, name in ids(found).items() if path in before} == before
 

@@ -13,7 +13,7 @@ from PIL import Image
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import Placement, place, squash
 from musubi_tuner.data.images import resize_crop
-from musubi_tuner.data.sources import Found, scan
+from musubi_tuner.data.sources import ScannedItems, scan
 from musubi_tuner.errors import DataError
 
 Make = Callable[..., Path]
@@ -29,7 +29,7 @@ def problems(*datasets: DatasetConfig) -> list[str]:
     return lines
 
 
-def ids(found: Found) -> list[str]:
+def ids(found: ScannedItems) -> list[str]:
     return [item.id for item in found.items]
 
 

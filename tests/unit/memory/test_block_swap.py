@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from musubi_tuner.adapters.attach import attach, make_adapters, plan_adapters, target_paths
+from musubi_tuner.adapters.attach import attach, make_adapters, place_adapters, target_paths
 from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.errors import ConfigError
@@ -49,7 +49,7 @@ def prepare(storage: Any, double: int = 19, single: int = 38, dropout: float = 0
     model = flux(double, single)
     freeze_layers(model, Freeze(storage, SPEC.quantizable, plain=ALL_BLOCKS))
     section = AdapterSection(type="lora", rank=2, alpha=2.0, dropout=dropout)
-    adapters = make_adapters(model, plan_adapters(target_paths(model, SPEC.adapters), SPEC.adapters, section), section)
+    adapters = make_adapters(model, place_adapters(target_paths(model, SPEC.adapters), SPEC.adapters, section), section)
     generator = torch.Generator().manual_seed(1)
     for _, adapter in adapters.items():
         adapter.lora_up.weight.data.copy_(0.1 * torch.randn(adapter.lora_up.weight.shape, generator=generator))
@@ -132,7 +132,7 @@ def test_tinyflux_too(count: int, checkpointing: bool) -> None:
         freeze_layers(model, Freeze("plain", spec.quantizable, plain=ALL_BLOCKS))
         section = AdapterSection(type="lora", rank=2, alpha=2.0)
         adapters = make_adapters(
-            model, plan_adapters(target_paths(model, spec.adapters), spec.adapters, section), section
+            model, place_adapters(target_paths(model, spec.adapters), spec.adapters, section), section
         )
         attach(model, adapters)
         return model.eval()

@@ -22,7 +22,7 @@ from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPat
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.flat import pinned_pieces
 from musubi_tuner.memory.transfer import STAGING_BYTES
-from musubi_tuner.models.family import ModelPlan
+from musubi_tuner.models.family import ModelOutline
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.tinyflux.flops import training_flops
 from musubi_tuner.planning import fake_step
@@ -73,7 +73,7 @@ from musubi_tuner.data.plan import MicroBatch
 
 config = load_config(sys.argv[1])
 spec, batch_size, side = config.spec, int(sys.argv[2]), int(sys.argv[3])
-plan = spec.family.plan_model(config)
+plan = spec.family.outline_model(config)
 expected = estimate(config, plan, (side, side), batch_size)
 
 def anonymous():
@@ -196,7 +196,7 @@ def test_estimate_is_what_a_process_allocates(largest: str, tmp_path: Path) -> N
 
 def estimate_run(config: RunConfig, items: Any) -> Estimate:
     """The estimate for the bucket that needs most."""
-    return peak(config, estimate_sizes(config, items, config.spec.family.plan_model(config), largest_sizes))
+    return peak(config, estimate_sizes(config, items, config.spec.family.outline_model(config), largest_sizes))
 
 
 def an_item(side: int, key: str = "image") -> Item:
@@ -209,7 +209,7 @@ def of_flux(tmp_path: Path, count: bool = False, **changes: dict[str, Any]) -> E
     config = load_config(
         run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"}, **changes)
     )
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     return estimate(config, plan, (256, 256), 1, count=count)
 
 
@@ -272,7 +272,7 @@ def test_full_size(tmp_path: Path) -> None:
                  memory={"base_storage": "fp8_scaled", "blocks_to_swap": 25, "gradient_checkpointing": True})
     )  # fmt: skip
     shapes = {"t5_vec": (512, 4096), "clip_l_pooler": (768,)}
-    found = estimate(config, ModelPlan(build(FluxConfig()), torch.bfloat16, shapes, {}), (1024, 1024), 1)
+    found = estimate(config, ModelOutline(build(FluxConfig()), torch.bfloat16, shapes, {}), (1024, 1024), 1)
     assert 10 * 2**30 < found.weights < 11 * 2**30
     assert found.total < 16e9
     assert "GiB on the device: weights" in found.lines()[0] and "main memory for swapped blocks" in found.lines()[1]
@@ -288,7 +288,7 @@ def test_operations_are_those_of_the_formula(tmp_path: Path) -> None:
     for checkpointing, side in ((False, 256), (True, 256), (False, 512)):
         path = run_file(tmp_path, "tf", model=model, experts=experts, memory={"gradient_checkpointing": checkpointing})
         config = load_config(path)
-        plan = config.spec.family.plan_model(config)
+        plan = config.spec.family.outline_model(config)
         found[checkpointing, side] = estimate(config, plan, (side, side), 2).operations
         expected = training_flops(plan.model.config, 2, side // 8, side // 8, 128, checkpointing=checkpointing)
         # The backward pass of attention recomputes its logits (3.5 products of a forward's 2, not 4): up to a tenth more.
@@ -301,7 +301,7 @@ def test_operations_of_lists_with_few_blocks_or_none(layers: tuple[int, int], tm
     geometry = {**TF, "num_double_layers": layers[0], "num_single_layers": layers[1]}
     experts = {"expert_input": "random", "enable_lune": False, "enable_sol": False}
     config = load_config(run_file(tmp_path, "tf", model={"init": "scratch", "geometry": geometry}, experts=experts))
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     items: Any = [SimpleNamespace(bucket=(512, 512), batch_size=2)]
     (found,) = estimate_sizes(config, items, plan, list, count=True).values()
     expected = training_flops(plan.model.config, 2, 64, 64, 64, checkpointing=False)
@@ -352,7 +352,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
         r"GiB? are moved to the device, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5]
     )
     assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
     assert cache_bytes(config, items, plan).total() == latents + text
     several = [replace(items[0], more_captions=("second", "third")), *items[1:]]
@@ -366,7 +366,7 @@ def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> N
     """Two sizes of each batch size are run; what is between them lies on a line."""
     path = run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, train={"mixed_precision": "bf16"})
     config = load_config(path)
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     single = [(256, 256), (512, 256), (256, 512), (512, 512), (768, 768)]
     shapes = [*((bucket, 1) for bucket in single), ((256, 256), 4), ((512, 512), 4)]
     items: Any = [SimpleNamespace(bucket=bucket, batch_size=count) for bucket, count in shapes]
@@ -416,7 +416,7 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = load_config(run_file(tmp_path, "fd", model={"path": flux_base(tmp_path)}, save={"release": False}))
     items = [an_item(128, "first"), an_item(128, "second")]
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     found = estimate_run(config, items)
     checkpoints = checkpoint_bytes(config, plan, found)[0] + checkpoint_bytes(config, plan, found)[1]
     caches = {kind: ["0:first", "0:second"] for kind in ("latents", "text")}
@@ -582,7 +582,7 @@ def test_weights_that_keep_their_dtype_are_counted_in_it(dtype: torch.dtype, tmp
     config = load_config(
         run_file(tmp_path, "fd", model={"path": str(tmp_path / "flux.safetensors"), "keep_dtype": True})
     )
-    assert config.spec.family.plan_model(config).dtype == dtype
+    assert config.spec.family.outline_model(config).dtype == dtype
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -614,7 +614,7 @@ def test_few_blocks_stand_for_all(
         "train": {"mixed_precision": "bf16"},
     }
     config = load_config(run_file(tmp_path, family, model=model, **tables))
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     if family == "fd":
         plan = replace(plan, model=build(replace(FD, depth=4, depth_single_blocks=7)))
     few = fake_step.run_step(config, plan, (128, 64), 2)

@@ -240,7 +240,7 @@ def test_a_lack_of_memory_while_drawing_names_what_to_change(
 
 def test_the_largest_batch_has_the_largest_bucket_and_one_caption_each(base: Path, tmp_path: Path) -> None:
     config = load_config(write(tmp_path, str(base)))
-    plan = config.spec.family.plan_model(config)
+    plan = config.spec.family.outline_model(config)
     items = [
         Item(name, f"0:{name}", Path(name), "", Path("cache"), size, place(size, size), 1, 3, more_captions=("b", "c"))
         for name, size in (("small", (64, 64)), ("large", (128, 64)), ("again", (64, 64)))

@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from musubi_tuner.config import RunConfig, Steps, load_config
-from musubi_tuner.data.sources import Found
+from musubi_tuner.data.sources import ScannedItems
 from musubi_tuner.planning.plan import Plan, describe
 from musubi_tuner.training.checkpoint import CheckpointList, Entry, peek_state
 
@@ -54,7 +54,7 @@ def leave_state(config: RunConfig, step: int, began: dict[str, Any] | None = Non
 def planned(config: RunConfig, total: int = 200) -> str:
     """The plan of a run over so many updates."""
     return describe(
-        config, Plan(Found([], []), [], {}, Steps(10, 10, total, total // 10, 10), state=peek_state(config)), 1
+        config, Plan(ScannedItems([], []), [], {}, Steps(10, 10, total, total // 10, 10), state=peek_state(config)), 1
     )
 
 

@@ -442,7 +442,7 @@ def test_training_a_checkpoint_with_another_option_is_refused(
 ) -> None:
     config = load_config(write(tmp_path, **on_checkpoint(trained, model={key: value})))
     family = config.spec.family
-    for refused in (lambda _: load_trainee(config, torch.device("cpu")), family.plan_model, family.open_base):
+    for refused in (lambda _: load_trainee(config, torch.device("cpu")), family.outline_model, family.open_base):
         with pytest.raises(ConfigError) as caught:
             refused(config)
         assert message in str(caught.value) and str(trained.folder) in str(caught.value)
@@ -455,7 +455,7 @@ def test_training_a_checkpoint_keeps_its_options(written: bool, trained: Started
     trainee = load_trainee(config, torch.device("cpu"))
     assert trainee.options == RECORDED
     assert trainee.geometry == trained.geometry
-    assert config.spec.family.plan_model(config).model.config == trained.geometry
+    assert config.spec.family.outline_model(config).model.config == trained.geometry
 
 
 def test_another_choice_of_the_teachers_is_said(trained: Started, tmp_path: Path) -> None:

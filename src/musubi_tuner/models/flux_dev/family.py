@@ -8,7 +8,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.memory.storage import Storing, storage_notes
-from musubi_tuner.models.family import ModelPlan, Trainee
+from musubi_tuner.models.family import ModelOutline, Trainee
 from musubi_tuner.models.flux_dev.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.flux_dev.geometry import PATCH, FluxConfig
 from musubi_tuner.models.flux_dev.model import Flux
@@ -38,7 +38,7 @@ __all__ = [
     "null_inputs",
     "open_base",
     "options_of",
-    "plan_model",
+    "outline_model",
     "text_inputs",
 ]
 
@@ -81,7 +81,7 @@ def load_for_run(file: WeightFile, config: RunConfig, storing: Storing) -> Flux:
     return model
 
 
-def plan_model(config: RunConfig) -> ModelPlan:
+def outline_model(config: RunConfig) -> ModelOutline:
     """The model of a run without storage, from the header of its checkpoint."""
     geometry, weights = to_bfl(open_base(config), allow_schnell=model_of(config).allow_schnell)
     largest = max(weights.values(), key=lambda weight: weight.numel())
@@ -91,7 +91,7 @@ def plan_model(config: RunConfig) -> ModelPlan:
     }
     # A float8 file with model.keep_dtype is refused when it is loaded.
     kept = torch.bfloat16 if largest.is_fp8 else largest.dtype
-    return ModelPlan(build(geometry), compute_dtype(config) or kept, shapes, {})
+    return ModelOutline(build(geometry), compute_dtype(config) or kept, shapes, {})
 
 
 def check_caches(config: RunConfig, geometry: FluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -14,7 +14,7 @@ from musubi_tuner.config.paths import is_hub_id, is_published
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
-from musubi_tuner.models.family import ModelPlan, Trainee
+from musubi_tuner.models.family import ModelOutline, Trainee
 from musubi_tuner.models.tinyflux.conditioning import concatenate, null_inputs, text_inputs
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, initialize
@@ -53,7 +53,7 @@ __all__ = [
     "null_inputs",
     "open_base",
     "options_of",
-    "plan_model",
+    "outline_model",
     "text_inputs",
 ]
 
@@ -226,7 +226,7 @@ def _store(model: TinyFluxDeep, storing: Storing) -> None:
         freeze_layers(model, storing.freeze)
 
 
-def plan_model(config: RunConfig) -> ModelPlan:
+def outline_model(config: RunConfig) -> ModelOutline:
     """The model of a run without storage."""
     geometry, experts = geometry_of(config), config.sd15
     times = max(teachers_of(config, dataset).time_buckets for dataset in config.datasets)
@@ -243,7 +243,7 @@ def plan_model(config: RunConfig) -> ModelPlan:
     if experts.enable_sol:
         shapes |= {"sol_stats": (times, 3), "sol_spatial": (times, side, side)}
     options = {"sol_spatial_norm": "max", "t5_attn_mask": model_of(config).t5_attn_mask}
-    return ModelPlan(build(geometry), torch.float32, shapes, options)
+    return ModelOutline(build(geometry), torch.float32, shapes, options)
 
 
 def check_caches(config: RunConfig, geometry: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> None:
