@@ -1,7 +1,6 @@
 """Children end with their parent and pass on how they ended; help and config errors come at once."""
 
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -451,8 +450,9 @@ def test_config_error_imports_nothing_heavy(mistyped: Path) -> None:
 def test_mistyped_key_is_named_with_the_right_one(mistyped: Path) -> None:
     done = train(str(mistyped))
     assert (done.returncode, done.stdout) == (2, "")
-    expected = rf"error: {re.escape(str(mistyped))}: 1 problem\n  train\.max_grad_nrom: unknown key\. Did you mean .*"
-    assert re.fullmatch(expected + r"'max_grad_norm'\?\n", done.stderr), done.stderr
+    assert done.stderr.startswith(f"error: {mistyped}: 2 problems\n")
+    assert "train.max_grad_nrom: unknown key. Did you mean 'max_grad_norm'?" in done.stderr
+    assert "scheduler.warmup_steps: is 1000, longer than train.max_steps = 10" in done.stderr
 
 
 @pytest.mark.parametrize(
