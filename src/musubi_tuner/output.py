@@ -42,7 +42,7 @@ class LastingOutput(io.FileIO):
         except OSError as error:
             unsaid, self._unsaid = self._unsaid, ""
             if unsaid and self.fileno() != 2 and sys.stderr is not None:
-                print(f"{unsaid} ({error.strerror}); the work goes on without it", file=sys.stderr)
+                print(f"{unsaid} ({error.strerror}); continuing without it", file=sys.stderr)
             return memoryview(data).nbytes
 
 

@@ -516,7 +516,7 @@ def test_drawing_by_command(trained: Path, server: ForkServer, tmp_path: Path) -
     assert {path.name for path in (tmp_path / "two").iterdir()} - {path.name for path in before} == {
         "photos_0000000043_01.png", "photos_0000000044_02.png", "contact_sheet_01.png",
     }  # fmt: skip
-    assert "photos_0000000043_00.png exists already; numbers go on at 01" in said
+    assert "photos_0000000043_00.png exists already; numbering continues at 01" in said
     # Twice the half is the whole, up to rounding of colours.
     assert np.abs(merged.astype(int) - own.astype(int)).max() <= 2
     assert (pictures(trained, 20)[1] == draw("f", "--lora_multiplier", "0.5")).mean() > 0.99

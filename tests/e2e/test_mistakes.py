@@ -546,7 +546,7 @@ def test_a_step_that_does_not_fit_into_memory_names_the_ways_out_and_the_run_goe
     assert (
         "error: the device's memory is full (2.00 GiB more were wanted); end other programs that use it, or: turn on "
         'memory.gradient_checkpointing, set memory.blocks_to_swap = "auto", lower the resolution or the batch size of the '
-        "data sets. The same command goes on from the newest state" in result.err
+        "data sets. The same command continues from the newest state" in result.err
     )
     again = server.run("train", [config, "--gradient_checkpointing"], tmp_path).expect(0)
     assert "continuing from photos-step00000005-state: step 5 of" in again.out
@@ -573,15 +573,12 @@ def test_another_config_lists_the_differences_and_fresh_starts_beside(
     config = cached_run(optimizer={"lr": 1e-3}, run={"seed": 8})
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.suffix == ".safetensors"}
     result = server.run("train", [config], tmp_path).expect(2)
-    assert (
-        "was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
-        in result.err
-    )
+    assert "was made with another config. Use --fresh to start over in a new folder, or undo the changes:" in result.err
     assert "\n  optimizer.lr was 0.003, now 0.001" in result.err and "\n  run.seed was 7, now 8" in result.err
     assert result.err.count(" was ") == 3  # the sentence, and one line for each change
     assert {path: path.stat().st_mtime_ns for path in before} == before
     fresh = server.run("train", [config, "--fresh"], tmp_path).expect(0)
-    assert f"starting anew in {tmp_path / 'out-2'}" in fresh.out
+    assert f"starting over in {tmp_path / 'out-2'}" in fresh.out
     assert (tmp_path / "out-2" / "photos.safetensors").is_file()
     assert not (tmp_path / "out" / "photos.safetensors").exists()
 

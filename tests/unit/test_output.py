@@ -97,7 +97,7 @@ def test_what_cannot_be_written_is_dropped_and_said_once(capsys: pytest.CaptureF
     )
     for _ in range(3):
         print("x" * 100_000, file=stream)
-    assert capsys.readouterr().err == "warning: the log cannot be written (Broken pipe); the work goes on without it\n"
+    assert capsys.readouterr().err == "warning: the log cannot be written (Broken pipe); continuing without it\n"
     os.close(writer)
 
 

@@ -167,7 +167,7 @@ class CachedDataset:
                 with cached.path.open("rb") as file:
                     if not cached.is_still(file):
                         raise CacheError(
-                            f"{cached.path}: changed while training; start the run again, which goes on from its newest state"
+                            f"{cached.path}: changed while training; start the run again to continue from its newest state"
                         )
                     for name, entry in chosen.items():
                         tensors[name] = read_tensor(file, entry)

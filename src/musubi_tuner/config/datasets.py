@@ -180,7 +180,7 @@ def _check_table(table: Any, where: str, allowed: Mapping[str, str], problems: l
             else:
                 values[key] = value
         elif key in _DATASET_ONLY:
-            problems.append(Diagnostic("error", place, "belongs into [[datasets]]; it is not inherited"))
+            problems.append(Diagnostic("error", place, "belongs in [[datasets]]; it is not inherited"))
         elif key in _IGNORED:
             problems.append(Diagnostic("warning", place, "belongs to another architecture and has no effect"))
         elif key in _VIDEO:
@@ -249,7 +249,7 @@ def _resolve_one(
     if not str(values["caption_extension"]).startswith("."):
         problems.append(
             Diagnostic(
-                "error", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it begins with a dot"
+                "error", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it must begin with a dot"
             )
         )
     resolution = values["resolution"]

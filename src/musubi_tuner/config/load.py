@@ -245,7 +245,9 @@ def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":
     tool = looks_flat(document)
     if tool == "musubi":
         return import_musubi(document, lambda text: locate(text, path))
-    what = "Option files of sd-scripts (kohya) are not read yet" if tool else "It is no musubi-tuner option file either"
+    what = (
+        "Option files of sd-scripts (kohya) are not read yet" if tool else "It is not a musubi-tuner option file either"
+    )
     raise ConfigError(
         f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}; toml/tinyflux.toml shows "
         "the form expected here"

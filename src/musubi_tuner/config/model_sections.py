@@ -153,11 +153,11 @@ class Sd15Teachers(ExpertsSection):
 
 
 class AdapterTarget(Section):
-    """What holds for the layers that a pattern matches; what is absent stays as it is."""
+    """Settings of the layers that a pattern matches; absent ones do not change."""
 
     pattern: str = param(..., "Whole module path: `*` is one part, `**` any number, [2-5] a range, [2,4] a list.")
     rank: int | None = param(None, "Width of the matrices.", ge=1, le=1024)
-    alpha: float | None = param(None, "The change counts alpha / rank times; 0 = the rank.", ge=0)
+    alpha: float | None = param(None, "The adapter is scaled by alpha / rank; 0 = the rank.", ge=0)
     lr_scale: float | None = param(None, "Factor of the learning rate.", ge=0, le=1000)
     depth: int | None = param(None, "Parallel pairs of matrices.", ge=1, le=64)
     dropout: float | None = param(None, "Share of rank activations dropped.", ge=0, lt=1)
@@ -175,7 +175,7 @@ class AdapterSection(Section):
     type: Literal["none", "lora"] = param("none", "none trains the model itself; lora adds low-rank matrices.")
     preset: str | None = param(
         None,
-        "A published choice of kinds, rank, alpha and targets, under what is set here; families differ in their names.",
+        "A published choice of kinds, rank, alpha and targets; keys set here override it. Names differ by family.",
     )
     kinds: list[str] | None = param(
         None, "Kinds of layers that are adapted, by the names that the family gives them; absent = the usual ones."
@@ -183,7 +183,7 @@ class AdapterSection(Section):
     rank: int = param(16, "Width of the matrices.", flat=("network_dim",), ge=1, le=1024)
     alpha: float | None = param(
         None,
-        "The change counts alpha / rank times; absent = half the rank, 0 = the rank.",
+        "The adapter is scaled by alpha / rank; absent = half the rank, 0 = the rank.",
         flat=("network_alpha",),
         ge=0,
     )
@@ -195,7 +195,7 @@ class AdapterSection(Section):
     rank_dropout: float = param(0.0, "Share of ranks dropped, per sample.", ge=0, lt=1)
     module_dropout: float = param(0.0, "Share of adapters skipped, per micro-batch.", ge=0, lt=1)
     include: list[str] = param(
-        [], "Regular expressions of module paths that are adapted although excluded.", flat=("include_patterns",)
+        [], "Regular expressions of module paths that are adapted even if excluded.", flat=("include_patterns",)
     )
     exclude: list[str] | None = param(
         None, "Regular expressions of module paths left alone; replaces the family's list.", flat=("exclude_patterns",)
@@ -209,7 +209,9 @@ class AdapterSection(Section):
         "Tables with a pattern of module paths and rank, alpha, lr_scale, depth, dropout, enabled or weight_decay of these "
         "layers; later ones win.",
     )
-    loraplus_lr_ratio: float | None = param(None, "LoRA+: the up matrices learn so many times faster.", gt=0, le=1000)
+    loraplus_lr_ratio: float | None = param(
+        None, "LoRA+: learning rate of the up matrices, as a multiple.", gt=0, le=1000
+    )
     max_norm: float | None = param(
         None, "After every update, changes above this norm are scaled down to it.", flat=("scale_weight_norms",), gt=0
     )
@@ -266,12 +268,12 @@ class MinSnr(Section):
 
 
 class RoleSection(Section):
-    """How one role moves: keys that lie over the tables of the same name."""
+    """How one role is trained: keys that override the tables of the same name."""
 
     optimizer: dict[str, Any] = param({}, "Keys of [optimizer] that differ.")
     scheduler: dict[str, Any] = param({}, "Keys of [scheduler] that differ.")
     ema: dict[str, Any] = param({}, "Keys of [ema] that differ.")
-    max_grad_norm: float | None = param(None, "As train.max_grad_norm.", gt=0)
+    max_grad_norm: float | None = param(None, "As train.max_grad_norm.", ge=0)
 
 
 class RolesSection(Section):
@@ -282,7 +284,9 @@ def roles_section(*names: str) -> type[RolesSection]:
     """[roles] of a family whose modules train on their own, under these names."""
     text = "Keys of [optimizer], [scheduler] and [ema], and max_grad_norm, that differ for this role."
     tables: Any = {name: (RoleSection, param(RoleSection(), text)) for name in names}
-    kept = param([], "Roles that stay as they are.")
-    doc = "How each role moves: [roles.<role>.optimizer], .scheduler and .ema lie over the tables of the same name."
+    kept = param([], "Roles that are not trained.")
+    doc = (
+        "How each role is trained: [roles.<role>.optimizer], .scheduler and .ema override the tables of the same name."
+    )
     role: Any = Literal[names]
     return create_model("RolesSection", __base__=RolesSection, __doc__=doc, freeze=(list[role], kept), **tables)

@@ -129,7 +129,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     suffix = path.suffix.lower()
     readers = {".txt": _read_lines, ".toml": _read_toml, ".json": _read_json}
     if suffix not in readers:
-        raise ConfigError(f"{path}: is no prompt file; expected .txt, .toml or .json")
+        raise ConfigError(f"{path}: is not a prompt file; expected .txt, .toml or .json")
     prompts = readers[suffix](path)
     if not prompts:
         raise ConfigError(

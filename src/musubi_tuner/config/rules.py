@@ -75,10 +75,10 @@ def _roles(config: RunConfig) -> list[Diagnostic]:
     for key in config.set_keys():
         table, _, name = key.partition(".")
         if table == "roles" and name != "freeze" and name not in roles:
-            found.append(_error(key, f"is no role of this run, which trains {', '.join(roles)}"))
+            found.append(_error(key, f"is not a role of this run, which trains {', '.join(roles)}"))
     for name in config.frozen:
         if name not in roles:
-            found.append(_error("roles.freeze", f"{name!r} is no role of this run, which trains {', '.join(roles)}"))
+            found.append(_error("roles.freeze", f"{name!r} is not a role of this run, which trains {', '.join(roles)}"))
     if set(roles) <= set(config.frozen):
         found.append(_error("roles.freeze", "names all roles, and nothing would be trained"))
     for name in roles if len(roles) > 1 else ():
@@ -395,7 +395,7 @@ def _kernels(config: RunConfig) -> list[Diagnostic]:
 
 
 def _no_effect(config: RunConfig) -> list[Diagnostic]:
-    """Settings that a person wrote and that cannot act."""
+    """Settings that a person wrote and that have no effect."""
     distils = "lune" in config.experts.teachers and config.adapter.type == "none"
     huber = config.get("objective.loss") == "huber" or (config.get("objective.lune_mode") == "huber" and distils)
     snr_gamma, snr_form = config.get("objective.min_snr_gamma"), config.get("objective.min_snr_form")
@@ -535,7 +535,7 @@ _OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validatio
 
 _RUN_NAMES = {
     "none": 'a new model is model.init = "scratch"',
-    "latest": 'an interrupted run goes on by itself (resume.from = "auto"); for another run write folder:latest',
+    "latest": 'an interrupted run continues by itself (resume.from = "auto"); for another run write folder:latest',
 }
 """Load targets of other trainers -> what says the same here."""
 

@@ -48,7 +48,7 @@ class RunSection(Section):
     )
     allow_tf32: bool = param(
         True, "On NVIDIA GPUs, in training and drawing: multiply float32 matrices with inputs rounded to 10 mantissa bits, much "
-        "faster. Caches are made without.",
+        "faster. Not used for caches.",
         flat=("cuda_allow_tf32",), resume="free",
     )  # fmt: skip
     cudnn_benchmark: bool = param(
@@ -70,7 +70,7 @@ class CacheSection(Section):
 
     run: Literal["auto", "always", "never"] = param(
         "auto",
-        "auto encodes what is missing or stale, always encodes everything, never only reports.",
+        "auto = encode what is missing or stale, always = encode everything, never = only report.",
         resume="free",
     )
     skip_existing: Literal["fingerprint", "name"] = param(
@@ -81,12 +81,13 @@ class CacheSection(Section):
     )
     verify: Literal["quick", "full"] = param(
         "quick",
-        "quick believes a picture, mask or encoder whose size, times and inode are those of its hashing; full hashes all of them "
+        "quick trusts a picture, mask or encoder whose size, times and inode are unchanged since it was hashed; full hashes all "
         "at each start.",
         resume="free",
     )
     dtype: AutoDtype = param(
-        "auto", "Storage precision; auto = latents float32, text bfloat16, experts float32. float16 refuses overflow."
+        "auto",
+        "Storage precision; auto = latents float32, text bfloat16, experts float32. overflow in float16 is an error.",
     )
     latent_mode: Literal["sample", "mean"] = param(
         "sample", "Take a seeded sample of the autoencoder's posterior, or its mean."
@@ -124,8 +125,8 @@ class SchedulerSection(Section):
     warmup_type: Literal["linear", "cosine"] = param("linear", "Shape of the warm-up.")
     min_lr: float = param(0.0, "Learning rate at the end of cosine and linear.", ge=0, le=10, resume="free")
     total_steps: int | None = param(
-        None, "Updates until cosine and linear reach their end, where they stay; absent = as many as the run has, so a run that is "
-        "made longer goes on at a higher rate; its former length here keeps the rate where it ended.", ge=1, resume="free",
+        None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
+        "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free",
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ class TrainSection(Section):
         1, "Micro-batches per update and process.", flat=("gradient_accumulation_steps",), ge=1, le=65536, resume="free"
     )
     masked_loss: bool = param(
-        False, "Weigh the loss of each position by the image's mask; the datasets say where masks are."
+        False, "Weight the loss of each position by the image's mask; the datasets say where masks are."
     )
     mask_foreground: float = param(1.0, "Weight of the loss where the mask is white.", ge=0, le=100)
     mask_background: float = param(0.0, "Weight of the loss where the mask is black.", ge=0, le=100)
@@ -260,7 +261,7 @@ class EmaSection(Section):
     enabled: bool = param(True, "Keep the average.")
     decay: float = param(0.9999, "Share of the old average kept at every update.", ge=0, lt=1)
     warmup: bool | Literal["auto"] = param(
-        "auto", "Start with less memory: min(decay, (1 + n) / (10 + n)) after n updates. auto = true with a checkpoint and for "
+        "auto", "Start with a smaller decay: min(decay, (1 + n) / (10 + n)) after n updates. auto = true with a checkpoint and for "
         'adapters, false for a new model and with init = "checkpoint"; a run that continues keeps what it began with.',
     )  # fmt: skip
     on_cpu: bool = param(
@@ -272,32 +273,32 @@ class EmaSection(Section):
 
 
 class ValidationSection(Section):
-    """The loss on images that are never trained, with the same noise and noise levels every time."""
+    """The loss on images that are never trained on, with the same noise and noise levels every time."""
 
     split: float = param(
-        0.0, "Share of the pictures that are measured instead of trained, with their copies in all data sets; 0 = off.",
+        0.0, "Share of the pictures held out for validation, with their copies in all data sets; 0 = off.",
         flat=("validation_split",), ge=0, le=0.5,
     )  # fmt: skip
     seed: int = param(
         42, "Seed of the choice of these images and of their noise.", flat=("validation_seed",), ge=0, lt=2**32
     )
     every_steps: int | None = param(
-        None, "Measure every so many updates, beside the end; 0 = off.", flat=("validate_every_n_steps",), ge=0,
+        None, "Validate every so many updates, and always at the end; 0 = off.", flat=("validate_every_n_steps",), ge=0,
         resume="free",
     )  # fmt: skip
     every_epochs: int | None = param(
-        1, "Measure every so many epochs, beside the end; 0 = off.", flat=("validate_every_n_epochs",), ge=0,
+        1, "Validate every so many epochs, and always at the end; 0 = off.", flat=("validate_every_n_epochs",), ge=0,
         resume="free",
     )  # fmt: skip
     times: int = param(8, "Noise levels at which each image is measured, evenly spread over [0, 1].", ge=1, le=100)
-    max_images: int | None = param(None, "Measure at most so many of the images taken out; absent = all.", ge=1)
+    max_images: int | None = param(None, "Validate on at most so many of the held-out images; absent = all.", ge=1)
     weights: Literal["ema", "model"] = param(
-        "ema", "Measure the averaged weights, where ema.enabled keeps them, or those that train."
+        "ema", "Validate the averaged weights, if ema.enabled keeps them, or the trained ones."
     )
 
 
 class SaveSection(Section):
-    """Checkpoints on the way; the final one is always written."""
+    """Checkpoints during training; the final one is always written."""
 
     every_steps: int | None = param(
         5000, "Save every so many updates; 0 = off.", flat=("save_every_n_steps",), ge=0, resume="free"
@@ -310,7 +311,7 @@ class SaveSection(Section):
     dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
                          flat=("save_precision",), resume="free")  # fmt: skip
     keep_last_states: int | None = param(
-        2, "Newest states kept, of all checkpoints together; weights stay without them; 0 = as long as their weights.", ge=0,
+        2, "Newest states kept, across all checkpoints; older ones keep their weights only; 0 = as long as their weights.", ge=0,
         resume="free",
     )  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
@@ -318,7 +319,7 @@ class SaveSection(Section):
         None, "Keep the weights of the lowest validation loss (without validation: of the lowest mean training loss of an epoch) "
         "as `best`; absent = with validation only.", resume="free",
     )  # fmt: skip
-    release: bool = param(True, "End with a folder that from_pretrained loads.", resume="free")
+    release: bool = param(True, "Write a folder that from_pretrained loads at the end.", resume="free")
     comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
                                 resume="free")  # fmt: skip
 
@@ -398,13 +399,13 @@ class HubSection(Section):
         resume="free",
     )
     timeout_seconds: int = param(
-        600, "An upload that takes longer, its three attempts together, is given up.", ge=1, resume="free"
+        600, "Time limit of an upload, for its three attempts together; then it is given up.", ge=1, resume="free"
     )
     retry_seconds: float = param(
         5.0, "Pause before the second attempt; four times as long before the third.", ge=0, le=3600, resume="free"
     )
     finish_seconds: int = param(
-        1800, "A run that ends waits so long for uploads that are left; then they are given up and named.", ge=0, resume="free"
+        1800, "How long a run waits at its end for remaining uploads; then they are given up and listed.", ge=0, resume="free"
     )  # fmt: skip
 
 
@@ -427,7 +428,7 @@ class DemoSection(Section):
     folder: str = param(..., "Where the demo's pictures, captions and encoders are made.", path=True)
     pictures: int = param(1536, "Training pictures to draw.", ge=1, le=1_000_000)
     size: int = param(64, "Side of a picture in pixels.", ge=32, le=1024, multiple_of=16)
-    held_out: int = param(24, "Combinations of shape, colour, place and background never trained.", ge=0, le=100)
+    held_out: int = param(24, "Combinations of shape, colour, place and background never trained on.", ge=0, le=100)
     seed: int = param(0, "Seed of the pictures.", ge=0, lt=2**32)
     score_prompts: int = param(120, "Prompts scored at the end; half are held-out combinations.", ge=1, le=100_000,
                                resume="free")  # fmt: skip

@@ -4,7 +4,7 @@ Sub-folders are entered when the data set is recursive, those behind links too. 
 ways lead there (circles among links are cut), and by its own path rather than by a link, so that ids do not change when
 somebody adds one.
 
-Left out, counted and said: hidden files and folders, what systems leave behind (waste bins, thumbnails, indexes of
+Left out, counted and reported: hidden files and folders, what systems leave behind (waste bins, thumbnails, indexes of
 volumes), what this program writes, links that lead nowhere, and pictures whose ending nobody here can read.
 """
 
@@ -159,7 +159,7 @@ class _Walk:
             )
         if self.dangling:
             links = dict.fromkeys(self.dangling, 1)
-            found.append(f"{_left_out(links)} of {self.root}: links that lead nowhere ({_shown(links)})")
+            found.append(f"{_left_out(links)} of {self.root}: broken links ({_shown(links)})")
         if self.unread:
             counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.unread.items()))
             packages = sorted({PLUGINS[ending][1] for ending in self.unread if ending in PLUGINS})

@@ -157,7 +157,7 @@ def mask_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
     scale = ", divided by their mean" if settings.mask_normalize else ""
     return [
         f"  masks    {count} of {len(items)} images, weights {settings.mask_background:g} to "
-        f"{settings.mask_foreground:g}{scale}; the others weigh 1"
+        f"{settings.mask_foreground:g}{scale}; the others have weight 1"
     ]
 
 
@@ -167,7 +167,7 @@ def black_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
         return []
     names = ", ".join(item.path.name for item in items[:3]) + (", ..." if len(items) > 3 else "")
     weight = config.train.mask_background
-    effect = f"they weigh {weight:g} everywhere" if weight else "nothing of them is learned"
+    effect = f"they have weight {weight:g} everywhere" if weight else "nothing is learned from them"
     hint = "; transparent parts of a mask are background, and its paint must be white" * any(
         item.mask is not None and item.mask.alpha for item in items
     )

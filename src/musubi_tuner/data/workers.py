@@ -31,7 +31,7 @@ _PAGES: Bytes = 1 << 16
 _LOCKS = 3
 """Semaphores of a queue; there is a queue for each worker, one for all, and an event."""
 _MORE_ROOM = "Set train.loader_workers = 0, or give it more room: docker run --shm-size=2g, or mount -o remount,size=2g"
-_CONTINUE = "The same command goes on from the newest state, if there is one"
+_CONTINUE = "The same command continues from the newest state, if there is one"
 
 
 def shared_memory_warning(batch: Bytes, workers: int, processes: int = 1) -> str | None:
@@ -126,7 +126,7 @@ def _cause(error: BaseException) -> str | None:
             f"a loader worker (process {dead[1]}) was killed, as the system does when main memory is full (its log, dmesg, "
             "says so); lower train.loader_workers, or set it to 0"
         )
-    how = f"ended by a signal ({signal})" if signal else "ended without a word"
+    how = f"ended by a signal ({signal})" if signal else "ended without a message"
     return f"a loader worker (process {dead[1]}) {how}; train.loader_workers = 0 reads the batches without workers"
 
 

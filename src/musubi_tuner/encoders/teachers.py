@@ -338,7 +338,7 @@ class SplitTeacher:
                 )
             self.most = count // 2
             logger.warning(
-                "%s: %d pictures do not fit into the device's memory together; going on with %d per forward pass",
+                "%s: %d pictures do not fit into the device's memory together; continuing with %d per forward pass",
                 self.name, count, self.most,
             )  # fmt: skip
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

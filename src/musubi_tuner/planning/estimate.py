@@ -330,7 +330,7 @@ def resolve_swap(config: RunConfig, items: Sequence[Item], free: Bytes | None) -
                 f"left alone{_unused(config, count)}"
             )
     raise ConfigError(
-        f'memory.blocks_to_swap: "auto" finds no number that fits: {format_bytes(needed)} are needed with all blocks swapped, {format_bytes(usable)} '
+        f'memory.blocks_to_swap: "auto" finds no number that fits: {format_bytes(needed)} is needed with all blocks swapped, {format_bytes(usable)} '
         f"of the free memory may be used. Ways out: {ways_to_save(config)}"
     )
 

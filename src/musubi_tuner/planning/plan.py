@@ -104,7 +104,7 @@ def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: 
     absent = " and ".join(limit.name for limit in limits if limit.tokenizer is None)
     lines = caption_lines(limits, due) + prompt_lines(limits, prompts, config.sample.negative_prompt)
     if absent:
-        lines.append(f"note: texts are compared with the limits of {absent} when its tokenizer is here")
+        lines.append(f"note: texts are compared with the limits of {absent} once its tokenizer is downloaded")
     return lines
 
 
@@ -130,7 +130,7 @@ def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
     lines = []
     for number, dataset in enumerate(config.datasets):
         own, items = config.experts_of(dataset), [item for item in plan.found.items if item.dataset == number]
-        text = f"no teachers: {len(items)} images are trained without"
+        text = f"no teachers: {len(items)} image{'s are' if len(items) != 1 else ' is'} trained without"
         if isinstance(own, Sd15Teachers) and own.teachers:
             text = f"{' and '.join(own.teachers)} at {own.time_buckets} times: {_state(plan.status[kind].of(items))}"
         lines.append(f"           {dataset.name}: {text}")
@@ -183,7 +183,7 @@ def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
     if left <= LITTLE_START:
         return [f"{lines[0]}; {share} is still the initial weights"]
     if plan.state is not None:
-        advice = "a run keeps its [ema]: sample.use_ema = false draws with the trained weights, --fresh starts anew"
+        advice = "a run keeps its [ema]: sample.use_ema = false draws with the trained weights, --fresh starts over"
     elif config.warms_average:
         advice = "lower ema.decay"
     elif average.init == "checkpoint":

@@ -63,7 +63,7 @@ def estimate_lines(
         fake.disabled = before
     unknown = []
     if config.sample.prompts is not None and not found.decoding:
-        unknown = ["           and the autoencoder while a sample is decoded, which is counted when it is here"]
+        unknown = ["           and the autoencoder while a sample is decoded, which is counted once it is downloaded"]
     lines = [
         *found.lines(processes),
         *unknown,
@@ -74,7 +74,7 @@ def estimate_lines(
     shared = shared_memory_warning(batch_bytes(config, items, plan), config.train.loader_workers, processes)
     lines += [shared] if shared else []
     if free is not None and found.total > free:
-        lines.append(f"warning: only {format_bytes(free)} of device memory are free; see [memory]")
+        lines.append(f"warning: only {format_bytes(free)} of device memory is free; see [memory]")
     return lines
 
 
@@ -144,7 +144,7 @@ def disk_lines(
         available = shutil.disk_usage(place).free
         if available < needed:
             lines.append(
-                f"warning: only {format_bytes(available)} of disk are free in {place}, and {format_bytes(needed)} are to be written "
+                f"warning: only {format_bytes(available)} of disk is free in {place}, and {format_bytes(needed)} will be written "
                 "there; see [save]"
             )
     return lines

@@ -87,7 +87,7 @@ def _parser(spec: ModelSpec | None = None) -> Parser:
     )
     parser.add_argument("config", nargs="?", help="run file (TOML); without it the run files here are listed")
     parser.add_argument("--plan", "--dry_run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--fresh", action="store_true", help="start anew in a new folder beside run.output_dir")
+    parser.add_argument("--fresh", action="store_true", help="start over in a new folder beside run.output_dir")
     parser.add_argument("--cache_only", action="store_true", help="stop after the cache jobs")
     parser.add_argument("--skip_cache", action="store_true", help="trust the caches as they are")
     parser.add_argument("--step", metavar="NAME", help="one step of a file that has several")
@@ -123,7 +123,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
         folder = fresh_folder(config.output_dir)
         overrides["run.output_dir"] = str(folder)
         config = _resolved(load_config(options.config, overrides))
-        print(f"starting anew in {folder}")
+        print(f"starting over in {folder}")
     runner = Runner(config, options, overrides)
     return (
         runner.run() if options.plan or options.cache_only else run_recorded(config.output_dir, config.path, runner.run)
@@ -137,7 +137,7 @@ def _main_launched(
     for option in ("plan", "fresh", "cache_only"):
         if getattr(options, option):
             raise ConfigError(
-                f"--{option}: not under a launcher, which starts a training; run python train.py {options.config} --{option}"
+                f"--{option}: not under a launcher, which only starts training; run python train.py {options.config} --{option}"
             )
     config = load_config(options.config, overrides)
     config.require(architecture)
@@ -170,7 +170,7 @@ def _run_steps(
         root = fresh_folder(root_of(steps[0]))
         overrides["run.output_dir"] = str(root)
         steps = [load_config(options.config, overrides)] if is_single else load_steps(options.config, overrides)
-        print(f"starting anew in {root}")
+        print(f"starting over in {root}")
     # All steps are recorded in their root; one that is run alone, in its own folder.
     folder = steps[0].output_dir if is_single else root_of(steps[0])
 
@@ -361,7 +361,7 @@ class Runner:
                 except CheckpointError:
                     teachers = self.options.plan and self.config.spec.expert_keys
                     late = ", and what it records of its teachers is read then" if teachers else ""
-                    print(f"  memory   is estimated when the checkpoint is here{late}", flush=True)
+                    print(f"  memory   is estimated once the checkpoint is downloaded{late}", flush=True)
                     return None
             config, chosen = resolve_swap(self.config, items, machine.free)
             lines = estimate_lines(
@@ -415,7 +415,7 @@ class Runner:
             self._tidy()
         print(
             f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps or "
-            "max_epochs to train on (--plan says what the learning rate would do), or use --fresh to start anew"
+            "max_epochs to train on (--plan says what the learning rate would do), or use --fresh to start over"
         )
         return True
 
@@ -438,7 +438,7 @@ class Runner:
         if differences:
             raise ConfigError(
                 f"run.output_dir {self.config.output_dir}: holds a finished run with another config. Use --fresh to start "
-                "anew in a new folder, or take the changes back:\n  " + "\n  ".join(differences)
+                "over in a new folder, or undo the changes:\n  " + "\n  ".join(differences)
             )
 
     def _train(self, config: "RunConfig | None", items: list[Any]) -> int:

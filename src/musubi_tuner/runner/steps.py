@@ -118,15 +118,15 @@ class StepTable:
             if entry["folder"] not in folders:
                 raise ConfigError(
                     f"{self.root / FILE}: step {entry['folder']} has begun, and the file no longer has it there (its steps: "
-                    f"{', '.join(folders)}). Add steps behind those that have begun, or use --fresh to start all of them anew"
+                    f"{', '.join(folders)}). Add steps after those that have begun, or use --fresh to start all of them over"
                 )
         own = next((entry for entry in began if entry["folder"] == self.step.folder), _NEW)
         before, now = own["from"], self._end_before()
         if before is not None and now is not None and before != now:
             assert self.step.previous is not None
             raise ConfigError(
-                f"{self.root / self.step.folder}: began from update {before} of step {self.step.previous.name}, which ends at {now} now. "
-                "Remove the folder to train this step again from there, or use --fresh to start all steps anew"
+                f"{self.root / self.step.folder}: began from update {before} of step {self.step.previous.name}, which now ends at {now}. "
+                "Remove the folder to train this step again from there, or use --fresh to start all steps over"
             )
 
     def _end_before(self) -> int | None:

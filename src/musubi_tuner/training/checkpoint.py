@@ -304,13 +304,13 @@ def refuse_second_branch(config: RunConfig) -> None:
     if later:
         raise ConfigError(
             f'resume.from: "{begin}" begins at step {step}, and {config.output_dir} holds later checkpoints ({", ".join(later)}), '
-            'which would be mixed up with the new ones. Write "auto" to go on from the newest, choose another run.output_dir '
+            'which would be mixed up with the new ones. Write "auto" to continue from the newest, choose another run.output_dir '
             "(--fresh does) to branch off, or move them away"
         )
 
 
 def refuse_new_start(config: RunConfig) -> None:
-    """A run that has no state to go on from begins anew, but not over its own end.
+    """A run that has no state to continue from starts over, but never overwrites its own end.
 
     Raises:
         ConfigError: if the folder holds the final weights of the run.
@@ -319,7 +319,7 @@ def refuse_new_start(config: RunConfig) -> None:
     if final and (config.output_dir / final.model).exists():
         raise ConfigError(
             f"run.output_dir {config.output_dir}: holds the finished run '{config.run.name}' ({final.model}, step {final.step}) "
-            "without a good state to go on from (save.state), and a new start would overwrite it. Use --fresh to start anew in a new "
+            "without a good state to continue from (save.state), and a new start would overwrite it. Use --fresh to start over in a new "
             "folder, or move it away"
         )
 
@@ -477,7 +477,7 @@ def _glob_escape(text: str) -> str:
 
 
 def newest_good_state(folder: Path, run: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest state whose manifest holds; broken ones are named aloud and passed over."""
+    """The newest state whose manifest holds; broken ones are skipped with a warning."""
     for _, path in find_states(folder, run):
         try:
             return path, read_values(path)

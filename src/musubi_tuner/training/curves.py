@@ -54,7 +54,7 @@ def read_rows(path: Path) -> list[Row]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path} line {number}: is no line of metrics ({line[:40]!r})") from error
+            raise DataError(f"{path} line {number}: is not a line of metrics ({line[:40]!r})") from error
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: holds no lines yet; the run has not logged an update (see log.every_steps)")

@@ -53,7 +53,7 @@ class EMA:
     Args:
         model: whose present state becomes the first average.
         decay: share of the old average kept at every update, in [0, 1).
-        warmup: start with less memory; see `average_decay`.
+        warmup: start with a smaller decay; see `average_decay`.
         device: where the shadow lives; absent = with the model.
     """
 

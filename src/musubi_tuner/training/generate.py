@@ -158,7 +158,7 @@ def use_adapters(
 
 
 def _find_weights(config: RunConfig, checkpoint: str | None, ema: bool) -> WeightFile:
-    """Weights of a run that trains the model itself, or of any checkpoint; the model's own where there is no average, aloud."""
+    """Weights of a run that trains the model itself, or of any checkpoint; the model's own, with a note, where there is no average."""
     source, own = checkpoint or str(config.output_dir), checkpoint is None
     if checkpoint and is_checkpoint_name(checkpoint) and not Path(checkpoint).exists():
         source, own = f"{config.output_dir}:{checkpoint}", True

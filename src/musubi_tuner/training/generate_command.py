@@ -96,7 +96,7 @@ def _main(architecture: str, description: str, arguments: Sequence[str]) -> int:
         named = partial(_numbered_png, folder, stem)
         path, taken = save_new_png(named, number + 1, picture, picture_text(prompt, used))
         if taken > number + 1:
-            print(f"note: {named(number + 1)} exists already; numbers go on at {taken:02d}")
+            print(f"note: {named(number + 1)} exists already; numbering continues at {taken:02d}")
         number = taken
         print(f"{path}: {prompt.text}")
     if len(pictures) > 1:

@@ -27,7 +27,7 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     if before == after:
         return None
     text = (
-        f"this run goes on with the split of its state; a new one would hold out {len(after)} images, and "
+        f"this run keeps the split of its state; a new one would hold out {len(after)} images, and "
         f"{len(before ^ after)} would be on the other side"
     )
     measured = {pictures[item.key]: item for item in held_out}
@@ -35,7 +35,7 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     if both:
         shown = ", ".join(both[:_SHOWN]) + (", ..." if len(both) > _SHOWN else "")
         text += f". {len(both)} of its trained files are held-out pictures ({shown}), so loss/val is too low"
-    return f"{'warning' if both else 'note'}: {text}. --fresh starts anew with the new split"
+    return f"{'warning' if both else 'note'}: {text}. --fresh starts over with the new split"
 
 
 def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]] | None:

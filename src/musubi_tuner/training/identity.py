@@ -185,7 +185,7 @@ def check_state(
         differences.append("the checkpoint below the adapter holds other weights")
     if differences:
         raise ConfigError(
-            f"{path}: was made with another config. Use --fresh to start anew in a new folder, or take the changes back:"
+            f"{path}: was made with another config. Use --fresh to start over in a new folder, or undo the changes:"
             "\n  " + "\n  ".join(differences)
         )
     # An imported state does not know where it was made.
@@ -197,6 +197,6 @@ def check_state(
         key = "max_steps" if config.train.max_steps == total else "max_epochs"
         raise ConfigError(
             f"{path}: is at step {values['position']['step']}, but train.{key} is {getattr(config.train, key)}; raise it, "
-            "or use --fresh to start anew in a new folder"
+            "or use --fresh to start over in a new folder"
         )
     return f"warning: {text}" if changed else None

@@ -49,7 +49,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         raise ConfigError(f'{path}: is of a whole model, and adapter.type is "{config.adapter.type}"; write "none"')
     if config.resume.from_ != "auto":
         raise ConfigError(
-            f'resume.from: is "{config.resume.from_}", so the run would not go on from what is imported; write "auto"'
+            f'resume.from: is "{config.resume.from_}", so the run would not continue from what is imported; write "auto"'
         )
     config = as_begun(config, {})  # without warm-up of the average, as in such a trainer
     processes = config.distributed.num_processes
@@ -108,7 +108,11 @@ def _report(config: RunConfig, state: PublishedState, total: int, moments: bool)
     if not moments:
         lines.append("optimizer: begins with empty moments")
     if config.ema.enabled:
-        lines.append("average: goes over" if state.ema is not None else "average: not in the file; begins as the model")
+        lines.append(
+            "average: taken over"
+            if state.ema is not None
+            else "average: not in the file; starts as a copy of the model"
+        )
     elif state.ema is not None:
         lines.append("average: left out, because ema.enabled is false")
     if state.best is None:
@@ -121,9 +125,11 @@ def _report(config: RunConfig, state: PublishedState, total: int, moments: bool)
     schedule = schedule_of(config, total)
     rate = config.optimizer.lr * schedule(state.step)
     if state.rate is not None and not math.isclose(rate, state.rate, rel_tol=1e-6, abs_tol=1e-15):
-        lines.append(f"differs: the learning rate would have gone on at {state.rate:.6g}, it does at {rate:.6g}")
+        lines.append(
+            f"differs: the learning rate would have continued at {state.rate:.6g}, here it continues at {rate:.6g}"
+        )
     lines.append(
-        f"data: which images of epoch {state.epoch + 1} were trained is not in the file, nor are random states: the epoch begins "
-        "anew, in this run's order and with its draws; train/images counts from here"
+        f"data: the file does not record which images of epoch {state.epoch + 1} were trained, nor random states: the epoch starts "
+        "again, in this run's order and with its draws; train/images counts from here"
     )
     return lines

@@ -101,7 +101,7 @@ def run_to_end(run: Run) -> None:
     finally:
         if run.swap is not None and run.swap.recoveries:
             say = run.metrics.say if run.metrics else print
-            say(f"note: {run.swap.recoveries} blocks had to be fetched on the spot instead of ahead")
+            say(f"note: {run.swap.recoveries} blocks had to be fetched on the spot instead of prefetched")
         if run.metrics:
             run.metrics.close()
 
@@ -131,7 +131,7 @@ def train(config: RunConfig, items: list[Item], settle: Settle | None = None) ->
         memory = advise_on_memory(
             TrainingError,
             lambda on_device: (
-                f"end other programs that use it, or: {ways_to_save(config, on_device)}. The same command goes on from "
+                f"end other programs that use it, or: {ways_to_save(config, on_device)}. The same command continues from "
                 "the newest state, if there is one"
             ),
         )

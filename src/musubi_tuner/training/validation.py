@@ -2,7 +2,7 @@
 
 Every image is measured at the same noise levels with the same noise each time, in evaluation mode, with its text and
 without features of teachers, as pictures are drawn; so two values differ by the weights alone. Noise is keyed (seed, "validation", item), times are the
-middles of equal slices of [0, 1]; what the loss is weighed with in training counts here too.
+middles of equal slices of [0, 1]; the loss is weighted as in training.
 
     loss/val                       mean of the main loss over images and times
     loss/val_sigma_<noise level>   its mean at one time

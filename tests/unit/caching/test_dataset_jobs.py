@@ -140,7 +140,7 @@ def test_plan_tells_the_teachers_of_every_dataset_and_the_state_of_their_feature
     assert lines() == [
         "  experts  0 up to date, 4 to make (4 x missing)",
         "           datasets[0]: lune and sol at 3 times: 0 up to date, 2 to make (2 x missing)",
-        "           datasets[1]: no teachers: 1 images are trained without",
+        "           datasets[1]: no teachers: 1 image is trained without",
         "           datasets[2]: lune at 2 times: 0 up to date, 2 to make (2 x missing)",
     ]
     mixed.tables["datasets"] = datasets(None, None, None)

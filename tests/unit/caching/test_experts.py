@@ -341,7 +341,7 @@ class TestMemory:
         # 6 and then 3 are too many; what fits is kept for the next batches. The second teacher finds out for itself.
         assert watch.rows("lune") == watch.rows("sol") == [6, 3] + [1] * 15
         assert [record.getMessage() for record in caplog.records] == [
-            f"{name}: {tried} pictures do not fit into the device's memory together; going on with {rest} per forward pass"
+            f"{name}: {tried} pictures do not fit into the device's memory together; continuing with {rest} per forward pass"
             for name in ("lune", "sol")
             for tried, rest in ((6, 3), (3, 1))
         ]

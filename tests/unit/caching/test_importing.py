@@ -654,7 +654,7 @@ class TestFlatFiles:
         config = run.config(train={"masked_loss": True})
         CachedDataset(config, run.items(), list(KINDS))
         plan = describe(config, make_plan(config, 1, download=False), 1)
-        assert "  masks    3 of 3 images, weights 0.5 to 2; the others weigh 1\n" in plan
+        assert "  masks    3 of 3 images, weights 0.5 to 2; the others have weight 1\n" in plan
 
     def test_another_number_of_masks_than_latents(self, run: Any, columns: Columns, tmp_path: Path) -> None:
         source = flat(run, tmp_path / "caches", columns, "schnell")

@@ -73,5 +73,5 @@ def test_an_encoder_that_is_not_here_is_said_and_nothing_claimed(
     clip, absent = said(project, only_look=True)
     assert (
         clip.startswith("note: CLIP")
-        and absent == "note: texts are compared with the limits of T5 when its tokenizer is here"
+        and absent == "note: texts are compared with the limits of T5 once its tokenizer is downloaded"
     )

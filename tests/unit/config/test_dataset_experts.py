@@ -100,7 +100,7 @@ def test_features_made_in_different_ways_are_not_mixed(key: str, value: str, pro
 
 def test_teachers_are_not_inherited_from_general(problems: Problems) -> None:
     assert problems(data="[general]\nexperts = false\n" + data()) == [
-        "general.experts: belongs into [[datasets]]; it is not inherited"
+        "general.experts: belongs in [[datasets]]; it is not inherited"
     ]
 
 

@@ -126,7 +126,7 @@ def test_wrong_value_in_general_is_reported_there_once(problems: Problems) -> No
 def test_caption_extension_needs_its_dot(where: str, problems: Problems) -> None:
     line = 'caption_extension = "txt"\n'
     data = f"[general]\n{line}{IMAGES}" if where == "general" else f"{IMAGES}{line}"
-    assert problems(data=data) == ["datasets[0].caption_extension: is 'txt', it begins with a dot"]
+    assert problems(data=data) == ["datasets[0].caption_extension: is 'txt', it must begin with a dot"]
 
 
 # Keys
@@ -153,7 +153,7 @@ def test_unknown_key_of_general(problems: Problems) -> None:
 @pytest.mark.parametrize("key", ["image_directory", "image_jsonl_file", "cache_directory", "mask_directory"])
 def test_key_that_is_not_inherited_is_refused_in_general(key: str, problems: Problems) -> None:
     assert problems(data=f'[general]\n{key} = "images"\n{IMAGES}') == [
-        f"general.{key}: belongs into [[datasets]]; it is not inherited"
+        f"general.{key}: belongs in [[datasets]]; it is not inherited"
     ]
 
 

@@ -533,7 +533,7 @@ def test_nesting_without_end_is_not_toml(tmp_path: Path) -> None:
     ("line", "what"),
     [
         ('pretrained_model_name_or_path = "x"', "Option files of sd-scripts (kohya) are not read yet"),
-        ("max_train_steps = 100", "It is no musubi-tuner option file either"),
+        ("max_train_steps = 100", "It is not a musubi-tuner option file either"),
     ],
 )
 def test_other_option_files_are_refused(line: str, what: str, tmp_path: Path) -> None:

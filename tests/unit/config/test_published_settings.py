@@ -339,8 +339,8 @@ def test_values_that_no_run_can_have(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"hidden_size": 512, "num_double_layers": 15, "lune_dropout": 0.1}', "is no training_config.json"),
-        ("[1]", "is no training_config.json"),
+        ('{"hidden_size": 512, "num_double_layers": 15, "lune_dropout": 0.1}', "is not the training_config.json"),
+        ("[1]", "is not the training_config.json"),
         ("{", "not a JSON file"),
         (None, "no such file"),
     ],

@@ -699,7 +699,7 @@ def test_checkpoint_of_a_run_folder_and_the_published_repository_are_accepted(
         ("best", "model.path: best: write the folder too, as in folder:best"),
         (
             "latest",
-            'model.path: latest: an interrupted run goes on by itself (resume.from = "auto"); for another run write '
+            'model.path: latest: an interrupted run continues by itself (resume.from = "auto"); for another run write '
             "folder:latest",
         ),
     ],

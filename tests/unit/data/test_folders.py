@@ -67,7 +67,7 @@ class TestLinks:
         (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
         listing = list_pictures(tmp_path, False)
         assert [path.name for path in listing.pictures] == ["x.png"]
-        assert "1 image is left out" in listing.notes[0] and "lead nowhere (lost.png)" in listing.notes[0]
+        assert "1 image is left out" in listing.notes[0] and "broken links (lost.png)" in listing.notes[0]
 
     def test_items_of_a_linked_folder_are_cached_below_the_link(
         self, tmp_path: Path, picture: Make, dataset: Entry

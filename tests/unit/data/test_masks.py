@@ -288,7 +288,7 @@ def test_mask_of_a_line_that_is_not_read_is_refused(tmp_path: Path, masked: Entr
         (True, 0, ["warning: train.masked_loss is on, 0 of 3 images have a mask; give mask_directory, mask_path or "
                    "alpha_mask, or turn it off"]),
         (False, 2, ["warning: 2 of 3 images have a mask, which is not used because train.masked_loss is false"]),
-        (True, 2, ["  masks    2 of 3 images, weights 0.5 to 2, divided by their mean; the others weigh 1"]),
+        (True, 2, ["  masks    2 of 3 images, weights 0.5 to 2, divided by their mean; the others have weight 1"]),
     ],
 )  # fmt: skip
 def test_plan_says_when_masks_and_the_loss_do_not_agree(masked_loss: bool, masks: int, expected: list[str]) -> None:

@@ -79,11 +79,13 @@ def test_batches_come_through_shared_memory_as_they_are() -> None:
 def test_a_worker_that_dies_is_named_with_the_way_out(number: int, said: str) -> None:
     with pytest.raises(TrainingError, match=said) as caught:
         load(lambda: os.kill(os.getpid(), number))
-    assert "train.loader_workers" in str(caught.value) and "goes on from the newest state" in str(caught.value)
+    assert "train.loader_workers" in str(caught.value) and "continues from the newest state" in str(caught.value)
 
 
 def test_a_worker_that_leaves_without_a_word_is_named() -> None:
-    with pytest.raises(TrainingError, match=r"worker \(process \d+\) ended without a word; train\.loader_workers = 0"):
+    with pytest.raises(
+        TrainingError, match=r"worker \(process \d+\) ended without a message; train\.loader_workers = 0"
+    ):
         load(lambda: os._exit(3))
 
 
@@ -104,7 +106,7 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker(capfd: pytest.CaptureFixtur
         to_shared_memory(found)
         return lambda: None
 
-    with pytest.raises(TrainingError, match="ended without a word"):
+    with pytest.raises(TrainingError, match="ended without a message"):
         load(lambda: None, unsendable)
     assert "error: a loader worker cannot send a batch" in (said := capfd.readouterr().err) and "Traceback" not in said
 

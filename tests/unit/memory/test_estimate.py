@@ -351,7 +351,7 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     assert re.search(
         r"GiB? are moved to the device, at least [\w.]+ ?s? at .*/s: (computation|copying) binds", lines[5]
     )
-    assert lines[6].startswith("warning: only 0.0 MiB of device memory are free")
+    assert lines[6].startswith("warning: only 0.0 MiB of device memory is free")
     plan = config.spec.family.outline_model(config)
     latents, text = 4 * 16 * (2 * 32**2 + 16**2), 3 * 2 * (64 * 64 + 64)
     assert cache_bytes(config, items, plan).total() == latents + text
@@ -430,9 +430,7 @@ def test_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return disk_lines(config, items, steps, plan, found, missing)[1:]
 
     (line,) = warnings(1000)
-    assert line.startswith(f"warning: only 0.0 MiB of disk are free in {tmp_path}, and ") and line.endswith(
-        "see [save]"
-    )
+    assert line.startswith(f"warning: only 0.0 MiB of disk is free in {tmp_path}, and ") and line.endswith("see [save]")
     assert warnings(checkpoints) == []
     assert len(warnings(checkpoints, caches)) == len(warnings(checkpoints + everything - 1, caches)) == 1
     assert warnings(checkpoints + everything, caches) == []

@@ -138,7 +138,7 @@ def test_a_model_on_the_hub_is_planned_when_it_is_here(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
     runner = a_runner(load_config(write(tmp_path, "owner/model:flux.safetensors", blocks_to_swap=2)))
     assert runner._plan_memory(a_plan()) is None
-    assert capsys.readouterr().out == "  memory   is estimated when the checkpoint is here\n"
+    assert capsys.readouterr().out == "  memory   is estimated once the checkpoint is downloaded\n"
     repository = tmp_path / "hub" / "models--owner--model"
     for name, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/README.md", "")):
         (repository / name).parent.mkdir(parents=True)

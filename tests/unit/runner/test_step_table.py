@@ -47,7 +47,7 @@ def test_a_step_is_not_continued_from_weights_that_have_changed_since(tmp_path: 
     end_step(tmp_path, "02-b", 3)
     second.check()
     end_step(tmp_path, "01-a", 9)
-    with pytest.raises(ConfigError, match="02-b: began from update 5 of step a, which ends at 9 now"):
+    with pytest.raises(ConfigError, match="02-b: began from update 5 of step a, which now ends at 9"):
         second.check()
     second.note(RUNNING)  # a step that has checkpoints keeps what it began from
     with pytest.raises(ConfigError, match="began from update 5"):

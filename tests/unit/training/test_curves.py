@@ -99,7 +99,7 @@ def test_a_last_line_that_is_still_being_written_is_passed_over(tmp_path: Path) 
     [
         (None, "no such file; give the output folder of a run"),
         ("", "holds no lines yet"),
-        ('hello\n{"step": 1}\n', "line 1: is no line of metrics ('hello')"),
+        ('hello\n{"step": 1}\n', "line 1: is not a line of metrics ('hello')"),
     ],
 )
 def test_files_that_cannot_be_drawn_are_named(content: str | None, message: str, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_moments_of_8_bits_go_on_in_float32(tmp_path: Path, imported: Callable[.
 
     loop = Published(optimizer="adamw_8bit", **WIDE).train(STEPS)
     printed = imported(loop.save(tmp_path / "step_5.pt"))
-    assert "its moments have 8 bits in the file; AdamW goes on from what they stand for, in float32" in printed
+    assert "its moments have 8 bits in the file; AdamW continues from their values in float32" in printed
     found, coded = loaded_moments(state_of(tmp_path / "out")), 0
     for name, held in moments(loop).items():
         assert found[name].keys() == {"step", "exp_avg", "exp_avg_sq"} and found[name]["step"] == STEPS
@@ -303,7 +303,7 @@ def test_broken_moments_of_8_bits_are_refused(
         if lost in inside:
             inside[lost] = inside[lost][:-1]
     error = imported(loop.save(tmp_path / "step_1.pt", optimizer=state), code=1, optimizer={"type": kind})
-    assert lost in error and "or use --fresh_optimizer to go on with the weights" in error
+    assert lost in error and "or use --fresh_optimizer to keep the weights" in error
 
 
 def test_without_moments_it_does_not(tmp_path: Path, imported: Callable[..., str]) -> None:
@@ -365,7 +365,7 @@ def test_state_begins_an_epoch(tmp_path: Path, imported: Callable[..., str]) -> 
     assert values["best"] == {"metric": "epoch/loss", "value": 0.5}
     assert values["ema_updates"] == 5 and values["metrics_bytes"] == 0 and values["window"] == {}
     assert "best: epoch/loss 0.5000; best.safetensors is written when a lower one comes" in printed
-    assert "data: which images of epoch 3 were trained is not in the file" in printed
+    assert "data: the file does not record which images of epoch 3 were trained" in printed
     assert printed.endswith(f"{state}: step 5 of 20\n")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".tmp-")] == []
 
@@ -380,7 +380,7 @@ def test_report_names_what_differs(tmp_path: Path, imported: Callable[..., str])
     assert "differs: optimizer.decay_all was True, is False in this run" in printed
     assert "differs: ema.decay was 0.75, is 0.9 in this run" in printed
     # Rate after warm-up: r + (1 - r) (1 + cos(pi 3 / 18)) / 2 with r = 0.1 there and 0.05 here.
-    assert "differs: the learning rate would have gone on at 0.00939711, it does at 0.0187272" in printed
+    assert "differs: the learning rate would have continued at 0.00939711, here it continues at 0.0187272" in printed
 
 
 def test_report_computes_the_rate_over_the_length_of_the_schedule(tmp_path: Path, imported: Callable[..., str]) -> None:
@@ -407,7 +407,7 @@ def test_run_that_follows_its_validation_leaves_the_best_value_behind(
 def test_average_that_is_not_in_the_file_begins_as_the_model(tmp_path: Path, imported: Callable[..., str]) -> None:
     loop = Published().train(STEPS)
     printed = imported(loop.save(tmp_path / "step_5.pt", ema=None))
-    assert "average: not in the file; begins as the model" in printed
+    assert "average: not in the file; starts as a copy of the model" in printed
     state = state_of(tmp_path / "out")
     assert read_values(state)["ema_updates"] == 0
     average = read_tensors(state, "ema")
@@ -535,7 +535,8 @@ def test_v3_is_not_continued_as_a_model_with_more_parts(tmp_path: Path, imported
     assert f"error: {path}: cannot be continued by {tmp_path / 'run.toml'}: " in error
     assert "keys missing (text_balance, " in error
     assert (
-        "A run goes on with the same model only; for another one give the weights as model.path of a new run" in error
+        "A run can only continue with the same model; for another one give the weights as model.path of a new run"
+        in error
     )
 
 
@@ -584,7 +585,7 @@ def test_moments_that_fit_no_parameter_are_refused_and_may_be_left_behind(
     loop = Published().train(1)
     path = loop.save(tmp_path / "step_1.pt", optimizer=change(loop))
     error = imported(path, code=1)
-    assert expected in error and "or use --fresh_optimizer to go on with the weights" in error
+    assert expected in error and "or use --fresh_optimizer to keep the weights" in error
     assert not (tmp_path / "out").exists() or newest_good_state(tmp_path / "out", "old") is None
     assert "step 1 of 20" in imported(path, "--fresh_optimizer")
 
@@ -645,7 +646,7 @@ def test_run_folder_must_be_empty(tmp_path: Path, imported: Callable[..., str]) 
 def test_runs_that_cannot_go_on_from_such_a_file(tmp_path: Path, imported: Callable[..., str]) -> None:
     path = Published().save(tmp_path / "step_0.pt")
     error = imported(path, code=2, resume={"from": "none"})
-    assert 'error: resume.from: is "none", so the run would not go on from what is imported; write "auto"' in error
+    assert 'error: resume.from: is "none", so the run would not continue from what is imported; write "auto"' in error
     error = imported(path, code=2, adapter={"type": "lora"}, ema={"enabled": False, "decay": None})
     assert 'is of a whole model, and adapter.type is "lora"; write "none"' in error
     (tmp_path / "flux.safetensors").touch()

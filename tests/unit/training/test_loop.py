@@ -208,7 +208,7 @@ def test_blocks_that_were_not_copied_ahead_are_counted_at_the_end(
     # A swap that forgets what is in its buffer, at the start and after each step, copies on the spot in all four updates.
     monkeypatch.setattr(BlockSwap, "refresh", lambda swap: setattr(swap.slots[0], "holder", -1))
     start("late", model=deep, memory={"blocks_to_swap": 1}).run()
-    assert "note: 4 blocks had to be fetched on the spot instead of ahead" in capsys.readouterr().out
+    assert "note: 4 blocks had to be fetched on the spot instead of prefetched" in capsys.readouterr().out
 
 
 # Waiting for the device
@@ -641,7 +641,7 @@ def test_a_second_branch_in_the_folder_of_a_run_is_refused_with_the_way_out(
     message = str(caught.value)
     assert f"begins at step {step}, and {first.folder} holds later checkpoints (" in message and "final" in message
     assert message.endswith(
-        'Write "auto" to go on from the newest, choose another run.output_dir (--fresh does) to branch off, or move them away'
+        'Write "auto" to continue from the newest, choose another run.output_dir (--fresh does) to branch off, or move them away'
     )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     elsewhere = start(f"elsewhere {begin}", save=save, resume={"from": begin if begin == "none" else str(state)})

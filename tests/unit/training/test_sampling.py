@@ -514,7 +514,9 @@ def test_prompts_of_toml_and_json(tmp_path: Path) -> None:
     assert message_of(listing).startswith(f"{listing} entry 1: unknown key widht")
     listing.write_text('[{"prompt": "a dog", "width": "256"}]')
     assert message_of(listing) == f"{listing} entry 1: width is '256', expected a number"
-    assert message_of(tmp_path / "p.yaml") == f"{tmp_path / 'p.yaml'}: is no prompt file; expected .txt, .toml or .json"
+    assert (
+        message_of(tmp_path / "p.yaml") == f"{tmp_path / 'p.yaml'}: is not a prompt file; expected .txt, .toml or .json"
+    )
 
 
 def test_pictures_of_different_options_come_back_in_order(model: TinyFluxDeep) -> None:

@@ -50,7 +50,7 @@ def _main(arguments: Sequence[str]) -> int:
             print("note       the data set is not in this file: add dataset_config, or [[datasets]], to the run file")
     elif "dataset_config" in tables:
         print(
-            "note       the data set file is read with our defaults from now on: check resolution and enable_bucket there"
+            "note       keys missing from the data set file take our defaults now: check resolution and enable_bucket there"
         )
     else:
         tables["general"] = imported.general
@@ -69,7 +69,7 @@ def _imported(source: Path) -> Imported:
     if source.suffix != ".json":
         document = read_toml(source)
         if looks_flat(document) != "musubi":
-            raise ConfigError(f"{source}: is no option file of musubi-tuner")
+            raise ConfigError(f"{source}: is not an option file of musubi-tuner")
         return import_musubi(document, lambda text: locate(text, source))
     try:
         document = read_json(source)
@@ -78,7 +78,7 @@ def _imported(source: Path) -> Imported:
     imported = import_published(document) if isinstance(document, dict) else None
     if imported is None:
         raise ConfigError(
-            f"{source}: is no training_config.json of a trainer that is known; settings such as learning_rate and total_steps "
+            f"{source}: is not the training_config.json of a known trainer; settings such as learning_rate and total_steps "
             "are expected"
         )
     return imported

@@ -22,7 +22,7 @@ class FluxModel(ModelSection):
         False, "Keep frozen weights in the precision of their file instead of that of the computation."
     )
     allow_schnell: bool = param(
-        False, "Train on a model without guidance embedding, whose distillation training undoes."
+        False, "Train on a model without guidance embedding (schnell); training undoes its distillation."
     )
 
 

@@ -32,7 +32,7 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
         "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
     )
     upgrade_neutral: bool = param(
-        True, "Parts that an older checkpoint lacks start so that it computes what it did, as far as they can."
+        True, "Initialise parts that an older checkpoint lacks so that its outputs change as little as possible."
     )
     rope_freqs: Literal["checkpoint", "exact"] = param(
         "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
@@ -62,7 +62,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
     timestep_sampling: Literal["logit_normal", "uniform"] = param("logit_normal", "Density of the training times.")
     shift: float = param(
         3.0,
-        "Bends training and sampling times; above 1 towards the end the family states in docs.",
+        "Shift of training and sampling times; above 1 towards clean images.",
         flat=("shift",),
         gt=0,
         le=100,
@@ -71,7 +71,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         "float32",
         "Times, noise, noisy latents, targets and losses; bfloat16 rounds each, as published: times above 0.998 become 1.",
     )
-    spatial_weighting: bool = param(False, "Weigh the loss by Sol's importance map.")
+    spatial_weighting: bool = param(False, "Weight the loss by Sol's importance map.")
     text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
     guidance_min: float = param(
         1.0,
@@ -105,7 +105,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
         "to be learned, as published.",
     )
-    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still pay the distillation loss.")
+    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still count in the distillation loss.")
     drop_experts_with_text: bool = param(
         True, "Samples without text also lose the teacher features, which were made from the text."
     )

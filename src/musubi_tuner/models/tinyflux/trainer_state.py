@@ -45,7 +45,7 @@ FROZEN = {"freeze_lune": ("lune_predictor.", "expert_predictor."), "freeze_sol":
 """Field of a config -> parts that it freezes."""
 COMPARED = ("experts", "objective", "train", "optimizer", "scheduler", "ema")
 """Tables that decide how training goes on."""
-INSTEAD = "or use --fresh_optimizer to go on with the weights and begin with empty moments"
+INSTEAD = "or use --fresh_optimizer to keep the weights and start with empty moments"
 
 
 def read_state(path: Path, config: RunConfig, *, moments: bool = True) -> PublishedState:
@@ -144,7 +144,7 @@ def _named(weights: dict[str, Tensor], geometry: TinyFluxConfig, what: str) -> t
         tensors, report = upgrade_weights(weights, geometry, whole_parts=False, strict=True, what=what)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}. A run goes on with the same model only; for another one give the weights as model.path of a new run"
+            f"{error}. A run can only continue with the same model; for another one give the weights as model.path of a new run"
         ) from error
     guided = [key for key in report.dropped if "guidance_in." in key]
     if guided:
@@ -213,9 +213,7 @@ def _moments(
     kind = next((name for name, known in ENTRIES.items() if entries <= known), None)
     if kind == "AdamW8bit" and wanted == "AdamW":
         held = {index: _in_float32(values, f"{what}: moments of parameter {index}") for index, values in held.items()}
-        notes.append(
-            "optimizer: its moments have 8 bits in the file; AdamW goes on from what they stand for, in float32"
-        )
+        notes.append("optimizer: its moments have 8 bits in the file; AdamW continues from their values in float32")
     elif held and kind != wanted:
         known = (
             f"are of {kind}"
