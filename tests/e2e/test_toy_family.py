@@ -148,7 +148,7 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
 
     assert (rows[0]["train/lr_vae"], rows[0]["train/lr_discriminator"]) == (1e-2, 5e-3)
     resolved = tomllib.loads((whole.parent / "out" / "photos.config.toml").read_text(encoding="utf-8"))
-    assert resolved["roles"] == {"freeze": [], "discriminator": own}
+    assert resolved["roles"] == {"freeze": [], "discriminator": own} and "objective" not in resolved
     killed = gan_run(tmp_path / "killed", photographs, roles=roles)
     python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package), MUSUBI_FAULT="train.phase:4").expect(-9)
     again = python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package)).expect(0)
@@ -177,15 +177,22 @@ def test_settings_of_roles_are_checked_like_those_of_the_run(
         )
         return python(REPOSITORY / "train.py", path, "--plan", *words, PYTHONPATH=str(package)).expect(2).err
 
+    text = refused(vae={"lr": 1.0, "optimizer": 3}, discriminator={"max_grad_norm": -1.0})
+    assert "roles.vae.lr: unknown key. It is written [roles.vae.optimizer] lr." in text
+    assert "roles.vae.optimizer: is 3, expected table" in text
+    assert "roles.discriminator.max_grad_norm: is -1.0, expected" in text
     text = refused(vae={"optimizer": {"lrr": 1.0, "lr": "x"}}, discriminator={"ema": {"decay": 2.0}})
     assert "roles.vae.optimizer.lrr: unknown key. Did you mean 'lr'?" in text
     assert "roles.vae.optimizer.lr: is 'x', expected a number" in text
     assert "roles.discriminator.ema.decay: is 2.0, expected" in text
-    text = refused("--set", "roles.vae.scheduler.min_lr=0.5", freeze=["vae", "discriminator"])
+    words = ["roles.vae.scheduler.min_lr=0.5", "roles.discriminator.max_grad_norm=0", "scheduler.type=cosine"]
+    text = refused(*(word for each in words for word in ("--set", each)), vae={"ema": {"init": "checkpoint"}})
     assert "roles.vae.scheduler.min_lr: is 0.5, above optimizer.lr = 0.01" in text
-    assert "roles.freeze: names all roles" in text
-    assert "validation.split: acts on a denoiser" in text
+    assert 'roles.vae.ema.init: is "checkpoint", but model.init is "scratch"' in text
+    assert "validation.split: acts on a denoiser" in text and "max_grad_norm" not in text
+    assert "roles.freeze: names all roles" in refused(freeze=["vae", "discriminator"])
     assert "roles.freeze" in refused(freeze=["critic"])
+    assert "cannot be absent for one role" in refused("--set", "roles.vae.scheduler.total_steps=none")
 
 
 def test_the_document_quotes_the_family_that_is_tested() -> None:

@@ -151,7 +151,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
         ConfigError: for an unknown option or a missing value.
     """
     flat = flat_names()
-    keys = {parameter.key: parameter for parameter in parameters()}
+    keys = {**flat, **{parameter.key: parameter for parameter in parameters()}}
     passed: list[str] = []
     overrides: dict[str, Any] = json.loads(os.environ.pop(_SECRETS, "{}"))
     rest = list(arguments)
@@ -201,6 +201,7 @@ def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
     if key.startswith(("steps.", "roles.")):  # a setting, behind the name of a step or a role
         parts = key.split(".")
         key = next((end for n in range(2, len(parts)) if (end := ".".join(parts[n:])) in keys), key)
+        key = "train.max_grad_norm" if key.endswith(".max_grad_norm") else key
     if key in keys:
         return parse_value(keys[key], text)
     try:

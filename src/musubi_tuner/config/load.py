@@ -5,6 +5,7 @@ Everything that is wrong is collected and raised as one `ConfigError`.
 """
 
 import copy
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_dat
 from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
 from musubi_tuner.config.fields import Parameter, Section
 from musubi_tuner.config.importers import import_musubi, looks_flat
+from musubi_tuner.config.model_sections import RoleSection
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
     TABLE,
@@ -70,12 +72,23 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
             wrong[str(error)] = None
     if wrong:
         raise ConfigError("\n".join(wrong))
-    everywhere = (
-        [found for found in configs[0].findings if all(found in c.findings for c in configs)] if configs else []
-    )
+    names = {dataset.name for config in configs for dataset in config.datasets}
+
+    def concerned(key: str) -> list[RunConfig]:
+        """The steps that a key is for: those that use its data set, if it is a key of one."""
+        head = key.partition(".")[0]
+        return [c for c in configs if head not in names or head in {dataset.name for dataset in c.datasets}]
+
+    kept: list[list[Diagnostic]] = []
     for config, step in zip(configs, steps):
-        first = everywhere if config is configs[0] else []
-        config._findings = [found for found in config.findings if found in first or _is_own(found.key, step)]
+        kept.append([])
+        for found in config.findings:
+            those = concerned(found.key)
+            common = config is those[0] and all(found in each.findings for each in those)
+            if common or found.level == "info" or _is_own(found.key, step):
+                kept[-1].append(found)
+    for config, findings in zip(configs, kept):
+        config._findings = findings
     return configs
 
 
@@ -90,10 +103,12 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     Raises:
         ConfigError: listing everything that is wrong.
     """
-    path = Path(path)
+    path, given = Path(path), dict(overrides or {})
     document = read_toml(path)
     problems: list[Diagnostic] = []
     step, steps = None, list[Step]()
+    if document.get(TABLE) == []:
+        del document[TABLE]
     if TABLE in document or (overrides or {}).get(STEP) is not None:
         document, overrides, step, steps = _choose_step(path, document, dict(overrides or {}), problems)
     imported = None
@@ -134,8 +149,10 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
         config._tables, config._origins, config._step, config._steps = tables, origins, step, steps
+        config._options = given
         wrong = _role_problems(config, spec)
-        problems += wrong or validate(config)
+        meant = {name for each in problems for name in re.findall(r"unknown key\. Did you mean '(\w+)'", each.message)}
+        problems += wrong or [each for each in validate(config) if each.key.rpartition(".")[2] not in meant]
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
         raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
@@ -146,7 +163,7 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
 def _is_own(key: str, step: Step) -> bool:
     """Whether a step itself sets a key."""
     section, _, name = key.partition(".")
-    return name in step.own.get(section, {})
+    return re.split(r"[.\[]", name)[0] in step.own.get(section, {})
 
 
 def _read_steps(
@@ -181,22 +198,27 @@ def _choose_step(
     step = find_step(steps, str(name))
     if isinstance(step, str):
         raise ConfigError(f"{path}: {step}")
-    problem = follow_problem(document, step)
-    if problem:
-        problems.append(Diagnostic("error", "start", problem))
     # Options lay over the file before the steps do: what a step says itself, or takes over from the one before, stays.
     known = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
-    laid = copy.deepcopy(document)
+    laid, unlaid = copy.deepcopy(document), set[str]()
     plain = {known[key].key if key in known else key: value for key, value in overrides.items()}
     for key, value in plain.items():
         if key in known or _table_of(key) in known:
-            put(laid, key, value)
+            unlaid |= set() if put(laid, key, value) else {key}
+    problem = follow_problem(laid, step)
+    if problem:
+        problems.append(Diagnostic("error", "start", problem))
     document = document_of(laid, step)
     for key, value in list(plain.items()):
-        if _get(document, key) != value and (key in known or _table_of(key) in known):
+        if key not in unlaid and _get(document, key) != value and (key in known or _table_of(key) in known):
             del plain[key]
-            if _get(step.own, key) is not None:
-                text = f"step {step.name} sets this itself; to change it there: --set {TABLE}.{step.name}.{key}=..."
+            text = f"step {step.name} sets this itself; to change it there: --set {TABLE}.{step.name}.{key}=..."
+            if _get(step.own, key) is None and step.previous is not None:
+                text = (
+                    f"step {step.name} takes this from step {step.previous.name}; to start as the file says: "
+                    f"--set {TABLE}.{step.name}.start=file"
+                )
+            if key != "run.output_dir":
                 problems.append(Diagnostic("info", key, text))
     prefix = f"{TABLE}.{step.name}."
     own = {known[key].key: value for option, value in taken.items() if (key := option.removeprefix(prefix)) in known}
@@ -274,7 +296,10 @@ def _collect(
         parameter = known.get(key) or flat.get(key)
         if parameter is None:
             if _table_of(key) in known:
-                put(values, key, value)
+                if not put(values, key, value) and isinstance(_get(values, _table_of(key)), dict):
+                    problems.append(
+                        Diagnostic("error", key, f"is inside {key.rpartition('.')[0]}, which is not a table")
+                    )
                 origins[_table_of(key)] = "cli"
             elif any(key.rpartition(".")[2] in names for names in _foreign_keys()):
                 overridden[key] = value
@@ -369,7 +394,7 @@ def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Dia
     """The dataset, without its ``experts`` if something is wrong in there."""
     found = [
         Diagnostic("error", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
-        for key in ONE_WAY if key in dataset.experts
+        for key in ONE_WAY if key in dataset.experts and key in section_classes(spec)["experts"].model_fields
     ]  # fmt: skip
     try:
         section_classes(spec)["experts"].model_validate(dict(dataset.experts))
@@ -385,7 +410,12 @@ def _role_problems(config: RunConfig, spec: ModelSpec) -> list[Diagnostic]:
     """Unknown keys and wrong values in the tables of roles."""
     found = []
     for name, table in product(spec.task(config).roles, ROLE_TABLES):
-        own = getattr(getattr(config.roles, name, None), table, {})
+        role = config.role_section(name)
+        own = getattr(role, table) if role else {}
+        for key in [key for key, value in own.items() if value is None]:
+            found.append(
+                Diagnostic("error", f"roles.{name}.{table}.{key}", "cannot be absent for one role; write a value")
+            )
         try:
             lay(getattr(config, table), own)
         except ValidationError as error:
@@ -409,6 +439,10 @@ def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
         return Diagnostic("error", ".".join(location), _unknown_key(location, item["input"], spec))
     if parameter is None:
         return Diagnostic("error", key, f"is {item['input']!r}, expected a table")
+    inner = parameter.field.annotation
+    if len(location) > 2 and isinstance(inner, type) and issubclass(inner, Section):
+        key = ".".join(location[:3])
+        parameter = Parameter(f"{location[0]}.{location[1]}", location[2], inner.model_fields[location[2]])
     nested = [part for part in get_args(parameter.field.annotation) if isinstance(part, type)]
     if len(location) == 4 and nested and issubclass(nested[0], Section):
         parameter = Parameter(f"{key}[{location[2]}]", location[3], nested[0].model_fields[location[3]])
@@ -419,6 +453,10 @@ def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
 
 def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str:
     name, key = location[-1], ".".join(location)
+    if location[0] == "roles" and len(location) == 3:
+        table = next((p.section for p in parameters(spec) if p.section in ROLE_TABLES and p.name == name), None)
+        inside = f" It is written [roles.{location[1]}.{table}] {name}." if table else ""
+        return f"unknown key.{inside or did_you_mean(name, RoleSection.model_fields)}"
     reason = spec.why_not(key, value) if spec else None
     if reason:
         return reason

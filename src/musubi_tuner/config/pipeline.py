@@ -35,7 +35,7 @@ _UNTIL = {
     "min_epochs": "a whole number, 0 or more",
     "patience": "a whole number, 1 or more",
 }
-_FOLDER = re.compile(r'[^/\\:*?"<>|\x00-\x1f\x7f]{0,99}[^/\\:*?"<>|\x00-\x1f\x7f\s.]')
+_FOLDER = re.compile(r'[^/\\:*?"<>|=\x00-\x1f\x7f]{0,99}[^/\\:*?"<>|=\x00-\x1f\x7f\s.]')
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,16 @@ def take_step_options(document: dict[str, Any], overrides: dict[str, Any], probl
     for option in [key for key in overrides if key.startswith(f"{TABLE}.")]:
         value, rest = overrides.pop(option), option.removeprefix(f"{TABLE}.")
         name = max((name for name in by_name if rest.startswith(f"{name}.")), key=len, default=None)
+        if name is None and rest in by_name:
+            problems.append(Diagnostic("error", option, f"has no key; write {option}.section.key=..."))
+            continue
         if name is None:
             hint = did_you_mean(rest.partition(".")[0], by_name)
             problems.append(Diagnostic("error", option, f"names no step.{hint} The steps are {', '.join(by_name)}"))
             continue
         key = rest.removeprefix(f"{name}.")
-        if key == "name" or not put(by_name[name], known[key].key if key in known else key, value):
+        section, dot, last = (known[key].key if key in known else key).partition(".")
+        if key == "name" or not put(by_name[name], SECTION_ALIASES.get(section, section) + dot + last, value):
             problems.append(Diagnostic("error", option, "cannot be changed by an option; change the file"))
 
 
@@ -266,7 +270,7 @@ def _lay(below: Any, above: Mapping[str, Any]) -> Any:
     """A table over a table, tables inside key by key; a value that should be a table stays, for the schema to report."""
     if not isinstance(below, dict):
         return below
-    inner = {key: {**below[key], **value} for key, value in above.items()
+    inner = {key: _lay(below[key], value) for key, value in above.items()
              if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
     return {**below, **above, **inner}
 

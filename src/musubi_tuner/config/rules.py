@@ -2,7 +2,7 @@
 
 import os
 import re
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
@@ -34,17 +34,17 @@ def _error(key: str, message: str) -> Diagnostic:
     return Diagnostic("error", key, message)
 
 
-def _movement(config: RunConfig, where: str) -> list[Diagnostic]:
-    """Rules of how weights move, of the run or of a role.
+def _movement(config: RunConfig, written: set[str]) -> list[Diagnostic]:
+    """Rules of how the weights of one role move.
 
     Args:
-        where: words before the key, such as ``roles.vae.``.
+        written: keys that a person set, for the run or for the role.
     """
     found: list[Diagnostic] = []
     if config.train.max_steps is not None and config.scheduler.warmup_steps > config.train.max_steps:
         found.append(
             _error(
-                f"{where}scheduler.warmup_steps",
+                "scheduler.warmup_steps",
                 f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {config.train.max_steps}; "
                 "the learning rate would never be reached",
             )
@@ -53,37 +53,91 @@ def _movement(config: RunConfig, where: str) -> list[Diagnostic]:
     if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
         found.append(
             _error(
-                f"{where}scheduler.total_steps",
+                "scheduler.total_steps",
                 f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
             )
         )
     if config.scheduler.min_lr > config.optimizer.lr:
         found.append(
-            _error(
-                f"{where}scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}"
-            )
+            _error("scheduler.min_lr", f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}")
         )
     for index, beta in enumerate(config.optimizer.betas):
         if not 0 <= beta < 1:
-            found.append(_error(f"{where}optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
-    return found
+            found.append(_error("optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1"))
+    if config.ema.enabled and config.ema.init == "checkpoint":
+        if config.model.init == "scratch":
+            found.append(_error("ema.init", 'is "checkpoint", but model.init is "scratch"; write ema.init = "model"'))
+        if config.adapter.type != "none":
+            found.append(
+                _error(
+                    "ema.init",
+                    'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"',
+                )
+            )
+        if config.ema.warmup is True:
+            found.append(
+                _error(
+                    "ema.warmup",
+                    'would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false',
+                )
+            )
+    silent: list[tuple[bool, tuple[str, ...], str]] = [
+        (not config.ema.enabled, ("ema.decay", "ema.warmup", "ema.init", "ema.on_cpu"), "ema.enabled is false"),
+        (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
+        (
+            config.scheduler.type == "constant",
+            ("scheduler.min_lr", "scheduler.total_steps"),
+            'scheduler.type is "constant"',
+        ),
+        (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
+    ]
+    return found + _without_effect(silent, written)
+
+
+def _without_effect(silent: list[tuple[bool, tuple[str, ...], str]], written: set[str]) -> list[Diagnostic]:
+    """Warnings of keys that do nothing.
+
+    Args:
+        silent: condition, keys, and the reason. written: keys that a person set.
+    """
+    return [
+        Diagnostic("warning", key, f"has no effect because {reason}")
+        for condition, keys, reason in silent
+        if condition
+        for key in keys
+        if key in written
+    ]
 
 
 def _roles(config: RunConfig) -> list[Diagnostic]:
-    """Rules of [roles]."""
+    """Rules of [roles], and of how each role moves: under the role's key where it sets it, else under the run's."""
     roles, found = config.spec.task(config).roles, []
-    for key in config.set_keys():
-        table, _, name = key.partition(".")
-        if table == "roles" and name != "freeze" and name not in roles:
-            found.append(_error(key, f"is not a role of this run, which trains {', '.join(roles)}"))
+    for name in sorted({*type(config.roles).model_fields} - {"freeze", *roles}):
+        if config.role_keys(name):
+            found.append(_error(f"roles.{name}", f"is not a role of this run, which trains {', '.join(roles)}"))
     for name in config.frozen:
         if name not in roles:
             found.append(_error("roles.freeze", f"{name!r} is not a role of this run, which trains {', '.join(roles)}"))
-    if set(roles) <= set(config.frozen):
+        found += [
+            Diagnostic("warning", f"roles.{name}.{key}", "has no effect because roles.freeze names the role")
+            for key in sorted(config.role_keys(name))
+        ]
+    moving = [name for name in roles if name not in config.frozen]
+    if not moving:
         found.append(_error("roles.freeze", "names all roles, and nothing would be trained"))
-    for name in roles if len(roles) > 1 else ():
-        common = {str(problem) for problem in _movement(config, f"roles.{name}.")}
-        found += [each for each in _movement(config.for_role(name), f"roles.{name}.") if str(each) not in common]
+    of_run: dict[Diagnostic, int] = {}
+    for name in moving:
+        own = config.role_keys(name)
+        for problem in _movement(config.for_role(name), own | set(config.set_keys())):
+            if problem.key in own:
+                found.append(replace(problem, key=f"roles.{name}.{problem.key}"))
+            else:
+                of_run[problem] = of_run.get(problem, 0) + 1
+    for problem, count in of_run.items():
+        # What does nothing for one role may act on another.
+        takers = [name for name in moving if problem.key not in config.role_keys(name)]
+        if problem.level == "error" or count == len(takers):
+            found.append(problem)
     return found
 
 
@@ -99,7 +153,6 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(_error("model.geometry", 'is read from the checkpoint; remove the table, or set init = "scratch"'))
     if train.max_steps is None and train.max_epochs is None:
         found.append(_error("train.max_steps", "is missing, and max_epochs too; give one of them"))
-    found += _movement(config, "")
     if objective.ip_noise_gamma is not None and objective.ip_noise_gamma > 0.5:
         found.append(
             Diagnostic("warning", "objective.ip_noise_gamma", f"is {objective.ip_noise_gamma}; 0.1 to 0.3 is usual")
@@ -131,23 +184,6 @@ def _needs(config: RunConfig) -> list[Diagnostic]:
         found.append(
             _error("train.mask_foreground", "and mask_background are 0: no masked image could be learned from")
         )
-    if config.ema.enabled and config.ema.init == "checkpoint":
-        if config.model.init == "scratch":
-            found.append(_error("ema.init", 'is "checkpoint", but model.init is "scratch"; write ema.init = "model"'))
-        if config.adapter.type != "none":
-            found.append(
-                _error(
-                    "ema.init",
-                    'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"',
-                )
-            )
-        if config.ema.warmup is True:
-            found.append(
-                _error(
-                    "ema.warmup",
-                    'would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false',
-                )
-            )
     if config.hub.repo_id is not None and not is_repository(config.hub.repo_id):
         found.append(_error("hub.repo_id", f"is {config.hub.repo_id!r}, expected owner/name"))
     if config.hub.repo_id is not None and config.hub.release == "best" and not config.keeps_best:
@@ -414,7 +450,6 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("objective.min_snr_form", "objective.min_snr_gamma"),
             "the min-SNR weight is off",
         ),
-        (not config.ema.enabled, ("ema.decay", "ema.warmup", "ema.init", "ema.on_cpu"), "ema.enabled is false"),
         (config.model.init == "checkpoint", ("model.init_scheme",), 'model.init is "checkpoint"'),
         (
             config.model.init == "scratch",
@@ -467,13 +502,6 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
             ("sample.negative_prompt",) if config.spec.guidance_embedded else (),
             "sample.cfg_scale is 1",
         ),
-        (config.scheduler.warmup_steps == 0, ("scheduler.warmup_type",), "scheduler.warmup_steps is 0"),
-        (
-            config.scheduler.type == "constant",
-            ("scheduler.min_lr", "scheduler.total_steps"),
-            'scheduler.type is "constant"',
-        ),
-        (config.optimizer.type == "Adafactor", ("optimizer.betas", "optimizer.eps"), "Adafactor has its own"),
         (
             config.sample.prompts is None,
             tuple(p.key for p in parameters() if p.section == "sample" and p.name != "prompts"),
@@ -504,21 +532,15 @@ def _no_effect(config: RunConfig) -> list[Diagnostic]:
     off = {"objective.min_snr_gamma"} if snr_gamma in (0, None) else set()
     if snr_form == "none":
         off.add("objective.min_snr_form")
-    return [
-        Diagnostic("warning", key, f"has no effect because {reason}")
-        for condition, keys, reason in silent
-        if condition
-        for key in keys
-        if key in written - off
-    ]
+    return _without_effect(silent, written - off)
 
 
 def _family(config: RunConfig) -> list[Diagnostic]:
     """What a family does not know, and its own rules."""
     spec, found = config.spec, []
-    denoises = spec.task(config).denoises
+    facts = spec.task(config)
     for key in config.set_keys():
-        if not denoises and any(fnmatchcase(key, pattern) for pattern in _OF_DENOISERS):
+        if not facts.has(key):
             found.append(_error(key, f"acts on a denoiser, and this run of {spec.title} trains none"))
     return found + (spec.check(config) if spec.check else [])
 
@@ -529,9 +551,6 @@ def _until(config: RunConfig) -> list[Diagnostic]:
         return [_error("until.metric", f"is {until.metric!r}, and nothing is validated (validation.split is 0)")]
     return []
 
-
-_OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss")
-"""Patterns of keys that do nothing for other tasks, see `TaskFacts`."""
 
 _RUN_NAMES = {
     "none": 'a new model is model.init = "scratch"',

@@ -43,6 +43,7 @@ class RunConfig(RunFile):
     _findings: list[Diagnostic] = PrivateAttr(default_factory=list)
     _step: Step | None = PrivateAttr(default=None)
     _steps: list[Step] = PrivateAttr(default_factory=list)
+    _options: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def step(self) -> Step | None:
@@ -62,7 +63,7 @@ class RunConfig(RunFile):
     @property
     def words(self) -> str:
         """Arguments by which a command means this run: the file, and its step."""
-        return f"{self._path}" + (f" --step {shlex.quote(self._step.name)}" if self._step else "")
+        return shlex.quote(str(self._path)) + (f" --step {shlex.quote(self._step.name)}" if self._step else "")
 
     @property
     def path(self) -> Path:
@@ -107,14 +108,32 @@ class RunConfig(RunFile):
         # Warm-up would forget an average that comes from the checkpoint at once.
         return self.ema.init == "model" and (self.model.init == "checkpoint" or self.adapter.type != "none")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Overrides of the command line, as they were given."""
+        return self._options
+
+    def role_section(self, name: str) -> RoleSection | None:
+        """[roles.<name>]; None if the family has no such role."""
+        own = getattr(self.roles, name, None)
+        return own if isinstance(own, RoleSection) else None
+
+    def role_keys(self, name: str) -> set[str]:
+        """Keys of [optimizer], [scheduler], [ema] and train.max_grad_norm that a role sets for itself."""
+        own = self.role_section(name)
+        if own is None:
+            return set()
+        limit = {"train.max_grad_norm"} if own.max_grad_norm is not None else set()
+        return limit | {f"{table}.{key}" for table in ROLE_TABLES for key in getattr(own, table)}
+
     def for_role(self, name: str) -> "RunConfig":
         """The run as it is for one of its roles: [roles.<name>] over [optimizer], [scheduler], [ema] and train.max_grad_norm.
 
         Raises:
             pydantic.ValidationError: if a key there is unknown or has a wrong value; a loaded config raises none.
         """
-        own = getattr(self.roles, name, None)
-        if not isinstance(own, RoleSection):
+        own = self.role_section(name)
+        if own is None:
             return self
         tables: dict[str, Any] = {table: lay(getattr(self, table), getattr(own, table)) for table in ROLE_TABLES}
         if own.max_grad_norm is not None:

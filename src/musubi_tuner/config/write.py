@@ -12,10 +12,13 @@ from musubi_tuner.config.schema import parameters, section_classes
 def resolved_toml(config: RunConfig) -> str:
     """All settings as TOML; absent values and secrets are left out."""
     lines = [f"# Resolved from {config.path.name}; a comment names the origin of a value that is not the default."]
+    facts = config.spec.task(config)
     by_section: dict[str, list[str]] = {}
     of_roles: dict[str, list[str]] = {}
     for parameter in parameters(config.spec):
         value = config.get(parameter.key)
+        if not facts.has(parameter.key):
+            continue
         if value is None or parameter.extra("secret") or parameter.key == "dataset_config":
             continue
         if isinstance(value, Section):

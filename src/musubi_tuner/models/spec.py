@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class AdapterTargets:
     network_module: str
 
 
+OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss")
+"""Patterns of keys that only act on denoisers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
     """What is known of a run's task without torch.
@@ -57,6 +62,10 @@ class TaskFacts:
     def denoises(self) -> bool:
         """Whether it is the task of a denoiser on cached latents, which the framework makes itself."""
         return len(self.roles) == 1 and not self.pixels
+
+    def has(self, key: str) -> bool:
+        """Whether a dotted key of a run file has an effect on this task."""
+        return self.denoises or not any(fnmatchcase(key, pattern) for pattern in OF_DENOISERS)
 
 
 def _denoiser(config: "RunConfig") -> TaskFacts:

@@ -145,7 +145,7 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
 
     end, step = former_end(config, plan.state), int(plan.state["step"])
     jump = rate_jump(config, plan.steps.total_updates, plan.state["config"], end, step)
-    if not jump:
+    if not jump or config.role_section(config.spec.task(config).roles[0]):
         return []
     warning = f"warning: the learning rate jumps: {jump}, because"
     if jump.end == jump.former_end:
@@ -159,13 +159,24 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
     ]
 
 
+def _role_lines(config: RunConfig) -> list[str]:
+    """How each role moves, where a family has several."""
+    lines = []
+    for role in filter(config.role_section, config.spec.task(config).roles):
+        own = config.for_role(role)
+        average = f"average decay {own.ema.decay:g}" if own.ema.enabled else "no average"
+        moves = f"{own.optimizer.type} at {own.optimizer.lr:g}, {own.scheduler.type}, {average}"
+        lines.append(f"           {role}: {'is frozen (roles.freeze)' if role in config.frozen else moves}")
+    return lines
+
+
 LITTLE_START = 0.1
 """Share of the initial weights in an average above which the plan warns."""
 
 
 def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
     """How the weights are averaged, and how much of the initial weights is left in the average at the end."""
-    if not config.ema.enabled:
+    if not config.ema.enabled or config.role_section(config.spec.task(config).roles[0]):
         return []
     done = average_updates = 0
     if plan.state is not None:
@@ -237,11 +248,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update"
         + (", more for swapped blocks" if config.memory.blocks_to_swap and config.adapter.type == "none" else ""),
     ]
-    roles = config.spec.task(config).roles
-    for role in roles if len(roles) > 1 else ():
-        own = config.for_role(role)
-        moves = f"{own.optimizer.type} at {own.optimizer.lr:g}, {own.scheduler.type}"
-        lines.append(f"           {role}: {'stays as it is (roles.freeze)' if role in config.frozen else moves}")
+    lines += _role_lines(config)
     lines += _jump_lines(config, plan)
     lines += _average_lines(config, plan)
     adapter = config.adapter

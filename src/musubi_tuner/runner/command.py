@@ -167,6 +167,12 @@ def _run_steps(
         report(config.findings)
     is_single = STEP in overrides
     if options.fresh:
+        first = steps[0].step
+        if is_single and first is not None and first.start != "file":
+            raise ConfigError(
+                f"--fresh: step {first.name} starts from the step before it, which a new folder does not have; leave out --step, "
+                f"or remove {steps[0].output_dir} to train this step again"
+            )
         root = fresh_folder(root_of(steps[0]))
         overrides["run.output_dir"] = str(root)
         steps = [load_config(options.config, overrides)] if is_single else load_steps(options.config, overrides)

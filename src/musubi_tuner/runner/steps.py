@@ -112,7 +112,7 @@ class StepTable:
         Raises:
             ConfigError: if one of them is elsewhere now, or if the step before has been trained on since this one began from it.
         """
-        began = [entry for entry in self._read() if entry["status"] != WAITING]
+        began = [entry for entry in self._read() if (self.root / entry["folder"] / CHECKPOINTS).exists()]
         folders = [step.folder for step in self.steps]
         for entry in began:
             if entry["folder"] not in folders:

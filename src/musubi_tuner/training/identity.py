@@ -36,7 +36,7 @@ def fixed_settings(config: RunConfig, processes: int) -> dict[str, Any]:
     }
     found["ema.warmup"] = config.warms_average
     roles = config.spec.task(config).roles
-    for role in roles if len(roles) > 1 else ():
+    for role in filter(config.role_section, roles):
         own = config.for_role(role)
         moves = {key: own.get(key) for key in found if key.partition(".")[0] in ROLE_TABLES}
         moves |= {"ema.warmup": own.warms_average, "train.max_grad_norm": own.train.max_grad_norm}
@@ -93,7 +93,11 @@ def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int
     # States made when all families had the same tables hold settings that only others have.
     foreign = {p.key for p in parameters()} - {p.key for p in parameters(config.spec)}
     own = {key: value for key, value in began.items() if key not in foreign}
-    return compare_config(own, fixed_settings(as_begun(config, began), processes), default_settings(config.spec))
+    current, defaults = fixed_settings(as_begun(config, began), processes), default_settings(config.spec)
+    # A role that the state says nothing of moved as the run.
+    of_roles = [key.split(".", 2) for key in current if key.startswith("roles.") and key != "roles.freeze"]
+    defaults |= {f"roles.{role}.{key}": own.get(key, defaults.get(key)) for _, role, key in of_roles}
+    return compare_config(own, current, defaults)
 
 
 def other_teachers(config: RunConfig) -> list[dict[str, Any]]:

@@ -133,11 +133,8 @@ class RunUploads:
 
     def _command(self) -> str:
         """The command that uploads by hand, with the changes of this command line."""
-        origins = self.config.origins
-        changed = {key: self.config.get(key) for key, origin in origins.items() if origin == "cli"}
-        return (
-            f"python -m musubi_tuner.upload_run {self.config.words} {shlex.join(override_arguments(changed))}".rstrip()
-        )
+        words = [str(self.config.path), *override_arguments(self.config.options)]
+        return shlex.join(["python", "-m", "musubi_tuner.upload_run", *words])
 
 
 def _listed(commits: list[Commit]) -> str:

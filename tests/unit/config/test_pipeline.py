@@ -96,6 +96,7 @@ def test_an_option_for_one_step_reaches_those_that_start_from_it(write: Any, tmp
         ("steps.d.train.max_steps", "names no step. The steps are a, v1.5, c"),
         ("steps.a.run.output_dir", "run.output_dir: belongs to the file"),
         ("steps.a.name", "cannot be changed by an option"),
+        ("steps.a", "has no key; write steps.a.section.key=..."),
         ("steps.a.train.max_step", "train.max_step: unknown key. Did you mean 'max_steps'?"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -110,11 +111,46 @@ def test_an_option_for_the_file_does_not_replace_what_a_step_takes_over(write: A
     first, second = load_steps(path, given)
     assert first.model.path == str(tmp_path / "base") and first.origins["model.path"] == "cli"
     assert second.model.path == str(tmp_path / "out/01-a:final")
-    assert [f"{found.level} {found}" for found in second.findings] == [
-        "info train.max_steps: step b sets this itself; to change it there: --set steps.b.train.max_steps=..."
-    ]
+    said = {found.key: found.message for found in second.findings}
+    assert said["train.max_steps"].endswith("to change it there: --set steps.b.train.max_steps=...")
+    assert said["model.path"].endswith("takes this from step a; to start as the file says: --set steps.b.start=file")
     first, second = load_steps(path, {"model.geometry.num_double_layers": 3})
     assert (first.model.geometry, second.model.geometry) == ({"num_double_layers": 3}, {})
+
+
+def test_options_decide_what_a_step_can_start_from(write: Any) -> None:
+    path = write(
+        {"name": "a", "adapter": LORA}, {"name": "b"}, adapter={"type": "lora"}, model={"arch": "tf", "path": "hub"}
+    )
+    with pytest.raises(ConfigError, match="step a trains an adapter"):
+        load_steps(path, {"adapter.type": "none"})
+    path = write({"name": "a"}, {"name": "b", "start": "previous_ema"}, ema={"enabled": False})
+    assert load_steps(path, {"ema.enabled": True})[1].model.weights == "ema"
+    with pytest.raises(ConfigError, match="step a keeps no average"):
+        load_steps(write({"name": "a"}, {"name": "b", "start": "previous_ema"}), {"ema.enabled": False})
+
+
+def test_tables_inside_tables_are_laid_key_by_key(write: Any) -> None:
+    geometry = {
+        "model": {"arch": "tf", "init": "scratch", "geometry": {"num_double_layers": 2, "num_single_layers": 3}}
+    }
+    (step,) = load_steps(write({"name": "a", "model": {"geometry": {"num_double_layers": 1}}}, **geometry))
+    assert step.model.geometry == {"num_double_layers": 1, "num_single_layers": 3}
+    with pytest.raises(ConfigError, match=r"model\.geometry\.num_double_layers\.x: is inside"):
+        load_steps(write({"name": "a"}, **geometry), {"model.geometry.num_double_layers.x": 3})
+
+
+def test_warnings_of_a_step_and_of_its_own_data_sets_are_kept(write: Any, tmp_path: Path) -> None:
+    data = [{"name": name, "image_directory": str(tmp_path / name)} for name in ("cats", "dogs")]
+    data[1]["experts"] = {"enable_lune": False}  # type: ignore[assignment]
+    (tmp_path / "a.safetensors").touch()
+    adapter = {"type": "lora", "init_from": str(tmp_path / "a.safetensors"), "rank_from_weights": True}
+    adapter |= {"targets": [{"pattern": "single_blocks.**", "rank": 2}]}
+    steps = [{"name": "a", "use": ["cats"]}, {"name": "b", "use": ["dogs"], "start": "file", "adapter": adapter}]
+    model = {"arch": "tf", "path": "hub"}
+    first, second = load_steps(write(*steps, datasets=data, model=model))
+    assert {"dogs.experts", "adapter.targets[0].rank"} <= {found.key for found in second.findings}
+    assert "dogs.experts" not in {found.key for found in first.findings}
 
 
 def test_a_step_waits_for_the_end_of_the_one_before(write: Any, tmp_path: Path) -> None:
@@ -147,6 +183,8 @@ def test_a_value_in_the_place_of_a_table_is_named(table: str, value: Any, write:
 def test_steps_lie_over_a_table_under_its_other_name(write: Any) -> None:
     path = write({"name": "a", "distributed": {"num_processes": 2}}, accelerate={"num_processes": 3})
     assert load_steps(path)[0].distributed.num_processes == 2
+    assert load_steps(path, {"steps.a.accelerate.num_processes": 4})[0].distributed.num_processes == 4
+    assert load_steps(write()) == [] and load_config(write()).step is None
 
 
 def test_two_data_sets_of_one_name_and_option_files_are_refused(write: Any, tmp_path: Path) -> None:
@@ -206,6 +244,7 @@ def test_the_end_by_a_metric_is_read(write: Any) -> None:
         ([{"name": "a", "until": {"metric": "loss/val", "below": 1}}], "until.metric: is 'loss/val', and nothing is validated"),
         ([{"name": "a\n"}], "steps[0].name: is 'a\\n', expected a name"),
         ([{"name": "a."}], "steps[0].name: is 'a.', expected a name"),
+        ([{"name": "a=b"}], "steps[0].name: is 'a=b', expected a name"),
         ([{"name": "a "}], "steps[0].name: is 'a ', expected a name"),
         ([{"name": "a" * 101}], "expected a name that a folder can have"),
         ([{"name": "a", "accelerate": {}, "distributed": {}}], "steps[0].accelerate: is another spelling of [distributed]"),

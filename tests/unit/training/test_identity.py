@@ -28,6 +28,11 @@ def test_equal_configs_have_no_differences() -> None:
     assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
 
 
+def test_a_role_that_a_state_says_nothing_of_moved_as_the_run() -> None:
+    stored, defaults = {"optimizer.lr": 0.5}, {"optimizer.lr": 0.1, "roles.a.optimizer.lr": 0.5}
+    assert compare_config(stored, {**stored, "roles.a.optimizer.lr": 0.5}, defaults) == []
+
+
 def test_a_state_made_when_all_families_had_the_same_tables_is_continued(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     document = {

@@ -168,9 +168,7 @@ def written_options(config: "RunConfig") -> dict[str, Any]:
 
 def written_guidance(config: "RunConfig") -> list[str]:
     """Keys of embedded guidance that a person wrote."""
-    return [
-        key for key in config.set_keys() if key.startswith("objective.guidance_") and key != "objective.guidance_scale"
-    ]
+    return [key for key in config.set_keys() if key.startswith("objective.guidance_")]
 
 
 def no_guidance(key: str, reason: str) -> Diagnostic:
