@@ -245,7 +245,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     lines += [
         f"  train    {steps.total_updates} updates, {steps.epochs} epochs of {steps.updates_per_epoch} updates{correction}",
         f"           update = {processes} process(es) x {train.grad_accum_steps} micro-batch(es), "
-        f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per update"
+        f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per "
+        f"{'update' if config.spec.task(config).denoises else 'phase'}"
         + (", more for swapped blocks" if config.memory.blocks_to_swap and config.adapter.type == "none" else ""),
     ]
     lines += _role_lines(config)
