@@ -370,7 +370,7 @@ def _validate(
         unknown = [tuple(map(str, item["loc"])) for item in found if item["type"] == "extra_forbidden"]
         for item in found:
             if spec is None and item["type"] == "extra_forbidden" and ".".join(map(str, item["loc"])) in known:
-                continue  # of a family, and which one it is is not known
+                continue  # of a family, and the family is not known
             problem = _explain(item, spec)
             if problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
                 problems.append(problem)
@@ -463,7 +463,7 @@ def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str
     if name in NOT_BUILT:
         return NOT_BUILT[name]
     if name in SHARED_KEYS and name not in section_classes().get(location[0], Section).model_fields:
-        return "unknown key. It is about items, so it belongs into [general] or [[datasets]]."
+        return "unknown key. It is about items, so it belongs in [general] or [[datasets]]."
     if len(location) == 1:
         tables = [*section_classes(), "general", "datasets", "schema_version", "dataset_config"]
         kind = "table" if isinstance(value, dict) else "key"

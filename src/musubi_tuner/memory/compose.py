@@ -1,7 +1,7 @@
 """How a model is made to fit: compile blocks -> checkpoint -> swap. What comes before it is in `assemble`.
 
 Checkpointing wraps the compiled block, and swapping that: the
-recomputation must happen while the block's weights are there, and neither belongs into compiled code.
+recomputation must happen while the block's weights are there, and neither belongs in compiled code.
 """
 
 from collections.abc import Mapping, Sequence

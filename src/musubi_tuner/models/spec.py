@@ -89,8 +89,8 @@ class ModelSpec:
         defaults: dotted config key -> value where the family differs from the schema.
         dataset_defaults: shared dataset key -> value.
         sections: TOML table -> its class in this family, where it is not the shared one.
-        foreign_keys: dotted key that the family does not have, or its last part, or its table -> why, or what to write instead; a function gets
-            the value.
+        foreign_keys: key that the family does not have (dotted, or its last part, or its table) -> why, or what to write
+            instead; a function gets the value.
         check: static rules of the family, torch-free: config -> findings.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
         task: facts of the task of a run. Where they are not those of a denoiser, the family makes it (see `TaskFamily`).

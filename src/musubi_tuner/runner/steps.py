@@ -4,7 +4,7 @@
                                  and the update of the step before that it began from
     <output_dir>/NN-<name>/      the run of a step
 
-The same command continues: finished steps are checked for changed settings and skipped, the first unfinished one goes on.
+The same command continues: finished steps are checked for changed settings and skipped, and the first unfinished one continues.
 """
 
 import argparse

@@ -1,10 +1,15 @@
 """What a run that goes on must share with its state."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import tomli_w
 
 from musubi_tuner.config import load_config
+from musubi_tuner.models.registry import MODELS
+from musubi_tuner.training import identity
 from musubi_tuner.training.identity import changed_settings, compare_config, fixed_settings
 
 
@@ -28,9 +33,15 @@ def test_equal_configs_have_no_differences() -> None:
     assert compare_config({"a": 1.5, "b": None}, {"a": 1.5, "b": None}) == []
 
 
-def test_a_role_that_a_state_says_nothing_of_moved_as_the_run() -> None:
-    stored, defaults = {"optimizer.lr": 0.5}, {"optimizer.lr": 0.1, "roles.a.optimizer.lr": 0.5}
-    assert compare_config(stored, {**stored, "roles.a.optimizer.lr": 0.5}, defaults) == []
+@pytest.mark.parametrize(("now", "said"), [(0.5, []), (0.7, ["roles.a.optimizer.lr was 0.5, now 0.7"])])
+def test_a_role_that_a_state_says_nothing_of_moved_as_the_run(
+    now: float, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = {"optimizer.lr": 0.5, "roles.a.optimizer.lr": now}
+    monkeypatch.setattr(identity, "fixed_settings", lambda *_: current)
+    monkeypatch.setattr(identity, "as_begun", lambda config, _: config)
+    config: Any = SimpleNamespace(spec=MODELS["tf"])
+    assert changed_settings(config, {"optimizer.lr": 0.5}, 1) == said
 
 
 def test_a_state_made_when_all_families_had_the_same_tables_is_continued(tmp_path: Path) -> None:
