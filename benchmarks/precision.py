@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.memory.compose import freeze_of
 from musubi_tuner.memory.storage import freeze_layers
 from musubi_tuner.models.flux_dev import Flux, FluxConfig

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from musubi_tuner.config import RunConfig
-    from musubi_tuner.config.schema import RunSection
+    from musubi_tuner.config.schema.run import RunSection
 
 
 def choose_device(setting: str) -> "torch.device":

@@ -12,8 +12,8 @@ from torch import Tensor
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, merge
 from musubi_tuner.adapters.attach import AdapterSet, make_adapters, place_adapters, target_paths
 from musubi_tuner.adapters.files import placements_of_file
-from musubi_tuner.config.model_sections import AdapterSection
-from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.flow import pack_patches, unpack_patches
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, build
 from musubi_tuner.models.flux_dev.state_dict import to_diffusers

@@ -14,8 +14,8 @@ from musubi_tuner import convert_lora
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter
 from musubi_tuner.adapters.attach import AdapterSet, Placement, make_adapters, place_adapters, target_paths
 from musubi_tuner.adapters.files import AdapterFile, placements_of_file
-from musubi_tuner.config.model_sections import AdapterSection, AdapterTarget
-from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.config.schema.adapter import AdapterSection, AdapterTarget
+from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, build

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from musubi_tuner.adapters.attach import attach, make_adapters, place_adapters, target_paths
-from musubi_tuner.config.model_sections import AdapterSection
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compiling import check_backend
 from musubi_tuner.memory.compose import compose_memory, freeze_of

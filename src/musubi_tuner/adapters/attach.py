@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.lora import LoRALinear
-from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.patterns import LayerSettings, matches, resolve
+from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.models.spec import AdapterTargets

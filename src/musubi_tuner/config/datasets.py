@@ -4,49 +4,32 @@ Values are looked up in the dataset, then in [general], then in the family's def
 `cache_directory` and `experts` are never inherited.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
+from pydantic import ValidationError
 
-MissingCaption = Literal["error", "skip", "empty", "stem"]
-MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
-"""Where the loss mask of an image comes from; see data/masks.py."""
-Resize = Literal["crop", "squash"]
-"""How an image becomes its bucket: its centre, or all of it with other proportions."""
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, info, warning
+from musubi_tuner.config.fields import Parameter
+from musubi_tuner.config.foreign import FOREIGN
+from musubi_tuner.config.schema.items import (
+    OWN_KEYS,
+    DatasetSection,
+    GeneralSection,
+    MaskSource,
+    MissingCaption,
+    Resize,
+    hex_colour,
+)
+from musubi_tuner.config.when import describe, is_on
+
 KEPT = "kept"
 """Instead of a background: pixels keep their stored colour, however transparent they are."""
 WHITE = "#ffffff"
-CAPTION_TRANSFORMS = ("object_relations", "imagenet")
-"""Transforms that have a name; see data/captions.py."""
-
-SHARED_KEYS: dict[str, str] = {
-    "resolution": "resolution",
-    "enable_bucket": "bool",
-    "bucket_no_upscale": "bool",
-    "resize": "resize",
-    "caption_extension": "text",
-    "batch_size": "count",
-    "num_repeats": "count",
-    "missing_caption": "missing_caption",
-    "recursive": "bool",
-    "mask_source": "mask_source",
-    "alpha_mask": "bool",
-    "alpha_background": "colour",
-    "caption_columns": "names",
-    "caption_transform": "caption_transform",
-}
-_DATASET_ONLY: dict[str, str] = {
-    "name": "text",
-    "image_directory": "text",
-    "image_jsonl_file": "text",
-    "cache_directory": "text",
-    "mask_directory": "text",
-    "experts": "experts",
-}
+SHARED_KEYS = tuple(GeneralSection.model_fields)
+"""Keys of [general]."""
 NO_TEACHERS = {"enable_lune": False, "enable_sol": False}
 """What ``experts = false`` stands for."""
 _IGNORED = {"fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"}
@@ -60,6 +43,7 @@ _REFUSED = {
     "qwen_image_edit_control_resolution": "control images are for editing models; this architecture takes none",
     "mask_path": "it is a column of image_jsonl_file; a folder of masks is mask_directory",
 }
+"""Keys of musubi-tuner for other architectures."""
 _VIDEO = {
     "video_directory",
     "video_jsonl_file",
@@ -116,80 +100,68 @@ class DatasetConfig:
     apart: tuple[Path, ...] = ()
 
 
-def _check_value(kind: str, value: Any) -> str | None:
-    """What is wrong with a value of that kind, or None."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    match kind:
-        case "bool" if not isinstance(value, bool):
-            return f"is {value!r}, expected true or false"
-        case "text" if not isinstance(value, str) or not value:
-            return f"is {value!r}, expected a text"
-        case "count" if not is_int or value < 1:
-            return f"is {value!r}, expected a whole number of at least 1"
-        case "missing_caption" if value not in get_args(MissingCaption):
-            return f"is {value!r}, expected one of {', '.join(get_args(MissingCaption))}"
-        case "mask_source" if value not in get_args(MaskSource):
-            return f"is {value!r}, expected one of {', '.join(get_args(MaskSource))}"
-        case "resize" if value not in get_args(Resize):
-            return f"is {value!r}, expected one of {', '.join(get_args(Resize))}"
-        case "names":
-            texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-            if not texts or not value or len(set(value)) != len(value):
-                return f"is {value!r}, expected a list of different names"
-        case "colour" if _hex_colour(value) is None:
-            return f'is {value!r}, expected an opaque colour: a name such as "white", or "#rrggbb"'
-        case "experts" if value is not False and not isinstance(value, dict):
-            return f"is {value!r}, expected false, for no teachers, or a table of keys that differ from [experts]"
-        case "caption_transform":
-            named = value in CAPTION_TRANSFORMS if isinstance(value, str) else False
-            if not named and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value)):
-                return f"is {value!r}, expected one of {', '.join(CAPTION_TRANSFORMS)}, or package.module:function"
-        case "resolution":
-            sides = [value] if is_int else value
-            whole = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
-            if not whole or len(sides) not in (1, 2) or (isinstance(value, list) and len(value) != 2):
-                return f"is {value!r}, expected one whole number or [width, height]"
-            if min(sides) < 1:
-                return f"is {value!r}, sides must be at least 1"
-    return None
-
-
-def _hex_colour(value: Any) -> str | None:
-    """A colour by its name or code as "#rrggbb"; None if it is none, or not opaque."""
-    from PIL import ImageColor
-
-    try:
-        red, green, blue, *alpha = ImageColor.getrgb(value)
-    except (ValueError, TypeError, AttributeError):
-        return None
-    return None if alpha and alpha != [255] else f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def _check_table(table: Any, where: str, allowed: Mapping[str, str], problems: list[Diagnostic]) -> dict[str, Any]:
+def _check_table(table: Any, where: str, section: type[GeneralSection], problems: list[Diagnostic]) -> dict[str, Any]:
     """Collect the usable values of one table; everything else becomes a diagnostic."""
     if not isinstance(table, dict):
-        problems.append(Diagnostic("error", where, f"is {table!r}, expected a table"))
+        problems.append(error("U02", where, f"is {table!r}, expected a table"))
         return {}
     values: dict[str, Any] = {}
     for key, value in table.items():
         place = f"{where}.{key}"
-        if key in allowed:
-            wrong = _check_value(allowed[key], value)
-            if wrong:
-                problems.append(Diagnostic("error", place, wrong))
-            else:
-                values[key] = value
-        elif key in _DATASET_ONLY:
-            problems.append(Diagnostic("error", place, "belongs in [[datasets]]; it is not inherited"))
+        if key in section.model_fields:
+            values[key] = value
+        elif key in OWN_KEYS:
+            problems.append(error("U01", place, "belongs in [[datasets]]; it is not inherited"))
         elif key in _IGNORED:
-            problems.append(Diagnostic("warning", place, "belongs to another architecture and has no effect"))
+            problems.append(warning("NA01", place, "belongs to another architecture and has no effect"))
         elif key in _VIDEO:
-            problems.append(Diagnostic("error", place, "this architecture trains on images only"))
-        elif key in _REFUSED:
-            problems.append(Diagnostic("error", place, f"is not supported: {_REFUSED[key]}; remove the key"))
-        else:
-            problems.append(Diagnostic("error", place, f"unknown key.{did_you_mean(key, allowed)}"))
+            problems.append(error("NA01", place, "this architecture trains on images only"))
+        elif key in _REFUSED and is_on(value):
+            problems.append(error("NA01", place, f"is not supported: {_REFUSED[key]}; remove the key"))
+        elif key not in _REFUSED:
+            _other_name(key, value, place, section, values, table, problems)
+    try:
+        section.model_validate(values)
+    except ValidationError as wrong:
+        own = {name: Parameter(where, name, field, section) for name, field in section.model_fields.items()}
+        for item in wrong.errors(include_url=False):
+            name = str(item["loc"][0])
+            if name in values:
+                problems.append(_explain(own[name], values.pop(name), item))
     return values
+
+
+def _explain(parameter: Parameter, value: Any, item: Any) -> Diagnostic:
+    """A wrong value in our words."""
+    said = item.get("ctx", {}).get("error")
+    text = str(said) if said is not None else f"expected {parameter.expected}"
+    return error("U04" if parameter.choices else "U02", parameter.key, f"is {value!r}, {text}")
+
+
+def _other_name(
+    key: str, value: Any, place: str, section: type[GeneralSection], values: dict[str, Any], table: dict[str, Any],
+    problems: list[Diagnostic],
+) -> None:  # fmt: skip
+    """A key that is not our own: another trainer's name of one, or unknown."""
+    entry = FOREIGN.get(key)
+    if entry is None:
+        problems.append(error("U01", place, f"unknown key.{did_you_mean(key, section.model_fields)}"))
+        return
+    owner, _, name = entry.key.partition(".")
+    if entry.refused and not entry.is_neutral(value):
+        problems.append(error("NA01", place, f"is {describe(value)}, which {entry.refused}"))
+    elif owner in ("general", "datasets") and name in section.model_fields:
+        if name in table:
+            problems.append(error("U05", place, f"is another name of {name}, which is set too; keep one"))
+            return
+        converted = entry.convert(value) if entry.convert else value
+        if converted is not None:
+            values[name] = converted
+            problems.append(info("NA04", place, f"is read as {name} = {describe(converted)}"))
+    elif entry.key:
+        problems.append(error("U01", place, f"is a setting of the run: write {entry.key} outside the data sets"))
+    else:
+        problems.append(info("NA04", place, f"is left out: {entry.harmless or 'it is off'}"))
 
 
 def resolve_datasets(
@@ -208,22 +180,20 @@ def resolve_datasets(
         The usable datasets and all findings.
     """
     problems: list[Diagnostic] = []
-    general = _check_table(tables.get("general", {}), "general", SHARED_KEYS, problems)
+    general = _check_table(tables.get("general", {}), "general", GeneralSection, problems)
     entries = tables.get("datasets", [])
     if isinstance(entries, dict):
-        problems.append(Diagnostic("error", "datasets", "is a table; write [[datasets]] with two brackets"))
+        problems.append(error("U02", "datasets", "is a table; write [[datasets]] with two brackets"))
         entries = []
     elif not isinstance(entries, list) or not entries:
         problems.append(
-            Diagnostic(
-                "error", "datasets", "no dataset given; add [[datasets]] with image_directory or image_jsonl_file"
-            )
+            error("U07", "datasets", "no dataset given; add [[datasets]] with image_directory or image_jsonl_file")
         )
         entries = []
     datasets: list[DatasetConfig] = []
     for index, entry in enumerate(entries):
         where = f"datasets[{index}]"
-        own = _check_table(entry, where, SHARED_KEYS | _DATASET_ONLY, problems)
+        own = _check_table(entry, where, DatasetSection, problems)
         values = {**defaults, **general, **own}
         dataset = _resolve_one(where, own, values, step, locate, problems)
         if dataset:
@@ -241,16 +211,14 @@ def _resolve_one(
     sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
     before = sum(problem.level == "error" for problem in problems)
     if not sources:
-        problems.append(Diagnostic("error", where, "needs image_directory or image_jsonl_file"))
+        problems.append(error("U07", where, "needs image_directory or image_jsonl_file"))
     elif len(sources) == 2:
-        problems.append(Diagnostic("error", where, "has image_directory and image_jsonl_file; keep one"))
+        problems.append(error("V90", where, "has image_directory and image_jsonl_file; keep one"))
     if "image_jsonl_file" in own and "cache_directory" not in own:
-        problems.append(Diagnostic("error", f"{where}.cache_directory", "is required with image_jsonl_file"))
+        problems.append(error("U07", f"{where}.cache_directory", "is required with image_jsonl_file"))
     if not str(values["caption_extension"]).startswith("."):
         problems.append(
-            Diagnostic(
-                "error", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it must begin with a dot"
-            )
+            error("U03", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it must begin with a dot")
         )
     resolution = values["resolution"]
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -259,22 +227,20 @@ def _resolve_one(
             _near(name, side, step) for name, side in (("width", width), ("height", height)) if side % step
         )
         problems.append(
-            Diagnostic(
-                "error",
+            error(
+                "V55",
                 f"{where}.resolution",
                 f"is {width}x{height}; without buckets both sides must be multiples of {step}: {near}",
             )
         )
     if own.get("bucket_no_upscale") and not values["enable_bucket"]:
-        problems.append(
-            Diagnostic("warning", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false")
-        )
+        problems.append(warning("V54", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false"))
     if values["enable_bucket"]:
         smallest = int((width * height) ** 0.5) // 2
         if smallest < step:
             problems.append(
-                Diagnostic(
-                    "error",
+                error(
+                    "V55",
                     f"{where}.resolution",
                     f"is {width}x{height}; the smallest bucket side would be 0. "
                     f"Use at least {2 * step}x{2 * step}, or enable_bucket = false",
@@ -283,12 +249,10 @@ def _resolve_one(
     if "image_jsonl_file" not in own:
         if "caption_columns" in own:
             problems.append(
-                Diagnostic("error", f"{where}.caption_columns", "names columns of image_jsonl_file; remove the key")
+                error("V90", f"{where}.caption_columns", "names columns of image_jsonl_file; remove the key")
             )
         if values.get("caption_transform") == "imagenet":
-            problems.append(
-                Diagnostic("error", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file')
-            )
+            problems.append(error("V90", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file'))
     mask_source = _mask_source(where, own, values, problems)
     if sum(problem.level == "error" for problem in problems) > before:
         return None
@@ -322,31 +286,31 @@ def _background(given: str | None, mask_source: MaskSource) -> str:
     """What lies below transparent pixels. Alpha that says where the loss looks says nothing of colours, unless asked to."""
     if given is None:
         return KEPT if mask_source == "alpha" else WHITE
-    return _hex_colour(given) or WHITE  # what is no colour was refused before
+    return hex_colour(given) or WHITE  # what is no colour was refused before
 
 
 def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:
     """Where the masks of a dataset come from: as said, else from files where files are named."""
 
-    def error(key: str, message: str) -> None:
-        problems.append(Diagnostic("error", f"{where}.{key}", message))
+    def refuse(key: str, message: str) -> None:
+        problems.append(error("V91", f"{where}.{key}", message))
 
     directory, listing = "mask_directory" in own, "image_jsonl_file" in own
     source: MaskSource = values.get("mask_source") or ("file" if directory or listing else "none")
     if values.get("alpha_mask"):
         if values.get("mask_source", "alpha") != "alpha":
-            error("alpha_mask", f'is true, but mask_source is "{source}"; keep one')
+            refuse("alpha_mask", f'is true, but mask_source is "{source}"; keep one')
         elif directory:
-            error("alpha_mask", "is true, and mask_directory is given; keep one")
+            refuse("alpha_mask", "is true, and mask_directory is given; keep one")
         source = "alpha"
     elif directory and source not in ("file", "smpl"):
-        error("mask_directory", f'is given, but mask_source is "{source}", which reads no mask files; keep one')
+        refuse("mask_directory", f'is given, but mask_source is "{source}", which reads no mask files; keep one')
     if directory and listing:
-        error("mask_directory", "belongs to image_directory; lines of image_jsonl_file name their mask in mask_path")
+        refuse("mask_directory", "belongs to image_directory; lines of image_jsonl_file name their mask in mask_path")
     if directory and own["mask_directory"] == own.get("image_directory"):
-        error("mask_directory", "is the image_directory; put the masks into a folder of their own")
+        refuse("mask_directory", "is the image_directory; put the masks into a folder of their own")
     if source in ("file", "smpl") and not directory and not listing:
-        error("mask_directory", f'is missing, and mask_source is "{source}"; name the folder of the files')
+        refuse("mask_directory", f'is missing, and mask_source is "{source}"; name the folder of the files')
     return source
 
 
@@ -363,8 +327,8 @@ def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:
         folder = dataset.cache_directory.resolve()
         if folder in seen:
             problems.append(
-                Diagnostic(
-                    "error",
+                error(
+                    "V73",
                     f"{dataset.name}.cache_directory",
                     f"is {folder}, which {seen[folder]} uses too; give each dataset its own",
                 )

@@ -1,13 +1,21 @@
-"""What a setting is made of: `param` declares one, `Section` is a table of them, `Parameter` is one as help and docs see it."""
+"""What a setting is made of: `param` declares one, `Section` is a table of them, `Parameter` is one as all readers see it."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from musubi_tuner.config.when import When
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 AutoDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+TABS = ("setup", "dataset", "adapter", "learning rate", "advanced", "saving", "logging")
+"""Pages of a form, in order; every setting is on one."""
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of",
+          "min_length": "length at least", "max_length": "length at most"}  # fmt: skip
+"""Constraints of a field, in words."""
 
 
 def param(
@@ -18,26 +26,57 @@ def param(
     resume: Literal["fixed", "free"] = "fixed",
     secret: bool = False,
     path: bool = False,
+    unit: str = "",
+    label: str = "",
+    tab: str = "",
+    expert: bool = False,
+    step: float | None = None,
+    neutral: Any = ...,
+    when: When | None = None,
+    rule: str = "",
+    accepts: str = "",
     **constraints: Any,
 ) -> Any:
-    """One setting: its default (``...`` = required), its sentence, and pydantic constraints such as ge and le."""
-    extra: Any = {"flat": list(flat), "resume": resume, "secret": secret, "path": path}
+    """One setting: its default (``...`` = required), its sentence, and pydantic constraints such as ge and le.
+
+    Args:
+        flat: other names of it, accepted as options and in files. resume: "free" may change between starts of one run.
+        secret: never printed, stored or logged. path: a file or folder.
+        unit: what a number counts. label: words for a form; "" = its name. tab: one of `TABS`; "" = that of its table.
+        expert: a form shows it on demand. step: by which a form changes a number.
+        neutral: value that means "off"; ``...`` = false, absent, or 0 where it may be 0.
+        when: where it acts. rule: code of the warning that it does not; "" = that of all others.
+        accepts: what a pattern asks for, in words that follow "of".
+    """
+    extra: Any = {
+        "flat": list(flat), "resume": resume, "secret": secret, "path": path, "unit": unit, "label": label, "tab": tab,
+        "expert": expert, "step": step, "neutral": neutral, "when": when, "rule": rule, "accepts": accepts,
+    }  # fmt: skip
     return Field(default, description=help, json_schema_extra=extra, repr=not secret, **constraints)
 
 
 class Section(BaseModel):
-    """Base of all tables: immutable, no unknown keys, no silent conversion between types."""
+    """Base of all tables: immutable, no unknown keys, no silent conversion between types.
+
+    Attributes:
+        tab: page of a form on which its settings are. expert: they are shown on demand.
+        acts_when: where its settings act, all but those that this is about.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    tab: ClassVar[str] = "advanced"
+    expert: ClassVar[bool] = False
+    acts_when: ClassVar[When | None] = None
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting, as the generators of help, flags and documentation see it."""
+    """One setting, as the generators of help, flags, forms and documentation see it."""
 
     section: str
     name: str
     field: FieldInfo
+    table: type[Section] = Section
 
     @property
     def key(self) -> str:
@@ -55,14 +94,89 @@ class Parameter:
         return self.field.description or ""
 
     @property
+    def label(self) -> str:
+        """Words for a form."""
+        words = self.name.replace("_", " ")
+        return self.extra("label") or words[:1].upper() + words[1:]
+
+    @property
+    def tab(self) -> str:
+        """Page of a form."""
+        return self.extra("tab") or self.table.tab
+
+    @property
+    def expert(self) -> bool:
+        """Whether a form shows it on demand."""
+        return self.extra("expert") or self.table.expert
+
+    @property
+    def when(self) -> When | None:
+        """Where it acts: as it says, and as its table says of all; None = everywhere."""
+        own, whole = self.extra("when"), self.table.acts_when
+        if whole is None or self.key in whole.about():
+            return own
+        return whole if own is None else whole & own
+
+    @property
     def required(self) -> bool:
         """Whether there is no default."""
         return self.field.is_required()
 
     @property
+    def default(self) -> Any:
+        """Its default in the shared schema; families may have another."""
+        return self.field.get_default(call_default_factory=True)
+
+    @property
+    def kinds(self) -> set[Any]:
+        """Types that it may have."""
+        return {self.field.annotation, *get_args(self.field.annotation)}
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that it may have; empty = not a choice."""
+        for kind in (self.field.annotation, *get_args(self.field.annotation)):
+            if get_origin(kind) is Literal:
+                return get_args(kind)
+        return ()
+
+    def limit(self, name: str) -> Any:
+        """A constraint by its name in pydantic; None if there is none."""
+        return next((value for each in self.field.metadata if (value := getattr(each, name, None)) is not None), None)
+
+    @property
+    def neutral(self) -> tuple[Any, ...]:
+        """Values that mean "off", the first of which a file can hold; empty = it cannot be off."""
+        said = self.extra("neutral")
+        if said is not ...:
+            return (said,)
+        if bool in self.kinds and type(None) not in self.kinds:
+            return (False,)
+        number = bool({int, float} & self.kinds) and bool not in self.kinds
+        zero = (0,) if number and self.limit("gt") is None and (self.limit("ge") in (None, 0)) else ()
+        nothing = (None,) if type(None) in self.kinds else ()
+        return (*zero, *nothing, *(("none",) if "none" in self.choices else ()))
+
+    def is_neutral(self, value: Any) -> bool:
+        """Whether a value means "off"."""
+        return any(
+            value is each or (value == each and isinstance(value, bool) == isinstance(each, bool))
+            for each in self.neutral
+        )
+
+    @property
     def type_name(self) -> str:
         """Type as a person would write it: "int", "one of a, b", "list of float"."""
         return _type_name(self.field.annotation)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words, with its limits."""
+        words = {"int": "a whole number", "float": "a number", "text": "a text"}.get(self.type_name, self.type_name)
+        limits = [f"{text} {limit}" for name, text in LIMITS.items() if (limit := self.limit(name)) is not None]
+        if words == "a text":
+            limits = [f"of {self.extra('accepts')}"] if self.limit("pattern") is not None else []
+        return f"{words} {' and '.join(limits)}".strip()
 
 
 def _type_name(annotation: Any) -> str:

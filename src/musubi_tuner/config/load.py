@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
-from musubi_tuner.config.diagnostics import NOT_BUILT, Diagnostic, did_you_mean, format_problems
-from musubi_tuner.config.fields import Parameter, Section
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, format_problems, info
+from musubi_tuner.config.explain import explain
+from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers import import_musubi, looks_flat
-from musubi_tuner.config.model_sections import RoleSection
+from musubi_tuner.config.names import answer, translate, why_not
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
     TABLE,
@@ -35,9 +36,10 @@ from musubi_tuner.config.pipeline import (
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import ROLE_TABLES, RunConfig, config_class, lay
-from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.config.schema import SCHEMA_VERSION, flat_names, parameters, section_classes
+from musubi_tuner.config.when import describe
 from musubi_tuner.errors import ConfigError, keep_secret
-from musubi_tuner.models.registry import MODELS, RESERVED
+from musubi_tuner.models.registry import MODELS, foreign_family
 from musubi_tuner.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     for step in steps:
         try:
             configs.append(load_config(path, {**(overrides or {}), STEP: step.name}))
-        except ConfigError as error:
-            wrong[str(error)] = None
+        except ConfigError as refused:
+            wrong[str(refused)] = None
     if wrong:
         raise ConfigError("\n".join(wrong))
     names = {dataset.name for config in configs for dataset in config.datasets}
@@ -103,10 +105,24 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
     Raises:
         ConfigError: listing everything that is wrong.
     """
-    path, given = Path(path), dict(overrides or {})
-    document = read_toml(path)
+    return _load(Path(path), read_toml(Path(path)), overrides)
+
+
+def load_document(document: Mapping[str, Any], overrides: Overrides | None = None) -> RunConfig:
+    """The same for a document that is already read; its relative paths are those of the working directory.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    return _load(Path("document"), copy.deepcopy(dict(document)), overrides)
+
+
+def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> RunConfig:
+    given = dict(overrides or {})
     problems: list[Diagnostic] = []
     step, steps = None, list[Step]()
+    if {"schema_version", "run", "model"} & set(document):
+        _translate(document, problems)
     if document.get(TABLE) == []:
         del document[TABLE]
     if TABLE in document or (overrides or {}).get(STEP) is not None:
@@ -116,13 +132,13 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         imported = _import_flat(path, document)
         document = imported.document
         problems += imported.report.diagnostics()
-    if document.get("schema_version") is True:  # true counts as 1 in Python
-        problems.append(Diagnostic("error", "schema_version", "is True, expected 1"))
+    problems += _version_problems(document)
     tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
     origins: dict[str, str] = {}
     if imported is not None and {"max_train_epochs", "train.max_epochs"} & set(overrides or {}):
         document.get("train", {}).pop("max_steps", None)  # there, epochs win over steps
     values = _collect(document, overrides or {}, origins, problems)
+    of_items = values.pop(OF_ITEMS, {})
     spec = _find_family(values, problems)
     if spec:
         _apply_defaults(values, spec, origins)
@@ -130,15 +146,16 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         table = values.get(parameter.section)
         if parameter.extra("secret") and isinstance(table, dict):
             keep_secret(table.get(parameter.name))
-    config = _validate(values, origins, spec, problems)
+    config, wrong = _validate(values, origins, spec, problems)
     datasets: list[DatasetConfig] = []
-    # A mistyped dataset key is reported along with a mistyped [train] key: the tables are checked even when others failed.
     before = len(problems)
     tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
     if step is not None and step.use:
         tables = _chosen_datasets(tables, step, problems)
     if imported is not None:
         tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
+    if of_items:
+        tables = {**tables, "general": {**tables.get("general", {}), **of_items}}
     if spec and len(problems) == before:
         output_dir = None if config is None else config.output_dir
         datasets, found = resolve_datasets(
@@ -150,14 +167,36 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
         config._path, config._spec, config._datasets = path, spec, datasets
         config._tables, config._origins, config._step, config._steps = tables, origins, step, steps
         config._options = given
-        wrong = _role_problems(config, spec)
-        meant = {name for each in problems for name in re.findall(r"unknown key\. Did you mean '(\w+)'", each.message)}
-        problems += wrong or [each for each in validate(config) if each.key.rpartition(".")[2] not in meant]
+        in_roles = _role_problems(config, spec)
+        wrong |= _hinted(problems, spec)
+        problems += in_roles or validate(config, wrong)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or config is None:
         raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
     config._findings = [problem for problem in problems if problem.level != "error"]
     return config
+
+
+def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
+    """Give all keys of a typed document, and of its steps, their own names, in place."""
+    spec, outside = _family_of(document), document.get("dataset_config")
+    rename_aliases(document, "", problems)
+    translate(document, "", spec, problems, outside if isinstance(outside, str) else None)
+    entries = document.get(TABLE)
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict):
+            translate(entry, f"{TABLE}[{number}].", spec, problems, "[general] or [[datasets]]")
+
+
+def _version_problems(document: Mapping[str, Any]) -> list[Diagnostic]:
+    """A schema_version that is not ours."""
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if version is True:  # true counts as 1 in Python
+        return [error("U02", "schema_version", "is True, expected 1")]
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        text = f"is {version}, and this program reads {SCHEMA_VERSION}; a newer version of it wrote the file"
+        return [error("U06", "schema_version", text)]
+    return []
 
 
 def _is_own(key: str, step: Step) -> bool:
@@ -207,7 +246,7 @@ def _choose_step(
             unlaid |= set() if put(laid, key, value) else {key}
     problem = follow_problem(laid, step)
     if problem:
-        problems.append(Diagnostic("error", "start", problem))
+        problems.append(error("S01", "start", problem))
     document = document_of(laid, step)
     for key, value in list(plain.items()):
         if key not in unlaid and _get(document, key) != value and (key in known or _table_of(key) in known):
@@ -219,7 +258,7 @@ def _choose_step(
                     f"--set {TABLE}.{step.name}.start=file"
                 )
             if key != "run.output_dir":
-                problems.append(Diagnostic("info", key, text))
+                problems.append(info("S02", key, text))
     prefix = f"{TABLE}.{step.name}."
     own = {known[key].key: value for option, value in taken.items() if (key := option.removeprefix(prefix)) in known}
     return document, {**plain, **own}, step, steps
@@ -251,7 +290,7 @@ def _chosen_datasets(tables: dict[str, Any], step: Step, problems: list[Diagnost
             text = f"no data set has this name.{did_you_mean(name, known)}"
             if name in known:
                 text = f"{known.count(name)} data sets have this name"
-            problems.append(Diagnostic("error", "use", f"{name!r}: {text}"))
+            problems.append(error("S03", "use", f"{name!r}: {text}"))
     return {
         **tables,
         "datasets": [entry for entry in entries if isinstance(entry, dict) and entry.get("name") in step.use],
@@ -289,42 +328,55 @@ def _collect(
         else:
             values[key] = value
             origins[key] = "file"
-    known = {parameter.key: parameter for parameter in parameters()}
-    flat = flat_names()
-    overridden: dict[str, Any] = {}
     for key, value in overrides.items():
-        parameter = known.get(key) or flat.get(key)
-        if parameter is None:
-            if _table_of(key) in known:
-                if not put(values, key, value) and isinstance(_get(values, _table_of(key)), dict):
-                    problems.append(
-                        Diagnostic("error", key, f"is inside {key.rpartition('.')[0]}, which is not a table")
-                    )
-                origins[_table_of(key)] = "cli"
-            elif any(key.rpartition(".")[2] in names for names in _foreign_keys()):
-                overridden[key] = value
-            else:
-                reason = NOT_BUILT.get(key.rpartition(".")[2], f"unknown key.{did_you_mean(key, [*known, *flat])}")
-                problems.append(Diagnostic("error", key, reason))
-            continue
-        target = values
-        if parameter.section:
-            if not isinstance(values.get(parameter.section, {}), dict):
-                continue
-            target = values.setdefault(parameter.section, {})
-        target[parameter.name] = value
-        origins[parameter.key] = "cli"
-    for key, value in overridden.items():
-        section, _, name = key.rpartition(".")
-        table = values.setdefault(section, {}) if section in section_classes() else values
-        if isinstance(table, dict):
-            table[name if table is not values else key] = value
+        _override(key, value, values, origins, problems)
     return values
 
 
-def _foreign_keys() -> list[Mapping[str, Any]]:
-    """Keys of other trainers that a family explains."""
-    return [MODELS[code].foreign_keys for code in MODELS]
+def _override(
+    key: str, value: Any, values: dict[str, Any], origins: dict[str, str], problems: list[Diagnostic]
+) -> None:
+    """Lay one option over the tree."""
+    known = {parameter.key: parameter for parameter in parameters()}
+    parameter, item = known.get(key) or flat_names().get(key), key.removeprefix("general.")
+    if parameter is not None:
+        table = values.setdefault(parameter.section, {}) if parameter.section else values
+        if isinstance(table, dict):
+            table[parameter.name] = value
+            origins[parameter.key] = "cli"
+        return
+    if _table_of(key) in known:
+        if not put(values, key, value) and isinstance(_get(values, _table_of(key)), dict):
+            problems.append(error("U02", key, f"is inside {key.rpartition('.')[0]}, which is not a table"))
+        origins[_table_of(key)] = "cli"
+        return
+    if item in SHARED_KEYS:
+        values.setdefault(OF_ITEMS, {})[item] = value
+        return
+    spec = _family_of(values)
+    found = answer(key, value, spec)
+    if found is None:
+        reason = why_not(key, value, spec) if spec else None
+        text = reason or f"unknown key.{did_you_mean(key, [*known, *flat_names(), *SHARED_KEYS])}"
+        problems.append(error("NA01" if reason else "U01", key, text))
+    elif found.refused:
+        problems.append(error("NA01", key, found.refused))
+    elif found.key:
+        _override(found.key, found.value, values, origins, problems)
+        problems.append(info("NA04", key, f"is read as {found.key} = {describe(found.value)}"))
+    else:
+        problems.append(info("NA04", key, f"is left out: {found.harmless}"))
+
+
+OF_ITEMS = "general of options"
+"""Where options about items wait, beside the tables."""
+
+
+def _family_of(document: Mapping[str, Any]) -> ModelSpec | None:
+    """The family that a document names; None if it names none that is known."""
+    model = document.get("model")
+    arch = model.get("arch", model.get("model_type")) if isinstance(model, dict) else None
+    return MODELS[arch] if isinstance(arch, str) and arch in MODELS else None
 
 
 def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpec | None:
@@ -335,8 +387,9 @@ def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpe
     if arch in MODELS:
         return MODELS[arch]
     known = [name for code in MODELS for name in (code, MODELS[code].full_name)]
-    reason = f"{RESERVED[arch]}." if arch in RESERVED else f"is not a model family.{did_you_mean(arch, known)}"
-    problems.append(Diagnostic("error", "model.arch", f"'{arch}': {reason} Supported: {', '.join(known)}"))
+    reason = foreign_family(arch) or f"is not a model family.{did_you_mean(arch, known)}"
+    fix = [("model.arch", code) for code in MODELS if arch.lower() in (code, MODELS[code].full_name)]
+    problems.append(error("U04", "model.arch", f"'{arch}': {reason} Supported: {', '.join(known)}", fix=fix))
     return None
 
 
@@ -357,33 +410,64 @@ def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, 
             origins[key] = "arch"
 
 
+PLACEHOLDER = "missing"
+"""Stands for a required text that is missing, so that all else can be checked."""
+
+
 def _validate(
     values: dict[str, Any], origins: dict[str, str], spec: ModelSpec | None, problems: list[Diagnostic]
-) -> RunConfig | None:
-    """The config; without its unknown keys where nothing else is wrong, so that the rules find what else there is."""
+) -> tuple[RunConfig | None, set[str]]:
+    """The config, with defaults in place of what is wrong, so that the rules find what else there is; and the keys of these.
+
+    None if not even that can be made: without a family, or with a whole table missing.
+    """
     model = config_class(spec.code) if spec else RunConfig
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        known = {parameter.key for parameter in parameters()}
-        found = error.errors(include_url=False)
-        unknown = [tuple(map(str, item["loc"])) for item in found if item["type"] == "extra_forbidden"]
-        for item in found:
-            if spec is None and item["type"] == "extra_forbidden" and ".".join(map(str, item["loc"])) in known:
-                continue  # of a family, and the family is not known
-            problem = _explain(item, spec)
-            if problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
-                problems.append(problem)
-        if spec is None or len(unknown) < len(found) or max(map(len, unknown)) > 2:
-            return None
-        values = copy.deepcopy(values)
-        for *tables, name in unknown:
-            del (values[tables[0]] if tables else values)[name]
-            origins.pop(".".join([*tables, name]), None)
-        config = model.model_validate(values)
-    for parameter in parameters(spec):
-        origins.setdefault(parameter.key, "default")
-    return config
+    known, wrong = {parameter.key for parameter in parameters()}, set[str]()
+    for _ in range(3):  # a value that takes another one's place may be wrong too
+        try:
+            config = model.model_validate(values)
+        except ValidationError as invalid:
+            values = copy.deepcopy(values)
+            for item in invalid.errors(include_url=False):
+                location = [str(part) for part in item["loc"]]
+                if spec is None and item["type"] == "extra_forbidden" and ".".join(location) in known:
+                    continue  # of a family, and the family is not known
+                problem = explain(item, spec)
+                if location[0] not in wrong and problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
+                    problems.append(problem)
+                wrong.add(".".join(location[:2]))
+                _mend(values, location, item["type"])
+                origins.pop(".".join(location[:2]), None)
+            continue
+        for parameter in parameters(spec):
+            origins.setdefault(parameter.key, "default")
+        return (config if spec else None), wrong
+    return None, wrong
+
+
+def _mend(values: dict[str, Any], location: list[str], kind: str) -> None:
+    """Take a wrong value out, or put something in place of a missing one."""
+    section, rest = location[0], location[1:2]
+    if not rest:
+        if kind == "missing":
+            values[section] = {}
+        else:
+            values.pop(section, None)
+    elif kind == "missing" and len(location) == 2:
+        values[section][rest[0]] = PLACEHOLDER
+    elif isinstance(values.get(section), dict):
+        values[section].pop(rest[0], None)
+
+
+def _hinted(problems: list[Diagnostic], spec: ModelSpec) -> set[str]:
+    """Keys that a mistyped one is taken for: what rules say of them would follow from the slip alone."""
+    names = {
+        name
+        for each in problems
+        if each.code == "U01"
+        for name in re.findall(r"'(\w+)'", each.reason.partition("Did you mean")[2])
+    }
+    return {parameter.key for parameter in parameters(spec) if parameter.name in names}
 
 
 ONE_WAY = ("expert_input", "expert_time", "sol_source", "sol_spatial_norm")
@@ -393,16 +477,16 @@ ONE_WAY = ("expert_input", "expert_time", "sol_source", "sol_spatial_norm")
 def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Diagnostic]) -> DatasetConfig:
     """The dataset, without its ``experts`` if something is wrong in there."""
     found = [
-        Diagnostic("error", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
+        error("T10", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
         for key in ONE_WAY if key in dataset.experts and key in section_classes(spec)["experts"].model_fields
     ]  # fmt: skip
     try:
         section_classes(spec)["experts"].model_validate(dict(dataset.experts))
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            problem = _explain({**item, "loc": ("experts", *item["loc"])}, spec)
-            found.append(replace(problem, key=problem.key.removeprefix("experts.")))
-    problems += [replace(problem, key=f"{dataset.name}.experts.{problem.key}") for problem in found]
+    except ValidationError as wrong:
+        for item in wrong.errors(include_url=False):
+            problem = explain({**item, "loc": ("experts", *item["loc"])}, spec)
+            found.append(replace(problem, keys=(problem.key.removeprefix("experts."),)))
+    problems += [replace(problem, keys=(f"{dataset.name}.experts.{problem.key}",)) for problem in found]
     return replace(dataset, experts={}) if found else dataset
 
 
@@ -413,102 +497,14 @@ def _role_problems(config: RunConfig, spec: ModelSpec) -> list[Diagnostic]:
         role = config.role_section(name)
         own = getattr(role, table) if role else {}
         for key in [key for key, value in own.items() if value is None]:
-            found.append(
-                Diagnostic("error", f"roles.{name}.{table}.{key}", "cannot be absent for one role; write a value")
-            )
+            found.append(error("U02", f"roles.{name}.{table}.{key}", "cannot be absent for one role; write a value"))
         try:
             lay(getattr(config, table), own)
-        except ValidationError as error:
-            for item in error.errors(include_url=False):
-                problem = _explain({**item, "loc": (table, *item["loc"])}, spec)
-                found.append(replace(problem, key=f"roles.{name}.{problem.key}"))
+        except ValidationError as wrong:
+            for item in wrong.errors(include_url=False):
+                problem = explain({**item, "loc": (table, *item["loc"])}, spec)
+                found.append(replace(problem, keys=(f"roles.{name}.{problem.key}",)))
     return found
-
-
-def _explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
-    """One pydantic finding in our words."""
-    location = [str(part) for part in item["loc"] if not str(part).startswith(("list[", "function-"))]
-    by_key = {parameter.key: parameter for parameter in parameters(spec)}
-    key = ".".join(location[:2])
-    parameter = by_key.get(key)
-    if item["type"] == "missing" and len(location) == 4:
-        return Diagnostic("error", f"{key}[{location[2]}]", f"has no {location[3]}")
-    if item["type"] == "missing":
-        return Diagnostic("error", key, f"is required. {parameter.help if parameter else ''}".strip())
-    if item["type"] == "extra_forbidden":
-        return Diagnostic("error", ".".join(location), _unknown_key(location, item["input"], spec))
-    if parameter is None:
-        return Diagnostic("error", key, f"is {item['input']!r}, expected a table")
-    inner = parameter.field.annotation
-    if len(location) > 2 and isinstance(inner, type) and issubclass(inner, Section):
-        key = ".".join(location[:3])
-        parameter = Parameter(f"{location[0]}.{location[1]}", location[2], inner.model_fields[location[2]])
-    nested = [part for part in get_args(parameter.field.annotation) if isinstance(part, type)]
-    if len(location) == 4 and nested and issubclass(nested[0], Section):
-        parameter = Parameter(f"{key}[{location[2]}]", location[3], nested[0].model_fields[location[3]])
-        key = parameter.key
-    value = "***" if parameter.extra("secret") else repr(item["input"])
-    return Diagnostic("error", key, f"is {value}, expected {_expected(parameter)}{_suggest(parameter, item['input'])}")
-
-
-def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str:
-    name, key = location[-1], ".".join(location)
-    if location[0] == "roles" and len(location) == 3:
-        table = next((p.section for p in parameters(spec) if p.section in ROLE_TABLES and p.name == name), None)
-        inside = f" It is written [roles.{location[1]}.{table}] {name}." if table else ""
-        return f"unknown key.{inside or did_you_mean(name, RoleSection.model_fields)}"
-    reason = spec.why_not(key, value) if spec else None
-    if reason:
-        return reason
-    if name in NOT_BUILT:
-        return NOT_BUILT[name]
-    if name in SHARED_KEYS and name not in section_classes().get(location[0], Section).model_fields:
-        return "unknown key. It is about items, so it belongs in [general] or [[datasets]]."
-    if len(location) == 1:
-        tables = [*section_classes(), "general", "datasets", "schema_version", "dataset_config"]
-        kind = "table" if isinstance(value, dict) else "key"
-        extra = f" It is written [{flat.section}] {flat.name}." if (flat := flat_names().get(name)) else ""
-        return f"unknown {kind}.{did_you_mean(name, tables)}{extra}"
-    owners = [each.title for each in map(MODELS.__getitem__, MODELS) if key in {p.key for p in parameters(each)}]
-    if spec and owners:
-        return f"is a setting of {' and '.join(owners)}; {spec.title} has none like it"
-    own = [parameter.name for parameter in parameters(spec) if parameter.section == location[0]]
-    hint = did_you_mean(name, own)
-    flat = flat_names().get(name)
-    if flat and not hint:
-        hint = f" It is written [{flat.section}] {flat.name}."
-    if not hint:
-        elsewhere = [p.key for p in parameters(spec) if p.name == name]
-        hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(name, flat_names())
-    return f"unknown key.{hint}"
-
-
-def _expected(parameter: Parameter) -> str:
-    text = parameter.type_name
-    limits = []
-    for constraint in parameter.field.metadata:
-        for name, words in (
-            ("ge", "at least"),
-            ("gt", "above"),
-            ("le", "at most"),
-            ("lt", "below"),
-            ("multiple_of", "a multiple of"),
-            ("min_length", "length at least"),
-            ("max_length", "length at most"),
-            ("pattern", "matching"),
-        ):
-            limit = getattr(constraint, name, None)
-            if limit is not None:
-                limits.append(f"{words} {limit}")
-    words = {"int": "a whole number", "float": "a number", "text": "a text"}.get(text, text)
-    return f"{words} {' and '.join(limits)}".strip()
-
-
-def _suggest(parameter: Parameter, value: Any) -> str:
-    annotation = parameter.field.annotation
-    if get_origin(annotation) is Literal and isinstance(value, str) and isinstance(get_args(annotation)[0], str):
-        return "." + did_you_mean(value, [str(choice) for choice in get_args(annotation)])
-    return ""
 
 
 def _dataset_tables(
@@ -519,22 +515,18 @@ def _dataset_tables(
         return tables
     if tables:
         problems.append(
-            Diagnostic(
-                "error", "dataset_config", "is set, but the run file has its own [general] or [[datasets]]; keep one"
-            )
+            error("U05", "dataset_config", "is set, but the run file has its own [general] or [[datasets]]; keep one")
         )
         return tables
     source = locate(dataset_config, path)
     try:
         document = read_toml(source)
-    except ConfigError as error:
-        problems.append(Diagnostic("error", "dataset_config", str(error)))
+    except ConfigError as unreadable:
+        problems.append(error("P01", "dataset_config", str(unreadable)))
         return {}
     for key in document:
         if key not in DATA_TABLES:
-            problems.append(
-                Diagnostic("error", f"{source}: {key}", f"unknown table or key.{did_you_mean(key, DATA_TABLES)}")
-            )
+            problems.append(error("U01", f"{source}: {key}", f"unknown table or key.{did_you_mean(key, DATA_TABLES)}"))
     return {key: document[key] for key in DATA_TABLES if key in document}
 
 

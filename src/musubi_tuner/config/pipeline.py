@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error
 from musubi_tuner.config.schema import SECTION_ALIASES, flat_names, parameters
 from musubi_tuner.files import read_json
 from musubi_tuner.models.registry import MODELS
@@ -90,7 +90,7 @@ def rename_aliases(tables: dict[str, Any], where: str, problems: list[Diagnostic
     for alias, name in SECTION_ALIASES.items():
         if alias in tables:
             if name in tables:
-                problems.append(Diagnostic("error", f"{where}{alias}", f"is another spelling of [{name}]; keep one"))
+                problems.append(error("U05", f"{where}{alias}", f"is another spelling of [{name}]; keep one"))
             tables[name] = tables.pop(alias)
 
 
@@ -109,16 +109,16 @@ def take_step_options(document: dict[str, Any], overrides: dict[str, Any], probl
         value, rest = overrides.pop(option), option.removeprefix(f"{TABLE}.")
         name = max((name for name in by_name if rest.startswith(f"{name}.")), key=len, default=None)
         if name is None and rest in by_name:
-            problems.append(Diagnostic("error", option, f"has no key; write {option}.section.key=..."))
+            problems.append(error("S04", option, f"has no key; write {option}.section.key=..."))
             continue
         if name is None:
             hint = did_you_mean(rest.partition(".")[0], by_name)
-            problems.append(Diagnostic("error", option, f"names no step.{hint} The steps are {', '.join(by_name)}"))
+            problems.append(error("S04", option, f"names no step.{hint} The steps are {', '.join(by_name)}"))
             continue
         key = rest.removeprefix(f"{name}.")
         section, dot, last = (known[key].key if key in known else key).partition(".")
         if key == "name" or not put(by_name[name], SECTION_ALIASES.get(section, section) + dot + last, value):
-            problems.append(Diagnostic("error", option, "cannot be changed by an option; change the file"))
+            problems.append(error("S04", option, "cannot be changed by an option; change the file"))
 
 
 def put(document: dict[str, Any], key: str, value: Any) -> bool:
@@ -136,18 +136,18 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
     """The valid steps of a run file; empty for an ordinary one."""
     entries = document.get(TABLE, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        problems.append(Diagnostic("error", TABLE, "is not a list of tables; write [[steps]] with two brackets"))
+        problems.append(error("S05", TABLE, "is not a list of tables; write [[steps]] with two brackets"))
         return []
     if entries and not {"schema_version", "run", "model"} & set(document):
         text = "belong to a run file with [run] and [model], not to an option file; docs/steps.md shows one"
-        problems.append(Diagnostic("error", TABLE, text))
+        problems.append(error("S05", TABLE, text))
         return []
     steps: list[Step] = []
     for number, entry in enumerate(entries, start=1):
         where = f"{TABLE}[{number - 1}]"
 
         def refuse(key: str, text: str, where: str = where) -> None:
-            problems.append(Diagnostic("error", f"{where}.{key}" if key else where, text))
+            problems.append(error("S06", f"{where}.{key}" if key else where, text))
 
         name = entry.get("name")
         if not isinstance(name, str) or not _FOLDER.fullmatch(name):

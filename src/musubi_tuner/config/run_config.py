@@ -11,10 +11,11 @@ from pydantic import PrivateAttr, create_model
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.fields import Section
-from musubi_tuner.config.model_sections import ExpertsSection, RoleSection, Sd15Teachers
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import Step, unfinished_step
 from musubi_tuner.config.schema import RunFile
+from musubi_tuner.config.schema.experts import ExpertsSection, Sd15Teachers
+from musubi_tuner.config.schema.roles import RoleSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec

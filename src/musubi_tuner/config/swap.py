@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, error
 from musubi_tuner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from musubi_tuner.config.schema import MemorySection
+    from musubi_tuner.config.schema.memory import MemorySection
 
 RESIDENT_BLOCKS = 2
 """Blocks of each list that always stay on the device."""
@@ -61,4 +61,4 @@ def too_many(count: int, blocks: Mapping[str, int], policy: str) -> str | None:
 def check_swap(memory: "MemorySection", blocks: Mapping[str, int]) -> list[Diagnostic]:
     """The rule of a model whose blocks are known without its checkpoint."""
     problem = too_many(memory.blocks_to_swap, blocks, memory.swap_policy) if memory.blocks_to_swap != "auto" else None
-    return [Diagnostic("error", "memory.blocks_to_swap", problem)] if problem else []
+    return [error("V23", "memory.blocks_to_swap", problem, "memory.swap_policy")] if problem else []

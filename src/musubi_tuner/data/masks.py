@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops
 
-from musubi_tuner.config.datasets import KEPT, WHITE, MaskSource
+from musubi_tuner.config.datasets import KEPT, WHITE
+from musubi_tuner.config.schema.items import MaskSource
 from musubi_tuner.data.buckets import Placement
 from musubi_tuner.data.images import open_alpha, open_image, open_upright, resize_crop
 from musubi_tuner.errors import DataError

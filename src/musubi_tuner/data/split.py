@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from musubi_tuner.config.schema import ValidationSection
+from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import ConfigError, DataError
 from musubi_tuner.randomness import uniform

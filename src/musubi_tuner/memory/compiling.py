@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import ConfigError
 
 DYNAMIC = {"auto": None, "true": True, "false": False}

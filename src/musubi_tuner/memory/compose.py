@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.config.swap import swapped_counts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.activation_offload import ActivationOffload

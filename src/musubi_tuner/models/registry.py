@@ -19,6 +19,34 @@ RESERVED: dict[str, str] = {
 }
 """Codes and names that a user may reasonably ask for, and why they are refused."""
 
+_OTHER_MODELS = {
+    "U-Net models": ("sd1", "sd15", "sd1.5", "sd2", "sd21", "sd2.1", "sdxl", "sdxl1", "stable-diffusion", "pony", "illustrious"),
+    "SD3 models": ("sd3", "sd3.5", "sd35"),
+    "video models": ("hv", "hunyuan_video", "hv15", "wan", "wan21", "wan22", "fp", "framepack", "k5", "kandinsky5", "ltx", "cogvideox"),
+    "other image models": ("fk", "flux_kontext", "kontext", "f2d", "flux_2_dev", "flux2", "f2k4b", "f2k9b", "qi", "qwen_image", "qie",
+                           "qil", "zi", "z_image", "zimage", "chroma", "lumina2", "hidream", "ho1", "i4", "ideogram4", "kr2", "krea2",
+                           "sana", "auraflow", "pixart"),
+}  # fmt: skip
+"""What other trainers train."""
+_FLUX = ("flux", "flux1", "flux.1", "flux-dev", "flux1-dev", "flux.1-dev", "fluxdev")
+_SCHNELL = ("schnell", "flux-schnell", "flux1-schnell", "flux_schnell")
+
+
+def foreign_family(name: str) -> str | None:
+    """What a name is that is no family here; None if nothing is known of it."""
+    if name in RESERVED:
+        return f"{RESERVED[name]}."
+    word = name.lower()
+    for kind, names in _OTHER_MODELS.items():
+        if word in names:
+            return f"names one of the {kind}, which this program does not train."
+    if word in _FLUX:
+        return 'is FLUX.1-dev here if you write "fd".'
+    if word in _SCHNELL:
+        return 'is FLUX.1 without guidance: write "fd" and model.allow_schnell = true.'
+    return None
+
+
 RESERVED_STEPS: dict[str, int] = {"ff": 16}
 """Pixel steps of the reserved codes, whose bucket lists are already fixed."""
 

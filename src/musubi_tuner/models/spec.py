@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
-    from musubi_tuner.config.diagnostics import Diagnostic
     from musubi_tuner.config.fields import Section
+    from musubi_tuner.config.rules.rule import Rules
     from musubi_tuner.models.family import Family, PublishedTrainer, TaskFamily
 
 
@@ -91,7 +91,7 @@ class ModelSpec:
         sections: TOML table -> its class in this family, where it is not the shared one.
         foreign_keys: key that the family does not have (dotted, or its last part, or its table) -> why, or what to write
             instead; a function gets the value.
-        check: static rules of the family, torch-free: config -> findings.
+        rules: static rules of the family, torch-free.
         geometry: dotted name of the torch-free dataclass that [model.geometry] and config.json describe.
         task: facts of the task of a run. Where they are not those of a denoiser, the family makes it (see `TaskFamily`).
         package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
@@ -123,7 +123,7 @@ class ModelSpec:
     dataset_defaults: Mapping[str, Any] = field(default_factory=dict)
     sections: "Mapping[str, type[Section]]" = field(default_factory=dict)
     foreign_keys: Mapping[str, str | Callable[[Any], str]] = field(default_factory=dict)
-    check: "Callable[[RunConfig], list[Diagnostic]] | None" = None
+    rules: "Rules | None" = None
     geometry: str
     task: "Callable[[RunConfig], TaskFacts]" = _denoiser
     package: str

@@ -10,8 +10,8 @@ from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
-from musubi_tuner.config.model_sections import Sd15Teachers
 from musubi_tuner.config.prompts import sample_prompts
+from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Item, ScannedItems, scan

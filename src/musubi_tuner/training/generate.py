@@ -12,9 +12,9 @@ from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
 from musubi_tuner.adapters.files import combine, load_adapter, placements_of_file, read_adapter
 from musubi_tuner.assemble import storing_of
 from musubi_tuner.config import RunConfig
-from musubi_tuner.config.model_sections import AdapterSection
 from musubi_tuner.config.paths import is_checkpoint_name
 from musubi_tuner.config.prompts import Prompt, SampleSettings
+from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.swap import most_swapped
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
 from musubi_tuner.encoders.autoencoder import Autoencoder

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.config.prompts import Prompt, as_prompts, read_prompts
-from musubi_tuner.config.rules import prompt_problems
+from musubi_tuner.config.rules.files import prompt_problems
 from musubi_tuner.errors import EXIT_OK, ConfigError, UserError, advise_on_memory, run_command
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.stopping import exit_on_terminate

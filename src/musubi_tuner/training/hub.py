@@ -29,7 +29,7 @@ from musubi_tuner.files import encodable, read_json, temporary_path
 from musubi_tuner.parent import child_environment, join_parent
 
 if TYPE_CHECKING:  # every upload is a start of Python, which need not read the settings again
-    from musubi_tuner.config.schema import HubSection
+    from musubi_tuner.config.schema.hub import HubSection
 
 logger = logging.getLogger(__name__)
 Kind = Literal["checkpoint", "samples", "logs", "release"]

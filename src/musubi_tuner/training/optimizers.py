@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.units import Bytes
 

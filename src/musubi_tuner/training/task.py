@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import ObjectiveSection
+from musubi_tuner.config.schema.objective import ObjectiveSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.flow import perturb

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.caching.reader import CachedDataset
-from musubi_tuner.config.schema import ValidationSection
+from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.data.sources import Item
 from musubi_tuner.models.family import Process

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from musubi_tuner.config.model_sections import ModelSection, NewModel, roles_section
+from musubi_tuner.config.schema.model import ModelSection, NewModel
+from musubi_tuner.config.schema.roles import roles_section
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec, TaskFacts
 
 

@@ -16,7 +16,7 @@ from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_ad
 from musubi_tuner.adapters.attach import make_adapters, target_paths
 from musubi_tuner.adapters.files import placements_of_file
 from musubi_tuner.adapters.merging import delta_of
-from musubi_tuner.config.model_sections import AdapterSection
+from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers
 from musubi_tuner.models.registry import MODELS

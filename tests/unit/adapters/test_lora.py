@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.adapters import LoRALinear, attach, detach, load_adapter, merge, read_adapter, save_adapter
 from musubi_tuner.adapters.attach import AdapterSet, Placement, make_adapters, place_adapters, target_paths
-from musubi_tuner.config.model_sections import AdapterSection, AdapterTarget
+from musubi_tuner.config.schema.adapter import AdapterSection, AdapterTarget
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.models.registry import MODELS

@@ -98,11 +98,11 @@ def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
         ("resolution = [true, 512]", "resolution: is [True, 512], expected one whole number or [width, height]"),
         ("resolution = [-5, 0]", "resolution: is [-5, 0], sides must be at least 1"),
         ("resolution = 0", "resolution: is 0, sides must be at least 1"),
-        ("batch_size = -1", "batch_size: is -1, expected a whole number of at least 1"),
-        ("batch_size = true", "batch_size: is True, expected a whole number of at least 1"),
-        ("batch_size = 1.0", "batch_size: is 1.0, expected a whole number of at least 1"),
-        ("num_repeats = 0", "num_repeats: is 0, expected a whole number of at least 1"),
-        ("num_repeats = false", "num_repeats: is False, expected a whole number of at least 1"),
+        ("batch_size = -1", "batch_size: is -1, expected a whole number at least 1 and at most 4096"),
+        ("batch_size = true", "batch_size: is True, expected a whole number at least 1 and at most 4096"),
+        ("batch_size = 1.0", "batch_size: is 1.0, expected a whole number at least 1 and at most 4096"),
+        ("num_repeats = 0", "num_repeats: is 0, expected a whole number at least 1 and at most 1000000"),
+        ("num_repeats = false", "num_repeats: is False, expected a whole number at least 1 and at most 1000000"),
         ("enable_bucket = 1", "enable_bucket: is 1, expected true or false"),
         ('bucket_no_upscale = "yes"', "bucket_no_upscale: is 'yes', expected true or false"),
         ("recursive = 0", "recursive: is 0, expected true or false"),
@@ -118,7 +118,7 @@ def test_wrong_value_of_a_dataset(line: str, message: str, problems: Problems) -
 
 def test_wrong_value_in_general_is_reported_there_once(problems: Problems) -> None:
     assert problems(data=f"[general]\nbatch_size = true\n{IMAGES}") == [
-        "general.batch_size: is True, expected a whole number of at least 1"
+        "general.batch_size: is True, expected a whole number at least 1 and at most 4096"
     ]
 
 

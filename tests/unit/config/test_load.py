@@ -227,13 +227,6 @@ def test_flat_resolution_is_not_the_one_of_the_teachers() -> None:
     ("table", "line", "message"),
     [
         ("train", "max_stepz = 3", "train.max_stepz: unknown key. Did you mean 'max_steps'?"),
-        ("train", "max_train_steps = 3", "train.max_train_steps: unknown key. Did you mean 'max_steps'?"),
-        (
-            "optimizer",
-            "max_train_steps = 3",
-            "optimizer.max_train_steps: unknown key. It is written [train] max_steps.",
-        ),
-        ("train", "learning_rate = 1e-3", "train.learning_rate: unknown key. It is written [optimizer] lr."),
         ("train", "betas = [0.9, 0.9]", "train.betas: unknown key. It is written [optimizer] betas."),
         ("train", "qqq = 3", "train.qqq: unknown key."),
         ("demo", 'folder = "d"\nsiz = 64', "demo.siz: unknown key. Did you mean 'size'?"),
@@ -253,7 +246,6 @@ def test_key_about_items_is_sent_to_the_dataset_tables(key: str, problems: Probl
 @pytest.mark.parametrize(
     ("top", "message"),
     [
-        ("max_train_steps = 3", "max_train_steps: unknown key. It is written [train] max_steps."),
         ("tran = {max_steps = 3}", "tran: unknown table. Did you mean 'train'?"),
         ("qqq = 3", "qqq: unknown key."),
     ],
@@ -330,8 +322,8 @@ def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Proble
         ("run", "seed = true", "run.seed: is True, expected a whole number at least 0 and below 4294967296"),
         ("run", "seed = 4.0", "run.seed: is 4.0, expected a whole number at least 0 and below 4294967296"),
         ("run", "seed = -1", "run.seed: is -1, expected a whole number at least 0 and below 4294967296"),
-        ("run", "name = 3", "run.name: is 3, expected a text matching ^[\\w.\\- ]+$"),
-        ("run", 'name = "a/b"', "run.name: is 'a/b', expected a text matching ^[\\w.\\- ]+$"),
+        ("run", "name = 3", "run.name: is 3, expected a text of letters, digits, dots, spaces, - and _"),
+        ("run", 'name = "a/b"', "run.name: is 'a/b', expected a text of letters, digits, dots, spaces, - and _"),
         ("run", 'strict = "yes"', "run.strict: is 'yes', expected true or false"),
         ("run", "strict = 1", "run.strict: is 1, expected true or false"),
         ("optimizer", "lr = true", "optimizer.lr: is True, expected a number at least 0 and at most 10"),
@@ -406,7 +398,7 @@ def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
             "tinyfluxx",
             "'tinyfluxx': is not a model family. Did you mean 'tinyflux'? Supported: tf, tinyflux, fd, flux_dev",
         ),
-        ("sdxl", "'sdxl': is not a model family. Supported: tf, tinyflux, fd, flux_dev"),
+        ("sdxl", "'sdxl': names one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev"),
         ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux, fd, flux_dev"),
     ],
 )
@@ -436,7 +428,7 @@ def test_all_problems_are_reported_together_with_those_of_the_datasets(problems:
     assert sorted(found) == [
         "datasets[0].image_directry: unknown key. Did you mean 'image_directory'?",
         "datasets[0]: needs image_directory or image_jsonl_file",
-        "general.batch_size: is True, expected a whole number of at least 1",
+        "general.batch_size: is True, expected a whole number at least 1 and at most 4096",
         "qqq: unknown key.",
         "run.seed: is 'a', expected a whole number at least 0 and below 4294967296",
         "train.max_stepz: unknown key. Did you mean 'max_steps'?",
@@ -719,5 +711,5 @@ def test_sizes_beside_those_of_a_file_are_warned_of(load: Callable[..., RunConfi
         'targets = [{pattern = "**", rank = 2, lr_scale = 2.0}]'
     )
     reason = "has no effect because adapter.rank_from_weights is true"
-    assert [str(finding.message) for finding in config.findings] == [reason] * 3
-    assert [finding.key for finding in config.findings] == ["adapter.kinds", "adapter.depth", "adapter.targets[0].rank"]
+    assert [str(finding.reason) for finding in config.findings] == [reason] * 3
+    assert {finding.key for finding in config.findings} == {"adapter.kinds", "adapter.depth", "adapter.targets[0].rank"}

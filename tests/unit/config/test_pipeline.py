@@ -111,7 +111,7 @@ def test_an_option_for_the_file_does_not_replace_what_a_step_takes_over(write: A
     first, second = load_steps(path, given)
     assert first.model.path == str(tmp_path / "base") and first.origins["model.path"] == "cli"
     assert second.model.path == str(tmp_path / "out/01-a:final")
-    said = {found.key: found.message for found in second.findings}
+    said = {found.key: found.reason for found in second.findings}
     assert said["train.max_steps"].endswith("to change it there: --set steps.b.train.max_steps=...")
     assert said["model.path"].endswith("takes this from step a; to start as the file says: --set steps.b.start=file")
     first, second = load_steps(path, {"model.geometry.num_double_layers": 3})

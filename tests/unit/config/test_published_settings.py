@@ -279,7 +279,7 @@ def test_fields_without_effect_are_left_out_and_the_run_has_none_either(
 ) -> None:
     assert set(gone).isdisjoint(values(**changes))
     assert sorted(imported(**changes).report.keys()) == sorted({*TABLE, *changes})
-    assert as_run({**DEFAULTS, **changes}).findings == []
+    assert {found.code for found in as_run({**DEFAULTS, **changes}).findings} <= {"V33"}  # clipped twice, as there
 
 
 def test_keeping_no_file_is_said_to_keep_all() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from musubi_tuner.adapters.attach import attach, make_adapters, place_adapters, target_paths
-from musubi_tuner.config.model_sections import AdapterSection
+from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap, streamed_indices, weights

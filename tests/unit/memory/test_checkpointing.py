@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.memory.checkpointing import checkpoint_blocks
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.models.registry import MODELS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import TritonMissing
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.compiling import check_float8, compile_blocks
 from musubi_tuner.memory.compose import check_machine, compose_memory

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory import checkpointing
 from musubi_tuner.memory import compose as compose

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from musubi_tuner.assemble import load_trainee
 from musubi_tuner.config import load_config
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.memory.compose import compose_memory, freeze_of
 from musubi_tuner.memory.frozen_linear import quantize_fp8
 from musubi_tuner.memory.storage import storage_notes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.memory.compose import freeze_of
 from musubi_tuner.memory.frozen_linear import FrozenLinear
 from musubi_tuner.memory.storage import freeze_layers

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from musubi_tuner.config.schema import MemorySection
+from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import EXIT_FAILED, CacheError, advise_on_memory, out_of_memory, run_command
 from musubi_tuner.memory.compose import ways_to_save
 

@@ -16,7 +16,8 @@ import pytest
 
 from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import override_arguments, secret_environment, split_overrides
-from musubi_tuner.config.schema import HubSection, RunSection
+from musubi_tuner.config.schema.hub import HubSection
+from musubi_tuner.config.schema.run import RunSection
 from musubi_tuner.errors import ConfigError, run_command
 from musubi_tuner.runner.command import Runner, fresh_folder, list_run_files, main
 from musubi_tuner.runner.processes import run_child, run_children

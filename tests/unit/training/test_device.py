@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from musubi_tuner.config.model_sections import ModelSection
-from musubi_tuner.config.schema import CacheSection, RunSection
+from musubi_tuner.config.schema.cache import CacheSection
+from musubi_tuner.config.schema.model import ModelSection
+from musubi_tuner.config.schema.run import RunSection
 from musubi_tuner.device import apply_backend_flags, encoder_dtype, with_precision
 from musubi_tuner.encoders.for_run import TextEncoders
 from musubi_tuner.models.registry import MODELS

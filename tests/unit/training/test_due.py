@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
-from musubi_tuner.config.schema import HubSection, LogSection, SampleSection, SaveSection, ValidationSection
+from musubi_tuner.config.schema.hub import HubSection
+from musubi_tuner.config.schema.log import LogSection
+from musubi_tuner.config.schema.sample import SampleSection
+from musubi_tuner.config.schema.save import SaveSection
+from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.config.steps import Steps
 from musubi_tuner.training.due import due_after
 from musubi_tuner.training.task import Position

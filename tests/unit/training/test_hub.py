@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hub_server import Hub, environment, serving
-from musubi_tuner.config.schema import HubSection
+from musubi_tuner.config.schema.hub import HubSection
 from musubi_tuner.files import replace_file
 from musubi_tuner.training.hub import HubUploader
 
@@ -380,7 +380,7 @@ def test_offline_mode_is_named(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPa
 KILLED = """
 import sys
 from pathlib import Path
-from musubi_tuner.config.schema import HubSection
+from musubi_tuner.config.schema.hub import HubSection
 from musubi_tuner.files import replace_file
 from musubi_tuner.training.hub import HubUploader
 uploader = HubUploader(HubSection(repo_id="someone/cats"), Path(sys.argv[1]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import OptimizerSection
+from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.training.checkpoint import TrainingState, read_tensors, read_values, write_state
 from musubi_tuner.training.optimizers import (

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.model_sections import AdapterSection, Sd15Teachers
-from musubi_tuner.config.schema import TrainSection
+from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.config.schema.experts import Sd15Teachers
+from musubi_tuner.config.schema.train import TrainSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch
 from musubi_tuner.flow import MaskSettings, distillation_loss, min_snr_weight

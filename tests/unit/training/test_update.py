@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.model_sections import AdapterSection
-from musubi_tuner.config.schema import EmaSection, OptimizerSection, SchedulerSection
+from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.config.schema.ema import EmaSection
+from musubi_tuner.config.schema.optimizer import OptimizerSection
+from musubi_tuner.config.schema.scheduler import SchedulerSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.errors import CheckpointError

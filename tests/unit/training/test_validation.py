@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema import ValidationSection
+from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import place
 from musubi_tuner.data.plan import MicroBatch

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from musubi_tuner.config.diagnostics import NOT_BUILT, did_you_mean
+from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
+from musubi_tuner.config.foreign import REFUSED
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import flat_names, parameters
@@ -64,13 +65,14 @@ HARMLESS: dict[str, str] = {
     "disable_numpy_memmap": "weights are copied out of the mapped file one by one",
 }
 """Options without a counterpart that change no number."""
+NOT_BUILT = ("fsdp", "fsdp2", "deepspeed", "zero_stage", "fused_backward_pass", "full_bf16", "full_fp16")
 OFF_ONLY: dict[str, str] = {
     "flash3": "is not built; set flash_attn = true or sdpa = true instead",
     "sage_attn": "cannot train; set sdpa = true instead",
     "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
     "img_in_txt_in_offloading": OTHER_PROGRAM,
     "no_metadata": "is not built: files always say how they were made",
-    **NOT_BUILT,
+    **{name: REFUSED[name] for name in NOT_BUILT},
     "resume_from_huggingface": "is not built: give a local state folder as resume",
     "conv_dim": "has nothing to act on: the blocks have no convolutions",
     "conv_alpha": "has nothing to act on: the blocks have no convolutions",

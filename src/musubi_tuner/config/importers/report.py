@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 
 
 @dataclass
@@ -41,22 +41,22 @@ class Report:
         """Errors for what cannot be done, warnings for what is lost, notes for what was changed."""
         for key, hint in self.unknown:
             if self.ignores_unknown:
-                yield Diagnostic("warning", key, f"is left out: unknown key.{hint}")
+                yield warning("U01", key, f"is left out: unknown key.{hint}")
             else:
-                yield Diagnostic("error", key, f"unknown key.{hint}")
+                yield error("U01", key, f"unknown key.{hint}")
         for key, reason in (*self.refused, *self.needs_you):
-            yield Diagnostic("error", key, reason)
+            yield error("NA01", key, reason)
         for key, reason in self.dropped_changes_result:
-            yield Diagnostic("warning", key, f"is left out: {reason}")
+            yield warning("I01", key, f"is left out: {reason}")
         for key in self.secrets_removed:
-            yield Diagnostic("warning", key, "is a secret and is not taken over; put it into HF_TOKEN")
+            yield warning("I01", key, "is a secret and is not taken over; put it into HF_TOKEN")
         for key, old, ours, new, rule in self.converted:
-            yield Diagnostic("info", key, f"{old!r} -> {ours} = {new!r} ({rule})")
+            yield info("I02", key, f"{old!r} -> {ours} = {new!r} ({rule})")
         for key, reason in self.dropped_harmless:
-            yield Diagnostic("info", key, f"is not needed: {reason}")
+            yield info("I02", key, f"is not needed: {reason}")
         if self.defaulted:
             text = ", ".join(f"{key} = {value!r}" for key, value in self.defaulted)
-            yield Diagnostic("info", "", f"defaults of the source tool: {text}")
+            yield info("I03", "", f"defaults of the source tool: {text}")
 
 
 @dataclass

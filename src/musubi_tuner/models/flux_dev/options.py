@@ -1,21 +1,13 @@
-"""Facts, defaults and rules of the FLUX.1-dev family. Torch-free."""
+"""Facts and defaults of the FLUX.1-dev family. Torch-free."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from musubi_tuner.config.diagnostics import Diagnostic
-from musubi_tuner.config.swap import check_swap
-from musubi_tuner.models.flux_dev.settings import SECTIONS, objective_of
+from musubi_tuner.models.flux_dev.rules import FLUX_DEV
+from musubi_tuner.models.flux_dev.settings import SECTIONS
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
-
-if TYPE_CHECKING:
-    from musubi_tuner.config import RunConfig
 
 PUBLISHED_AXES = (16, 56, 56)
 """Rotary widths of the published models, whose heads are 128 wide."""
-SCALED_MODES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux",
-                "qinglong_qwen")  # fmt: skip
-"""Modes with a sigmoid under them, which `sigmoid_scale` spreads."""
-PUBLISHED_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 DOUBLE_LAYERS = tuple(f"{stream}_{layer}" for stream in ("img", "txt")
                       for layer in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2"))  # fmt: skip
 SINGLE_LAYERS = ("linear1", "linear2", "modulation.lin")
@@ -26,56 +18,6 @@ def _shift(value: Any) -> str:
         f'is TinyFlux\'s. For FLUX.1 write objective.discrete_flow_shift = {value} with timestep_sampling = "shift", or take '
         'timestep_sampling = "flux_shift"'
     )
-
-
-def check(config: "RunConfig") -> list[Diagnostic]:
-    """Static rules of this family."""
-    found: list[Diagnostic] = []
-    objective, model = objective_of(config), config.model
-
-    def error(key: str, message: str) -> None:
-        found.append(Diagnostic("error", key, message))
-
-    if model.init == "scratch":
-        error("model.init", 'is "scratch"; FLUX.1 is trained through an adapter on a checkpoint, so give model.path')
-    if config.adapter.type == "none":
-        error("adapter.type", 'is "none"; full training of FLUX.1 is not supported (11.9 B parameters with optimizer state): '
-              'use "lora"')  # fmt: skip
-    found += check_swap(config.memory, PUBLISHED_BLOCKS)
-    mode, written = objective.timestep_sampling, set(config.set_keys())
-    without_effect = {
-        "objective.sigmoid_scale": mode not in SCALED_MODES,
-        "objective.discrete_flow_shift": mode not in ("shift", "sigma"),
-        "objective.sigma_compat": mode != "sigma",
-        "objective.logit_mean": not _uses_logit(config),
-        "objective.logit_std": not _uses_logit(config),
-        "objective.mode_scale": not (mode == "sigma" and objective.weighting_scheme == "mode"),
-    }
-    for key, idle in without_effect.items():
-        if idle and key in written:
-            found.append(Diagnostic("warning", key, f'has no effect with timestep_sampling = "{mode}"'))
-    if (
-        objective.weighting_scheme in ("logit_normal", "mode")
-        and mode != "sigma"
-        and ("objective.weighting_scheme" in written)
-    ):
-        found.append(
-            Diagnostic("warning", "objective.weighting_scheme", f'"{objective.weighting_scheme}" only shapes the draws of '
-                       'timestep_sampling = "sigma", and weighs all losses alike')
-        )  # fmt: skip
-    if objective.min_timestep >= objective.max_timestep:
-        error(
-            "objective.min_timestep", f"is {objective.min_timestep}, not below max_timestep = {objective.max_timestep}"
-        )
-    if objective.preserve_distribution_shape and mode in ("uniform", "sigma"):
-        error("objective.preserve_distribution_shape", f'does not apply to timestep_sampling = "{mode}"')
-    return found
-
-
-def _uses_logit(config: "RunConfig") -> bool:
-    objective = objective_of(config)
-    shaped = objective.timestep_sampling == "sigma" and objective.weighting_scheme == "logit_normal"
-    return shaped or objective.timestep_sampling in ("logsnr", "qinglong_flux")
 
 
 _NO_TEACHERS = "FLUX.1 has no teachers"
@@ -130,7 +72,7 @@ SPEC = ModelSpec(
         **dict.fromkeys(("model.weights", "model.ema_file"), "checkpoints of FLUX.1 hold no averaged weights"),
         "t5_attn_mask": "FLUX.1 is trained with padding visible",
     },
-    check=check,
+    rules=FLUX_DEV,
     geometry="musubi_tuner.models.flux_dev.geometry:FluxConfig",
     package="musubi_tuner.models.flux_dev",
     block_lists=("double_blocks", "single_blocks"),

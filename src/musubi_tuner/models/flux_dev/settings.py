@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Literal, cast
 
 from musubi_tuner.config.fields import Section, param
-from musubi_tuner.config.model_sections import ElementLoss, LogitNormal, MinSnr, ModelSection, ObjectiveSection
-from musubi_tuner.config.schema import SampleSection
+from musubi_tuner.config.schema.model import ModelSection
+from musubi_tuner.config.schema.objective import ElementLoss, LogitNormal, MinSnr, ObjectiveSection
+from musubi_tuner.config.schema.sample import SampleSection
+from musubi_tuner.config.when import is_
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -14,15 +16,19 @@ TimestepSampling = Literal[
     "qinglong_flux", "qinglong_qwen", "ideogram4_shift",
 ]  # fmt: skip
 
+SIGMOID_DENSITIES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux",
+                     "qinglong_qwen")  # fmt: skip
+"""Densities with a sigmoid under them, which `sigmoid_scale` spreads."""
+
 
 class FluxModel(ModelSection):
     """Which model is trained, and the frozen networks around it."""
 
     keep_dtype: bool = param(
-        False, "Keep frozen weights in the precision of their file instead of that of the computation."
+        False, "Keep frozen weights in the precision of their file instead of that of the computation.", expert=True
     )
     allow_schnell: bool = param(
-        False, "Train on a model without guidance embedding (schnell); training undoes its distillation."
+        False, "Train on a model without guidance embedding (schnell); training undoes its distillation.", expert=True
     )
 
 
@@ -30,12 +36,24 @@ class FluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
     """What is learned: times, loss and weights."""
 
     timestep_sampling: TimestepSampling = param("flux_shift", "Density of the training times.")
-    sigmoid_scale: float = param(1.0, "Spread of the normal under the sigmoid and shift densities.", gt=0, le=100)
-    discrete_flow_shift: float = param(
-        1.0, "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.", gt=0, le=100
+    sigmoid_scale: float = param(
+        1.0,
+        "Spread of the normal under the sigmoid and shift densities.",
+        gt=0,
+        le=100,
+        when=is_("objective.timestep_sampling", *SIGMOID_DENSITIES),
+        rule="V18",
     )
-    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999)
-    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000)
+    discrete_flow_shift: float = param(
+        1.0,
+        "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.",
+        gt=0,
+        le=100,
+        when=is_("objective.timestep_sampling", "shift", "sigma"),
+        rule="V18",
+    )
+    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999, unit="thousandths")
+    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000, unit="thousandths")
     preserve_distribution_shape: bool = param(
         False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
     )
@@ -43,12 +61,27 @@ class FluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         "none",
         "Loss weight by noise level; logit_normal and mode shape the draws of timestep_sampling = sigma instead.",
     )
-    mode_scale: float = param(1.29, "Strength of weighting_scheme = mode.", ge=-10, le=10)
+    mode_scale: float = param(
+        1.29,
+        "Strength of weighting_scheme = mode.",
+        ge=-10,
+        le=10,
+        when=is_("objective.timestep_sampling", "sigma") & is_("objective.weighting_scheme", "mode"),
+        rule="V18",
+    )
     sigma_compat: Literal["exact", "upstream"] = param(
-        "exact", "upstream draws timestep_sampling = sigma as musubi-tuner does: without shift, range by table index."
+        "exact",
+        "upstream draws timestep_sampling = sigma as musubi-tuner does: without shift, range by table index.",
+        when=is_("objective.timestep_sampling", "sigma"),
+        rule="V18",
+        expert=True,
     )
     timestep_offset: float = param(
-        0.0, "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.", ge=0, le=0.1
+        0.0,
+        "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.",
+        ge=0,
+        le=0.1,
+        expert=True,
     )
     guidance_scale: float = param(1.0, "Embedded guidance while training.", ge=0, le=100)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec
-from musubi_tuner.models.tinyflux.rules import check
+from musubi_tuner.models.tinyflux.rules import TINYFLUX
 from musubi_tuner.models.tinyflux.settings import SECTIONS
 
 HUB_ID = "AbstractPhil/tinyflux-deep"
@@ -118,7 +118,7 @@ SPEC = ModelSpec(
         "adapter.defaults": "is written in [adapter] itself: rank, alpha, lr_scale, depth, dropout",
         **{f"include_{kind}": _kind_key(kind) for kind in PUBLISHED_KINDS},
     },
-    check=check,
+    rules=TINYFLUX,
     geometry="musubi_tuner.models.tinyflux.geometry:TinyFluxConfig",
     package="musubi_tuner.models.tinyflux",
     has_published_trainer=True,

@@ -1,10 +1,11 @@
 """Static rules of the TinyFlux family. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean
-from musubi_tuner.config.model_sections import Sd15Teachers
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, warning
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.config.swap import check_swap
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.settings import (
@@ -20,193 +21,153 @@ if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
 
 
-def _error(key: str, message: str) -> Diagnostic:
-    return Diagnostic("error", key, message)
+TINYFLUX = Rules()
+rule = TINYFLUX.rule
 
 
-DISTILLING = ("lune_weight", "lune_warmup_steps", "lune_mode", "sol_weight", "sol_stats_weight", "sol_spatial_weight",
-              "sol_warmup_steps")  # fmt: skip
-"""Settings of [objective] that concern nothing but what the predictors learn from teachers."""
+def _every(config: "RunConfig") -> list[Sd15Teachers]:
+    """The teachers of each data set; those of the run where it has none."""
+    return [teachers_of(config, dataset) for dataset in config.datasets] or [config.sd15]
 
 
-def check(config: "RunConfig") -> list[Diagnostic]:
-    """Static rules of this family."""
-    found: list[Diagnostic] = []
-    experts, model = config.sd15, model_of(config)
-    if objective_of(config).timestep_stratified and objective_of(config).timestep_sampling != "uniform":
-        found.append(Diagnostic("error", "objective.timestep_stratified", 'needs timestep_sampling = "uniform"'))
+@rule("T01", "objective.timestep_stratified objective.timestep_sampling")
+def _strata(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if objective.timestep_stratified and objective.timestep_sampling != "uniform":
+        text = 'needs timestep_sampling = "uniform"'
+        fix = [("objective.timestep_sampling", "uniform")]
+        yield error("T01", "objective.timestep_stratified", text, "objective.timestep_sampling", fix=fix)
+
+
+@rule("T02", "objective.guidance_min objective.guidance_max")
+def _embedded_range(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
     if objective.guidance_min > objective.guidance_max:
-        found.append(
-            Diagnostic(
-                "error",
-                "objective.guidance_min",
-                f"is {objective.guidance_min}, above guidance_max = {objective.guidance_max}",
-            )
-        )
+        text = f"is {objective.guidance_min}, above guidance_max = {objective.guidance_max}"
+        yield error("T02", "objective.guidance_min", text, "objective.guidance_max")
+
+
+@rule("T03", "sample.guidance")
+def _guidance(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.sample.guidance < 1:
-        found.append(
-            Diagnostic("error", "sample.guidance", f"is {config.sample.guidance}, expected at least 1 (= off)")
-        )
-    every = [teachers_of(config, dataset) for dataset in config.datasets] or [experts]
-    used = [own for own in every if own.extracted]
-    if any(own.unet is None for own in used) and config.cache.run != "never":
-        found.append(
-            Diagnostic(
-                "error",
-                "experts.unet",
-                "is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and "
-                "enable_sol = false to train without teachers",
-            )
-        )
-    if resolve_experts(config)["expert_input"] == "noised_image" and any(own.vae is None for own in used):
-        found.append(
-            Diagnostic(
-                "error",
-                "experts.vae",
-                'is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 autoencoder, '
-                'or set expert_input = "random"',
-            )
-        )
-    if model.init == "scratch" and config.adapter.type != "none":
-        found.append(
-            Diagnostic(
-                "error",
-                "model.init",
-                f'is "scratch", but adapter.type = "{config.adapter.type}" trains beside a frozen model, which would stay random; '
-                "give model.path",
-            )
-        )
-    if model.init == "scratch":
-        known = TinyFluxConfig.shape_fields()
-        for key in model.geometry:
-            if key not in known:
-                found.append(Diagnostic("error", f"model.geometry.{key}", f"unknown key.{did_you_mean(key, known)}"))
-        if not any(key not in known for key in model.geometry):
-            try:
-                geometry = TinyFluxConfig.from_dict(model.geometry)
-            except (TypeError, ValueError) as error:
-                found.append(Diagnostic("error", "model.geometry", str(error)))
-            else:
-                found += check_swap(
-                    config.memory,
-                    {"double_blocks": geometry.num_double_layers, "single_blocks": geometry.num_single_layers},
-                )
-                if not geometry.guidance_embeds:
-                    found += [
-                        no_guidance(key, "model.geometry.guidance_embeds is false") for key in written_guidance(config)
-                    ]
-                if model.temperature_per_head is not None and not geometry.use_sol_prior:
-                    reason = "has no effect because model.geometry.use_sol_prior is false"
-                    found.append(Diagnostic("warning", "model.temperature_per_head", reason))
-                for enabled, built, name in (
-                    (experts.enable_lune, geometry.use_lune_expert, "lune"),
-                    (experts.enable_sol, geometry.use_sol_prior, "sol"),
-                ):
-                    if enabled and not built:
-                        switch = {"lune": "use_lune_expert", "sol": "use_sol_prior"}[name]
-                        found.append(
-                            Diagnostic(
-                                "error",
-                                f"experts.enable_{name}",
-                                f"is true, but model.geometry.{switch} is false; the model could not use the features",
-                            )
-                        )
-    if objective_of(config).spatial_weighting and not experts.enable_sol:
-        found.append(
-            Diagnostic("error", "objective.spatial_weighting", "needs Sol's map, but experts.enable_sol is false")
-        )
-    for name, enabled in (("lune", experts.enable_lune), ("sol", experts.enable_sol)):
-        if not enabled:
-            found += [
-                Diagnostic("warning", key, f"has no effect because experts.enable_{name} is false")
-                for key in config.set_keys()
-                if key.startswith(f"objective.{name}_") or key in (f"experts.{name}", f"experts.{name}_source")
-            ]
-    if config.adapter.type != "none":
-        idle = {f"objective.{name}" for name in DISTILLING}
-        if not objective_of(config).spatial_weighting:  # which counts for the samples that are distilled
-            idle.add("objective.distill_on_dropped")
-        reason = "has no effect because the predictors below an adapter are frozen: teachers are fed, not distilled"
-        found += [Diagnostic("warning", key, reason) for key in config.set_keys() if key in idle]
-    if objective_of(config).missing_teacher == "zeros" and len({own.teachers for own in every}) < 2:
-        reason = "has no effect because all data sets have the same teachers"
-        found.append(Diagnostic("warning", "objective.missing_teacher", reason))
-    return found + _idle(config) + _teachers(config) + _geometric_sol(config)
+        text = f"is {config.sample.guidance}, expected at least 1 (= off)"
+        yield error("T03", "sample.guidance", text, fix=[("sample.guidance", 1.0)])
 
 
-def _geometric_sol(config: "RunConfig") -> list[Diagnostic]:
-    """What `experts.sol_source` = "geometric" means, and what it leaves without effect."""
-    experts = config.sd15
-    if not experts.enable_sol or experts.sol_source == "extracted":
-        return []
-    found = [
-        Diagnostic(
-            "warning",
-            "experts.sol_source",
-            'is "geometric": Sol is then a formula of the time alone, the same for every picture, which its author calls '
-            'wrong; write "extracted" for the teacher\'s attention',
+@rule("T04", "experts.unet experts.enable_lune experts.enable_sol experts.sol_source cache.run")
+def _teacher_files(config: "RunConfig") -> Iterator[Diagnostic]:
+    if any(own.extracted and own.unet is None for own in _every(config)) and config.cache.run != "never":
+        text = (
+            "is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and enable_sol = false to train "
+            "without teachers"
         )
-    ]
-    idle = ["sol"]
-    if not experts.extracted:
-        idle += ["unet", "vae", "expert_input", "expert_time", "resolution", "seed", "dtype", "times_per_forward"]
-    return found + [
-        Diagnostic("warning", key, 'has no effect because experts.sol_source is "geometric"')
-        for key in (f"experts.{name}" for name in idle)
-        if key in config.set_keys()
-    ]
+        yield error("T04", "experts.unet", text, "experts.enable_lune", "experts.enable_sol")
 
 
-def _idle(config: "RunConfig") -> list[Diagnostic]:
-    """Settings of teachers that cannot act."""
-    experts = config.sd15
-    cached = (
-        "expert_input", "expert_time", "sol_spatial_norm", "resolution", "time_buckets", "seed", "dtype", "times_per_forward",
-    )  # fmt: skip
-    learned = ("teacher_dropout_mode", "distill_on_dropped", "drop_experts_with_text")
-    of_teachers = [f"experts.{name}" for name in cached] + [f"objective.{name}" for name in learned]
-    silent = [
-        (not experts.teachers, [*of_teachers, "cache.experts_batch_size"], "both teachers are off"),
-        (experts.expert_input == "random", ["experts.vae"], 'experts.expert_input is "random"'),
-    ]
-    return [
-        Diagnostic("warning", key, f"has no effect because {reason}")
-        for condition, keys, reason in silent
-        if condition
-        for key in keys
-        if key in config.set_keys()
-    ]
+@rule("T04", "experts.vae experts.expert_input experts.enable_lune experts.enable_sol experts.sol_source model.init")
+def _teacher_autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
+    noised = resolve_experts(config)["expert_input"] == "noised_image"
+    if noised and any(own.extracted and own.vae is None for own in _every(config)):
+        text = (
+            'is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 autoencoder, or set '
+            'expert_input = "random"'
+        )
+        yield error("T04", "experts.vae", text, "experts.expert_input", "model.init")
 
 
-def _teachers(config: "RunConfig") -> list[Diagnostic]:
+@rule("T05", "model.init adapter.type")
+def _adapter_of_random_weights(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.model.init == "scratch" and config.adapter.type != "none":
+        text = (
+            f'is "scratch", but adapter.type = "{config.adapter.type}" trains beside a frozen model, which would stay random; give '
+            "model.path"
+        )
+        yield error("T05", "model.init", text, "adapter.type")
+
+
+@rule("T06 V23 U01 NA03", "model.init model.geometry model.temperature_per_head memory.blocks_to_swap memory.swap_policy "
+      "experts.enable_lune experts.enable_sol")  # fmt: skip
+def _shape_of_a_new_model(config: "RunConfig") -> Iterator[Diagnostic]:
+    model, experts = model_of(config), config.sd15
+    if model.init != "scratch":
+        return
+    known = TinyFluxConfig.shape_fields()
+    unknown = [key for key in model.geometry if key not in known]
+    for key in unknown:
+        yield error("U01", f"model.geometry.{key}", f"unknown key.{did_you_mean(key, known)}")
+    if unknown:
+        return
+    try:
+        geometry = TinyFluxConfig.from_dict(model.geometry)
+    except (TypeError, ValueError) as problem:
+        yield error("T06", "model.geometry", str(problem))
+        return
+    blocks = {"double_blocks": geometry.num_double_layers, "single_blocks": geometry.num_single_layers}
+    yield from check_swap(config.memory, blocks)
+    if not geometry.guidance_embeds:
+        for key in written_guidance(config):
+            yield no_guidance(key, "model.geometry.guidance_embeds is false")
+    if model.temperature_per_head is not None and not geometry.use_sol_prior:
+        text = "has no effect because model.geometry.use_sol_prior is false"
+        yield warning("NA03", "model.temperature_per_head", text, "model.geometry")
+    for enabled, built, name, switch in (
+        (experts.enable_lune, geometry.use_lune_expert, "lune", "use_lune_expert"),
+        (experts.enable_sol, geometry.use_sol_prior, "sol", "use_sol_prior"),
+    ):
+        if enabled and not built:
+            text = f"is true, but model.geometry.{switch} is false; the model could not use the features"
+            fix = [(f"experts.enable_{name}", False)]
+            yield error("T06", f"experts.enable_{name}", text, "model.geometry", fix=fix)
+
+
+@rule("T07", "objective.spatial_weighting experts.enable_sol")
+def _map_of_sol(config: "RunConfig") -> Iterator[Diagnostic]:
+    if objective_of(config).spatial_weighting and not config.sd15.enable_sol:
+        text = "needs Sol's map, but experts.enable_sol is false"
+        yield error("T07", "objective.spatial_weighting", text, "experts.enable_sol")
+
+
+@rule("NA03", "objective.missing_teacher experts.enable_lune experts.enable_sol")
+def _missing_teacher(config: "RunConfig") -> Iterator[Diagnostic]:
+    if objective_of(config).missing_teacher == "zeros" and len({own.teachers for own in _every(config)}) < 2:
+        text = "has no effect because all data sets have the same teachers"
+        yield warning("NA03", "objective.missing_teacher", text)
+
+
+@rule("T08", "experts.enable_sol experts.sol_source")
+def _geometric_sol(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.sd15.enable_sol and config.sd15.sol_source == "geometric":
+        text = (
+            'is "geometric": Sol is then a formula of the time alone, the same for every picture, which its author calls wrong; '
+            'write "extracted" for the teacher\'s attention'
+        )
+        yield warning("T08", "experts.sol_source", text, fix=[("experts.sol_source", "extracted")])
+
+
+@rule("T09 NA03", "experts.enable_lune experts.enable_sol experts.times_per_forward experts.expert_input")
+def _teachers(config: "RunConfig") -> Iterator[Diagnostic]:
     """Rules between [experts] and what datasets say of it."""
-    found, run = [], config.sd15
-    places = {"experts": config.sd15} | {
+    run = config.sd15
+    places = {"experts": run} | {
         f"{own.name}.experts": teachers_of(config, own) for own in config.datasets if own.experts
     }
     for place, experts in places.items():
         times = experts.times_per_forward
         if isinstance(times, int) and times < 1:
-            found.append(_error(f"{place}.times_per_forward", f'is {times}, expected 1 or more, or "auto"'))
+            yield error("U03", f"{place}.times_per_forward", f'is {times}, expected 1 or more, or "auto"')
     changed = [dataset for dataset in config.datasets if dataset.experts]
     for dataset in changed:
-        found += _own_teachers(f"{dataset.name}.experts", dataset.experts, run, teachers_of(config, dataset))
+        yield from _own_teachers(f"{dataset.name}.experts", dataset.experts, run, teachers_of(config, dataset))
     users = {name: [d for d in config.datasets if name in teachers_of(config, d).teachers] for name in run.teachers}
     for name in run.teachers if changed else ():
         if not users[name]:
-            found.append(
-                _error(f"experts.enable_{name}", "is true, but every dataset turns it off; set it to false, or leave it on in one")
-            )  # fmt: skip
+            text = "is true, but every dataset turns it off; set it to false, or leave it on in one"
+            yield error("T09", f"experts.enable_{name}", text)
     for name in [key.removeprefix("experts.") for key in config.set_keys() if key.startswith("experts.")]:
         others = users.get(name, [dataset for every in users.values() for dataset in every])
         if others and not name.startswith("enable_") and all(name in dataset.experts for dataset in others):
-            found.append(
-                Diagnostic(
-                    "warning", f"experts.{name}", "has no effect because every dataset with teachers has its own"
-                )
-            )
-    return found
+            text = "has no effect because every dataset with teachers has its own"
+            yield warning("NA03", f"experts.{name}", text)
 
 
 def _own_teachers(where: str, own: Mapping[str, Any], run: Sd15Teachers, resolved: Sd15Teachers) -> list[Diagnostic]:
@@ -216,21 +177,19 @@ def _own_teachers(where: str, own: Mapping[str, Any], run: Sd15Teachers, resolve
         own: as written. run: [experts]. resolved: both together.
     """
     found = [
-        _error(f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a dataset cannot turn on what the run "
+        error("T09", f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a dataset cannot turn on what the run "
                f"does not learn from; set experts.enable_{name} = true, and false in the other datasets")
         for name in resolved.teachers if name not in run.teachers
     ]  # fmt: skip
     if not run.teachers:
-        return found or [
-            Diagnostic("warning", where, "has no effect because experts.enable_lune and enable_sol are false")
-        ]
+        return found or [warning("NA03", where, "has no effect because experts.enable_lune and enable_sol are false")]
     silent = {name: f"enable_{name} is false here" for name in ("lune", "sol") if name not in resolved.teachers}
     if not resolved.teachers:
         silent |= {key: "both teachers are off here" for key in own if not key.startswith("enable_")}
     if run.expert_input == "random":
         silent["vae"] = 'experts.expert_input is "random"'
     found += [
-        Diagnostic("warning", f"{where}.{key}", f"has no effect because {reason}")
+        warning("NA03", f"{where}.{key}", f"has no effect because {reason}")
         for key, reason in silent.items()
         if key in own
     ]

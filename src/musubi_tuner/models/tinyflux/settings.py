@@ -4,20 +4,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from musubi_tuner.config.datasets import DatasetConfig
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, warning
 from musubi_tuner.config.fields import Section, param
-from musubi_tuner.config.model_sections import (
-    AveragedCheckpoint,
-    ElementLoss,
-    HiddenPadding,
-    LogitNormal,
-    MinSnr,
-    ModelSection,
-    NewModel,
-    ObjectiveSection,
-    Sd15Teachers,
-)
-from musubi_tuner.config.schema import CacheSection
+from musubi_tuner.config.schema.cache import CacheSection
+from musubi_tuner.config.schema.experts import Sd15Teachers
+from musubi_tuner.config.schema.model import AveragedCheckpoint, HiddenPadding, ModelSection, NewModel
+from musubi_tuner.config.schema.objective import ElementLoss, LogitNormal, MinSnr, ObjectiveSection
+from musubi_tuner.config.when import is_, on
 from musubi_tuner.models.tinyflux.geometry import ModelOptions
 
 if TYPE_CHECKING:
@@ -30,22 +23,32 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
     init_scheme: Literal["reference", "adaln_zero"] = param(
         "reference",
         "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
+        when=is_("model.init", "scratch"),
+        expert=True,
     )
     upgrade_neutral: bool = param(
-        True, "Initialise parts that an older checkpoint lacks so that its outputs change as little as possible."
+        True,
+        "Initialise parts that an older checkpoint lacks so that its outputs change as little as possible.",
+        when=is_("model.init", "checkpoint"),
+        expert=True,
     )
     rope_freqs: Literal["checkpoint", "exact"] = param(
-        "checkpoint", "Rotary frequencies as stored in the checkpoint, or computed again in float32."
+        "checkpoint",
+        "Rotary frequencies as stored in the checkpoint, or computed again in float32.",
+        when=is_("model.init", "checkpoint"),
+        expert=True,
     )
     text_positions: Literal["zero", "index"] | None = param(
         None,
         "Position of text tokens in attention: none, as published, or their number; only a new model may choose; absent = as "
         "in the checkpoint, and none in a new model.",
+        expert=True,
     )
     temperature_per_head: bool | None = param(
         None,
         "Give each attention head its own temperature of Sol instead of their mean; only a new model may choose; absent = as "
         "in the checkpoint, and false in a new model.",
+        expert=True,
     )
     timestep_scale: float | None = param(
         None,
@@ -53,12 +56,22 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
         "choose; absent = as in the checkpoint, and 1 in a new model.",
         gt=0,
         le=1e6,
+        expert=True,
     )
 
 
 class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
+    huber_delta: float = param(
+        0.1,
+        "Where huber turns from square to linear, in the loss and in lune_mode.",
+        gt=0,
+        le=10,
+        expert=True,
+        when=is_("objective.loss", "huber")
+        | (is_("objective.lune_mode", "huber") & on("experts.enable_lune") & is_("adapter.type", "none")),
+    )
     timestep_sampling: Literal["logit_normal", "uniform"] = param("logit_normal", "Density of the training times.")
     shift: float = param(
         3.0,
@@ -70,9 +83,10 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
     precision: Literal["float32", "bfloat16"] = param(
         "float32",
         "Times, noise, noisy latents, targets and losses; bfloat16 rounds each, as published: times above 0.998 become 1.",
+        expert=True,
     )
     spatial_weighting: bool = param(False, "Weight the loss by Sol's importance map.")
-    text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1)
+    text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1, step=0.01)
     guidance_min: float = param(
         1.0,
         "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
@@ -86,35 +100,97 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         ge=0,
         le=1,
     )
-    lune_weight: float = param(0.1, "Weight of the Lune distillation loss.", ge=0, le=100)
-    lune_warmup_steps: int = param(1000, "Updates until the Lune weight is reached.", ge=0)
-    lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
-        "cosine", "Distance between predicted and real Lune features."
+    lune_weight: float = param(
+        0.1,
+        "Weight of the Lune distillation loss.",
+        ge=0,
+        le=100,
+        when=on("experts.enable_lune") & is_("adapter.type", "none"),
     )
-    lune_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1)
-    sol_weight: float = param(0.05, "Weight of the Sol distillation loss.", ge=0, le=100)
-    sol_stats_weight: float = param(1.0, "Share of the attention statistics in the Sol loss.", ge=0, le=100)
-    sol_spatial_weight: float = param(1.0, "Share of the attention map in the Sol loss.", ge=0, le=100)
-    sol_warmup_steps: int = param(2000, "Updates until the Sol weight is reached.", ge=0)
-    sol_teacher_dropout: float = param(0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1)
+    lune_warmup_steps: int = param(
+        1000,
+        "Updates until the Lune weight is reached.",
+        ge=0,
+        unit="updates",
+        when=on("experts.enable_lune") & is_("adapter.type", "none"),
+    )
+    lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
+        "cosine",
+        "Distance between predicted and real Lune features.",
+        when=on("experts.enable_lune") & is_("adapter.type", "none"),
+    )
+    lune_teacher_dropout: float = param(
+        0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1, when=on("experts.enable_lune")
+    )
+    sol_weight: float = param(
+        0.05,
+        "Weight of the Sol distillation loss.",
+        ge=0,
+        le=100,
+        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+    )
+    sol_stats_weight: float = param(
+        1.0,
+        "Share of the attention statistics in the Sol loss.",
+        ge=0,
+        le=100,
+        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+    )
+    sol_spatial_weight: float = param(
+        1.0,
+        "Share of the attention map in the Sol loss.",
+        ge=0,
+        le=100,
+        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+    )
+    sol_warmup_steps: int = param(
+        2000,
+        "Updates until the Sol weight is reached.",
+        ge=0,
+        unit="updates",
+        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+    )
+    sol_teacher_dropout: float = param(
+        0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1, when=on("experts.enable_sol")
+    )
     teacher_dropout_mode: Literal["sample", "batch"] = param(
-        "sample", "One coin per sample, or one per micro-batch as published."
+        "sample",
+        "One coin per sample, or one per micro-batch as published.",
+        when=on("experts.enable_lune") | on("experts.enable_sol"),
+        expert=True,
     )
     missing_teacher: Literal["predict", "zeros"] = param(
         "predict",
         "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
         "to be learned, as published.",
+        expert=True,
     )
-    distill_on_dropped: bool = param(True, "Samples whose teacher is dropped still count in the distillation loss.")
+    distill_on_dropped: bool = param(
+        True,
+        "Samples whose teacher is dropped still count in the distillation loss.",
+        when=(on("experts.enable_lune") | on("experts.enable_sol"))
+        & (is_("adapter.type", "none") | on("objective.spatial_weighting")),
+        expert=True,
+    )
     drop_experts_with_text: bool = param(
-        True, "Samples without text also lose the teacher features, which were made from the text."
+        True,
+        "Samples without text also lose the teacher features, which were made from the text.",
+        when=on("experts.enable_lune") | on("experts.enable_sol"),
+        expert=True,
     )
 
 
 class TinyFluxCache(CacheSection):
     """The separate jobs that encode images and captions once."""
 
-    experts_batch_size: int = param(1, "Items per teacher batch; each goes through at every time bucket.", ge=1, le=256)
+    experts_batch_size: int = param(
+        1,
+        "Items per teacher batch; each goes through at every time bucket.",
+        ge=1,
+        le=256,
+        unit="images",
+        when=on("experts.enable_lune") | on("experts.enable_sol"),
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -173,4 +249,4 @@ def written_guidance(config: "RunConfig") -> list[str]:
 
 def no_guidance(key: str, reason: str) -> Diagnostic:
     """A warning that a key of embedded guidance does nothing."""
-    return Diagnostic("warning", key, f"has no effect because {reason}")
+    return warning("NA03", key, f"has no effect because {reason}", "model.geometry")

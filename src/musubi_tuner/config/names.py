@@ -1,0 +1,172 @@
+"""What a name means that is not a setting's own: another name of one, or a name of another trainer. Torch-free.
+
+Looked up in this order: exact key, exact alias, the table of foreign names. Only what none of them knows is answered by likeness.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from musubi_tuner.config.datasets import SHARED_KEYS
+from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
+from musubi_tuner.config.foreign import FOREIGN, Foreign
+from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.config.when import describe
+from musubi_tuner.models.spec import ModelSpec
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a name with a value comes to.
+
+    Attributes:
+        key: our setting, dotted; "" = none. value: what it is set to. rule: how the value was converted; "" = taken over as it is.
+        harmless: why nothing is lost by leaving it out. refused: why it cannot be done, and what to write instead.
+    """
+
+    key: str = ""
+    value: Any = None
+    rule: str = ""
+    harmless: str = ""
+    refused: str = ""
+
+
+def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
+    """What a name is here: an alias, or a name of another trainer; None if nothing is known of it.
+
+    Args:
+        name: with or without its table. spec: family of the run, if that is known.
+    """
+    entry = FOREIGN.get(name) or FOREIGN.get(name.rpartition(".")[2])
+    alias = flat_names().get(name.rpartition(".")[2])
+    if entry is None and alias is not None:
+        found = Answer(alias.key, value)
+    elif entry is not None:
+        found = _of_entry(entry, name, value)
+    else:
+        return None
+    if spec is None or not found.key or found.key.startswith("general."):
+        return found
+    own = {parameter.key: parameter for parameter in parameters(spec)}
+    if found.key in own:
+        return found
+    if _neutral(found.key, found.value):
+        return Answer(harmless=f"{spec.title} has no {found.key}, and it is off")
+    return Answer(refused=why_not(found.key, found.value, spec) or f"is {found.key} here, which {spec.title} has not")
+
+
+def _of_entry(entry: Foreign, name: str, value: Any) -> Answer:
+    if entry.is_neutral(value):
+        return Answer(harmless=entry.harmless or "it is off")
+    if entry.refused:
+        return Answer(refused=f"is {describe(value)}, which {entry.refused}")
+    if not entry.key:
+        return Answer(harmless=entry.harmless)
+    try:
+        converted = entry.convert(value) if entry.convert else value
+    except (TypeError, ValueError, KeyError, IndexError) as problem:
+        return Answer(refused=f"is {describe(value)}, expected {problem.args[0] if problem.args else 'another value'}")
+    if converted is None:
+        return Answer(harmless="it is off" if not value else "it changes nothing by itself")
+    return Answer(entry.key, converted, entry.rule if entry.convert else "")
+
+
+def why_not(key: str, value: Any, spec: ModelSpec) -> str | None:
+    """Why a family has no such key, although others may; None if nothing is known of it."""
+    reason = spec.why_not(key, value)
+    if reason is not None:
+        return reason
+    from musubi_tuner.models.registry import MODELS
+
+    owners = [each.title for each in map(MODELS.__getitem__, MODELS) if key in {p.key for p in parameters(each)}]
+    return f"is a setting of {' and '.join(owners)}; {spec.title} has none like it" if owners else None
+
+
+def _neutral(key: str, value: Any) -> bool:
+    """Whether a value of a setting of some family means "off" there."""
+    return any(parameter.is_neutral(value) for parameter in parameters() if parameter.key == key)
+
+
+def translate(
+    document: dict[str, Any], where: str, spec: ModelSpec | None, problems: list[Diagnostic], outside: str | None = None
+) -> None:
+    """Give every key of a typed document its own name, in place; what cannot be done becomes a problem, what is off is left out.
+
+    Args:
+        where: words before a key in a message, such as ``steps[0].``. outside: file that has the data sets, if it is another.
+    """
+    own = {parameter.key for parameter in parameters(spec)}
+    taken: dict[str, tuple[str, Any]] = {}
+    for section in [name for name in section_classes() if isinstance(document.get(name), dict)]:
+        for name in [name for name in document[section] if f"{section}.{name}" not in own]:
+            _one(document, section, name, where, spec, problems, taken, outside)
+    known = {"schema_version", "dataset_config", "general", "datasets", "steps", *section_classes()}
+    for name in [name for name in document if name not in known and not isinstance(document[name], dict)]:
+        _one(document, "", name, where, spec, problems, taken, outside)
+
+
+def _one(
+    document: dict[str, Any], section: str, name: str, where: str, spec: ModelSpec | None, problems: list[Diagnostic],
+    taken: dict[str, tuple[str, Any]], outside: str | None,
+) -> None:  # fmt: skip
+    table = document[section] if section else document
+    value, written = table[name], f"{section}.{name}" if section else name
+    elsewhere = spec is not None and written in {parameter.key for parameter in parameters()}
+    if elsewhere and spec is not None:  # a setting of another family
+        if _neutral(written, value):
+            del table[name]
+        return
+    if name not in FOREIGN and (alias := flat_names().get(name)) is not None and alias.name == name:
+        return  # our own name, in the wrong table or in none: the loader says where it belongs
+    found = answer(name, value, spec)
+    if found is None or (name in SHARED_KEYS and not found.refused):
+        return
+    del table[name]
+    if found.refused:
+        problems.append(error("NA01", where + written, found.refused))
+    elif found.harmless:
+        problems.append(info("NA04", where + written, f"is left out: {found.harmless}"))
+    elif outside is not None and found.key.startswith("general."):
+        text = f"is about items; write {found.key.partition('.')[2]} = {describe(found.value)} in {outside}"
+        problems.append(error("U01", where + written, text))
+    else:
+        _put(document, written, found, where, problems, taken)
+
+
+def _put(
+    document: dict[str, Any],
+    written: str,
+    found: Answer,
+    where: str,
+    problems: list[Diagnostic],
+    taken: dict[str, tuple[str, Any]],
+) -> None:
+    """Set what a name comes to, unless something else says otherwise."""
+    section, _, name = found.key.rpartition(".")
+    target = document.setdefault(section, {}) if section else document
+    if not isinstance(target, dict):
+        return
+    first, before = taken.get(found.key, (found.key, target.get(name, _MISSING)))
+    if before is not _MISSING and before != found.value:
+        text = f"is {describe(found.value)}, and {first}, another name of it, is {describe(before)}; keep one"
+        problems.append(error("U05", where + written, text, where + first))
+        return
+    if before is not _MISSING:
+        text = f"is another name of {first}, which has the same value; keep one"
+        problems.append(warning("U05", where + written, text, where + first))
+    target[name] = found.value
+    taken[found.key] = (written, found.value)
+    rule = f" ({found.rule})" if found.rule else ""
+    problems.append(info("NA04", where + written, f"is read as {found.key} = {describe(found.value)}{rule}"))
+
+
+def translated_option(name: str, value: Any, spec: ModelSpec | None) -> Mapping[str, Any] | str | None:
+    """An option by another name: our key and value, nothing for one that is off, why it is refused, or None if it is unknown."""
+    found = answer(name.rpartition(".")[2], value, spec)
+    if found is None:
+        return None
+    if found.refused:
+        return found.refused
+    return {found.key: found.value} if found.key else {}

@@ -1,0 +1,139 @@
+"""Rules of files that must exist, and of places to write to."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from musubi_tuner.config.diagnostics import Diagnostic, error
+from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published
+from musubi_tuner.config.pipeline import unfinished_step
+from musubi_tuner.config.prompts import Prompt, sample_prompts
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.config.schema import parameters
+from musubi_tuner.errors import ConfigError, describe_unwritable
+from musubi_tuner.models.spec import ModelSpec
+
+FILES = Rules()
+rule = FILES.rule
+
+INPUTS = ("model.path", "model.vae_path", "model.clip_path", "model.t5_path", "model.clip_tokenizer", "model.t5_tokenizer",
+          "experts.unet", "experts.vae", "experts.lune", "experts.sol", "adapter.init_from")  # fmt: skip
+RUN_NAMES = {
+    "none": 'a new model is model.init = "scratch"',
+    "latest": 'an interrupted run continues by itself (resume.from = "auto"); for another run write folder:latest',
+}
+"""Load targets of other trainers -> what says the same here."""
+
+
+@rule("P02", "run.output_dir")
+def _name_of_output(config: RunConfig) -> Iterator[Diagnostic]:
+    """Libraries that read weights and states take paths in UTF-8 only: what is written under another name is lost."""
+    folder = str(config.output_dir)
+    try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeEncodeError as problem:
+        yield error("P02", "run.output_dir", f"is {folder!r}: {describe_unwritable(problem)}")
+    except UnicodeDecodeError:
+        yield error("P02", "run.output_dir", f"is {folder!r}, a name that is no UTF-8; choose another")
+
+
+@rule("P01", "model.init")
+def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
+    # The demo makes its own files before anything reads them.
+    inputs = [] if config.demo else INPUTS
+    texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
+    for dataset in config.datasets:
+        own = [name for name in dataset.experts if f"experts.{name}" in inputs]
+        texts += [(f"{dataset.name}.experts.{name}", dataset.experts[name]) for name in own]
+    for key, text in texts:
+        if text is None or is_hub_id(text) or exists(config.locate(text)):
+            continue
+        if key in ("model.path", "adapter.init_from") and unfinished_step(
+            config.step, config.output_dir.parent, [text]
+        ):
+            continue
+        if key == "model.path" and is_published(text):
+            if not config.spec.hub_id:
+                yield error("P01", key, f"{text}: {config.spec.title} has no published repository; write owner/name")
+        elif key == "model.path" and (text == "none" or is_checkpoint_name(text)):
+            yield error("P01", key, f"{text}: {RUN_NAMES.get(text, f'write the folder too, as in folder:{text}')}")
+        else:
+            yield error("P01", key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)")
+
+
+@rule("P01", "model.vae_path model.clip_path model.t5_path cache.run")
+def _encoders(config: RunConfig) -> Iterator[Diagnostic]:
+    caches = config.spec.task(config).caches
+    needed = [
+        ("latents", "model.vae_path", "images"),
+        ("text", "model.clip_path", "captions"),
+        ("text", "model.t5_path", "captions"),
+    ]
+    for kind, key, what in needed:
+        if kind in caches and config.get(key) is None and config.cache.run != "never":
+            yield error("P01", key, f"is needed to encode {what}", "cache.run")
+
+
+@rule("P01 NA02", "sample.prompts adapter.type")
+def _prompts(config: RunConfig) -> Iterator[Diagnostic]:
+    prompts = config.sample.prompts
+    if isinstance(prompts, str) and not config.locate(prompts).is_file():
+        text = f"{prompts}: no such file; give a prompt file, or a list of prompts"
+        yield error("P01", "sample.prompts", text)
+    elif prompts is not None:
+        try:
+            parsed = sample_prompts(config)
+        except ConfigError as problem:
+            yield error("P01", "sample.prompts", str(problem))
+        else:
+            for prompt in parsed:
+                for text in prompt_problems(prompt, config.spec, config.adapter.type != "none"):
+                    yield error("NA02", "sample.prompts", text)
+
+
+def prompt_problems(prompt: Prompt, spec: ModelSpec, adapters: bool) -> list[str]:
+    """Options of a prompt that a family cannot follow, with or without adapters."""
+    found = []
+    own = {parameter.key for parameter in parameters(spec)}
+    for option, name in (("l", "cfg_scale"), ("fs", "shift")):
+        key, value = f"sample.{name}", getattr(prompt, name)
+        if value is not None and key not in own:
+            reason = spec.why_not(key, value) or f"{spec.title} has no {key}"
+            found.append(f"'{prompt.text}': --{option} has no effect: {reason}")
+    if prompt.multiplier is not None and not adapters:
+        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and there is none")
+    return found
+
+
+@rule("P01", "cache.run")
+def _data(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.demo or config.cache.run == "never":
+        return
+    for dataset in config.datasets:
+        folder, listing, masks = dataset.image_directory, dataset.image_jsonl_file, dataset.mask_directory
+        if folder is not None and not folder.is_dir():
+            yield error("P01", f"{dataset.name}.image_directory", f"{folder}: no such folder")
+        if listing is not None and not listing.is_file():
+            yield error("P01", f"{dataset.name}.image_jsonl_file", f"{listing}: no such file")
+        if masks is not None and not masks.is_dir():
+            yield error("P01", f"{dataset.name}.mask_directory", f"{masks}: no such folder")
+
+
+@rule("P02", "run.output_dir")
+def _output(config: RunConfig) -> Iterator[Diagnostic]:
+    problem = unwritable(config.output_dir)
+    if problem:
+        yield error("P02", "run.output_dir", problem)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why files cannot be written below ``folder`` (which need not exist yet), or None."""
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            if not place.is_dir():
+                return f"{place} is a file, expected a folder"
+            if not os.access(place, os.W_OK | os.X_OK):
+                return f"{place}: no permission to write; choose another folder"
+            return None
+    return None

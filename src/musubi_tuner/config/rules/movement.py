@@ -1,0 +1,124 @@
+"""Rules of how the weights of one role move: [optimizer], [scheduler], [ema]. Each is checked for every role."""
+
+import math
+from collections.abc import Iterator
+
+from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.run_config import RunConfig
+
+MOVEMENT = Rules()
+rule = MOVEMENT.rule
+LEFT_OF_THE_START = 1 / math.e
+"""Share of the first weights in an average at the end, above which it has hardly moved."""
+
+
+@rule("V29", "scheduler.warmup_steps train.max_steps")
+def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.train.max_steps is not None and config.scheduler.warmup_steps > config.train.max_steps:
+        yield error(
+            "V29",
+            "scheduler.warmup_steps",
+            f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {config.train.max_steps}; the learning rate would "
+            "never be reached",
+            "train.max_steps",
+        )
+
+
+@rule("V29", "scheduler.type scheduler.total_steps scheduler.warmup_steps")
+def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
+    length = config.scheduler.total_steps
+    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
+        yield error(
+            "V29",
+            "scheduler.total_steps",
+            f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
+            "scheduler.warmup_steps",
+        )
+
+
+@rule("V80", "scheduler.min_lr optimizer.lr")
+def _least_rate(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.scheduler.min_lr > config.optimizer.lr:
+        yield error(
+            "V80",
+            "scheduler.min_lr",
+            f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}",
+            "optimizer.lr",
+        )
+
+
+@rule("U03", "optimizer.betas")
+def _betas(config: RunConfig) -> Iterator[Diagnostic]:
+    for index, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield error("U03", "optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1")
+
+
+@rule("V43", "optimizer.lr")
+def _learns(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.optimizer.lr == 0:
+        yield warning(
+            "V43", "optimizer.lr", "is 0, so nothing would be learned; 1e-4 is usual", fix=[("optimizer.lr", 1e-4)]
+        )
+
+
+@rule("V36", "optimizer.lr optimizer.type")
+def _large_rate(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.optimizer.lr >= 0.1:
+        yield warning(
+            "V36",
+            "optimizer.lr",
+            f"is {config.optimizer.lr}, and {config.optimizer.type} would leave what was learned within a few updates; 1e-4 is usual",
+            "optimizer.type",
+            fix=[("optimizer.lr", 1e-4)],
+        )
+
+
+@rule("V33", "optimizer.type train.max_grad_norm")
+def _clipped_twice(config: RunConfig) -> Iterator[Diagnostic]:
+    if (
+        config.optimizer.type == "Adafactor"
+        and config.train.max_grad_norm > 0
+        and "train.max_grad_norm" in config.set_keys()
+    ):
+        yield warning(
+            "V33",
+            "train.max_grad_norm",
+            f"is {config.train.max_grad_norm}, and Adafactor clips by itself; 0 is usual with it",
+            "optimizer.type",
+            fix=[("train.max_grad_norm", 0.0)],
+        )
+
+
+@rule("V81", "ema.enabled ema.init model.init adapter.type ema.warmup")
+def _average_of_the_checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
+    if not config.ema.enabled or config.ema.init != "checkpoint":
+        return
+    plain = [("ema.init", "model")]
+    if config.model.init == "scratch":
+        text = 'is "checkpoint", but model.init is "scratch"; write ema.init = "model"'
+        yield error("V81", "ema.init", text, "model.init", fix=plain)
+    if config.adapter.type != "none":
+        text = 'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"'
+        yield error("V81", "ema.init", text, "adapter.type", fix=plain)
+    if config.ema.warmup is True:
+        text = 'would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false'
+        yield error("V81", "ema.warmup", text, "ema.init", fix=[("ema.warmup", False)])
+
+
+@rule("V74", "ema.enabled ema.decay ema.warmup ema.init train.max_steps")
+def _average_moves(config: RunConfig) -> Iterator[Diagnostic]:
+    steps, decay = config.train.max_steps, config.ema.decay
+    if not config.ema.enabled or config.warms_average or steps is None:
+        return
+    left = decay**steps
+    if left > LEFT_OF_THE_START:
+        yield warning(
+            "V74",
+            "ema.decay",
+            f"is {decay}; after {steps} updates {left:.0%} of the average is still what it began as. Set ema.warmup = true, or a "
+            "smaller decay",
+            "train.max_steps",
+            fix=[("ema.warmup", True)],
+        )

@@ -1,0 +1,56 @@
+"""How a rule between settings is written: a function that knows its code and the settings that it reads."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from musubi_tuner.config.diagnostics import Diagnostic
+
+if TYPE_CHECKING:
+    from musubi_tuner.config.run_config import RunConfig
+
+Check = Callable[["RunConfig"], Iterator[Diagnostic]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        codes: of its findings. keys: settings that it reads; where one of them has a wrong value it says nothing.
+        check: config -> findings.
+    """
+
+    codes: tuple[str, ...]
+    keys: tuple[str, ...]
+    check: Check
+
+    def applies(self, wrong: Collection[str]) -> bool:
+        """Whether all that it reads has a value. A table that is wrong as a whole is none of its settings."""
+        return not any(key in wrong or key.partition(".")[0] in wrong for key in self.keys)
+
+
+class Rules:
+    """Rules of one subject, in the order in which they are written."""
+
+    def __init__(self) -> None:
+        self.all: list[Rule] = []
+
+    def rule(self, codes: str, keys: str = "") -> Callable[[Check], Check]:
+        """Decorator of a rule: its codes and the settings that it reads, each separated by spaces."""
+
+        def add(check: Check) -> Check:
+            self.all.append(Rule(tuple(codes.split()), tuple(keys.split()), check))
+            return check
+
+        return add
+
+    def check(self, config: "RunConfig", wrong: Collection[str] = ()) -> Iterator[Diagnostic]:
+        """Findings of all rules that apply.
+
+        Args:
+            wrong: keys without a usable value, in whose place the config has the default.
+        """
+        for rule in self.all:
+            if rule.applies(wrong):
+                yield from rule.check(config)

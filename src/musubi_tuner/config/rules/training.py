@@ -1,0 +1,140 @@
+"""Rules of what is trained, how long, in which precision, and what is drawn, saved and uploaded on the way."""
+
+from collections.abc import Iterator
+
+from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.paths import is_repository
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.run_config import RunConfig
+
+TRAINING = Rules()
+rule = TRAINING.rule
+
+
+@rule("U07", "model.init model.path")
+def _checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
+    model = config.model
+    if model.init == "checkpoint" and model.path is None:
+        yield error("U07", "model.path", 'is required; or set init = "scratch" to train a new model', "model.init")
+    if model.init == "scratch" and model.path is not None:
+        yield error(
+            "U07", "model.path", 'is set, but init = "scratch" starts from random weights; remove one', "model.init"
+        )
+    if model.init == "checkpoint" and config.get("model.geometry"):
+        text = 'is read from the checkpoint; remove the table, or set init = "scratch"'
+        yield error("U07", "model.geometry", text, "model.init")
+
+
+@rule("U07", "train.max_steps train.max_epochs")
+def _length(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        yield error("U07", "train.max_steps", "is missing, and max_epochs too; give one of them", "train.max_epochs")
+
+
+@rule("V82", "objective.ip_noise_gamma")
+def _strong_noise(config: RunConfig) -> Iterator[Diagnostic]:
+    gamma = config.objective.ip_noise_gamma
+    if gamma is not None and gamma > 0.5:
+        yield warning("V82", "objective.ip_noise_gamma", f"is {gamma}; 0.1 to 0.3 is usual")
+
+
+@rule("P07", "train.mixed_precision run.device")
+def _half_precision(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.train.mixed_precision == "fp16" and config.run.device == "cpu":
+        text = '"fp16" needs a GPU; use "bf16" or "no" on a CPU'
+        yield error("P07", "train.mixed_precision", text, "run.device", fix=[("train.mixed_precision", "bf16")])
+
+
+@rule("V83", "cache.dtype train.mixed_precision")
+def _half_precision_caches(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
+        text = "float16 caches lose precision that a float32 run could use"
+        yield warning("V83", "cache.dtype", text, "train.mixed_precision", fix=[("cache.dtype", "auto")])
+
+
+@rule("P07", "distributed.num_processes run.device")
+def _processes(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.distributed.num_processes > 1 and config.run.device == "mps":
+        yield error("P07", "distributed.num_processes", "several processes need CUDA or a CPU, not mps", "run.device")
+
+
+@rule("V63", "sample.prompts sample.every_steps sample.every_epochs sample.at_first sample.width sample.height")
+def _drawn(config: RunConfig) -> Iterator[Diagnostic]:
+    sample = config.sample
+    if sample.prompts is None:
+        return
+    if not (sample.every_steps or sample.every_epochs or sample.at_first):
+        text = "are given, but no sample.every_steps, every_epochs or at_first"
+        yield warning("V63", "sample.prompts", text, "sample.every_steps", "sample.every_epochs", "sample.at_first")
+    for name in ("width", "height"):
+        value, step = getattr(sample, name), config.spec.pixel_step
+        if value and value % step:
+            below = value - value % step
+            text = f"is {value}, expected a multiple of {step}: {below} or {below + step}"
+            yield error("V55", f"sample.{name}", text, fix=[(f"sample.{name}", below or step)])
+
+
+@rule("V84", "train.masked_loss train.mask_foreground train.mask_background")
+def _masks(config: RunConfig) -> Iterator[Diagnostic]:
+    train = config.train
+    if train.masked_loss and train.mask_foreground == train.mask_background == 0:
+        text = "and mask_background are 0: no masked image could be learned from"
+        yield error("V84", "train.mask_foreground", text, "train.mask_background")
+
+
+@rule("V85", "hub.repo_id hub.release save.best validation.split")
+def _uploads(config: RunConfig) -> Iterator[Diagnostic]:
+    hub = config.hub
+    if hub.repo_id is not None and not is_repository(hub.repo_id):
+        yield error("V85", "hub.repo_id", f"is {hub.repo_id!r}, expected owner/name")
+    if hub.repo_id is not None and hub.release == "best" and not config.keeps_best:
+        text = 'is "best", but no best is kept; write save.best = true, or set validation.split'
+        yield error("V85", "hub.release", text, "save.best", "validation.split", fix=[("save.best", True)])
+
+
+@rule("V65", "save.every_steps save.every_epochs save.state train.max_steps")
+def _nothing_saved(config: RunConfig) -> Iterator[Diagnostic]:
+    save, written = config.save, config.set_keys()
+    if save.every_steps or save.every_epochs or not {"save.every_steps", "save.every_epochs"} & set(written):
+        return
+    steps = config.train.max_steps
+    if steps is None or steps >= LONG_WITHOUT_SAVING:
+        yield warning(
+            "V65",
+            "save.every_steps",
+            "and save.every_epochs are off: a crash loses everything, and only a stop that is asked for leaves a state",
+            "save.every_epochs",
+            fix=[("save.every_steps", 500)],
+        )
+
+
+LONG_WITHOUT_SAVING = 1000
+"""Updates after which the loss of a run hurts."""
+
+
+@rule("V66", "resume.from adapter.init_from adapter.type")
+def _two_starts(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.resume.from_ not in ("auto", "none") and config.adapter.init_from is not None and config.step is None:
+        text = (
+            f"is {config.resume.from_!r}, a state with weights of its own, and adapter.init_from names others; keep one"
+        )
+        yield error("V66", "resume.from", text, "adapter.init_from")
+
+
+@rule("V59", "objective.text_dropout")
+def _text_is_read(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.get("objective.text_dropout") == 1:
+        text = "is 1: the model never sees a caption; 0.1 is usual"
+        yield warning("V59", "objective.text_dropout", text, fix=[("objective.text_dropout", 0.1)])
+
+
+@rule("V56", "train.max_steps train.max_epochs")
+def _two_lengths(config: RunConfig) -> Iterator[Diagnostic]:
+    train = config.train
+    if (
+        train.max_steps is not None
+        and train.max_epochs is not None
+        and config.origins.get("train.max_steps") != "default"
+    ):
+        text = f"is {train.max_epochs}, and train.max_steps = {train.max_steps}; whichever ends first counts, as the plan shows"
+        yield Diagnostic("V56", "info", ("train.max_epochs", "train.max_steps"), text)

@@ -1,0 +1,110 @@
+"""[adapter]."""
+
+from typing import Any, Literal
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_not, off, on
+
+
+class AdapterTarget(Section):
+    """Settings of the layers that a pattern matches; absent ones do not change."""
+
+    pattern: str = param(..., "Whole module path: `*` is one part, `**` any number, [2-5] a range, [2,4] a list.")
+    rank: int | None = param(None, "Width of the matrices.", ge=1, le=1024)
+    alpha: float | None = param(None, "The adapter is scaled by alpha / rank; 0 = the rank.", ge=0)
+    lr_scale: float | None = param(None, "Factor of the learning rate.", ge=0, le=1000)
+    depth: int | None = param(None, "Parallel pairs of matrices.", ge=1, le=64)
+    dropout: float | None = param(None, "Share of rank activations dropped.", ge=0, lt=1)
+    enabled: bool | None = param(None, "true adapts layers of other kinds too, false leaves layers alone.")
+    weight_decay: float | None = param(None, "Weight decay; absent = that of the optimizer.", ge=0, le=10)
+
+    def fields(self) -> dict[str, Any]:
+        """What it sets."""
+        return self.model_dump(exclude_none=True, exclude={"pattern"})
+
+
+class AdapterSection(Section):
+    """A small set of extra weights that is trained instead of the model, which stays frozen."""
+
+    tab = "adapter"
+    acts_when = is_not("adapter.type", "none")
+
+    type: Literal["none", "lora"] = param("none", "none trains the model itself; lora adds low-rank matrices.")
+    preset: str | None = param(
+        None,
+        "A published choice of kinds, rank, alpha and targets; keys set here override it. Names differ by family.",
+        when=off("adapter.rank_from_weights"),
+    )
+    kinds: list[str] | None = param(
+        None,
+        "Kinds of layers that are adapted, by the names that the family gives them; absent = the usual ones.",
+        when=off("adapter.rank_from_weights"),
+    )
+    rank: int = param(
+        16, "Width of the matrices.", flat=("network_dim",), ge=1, le=1024, when=off("adapter.rank_from_weights")
+    )
+    alpha: float | None = param(
+        None,
+        "The adapter is scaled by alpha / rank; absent = half the rank, 0 = the rank.",
+        flat=("network_alpha",),
+        ge=0,
+        when=off("adapter.rank_from_weights"),
+    )
+    depth: int = param(
+        1,
+        "Parallel pairs of matrices per layer: the same as one pair so many times as wide.",
+        ge=1,
+        le=64,
+        when=off("adapter.rank_from_weights"),
+    )
+    lr_scale: float = param(1.0, "Factor of the learning rate.", ge=0, le=1000)
+    dropout: float = param(0.0, "Share of rank activations dropped.", flat=("network_dropout",), ge=0, lt=1)
+    rank_dropout: float = param(0.0, "Share of ranks dropped, per sample.", ge=0, lt=1)
+    module_dropout: float = param(0.0, "Share of adapters skipped, per micro-batch.", ge=0, lt=1)
+    include: list[str] = param(
+        [], "Regular expressions of module paths that are adapted even if excluded.", flat=("include_patterns",)
+    )
+    exclude: list[str] | None = param(
+        None, "Regular expressions of module paths left alone; replaces the family's list.", flat=("exclude_patterns",)
+    )
+    keep_default_excludes: bool = param(
+        False, "Add exclude to the family's list instead of replacing it.", when=on("adapter.exclude")
+    )
+    only: list[str] = param([], "Adapt only module paths that match one of these.", flat=("only_patterns",))
+    rank_patterns: dict[str, int] = param(
+        {}, "Regular expression of module paths -> rank; the first match counts.", when=off("adapter.rank_from_weights")
+    )
+    alpha_patterns: dict[str, float] = param(
+        {},
+        "Regular expression of module paths -> alpha; the first match counts.",
+        when=off("adapter.rank_from_weights"),
+    )
+    targets: list[AdapterTarget] = param(
+        [],
+        "Tables with a pattern of module paths and rank, alpha, lr_scale, depth, dropout, enabled or weight_decay of these "
+        "layers; later ones win.",
+    )
+    loraplus_lr_ratio: float | None = param(
+        None, "LoRA+: learning rate of the up matrices, as a multiple.", gt=0, le=1000
+    )
+    max_norm: float | None = param(
+        None, "After every update, changes above this norm are scaled down to it.", flat=("scale_weight_norms",), gt=0
+    )
+    init_from: str | None = param(
+        None, "Adapter file to start from.", flat=("network_weights",), path=True, tab="setup"
+    )
+    rank_from_weights: bool = param(
+        False, "Take rank and alpha of every module from init_from.", flat=("dim_from_weights",)
+    )
+    merge: list[str] = param(
+        [], "Adapter files merged into the model before training.", flat=("base_weights",), tab="setup"
+    )
+    merge_multipliers: list[float] = param(
+        [], "One factor per merged file; absent = 1.", flat=("base_weights_multiplier",), when=on("adapter.merge")
+    )
+    merge_ignore_unmatched: bool = param(
+        False,
+        "Skip keys of merged files that belong to no layer, instead of stopping.",
+        flat=("ignore_unmatched_lora_keys",),
+        when=on("adapter.merge"),
+    )

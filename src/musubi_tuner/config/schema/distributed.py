@@ -1,0 +1,20 @@
+"""[distributed]."""
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_not
+
+
+class DistributedSection(Section):
+    """How many processes train; also written [accelerate]."""
+
+    expert = True
+
+    num_processes: int = param(
+        1, "Processes on this machine, one per GPU.", ge=1, le=1024, resume="free", unit="processes"
+    )
+    main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
+                                          resume="free", when=is_not("distributed.num_processes", 1))  # fmt: skip
+    timeout_minutes: int = param(
+        30, "How long a process waits for the others' gradients; while the main one draws or saves, they wait as long as it takes.",
+        ge=1, resume="free", unit="minutes"
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""[general] and [[datasets]]: everything about items. Keys and their meaning are those of musubi-tuner's dataset file."""
+
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_not, on
+
+MissingCaption = Literal["error", "skip", "empty", "stem"]
+MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
+"""Where the loss mask of an image comes from; see data/masks.py."""
+Resize = Literal["crop", "squash"]
+"""How an image becomes its bucket: its centre, or all of it with other proportions."""
+CAPTION_TRANSFORMS = ("object_relations", "imagenet")
+"""Transforms that have a name; see data/captions.py."""
+
+
+class GeneralSection(Section):
+    """What holds for all data sets; a data set overrides it by the same key."""
+
+    tab: ClassVar[str] = "dataset"
+
+    resolution: int | list[int] | None = param(
+        None, "Area of a picture, as the side of a square or [width, height]; without buckets its size.", unit="pixels"
+    )
+    enable_bucket: bool | None = param(None, "Sort pictures into buckets of about the same area by their proportions.")
+    bucket_no_upscale: bool | None = param(
+        None, "Never enlarge a picture: a small one keeps its size, cut to the step.", when=on("general.enable_bucket")
+    )
+    resize: Resize | None = param(
+        None, "How a picture becomes its bucket: crop its centre, or squash all of it.", expert=True
+    )
+    caption_extension: str | None = param(None, "Ending of caption files, with its dot.", min_length=1)
+    batch_size: int | None = param(None, "Images per micro-batch and process.", unit="images", ge=1, le=4096)
+    num_repeats: int | None = param(None, "How often an image is seen per epoch.", ge=1, le=1_000_000)
+    missing_caption: MissingCaption | None = param(
+        None, "An image without caption: stop, leave it out, train it with an empty caption, or with its file name."
+    )
+    recursive: bool | None = param(None, "Take the pictures of sub-folders too.")
+    mask_source: MaskSource | None = param(
+        None,
+        "Where loss masks come from: files, the alpha channel, both multiplied, SMPL segmentations, or imported caches.",
+    )
+    alpha_mask: bool | None = param(None, 'Another spelling of mask_source = "alpha".', expert=True)
+    alpha_background: str | None = param(
+        None, 'Colour below transparent pixels: a name such as "white", or "#rrggbb".', neutral=None
+    )
+    caption_columns: list[str] | None = param(
+        None,
+        "Columns of image_jsonl_file with the captions of an image, of which one is drawn each time.",
+        min_length=1,
+    )
+    caption_transform: str | None = param(
+        None, "What is made of a caption: object_relations, imagenet, or package.module:function."
+    )
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _sides(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        sides = [value] if whole else value
+        listed = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
+        if not listed or len(sides) not in (1, 2) or (isinstance(value, list) and len(value) != 2):
+            raise ValueError("expected one whole number or [width, height]")
+        if min(sides) < 1:
+            raise ValueError("sides must be at least 1")
+        return value
+
+    @field_validator("alpha_background", mode="before")
+    @classmethod
+    def _colour(cls, value: Any) -> Any:
+        if hex_colour(value) is None:
+            raise ValueError('expected an opaque colour: a name such as "white", or "#rrggbb"')
+        return value
+
+    @field_validator("caption_columns", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        texts = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+        if not texts or not value or len(set(value)) != len(value):
+            raise ValueError("expected a list of different names")
+        return value
+
+    @field_validator("caption_transform", mode="before")
+    @classmethod
+    def _transform(cls, value: Any) -> Any:
+        named = value in CAPTION_TRANSFORMS if isinstance(value, str) else False
+        if not named and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value)):
+            raise ValueError(f"expected one of {', '.join(CAPTION_TRANSFORMS)}, or package.module:function")
+        return value
+
+
+class DatasetSection(GeneralSection):
+    """One source of pictures with its captions and caches."""
+
+    name: str | None = param(
+        None, "How messages and steps call it; absent = datasets[0], datasets[1] and so on.", min_length=1
+    )
+    image_directory: str | None = param(
+        None, "Folder of pictures with caption files beside them.", path=True, min_length=1
+    )
+    image_jsonl_file: str | None = param(
+        None,
+        'File with one {"image_path": ..., "caption": ...} per line, instead of a folder.',
+        path=True,
+        min_length=1,
+    )
+    cache_directory: str | None = param(
+        None, "Where cache files go; absent = into image_directory.", path=True, min_length=1
+    )
+    mask_directory: str | None = param(
+        None, "Folder of masks with the names of the pictures.", path=True, min_length=1,
+        when=is_not("datasets.mask_source", "alpha", "none", "imported"),
+    )  # fmt: skip
+    experts: dict[str, Any] | Literal[False] | None = param(
+        None, "Keys that differ from [experts] for these pictures; false = no teachers.", expert=True
+    )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _teachers(cls, value: Any) -> Any:
+        if value is not False and not isinstance(value, dict):
+            raise ValueError("expected false, for no teachers, or a table of keys that differ from [experts]")
+        return value
+
+
+def hex_colour(value: Any) -> str | None:
+    """A colour by its name or code as "#rrggbb"; None if it is none, or not opaque."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(value)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return None if alpha and alpha != [255] else f"#{red:02x}{green:02x}{blue:02x}"
+
+
+OWN_KEYS = tuple(name for name in DatasetSection.model_fields if name not in GeneralSection.model_fields)
+"""Keys of [[datasets]] that [general] cannot have."""

@@ -1,0 +1,58 @@
+"""[run]."""
+
+from typing import Literal
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_not, off
+
+
+class RunSection(Section):
+    """What the run is called, where it writes, and what makes it repeatable."""
+
+    tab = "setup"
+
+    name: str = param(
+        ...,
+        "Name of the run; every output file begins with it.",
+        flat=("output_name",),
+        pattern=r"^[\w.\- ]+$",
+        accepts="letters, digits, dots, spaces, - and _",
+    )
+    output_dir: str = param(..., "Folder for checkpoints, states, samples and logs.", path=True, resume="free")
+    seed: int = param(42, "Seed of order, noise, times and dropout.", flat=("seed",), ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda", "mps"] = param(
+        "auto", "Where to compute; auto takes a GPU if there is one.", resume="free", tab="advanced", expert=True
+    )
+    threads: int | None = param(
+        None,
+        "CPU threads per process; absent = cores divided by processes.",
+        ge=1,
+        le=1024,
+        resume="free",
+        unit="threads",
+        tab="advanced",
+        expert=True,
+    )
+    allow_tf32: bool = param(
+        True, "On NVIDIA GPUs, in training and drawing: multiply float32 matrices with inputs rounded to 10 mantissa bits, much "
+        "faster. Not used for caches.",
+        flat=("cuda_allow_tf32",), resume="free", when=is_not("run.device", "cpu", "mps") & off("run.deterministic"), tab="advanced", expert=True
+    )  # fmt: skip
+    cudnn_benchmark: bool = param(
+        True, "On GPUs: try convolution kernels and keep the fastest; only where all pictures have one size.",
+        flat=("cuda_cudnn_benchmark",), resume="free", when=is_not("run.device", "cpu", "mps") & off("run.deterministic"), tab="advanced", expert=True
+    )  # fmt: skip
+    deterministic: bool = param(
+        False,
+        "Use repeatable kernels only: slower, and an error where there is none; turns the two above off.",
+        resume="free",
+        tab="advanced",
+        expert=True,
+    )
+    strict: bool = param(
+        False,
+        "Refuse to resume when library versions, CPU type, threads or processes changed.",
+        resume="free",
+        tab="advanced",
+        expert=True,
+    )

@@ -1,0 +1,47 @@
+"""[save]."""
+
+from musubi_tuner.config.fields import Dtype, Section, param
+from musubi_tuner.config.when import is_not, on
+
+
+class SaveSection(Section):
+    """Checkpoints during training; the final one is always written."""
+
+    tab = "saving"
+
+    every_steps: int | None = param(
+        5000, "Save every so many updates; 0 = off.", flat=("save_every_n_steps",), ge=0, resume="free", unit="updates"
+    )
+    every_epochs: int | None = param(
+        None, "Save every so many epochs; 0 = off.", flat=("save_every_n_epochs",), ge=0, resume="free", unit="epochs"
+    )
+    keep_last_steps: int | None = param(
+        3,
+        "Newest step checkpoints kept; 0 = all.",
+        ge=0,
+        resume="free",
+        unit="checkpoints",
+        when=on("save.every_steps"),
+    )
+    keep_last_epochs: int | None = param(
+        3,
+        "Newest epoch checkpoints kept; 0 = all.",
+        ge=0,
+        resume="free",
+        unit="checkpoints",
+        when=on("save.every_epochs"),
+    )
+    dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
+                         flat=("save_precision",), resume="free")  # fmt: skip
+    keep_last_states: int | None = param(
+        2, "Newest states kept, across all checkpoints; older ones keep their weights only; 0 = as long as their weights.", ge=0,
+        resume="free", unit="states", when=on("save.state")
+    )  # fmt: skip
+    state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
+    best: bool | None = param(
+        None, "Keep the weights of the lowest validation loss (without validation: of the lowest mean training loss of an epoch) "
+        "as `best`; absent = with validation only.", resume="free",
+    )  # fmt: skip
+    release: bool = param(True, "Write a folder that from_pretrained loads at the end.", resume="free")
+    comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
+                                resume="free", when=is_not("adapter.type", "none"))  # fmt: skip

@@ -1,0 +1,32 @@
+"""[scheduler]."""
+
+from typing import Literal
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_not, on
+
+
+class SchedulerSection(Section):
+    """The learning rate over updates."""
+
+    tab = "learning rate"
+
+    type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
+    warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, unit="updates")
+    warmup_type: Literal["linear", "cosine"] = param(
+        "linear", "Shape of the warm-up.", when=on("scheduler.warmup_steps"), rule="V30"
+    )
+    min_lr: float = param(
+        0.0,
+        "Learning rate at the end of cosine and linear.",
+        ge=0,
+        le=10,
+        resume="free",
+        when=is_not("scheduler.type", "constant"),
+        rule="V30",
+        step=1e-5,
+    )
+    total_steps: int | None = param(
+        None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
+        "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free", unit="updates", when=is_not("scheduler.type", "constant"), rule="V30"
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""[train]."""
+
+from typing import Literal
+
+from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.when import is_, on
+
+
+class TrainSection(Section):
+    """Length, precision and batching."""
+
+    max_steps: int | None = param(
+        None,
+        "Updates to train; or give max_epochs.",
+        flat=("max_train_steps",),
+        ge=1,
+        resume="free",
+        unit="updates",
+        tab="dataset",
+    )
+    max_epochs: int | None = param(
+        None, "Passes over the data; with max_steps too, whichever ends first.", flat=("max_train_epochs",), ge=1,
+        resume="free", unit="epochs", tab="dataset"
+    )  # fmt: skip
+    grad_accum_steps: int = param(
+        1,
+        "Micro-batches per update and process.",
+        flat=("gradient_accumulation_steps",),
+        ge=1,
+        le=65536,
+        resume="free",
+        unit="micro-batches",
+        tab="learning rate",
+    )
+    masked_loss: bool = param(
+        False, "Weight the loss of each position by the image's mask; the datasets say where masks are.", tab="dataset"
+    )
+    mask_foreground: float = param(
+        1.0, "Weight of the loss where the mask is white.", ge=0, le=100, when=on("train.masked_loss"), tab="dataset"
+    )
+    mask_background: float = param(
+        0.0, "Weight of the loss where the mask is black.", ge=0, le=100, when=on("train.masked_loss"), tab="dataset"
+    )
+    mask_normalize: bool = param(
+        False,
+        "Divide the weights of a masked image by their mean, so that its loss keeps its scale.",
+        when=on("train.masked_loss"),
+        tab="dataset",
+    )
+    max_grad_norm: float = param(
+        1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0, tab="learning rate"
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = param(
+        "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 where the device has it, "
+        "else no.",
+    )  # fmt: skip
+    on_nonfinite: Literal["stop", "skip"] = param(
+        "stop",
+        "A loss or gradient that is not finite stops the run, or skips the update; fp16 always skips.",
+        resume="free",
+    )
+    max_skipped_updates: int = param(
+        20,
+        "Where updates are skipped: stop after this many in a row.",
+        ge=1,
+        resume="free",
+        unit="updates",
+        when=is_("train.on_nonfinite", "skip") | is_("train.mixed_precision", "fp16"),
+    )
+    loader_workers: int = param(
+        0,
+        "Processes that read cache files.",
+        flat=("max_data_loader_n_workers",),
+        ge=0,
+        le=64,
+        resume="free",
+        unit="processes",
+    )

@@ -1,0 +1,154 @@
+"""Where a setting acts, as data: conditions on other settings. Torch-free.
+
+`param(..., when=...)` carries one, a table may carry one for all its settings. From it come the warning that a written value has no
+effect, what the form shows, and which settings the resolved config leaves out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Get = Callable[[str], Any]
+"""Dotted key -> its value; None if it is absent, or if the family has no such setting."""
+
+
+@dataclass(frozen=True)
+class Is:
+    """A setting has one of some values, or is on.
+
+    Attributes:
+        key: dotted key. values: what it may be; empty = it is on: there, and not false, 0, empty or "none". negated: it is not so.
+    """
+
+    key: str
+    values: tuple[Any, ...] = ()
+    negated: bool = False
+
+    def holds(self, get: Get) -> bool:
+        """Whether it is so."""
+        value = get(self.key)
+        found = any(value is each or value == each for each in self.values) if self.values else is_on(value)
+        return found is not self.negated
+
+    def reason(self, get: Get) -> str:
+        """Why it is not so, in words: what the setting is."""
+        return f"{self.key} is {describe(get(self.key))}"
+
+    def about(self) -> tuple[str, ...]:
+        """The settings that it is about."""
+        return (self.key,)
+
+    def data(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        test: dict[str, Any] = (
+            {"key": self.key, "in": list(self.values)} if self.values else {"key": self.key, "on": True}
+        )
+        return {"not": test} if self.negated else test
+
+    def __and__(self, other: "When") -> "When":
+        return Every((self, other))
+
+    def __or__(self, other: "When") -> "When":
+        return Some((self, other))
+
+
+@dataclass(frozen=True)
+class Every:
+    """All of some conditions."""
+
+    parts: tuple["When", ...]
+
+    def holds(self, get: Get) -> bool:
+        """See `Is`."""
+        return all(part.holds(get) for part in self.parts)
+
+    def reason(self, get: Get) -> str:
+        """See `Is`: the first part that does not hold."""
+        return next(part.reason(get) for part in self.parts if not part.holds(get))
+
+    def about(self) -> tuple[str, ...]:
+        """See `Is`."""
+        return tuple(dict.fromkeys(key for part in self.parts for key in part.about()))
+
+    def data(self) -> dict[str, Any]:
+        """See `Is`."""
+        return {"all": [part.data() for part in self.parts]}
+
+    def __and__(self, other: "When") -> "When":
+        return Every((*self.parts, other))
+
+    def __or__(self, other: "When") -> "When":
+        return Some((self, other))
+
+
+@dataclass(frozen=True)
+class Some:
+    """One of some conditions."""
+
+    parts: tuple["When", ...]
+
+    def holds(self, get: Get) -> bool:
+        """See `Is`."""
+        return any(part.holds(get) for part in self.parts)
+
+    def reason(self, get: Get) -> str:
+        """See `Is`: all parts, none of which holds."""
+        return " and ".join(dict.fromkeys(part.reason(get) for part in self.parts))
+
+    def about(self) -> tuple[str, ...]:
+        """See `Is`."""
+        return tuple(dict.fromkeys(key for part in self.parts for key in part.about()))
+
+    def data(self) -> dict[str, Any]:
+        """See `Is`."""
+        return {"any": [part.data() for part in self.parts]}
+
+    def __and__(self, other: "When") -> "When":
+        return Every((self, other))
+
+    def __or__(self, other: "When") -> "When":
+        return Some((*self.parts, other))
+
+
+When = Is | Every | Some
+
+
+def on(key: str) -> Is:
+    """A setting is there, and not false, 0, empty or "none"."""
+    return Is(key)
+
+
+def off(key: str) -> Is:
+    """A setting is absent, false, 0, empty or "none"."""
+    return Is(key, negated=True)
+
+
+def is_(key: str, *values: Any) -> Is:
+    """A setting has one of these values."""
+    return Is(key, values)
+
+
+def is_not(key: str, *values: Any) -> Is:
+    """A setting has none of these values."""
+    return Is(key, values, negated=True)
+
+
+def is_on(value: Any) -> bool:
+    """Whether a value is none of those that mean off."""
+    return (
+        value is not None
+        and value is not False
+        and value != 0
+        and value not in ("", "none")
+        and value != []
+        and value != {}
+    )
+
+
+def describe(value: Any) -> str:
+    """A value as TOML would have it, or "absent"."""
+    if value is None:
+        return "absent"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
