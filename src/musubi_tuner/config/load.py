@@ -433,7 +433,9 @@ def _validate(
                 if spec is None and item["type"] == "extra_forbidden" and ".".join(location) in known:
                     continue  # of a family, and the family is not known
                 problem = explain(item, spec)
-                if location[0] not in wrong and problem.key not in {other.key for other in problems}:  # a value of two possible types fails twice
+                if location[0] not in wrong and problem.key not in {
+                    other.key for other in problems
+                }:  # a value of two possible types fails twice
                     problems.append(problem)
                 wrong.add(".".join(location[:2]))
                 _mend(values, location, item["type"])

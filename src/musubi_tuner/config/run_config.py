@@ -23,6 +23,9 @@ from musubi_tuner.models.spec import ModelSpec
 ROLE_TABLES = ("optimizer", "scheduler", "ema")
 """Tables that a role may change for itself."""
 
+_ATTRIBUTES = {"from": "from_"}
+"""Keys that Python takes no attribute for."""
+
 
 def lay(section: Section, own: Mapping[str, Any]) -> Section:
     """A table with some of its keys changed, checked like a file's.
@@ -169,10 +172,11 @@ class RunConfig(RunFile):
         return [key for key, origin in self._origins.items() if origin in ("file", "cli")]
 
     def get(self, key: str) -> Any:
-        """Value of a dotted key; None if it is absent, or if the family has no such setting."""
-        section, _, name = key.rpartition(".")
-        owner = getattr(self, section) if section else self
-        return getattr(owner, {"from": "from_"}.get(name, name), None)
+        """Value of a dotted key, also inside a table such as model.geometry; None if it is absent, or no setting of the family."""
+        found: Any = self
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else getattr(found, _ATTRIBUTES.get(name, name), None)
+        return found
 
     @property
     def sd15(self) -> Sd15Teachers:

@@ -4,23 +4,30 @@ from typing import Any
 
 import tomli_w
 
-from musubi_tuner.config.fields import Section
+from musubi_tuner.config.fields import Parameter, Section
+from musubi_tuner.config.rules.effect import idle
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.schema import parameters, section_classes
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """All settings as TOML; absent values and secrets are left out."""
+    """All settings as TOML; absent values, secrets, and defaults of settings that do nothing are left out."""
     lines = [f"# Resolved from {config.path.name}; a comment names the origin of a value that is not the default."]
-    facts = config.spec.task(config)
+    facts, at_rest = config.spec.task(config), idle(config)
     by_section: dict[str, list[str]] = {}
     of_roles: dict[str, list[str]] = {}
     for parameter in parameters(config.spec):
         value = config.get(parameter.key)
         if not facts.has(parameter.key):
             continue
-        if value is None or parameter.extra("secret") or parameter.key == "dataset_config":
+        if parameter.extra("secret") or parameter.key == "dataset_config":
             continue
+        if parameter.key in at_rest and (config.origins.get(parameter.key, "default") in ("default", "arch")):
+            continue  # given back, it would be a setting that a person wrote and that does nothing
+        if value is None:
+            if parameter.required or config.get(parameter.section) is None or default_of(config, parameter) is None:
+                continue
+            value = parameter.neutral[0]  # TOML has no null
         if isinstance(value, Section):
             changed = value.model_dump(exclude_defaults=True)
             text = tomli_w.dumps({parameter.section: {parameter.name: changed}}) if changed else ""
@@ -59,6 +66,11 @@ def resolved_toml(config: RunConfig) -> str:
         for key, table in nested.items():
             lines += ["", f"[datasets.{key}]", *tomli_w.dumps(table).splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def default_of(config: RunConfig, parameter: Parameter) -> Any:
+    """Default of a setting in the family of a run."""
+    return config.spec.defaults.get(parameter.key, None if parameter.required else parameter.default)
 
 
 def _inline(name: str, tables: list[Section]) -> str:

@@ -398,7 +398,10 @@ def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
             "tinyfluxx",
             "'tinyfluxx': is not a model family. Did you mean 'tinyflux'? Supported: tf, tinyflux, fd, flux_dev",
         ),
-        ("sdxl", "'sdxl': names one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev"),
+        (
+            "sdxl",
+            "'sdxl': names one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev",
+        ),
         ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux, fd, flux_dev"),
     ],
 )
@@ -664,6 +667,25 @@ def test_resolved_config_of_a_run_file_is_the_same_run(
     assert len(keys) > 150
     assert {key: again.get(key) for key in keys} == {key: config.get(key) for key in keys}
     assert again.datasets == config.datasets
+    assert set(again.findings) <= set(config.findings)  # nothing that a person did not write
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["objective.min_snr_gamma", "validation.every_epochs", "save.every_steps", "save.keep_last_steps",
+     "save.keep_last_epochs", "save.keep_last_states"],
+)  # fmt: skip
+def test_a_setting_that_is_off_stays_off_when_the_resolved_config_is_given_back(key: str, load: Load) -> None:
+    config = load({key: None}, validation="split = 0.1")
+    config.path.write_text(resolved_toml(config), encoding="utf-8")
+    assert not config.get(key) and not load_config(config.path).get(key)
+
+
+def test_the_resolved_config_of_a_preset_raises_no_warning(load: Load) -> None:
+    config = load(adapter=LORA + 'preset = "character"', ema="enabled = false")
+    config.path.write_text(resolved_toml(config), encoding="utf-8")
+    again = load_config(config.path)
+    assert again.findings == [] and again.adapter == config.adapter
 
 
 def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], project: Path) -> None:

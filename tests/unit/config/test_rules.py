@@ -180,7 +180,12 @@ def no_effect(key: str, reason: str) -> str:
 
 
 UNIFORM = 'objective.timestep_sampling is "uniform"'
-NO_PROMPTS, NO_REPO, NOT_SAVED = "sample.prompts is absent", "hub.repo_id is absent", "save.every_steps is 0 and save.every_epochs is 0"
+NO_PROMPTS, NO_REPO, NOT_SAVED = (
+    "sample.prompts is absent",
+    "hub.repo_id is absent",
+    "save.every_steps is 0 and save.every_epochs is 0",
+)
+NO_EMBEDDING = 'model.init is "scratch" and model.geometry.guidance_embeds is absent'
 NO_SPLIT = "validation.split is 0.0"
 NO_HUBER = 'objective.loss is "l2" and objective.lune_mode is "cosine"'
 NO_WARMUP, ONE_PROCESS = "scheduler.warmup_steps is 0", "distributed.num_processes is 1"
@@ -403,7 +408,7 @@ def test_guidance_that_is_not_embedded(problems: Problems, warnings_of: Warnings
     assert problems(objective="guidance_min = 6") == ["objective.guidance_min: is 6.0, above guidance_max = 5.0"]
     dropout = {**NEW_MODEL, "objective": "guidance_dropout = 0.1"}
     assert warnings_of(model=SCRATCH, **{k: v for k, v in dropout.items() if k != "model"}) == [
-        no_effect("objective.guidance_dropout", "model.geometry.guidance_embeds is false")
+        no_effect("objective.guidance_dropout", NO_EMBEDDING)
     ]
     with_it = {**dropout, "model": f"{SCRATCH}\ngeometry = {{guidance_embeds = true}}"}
     assert load(**with_it).findings == []
@@ -773,7 +778,9 @@ def test_distillation_below_an_adapter_has_no_effect(warnings_of: WarningsOf) ->
     }
     keys = ["lune_weight = 5.0", 'lune_mode = "hard"', "sol_warmup_steps = 3", "distill_on_dropped = false"]
     found = warnings_of(**teachers, objective="\n".join([*keys, "lune_teacher_dropout = 0.2"]))
-    assert sorted(found) == sorted(no_effect(f"objective.{key.split()[0]}", 'adapter.type is "lora"') for key in keys[:-1])
+    assert sorted(found) == sorted(
+        no_effect(f"objective.{key.split()[0]}", 'adapter.type is "lora"') for key in keys[:-1]
+    )
     # It decides for which samples Sol's map weighs the main loss.
     weighted = warnings_of(**teachers, objective="distill_on_dropped = false\nspatial_weighting = true")
     assert weighted == []

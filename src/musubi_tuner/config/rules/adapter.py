@@ -34,8 +34,16 @@ def _ranks_of_a_file(config: RunConfig) -> Iterator[Diagnostic]:
 @rule(NO_EFFECT, "adapter.type adapter.preset adapter.rank_from_weights")
 def _preset_is_used(config: RunConfig) -> Iterator[Diagnostic]:
     adapter = config.adapter
-    given = [f"adapter.{name}" for name in config.spec.adapters.presets.get(adapter.preset or "", {})]
-    if adapter.type != "none" and given and not adapter.rank_from_weights and set(given) <= set(config.set_keys()):
+    preset = config.spec.adapters.presets.get(adapter.preset or "", {})
+    given = [f"adapter.{name}" for name in preset]
+    same = all(getattr(adapter, name) == value for name, value in preset.items() if name != "targets")
+    if (
+        adapter.type != "none"
+        and given
+        and not same
+        and not adapter.rank_from_weights
+        and set(given) <= set(config.set_keys())
+    ):
         text = f"has no effect because all that it sets is written: {', '.join(given)}"
         yield warning(NO_EFFECT, "adapter.preset", text, *given)
 

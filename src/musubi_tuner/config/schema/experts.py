@@ -5,7 +5,6 @@ from typing import Literal
 from musubi_tuner.config.fields import AutoDtype, Section, param
 from musubi_tuner.config.when import is_, is_not, on
 
-
 _TAUGHT = on("experts.enable_lune") | on("experts.enable_sol")
 _EXTRACTED = on("experts.enable_lune") | (on("experts.enable_sol") & is_("experts.sol_source", "extracted"))
 _SEEN = on("experts.enable_lune") | is_("experts.sol_source", "extracted")

@@ -34,5 +34,8 @@ class ValidationSection(Section):
         None, "Validate on at most so many of the held-out images; absent = all.", ge=1, unit="images"
     )
     weights: Literal["ema", "model"] = param(
-        "ema", "Validate the averaged weights, if ema.enabled keeps them, or the trained ones.", when=on("ema.enabled"), neutral="model"
+        "ema",
+        "Validate the averaged weights, if ema.enabled keeps them, or the trained ones.",
+        when=on("ema.enabled"),
+        neutral="model",
     )

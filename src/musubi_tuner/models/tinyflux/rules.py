@@ -10,11 +10,9 @@ from musubi_tuner.config.swap import check_swap
 from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
 from musubi_tuner.models.tinyflux.settings import (
     model_of,
-    no_guidance,
     objective_of,
     resolve_experts,
     teachers_of,
-    written_guidance,
 )
 
 if TYPE_CHECKING:
@@ -104,9 +102,6 @@ def _shape_of_a_new_model(config: "RunConfig") -> Iterator[Diagnostic]:
         return
     blocks = {"double_blocks": geometry.num_double_layers, "single_blocks": geometry.num_single_layers}
     yield from check_swap(config.memory, blocks)
-    if not geometry.guidance_embeds:
-        for key in written_guidance(config):
-            yield no_guidance(key, "model.geometry.guidance_embeds is false")
     if model.temperature_per_head is not None and not geometry.use_sol_prior:
         text = "has no effect because model.geometry.use_sol_prior is false"
         yield warning("NA03", "model.temperature_per_head", text, "model.geometry")

@@ -60,6 +60,9 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
     )
 
 
+_EMBEDDED = is_("model.init", "checkpoint") | on("model.geometry.guidance_embeds")
+
+
 class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
@@ -92,13 +95,17 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
         ge=0,
         le=100,
+        when=_EMBEDDED,
     )
-    guidance_max: float = param(5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100)
+    guidance_max: float = param(
+        5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100, when=_EMBEDDED
+    )
     guidance_dropout: float = param(
         0.0,
         "For models that embed guidance: share of samples trained without it; 0.1 in models before v4.2.",
         ge=0,
         le=1,
+        when=_EMBEDDED,
     )
     lune_weight: float = param(
         0.1,
