@@ -16,6 +16,66 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float = 0.1) -> Tensor
     return 0.5 * capped.square() + delta * (distance - capped)
 
 
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
+
+def huber_threshold(sigma_B: Tensor, threshold: float, schedule: str, scale: float = 1.0) -> Tensor:
+    """Threshold of the Huber losses at a noise level (Khrapov 2023, as in sd-scripts), times ``scale``.
+
+    ``constant`` the threshold; ``exponential`` threshold ** sigma, from 1 at the image to the threshold at the noise; ``snr``
+    ``(1 - threshold) (1 - sigma)^2 + threshold``, the same ends by the signal-to-noise ratio of a flow.
+
+    Args:
+        sigma_B: noise fraction in [0, 1], [B].
+
+    Returns:
+        [B], float32.
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+    sigma = sigma_B.float()
+    if schedule == "constant":
+        return torch.full_like(sigma, threshold * scale)
+    if schedule == "exponential":
+        return threshold**sigma * scale
+    if schedule == "snr":
+        return ((1 - threshold) * (1 - sigma).square() + threshold) * scale
+    raise ValueError(f"unknown Huber schedule '{schedule}'; known: {', '.join(HUBER_SCHEDULES)}")
+
+
+LOSSES = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1")
+
+
+def element_loss(prediction: Tensor, target: Tensor, kind: str, threshold_B: Tensor) -> Tensor:
+    """Element-wise loss, [B, ...] float32.
+
+    With d the difference and c the threshold: ``l2`` d^2; ``l1`` |d|; ``huber`` d^2/2 below c, then linear; ``smooth_l1`` that
+    divided by c; ``pseudo_huber`` 2c (sqrt(d^2 + c^2) - c) and ``pseudo_smooth_l1`` 2 (sqrt(d^2 + c^2) - c), what sd-scripts calls
+    huber and smooth_l1.
+
+    Args:
+        prediction, target: [B, ...]. kind: one of `LOSSES`. threshold_B: of the Huber losses, above 0.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind == "l2":
+        return squared_error(prediction, target)
+    distance = (prediction.float() - target.float()).abs()
+    if kind == "l1":
+        return distance
+    threshold = threshold_B.view(-1, *[1] * (prediction.ndim - 1))
+    if kind in ("huber", "smooth_l1"):
+        capped = torch.minimum(distance, threshold)
+        loss = 0.5 * capped.square() + threshold * (distance - capped)
+        return loss if kind == "huber" else loss / threshold
+    if kind in ("pseudo_huber", "pseudo_smooth_l1"):
+        loss = 2 * ((distance.square() + threshold.square()).sqrt() - threshold)
+        return loss * threshold if kind == "pseudo_huber" else loss
+    raise ValueError(f"unknown loss '{kind}'; known: {', '.join(LOSSES)}")
+
+
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Element-wise squared error."""
     return (prediction.float() - target.float()).square()

@@ -40,6 +40,9 @@ def sample_timesteps(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     shift: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+    preserve_shape: bool = False,
 ) -> Tensor:
     """Turn random draws into training times.
 
@@ -48,7 +51,8 @@ def sample_timesteps(
             ``stratified`` (where draw i lands in slice i; permute the result, or the strata follow the sample order).
         method: ``logit_normal``, ``uniform`` or ``stratified``.
         logit_mean, logit_std: of the normal under the sigmoid.
-        shift: factor of `flux_shift`, applied last.
+        shift: factor of `flux_shift`, applied after them.
+        low, high: range of the times; ``preserve_shape`` truncates the density to it, else it is squeezed in.
 
     Returns:
         [B] float32 in [1e-4, 1 - 1e-4]. Never cast it to bfloat16: that rounds 1 - 1e-4 to 1.
@@ -56,15 +60,32 @@ def sample_timesteps(
     Raises:
         ValueError: for an unknown method.
     """
+    narrowed = preserve_shape and (low, high) != (0.0, 1.0)
     if method == "logit_normal":
-        x = torch.sigmoid(logit_mean + logit_std * draws_B.float())
-    elif method == "uniform":
-        x = draws_B.float()
-    elif method == "stratified":
-        x = stratify(draws_B)
+        draws = draws_B.float()
+        if narrowed:
+            ends = [_normal_below(bound, logit_mean, logit_std, shift) for bound in (low, high)]
+            draws = torch.special.ndtri(ends[0] + torch.special.ndtr(draws.double()) * (ends[1] - ends[0])).float()
+        x = torch.sigmoid(logit_mean + logit_std * draws)
+    elif method in ("uniform", "stratified"):
+        x = draws_B.float() if method == "uniform" else stratify(draws_B)
+        if narrowed:
+            ends = [float(flux_unshift(torch.tensor(bound, dtype=torch.float64), shift)) for bound in (low, high)]
+            x = ends[0] + x * (ends[1] - ends[0])
     else:
         raise ValueError(f"unknown timestep method '{method}'; known: logit_normal, uniform, stratified")
-    return flux_shift(x, shift).clamp(TIME_MARGIN, 1 - TIME_MARGIN)
+    x = flux_shift(x, shift)
+    if (low, high) != (0.0, 1.0):
+        x = x.clamp(low, high) if preserve_shape else low + x * (high - low)
+    return x.clamp(TIME_MARGIN, 1 - TIME_MARGIN)
+
+
+def _normal_below(bound: float, mean: float, std: float, shift: float) -> float:
+    """Probability that a shifted logit-normal lies below a bound in [0, 1]."""
+    if bound in (0.0, 1.0):
+        return bound
+    inside = flux_unshift(torch.tensor(bound, dtype=torch.float64), shift)
+    return float(torch.special.ndtr((torch.logit(inside) - mean) / std))
 
 
 def uniform_between(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

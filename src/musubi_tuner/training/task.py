@@ -9,16 +9,16 @@ draw, a mask, a weight); everything that differs between families sits in `proce
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.config.schema.objective import ObjectiveSection
+from musubi_tuner.config.schema.objective import NoiseRecipe, ObjectiveSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
-from musubi_tuner.flow import perturb
+from musubi_tuner.flow import multires_noise, multires_sizes, noise_offset, perturb
 from musubi_tuner.models.family import LossTerm, Process
 from musubi_tuner.randomness import generator, normal, uniform
 from musubi_tuner.training.role import Role
@@ -92,6 +92,23 @@ class Task(Protocol):
 
 
 @dataclass
+class NoiseOffset:
+    """Noise offset of a micro-batch; see `flow.noise_offset`.
+
+    Attributes:
+        normals: [B, C]. strength, adaptive_scale: of this update.
+    """
+
+    normals: Tensor
+    strength: float
+    adaptive_scale: float
+
+    def on(self, x0: Tensor) -> Tensor:
+        """What is added to the noise of these latents, [B, C, 1, 1]."""
+        return noise_offset(self.normals, x0, self.strength, self.adaptive_scale)
+
+
+@dataclass
 class Draws:
     """Random numbers of one micro-batch, one row per sample.
 
@@ -99,12 +116,14 @@ class Draws:
         noise: standard normal in the shape of the latents, float32.
         time: what `Process.time` turns into times. uniforms: by purpose, [B].
         input_noise: what the model sees instead of ``noise``, if a noise recipe changes it.
+        offset: noise offset, which depends on the latents too.
     """
 
     noise: Tensor
     time: Tensor
     uniforms: dict[str, Tensor]
     input_noise: Tensor | None = None
+    offset: NoiseOffset | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """The same draws on a device, without waiting for what it computes."""
@@ -117,6 +136,7 @@ class Draws:
             move(self.time),
             {name: move(u) for name, u in self.uniforms.items()},
             None if self.input_noise is None else move(self.input_noise),
+            self.offset and replace(self.offset, normals=move(self.offset.normals)),
         )
 
 
@@ -139,6 +159,11 @@ def make_draws(
     """
     keys = batch.presentations
     noise = torch.stack([normal(latent_shape, seed, "noise", epoch, index) for index in keys])
+    recipe = objective if isinstance(objective, NoiseRecipe) else None
+    if recipe is not None and recipe.multires_noise_iterations:
+        rows = [_multires(one, recipe, seed, epoch, index) for one, index in zip(noise, keys)]
+        noise = torch.stack(rows)
+    offset = _offset(latent_shape[0], recipe, keys, seed, epoch, update)
     if strata is not None:
         time = strata
     elif process.time_draw == "normal":
@@ -146,7 +171,29 @@ def make_draws(
     else:
         time = torch.tensor([uniform(seed, "time", epoch, index) for index in keys])
     uniforms = {name: torch.tensor([uniform(seed, name, epoch, index) for index in keys]) for name in process.uniforms}
-    return Draws(noise, time, uniforms, _input_noise(noise, objective, keys, seed, epoch, update))
+    return Draws(noise, time, uniforms, _input_noise(noise, objective, keys, seed, epoch, update), offset)
+
+
+def _multires(noise: Tensor, recipe: NoiseRecipe, seed: int, epoch: int, index: int) -> Tensor:
+    """The noise of one presentation with coarser ones in it."""
+    count, (channels, height, width) = recipe.multires_noise_iterations or 0, noise.shape
+    ratios = [2 + 2 * uniform(seed, "multires_ratio", epoch, index, level) for level in range(count)]
+    levels = [
+        normal((channels, *size), seed, "multires", epoch, index, level)
+        for level, size in enumerate(multires_sizes(height, width, ratios))
+    ]
+    return multires_noise(noise, levels, recipe.multires_noise_discount)
+
+
+def _offset(
+    channels: int, recipe: NoiseRecipe | None, keys: tuple[int, ...], seed: int, epoch: int, update: int
+) -> NoiseOffset | None:
+    """Noise offset; None if there is none."""
+    if recipe is None or not recipe.noise_offset:
+        return None
+    normals = torch.stack([normal((channels,), seed, "noise_offset", epoch, index) for index in keys])
+    share = uniform(seed, "noise_offset_strength", update) if recipe.noise_offset_random_strength else 1.0
+    return NoiseOffset(normals, recipe.noise_offset * share, recipe.adaptive_noise_scale or 0.0)
 
 
 def _input_noise(
@@ -164,12 +211,24 @@ def _input_noise(
     return perturb(noise, extra, objective.ip_noise_gamma * uniform(seed, "ip_noise_strength", update))
 
 
-def stratified_draws(batches: tuple[MicroBatch, ...], seed: int, epoch: int, update: int) -> list[Tensor]:
-    """Uniform draws of an update, one per equal slice of [0, 1], dealt to its samples in a keyed random order."""
+QUANTILE_MARGIN = 1e-7
+"""Distance of probabilities from 0 and 1, whose normals are infinite."""
+
+
+def stratified_draws(
+    batches: tuple[MicroBatch, ...], seed: int, epoch: int, update: int, normal_times: bool = False
+) -> list[Tensor]:
+    """Draws of an update, one per equal slice of the density, dealt to its samples in a keyed random order.
+
+    Args:
+        normal_times: standard normal draws instead of uniform ones in [0, 1].
+    """
     keys = [index for batch in batches for index in batch.presentations]
     slices = torch.randperm(len(keys), generator=generator(seed, "strata", update))
     inside = torch.tensor([uniform(seed, "time", epoch, index) for index in keys])
     values = (slices + inside) / len(keys)
+    if normal_times:
+        values = torch.special.ndtri(values.double().clamp(QUANTILE_MARGIN, 1 - QUANTILE_MARGIN)).float()
     return list(values.split([len(batch) for batch in batches]))
 
 
@@ -178,8 +237,12 @@ def losses_at(
 ) -> dict[str, LossTerm]:
     """Forward one micro-batch at given times; its loss terms, one float32 value per sample each."""
     x0 = batch.tensors["latents"]
-    noisy = process.add_noise(x0, draws.noise if draws.input_noise is None else draws.input_noise, time)
-    target = process.target(x0, draws.noise, time)
+    noise, seen = draws.noise, draws.noise if draws.input_noise is None else draws.input_noise
+    if draws.offset is not None:
+        shift = draws.offset.on(x0)
+        noise, seen = noise + shift, seen + shift
+    noisy = process.add_noise(x0, seen, time)
+    target = process.target(x0, noise, time)
     inputs = process.conditioning(batch, time, draws.uniforms)
 
     prediction, extra = process.predict(model, noisy, time, inputs)
@@ -242,7 +305,12 @@ class FlowTask:
         strata = None
         if self.objective.timestep_stratified:
             if self._strata[0] is not update:  # once for all its micro-batches
-                self._strata = update, stratified_draws(update.micro_batches, self.seed, at.epoch, at.step)
+                self._strata = (
+                    update,
+                    stratified_draws(
+                        update.micro_batches, self.seed, at.epoch, at.step, self.process.time_draw == "normal"
+                    ),
+                )
             strata = self._strata[1][index]
         shape = tuple(batch.tensors["latents"].shape[1:])
         planned = update.micro_batches[index]

@@ -344,8 +344,8 @@ def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Proble
         ("hub", "token = 3", "hub.token: is ***, expected a text"),
         ("optimizer", 'type = "adamw"', "optimizer.type: is 'adamw', expected one of AdamW, AdamW8bit, Adafactor. "
                                         "Did you mean 'AdamW'?"),
-        ("objective", 'loss = "l1"', "objective.loss: is 'l1', expected one of l2, huber."),
-        ("objective", "loss = 2", "objective.loss: is 2, expected one of l2, huber"),
+        ("objective", 'loss = "l0"', "objective.loss: is 'l0', expected one of l2, l1, huber, smooth_l1, pseudo_huber, pseudo_smooth_l1."),
+        ("objective", "loss = 2", "objective.loss: is 2, expected one of l2, l1, huber, smooth_l1, pseudo_huber, pseudo_smooth_l1"),
         ("sample", "prompts = 3", "sample.prompts: is 3, expected list of text or text"),
         ("sample", 'prompts = ["a", 3]', "sample.prompts: is 3, expected list of text or text"),
     ],

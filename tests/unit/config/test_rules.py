@@ -101,13 +101,6 @@ def test_betas_lie_below_one(beta: str, problems: Problems) -> None:
     ]
 
 
-def test_strata_need_uniform_times(problems: Problems, load: Load) -> None:
-    assert problems(objective="timestep_stratified = true") == [
-        'objective.timestep_stratified: needs timestep_sampling = "uniform"'
-    ]
-    assert load(objective='timestep_stratified = true\ntimestep_sampling = "uniform"').findings == []
-
-
 def test_fp16_needs_a_gpu(problems: Problems) -> None:
     assert problems(run='device = "cpu"', train='mixed_precision = "fp16"') == [
         'train.mixed_precision: "fp16" needs a GPU; use "bf16" or "no" on a CPU'

@@ -22,7 +22,7 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxP
 from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
 from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
-from musubi_tuner.training.task import Draws, make_draws, stratified_draws
+from musubi_tuner.training.task import Draws, losses_at, make_draws, stratified_draws
 from steps import training_step
 from tiny import TINY
 
@@ -835,3 +835,42 @@ def test_settings_of_masks_reach_the_process(family: Any) -> None:
 
     assert masks(masked_loss=True) == MaskSettings(3.0, 0.25, normalize=True)
     assert masks() is None
+
+
+# Noise recipes of a run
+
+
+def recipe_draws(*keys: int, update: int = 0, **settings: Any) -> Draws:
+    return make_draws(
+        process(), (4, 16, 16), planned(*keys), 1, 0, objective=TinyFluxObjective(**settings), update=update
+    )
+
+
+def test_a_noise_recipe_is_keyed_by_presentation_and_changes_what_is_seen_and_predicted() -> None:
+    plain = recipe_draws(0, 1)
+    found = recipe_draws(0, 1, multires_noise_iterations=4, noise_offset=0.1, ip_noise_gamma=0.2)
+    assert not torch.allclose(plain.noise, found.noise) and found.input_noise is not None and found.offset is not None
+    again = recipe_draws(1, multires_noise_iterations=4, noise_offset=0.1, ip_noise_gamma=0.2)
+    assert torch.equal(again.noise[0], found.noise[1]) and again.offset is not None
+    assert torch.equal(again.offset.normals[0], found.offset.normals[1])
+    batch = make_batch()
+    x0 = batch.tensors["latents"]
+    seen: list[torch.Tensor] = []
+    own = process()
+    real = own.add_noise
+    own.add_noise = lambda x0, noise, time: seen.append(noise) or real(x0, noise, time)  # type: ignore[method-assign, func-returns-value]
+    draws = make_draws(own, SHAPE, planned(0, 1, 2, 3), 1, 0, objective=TinyFluxObjective(noise_offset=0.5))
+    losses_at(random_model(), own, batch, draws, torch.full((4,), 0.5), 0)
+    assert draws.offset is not None and torch.equal(seen[0], draws.noise + draws.offset.on(x0))
+
+
+def test_a_random_strength_is_drawn_once_per_update() -> None:
+    found = [recipe_draws(0, update=n, noise_offset=0.2, noise_offset_random_strength=True).offset for n in (0, 0, 1)]
+    strengths = [each.strength for each in found if each is not None]
+    assert strengths[0] == strengths[1] != strengths[2] and all(0 <= value < 0.2 for value in strengths)
+
+
+def test_strata_of_normal_draws_are_one_per_slice_of_the_density() -> None:
+    (draws,) = stratified_draws((planned(*range(8)),), 1, 0, 0, normal_times=True)
+    slices = sorted((torch.special.ndtr(draws) * 8).long().tolist())
+    assert slices == list(range(8))

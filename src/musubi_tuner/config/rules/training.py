@@ -138,3 +138,51 @@ def _two_lengths(config: RunConfig) -> Iterator[Diagnostic]:
     ):
         text = f"is {train.max_epochs}, and train.max_steps = {train.max_steps}; whichever ends first counts, as the plan shows"
         yield Diagnostic("V56", "info", ("train.max_epochs", "train.max_steps"), text)
+
+
+@rule("V17", "objective.min_timestep objective.max_timestep")
+def _noise_levels(config: RunConfig) -> Iterator[Diagnostic]:
+    low, high = config.get("objective.min_timestep"), config.get("objective.max_timestep")
+    if low is not None and low >= high:
+        yield error(
+            "V17", "objective.min_timestep", f"is {low}, not below max_timestep = {high}", "objective.max_timestep"
+        )
+
+
+@rule("V15", "objective.min_snr_gamma objective.min_snr_form objective.weighting_scheme")
+def _two_weights(config: RunConfig) -> Iterator[Diagnostic]:
+    gamma, scheme = config.get("objective.min_snr_gamma"), config.get("objective.weighting_scheme")
+    if gamma and config.get("objective.min_snr_form") != "none" and scheme in ("sigma_sqrt", "cosmap"):
+        text = f'is {gamma:g}, and weighting_scheme = "{scheme}": the weights multiply; usually one of them is wanted'
+        yield warning(
+            "V15", "objective.min_snr_gamma", text, "objective.weighting_scheme", fix=[("objective.min_snr_gamma", 0.0)]
+        )
+
+
+@rule("V07", "objective.adaptive_noise_scale objective.noise_offset")
+def _adaptive_offset(config: RunConfig) -> Iterator[Diagnostic]:
+    scale = config.get("objective.adaptive_noise_scale")
+    if scale and not config.get("objective.noise_offset"):
+        text = f"is {scale}, and is added to objective.noise_offset, which is off; set it, 0.05 for example"
+        yield error(
+            "V07",
+            "objective.adaptive_noise_scale",
+            text,
+            "objective.noise_offset",
+            fix=[("objective.noise_offset", 0.05)],
+        )
+
+
+@rule("V09", "objective.noise_offset objective.multires_noise_iterations")
+def _two_recipes(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.get("objective.noise_offset") and config.get("objective.multires_noise_iterations"):
+        text = "and objective.multires_noise_iterations both change the coarse parts of the noise; usually one of them is wanted"
+        yield warning("V09", "objective.noise_offset", text, "objective.multires_noise_iterations")
+
+
+@rule("V12", "objective.noise_offset objective.multires_noise_iterations")
+def _other_noise(config: RunConfig) -> Iterator[Diagnostic]:
+    for key in ("objective.noise_offset", "objective.multires_noise_iterations"):
+        if config.get(key):
+            text = "changes the noise of training, and drawing starts from plain noise: expect another brightness"
+            yield warning("V12", key, text)

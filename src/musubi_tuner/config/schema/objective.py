@@ -29,6 +29,49 @@ _NORMAL = is_("objective.timestep_sampling", "logit_normal", "logsnr", "qinglong
 )
 
 
+class NoiseRecipe(Section):
+    """What is done to the noise before it meets the image."""
+
+    noise_offset: float | None = param(
+        None,
+        "Noise offset: shift every channel of the noise by a random number of this size; 0 = off.",
+        ge=0,
+        le=1,
+        step=0.01,
+    )
+    noise_offset_random_strength: bool = param(
+        False, "Draw the strength between 0 and noise_offset, once per update.", when=on("objective.noise_offset")
+    )
+    adaptive_noise_scale: float | None = param(
+        None,
+        "Added to noise_offset, times how far the channel's mean is from 0; a negative number lessens it.",
+        ge=-1,
+        le=1,
+        neutral=0,
+    )
+    multires_noise_iterations: int | None = param(
+        None, "Multi-resolution noise: how many coarser noises are added; 0 = off.", ge=0, le=10, unit="noises"
+    )
+    multires_noise_discount: float = param(
+        0.3,
+        "What each coarser noise counts of the one before.",
+        gt=0,
+        lt=1,
+        when=on("objective.multires_noise_iterations"),
+        rule="V08",
+    )
+
+
+class NoiseLevels(Section):
+    """Which noise levels are trained."""
+
+    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999, unit="thousandths")
+    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000, unit="thousandths")
+    preserve_distribution_shape: bool = param(
+        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
+    )
+
+
 class LogitNormal(Section):
     """The normal under some densities of the training times."""
 
@@ -41,9 +84,34 @@ class LogitNormal(Section):
 class ElementLoss(Section):
     """The loss of one element."""
 
-    loss: Literal["l2", "huber"] = param("l2", "Element-wise loss.", flat=("loss_type",), expert=True)
+    loss: Literal["l2", "l1", "huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1"] = param(
+        "l2",
+        "Element-wise loss; the last two are huber and smooth_l1 of sd-scripts. See flow/losses.py.",
+        flat=("loss_type",),
+        expert=True,
+    )
     huber_delta: float = param(
-        0.1, "Where huber turns from square to linear.", gt=0, le=10, when=is_("objective.loss", "huber"), expert=True
+        0.1,
+        "Where huber turns from square to linear.",
+        gt=0,
+        le=10,
+        when=is_not("objective.loss", "l2", "l1"),
+        flat=("huber_c",),
+        expert=True,
+    )
+    huber_schedule: Literal["constant", "exponential", "snr"] = param(
+        "constant",
+        "How huber_delta depends on the noise level: not, or from 1 at the image to huber_delta at the noise.",
+        when=is_not("objective.loss", "l2", "l1"),
+        expert=True,
+    )
+    huber_scale: float = param(
+        1.0,
+        "Factor of the scheduled huber_delta.",
+        gt=0,
+        le=100,
+        when=is_not("objective.loss", "l2", "l1"),
+        expert=True,
     )
 
 

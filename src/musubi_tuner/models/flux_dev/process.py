@@ -15,14 +15,14 @@ from musubi_tuner.device import to_model
 from musubi_tuner.flow import (
     MaskSettings,
     NoiseSettings,
-    huber_loss,
+    element_loss,
+    huber_threshold,
     interpolate,
     min_snr_weight,
     noise_level_weight,
     pack_patches,
     sample_noise_levels,
     sampling_schedule,
-    squared_error,
     unpack_patches,
 )
 from musubi_tuner.models.family import LossTerm
@@ -117,11 +117,8 @@ class FluxProcess:
     ) -> dict[str, LossTerm]:
         """The velocity's error, weighed by noise level, per sample."""
         settings = self.objective
-        error = (
-            huber_loss(prediction, target, settings.huber_delta)
-            if settings.loss == "huber"
-            else squared_error(prediction, target)
-        )
+        threshold = huber_threshold(time_B, settings.huber_delta, settings.huber_schedule, settings.huber_scale)
+        error = element_loss(prediction, target, settings.loss, threshold)
         if "mask_weights" in inputs:
             error = error * inputs["mask_weights"][:, None]
         main = error.flatten(1).mean(1) * noise_level_weight(time_B, settings.weighting_scheme)

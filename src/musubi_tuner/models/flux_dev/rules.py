@@ -46,14 +46,6 @@ def _weights_that_shape(config: "RunConfig") -> Iterator[Diagnostic]:
         yield warning("V18", "objective.weighting_scheme", text, "objective.timestep_sampling")
 
 
-@rule("V17", "objective.min_timestep objective.max_timestep")
-def _range(config: "RunConfig") -> Iterator[Diagnostic]:
-    objective = objective_of(config)
-    if objective.min_timestep >= objective.max_timestep:
-        text = f"is {objective.min_timestep}, not below max_timestep = {objective.max_timestep}"
-        yield error("V17", "objective.min_timestep", text, "objective.max_timestep")
-
-
 @rule("D03", "objective.preserve_distribution_shape objective.timestep_sampling")
 def _shape_of_the_density(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
@@ -69,12 +61,3 @@ def _form_of_min_snr(config: "RunConfig") -> Iterator[Diagnostic]:
         text = 'is "published", the form of noise prediction; on a velocity loss write "x0"'
         fix = [("objective.min_snr_form", "x0")]
         yield warning("V16", "objective.min_snr_form", text, "objective.min_snr_gamma", fix=fix)
-
-
-@rule("V15", "objective.min_snr_gamma objective.min_snr_form objective.weighting_scheme")
-def _two_weights(config: "RunConfig") -> Iterator[Diagnostic]:
-    objective = objective_of(config)
-    weighs = objective.weighting_scheme in ("sigma_sqrt", "cosmap")
-    if objective.min_snr_gamma and objective.min_snr_form != "none" and weighs:
-        text = f'is {objective.min_snr_gamma:g}, and weighting_scheme = "{objective.weighting_scheme}": the weights multiply'
-        yield warning("V15", "objective.min_snr_gamma", text, "objective.weighting_scheme")

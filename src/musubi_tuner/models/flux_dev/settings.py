@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from musubi_tuner.config.fields import Section, param
 from musubi_tuner.config.schema.model import ModelSection
-from musubi_tuner.config.schema.objective import ElementLoss, LogitNormal, MinSnr, ObjectiveSection
+from musubi_tuner.config.schema.objective import (
+    ElementLoss,
+    LogitNormal,
+    MinSnr,
+    NoiseLevels,
+    NoiseRecipe,
+    ObjectiveSection,
+)
 from musubi_tuner.config.schema.sample import SampleSection
 from musubi_tuner.config.when import is_
 
@@ -32,7 +39,7 @@ class FluxModel(ModelSection):
     )
 
 
-class FluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
+class FluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseRecipe, ObjectiveSection):
     """What is learned: times, loss and weights."""
 
     timestep_sampling: TimestepSampling = param("flux_shift", "Density of the training times.")
@@ -51,11 +58,6 @@ class FluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         le=100,
         when=is_("objective.timestep_sampling", "shift", "sigma"),
         rule="V18",
-    )
-    min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999, unit="thousandths")
-    max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000, unit="thousandths")
-    preserve_distribution_shape: bool = param(
-        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
     )
     weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = param(
         "none",

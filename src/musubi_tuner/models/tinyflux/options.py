@@ -65,8 +65,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Published choices of layers and ranks, for the published 15 double and 25 single blocks."""
 
 
-_ALL_TIMES = "TinyFlux's times cover [0, 1]"
-
 SPEC = ModelSpec(
     code="tf",
     full_name="tinyflux",
@@ -106,9 +104,6 @@ SPEC = ModelSpec(
         "discrete_flow_shift": _flux_shift_key,
         "flux_shift": _flux_shift_key,
         "sigmoid_scale": "TinyFlux's times are logit-normal; objective.logit_std is their spread",
-        "weighting_scheme": "TinyFlux weighs its losses by objective.min_snr_gamma",
-        "min_timestep": _ALL_TIMES,
-        "max_timestep": _ALL_TIMES,
         "guidance_scale": "TinyFlux embeds no guidance; objective.text_dropout trains classifier-free guidance",
         "sample.cfg_scale": "TinyFlux's classifier-free guidance is sample.guidance",
         "sample.shift": "TinyFlux draws with objective.shift, the times that it was trained on",

@@ -24,11 +24,13 @@ from musubi_tuner.flow import (
     MaskSettings,
     distillation_loss,
     drop_conditioning,
+    element_loss,
     flux_shift,
-    huber_loss,
+    huber_threshold,
     interpolate,
     linear_lookup,
     min_snr_weight,
+    noise_level_weight,
     pack_pixels,
     ramp,
     sample_timesteps,
@@ -109,6 +111,9 @@ class TinyFluxProcess:
             logit_mean=settings.logit_mean,
             logit_std=settings.logit_std,
             shift=settings.shift,
+            low=1 - settings.max_timestep / 1000,
+            high=1 - settings.min_timestep / 1000,
+            preserve_shape=settings.preserve_distribution_shape,
         )
         return self._rounded(time)
 
@@ -224,12 +229,9 @@ class TinyFluxProcess:
     ) -> dict[str, LossTerm]:
         """``main``, and ``lune`` and ``sol`` where the run distils these teachers: in every batch, so that all processes add up the same."""
         settings = self.objective
-        prediction = self._rounded(prediction)
-        error = self._rounded(
-            huber_loss(prediction, target, settings.huber_delta)
-            if settings.loss == "huber"
-            else squared_error(prediction, target)
-        )
+        prediction, sigma = self._rounded(prediction), self.sigma(time_B)
+        threshold = huber_threshold(sigma, settings.huber_delta, settings.huber_schedule, settings.huber_scale)
+        error = self._rounded(element_loss(prediction, target, settings.loss, threshold))
         sol, lune = inputs.get("sol"), inputs.get("lune")
         if settings.spatial_weighting and sol is not None:
             weights = spatial_weight(sol["spatial"], *target.shape[-2:])
@@ -237,7 +239,7 @@ class TinyFluxProcess:
             error = error * weights[:, None]
         if "mask_weights" in inputs:
             error = error * inputs["mask_weights"][:, None]
-        main = error.flatten(1).mean(1)
+        main = error.flatten(1).mean(1) * noise_level_weight(sigma, settings.weighting_scheme)
         if settings.min_snr_gamma:
             main = main * min_snr_weight(time_B, settings.min_snr_gamma, settings.min_snr_form)
         terms = {"main": LossTerm(self._rounded(main), 1.0)}

@@ -28,15 +28,6 @@ def _every(config: "RunConfig") -> list[Sd15Teachers]:
     return [teachers_of(config, dataset) for dataset in config.datasets] or [config.sd15]
 
 
-@rule("T01", "objective.timestep_stratified objective.timestep_sampling")
-def _strata(config: "RunConfig") -> Iterator[Diagnostic]:
-    objective = objective_of(config)
-    if objective.timestep_stratified and objective.timestep_sampling != "uniform":
-        text = 'needs timestep_sampling = "uniform"'
-        fix = [("objective.timestep_sampling", "uniform")]
-        yield error("T01", "objective.timestep_stratified", text, "objective.timestep_sampling", fix=fix)
-
-
 @rule("T02", "objective.guidance_min objective.guidance_max")
 def _embedded_range(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)

@@ -9,8 +9,15 @@ from musubi_tuner.config.fields import Section, param
 from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.config.schema.model import AveragedCheckpoint, HiddenPadding, ModelSection, NewModel
-from musubi_tuner.config.schema.objective import ElementLoss, LogitNormal, MinSnr, ObjectiveSection
-from musubi_tuner.config.when import is_, on
+from musubi_tuner.config.schema.objective import (
+    ElementLoss,
+    LogitNormal,
+    MinSnr,
+    NoiseLevels,
+    NoiseRecipe,
+    ObjectiveSection,
+)
+from musubi_tuner.config.when import is_, is_not, on
 from musubi_tuner.models.tinyflux.geometry import ModelOptions
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
 _EMBEDDED = is_("model.init", "checkpoint") | on("model.geometry.guidance_embeds")
 
 
-class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
+class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseRecipe, ObjectiveSection):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
     huber_delta: float = param(
@@ -72,7 +79,8 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         gt=0,
         le=10,
         expert=True,
-        when=is_("objective.loss", "huber")
+        flat=("huber_c",),
+        when=is_not("objective.loss", "l2", "l1")
         | (is_("objective.lune_mode", "huber") & on("experts.enable_lune") & is_("adapter.type", "none")),
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = param("logit_normal", "Density of the training times.")
@@ -82,6 +90,9 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, ObjectiveSection):
         flat=("shift",),
         gt=0,
         le=100,
+    )
+    weighting_scheme: Literal["none", "cosmap", "sigma_sqrt"] = param(
+        "none", "Loss weight by noise level, beside the min-SNR weight; see flow/noise_levels.py."
     )
     precision: Literal["float32", "bfloat16"] = param(
         "float32",
