@@ -23,16 +23,18 @@ class CachedDataset:
     """Reads micro-batches from cache files.
 
     Args:
-        items: of all datasets. kinds: of cache that are opened, for the datasets that want them.
+        items: of all datasets. kinds: of cache that are opened, for the datasets that want them. dropping: leave captions out as
+            the data sets say.
 
     Raises:
         CacheError: if files are missing or broken, or latents have another size than their bucket.
     """
 
-    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str]) -> None:
+    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str], *, dropping: bool = True) -> None:
         roots = [dataset.cache_directory for dataset in config.datasets]
         wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
         self.items, self.seed = list(items), config.run.seed
+        self.texts, self.dropping = [dataset.text for dataset in config.datasets], dropping
         self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)
         self.tables = {*config.spec.expert_keys, TIMES}
         self.substitutes: dict[str, Tensor] = {}
@@ -123,7 +125,7 @@ class CachedDataset:
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """A micro-batch; the epoch keys the draw of the caption of an item that has several."""
         rows = [
-            self._read(index, caption_of(len(self.items[index].captions), self.seed, epoch, presentation))
+            self._read(index, self._caption(self.items[index], epoch, presentation))
             for index, presentation in zip(batch.items, batch.presentations, strict=True)
         ]
         for row in rows:
@@ -154,6 +156,11 @@ class CachedDataset:
             batch.presentations,
             torch.tensor([self.items[index].dataset for index in batch.items]),
         )
+
+    def _caption(self, item: Item, epoch: int, presentation: int) -> int:
+        """Number of the caption that a presentation takes."""
+        text = self.texts[item.dataset]
+        return caption_of(len(item.captions), self.seed, epoch, presentation, text, dropping=self.dropping)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from musubi_tuner.config.captions import CaptionSettings, caption_settings
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, info, warning
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.foreign import FOREIGN
@@ -75,6 +76,7 @@ class DatasetConfig:
         experts: what its images have instead of the same keys of [experts]; see `RunConfig.experts_of`.
         alpha_background: colour (#rrggbb) that transparent pixels are laid over; `KEPT` = they keep theirs, as they do where the
             alpha channel is the loss mask, unless a colour is given.
+        text: how its captions are made. is_reg: regularisation images.
         apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
     """
 
@@ -98,6 +100,8 @@ class DatasetConfig:
     experts: Mapping[str, Any] = field(default_factory=dict)
     alpha_background: str = WHITE
     apart: tuple[Path, ...] = ()
+    text: CaptionSettings = field(default_factory=CaptionSettings)
+    is_reg: bool = False
 
 
 def _check_table(table: Any, where: str, section: type[GeneralSection], problems: list[Diagnostic]) -> dict[str, Any]:
@@ -279,6 +283,8 @@ def _resolve_one(
         caption_transform=values.get("caption_transform"),
         experts=NO_TEACHERS if own.get("experts") is False else own.get("experts", {}),
         alpha_background=_background(values.get("alpha_background"), mask_source),
+        text=caption_settings(values),
+        is_reg=bool(values.get("is_reg")),
     )
 
 

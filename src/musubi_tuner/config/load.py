@@ -37,6 +37,7 @@ from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import ROLE_TABLES, RunConfig, config_class, lay
 from musubi_tuner.config.schema import SCHEMA_VERSION, flat_names, parameters, section_classes
+from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.config.when import describe
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, foreign_family
@@ -162,6 +163,19 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
             tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path), output_dir
         )
         datasets = [_checked_experts(dataset, spec, found) for dataset in datasets]
+        cache = config.cache if config is not None else CacheSection()
+        datasets = [
+            replace(
+                dataset,
+                text=replace(
+                    dataset.text,
+                    text_variants=cache.text_variants,
+                    seed=cache.seed,
+                    drop_as_empty=not spec.drops_text,
+                ),
+            )
+            for dataset in datasets
+        ]
         problems += found
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets

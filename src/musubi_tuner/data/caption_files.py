@@ -142,7 +142,9 @@ def _say_missing(
         )
     text = f"{dataset.name}: {', '.join(parts)}"
     hints = _hints(extension, root, images, absent, names) if absent else []
-    if dataset.missing_caption == "error":
+    if dataset.text.class_tokens:
+        notes.append(f"{text}; they take class_tokens, {dataset.text.class_tokens!r}")
+    elif dataset.missing_caption == "error":
         problems.append(". ".join([f"{text}; write the captions, or {WAY_OUT}", *hints]))
     else:
         notes.append(f'{text}; missing_caption = "{dataset.missing_caption}"')

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of
@@ -29,11 +30,13 @@ class PixelSource:
 
     Args:
         items: of all datasets. seed: of the run, which keys the draw of the caption.
-        tokenize: turns captions into tensors; None = captions are not used.
+        tokenize: turns captions into tensors; None = captions are not used. texts: by data set, how captions are dropped.
     """
 
-    def __init__(self, items: Sequence[Item], seed: int, tokenize: Tokenize | None = None) -> None:
-        self.items, self.seed, self.tokenize = list(items), seed, tokenize
+    def __init__(
+        self, items: Sequence[Item], seed: int, tokenize: Tokenize | None = None, texts: Sequence[CaptionSettings] = ()
+    ) -> None:
+        self.items, self.seed, self.tokenize, self.texts = list(items), seed, tokenize, texts
 
     def plan_items(self) -> list[PlanItem]:
         """See `Source`."""
@@ -45,7 +48,15 @@ class PixelSource:
         tensors = {"pixels": torch.stack([read_pixels(item) for item in items])}
         if self.tokenize is not None:
             captions = [
-                item.captions[caption_of(len(item.captions), self.seed, epoch, presentation)]
+                item.captions[
+                    caption_of(
+                        len(item.captions),
+                        self.seed,
+                        epoch,
+                        presentation,
+                        self.texts[item.dataset] if self.texts else None,
+                    )
+                ]
                 for item, presentation in zip(items, batch.presentations, strict=True)
             ]
             tensors |= self.tokenize(captions)

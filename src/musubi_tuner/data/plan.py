@@ -11,6 +11,7 @@ update of an epoch may have fewer: the ranks without one run an empty share.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.randomness import keyed_random, uniform
 
 
@@ -73,8 +74,24 @@ def plan_epoch(items: Sequence[PlanItem], seed: int, epoch: int, micro_batch: in
     return planned
 
 
-def caption_of(captions: int, seed: int, epoch: int, presentation: int) -> int:
-    """Which of an item's captions a presentation takes: one draw for everything that is made from captions."""
+def caption_of(
+    captions: int,
+    seed: int,
+    epoch: int,
+    presentation: int,
+    text: CaptionSettings | None = None,
+    *,
+    dropping: bool = True,
+) -> int:
+    """Which of an item's captions a presentation takes: one draw for everything that is made from captions.
+
+    Args:
+        text: of the data set; where it drops captions by an empty one, that is the last. dropping: false keeps all.
+    """
+    if text is not None and text.drops and text.drop_as_empty:
+        if dropping and text.is_dropped(epoch, uniform(seed, "caption_dropout", epoch, presentation)):
+            return captions - 1
+        captions -= 1
     return 0 if captions == 1 else int(captions * uniform(seed, "caption", epoch, presentation))
 
 

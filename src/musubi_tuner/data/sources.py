@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from musubi_tuner.config.datasets import KEPT, DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
 from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
+from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
@@ -96,7 +97,7 @@ class ScannedItems:
     roots: list[Root] = field(default_factory=list)
 
 
-def scan(datasets: Iterable[DatasetConfig], architecture: str) -> ScannedItems:
+def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     """List the items of all datasets, sorted by dataset and id.
 
     Raises:
@@ -116,9 +117,22 @@ def scan(datasets: Iterable[DatasetConfig], architecture: str) -> ScannedItems:
             problems.append(f"{dataset.name}: {_root_name(dataset)} holds no images ({', '.join(EXTENSIONS)})")
         items += _items(index, dataset, entries, architecture, problems, notes)
     problems += _shared_files(items)
+    items = _balanced(items, [dataset.is_reg for dataset in datasets])
     if problems:
         raise DataError(_join(problems))
     return ScannedItems(items, notes, roots)
+
+
+def _balanced(items: list[Item], is_reg: Sequence[bool]) -> list[Item]:
+    """Items with regularisation images repeated until an epoch has as many presentations of them as of the others."""
+    wanted = sum(item.num_repeats for item in items if not is_reg[item.dataset])
+    regular = [item for item in items if is_reg[item.dataset]]
+    missing = wanted - sum(item.num_repeats for item in regular)
+    if not regular or missing <= 0:
+        return items
+    each, rest = divmod(missing, len(regular))
+    more = {item.key: each + (number < rest) for number, item in enumerate(regular)}
+    return [replace(item, num_repeats=item.num_repeats + more.get(item.key, 0)) for item in items]
 
 
 def _shared_files(items: list[Item]) -> list[str]:
@@ -228,6 +242,8 @@ def _directory(
     masks = _mask_files(dataset, problems, notes)
     for path, caption in folder_captions(dataset, root, images, problems, notes).items():
         columns = {"image_path": str(path)}
+        if caption is None and dataset.text.class_tokens:
+            caption = dataset.text.class_tokens
         if caption is None:
             if dataset.missing_caption in ("error", "skip"):
                 transform([], columns)
@@ -364,6 +380,8 @@ def _row(
     if broken:
         problems.append(f"{where}: {broken[0]} holds a NUL character; write plain text")
         return None
+    if not captions and dataset.text.class_tokens:
+        captions = [dataset.text.class_tokens]
     if not captions and dataset.caption_transform != "imagenet":
         if dataset.missing_caption != "error":
             missing.append(path.name)
@@ -460,18 +478,19 @@ def _items(
         for remark in header.remarks:
             remarks.setdefault(remark, []).append(entry.path.name)
         folder = entry.id.rpartition("/")[0]
+        captions = variants(entry.captions, dataset.text, entry.id)
         yield Item(
             id=entry.id,
             key=f"{index}:{entry.id}",
             path=entry.path,
-            caption=entry.captions[0],
+            caption=captions[0],
             cache_directory=dataset.cache_directory / folder if folder else dataset.cache_directory,
             size=size,
             placement=squash(size, bucket) if dataset.resize == "squash" else place(size, bucket),
             num_repeats=dataset.num_repeats,
             batch_size=dataset.batch_size,
             mask=mask,
-            more_captions=entry.captions[1:],
+            more_captions=captions[1:],
             squashed=dataset.resize == "squash",
             background=dataset.alpha_background if header.alpha else KEPT,
         )

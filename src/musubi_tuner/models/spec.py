@@ -83,6 +83,7 @@ class ModelSpec:
         hub_id: published repository of the family, for which ``hub`` stands; None if it has none.
         sample_size: default side of a drawn picture in pixels.
         t5_preset: published T5 that a single file without config is taken for; t5_attention_mask: whether T5 sees it.
+        drops_text: it trains without text by leaving encodings out (objective.text_dropout); else an empty caption stands for none.
         guidance_embedded: the model takes a guidance number; classifier-free guidance is then separate.
         expert_keys: names of the teacher tensors in an experts cache, each begun by the name of its teacher; empty = no such
             job.
@@ -118,6 +119,7 @@ class ModelSpec:
     t5_preset: str = "base"
     t5_attention_mask: bool = True
     guidance_embedded: bool = False
+    drops_text: bool = False
     expert_keys: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     dataset_defaults: Mapping[str, Any] = field(default_factory=dict)

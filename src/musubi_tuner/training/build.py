@@ -201,7 +201,9 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         role.refresh()
     if task is None:
         model = ranks.parallel(trainee.model, roles[0].by_hand)
-        task = FlowTask(model, process, roles[0], config.objective, config.run.seed)
+        task = FlowTask(
+            model, process, roles[0], config.objective, config.run.seed, config.datasets, config.train.prior_loss_weight
+        )
     metrics = saver = None
     if ranks.main:
         if config.adapter.type == "none":
@@ -293,9 +295,11 @@ def _open_source(
 ) -> tuple[Source, CachedDataset | None]:
     """What is trained, and what is measured."""
     if facts.pixels:
-        return PixelSource(trained, config.run.seed, config.spec.task_family.make_tokenizer(config)), None
+        texts = [dataset.text for dataset in config.datasets]
+        return PixelSource(trained, config.run.seed, config.spec.task_family.make_tokenizer(config), texts), None
     kinds = needed_kinds(config)
-    measured = CachedDataset(config, held_out[: config.validation.max_images], kinds) if held_out else None
+    shown = held_out[: config.validation.max_images]
+    measured = CachedDataset(config, shown, kinds, dropping=False) if shown else None
     return CachedDataset(config, trained, kinds), measured
 
 

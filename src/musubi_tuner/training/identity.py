@@ -101,11 +101,14 @@ def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int
 
 
 def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
-    """How [experts] differs in every dataset."""
-    return [
-        {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
-        for dataset in config.datasets
-    ]
+    """How [experts] differs in every dataset, and what else it says that no item shows: dropped captions, regularisation."""
+    found = []
+    for dataset in config.datasets:
+        own = {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
+        if dataset.text.drops or dataset.text.caption_dropout_rate is not None:
+            own["dropped captions"] = (dataset.text.caption_dropout_rate, dataset.text.caption_dropout_every_n_epochs)
+        found.append(own | ({"is_reg": True} if dataset.is_reg else {}))
+    return found
 
 
 def data_digest(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.schema.objective import NoiseRecipe, ObjectiveSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
@@ -263,12 +264,18 @@ class FlowPhase:
     Args:
         model: under data parallelism, if there are several ranks.
         role: name of the role that moves.
+        datasets: whose samples may drop text of their own accord, or be regularisation images.
+        prior_loss_weight: factor of the loss of those.
     """
 
     name = "flow"
 
-    def __init__(self, model: nn.Module, process: Process, role: str) -> None:
+    def __init__(
+        self, model: nn.Module, process: Process, role: str, datasets: Sequence[DatasetConfig] = (),
+        prior_loss_weight: float = 1.0,
+    ) -> None:  # fmt: skip
         self.model, self.process, self.roles = model, process, (role,)
+        self.datasets, self.prior_loss_weight = datasets, prior_loss_weight
         self.exchange: nn.Module | None = model
 
     def due(self, at: Position) -> bool:
@@ -280,10 +287,32 @@ class FlowPhase:
 
     def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
         """The terms of the family; ``main`` with the noise level of every sample."""
+        draws = self._dropped(draws, batch, at.epoch)
         time = self.process.time(draws.time, self.process.size(batch.tensors["latents"]), draws.uniforms)
         terms = losses_at(self.model, self.process, batch, draws, time, at.step)
         terms["main"].sigma_B = self.process.sigma(time).detach()
+        if any(dataset.is_reg for dataset in self.datasets):
+            factors = [self.prior_loss_weight if dataset.is_reg else 1.0 for dataset in self.datasets]
+            weights = _by_sample(factors, batch)
+            return {name: replace(term, per_sample_B=term.per_sample_B * weights) for name, term in terms.items()}
         return terms
+
+    def _dropped(self, draws: Draws, batch: Batch, epoch: int) -> Draws:
+        """Draws that decide the dropout of text as the data set of a sample says, where one says something."""
+        coins, texts = draws.uniforms.get("text_dropout"), [dataset.text for dataset in self.datasets]
+        if coins is None or not any(text.drops or text.caption_dropout_rate is not None for text in texts):
+            return draws
+        own = _by_sample([text.caption_dropout_rate is not None for text in texts], batch)
+        rates = _by_sample([text.caption_dropout_rate or 0.0 for text in texts], batch)
+        whole = _by_sample([text.is_dropped(epoch, 1.0) for text in texts], batch)
+        decided = torch.where(own, 2.0, coins)  # above every share, or as the run says
+        decided = torch.where(whole | (coins < rates), -1.0, decided)
+        return replace(draws, uniforms={**draws.uniforms, "text_dropout": decided})
+
+
+def _by_sample(values: Sequence[Any], batch: Batch) -> Tensor:
+    """A value of each data set for the samples of a batch, without waiting for the device."""
+    return torch.tensor(values).to(batch.dataset_ids.device, non_blocking=True)[batch.dataset_ids]
 
 
 class FlowTask:
@@ -292,13 +321,17 @@ class FlowTask:
     Args:
         model: that predicts; ``role`` moves it, or the adapters on it.
         objective: its noise recipe and its times. seed: of the run.
+        datasets, prior_loss_weight: see `FlowPhase`.
     """
 
-    def __init__(self, model: nn.Module, process: Process, role: Role, objective: ObjectiveSection, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, process: Process, role: Role, objective: ObjectiveSection, seed: int,
+        datasets: Sequence[DatasetConfig] = (), prior_loss_weight: float = 1.0,
+    ) -> None:  # fmt: skip
         self.process, self.objective, self.seed = process, objective, seed
         self._strata: tuple[Update | None, list[Tensor]] = (None, [])
         self.roles = {role.name: role}
-        self.phases = [FlowPhase(model, process, role.name)]
+        self.phases = [FlowPhase(model, process, role.name, datasets, prior_loss_weight)]
 
     def draws(self, batch: Batch, update: Update, index: int, at: Position) -> Draws:
         """Noise, times and the uniform draws of the family."""

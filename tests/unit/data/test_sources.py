@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import Placement, place, squash
 from musubi_tuner.data.images import resize_crop
@@ -511,3 +512,33 @@ def test_scanning_says_nothing_on_its_own(
         scan([dataset()], "tf")
     assert capsys.readouterr() == ("", "")
     assert caplog.records == []
+
+
+class TestMadeCaptions:
+    def test_variants_of_a_shuffled_caption_are_the_captions_of_the_item(
+        self, dataset: Entry, picture: Make, tmp_path: Path
+    ) -> None:
+        picture(tmp_path / "images" / "a.png", caption="a, b, c, d")
+        text = CaptionSettings(shuffle_caption=True, text_variants=4, trigger_word="ohwx")
+        (item,) = scan([dataset(text=text)], "tf").items
+        assert len(item.captions) == 4 and len(set(item.captions)) > 1
+        assert all(
+            caption.startswith("ohwx, ") and sorted(caption) == sorted("ohwx, a, b, c, d") for caption in item.captions
+        )
+
+    def test_class_tokens_stand_for_missing_captions(self, dataset: Entry, picture: Make, tmp_path: Path) -> None:
+        picture(tmp_path / "images" / "a.png", caption=None)
+        picture(tmp_path / "images" / "b.png", caption="mine")
+        found = scan([dataset(text=CaptionSettings(class_tokens="a cat"))], "tf")
+        assert [item.caption for item in found.items] == ["a cat", "mine"]
+        assert any("they take class_tokens" in note for note in found.notes)
+
+    @pytest.mark.parametrize(("repeats", "expected"), [(1, [1, 1]), (5, [3, 2]), (10, [5, 5])])
+    def test_regularisation_images_are_repeated_until_there_are_as_many(
+        self, repeats: int, expected: list[int], dataset: Entry, picture: Make, tmp_path: Path
+    ) -> None:
+        picture(tmp_path / "images" / "a.png")
+        for name in ("b", "c"):
+            picture(tmp_path / "reg" / f"{name}.png")
+        sets = [dataset(num_repeats=repeats), dataset(image_directory=tmp_path / "reg", is_reg=True)]
+        assert [item.num_repeats for item in scan(sets, "tf").items] == [repeats, *expected]

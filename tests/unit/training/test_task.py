@@ -1,6 +1,7 @@
 """The training step: what is dropped, what is fed, what is paid, and that no draw depends on the batch it falls into."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from musubi_tuner.config.captions import CaptionSettings
+from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.config.schema.train import TrainSection
@@ -22,7 +25,7 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep, TinyFluxP
 from musubi_tuner.models.tinyflux import family as tinyflux_family
 from musubi_tuner.models.tinyflux.process import TeacherSettings, scale_sol_map, sol_loss
 from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
-from musubi_tuner.training.task import Draws, losses_at, make_draws, stratified_draws
+from musubi_tuner.training.task import Draws, FlowPhase, Position, losses_at, make_draws, stratified_draws
 from steps import training_step
 from tiny import TINY
 
@@ -874,3 +877,50 @@ def test_strata_of_normal_draws_are_one_per_slice_of_the_density() -> None:
     (draws,) = stratified_draws((planned(*range(8)),), 1, 0, 0, normal_times=True)
     slices = sorted((torch.special.ndtr(draws) * 8).long().tolist())
     assert slices == list(range(8))
+
+
+# What data sets say of text and of the weight of their images
+
+
+def dataset(number: int, **settings: Any) -> DatasetConfig:
+    is_reg = settings.pop("is_reg", False)
+    folder = Path(f"set{number}")
+    return DatasetConfig(
+        f"datasets[{number}]", folder, None, folder, (64, 64), True, False, ".txt", 1, 1, "error", False,
+        text=CaptionSettings(**settings), is_reg=is_reg,
+    )  # fmt: skip
+
+
+def phase_losses(datasets: list[DatasetConfig], at: Position, **settings: Any) -> tuple[Tensor, list[Tensor]]:
+    own = process(**settings)
+    kept: list[Tensor] = []
+    real = own.conditioning
+
+    def conditioning(batch: Batch, time: Tensor, uniforms: dict[str, Tensor]) -> Any:
+        kept.append(uniforms["text_dropout"] >= own.objective.text_dropout)
+        return real(batch, time, uniforms)
+
+    own.conditioning = conditioning  # type: ignore[method-assign]
+    batch = replace(make_batch(), dataset_ids=torch.tensor([0, 1, 0, 1]))
+    draws = make_draws(own, SHAPE, planned(0, 1, 2, 3), 1, 0)
+    phase = FlowPhase(random_model(), own, "model", datasets, 0.25)
+    return phase.losses(batch, draws, at)["main"].per_sample_B.detach(), kept
+
+
+def test_a_data_set_decides_the_dropout_of_its_own_captions() -> None:
+    plain, always = dataset(0), dataset(1, caption_dropout_rate=1.0)
+    assert phase_losses([plain, always], Position(), text_dropout=0.0)[1][0].tolist() == [True, False, True, False]
+    never = dataset(1, caption_dropout_rate=0.0)
+    assert phase_losses([plain, never], Position(), text_dropout=1.0)[1][0].tolist() == [False, True, False, True]
+
+
+def test_every_nth_epoch_drops_the_captions_of_a_data_set() -> None:
+    datasets = [dataset(0), dataset(1, caption_dropout_every_n_epochs=2)]
+    first, second = (phase_losses(datasets, Position(epoch=n), text_dropout=0.0)[1][0].tolist() for n in (0, 1))
+    assert first == [True] * 4 and second == [True, False, True, False]
+
+
+def test_losses_of_regularisation_images_are_multiplied_by_their_weight() -> None:
+    plain, _ = phase_losses([dataset(0), dataset(1)], Position())
+    weighted, _ = phase_losses([dataset(0), dataset(1, is_reg=True)], Position())
+    assert torch.equal(weighted, plain * torch.tensor([1, 0.25, 1, 0.25]))

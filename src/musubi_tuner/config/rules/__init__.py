@@ -11,12 +11,13 @@ from musubi_tuner.config.diagnostics import Diagnostic, error, warning
 from musubi_tuner.config.rules.adapter import ADAPTER
 from musubi_tuner.config.rules.effect import NO_EFFECT, without_effect
 from musubi_tuner.config.rules.files import FILES
+from musubi_tuner.config.rules.items import ITEMS
 from musubi_tuner.config.rules.memory import MEMORY
 from musubi_tuner.config.rules.movement import MOVEMENT
 from musubi_tuner.config.rules.training import TRAINING
 from musubi_tuner.config.run_config import RunConfig
 
-GROUPS = (TRAINING, ADAPTER, MEMORY, FILES, MOVEMENT)
+GROUPS = (TRAINING, ADAPTER, MEMORY, ITEMS, FILES, MOVEMENT)
 """All rules of the framework."""
 
 
@@ -30,6 +31,7 @@ def validate(config: RunConfig, wrong: Collection[str] = ()) -> list[Diagnostic]
         *TRAINING.check(config, wrong),
         *ADAPTER.check(config, wrong),
         *MEMORY.check(config, wrong),
+        *ITEMS.check(config, wrong),
         *without_effect(config, set(config.set_keys()), wrong, moving=False),
         *_denoiser(config),
         *(config.spec.rules.check(config, wrong) if config.spec.rules else ()),

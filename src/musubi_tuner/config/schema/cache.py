@@ -37,6 +37,13 @@ class CacheSection(Section):
     seed: int = param(0, "Seed of the posterior sample.", ge=0, lt=2**32)
     latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024, unit="images")
     text_batch_size: int = param(16, "Captions encoded together.", ge=1, le=4096, unit="captions")
+    text_variants: int = param(
+        1,
+        "Captions with shuffled or dropped parts and wildcards: how many are drawn of each and encoded; each presentation takes "
+        "one.",
+        ge=1,
+        le=64,
+    )
     workers: int = param(2, "Threads that read and resize images.", ge=0, le=64, resume="free", unit="threads")
     vae_tiling: bool = param(
         False, "Encode and decode large images in overlapping tiles (less memory, seams possible)."

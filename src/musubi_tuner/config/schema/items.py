@@ -56,6 +56,51 @@ class GeneralSection(Section):
         None, "What is made of a caption: object_relations, imagenet, or package.module:function."
     )
 
+    class_tokens: str | None = param(
+        None, "Caption of images that have none, instead of what missing_caption says.", min_length=1
+    )
+    caption_prefix: str | None = param(None, "Put in front of every caption, with a space.", min_length=1)
+    caption_suffix: str | None = param(None, "Put behind every caption, with a space.", min_length=1)
+    trigger_word: str | None = param(
+        None, "Takes the place of [trigger] in a caption, or stands in front of a caption without it.", min_length=1
+    )
+    caption_separator: str | None = param(
+        None, "Between the parts of a caption; they are joined by it and a space.", min_length=1
+    )
+    shuffle_caption: bool | None = param(None, "Shuffle the parts of a caption; needs cache.text_variants.")
+    keep_tokens: int | None = param(
+        None, "The first so many parts are neither shuffled nor dropped.", ge=0, le=1000, unit="parts"
+    )
+    keep_tokens_separator: str | None = param(
+        None,
+        "Parts before it are kept, and those behind a second one; wins over keep_tokens where a caption has it.",
+        min_length=1,
+    )
+    secondary_separator: str | None = param(
+        None, "Parts joined by it move and drop as one; it becomes caption_separator afterwards.", min_length=1
+    )
+    enable_wildcard: bool | None = param(
+        None,
+        "{a|b|c} stands for one of them, {{ and }} for braces, and of several lines one is taken; needs cache.text_variants.",
+    )
+    caption_tag_dropout_rate: float | None = param(
+        None, "Share of the parts that are left out; needs cache.text_variants.", ge=0, le=1, step=0.01
+    )
+    caption_dropout_rate: float | None = param(
+        None,
+        "Share of presentations without caption; absent = objective.text_dropout where the family has it.",
+        ge=0,
+        le=1,
+        step=0.01,
+    )
+    caption_dropout_every_n_epochs: int | None = param(
+        None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, unit="epochs"
+    )
+    is_reg: bool | None = param(
+        None,
+        "Regularisation images: their loss is multiplied by train.prior_loss_weight, and they are repeated as often as the others.",
+    )
+
     @field_validator("resolution", mode="before")
     @classmethod
     def _sides(cls, value: Any) -> Any:

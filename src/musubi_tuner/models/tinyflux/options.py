@@ -76,6 +76,7 @@ SPEC = ModelSpec(
     latent_shift=False,
     sample_size=512,
     hub_id=HUB_ID,
+    drops_text=True,
     t5_tokenizer="google/flan-t5-base",
     clip_tokenizer="openai/clip-vit-large-patch14",
     expert_keys=("lune_features", "sol_stats", "sol_spatial"),

@@ -1,0 +1,95 @@
+"""Rules of [general] and [[datasets]] beside other settings."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.run_config import RunConfig
+
+ITEMS = Rules()
+rule = ITEMS.rule
+_CODES = {"shuffle_caption": "V01"}
+
+
+def _place(config: RunConfig, name: str, key: str) -> str:
+    """Where a key of a data set is written."""
+    own: dict[str, Any] = {}
+    for number, entry in enumerate(config.dataset_tables.get("datasets", [])):
+        if entry.get("name", f"datasets[{number}]") == name:
+            own = entry
+    return f"{name}.{key}" if key in own else f"general.{key}"
+
+
+@rule("V01 V05", "cache.text_variants")
+def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
+    count, said = config.cache.text_variants, set[str]()
+    if "text" not in config.spec.task(config).caches:
+        return
+    for dataset in config.datasets:
+        for key in dataset.text.dynamic:
+            place = _place(config, dataset.name, key)
+            if place in said:
+                continue
+            said.add(place)
+            if count == 1:
+                text = (
+                    "makes another caption each time, and captions are encoded once; set cache.text_variants to how many are made of "
+                    "each, 8 for example"
+                )
+                fix = [("cache.text_variants", 8)]
+                yield error(_CODES.get(key, "V05"), place, text, "cache.text_variants", fix=fix)
+    if count > 1 and not any(dataset.text.dynamic for dataset in config.datasets):
+        if "cache.text_variants" in config.set_keys():
+            text = "has no effect because no data set shuffles or drops parts of captions, or has wildcards"
+            yield warning("NA03", "cache.text_variants", text)
+    elif count > 1:
+        yield info(
+            "V05", "cache.text_variants", f"{count} variants of every caption are encoded; each presentation takes one"
+        )
+
+
+@rule("V58")
+def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
+    said = set[str]()
+    for dataset in config.datasets:
+        text, moves = dataset.text, dataset.text.shuffle_caption or dataset.text.caption_tag_dropout_rate
+        for key in ("keep_tokens", "keep_tokens_separator", "secondary_separator"):
+            place = _place(config, dataset.name, key)
+            if getattr(text, key) and not moves and place not in said:
+                said.add(place)
+                reason = "has no effect because no parts are shuffled or dropped"
+                yield warning("V58", place, reason, _place(config, dataset.name, "shuffle_caption"))
+        place = _place(config, dataset.name, "keep_tokens")
+        if text.keep_tokens and text.keep_tokens_separator and moves and place not in said:
+            said.add(place)
+            reason = f"is {text.keep_tokens}, and is used only for captions without {text.keep_tokens_separator!r}"
+            yield warning("V58", place, reason, _place(config, dataset.name, "keep_tokens_separator"))
+
+
+@rule("V59")
+def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
+    said = set[str]()
+    for dataset in config.datasets:
+        for key, value in (
+            ("caption_dropout_rate", dataset.text.caption_dropout_rate),
+            ("caption_dropout_every_n_epochs", dataset.text.caption_dropout_every_n_epochs),
+        ):
+            place = _place(config, dataset.name, key)
+            if value == 1 and place not in said:
+                said.add(place)
+                yield error(
+                    "V59", place, "is 1: no caption would be seen; 0.1 of the presentations is usual for the rate"
+                )
+
+
+@rule("V92", "train.prior_loss_weight")
+def _regularisation(config: RunConfig) -> Iterator[Diagnostic]:
+    regular = [dataset.is_reg for dataset in config.datasets]
+    if config.train.prior_loss_weight != 1 and not any(regular):
+        text = "has no effect because no data set has is_reg"
+        yield warning("NA03", "train.prior_loss_weight", text)
+    if regular and all(regular):
+        yield error(
+            "V92", "datasets", "all have is_reg: regularisation images stand beside others; leave it out in one of them"
+        )

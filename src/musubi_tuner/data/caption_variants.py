@@ -1,0 +1,98 @@
+"""Captions after prefix, trigger, shuffle, dropout of parts and wildcards. Torch-free.
+
+Order: prefix and suffix, wildcards, parts that are kept, shuffled or left out, the secondary separator, the trigger. A part is what
+stands between two separators.
+"""
+
+import random
+import re
+
+from musubi_tuner.config.captions import CaptionSettings
+from musubi_tuner.randomness import keyed_random
+
+TRIGGER = "[trigger]"
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) -> tuple[str, ...]:
+    """The captions that an item is trained with, from those that are written.
+
+    With settings that make another caption each time, ``text_variants`` of them, drawn by (cache.seed, item, number), as equally from
+    all written ones as that number allows; an empty one behind them where captions are dropped by being empty.
+
+    Args:
+        item: key of the draws.
+    """
+    made = [fixed(caption, settings) for caption in captions]
+    if settings.dynamic:
+        draws = [
+            keyed_random(settings.seed, "caption variant", item, number) for number in range(settings.text_variants)
+        ]
+        made = [draw(captions[number % len(captions)], settings, each) for number, each in enumerate(draws)]
+    return (*made, "") if settings.drops and settings.drop_as_empty else tuple(made)
+
+
+def fixed(caption: str, settings: CaptionSettings) -> str:
+    """A caption with what changes nothing from one time to the next."""
+    for marker in (settings.keep_tokens_separator, settings.secondary_separator):
+        if marker:
+            caption = caption.replace(marker, settings.caption_separator)
+    return _triggered(_framed(caption, settings), settings)
+
+
+def draw(caption: str, settings: CaptionSettings, source: random.Random) -> str:
+    """A caption with everything drawn."""
+    if settings.enable_wildcard:
+        lines = [line.strip() for line in caption.splitlines() if line.strip()]
+        caption = source.choice(lines) if lines else ""
+    caption = _framed(caption, settings)
+    if settings.enable_wildcard:
+        caption = _WILDCARD.sub(lambda match: _chosen(match, source), caption)
+    if settings.shuffle_caption or settings.caption_tag_dropout_rate:
+        caption = _rearranged(caption, settings, source)
+    for marker in (settings.keep_tokens_separator, settings.secondary_separator):
+        if marker:
+            caption = caption.replace(marker, settings.caption_separator)
+    return _triggered(caption, settings)
+
+
+def _framed(caption: str, settings: CaptionSettings) -> str:
+    """Between prefix and suffix; an empty caption too."""
+    return " ".join(part for part in (settings.caption_prefix, caption, settings.caption_suffix) if part)
+
+
+def _triggered(caption: str, settings: CaptionSettings) -> str:
+    word = settings.trigger_word
+    if not word:
+        return caption
+    if TRIGGER in caption:
+        return caption.replace(TRIGGER, word)
+    return f"{word}{settings.caption_separator} {caption}" if caption else word
+
+
+def _chosen(match: re.Match[str], source: random.Random) -> str:
+    if match[0] in ("{{", "}}"):
+        return match[0][0]
+    return source.choice(match[1].split("|")).strip()
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    return [part for piece in text.split(separator) if (part := piece.strip())]
+
+
+def _rearranged(caption: str, settings: CaptionSettings, source: random.Random) -> str:
+    """Parts that are kept, then the others shuffled and thinned out, then the fixed end."""
+    separator, marker = settings.caption_separator, settings.keep_tokens_separator
+    end: list[str] = []
+    if marker and marker in caption:
+        begin, _, rest = caption.partition(marker)
+        rest, _, last = rest.partition(marker)
+        kept, others, end = _parts(begin, separator), _parts(rest, separator), _parts(last, separator)
+    else:
+        parts = _parts(caption, separator)
+        kept, others = parts[: settings.keep_tokens], parts[settings.keep_tokens :]
+    if settings.shuffle_caption:
+        source.shuffle(others)
+    if settings.caption_tag_dropout_rate:
+        others = [part for part in others if source.random() >= settings.caption_tag_dropout_rate]
+    return f"{separator} ".join([*kept, *others, *end])
