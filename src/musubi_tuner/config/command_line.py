@@ -22,7 +22,8 @@ from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.read import read_toml
-from musubi_tuner.config.schema import flat_names, parameters, section_classes
+from musubi_tuner.config.schema import flat_names, item_parameters, parameters, section_classes
+from musubi_tuner.config.schema.items import DatasetSection, GeneralSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
@@ -48,6 +49,9 @@ def type_and_default(parameter: Parameter, spec: ModelSpec | None = None) -> tup
     """Type and default of a setting in a family; or in all, behind the code of each where they differ or not all have it."""
     types, defaults = {}, {}
     for code in [spec.code] if spec else MODELS:
+        if parameter.section in ("general", "datasets"):
+            types[code] = parameter.type_name
+            defaults[code] = format_value(MODELS[code].dataset_defaults.get(parameter.name))
         for own in parameters(MODELS[code]):
             if own.key == parameter.key:
                 value = MODELS[code].defaults.get(own.key)
@@ -75,11 +79,12 @@ def settings_help(spec: ModelSpec | None = None) -> str:
         by_key.setdefault(parameter.key, []).append(f"--{name}")
     lines = []
     section = None
-    for parameter in parameters(spec):
+    for parameter in (*parameters(spec), *item_parameters()):
         if parameter.section != section:
             section = parameter.section
             lines.append(f"\n[{section}]  {table_doc(section, spec)}" if section else "\ntop level")
-        flags = ", ".join(by_key.get(parameter.key, [f"--set {parameter.key}=..."]))
+        of_set = parameter.section == "datasets"
+        flags = "" if of_set else ", ".join(by_key.get(parameter.key, [f"--set {parameter.key}=..."]))
         kind, default = type_and_default(parameter, spec)
         lines.append(f"  {parameter.name}  ({kind}; default {default})  {flags}")
         lines.append(f"      {parameter.help}")
@@ -88,8 +93,13 @@ def settings_help(spec: ModelSpec | None = None) -> str:
 
 def table_doc(section: str, spec: ModelSpec | None = None) -> str:
     """What a table is for: in a family, or in the first that has settings in it."""
+    if section in ITEM_TABLES:
+        return ITEM_TABLES[section].__doc__ or ""
     classes = [section_classes(each)[section] for each in ([spec] if spec else map(MODELS.__getitem__, MODELS))]
     return next((cls.__doc__ for cls in classes if cls.model_fields), None) or ""
+
+
+ITEM_TABLES = {"general": GeneralSection, "datasets": DatasetSection}
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,7 +161,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
         ConfigError: for an unknown option or a missing value.
     """
     flat = flat_names()
-    keys = {**flat, **{parameter.key: parameter for parameter in parameters()}}
+    keys = {**flat, **{parameter.key: parameter for parameter in (*parameters(), *item_parameters())}}
     passed: list[str] = []
     overrides: dict[str, Any] = json.loads(os.environ.pop(_SECRETS, "{}"))
     rest = list(arguments)
@@ -181,7 +191,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
         if parameter is None:
             known = [*flat, *(option_name[2:] for option_name in own)]
             raise ConfigError(f"unknown option --{name}.{did_you_mean(name, known)} See --help")
-        is_bool = parameter.field.annotation is bool
+        is_bool = bool in parameter.kinds and not parameter.choices
         if negative and not is_bool:
             raise ConfigError(f"--{name}: {parameter.key} is not true or false")
         if is_bool and not equals and not (rest and rest[0] in ("true", "false")):

@@ -76,6 +76,7 @@ class DatasetConfig:
         experts: what its images have instead of the same keys of [experts]; see `RunConfig.experts_of`.
         alpha_background: colour (#rrggbb) that transparent pixels are laid over; `KEPT` = they keep theirs, as they do where the
             alpha channel is the loss mask, unless a colour is given.
+        bucket_step: of the sides of its buckets; None = the family's. bucket_sides: the least and the greatest side; None = any.
         text: how its captions are made. is_reg: regularisation images.
         apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
     """
@@ -102,6 +103,8 @@ class DatasetConfig:
     apart: tuple[Path, ...] = ()
     text: CaptionSettings = field(default_factory=CaptionSettings)
     is_reg: bool = False
+    bucket_step: int | None = None
+    bucket_sides: tuple[int | None, int | None] = (None, None)
 
 
 def _check_table(table: Any, where: str, section: type[GeneralSection], problems: list[Diagnostic]) -> dict[str, Any]:
@@ -169,7 +172,12 @@ def _other_name(
 
 
 def resolve_datasets(
-    tables: Mapping[str, Any], defaults: Mapping[str, Any], step: int, locate: Any, output_dir: Path | None = None
+    tables: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    step: int,
+    locate: Any,
+    output_dir: Path | None = None,
+    finest: int | None = None,
 ) -> tuple[list[DatasetConfig], list[Diagnostic]]:
     """Check and resolve the two tables.
 
@@ -179,6 +187,7 @@ def resolve_datasets(
         step: sides of a single bucket must be multiples of this many pixels.
         locate: turns a path of the file into a `Path`.
         output_dir: where the run writes, if that is known.
+        finest: what a step of buckets must be a multiple of; None = ``step``.
 
     Returns:
         The usable datasets and all findings.
@@ -199,7 +208,7 @@ def resolve_datasets(
         where = f"datasets[{index}]"
         own = _check_table(entry, where, DatasetSection, problems)
         values = {**defaults, **general, **own}
-        dataset = _resolve_one(where, own, values, step, locate, problems)
+        dataset = _resolve_one(where, own, values, step, finest or step, locate, problems)
         if dataset:
             datasets.append(dataset)
     problems.extend(_shared_caches(datasets))
@@ -210,7 +219,13 @@ def resolve_datasets(
 
 
 def _resolve_one(
-    where: str, own: dict[str, Any], values: dict[str, Any], step: int, locate: Any, problems: list[Diagnostic]
+    where: str,
+    own: dict[str, Any],
+    values: dict[str, Any],
+    step: int,
+    finest: int,
+    locate: Any,
+    problems: list[Diagnostic],
 ) -> DatasetConfig | None:
     sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
     before = sum(problem.level == "error" for problem in problems)
@@ -224,6 +239,12 @@ def _resolve_one(
         problems.append(
             error("U03", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it must begin with a dot")
         )
+    given = values.get("bucket_reso_steps")
+    if given is not None and values["enable_bucket"]:
+        if given % finest:
+            text = f"is {given}, expected a multiple of {finest}: {max(finest, given - given % finest)} or {given - given % finest + finest}"
+            problems.append(error("V53", f"{where}.bucket_reso_steps", text))
+        step = given
     resolution = values["resolution"]
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     if not values["enable_bucket"] and (width % step or height % step):
@@ -237,6 +258,20 @@ def _resolve_one(
                 f"is {width}x{height}; without buckets both sides must be multiples of {step}: {near}",
             )
         )
+    low, high = _bucket_sides(values, step)
+    if values["enable_bucket"] and low is not None and (low > min(width, height) or (high is not None and low > high)):
+        above = f"max_bucket_reso = {high}" if high is not None and low > high else f"the resolution {width}x{height}"
+        problems.append(error("V52", f"{where}.min_bucket_reso", f"is {low}, above {above}"))
+    if values["enable_bucket"] and high is not None and high < max(width, height):
+        text = f"is {high}, less than the resolution {width}x{height}"
+        problems.append(error("V52", f"{where}.max_bucket_reso", text))
+    for key, side in (("min_bucket_reso", low), ("max_bucket_reso", high)):
+        if values.get(key) is not None and values["enable_bucket"] and side != values[key]:
+            text = f"is {values[key]}, no multiple of the step {step}; {side} is taken"
+            problems.append(warning("V51", f"{where}.{key}", text, fix=[(f"{where}.{key}", side)]))
+    for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"):
+        if values.get(key) is not None and not values["enable_bucket"] and key in own:
+            problems.append(warning("V54", f"{where}.{key}", "has no effect because enable_bucket is false"))
     if own.get("bucket_no_upscale") and not values["enable_bucket"]:
         problems.append(warning("V54", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false"))
     if values["enable_bucket"]:
@@ -285,6 +320,8 @@ def _resolve_one(
         alpha_background=_background(values.get("alpha_background"), mask_source),
         text=caption_settings(values),
         is_reg=bool(values.get("is_reg")),
+        bucket_step=values.get("bucket_reso_steps") if values["enable_bucket"] else None,
+        bucket_sides=_bucket_sides(values, step),
     )
 
 
@@ -293,6 +330,14 @@ def _background(given: str | None, mask_source: MaskSource) -> str:
     if given is None:
         return KEPT if mask_source == "alpha" else WHITE
     return hex_colour(given) or WHITE  # what is no colour was refused before
+
+
+def _bucket_sides(values: Mapping[str, Any], step: int) -> tuple[int | None, int | None]:
+    """The least side, rounded down to the step, and the greatest, rounded up; None = any."""
+    if not values["enable_bucket"]:
+        return None, None
+    low, high = values.get("min_bucket_reso"), values.get("max_bucket_reso")
+    return low and (low - low % step), high and -(-high // step) * step
 
 
 def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:

@@ -160,7 +160,12 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
     if spec and len(problems) == before:
         output_dir = None if config is None else config.output_dir
         datasets, found = resolve_datasets(
-            tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path), output_dir
+            tables,
+            spec.dataset_defaults,
+            spec.pixel_step,
+            lambda text: locate(text, path),
+            output_dir,
+            spec.finest_step,
         )
         datasets = [_checked_experts(dataset, spec, found) for dataset in datasets]
         cache = config.cache if config is not None else CacheSection()
@@ -353,7 +358,7 @@ def _override(
     """Lay one option over the tree."""
     known = {parameter.key: parameter for parameter in parameters()}
     parameter, item = known.get(key) or flat_names().get(key), key.removeprefix("general.")
-    if parameter is not None:
+    if parameter is not None and parameter.section != "general":
         table = values.setdefault(parameter.section, {}) if parameter.section else values
         if isinstance(table, dict):
             table[parameter.name] = value

@@ -3,7 +3,7 @@
 import sys
 
 from musubi_tuner.config.command_line import table_doc, type_and_default
-from musubi_tuner.config.schema import flat_names, parameters
+from musubi_tuner.config.schema import flat_names, item_parameters, parameters
 
 
 def reference_page() -> str:
@@ -16,22 +16,24 @@ def reference_page() -> str:
         "",
         "Made from the code by `python -m musubi_tuner.config.reference`; do not edit.",
         "",
-        "Every setting is also reached by `--set table.key=value`. An absent optional value means off. Items are described in",
-        "`[general]` and `[[datasets]]`, see `toml/tinyflux_dataset.toml`. `[accelerate]` is another name of `[distributed]`.",
+        "Every setting is also reached by `--set table.key=value`. An absent optional value means off. `[accelerate]` is another name",
+        "of `[distributed]`. Options about items lie over `[general]`; what a data set says itself wins over them.",
         "A setting marked * may change between starts of one run; all others are refused with the list of differences.",
         "Where families differ, a type or default stands behind the code of each family that has the setting.",
     ]
     section = None
-    for parameter in parameters():
+    for parameter in (*parameters(), *item_parameters()):
         if parameter.section != section:
             section = parameter.section
             title = f"## [{section}]" if section else "## Top level"
+            title = "## [[datasets]]" if section == "datasets" else title
             lines += ["", title, ""]
             if section:
                 lines += [table_doc(section), ""]
             lines += ["| key | type | default | option | meaning |", "|---|---|---|---|---|"]
         kind, default = type_and_default(parameter)
-        star = "*" if parameter.extra("resume") == "free" else ""
+        items = parameter.section in ("general", "datasets")  # changed items are another data set
+        star = "*" if parameter.extra("resume") == "free" and not items else ""
         cells = [
             f"`{parameter.name}`{star}",
             kind,

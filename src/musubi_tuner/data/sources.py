@@ -25,7 +25,7 @@ from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.roots import Root, find_root
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
-from musubi_tuner.errors import DataError
+from musubi_tuner.errors import ConfigError, DataError
 
 _SHOWN = 10
 _KOHYA = re.compile(r"(\d+)_.+")
@@ -451,7 +451,15 @@ def _items(
 ) -> Iterator[Item]:
     by_id: dict[str, Path] = {}
     remarks: dict[str, list[str]] = {}
-    selector = BucketSelector(dataset.resolution, architecture, dataset.enable_bucket, dataset.bucket_no_upscale)
+    low, high = dataset.bucket_sides
+    try:
+        selector = BucketSelector(
+            dataset.resolution, architecture, dataset.enable_bucket, dataset.bucket_no_upscale, step=dataset.bucket_step,
+            min_side=low, max_side=high,
+        )  # fmt: skip
+    except ConfigError as error:
+        problems.append(f"{dataset.name}: {error}")
+        return
     counts = Counter(entry.id for entry in entries)
     for entry in _with_progress(sorted(entries, key=lambda entry: entry.id), dataset.name):
         if counts[entry.id] > 1:

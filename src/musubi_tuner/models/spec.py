@@ -78,7 +78,7 @@ class ModelSpec:
 
     Attributes:
         code: short name in cache file names; full_name: in cache metadata and configs.
-        pixel_step: image sides are multiples of this. vae_factor: pixels per latent cell.
+        pixel_step: image sides are multiples of this; finest_step: or of this, where a data set asks for it; None = the same. vae_factor: pixels per latent cell.
         latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
         hub_id: published repository of the family, for which ``hub`` stands; None if it has none.
         sample_size: default side of a drawn picture in pixels.
@@ -109,6 +109,7 @@ class ModelSpec:
     modelspec_architecture: str
     modelspec_implementation: str = ""
     pixel_step: int
+    finest_step: int | None = None
     vae_factor: int
     latent_channels: int
     latent_shift: bool

@@ -79,7 +79,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 22
+    assert len(fields(DatasetConfig)) == 24
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -457,3 +457,38 @@ def test_columns_of_captions_belong_to_a_listing(load: Load, problems: Problems,
 )
 def test_captions_of_another_form_are_refused(line: str, message: str, problems: Problems) -> None:
     assert problems(data=f"{IMAGES}{line}\n") == [f"datasets[0].{message}"]
+
+
+# Buckets
+
+
+def test_buckets_take_a_step_and_sides(load: Load) -> None:
+    data = IMAGES + "bucket_reso_steps = 64\nmin_bucket_reso = 256\nmax_bucket_reso = 1024\n"
+    dataset = only(load(data=data))
+    assert (dataset.bucket_step, dataset.bucket_sides) == (64, (256, 1024))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("bucket_reso_steps = 20", "bucket_reso_steps: is 20, expected a multiple of 8: 16 or 24"),
+        ("min_bucket_reso = 1024", "min_bucket_reso: is 1024, above the resolution 512x512"),
+        ("max_bucket_reso = 256", "max_bucket_reso: is 256, less than the resolution 512x512"),
+        ("min_bucket_reso = 512\nmax_bucket_reso = 512\nresolution = 256", "min_bucket_reso: is 512, above the resolution 256x256"),
+    ],
+)  # fmt: skip
+def test_buckets_that_cannot_be(lines: str, message: str, problems: Problems) -> None:
+    assert problems(data=f"{IMAGES}{lines}\n") == [f"datasets[0].{message}"]
+
+
+def test_sides_between_multiples_of_the_step_are_rounded_and_said(load: Load) -> None:
+    config = load(data=IMAGES + "min_bucket_reso = 250\nmax_bucket_reso = 1000\n")
+    assert only(config).bucket_sides == (240, 1008)
+    assert [(found.code, found.key) for found in config.findings] == [
+        ("V51", "datasets[0].min_bucket_reso"), ("V51", "datasets[0].max_bucket_reso"),
+    ]  # fmt: skip
+
+
+def test_bucket_settings_without_buckets(load: Load) -> None:
+    config = load(data=IMAGES + "enable_bucket = false\nbucket_reso_steps = 64\nmin_bucket_reso = 256\n")
+    assert {found.code for found in config.findings} == {"V54"} and only(config).bucket_step is None

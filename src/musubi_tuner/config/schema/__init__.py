@@ -21,6 +21,7 @@ from musubi_tuner.config.schema.distributed import DistributedSection
 from musubi_tuner.config.schema.ema import EmaSection
 from musubi_tuner.config.schema.experts import ExpertsSection
 from musubi_tuner.config.schema.hub import HubSection
+from musubi_tuner.config.schema.items import OWN_KEYS, DatasetSection, GeneralSection
 from musubi_tuner.config.schema.log import LogSection
 from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.config.schema.model import ModelSection
@@ -41,7 +42,7 @@ SCHEMA_VERSION = 1
 
 
 class RunFile(Section):
-    """A whole run file. `[general]` and `[[datasets]]` are checked by config/datasets.py."""
+    """A whole run file. [general] and [[datasets]] are looked up and checked together, by config/datasets.py."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
@@ -112,6 +113,16 @@ def _parameters(code: str | None) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
+@functools.cache
+def item_parameters() -> tuple[Parameter, ...]:
+    """Settings of [general], then those that only [[datasets]] has; not among `parameters`, for their values live in the tables."""
+    shared = [Parameter("general", name, field, GeneralSection) for name, field in GeneralSection.model_fields.items()]
+    return (
+        *shared,
+        *(Parameter("datasets", name, DatasetSection.model_fields[name], DatasetSection) for name in OWN_KEYS),
+    )
+
+
 def flat_names() -> dict[str, Parameter]:
     """Command-line names -> settings: the flat aliases, and the last part of every key where it is unique."""
     everything = parameters()
@@ -125,5 +136,8 @@ def flat_names() -> dict[str, Parameter]:
         counts[parameter.name] = counts.get(parameter.name, 0) + 1
     for parameter in everything:
         if counts[parameter.name] == 1 and parameter.name not in AMBIGUOUS:
+            names.setdefault(parameter.name, parameter)
+    for parameter in item_parameters():
+        if parameter.section == "general":
             names.setdefault(parameter.name, parameter)
     return names

@@ -29,6 +29,33 @@ class GeneralSection(Section):
     bucket_no_upscale: bool | None = param(
         None, "Never enlarge a picture: a small one keeps its size, cut to the step.", when=on("general.enable_bucket")
     )
+    bucket_reso_steps: int | None = param(
+        None,
+        "Sides of buckets are multiples of this; absent = what the model needs.",
+        ge=1,
+        le=1024,
+        unit="pixels",
+        tab="adapter",
+        when=on("general.enable_bucket"),
+    )
+    min_bucket_reso: int | None = param(
+        None,
+        "Leave out buckets with a shorter side; a multiple of the step, else rounded down.",
+        ge=1,
+        le=16384,
+        unit="pixels",
+        tab="adapter",
+        when=on("general.enable_bucket"),
+    )
+    max_bucket_reso: int | None = param(
+        None,
+        "Leave out buckets with a longer side; a multiple of the step, else rounded up.",
+        ge=1,
+        le=16384,
+        unit="pixels",
+        tab="adapter",
+        when=on("general.enable_bucket"),
+    )
     resize: Resize | None = param(
         None, "How a picture becomes its bucket: crop its centre, or squash all of it.", expert=True
     )
@@ -88,7 +115,7 @@ class GeneralSection(Section):
     )
     caption_dropout_rate: float | None = param(
         None,
-        "Share of presentations without caption; absent = objective.text_dropout where the family has it.",
+        "Share of presentations without caption; absent = as the run does.",
         ge=0,
         le=1,
         step=0.01,

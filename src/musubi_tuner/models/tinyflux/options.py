@@ -71,6 +71,7 @@ SPEC = ModelSpec(
     title="TinyFlux-Deep",
     modelspec_architecture="TinyFlux",
     pixel_step=16,
+    finest_step=8,
     vae_factor=8,
     latent_channels=16,
     latent_shift=False,
