@@ -44,7 +44,9 @@ def _one_of(table: Mapping[str, Any], *, lower: bool = True) -> Callable[[Any], 
     """A word of theirs as one of ours."""
 
     def convert(value: Any) -> Any:
-        word = value.lower() if lower and isinstance(value, str) else value
+        if not isinstance(value, str):
+            raise ValueError("a text")
+        word = value.lower() if lower else value
         if word not in table:
             raise ValueError(f"one of {', '.join(str(each) for each in table if each)}")
         return table[word]
@@ -145,6 +147,7 @@ CONVERTED: dict[str, Foreign] = {
     ),
     "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "our name of it"),
     "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "our name of it"),
+    "vae_dtype": Foreign("model.vae_dtype", _one_of(DTYPES), "our name of it"),
     "save_precision": Foreign("save.dtype", _one_of(DTYPES), "our name of it"),
     "save.precision": Foreign("save.dtype", _one_of(DTYPES), "our name of it"),
     "loss_type": Foreign("objective.loss", _one_of(LOSSES), "our name of it"),
@@ -166,7 +169,6 @@ CONVERTED: dict[str, Foreign] = {
     ),
     "flash_attn": Foreign("memory.attention", lambda on: "flash" if on else None, "kernel of attention", always=True),
     "xformers": Foreign("memory.attention", lambda on: "xformers" if on else None, "kernel of attention", always=True),
-    "sdpa": Foreign("memory.attention", lambda on: "sdpa" if on else None, "kernel of attention", always=True),
     "fp8_base": Foreign(
         "memory.base_storage", lambda on: "fp8" if on else None, "how frozen weights are stored", always=True
     ),
@@ -274,6 +276,7 @@ HARMLESS: dict[str, str] = {
     "output_config": "the resolved config is always written",
     "model_prediction_type": "the model says what it predicts",
     "prediction": "the model says what it predicts",
+    "sdpa": "it is the default",
     "verbose": "the plan says what is trained",
     "training_finished_at": "written by the trainer",
     "enable_preview": "sample.every_steps says when pictures are drawn",

@@ -19,7 +19,7 @@ from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_dat
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, format_problems, info
 from musubi_tuner.config.explain import explain
 from musubi_tuner.config.fields import Parameter
-from musubi_tuner.config.importers import import_musubi, looks_flat
+from musubi_tuner.config.importers import TITLES, import_options, is_typed, recognise
 from musubi_tuner.config.names import answer, translate, why_not
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
@@ -122,14 +122,14 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
     given = dict(overrides or {})
     problems: list[Diagnostic] = []
     step, steps = None, list[Step]()
-    if {"schema_version", "run", "model"} & set(document):
+    if is_typed(document):
         _translate(document, problems)
     if document.get(TABLE) == []:
         del document[TABLE]
     if TABLE in document or (overrides or {}).get(STEP) is not None:
         document, overrides, step, steps = _choose_step(path, document, dict(overrides or {}), problems)
     imported = None
-    if not {"schema_version", "run", "model"} & set(document):
+    if not is_typed(document):
         imported = _import_flat(path, document)
         document = imported.document
         problems += imported.report.diagnostics()
@@ -155,6 +155,8 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         tables = _chosen_datasets(tables, step, problems)
     if imported is not None:
         tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
+        if imported.datasets:
+            tables.setdefault("datasets", imported.datasets)
     if of_items:
         tables = {**tables, "general": {**tables.get("general", {}), **of_items}}
     if spec and len(problems) == before:
@@ -322,12 +324,12 @@ def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":
     Raises:
         ConfigError: if it is none that can be read.
     """
-    tool = looks_flat(document)
-    if tool == "musubi":
-        return import_musubi(document, lambda text: locate(text, path))
-    what = (
-        "Option files of sd-scripts (kohya) are not read yet" if tool else "It is not a musubi-tuner option file either"
-    )
+    tool = recognise(document)
+    if tool in ("musubi", "kohya", "plan"):
+        return import_options(document, lambda text: locate(text, path), tool)
+    what = "It is no option file of musubi-tuner or sd-scripts either"
+    if tool is not None:
+        what = f"It is a file of {TITLES[tool]}: python -m musubi_tuner.config import {path} -o run.toml makes a run file of it"
     raise ConfigError(
         f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}; toml/tinyflux.toml shows "
         "the form expected here"

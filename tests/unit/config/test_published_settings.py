@@ -10,7 +10,7 @@ import pytest
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.importers import Imported, import_published
-from musubi_tuner.config.importers.__main__ import main
+from musubi_tuner.config.__main__ import main
 
 TABLE: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "learning_rate": (1e-4, {"optimizer.lr": 1e-4}),
@@ -89,7 +89,7 @@ def as_run(project: Path) -> Callable[..., RunConfig]:
         source, target = project / "training_config.json", project / "made.toml"
         source.write_text(json.dumps(document, indent=2), encoding="utf-8")
         target.unlink(missing_ok=True)
-        assert main([str(source), "-o", str(target), "--dataset_config", str(data)]) == 0
+        assert main(["import", str(source), "-o", str(target), "--dataset_config", str(data)]) == 0
         return load_config(target)
 
     return run
@@ -305,7 +305,7 @@ def test_settings_of_uploads() -> None:
 def test_unknown_fields_are_warned_of_and_left_out(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = project / "settings.json", project / "run.toml"
     source.write_text(json.dumps({**DEFAULTS, "learning_rat": 1.0}), encoding="utf-8")
-    assert main([str(source), "-o", str(target)]) == 0
+    assert main(["import", str(source), "-o", str(target)]) == 0
     printed = capsys.readouterr().out
     assert "warning    learning_rat: is left out: unknown key. Did you mean 'learning_rate'?" in printed
     assert "info       keep_last_n_steps" not in printed
@@ -331,7 +331,7 @@ def test_values_that_no_run_can_have(
 ) -> None:
     source, target = project / "settings.json", project / "run.toml"
     source.write_text(json.dumps({**DEFAULTS, **changes}), encoding="utf-8")
-    assert main([str(source), "-o", str(target)]) == 1
+    assert main(["import", str(source), "-o", str(target)]) == 1
     printed = capsys.readouterr().out
     assert f"error      {expected}" in printed and "written; 1 keys above need you" in printed
 
@@ -349,5 +349,5 @@ def test_other_json_files(text: str | None, expected: str, project: Path, capsys
     source = project / "other.json"
     if text is not None:
         source.write_text(text, encoding="utf-8")
-    assert main([str(source), "-o", "run.toml"]) == 2
+    assert main(["import", str(source), "-o", "run.toml"]) == 2
     assert f"error: {source}: {expected}" in capsys.readouterr().err

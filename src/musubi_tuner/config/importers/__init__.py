@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from musubi_tuner.config.importers.musubi import import_musubi, looks_flat
+from musubi_tuner.config.importers.options import import_options
 from musubi_tuner.config.importers.report import Imported, Report
+from musubi_tuner.config.importers.tools import TITLES, is_typed, recognise
 from musubi_tuner.models.registry import MODELS
 
-__all__ = ["Imported", "Report", "import_musubi", "import_published", "looks_flat"]
+__all__ = ["TITLES", "Imported", "Report", "import_options", "import_published", "is_typed", "recognise"]
 
 
 def import_published(document: dict[str, Any]) -> Imported | None:

@@ -37,6 +37,11 @@ class Report:
                  self.refused, self.needs_you)  # fmt: skip
         return [entry[0] for entries in lists for entry in entries] + self.secrets_removed
 
+    def as_data(self) -> dict[str, Any]:
+        """The lists as plain values."""
+        return {name: [list(entry) if isinstance(entry, tuple) else entry for entry in entries]
+                for name, entries in vars(self).items() if isinstance(entries, list)}  # fmt: skip
+
     def diagnostics(self) -> Iterator[Diagnostic]:
         """Errors for what cannot be done, warnings for what is lost, notes for what was changed."""
         for key, hint in self.unknown:
@@ -65,10 +70,11 @@ class Imported:
 
     Attributes:
         document: as a run file would be read. general: [general] values that the source tool assumes.
-        names: our key -> source key, for messages.
+        names: our key -> source key, for messages. datasets: [[datasets]], where the file says them.
     """
 
     document: dict[str, Any]
     general: dict[str, Any]
     report: Report
     names: dict[str, str]
+    datasets: list[dict[str, Any]] = field(default_factory=list)

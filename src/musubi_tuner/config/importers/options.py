@@ -1,127 +1,130 @@
-"""Option files of musubi-tuner: flat keys, in tables whose names mean nothing.
+"""Option files of musubi-tuner and sd-scripts, and the plan's JSON: flat keys, in tables whose names mean nothing.
 
     [train]                       all keys are options of one script
     architecture = "fd"           or script = "flux_dev_train_network.py"
     dit = "..."
 
-Two tables are ours and keep their names: [accelerate] and [cache]. A missing key means musubi-tuner's default, which is
-written where ours differs. A value of another kind is an error, as in a typed file.
+Two tables of musubi's files are ours and keep their names: [accelerate] and [cache]. A missing key means the other program's default,
+which is written where ours differs. A value of another kind is an error, as in a typed file.
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
-from musubi_tuner.config.foreign import REFUSED
+from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
+from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
+from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, parameters
-from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.registry import MODELS, foreign_family
 
-DEFAULTS: dict[str, Any] = {
-    "adapter.rank": 4,
-    "adapter.alpha": 1.0,
-    "optimizer.lr": 2e-6,
-    "scheduler.type": "constant",
-    "objective.timestep_sampling": "sigma",
-    "objective.discrete_flow_shift": 1.0,
-    "objective.timestep_offset": 0.001,
-    "objective.guidance_scale": 1.0,
-    "objective.weighting_scheme": "none",
-    "train.mixed_precision": "no",
-    "run.allow_tf32": False,
-    "run.cudnn_benchmark": False,
-    "ema.warmup": False,
-    "save.dtype": "float32",
-    "save.every_steps": 0,
-    "save.keep_last_steps": 0,
-    "save.keep_last_epochs": 0,
-    "save.keep_last_states": 0,
-    "memory.swap_pinned": False,
-    "sample.width": 256,
-    "sample.height": 256,
-}
-"""What musubi-tuner assumes, by our key; written where the family's own default is another."""
-GENERAL: dict[str, Any] = {"resolution": [960, 544], "enable_bucket": False}
-"""The same for data sets."""
-SECRETS = ("huggingface_token", "wandb_api_key")
+SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
 OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
-HARMLESS: dict[str, str] = {
-    "persistent_data_loader_workers": "workers are started for every epoch",
-    "logging_dir": "logs go to logs/ below output_dir",
-    "log_prefix": "logs go to logs/ below output_dir",
-    "log_tracker_name": "logs go to logs/ below output_dir",
-    "log_config": "the resolved config is always written",
-    "async_upload": "uploads never block the training",
-    "sdpa": "it is the default",
-    "split_attn": "the samples of a batch are equally long here, so nothing is gained",
-    "ddp_gradient_as_bucket_view": "always on",
-    "verbose": "the plan says what is trained",
-    "training_finished_at": "written by the trainer",
-    "block_swap_h2d_only": "frozen blocks are always streamed one way",
-    "disable_numpy_memmap": "weights are copied out of the mapped file one by one",
-}
-"""Options without a counterpart that change no number."""
-NOT_BUILT = ("fsdp", "fsdp2", "deepspeed", "zero_stage", "fused_backward_pass", "full_bf16", "full_fp16")
-OFF_ONLY: dict[str, str] = {
-    "flash3": "is not built; set flash_attn = true or sdpa = true instead",
-    "sage_attn": "cannot train; set sdpa = true instead",
-    "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
-    "img_in_txt_in_offloading": OTHER_PROGRAM,
-    "no_metadata": "is not built: files always say how they were made",
-    **{name: REFUSED[name] for name in NOT_BUILT},
-    "resume_from_huggingface": "is not built: give a local state folder as resume",
-    "conv_dim": "has nothing to act on: the blocks have no convolutions",
-    "conv_alpha": "has nothing to act on: the blocks have no convolutions",
-}
-"""Options that may be false, 0 or empty, and are refused otherwise."""
+LEFT_TO_PEOPLE = frozenset(
+    [
+        "clip_skip",
+        "weighted_captions",
+        "clip_g_path",
+        "clip_g",
+        "v2",
+        "v_parameterization",
+        "sdxl_bucket_optimization",
+        "v_pred_like_loss",
+        "zero_terminal_snr",
+        "debiased_estimation_loss",
+        "scale_v_pred_loss_like_noise_pred",
+        "max_token_length",
+        "sample_sampler",
+        "face_crop_aug_range",
+        "lr_scheduler_number",
+        "lr_scheduler_num_cycles",
+        "lr_power",
+        "lr_scheduler_power",
+        "lr_decay_steps",
+        "lr_scheduler_timescale",
+        "text_encoder_lr",
+        "conv_dim",
+        "conv_alpha",
+        "text_encoder_lr1",
+        "text_encoder_lr2",
+        "show_timesteps",
+        "save_model_as",
+        "no_metadata",
+    ]
+)
+"""Names that are refused in a run file, and that a file of another trainer has anyway: they are left out, which is said."""
 NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adapter.include",
                 "rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout",
                 "loraplus_lr_ratio": "adapter.loraplus_lr_ratio"}  # fmt: skip
 OPTIMIZER_ARGS = {"betas": "optimizer.betas", "weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
-OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adafactor": "Adafactor", "": "AdamW"}
-SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
-DTYPES = {"float": "float32", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16",
-          "bf16": "bfloat16", "bfloat16": "bfloat16"}  # fmt: skip
-PLAIN = {"architecture": "model.arch", "dataset_config": "dataset_config", "max_data_loader_n_workers": "train.loader_workers",
-         "vae": "model.vae_path", "ddp_timeout": "distributed.timeout_minutes", "seed": "run.seed",
-         "use_pinned_memory_for_block_swap": "memory.swap_pinned", "block_swap_ring_size": "memory.swap_ring"}  # fmt: skip
-"""Source key -> ours, beside the flat names of the schema."""
+PLAIN = {"vae": "model.vae_path", "text_encoder": "model.clip_path", "text_encoder2": "model.t5_path"}
+"""Source key -> ours, where the general table says less."""
 ACCELERATE = {"num_processes": "distributed.num_processes", "num_cpu_threads_per_process": "run.threads",
               "main_process_port": "distributed.main_process_port"}  # fmt: skip
 
 
-def looks_flat(document: dict[str, Any]) -> str | None:
-    """Whose option file a document without typed tables looks like: musubi, kohya, or None."""
-    keys = set(document) | {key for table in document.values() if isinstance(table, dict) for key in table}
-    if {"pretrained_model_name_or_path", "train_data_dir"} & keys:
-        return "kohya"
-    return "musubi" if {"dit", "architecture", "script", "network_module", "dataset_config"} & keys else None
-
-
-def import_musubi(document: dict[str, Any], locate: Callable[[str], Path]) -> Imported:
+def import_options(document: dict[str, Any], locate: Callable[[str], Path], tool: str = "musubi") -> Imported:
     """Translate an option file.
 
     Args:
         locate: where a path of the file is; needed for encoders that only their content tells apart.
+        tool: musubi, kohya or plan; see `tools.recognise`.
     """
-    return _Importer(locate).run(document)
+    return _Importer(locate, tool).run(document)
+
+
+VARIANTS = 8
+"""Variants of captions that change, which other trainers make anew each time."""
+FAMILY_WORDS = {"flux": "fd", "flux1": "fd", "flux.1": "fd", "flux1-dev": "fd", "flux.1-dev": "fd", "flux-dev": "fd",
+                "flux_dev": "fd", "tinyflux": "tf", "tinyflux-deep": "tf", "tf": "tf", "fd": "fd"}  # fmt: skip
+ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
+_KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+
+
+def _data_sets(text: str, folder: Path) -> list[dict[str, Any]]:
+    """[[datasets]] of a folder: one for every sub-folder N_name of it, if there are any."""
+    named = []
+    if folder.is_dir():
+        named = [(path, match) for path in sorted(folder.iterdir())
+                 if path.is_dir() and (match := _KOHYA_FOLDER.fullmatch(path.name))]  # fmt: skip
+    if not named:
+        return [{"image_directory": text}]
+    return [
+        {
+            "image_directory": f"{text}/{path.name}",
+            "num_repeats": int(match[1]),
+            "class_tokens": match[2].replace("_", " "),
+        }
+        for path, match in named
+        if int(match[1])
+    ]
 
 
 class _Importer(Builder):
-    def __init__(self, locate: Callable[[str], Path]) -> None:
+    def __init__(self, locate: Callable[[str], Path], tool: str) -> None:
         super().__init__()
-        self.locate = locate
+        self.locate, self.tool = locate, tool
+        self.general: dict[str, Any] = {}
+        self.datasets: list[dict[str, Any]] = []
         self.flat = flat_names()
         self.options: dict[str, Any] = {}
 
     def run(self, document: dict[str, Any]) -> Imported:
         tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-        own = {name: tables.pop(name) for name in ("accelerate", "cache") if name in tables}
-        options: dict[str, Any] = {key: value for key, value in document.items() if not isinstance(value, dict)}
+        own = {name: tables.pop(name) for name in ("accelerate", "cache") if name in tables and self.tool == "musubi"}
+        items = {name: tables.pop(name) for name in ("general",) if name in tables and "datasets" in document}
+        options: dict[str, Any] = {
+            key: value
+            for key, value in document.items()
+            if not isinstance(value, dict) and not (key == "datasets" and isinstance(value, list))
+        }
         for table in tables.values():
             for key, value in table.items():
                 if key in options and options[key] != value:
@@ -133,11 +136,16 @@ class _Importer(Builder):
         self._accelerate(own.get("accelerate", {}))
         self._cache(own.get("cache", {}))
         self._family(options)
+        self.spec = MODELS.get(str(self.values.get("model.arch")))
         self._special(options)
+        self._folders(options)
         for key, value in options.items():
             self._plain(key, value)
+        self._captions()
         self._defaults()
-        return Imported(self._nested(), dict(GENERAL), self.report, self.names)
+        general = {**GENERAL[self.tool], **self.general}
+        datasets = document.get("datasets", self.datasets)
+        return Imported(self._nested(), {**general, **items.get("general", {})}, self.report, self.names, datasets)
 
     # -- tables of ours ----------------------------------------------------------------------------------------------
 
@@ -180,46 +188,90 @@ class _Importer(Builder):
     # -- options that need thought -------------------------------------------------------------------------------------
 
     def _family(self, options: dict[str, Any]) -> None:
-        """The family: as said, else by the script, else by the network module."""
-        scripts = {MODELS[code].full_name: code for code in MODELS}
-        networks = {MODELS[code].adapters.network_module: code for code in MODELS}
+        """The family: as said, else by the script, else by the network module; and what is trained of it."""
+        for key in ("architecture", "model_type", "arch"):
+            if key in options and "model.arch" not in self.values:
+                name = str(options.pop(key))
+                code = FAMILY_WORDS.get(name.lower(), name if name in MODELS else None)
+                if code == name:
+                    self._carry(key, "model.arch", name)
+                elif code is not None:
+                    self._convert(key, name, "model.arch", code, "our name of it")
+                else:
+                    self._refuse(key, f"is {name!r}, which {foreign_family(name) or 'is no model family here.'}")
         if "script" in options:
-            name = str(options.pop("script"))
-            family = next((code for start, code in scripts.items() if Path(name).name.startswith(start)), None)
-            if family is None:
-                self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(scripts)}")
-            elif "architecture" in options:
-                self.report.dropped_harmless.append(("script", "architecture says it"))
+            self._script(str(options.pop("script")))
+        kind = self._network(options)
+        if "lora_type" in options:
+            name = str(options.pop("lora_type"))
+            kind = ADAPTER_WORDS.get(name.lower())
+            if kind is None:
+                self._refuse("lora_type", f"is {name!r}, which is not built yet; known: LoRA, Native")
             else:
-                self._convert("script", name, "model.arch", family, "the script's family")
-        if "network_module" in options:
-            name = str(options.pop("network_module"))
-            family = networks.get(name)
-            if family is None:
-                self._refuse("network_module", f"{name}: is not built; known: {', '.join(networks)}")
-            else:
-                self._convert("network_module", name, "adapter.type", "lora", "its kind of adapter")
-                if "architecture" not in options and "model.arch" not in self.values:
-                    self.values["model.arch"] = family
-        elif "architecture" in options or "model.arch" in self.values:
+                self._convert("lora_type", name, "adapter.type", kind, "its kind of adapter")
+        if "model.arch" not in self.values and self.tool != "musubi" and not self.report.refused:
+            self.values["model.arch"] = "fd"
+            self.report.defaulted.append(("model.arch", "fd"))
+        if kind is None and "model.arch" in self.values and "adapter.type" not in self.values:
             self.values["adapter.type"] = "none"
+
+    def _script(self, name: str) -> None:
+        """The family of a script."""
+        scripts = {MODELS[code].full_name: code for code in MODELS} | {"flux_train": "fd", "flux_kontext": "fd"}
+        base = Path(name).name
+        family = next((code for start, code in scripts.items() if base.startswith(start)), None)
+        if base.startswith("flux_kontext"):
+            self.report.dropped_changes_result.append(
+                (
+                    "script",
+                    f"{name}: trains FLUX.1 Kontext, an editing model; here FLUX.1-dev is trained, without control images",
+                )
+            )
+        elif family is None:
+            self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(scripts)}")
+        elif "model.arch" in self.values:
+            self.report.dropped_harmless.append(("script", "architecture says it"))
+        else:
+            self._convert("script", name, "model.arch", family, "the script's family")
+        if family is not None:
+            self.values.setdefault("model.arch", family)
+
+    def _network(self, options: dict[str, Any]) -> str | None:
+        """The kind of adapter that a network module makes; None if there is none."""
+        if "network_module" not in options:
+            return None
+        networks = {MODELS[code].adapters.network_module: code for code in MODELS}
+        name = str(options.pop("network_module"))
+        family = networks.get(name)
+        if name == "lycoris.kohya":
+            algorithm = self._lycoris(options)
+            if algorithm not in ("lora", "locon"):
+                self._refuse("network_module", f"{name} with algo={algorithm}: is not built yet; known: lora, locon")
+                return None
+        elif family is None:
+            self._refuse("network_module", f"{name}: is not built; known: {', '.join(networks)}, lycoris.kohya")
+            return None
+        self._convert("network_module", name, "adapter.type", "lora", "its kind of adapter")
+        if family is not None and not {"model.arch"} & set(self.values):
+            self.values["model.arch"] = family
+        return "lora"
+
+    def _lycoris(self, options: dict[str, Any]) -> str:
+        """The algorithm among the network arguments, which is taken out of them."""
+        entries = options.get("network_args", [])
+        texts = entries if isinstance(entries, list) else [entries]
+        for text in texts:
+            name, _, value = str(text).partition("=")
+            if name.strip() == "algo":
+                options["network_args"] = [other for other in texts if other is not text]
+                return value.strip().lower()
+        return "lora"
 
     def _special(self, options: dict[str, Any]) -> None:
         for key in SECRETS:
             if key in options:
                 options.pop(key)
                 self.report.secrets_removed.append(key)
-        for key, reason in HARMLESS.items():
-            if key in options:
-                options.pop(key)
-                self.report.dropped_harmless.append((key, reason))
-        for key, reason in OFF_ONLY.items():
-            if key in options:
-                value = options.pop(key)
-                if value in (False, 0, None, ""):
-                    self.report.dropped_harmless.append((key, "it is off"))
-                else:
-                    self._refuse(key, f"is {value!r}, which {reason}")
         for key in [key for key in options if key.startswith("dynamo_")]:
             self._refuse(
                 key, f"is {options.pop(key)!r}; use compile and compile_backend, compile_mode, compile_dynamic instead"
@@ -231,20 +283,12 @@ class _Importer(Builder):
         for key in [key for key in options if key.startswith("metadata_")]:
             options.pop(key)
             self.report.dropped_changes_result.append((key, "the header of the file will not have it"))
-        for key, kernel in (("flash_attn", "flash"), ("xformers", "xformers")):
-            if key in options:
-                if options.pop(key):
-                    self._convert(key, True, "memory.attention", kernel, "kernel of attention")
-                else:
-                    self.report.dropped_harmless.append((key, "it is off"))
         if isinstance(options.get("compile_dynamic"), bool):
             options["compile_dynamic"] = str(options["compile_dynamic"]).lower()
         self._storage(options)
         self._steps(options)
-        self._choice(options, "optimizer_type", "optimizer.type", OPTIMIZERS, lower=True)
-        self._choice(options, "lr_scheduler", "scheduler.type", SCHEDULERS, lower=True)
-        self._choice(options, "save_precision", "save.dtype", DTYPES)
-        self._choice(options, "vae_dtype", "model.vae_dtype", DTYPES)
+        if "optimizer_type" in options:
+            self._plain("optimizer_type", options.pop("optimizer_type"))
         self._arguments(options, "optimizer_args", OPTIMIZER_ARGS)
         self._arguments(options, "network_args", NETWORK_ARGS)
         self._encoder1(options)
@@ -252,18 +296,57 @@ class _Importer(Builder):
             if key in options and not isinstance(options[key], list):
                 target = self.flat[key].key
                 self._convert(key, options[key], target, [options.pop(key)], "a list of one")
-        if "num_timestep_buckets" in options:
-            value = options.pop("num_timestep_buckets")
-            rule = "the noise levels of every update are spread evenly, instead of those of an epoch over N slices"
-            self._convert(
-                "num_timestep_buckets", value, "objective.timestep_stratified", bool(value and value >= 2), rule
+        if not options.get("lr_warmup_steps") and options.get("lr_warmup_ratio"):
+            options["lr_warmup_steps"] = float(options["lr_warmup_ratio"])
+            self.ratio = True
+        if self.tool == "kohya":
+            self._kohya(options)
+
+    def _kohya(self, options: dict[str, Any]) -> None:
+        """What sd-scripts means by words that mean something else here."""
+        words = {"huber": "pseudo_huber", "smooth_l1": "pseudo_smooth_l1"}
+        if options.get("loss_type") in words:
+            old = options.pop("loss_type")
+            self._convert("loss_type", old, "objective.loss", words[old], "what sd-scripts calls so")
+            if "huber_schedule" not in options:
+                self.values["objective.huber_schedule"] = "snr"
+                self.report.defaulted.append(("objective.huber_schedule", "snr"))
+        if options.get("model_prediction_type") not in (None, "raw"):
+            old = options.pop("model_prediction_type")
+            self.report.dropped_changes_result.append(
+                (
+                    "model_prediction_type",
+                    f"is {old!r}, another weight of the loss; the velocity is predicted as it is (raw)",
+                )
             )
-        if "log_with" in options:
-            value = options.pop("log_with")
-            if value == "tensorboard":
-                self._convert("log_with", value, "log.tensorboard", True, "events in logs/")
-            else:
-                self._refuse("log_with", f"is {value!r}; only tensorboard is built")
+        if options.get("weighting_scheme") == "uniform":
+            options.pop("weighting_scheme")
+            self.report.dropped_harmless.append(("weighting_scheme", "uniform is no weight"))
+        if isinstance(options.get("resolution"), str):
+            sides = [part.strip() for part in str(options["resolution"]).split(",")]
+            if all(side.isdigit() for side in sides) and 1 <= len(sides) <= 2:
+                options["resolution"] = [int(side) for side in sides] if len(sides) == 2 else int(sides[0])
+
+    def _folders(self, options: dict[str, Any]) -> None:
+        """Folders of pictures; those of kohya's layout, N_name, become a data set each."""
+        for key in ("train_data_dir", "dataset_dir", "image_directory", "reg_data_dir"):
+            if key not in options:
+                continue
+            text, is_reg = str(options.pop(key)), key == "reg_data_dir"
+            made = [{**entry, **({"is_reg": True} if is_reg else {})} for entry in _data_sets(text, self.locate(text))]
+            self.datasets += made
+            shown = ", ".join(str(entry["image_directory"]) for entry in made)
+            rule = "a data set for every folder N_name, which is repeated N times" if len(made) > 1 else "a data set"
+            self.report.converted.append((key, text, "datasets", shown, rule))
+
+    def _captions(self) -> None:
+        """Captions that change need variants, which other trainers do not know."""
+        changing = [
+            key for key in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate") if self.general.get(key)
+        ]
+        if changing and "cache.text_variants" not in self.values:
+            self.values["cache.text_variants"] = VARIANTS
+            self.report.defaulted.append(("cache.text_variants", VARIANTS))
 
     def _storage(self, options: dict[str, Any]) -> None:
         """Two switches there, one choice here; fp8_scaled means fp8_base."""
@@ -324,25 +407,6 @@ class _Importer(Builder):
             options.pop("save_state_on_train_end")
             self.report.dropped_harmless.append(("save_state_on_train_end", "the last state is always written"))
 
-    def _choice(
-        self, options: dict[str, Any], source: str, key: str, table: dict[str, str], *, lower: bool = False
-    ) -> None:
-        """A word of theirs into one of ours."""
-        if source not in options:
-            return
-        old = options.pop(source)
-        if not isinstance(old, str):
-            self._refuse(source, f"is {old!r}, expected a text")
-            return
-        word = old.lower() if lower else old
-        if word not in table:
-            known = ", ".join(name for name in table if name)
-            self._refuse(source, f"is {old!r}, which is not built; known: {known}.{did_you_mean(str(word), table)}")
-        elif table[word] == old:
-            self._carry(source, key, old)
-        else:
-            self._convert(source, old, key, table[word], "our name of it")
-
     def _arguments(self, options: dict[str, Any], source: str, table: dict[str, str]) -> None:
         """A list of ``key=value`` texts."""
         if source not in options:
@@ -360,7 +424,7 @@ class _Importer(Builder):
                 continue
             if not sign:
                 problem = f"{text!r} is not of the form key=value"
-            elif name == "verbose" or (name in OFF_ONLY and value.strip() in ("0", "None", "False")):
+            elif name == "verbose" or (source == "network_args" and value.strip() in ("0", "None", "False")):
                 continue
             elif name not in table:
                 problem = f"{name} is not built; known: {', '.join(table)}.{did_you_mean(name, table)}"
@@ -418,11 +482,36 @@ class _Importer(Builder):
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def _plain(self, key: str, value: Any) -> None:
-        """Options that mean here what they mean there."""
-        target = PLAIN.get(key) or (self.flat[key].key if key in self.flat else None)
-        if target is None or key not in self._source_names():
+        """Options that mean here what the table of foreign names says, or what they mean there."""
+        target = PLAIN.get(key)
+        if target is not None and (self.spec is None or target in self._own()):
+            self._take(key, target, value)
+        elif key in SHARED_KEYS:
+            self._of_items(key, key, value)
+        elif (found := answer(key, value, self.spec)) is None:
             self.report.unknown.append((key, did_you_mean(key, self._source_names())))
-            return
+        elif found.refused and key in LEFT_TO_PEOPLE:
+            self.report.dropped_changes_result.append((key, found.refused))
+        elif found.refused:
+            self._refuse(key, found.refused)
+        elif found.harmless:
+            self.report.dropped_harmless.append((key, found.harmless))
+        elif found.key.startswith("general."):
+            self._of_items(key, found.key.removeprefix("general."), found.value)
+        elif found.key in self.values:
+            self.report.dropped_harmless.append((key, f"{found.key} is set by another key"))
+        elif found.rule or found.value != value:
+            self._convert(key, value, found.key, found.value, found.rule or "our name of it")
+        else:
+            self._take(key, found.key, value)
+
+    def _of_items(self, source: str, name: str, value: Any) -> None:
+        """A setting of [general]."""
+        self.general[name] = value
+        self.report.carried.append((source, f"general.{name}", value))
+
+    def _take(self, key: str, target: str, value: Any) -> None:
+        """Carry a value over, numbers as the setting wants them."""
         parameter = self.known[target]
         if isinstance(value, str) and parameter.type_name in ("int", "float") and _is_number(value):
             number: float = float(value)
@@ -433,19 +522,23 @@ class _Importer(Builder):
         else:
             self._carry(key, target, value)
 
+    def _own(self) -> set[str]:
+        return {parameter.key for parameter in parameters(self.spec)}
+
     def _source_names(self) -> Iterable[str]:
         """Names that an option file may use."""
-        return {*self.flat, *PLAIN, *HARMLESS, *OFF_ONLY, *SECRETS, "flash_attn", "optimizer_args", "network_args"}
+        plain = {name for name in FOREIGN if "." not in name}
+        return {*self.flat, *PLAIN, *plain, *SECRETS, *SHARED_KEYS, "optimizer_args", "network_args"}
 
     def _defaults(self) -> None:
         """Write musubi-tuner's defaults where the family's differ."""
         spec = MODELS.get(str(self.values.get("model.arch")))
         if spec is None:
             return
-        if "run.seed" not in self.values:
+        if "run.seed" not in self.values and self.tool != "plan":
             self.report.defaulted.append(("run.seed", 42))
         samples, own = "sample.prompts" in self.values, {parameter.key: parameter for parameter in parameters(spec)}
-        for key, value in DEFAULTS.items():
+        for key, value in DEFAULTS[self.tool].items():
             section = key.partition(".")[0]
             if key in self.values or (section == "sample" and not samples):
                 continue

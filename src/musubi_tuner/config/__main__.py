@@ -1,0 +1,192 @@
+"""Work with run files: python -m musubi_tuner.config {validate,import,export,explain,schema,migrate} ..."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from musubi_tuner.config import Diagnostic, load_config
+from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.config.explain_key import explain_key
+from musubi_tuner.config.exporters import EXPORTS, export
+from musubi_tuner.config.importers import TITLES, Imported
+from musubi_tuner.config.importers.read import read_foreign
+from musubi_tuner.config.json_schema import json_schema
+from musubi_tuner.config.load import load_steps
+from musubi_tuner.config.pipeline import TABLE
+from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
+from musubi_tuner.files import write_text
+
+EXIT_LOST = 1
+"""An import left something out that decides the result."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="python -m musubi_tuner.config", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def add(name: str, text: str, do: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(do=do)
+        return one
+
+    one = add("validate", "Check a run file without starting it; exit code 2 where something is wrong.", _validate)
+    one.add_argument("file")
+    one.add_argument("--json", action="store_true", help="print the findings as JSON")
+    one = add("import", "Make a run file from a file of another trainer, or from a command line of one.", _import)
+    one.add_argument("file", help="option file or job file (TOML, JSON, YAML), or a text with the command")
+    one.add_argument("-o", "--output", required=True, help="run file to write")
+    one.add_argument("--from", dest="tool", choices=["auto", *TITLES, "shell", "seed-json"], default="auto")
+    one.add_argument("--dataset", help="its data set file, taken into the run file")
+    one.add_argument("--dataset_config", help="data set file that the run file will name")
+    one.add_argument("--json", action="store_true", help="print the report as JSON")
+    one = add(
+        "migrate", "Make a run file from an option file of musubi-tuner or sd-scripts; the same as import.", _import
+    )
+    one.add_argument("file")
+    one.add_argument("-o", "--output", required=True, help="run file to write")
+    one.set_defaults(tool="auto", dataset=None, dataset_config=None, json=False)
+    one = add("export", "Write a run file as options of another trainer.", _export)
+    one.add_argument("file")
+    one.add_argument("--to", choices=list(EXPORTS), required=True)
+    one.add_argument("-o", "--output", required=True, help="file to write")
+    one = add("explain", "Say what a setting is, or what a name of another trainer is here.", _explain)
+    one.add_argument("key")
+    one = add("schema", "Print the settings as JSON Schema, for editors.", _schema)
+    one.add_argument("--arch", default=None, help="only those of one family")
+    one = add("resolve", "Print a run file with every setting and where it comes from.", _resolve)
+    one.add_argument("file")
+    words, overrides = split_overrides(arguments, _own_options(commands))
+    options = parser.parse_args(words)
+    options.overrides = overrides
+    return options.do(options)  # type: ignore[no-any-return]
+
+
+def _own_options(commands: Any) -> set[str]:
+    return {option for one in commands.choices.values() for action in one._actions for option in action.option_strings}
+
+
+def as_data(found: Diagnostic) -> dict[str, Any]:
+    """A finding as plain values."""
+    fix = [{"key": key, "value": value} for key, value in found.fix]
+    return {"code": found.code, "level": found.level, "keys": list(found.keys), "reason": found.reason, "fix": fix}
+
+
+def _validate(options: argparse.Namespace) -> int:
+    path = Path(options.file)
+    configs = (
+        load_steps(path, options.overrides) if TABLE in read_toml(path) else [load_config(path, options.overrides)]
+    )
+    found = [finding for config in configs for finding in config.findings]
+    if options.json:
+        print(json.dumps([as_data(finding) for finding in found], indent=2, ensure_ascii=False))
+        return EXIT_OK
+    for finding in found:
+        print(f"{finding.level:<8} {finding.code:<5} {finding}")
+    warnings = sum(finding.level == "warning" for finding in found)
+    print(f"{path}: good{f', with {warnings} warnings' if warnings else ''}")
+    return EXIT_OK
+
+
+def _import(options: argparse.Namespace) -> int:
+    source, target = Path(options.file), Path(options.output)
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists already; choose another name")
+    tool = {"auto": None, "seed-json": "plan"}.get(options.tool, options.tool)
+    imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
+    report, errors = imported.report, 0
+    if options.json:
+        print(json.dumps(report.as_data(), indent=2, ensure_ascii=False, default=str))
+    for source_key, key, value in () if options.json else report.carried:
+        print(f"carried    {source_key} -> {key} = {value!r}")
+    for finding in report.diagnostics():
+        errors += finding.level == "error"
+        if not options.json:
+            print(f"{finding.level:<10} {finding}")
+    note = _say if not options.json else _silent
+    tables = _tables(imported, options.dataset_config, note)
+    header = f"# Made from {source.name}; keys that are not here have this program's defaults.\n\n"
+    write_text(target, header + tomli_w.dumps(tables))
+    note(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
+    if not errors:
+        try:
+            for finding in load_config(target).findings:
+                if finding.level == "warning":
+                    note(f"{finding.level:<10} {finding}")
+        except ConfigError as problem:
+            note(f"it cannot start yet: {problem}")
+    return EXIT_OK if not errors else EXIT_LOST
+
+
+def _say(text: str) -> None:
+    print(text)
+
+
+def _silent(text: str) -> None:
+    """Says nothing: the report is on the output."""
+
+
+def _tables(imported: Imported, dataset_config: str | None, note: Callable[[str], None]) -> dict[str, Any]:
+    """The run file as tables."""
+    tables = dict(imported.document)
+    if dataset_config is not None:
+        tables["dataset_config"] = dataset_config
+    if "dataset_config" in tables:
+        if imported.general:
+            note(
+                "note       keys missing from the data set file take our defaults now: check resolution and enable_bucket there"
+            )
+        return tables
+    if imported.general:
+        tables["general"] = imported.general
+    if imported.datasets:
+        tables["datasets"] = imported.datasets
+    else:
+        note("note       the data set is not in this file: add dataset_config, or [[datasets]], to the run file")
+    return tables
+
+
+def _export(options: argparse.Namespace) -> int:
+    target = Path(options.output)
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists already; choose another name")
+    config = load_config(options.file, options.overrides)
+    written, lost = export(config, options.to)
+    write_text(target, written)
+    for key, reason in lost:
+        print(f"left out   {key}: {reason}")
+    print(
+        f"{target}: written for {TITLES[options.to]}"
+        + (f"; {len(lost)} settings have no counterpart there" if lost else "")
+    )
+    return EXIT_OK
+
+
+def _explain(options: argparse.Namespace) -> int:
+    print(explain_key(options.key))
+    return EXIT_OK
+
+
+def _schema(options: argparse.Namespace) -> int:
+    print(json.dumps(json_schema(options.arch), indent=2, ensure_ascii=False))
+    return EXIT_OK
+
+
+def _resolve(options: argparse.Namespace) -> int:
+    print(resolved_toml(load_config(options.file, options.overrides)), end="")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

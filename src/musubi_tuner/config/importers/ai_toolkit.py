@@ -1,0 +1,385 @@
+"""Job files of ai-toolkit (YAML): one process of kind sd_trainer becomes a run. Torch-free.
+
+Every key of the file ends in one list of the report, under its path without the process (``train.lr``).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from musubi_tuner.config.importers.builder import Builder
+from musubi_tuner.config.importers.options import VARIANTS
+from musubi_tuner.config.importers.report import Imported
+from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.when import describe, is_on
+from musubi_tuner.models.registry import MODELS
+
+SAME: dict[str, str] = {
+    "network.dropout": "adapter.dropout",
+    "network.pretrained_lora_path": "adapter.init_from",
+    "train.steps": "train.max_steps",
+    "train.lr": "optimizer.lr",
+    "train.unet_lr": "optimizer.lr",
+    "train.gradient_accumulation": "train.grad_accum_steps",
+    "train.gradient_accumulation_steps": "train.grad_accum_steps",
+    "train.gradient_checkpointing": "memory.gradient_checkpointing",
+    "train.max_grad_norm": "train.max_grad_norm",
+    "train.min_snr_gamma": "objective.min_snr_gamma",
+    "train.snr_gamma": "objective.min_snr_gamma",
+    "train.noise_offset": "objective.noise_offset",
+    "train.min_denoising_steps": "objective.min_timestep",
+    "train.reg_weight": "train.prior_loss_weight",
+    "train.force_first_sample": "sample.at_first",
+    "train.batch_size": "general.batch_size",
+    "train.ema_config.use_ema": "ema.enabled",
+    "train.ema_config.ema_decay": "ema.decay",
+    "save.save_every": "save.every_steps",
+    "save.max_step_saves_to_keep": "save.keep_last_steps",
+    "save.hf_repo_id": "hub.repo_id",
+    "save.hf_private": "hub.private",
+    "sample.sample_every": "sample.every_steps",
+    "sample.width": "sample.width",
+    "sample.height": "sample.height",
+    "sample.seed": "sample.seed",
+    "sample.guidance_scale": "sample.guidance",
+    "sample.sample_steps": "sample.steps",
+    "logging.log_every": "log.every_steps",
+    "model.vae_path": "model.vae_path",
+    "model.compile": "memory.compile",
+    "model.block_compile": "memory.compile",
+    "trigger_word": "general.trigger_word",
+}
+"""Path there -> our key; the value is the same."""
+ITEMS: dict[str, str] = {
+    "folder_path": "image_directory", "dataset_path": "image_jsonl_file", "default_caption": "class_tokens",
+    "trigger_word": "trigger_word", "caption_dropout_rate": "caption_dropout_rate", "num_repeats": "num_repeats",
+    "shuffle_tokens": "shuffle_caption", "token_dropout_rate": "caption_tag_dropout_rate", "keep_tokens": "keep_tokens",
+    "is_reg": "is_reg", "prior_reg": "is_reg", "mask_path": "mask_directory", "alpha_mask": "alpha_mask",
+    "buckets": "enable_bucket", "bucket_tolerance": "bucket_reso_steps",
+}  # fmt: skip
+"""Key of a data set there -> ours."""
+DTYPES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "fp32": "no",
+    "float32": "no",
+    "float": "no",
+}
+SAVED = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "fp32": "float32",
+         "float32": "float32", "float": "float32"}  # fmt: skip
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adam8bit": "AdamW8bit", "adafactor": "Adafactor"}
+SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+TIMES = {"sigmoid": "sigmoid", "linear": "uniform", "shift": "flux_shift", "flux_shift": "flux_shift"}
+LOSSES = {"mse": "l2", "mae": "l1"}
+WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "train.dtype": ("train.mixed_precision", DTYPES),
+    "train.optimizer": ("optimizer.type", OPTIMIZERS),
+    "train.lr_scheduler": ("scheduler.type", SCHEDULERS),
+    "train.timestep_type": ("objective.timestep_sampling", TIMES),
+    "train.loss_type": ("objective.loss", LOSSES),
+    "save.dtype": ("save.dtype", SAVED),
+    "sample.sampler": ("sample.solver", {"flowmatch": "euler", "euler": "euler", "heun": "heun"}),
+    "network.type": ("adapter.type", {"lora": "lora"}),
+}
+"""Path there -> our key and the words of both."""
+HARMLESS: dict[str, str] = {
+    "type": "it is a trainer", "device": "run.device is auto", "train.noise_scheduler": "the model says how it is trained",
+    "train.train_unet": "the denoiser is what is trained", "train.content_or_style": "the density of the times says it",
+    "train.cache_text_embeddings": "encodings are always cached", "train.unload_text_encoder": "encoders are gone before training",
+    "train.linear_timesteps": "the density of the times says it", "train.linear_timesteps2": "the density of the times says it",
+    "train.sdp": "it is the default", "train.xformers": "memory.attention names kernels", "network.transformer_only": "it is so",
+    "network.network_kwargs": "the family says which layers", "save.save_format": "weights are safetensors",
+    "sample.walk_seed": "picture i is drawn from seed + i", "sample.format": "pictures are PNG",
+    "logging.verbose": "the plan says what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
+    "logging.project_name": "runs are apart by their folder", "logging.run_name": "run.name says it",
+    "model.low_vram": "memory.blocks_to_swap says what leaves the device", "model.dtype": "weights are computed with in the run's precision",
+    "model.is_flux": "model.arch says it", "model.qtype": "memory.base_storage says it", "model.qtype_te": "model.fp8_t5 says it",
+    "model.model_kwargs": "the checkpoint says its shape", "performance_log_every": "the plan and the log lines say it",
+    "model.extras_name_or_path": "the encoders are named one by one", "model.quantize_kwargs": "the family says which layers",
+    "save.push_to_hub": "hub.repo_id says it",
+    "datasets.cache_latents": "latents are always cached", "datasets.cache_latents_to_disk": "latents are always cached",
+    "datasets.cache_text_embeddings": "encodings are always cached", "datasets.num_workers": "train.loader_workers says it",
+    "datasets.prefetch_factor": "micro-batches are read ahead", "datasets.type": "pictures", "datasets.num_frames": "pictures",
+    "datasets.fast_image_size": "sizes are read from headers", "datasets.shrink_video_to_frames": "pictures",
+}  # fmt: skip
+"""Paths that change no number here -> why."""
+SOURCE_DEFAULTS: dict[str, Any] = {
+    "train.max_steps": 1000, "optimizer.lr": 1e-6, "adapter.rank": 4, "adapter.alpha": 1.0, "optimizer.type": "AdamW",
+    "scheduler.type": "constant", "objective.timestep_sampling": "sigmoid", "train.mixed_precision": "no", "ema.enabled": False,
+    "save.every_steps": 1000, "save.keep_last_steps": 5, "save.dtype": "float16", "memory.gradient_checkpointing": True,
+    "log.every_steps": 100, "objective.guidance_scale": 1.0,
+}  # fmt: skip
+"""What ai-toolkit assumes, by our key."""
+ITEM_DEFAULTS = {"missing_caption": "empty", "resolution": 512}
+
+
+def import_ai_toolkit(document: Mapping[str, Any]) -> Imported:
+    """Translate a job file.
+
+    Args:
+        document: as YAML gives it.
+    """
+    return _Job().run(document)
+
+
+class _Job(Builder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.general: dict[str, Any] = {}
+        self.datasets: list[dict[str, Any]] = []
+
+    def run(self, document: Mapping[str, Any]) -> Imported:
+        config = document.get("config")
+        config = config if isinstance(config, Mapping) else {}
+        processes = config.get("process")
+        process = (
+            processes[0] if isinstance(processes, list) and processes and isinstance(processes[0], Mapping) else {}
+        )
+        name = str(config.get("name", "run"))
+        if "job" in document:
+            self.report.dropped_harmless.append(("job", "it is a training"))
+        if "meta" in document:
+            self.report.dropped_harmless.append(("meta", "of the file, not of the training"))
+        if "name" in config:
+            self._carry("config.name", "run.name", name)
+        else:
+            self.report.needs_you.append(("config.name", "is missing; a run needs a name"))
+        for number in range(1, len(processes) if isinstance(processes, list) else 0):
+            self._refuse(f"config.process[{number}]", "is a second process; a run has one, write one file for each")
+        given = dict(_flat(_expanded(process, name, process.get("trigger_word"))))
+        self._folders(given, name)
+        self._family(given)
+        for path in list(given):
+            if path in given:
+                self._one(path, given.pop(path), given)
+        for number, entry in enumerate(process.get("datasets") or []):
+            self._data_set(number, _expanded(entry, name, process.get("trigger_word")))
+        self._defaults()
+        return Imported(self._nested(), {**ITEM_DEFAULTS, **self.general}, self.report, self.names, self.datasets)
+
+    def _folders(self, given: dict[str, Any], name: str) -> None:
+        if "training_folder" in given:
+            folder = str(given.pop("training_folder"))
+            self._convert("training_folder", folder, "run.output_dir", f"{folder}/{name}", "a run has its own folder")
+        else:
+            self.values["run.output_dir"] = f"output/{name}"
+            self.report.defaulted.append(("run.output_dir", f"output/{name}"))
+
+    def _family(self, given: dict[str, Any]) -> None:
+        arch, path = given.pop("model.arch", None), given.get("model.name_or_path")
+        flux = given.get("model.is_flux") or (isinstance(arch, str) and arch.lower() in ("flux", "flux_dev", "flux1"))
+        self.values["model.arch"] = "fd"
+        if arch is not None and not flux:
+            self._refuse("model.arch", f"is {arch!r}, which is no model family here; FLUX.1-dev is")
+        elif arch is not None:
+            self._convert("model.arch", arch, "model.arch", "fd", "our name of it")
+        elif not flux:
+            self.report.needs_you.append(
+                ("model.is_flux", "is missing; only FLUX.1-dev is known of this program's models")
+            )
+        if path is None:
+            self.report.needs_you.append(("model.name_or_path", "is missing; name FLUX.1-dev"))
+            return
+        given.pop("model.name_or_path")
+        text = str(path)
+        if text.lower().endswith((".safetensors", ".sft")):
+            self._carry("model.name_or_path", "model.path", text)
+            self.report.needs_you.append(
+                ("model.name_or_path", "is one file; add model.vae_path, clip_path and t5_path")
+            )
+            return
+        parts = {"model.vae_path": "vae", "model.clip_path": "text_encoder", "model.t5_path": "text_encoder_2",
+                 "model.clip_tokenizer": "tokenizer", "model.t5_tokenizer": "tokenizer_2"}  # fmt: skip
+        sign = "/" if text.startswith(("/", ".")) or text.count("/") != 1 else ":"
+        self._convert("model.name_or_path", text, "model.path", f"{text}{sign}transformer", "the part that is trained")
+        for key, part in parts.items():
+            self.values.setdefault(key, f"{text}{sign}{part}")
+        if "schnell" in text.lower():
+            self.values["model.allow_schnell"] = True
+
+    def _one(self, path: str, value: Any, given: dict[str, Any]) -> None:
+        """One key by its path."""
+        if path == "datasets":
+            return
+        if path in WORDS:
+            key, words = WORDS[path]
+            word = str(value).lower()
+            if word not in words:
+                known = ", ".join(words)
+                if path in ("network.type", "train.optimizer", "train.timestep_type", "train.loss_type"):
+                    self._refuse(path, f"is {value!r}, which is not built; known: {known}")
+                else:
+                    self.report.dropped_changes_result.append((path, f"is {value!r}; known: {known}"))
+            else:
+                self._convert(path, value, key, words[word], "our name of it")
+        elif path in ("network.linear", "network.rank"):
+            self._set(path, "adapter.rank", value)
+        elif path in ("network.linear_alpha", "network.alpha"):
+            self._set(path, "adapter.alpha", float(value) if isinstance(value, int | float) else value)
+        elif path in ("network.conv", "network.conv_alpha"):
+            self.report.dropped_harmless.append((path, "the denoiser has no convolutions"))
+        elif path == "train.max_denoising_steps":
+            self._convert(path, value, "objective.max_timestep", min(1000, int(value) + 1), "an upper end")
+        elif path == "train.skip_first_sample":
+            self._convert(path, value, "sample.at_first", not value, "the opposite")
+        elif path == "train.optimizer_params" and isinstance(value, Mapping):
+            self._optimizer(value)
+        elif path in ("sample.prompts", "sample.samples"):
+            self._prompts(path, value, given)
+        elif path == "sample.neg":
+            self._text(path, "sample.negative_prompt", value)
+        elif path == "model.quantize" and value:
+            self._convert(path, value, "memory.base_storage", "fp8", "frozen weights in eight bits")
+        elif path == "model.quantize_te" and value:
+            self._convert(path, value, "model.fp8_t5", True, "T5 in eight bits while encoding")
+        elif path == "model.lora_path" and value:
+            self._convert(path, value, "adapter.merge", [str(value)], "merged before training")
+        elif path == "logging.use_wandb" and value:
+            self.report.dropped_changes_result.append((path, "is true, and the tracker is not set; see log.with"))
+        elif path in SAME and SAME[path].startswith("general."):
+            self._item(path, SAME[path].removeprefix("general."), value)
+        elif path in SAME:
+            self._set(path, SAME[path], value)
+        elif path in HARMLESS:
+            self.report.dropped_harmless.append((path, HARMLESS[path]))
+        elif not is_on(value):
+            self.report.dropped_harmless.append((path, "it is off"))
+        elif path in ("train.train_text_encoder",):
+            self._refuse(path, "is true, which trains a text encoder; only the denoiser learns here")
+        else:
+            self.report.dropped_changes_result.append((path, f"is {describe(value)}, and nothing here does the same"))
+
+    def _set(self, path: str, key: str, value: Any) -> None:
+        own = {parameter.key: parameter for parameter in parameters(MODELS["fd"])}
+        if key not in own:
+            self.report.dropped_changes_result.append((path, f"is {describe(value)}, and FLUX.1-dev has no {key}"))
+        elif key in self.names and self.values[key] != value:
+            self.report.dropped_harmless.append((path, f"{self.names[key]} says it"))
+        elif isinstance(value, int) and not isinstance(value, bool) and own[key].type_name == "float":
+            self._carry(path, key, float(value))
+        elif value is None:
+            self.report.dropped_harmless.append((path, "it is off"))
+        else:
+            self._carry(path, key, value)
+
+    def _text(self, path: str, key: str, value: Any) -> None:
+        if isinstance(value, str) and value:
+            self._carry(path, key, value)
+        else:
+            self.report.dropped_harmless.append((path, "it is empty"))
+
+    def _item(self, path: str, name: str, value: Any) -> None:
+        if value is None:
+            self.report.dropped_harmless.append((path, "it is off"))
+            return
+        self.general[name] = value
+        self.report.carried.append((path, f"general.{name}", value))
+
+    def _optimizer(self, table: Mapping[str, Any]) -> None:
+        for name, value in table.items():
+            key = f"optimizer.{name}"
+            if key in self.known and name != "type":
+                self._set(
+                    f"train.optimizer_params.{name}", key, list(value) if isinstance(value, list | tuple) else value
+                )
+            else:
+                self.report.dropped_changes_result.append(
+                    (f"train.optimizer_params.{name}", "is no setting of [optimizer]")
+                )
+
+    def _prompts(self, path: str, value: Any, given: dict[str, Any]) -> None:
+        """Prompts, with options of their own as in a prompt file."""
+        options = {"width": "w", "height": "h", "seed": "d", "sample_steps": "s", "guidance_scale": "g", "neg": "n"}
+        lines = []
+        for entry in value or []:
+            if isinstance(entry, Mapping):
+                own = [
+                    f"--{options[name]} {entry[name]}" for name in options if entry.get(name) not in (None, "", False)
+                ]
+                lines.append(" ".join([str(entry.get("prompt", "")), *own]))
+            else:
+                lines.append(str(entry))
+        if given.get("train.disable_sampling") or not lines:
+            self.report.dropped_harmless.append((path, "nothing is drawn"))
+        else:
+            self._convert(path, f"{len(lines)} prompts", "sample.prompts", lines, "one line each")
+
+    def _data_set(self, number: int, entry: Any) -> None:
+        """A data set there: one here for each of its resolutions."""
+        where = f"datasets[{number}]"
+        if not isinstance(entry, Mapping):
+            self._refuse(where, f"is {entry!r}, expected a table")
+            return
+        made: dict[str, Any] = {}
+        sides = entry.get("resolution", ITEM_DEFAULTS["resolution"])
+        sides = sides if isinstance(sides, list) else [sides]
+        for name, value in entry.items():
+            path = f"{where}.{name}"
+            if name == "resolution":
+                self.report.converted.append((path, value, "datasets.resolution", sides, "a data set for each"))
+            elif name == "caption_ext":
+                text = "." + str(value).lstrip(".")
+                made["caption_extension"] = text
+                self.report.converted.append((path, value, "datasets.caption_extension", text, "with its dot"))
+            elif name in ITEMS and value not in (None, ""):
+                made[ITEMS[name]] = value
+                self.report.carried.append((path, f"datasets.{ITEMS[name]}", value))
+            elif f"datasets.{name}" in HARMLESS:
+                self.report.dropped_harmless.append((path, HARMLESS[f"datasets.{name}"]))
+            elif not is_on(value) or (name in ("scale", "network_weight", "loss_multiplier") and value == 1):
+                self.report.dropped_harmless.append((path, "it is off"))
+            else:
+                self.report.dropped_changes_result.append(
+                    (path, f"is {describe(value)}, and nothing here does the same")
+                )
+        if "image_directory" not in made and "image_jsonl_file" not in made:
+            self.report.needs_you.append((f"{where}.folder_path", "is missing; name the folder of the pictures"))
+        for side in sides:
+            own = {**made, "resolution": side}
+            if len(sides) > 1 and "image_directory" in made:
+                own["cache_directory"] = f"{made['image_directory']}/cache_{side}"
+            self.datasets.append(own)
+
+    def _defaults(self) -> None:
+        """Write ai-toolkit's defaults where ours differ, and variants for captions that change."""
+        own = {parameter.key: parameter for parameter in parameters(MODELS["fd"])}
+        for key, value in SOURCE_DEFAULTS.items():
+            ours = MODELS["fd"].defaults.get(key, own[key].field.default)
+            if key not in self.values and value != ours:
+                self.values[key] = value
+                self.report.defaulted.append((key, value))
+        if not self.values.get("sample.prompts"):
+            for key in [key for key in self.values if key.startswith("sample.")]:
+                del self.values[key]
+        if not self.values.get("ema.enabled", False):
+            self.values.pop("ema.decay", None)
+        changing = ("shuffle_caption", "caption_tag_dropout_rate")
+        if any(entry.get(key) for entry in [self.general, *self.datasets] for key in changing):
+            self.values["cache.text_variants"] = VARIANTS
+            self.report.defaulted.append(("cache.text_variants", VARIANTS))
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Paths and values; lists, prompts and the parameters of an optimizer stay whole."""
+    for key, value in table.items():
+        path = f"{before}{key}"
+        if isinstance(value, Mapping) and path not in (
+            "train.optimizer_params",
+            "network.network_kwargs",
+            "model.model_kwargs",
+        ):
+            yield from _flat(value, f"{path}.")
+        elif path != "datasets":
+            yield path, value
+
+
+def _expanded(value: Any, name: str, trigger: Any) -> Any:
+    """A value with the placeholders [name] and [trigger] filled in; captions keep [trigger] for the word of their data set."""
+    if isinstance(value, str):
+        text = value.replace("[name]", name)
+        return re.sub(r"\[trigger\]", lambda _: str(trigger), text) if trigger else text
+    if isinstance(value, Mapping):
+        return {key: _expanded(item, name, trigger) for key, item in value.items()}
+    return [_expanded(item, name, trigger) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,179 @@
+"""Reading a file of another trainer, whatever it is: TOML, JSON, YAML, or the words of a command. Torch-free.
+
+Nothing is ever run: words of a shell are only split.
+"""
+
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config.importers.ai_toolkit import import_ai_toolkit
+from musubi_tuner.config.importers.options import import_options
+from musubi_tuner.config.importers.report import Imported
+from musubi_tuner.config.importers.tools import TITLES, is_typed, recognise
+from musubi_tuner.config.paths import locate
+from musubi_tuner.config.read import read_toml
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.files import read_json, read_text
+from musubi_tuner.models.registry import MODELS
+
+LARGEST = 1 << 20
+"""Bytes of a file; configs are small."""
+SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
+LAUNCHERS = ("accelerate", "launch", "python", "python3", "torchrun", "uv", "run", "poetry", "env")
+LAUNCH_OPTIONS = {"num_processes": "num_processes", "mixed_precision": "mixed_precision",
+                  "num_cpu_threads_per_process": "num_cpu_threads_per_process", "main_process_port": "main_process_port"}  # fmt: skip
+
+
+def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = None) -> Imported:
+    """Translate a file of another trainer.
+
+    Args:
+        tool: musubi, kohya, ai-toolkit, plan (its JSON) or shell; None = as the file looks.
+        dataset: its data set file, if that is another.
+
+    Raises:
+        ConfigError: if it cannot be read, or is of no known trainer.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST:
+        raise ConfigError(f"{path}: is {path.stat().st_size} bytes; a config has at most {LARGEST}")
+    document, notes = _document(path, tool)
+    published = _published(document) if tool is None else None
+    if published is not None:
+        return published
+    kind = {"shell": None}.get(tool or "", tool) or recognise(document)
+    if is_typed(document) and tool is None:
+        raise ConfigError(f"{path}: is a run file already")
+    if kind is None:
+        raise ConfigError(
+            f"{path}: is not the training_config.json of a known trainer, and no file of {', '.join(TITLES.values())}; if it is one, say "
+            "which with --from"
+        )
+    if kind == "ai-toolkit":
+        found = import_ai_toolkit(document)
+    else:
+        found = import_options(dict(document), lambda text: locate(text, path), kind)
+    found.report.needs_you += notes
+    if dataset is not None:
+        tables = data_tables(dataset)
+        found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
+    return found
+
+
+def _published(document: Mapping[str, Any]) -> Imported | None:
+    """The settings of a family's own trainer."""
+    for code in MODELS:
+        published = MODELS[code].published
+        imported = published.read_settings(dict(document)) if published else None
+        if imported is not None:
+            return imported
+    return None
+
+
+def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
+    """What a file says, and what of it could not be read."""
+    ending = path.suffix.lower()
+    if tool == "shell" or ending in SHELL:
+        return shell_options(read_text(path))
+    if ending == ".json":
+        found = read_json(path)
+    elif ending in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            found = yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    else:
+        found = read_toml(path)
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path}: is not the training_config.json of a known trainer: it holds a {type(found).__name__}, expected keys with values"
+        )
+    return found, []
+
+
+def shell_options(text: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Options of the first command with a script in a shell text, and those whose value the shell would have filled in.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    joined = (
+        text.replace("\\\r\n", " ").replace("\\\n", " ").replace("^\r\n", " ").replace("^\n", " ").replace("`\n", " ")
+    )
+    for line in joined.splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue
+        at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
+        if at is not None and any(word.startswith("--") for word in words[at:]):
+            return _options(words, at)
+    raise ConfigError("no command with a script and options was found in the text")
+
+
+def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    found: dict[str, Any] = {"script": words[at]}
+    launch = {name: value for name, value in _pairs(words[:at]) if name in LAUNCH_OPTIONS}
+    unfilled = []
+    for name, value in _pairs(words[at + 1 :]):
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and ("$" in text or "`" in text or "%" in text[:1]) for text in texts):
+            unfilled.append((name, f"is {value!r}, which the shell would have filled in; write its value"))
+        else:
+            found[name] = value
+    if launch:
+        found["accelerate"] = {LAUNCH_OPTIONS[name]: value for name, value in launch.items()}
+    return found, unfilled
+
+
+def _pairs(words: list[str]) -> list[tuple[str, Any]]:
+    """Options and their values: true without one, a list of several."""
+    found: list[tuple[str, Any]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2 and not word[2].isdigit():
+            name, equals, value = word[2:].partition("=")
+            found.append((name.replace("-", "_"), _typed(value) if equals else True))
+        elif found:
+            name, before = found[-1]
+            value = _typed(word)
+            found[-1] = (
+                name,
+                value if before is True else [*(before if isinstance(before, list) else [before]), value],
+            )
+    return found
+
+
+def _typed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def data_tables(path: Path) -> dict[str, Any]:
+    """[general] and [[datasets]] of a data set file of musubi-tuner or sd-scripts; subsets of the latter become data sets.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    document = read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: holds {type(document).__name__}, expected [general] and [[datasets]]")
+    found = []
+    for entry in document.get("datasets", []):
+        subsets = entry.get("subsets") if isinstance(entry, dict) else None
+        if not isinstance(subsets, list):
+            found.append(entry)
+            continue
+        shared = {key: value for key, value in entry.items() if key != "subsets"}
+        for subset in subsets:
+            own = {**shared, **subset}
+            folder = own.pop("image_dir", None)
+            found.append({**({"image_directory": folder} if folder is not None else {}), **own})
+    return {"general": document.get("general", {}), "datasets": found}
