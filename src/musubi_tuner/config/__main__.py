@@ -117,7 +117,9 @@ def _import(options: argparse.Namespace) -> int:
     note = _say if not options.json else _silent
     tables = _tables(imported, options.dataset_config, note)
     header = f"# Made from {source.name}; keys that are not here have this program's defaults.\n\n"
-    write_text(target, header + tomli_w.dumps(tables))
+    datasets = tables.pop("datasets", [])
+    sources = [f"[[datasets]]\n{tomli_w.dumps(entry)}" for entry in datasets]
+    write_text(target, "\n".join([header + tomli_w.dumps(tables), *sources]))
     note(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
     if not errors:
         try:

@@ -111,6 +111,16 @@ ALIASES: dict[str, str] = {
     "train_batch_size": "general.batch_size",
     "dataset_repeats": "general.num_repeats",
     "caption_ext": "general.caption_extension",
+    "image_dir": "datasets.image_directory",
+    "train_data_dir": "datasets.image_directory",
+    "dataset_dir": "datasets.image_directory",
+    "reg_data_dir": "datasets.image_directory",
+    "save_last_n_epochs": "save.keep_last_epochs",
+    "save_last_n_epochs_state": "save.keep_last_states",
+    "dit_dtype": "train.mixed_precision",
+    "num_workers": "cache.workers",
+    "loraplus_unet_lr_ratio": "adapter.loraplus_lr_ratio",
+    "tokenizer_max_length": "model.t5_max_tokens",
     "memory.tf32": "run.allow_tf32",
     "tf32": "run.allow_tf32",
     "allow_tf32": "run.allow_tf32",
@@ -133,15 +143,78 @@ ALIASES: dict[str, str] = {
     "validation_prompt": "sample.prompts",
     "sample_every": "sample.every_steps",
     "sample.cfg": "sample.guidance",
-    "sample_sampler": "sample.solver",
-    "sample.sampler": "sample.solver",
     "validate_every_n_steps": "validation.every_steps",
     "validate_every_n_epochs": "validation.every_epochs",
     "target": "adapter.include",
 }
 """Other name -> our key; the value is the same."""
 
+_RESTARTS = "is for a cosine with restarts, which is not built yet"
+_POLYNOMIAL = "is for a polynomial schedule, which is not built yet"
+_LOKR = "is for LoKr, which is not built yet"
+_OTHER_ADAPTERS = "is for another type of adapter, which is not built yet"
+_WHOLE_MODEL = (
+    "is not built: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
+)
+_ENCODERS = "trains a text encoder; only the denoiser learns here, from cached encodings"
+_POOLED = "would change nothing: only CLIP's pooled vector and T5 are read"
+_SD = "is for SD1.5, SDXL or SD3, which this program does not train"
+_NOISE_PREDICTION = "is defined for noise or v-prediction; this model predicts a flow velocity"
+_LATER = "is not built yet"
+_AUGMENT = "is not built yet: latents are cached, one of each picture"
+
+
 CONVERTED: dict[str, Foreign] = {
+    "sample_sampler": Foreign(
+        "sample.solver", _one_of({"euler": "euler", "heun": "heun", "flowmatch": "euler"}), "our name of it"
+    ),
+    "sample.sampler": Foreign("sample.solver", _one_of({"euler": "euler", "heun": "heun"}), "our name of it"),
+    "save_last_n_steps": Foreign(
+        refused="is a span of updates in sd-scripts; save.keep_last_steps is a number of checkpoints"
+    ),
+    "save_last_n_steps_state": Foreign(
+        refused="is a span of updates in sd-scripts; save.keep_last_states is a number of states"
+    ),
+    "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "our name of it"),
+    "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
+    "multinoise": Foreign(
+        "objective.multires_noise_iterations", lambda on: 6 if on else None, "six noises", always=True
+    ),
+    "lr_scheduler_min_lr_ratio": Foreign(
+        refused="is a share of the rate; scheduler.min_lr is the rate itself", off=(0,)
+    ),
+    "lr_scheduler_number": Foreign(refused=_RESTARTS, off=(1,)),
+    "lr_scheduler_num_cycles": Foreign(refused=_RESTARTS, off=(1,)),
+    "scheduler.cycles": Foreign(refused=_RESTARTS, off=(1,)),
+    "lr_power": Foreign(refused=_POLYNOMIAL, off=(1,)),
+    "lr_scheduler_power": Foreign(refused=_POLYNOMIAL, off=(1,)),
+    "scheduler.power": Foreign(refused=_POLYNOMIAL, off=(1,)),
+    "max_token_length": Foreign(refused=_POOLED, off=(75, 77)),
+    "clip_max_tokens": Foreign(refused=_POOLED, off=(77,)),
+    "factor": Foreign(refused=_LOKR, off=(-1,)),
+    "lokr_factor": Foreign(refused=_LOKR, off=(-1,)),
+    "block_size": Foreign(refused=_OTHER_ADAPTERS, off=(1, 4)),
+    "network_multiplier": Foreign(refused="is not built: data sets count alike but for num_repeats", off=(1,)),
+    "network_reg_dims": Foreign(
+        refused="is written as adapter.rank_patterns: a regular expression of module paths -> rank"
+    ),
+    "network_reg_lrs": Foreign(refused="is written as [[adapter.targets]] with lr_scale, a factor of the rate"),
+    "train_blocks": Foreign(refused='is written as adapter.only: ["double_blocks"] or ["single_blocks"]', off=("all",)),
+    "save_model_as": Foreign(
+        refused="is not built: weights are safetensors; convert_lora writes other names", off=("safetensors",)
+    ),
+    "save.format": Foreign(
+        refused="is not built: weights are safetensors; convert_lora writes other names", off=("safetensors",)
+    ),
+    "dynamo_backend": Foreign(
+        refused="is written as memory.compile and memory.compile_backend", off=("NO", "no", "inductor")
+    ),
+    "zero_stage": Foreign(refused=_WHOLE_MODEL, off=(2,)),
+    "split_qkv": Foreign(refused="is not built: q, k and v of FLUX.1 are one layer, with one adapter"),
+    "resize_interpolation": Foreign(
+        refused="is not built: pictures are averaged when they shrink and interpolated by LANCZOS when they grow",
+        off=("auto", "area", "lanczos"),
+    ),
     "text_encoder1": Foreign(
         refused="is T5 in FLUX.1 Kontext's scripts; write model.t5_path, and model.clip_path for CLIP-L"
     ),
@@ -185,12 +258,6 @@ CONVERTED: dict[str, Foreign] = {
 }
 """Names whose value becomes another."""
 
-_ENCODERS = "trains a text encoder; only the denoiser learns here, from cached encodings"
-_POOLED = "would change nothing: only CLIP's pooled vector and T5 are read"
-_SD = "is for SD1.5, SDXL or SD3, which this program does not train"
-_NOISE_PREDICTION = "is defined for noise or v-prediction; this model predicts a flow velocity"
-_LATER = "is not built yet"
-
 REFUSED: dict[str, str] = {
     "clip_g_path": _SD,
     "clip_g": _SD,
@@ -204,6 +271,134 @@ REFUSED: dict[str, str] = {
     "scale_v_as_eps": _NOISE_PREDICTION,
     "zero_terminal_snr": "has no meaning for a rectified flow, whose last step is pure noise already",
     "beta_schedule": "belongs to a diffusion with betas; this model is a rectified flow",
+    "lr_decay_steps": "is for warmup_stable_decay, which is not built yet",
+    "decay_steps": "is for warmup_stable_decay, which is not built yet",
+    "lr_scheduler_timescale": "is for an inverse square root, which is not built yet",
+    "timescale": "is for an inverse square root, which is not built yet",
+    "lr_scheduler_type": "names a class; scheduler.type has those that are built",
+    "lr_scheduler_args": "belongs to a class; [scheduler] has the settings",
+    "optimizer.class": "names a class; optimizer.type has those that are built",
+    "scheduler.class": "names a class; scheduler.type has those that are built",
+    "scheduler.args": "belongs to a class; [scheduler] has the settings",
+    "optimizer_args": "is written as keys of [optimizer]: weight_decay, betas, eps",
+    "optimizer.args": "is written as keys of [optimizer]",
+    "network_args": "is written as keys of [adapter]",
+    "network_module": "is written as adapter.type",
+    "self_attn_lr": "is written as [[adapter.targets]] with lr_scale",
+    "mlp_lr": "is written as [[adapter.targets]] with lr_scale",
+    "mod_lr": "is written as [[adapter.targets]] with lr_scale",
+    "group_lr": "is written as [[adapter.targets]] with lr_scale",
+    "use_lion_optimizer": "is not built yet; optimizer.type has those that are",
+    "kahan_summation": "is not needed: weights train in float32",
+    "flip_aug": _AUGMENT,
+    "random_crop": _AUGMENT,
+    "color_aug": _AUGMENT,
+    "token_warmup_step": "is not built: captions are encoded before the training",
+    "warmup_step": "is not built",
+    "save_n_epoch_ratio": "is written as save.every_epochs: the number of epochs divided by the number of files",
+    "min_files": "is written as save.every_epochs: the number of epochs divided by the number of files",
+    "block_dims": "is written as [[adapter.targets]] with a pattern of blocks and a rank",
+    "block_rank": "is written as [[adapter.targets]]",
+    "block_alphas": "is written as [[adapter.targets]] with a pattern of blocks and an alpha",
+    "block_alpha": "is written as [[adapter.targets]]",
+    "in_dims": "is written as [[adapter.targets]] with a rank",
+    "train_double_block_indices": "is written as adapter.only",
+    "train_single_block_indices": "is written as adapter.only",
+    "ggpo_beta": _LATER,
+    "ggpo_sigma": _LATER,
+    **dict.fromkeys(
+        (
+            "img_attn_dim",
+            "txt_attn_dim",
+            "img_mlp_dim",
+            "txt_mlp_dim",
+            "img_mod_dim",
+            "txt_mod_dim",
+            "single_dim",
+            "single_mod_dim",
+        ),
+        "is written as [[adapter.targets]] with a pattern of layers and a rank",
+    ),
+    **dict.fromkeys(
+        (
+            "decompose_both",
+            "full_matrix",
+            "lokr_decompose_both",
+            "lokr_full",
+            "use_tucker",
+            "use_scalar",
+            "rs_lora",
+            "constraint",
+            "constrain",
+            "rescaled",
+            "dora_wd",
+            "weight_decompose",
+            "bypass_mode",
+            "unbalanced_factorization",
+            "use_cp",
+            "use_conv_cp",
+            "conv_rank",
+        ),
+        _OTHER_ADAPTERS,
+    ),
+    "no_metadata": "is not built: files always say how they were made",
+    **dict.fromkeys(
+        (
+            "metadata_title",
+            "metadata_author",
+            "metadata_description",
+            "metadata_license",
+            "metadata_tags",
+            "metadata_usage_hint",
+            "metadata_thumbnail",
+            "metadata_merged_from",
+            "metadata_trigger_phrase",
+            "metadata_preprocessor",
+            "metadata_is_negative_embedding",
+            "metadata_reso",
+            "metadata_arch",
+        ),
+        "is not written; save.comment is a remark for the header",
+    ),
+    "max_validation_steps": "is counted in images here: validation.max_images",
+    "max_batches": "is counted in images here: validation.max_images",
+    "loraplus_text_encoder_lr_ratio": _ENCODERS,
+    "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
+    "dynamo_mode": "is written as memory.compile_mode",
+    "dynamo_fullgraph": "is not built: what cannot be compiled runs as it is",
+    "dynamo_dynamic": "is written as memory.compile_dynamic",
+    "config_file": "is the file itself here; write its settings into it",
+    **dict.fromkeys(
+        (
+            "fp8_llm",
+            "fp8_te",
+            "fp8_text_encoder",
+            "dit_in_channels",
+            "model_version",
+            "img_in_txt_in_offloading",
+            "vae_chunk_size",
+            "vae_spatial_tile_sample_min_size",
+        ),
+        "belongs to another architecture of musubi-tuner",
+    ),
+    "debug_mode": "is not built: the plan shows the data",
+    "keep_cache": "is not needed: cache jobs never delete",
+    "in_json": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
+    "metadata_file": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
+    "bert_path": "is FluxFlow's text encoder, which is not built yet",
+    "variant": "is read from the checkpoint",
+    "controlnet_model_name_or_path": "is for control networks, which are not trained here",
+    "train_inpainting": "is for inpainting models, which are not trained here",
+    "dataset_class": "would run code of the file; caption_transform takes a function",
+    "tokenizer_cache_dir": "is written as HF_HOME in the environment",
+    "double_blocks_to_swap": "is written as memory.blocks_to_swap, with memory.swap_policy",
+    "single_blocks_to_swap": "is written as memory.blocks_to_swap",
+    "skip_image_resolution": "is not built: pictures are left out by leaving them out of the folder",
+    "custom_attributes": "is not read",
+    "walk_seed": "is how it is: picture i is drawn from seed + i",
+    "huggingface_repo_type": "is always a model repository",
+    "huggingface_path_in_repo": "is written as hub.run_name",
+    "log_tracker_config": "is not built: settings go to metrics.jsonl and logs/",
     "clip_skip": _POOLED,
     "weighted_captions": _POOLED,
     "text_encoder_lr": _ENCODERS,
@@ -272,6 +467,48 @@ HARMLESS: dict[str, str] = {
     "save_state_on_train_end": "the last state is always written",
     "state_on_end": "the last state is always written",
     "check_finite": "a loss that is not finite stops the run before anything is saved",
+    "huggingface_repo_visibility": "hub.private says it",
+    "max_repeats": "num_repeats says it",
+    "debug_dataset": "the plan shows the data",
+    "mem_eff_attn": "memory.attention names kernels",
+    "mem_eff_save": "weights are written one by one",
+    "use_safetensors": "weights are safetensors",
+    "console_log_level": "logs/console.log has everything",
+    "console_log_file": "logs/console.log has everything",
+    "console_log_simple": "logs/console.log has everything",
+    "skip_latents_validity_check": "caches are checked by their fingerprint",
+    "text_encoder_batch_size": "cache.text_batch_size says it",
+    "logging_dir": "logs go to logs/ below output_dir",
+    "log_prefix": "logs go to logs/ below output_dir",
+    "log_tracker_name": "logs go to logs/ below output_dir",
+    "wandb_run_name": "run.name says it",
+    "log.dir": "logs go to logs/ below output_dir",
+    "log.prefix": "logs go to logs/ below output_dir",
+    "log.project": "logs go to logs/ below output_dir",
+    "log.wandb_run": "run.name says it",
+    "log.config": "the resolved config is always written",
+    "log.tracker": "metrics.jsonl has the numbers",
+    "save.metadata": "files always say how they were made",
+    "fp8_base_unet": "memory.base_storage says it",
+    "cpu_offload_checkpointing": "memory.checkpoint_offload says it",
+    "split_mode": "memory.blocks_to_swap says what leaves the device",
+    "fp16_master_weights_and_gradients": "what trains is held in float32",
+    "offload_optimizer_device": "memory.blocks_to_swap says what leaves the device",
+    "offload_optimizer_nvme_path": "nothing is offloaded to disks",
+    "offload_param_device": "memory.blocks_to_swap says what leaves the device",
+    "offload_param_nvme_path": "nothing is offloaded to disks",
+    "zero3_init_flag": "every process holds the whole model",
+    "zero3_save_16bit_model": "every process holds the whole model",
+    "disable_conv_cp": "the denoiser has no convolutions",
+    "wd_on_output": "the magnitude of DoRA is per output row",
+    "token_warmup_min": "token_warmup_step is off",
+    "warmup_min": "warmup_steps of captions is off",
+    "caption_extention": "caption_extension says it",
+    "console_width": "the plan shows the data",
+    "console_back": "the plan shows the data",
+    "console_num_images": "the plan shows the data",
+    "disable_cudnn_backend": "run.cudnn_benchmark says it",
+    "skip_corrupted_cache": "broken caches are made again",
     "cache_info": "caches know what they hold",
     "output_config": "the resolved config is always written",
     "model_prediction_type": "the model says what it predicts",
@@ -286,9 +523,9 @@ HARMLESS: dict[str, str] = {
 
 def _table() -> dict[str, Foreign]:
     found = {name: Foreign(key) for name, key in ALIASES.items()}
-    found |= CONVERTED
     found |= {name: Foreign(refused=why) for name, why in REFUSED.items()}
-    return found | {name: Foreign(harmless=why, always=True) for name, why in HARMLESS.items()}
+    found |= {name: Foreign(harmless=why, always=True) for name, why in HARMLESS.items()}
+    return found | CONVERTED
 
 
 FOREIGN: Mapping[str, Foreign] = _table()

@@ -47,7 +47,7 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
         found = _of_entry(entry, name, value)
     else:
         return None
-    if spec is None or not found.key or found.key.startswith("general."):
+    if spec is None or not found.key or found.key.startswith(("general.", "datasets.")):
         return found
     own = {parameter.key: parameter for parameter in parameters(spec)}
     if found.key in own:
@@ -128,6 +128,9 @@ def _one(
         problems.append(error("NA01", where + written, found.refused))
     elif found.harmless:
         problems.append(info("NA04", where + written, f"is left out: {found.harmless}"))
+    elif found.key.startswith("datasets."):
+        text = f"is about a data set: write {found.key.partition('.')[2]} = {describe(found.value)} in [[datasets]]"
+        problems.append(error("U01", where + written, text))
     elif outside is not None and found.key.startswith("general."):
         text = f"is about items; write {found.key.partition('.')[2]} = {describe(found.value)} in {outside}"
         problems.append(error("U01", where + written, text))

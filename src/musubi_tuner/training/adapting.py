@@ -64,7 +64,7 @@ def adapter_metadata(
         "gradient_checkpointing_cpu_offload": config.memory.checkpoint_offload,
         "gradient_accumulation_steps": train.grad_accum_steps,
         "max_train_steps": steps.total_updates,
-        "lr_warmup_steps": config.scheduler.warmup_steps,
+        "lr_warmup_steps": config.scheduler.warmup_updates(steps.total_updates),
         "lr_scheduler": config.scheduler.type,
         "base_model_version": spec.full_name,
         "network_module": spec.adapters.network_module,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.config.importers import Imported, import_published
 from musubi_tuner.config.__main__ import main
+from musubi_tuner.config.importers import Imported, import_published
 
 TABLE: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "learning_rate": (1e-4, {"optimizer.lr": 1e-4}),

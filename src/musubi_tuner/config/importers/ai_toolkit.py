@@ -157,6 +157,7 @@ class _Job(Builder):
         for number, entry in enumerate(process.get("datasets") or []):
             self._data_set(number, _expanded(entry, name, process.get("trigger_word")))
         self._defaults()
+        self._leave_idle()
         return Imported(self._nested(), {**ITEM_DEFAULTS, **self.general}, self.report, self.names, self.datasets)
 
     def _folders(self, given: dict[str, Any], name: str) -> None:

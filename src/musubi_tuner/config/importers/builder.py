@@ -4,6 +4,7 @@ from typing import Any
 
 from musubi_tuner.config.importers.report import Report
 from musubi_tuner.config.schema import parameters
+from musubi_tuner.models.registry import MODELS
 
 
 class Builder:
@@ -18,6 +19,7 @@ class Builder:
         self.known = {parameter.key: parameter for parameter in parameters()}
         self.values: dict[str, Any] = {}
         self.names: dict[str, str] = {}
+        self._assumed: dict[str, Any] = {}
 
     def _carry(self, source: str, key: str, value: Any) -> None:
         """Take a value over as it is."""
@@ -34,6 +36,33 @@ class Builder:
 
     def _refuse(self, source: str, reason: str) -> None:
         self.report.refused.append((source, reason))
+
+    def _leave_idle(self) -> None:
+        """Leave out what does nothing beside the other values; a run would only warn of it."""
+        spec = MODELS.get(str(self.values.get("model.arch")))
+        if spec is None:
+            return
+        own = {parameter.key: parameter for parameter in parameters(spec)}
+        for key, value in spec.defaults.items():
+            self._assumed.setdefault(key, value)
+        for parameter in own.values():
+            if not parameter.required:
+                self._assumed.setdefault(parameter.key, parameter.default)
+        for key in [key for key in self.values if key in own]:
+            when = own[key].when
+            if when is None or when.holds(self._current):
+                continue
+            source, reason = self.names.pop(key, None), when.reason(self._current)
+            del self.values[key]
+            self.report.carried = [entry for entry in self.report.carried if entry[1] != key]
+            self.report.converted = [entry for entry in self.report.converted if entry[2] != key]
+            self.report.defaulted = [entry for entry in self.report.defaulted if entry[0] != key]
+            if source is not None:
+                self.report.dropped_harmless.append((source, f"{key} has no effect because {reason}"))
+
+    def _current(self, key: str) -> Any:
+        """Value of one of our keys, as far as the file and the defaults say."""
+        return self.values.get(key, self._assumed.get(key))
 
     def _nested(self) -> dict[str, Any]:
         """The values as tables."""

@@ -9,6 +9,7 @@ which is written where ours differs. A value of another kind is an error, as in 
 """
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, parameters
+from musubi_tuner.config.when import is_on
 from musubi_tuner.models.registry import MODELS, foreign_family
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
@@ -143,6 +145,7 @@ class _Importer(Builder):
             self._plain(key, value)
         self._captions()
         self._defaults()
+        self._leave_idle()
         general = {**GENERAL[self.tool], **self.general}
         datasets = document.get("datasets", self.datasets)
         return Imported(self._nested(), {**general, **items.get("general", {})}, self.report, self.names, datasets)
@@ -296,9 +299,13 @@ class _Importer(Builder):
             if key in options and not isinstance(options[key], list):
                 target = self.flat[key].key
                 self._convert(key, options[key], target, [options.pop(key)], "a list of one")
-        if not options.get("lr_warmup_steps") and options.get("lr_warmup_ratio"):
-            options["lr_warmup_steps"] = float(options["lr_warmup_ratio"])
-            self.ratio = True
+        if not options.get("lr_warmup_steps") and options.get("lr_warmup_ratio") and "lr_warmup_steps" in options:
+            options.pop("lr_warmup_steps")
+            self.report.dropped_harmless.append(("lr_warmup_steps", "lr_warmup_ratio decides"))
+        rates = [options.get(name) for name in ("learning_rate", "unet_lr")]
+        if all(isinstance(rate, int | float) and rate for rate in rates):
+            options.pop("learning_rate")
+            self.report.dropped_harmless.append(("learning_rate", "unet_lr is the rate of the denoiser"))
         if self.tool == "kohya":
             self._kohya(options)
 
@@ -385,8 +392,7 @@ class _Importer(Builder):
                     "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "share of max_train_steps"
                 )
             else:
-                self.report.needs_you.append(("lr_warmup_steps", f"is {old!r}, a share of steps that are not known here; "
-                                              "give a whole number of updates"))  # fmt: skip
+                self._convert("lr_warmup_steps", old, "scheduler.warmup_ratio", warmup, "a share of the whole run")
         for key, ours in (
             ("save_last_n_steps", "save.keep_last_steps"),
             ("save_last_n_epochs", "save.keep_last_epochs"),
@@ -412,6 +418,12 @@ class _Importer(Builder):
         if source not in options:
             return
         entries = options.pop(source)
+        if isinstance(entries, str) and entries.strip().startswith("{"):  # a JSON object, as the plan has it
+            try:
+                entries = [f"{name}={value}" for name, value in json.loads(entries).items()]
+            except (ValueError, AttributeError):
+                self._refuse(source, f"is {entries!r}, expected a JSON object")
+                return
         texts = [entries] if isinstance(entries, str) else entries
         found, problem = {}, None
         for text in texts if isinstance(texts, list) else [texts]:
@@ -484,6 +496,11 @@ class _Importer(Builder):
     def _plain(self, key: str, value: Any) -> None:
         """Options that mean here what the table of foreign names says, or what they mean there."""
         target = PLAIN.get(key)
+        if value in ("", None):
+            known = target or key in SHARED_KEYS or answer(key, value, self.spec) is not None
+            if known:
+                self.report.dropped_harmless.append((key, "it is empty"))
+                return
         if target is not None and (self.spec is None or target in self._own()):
             self._take(key, target, value)
         elif key in SHARED_KEYS:
@@ -506,7 +523,11 @@ class _Importer(Builder):
             self._take(key, found.key, value)
 
     def _of_items(self, source: str, name: str, value: Any) -> None:
-        """A setting of [general]."""
+        """A setting of [general]; what is off, and off here anyway, is left out."""
+        usual = self.spec.dataset_defaults.get(name) if self.spec is not None else None
+        if not is_on(value) and not is_on(usual) and name not in GENERAL[self.tool]:
+            self.report.dropped_harmless.append((source, "it is off"))
+            return
         self.general[name] = value
         self.report.carried.append((source, f"general.{name}", value))
 

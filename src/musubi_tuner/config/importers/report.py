@@ -54,7 +54,11 @@ class Report:
         for key, reason in self.dropped_changes_result:
             yield warning("I01", key, f"is left out: {reason}")
         for key in self.secrets_removed:
-            yield warning("I01", key, "is a secret and is not taken over; put it into HF_TOKEN")
+            yield warning(
+                "I01",
+                key,
+                f"is a secret and is not taken over; put it into {'WANDB_API_KEY' if 'wandb' in key else 'HF_TOKEN'}",
+            )
         for key, old, ours, new, rule in self.converted:
             yield info("I02", key, f"{old!r} -> {ours} = {new!r} ({rule})")
         for key, reason in self.dropped_harmless:

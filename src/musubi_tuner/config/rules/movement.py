@@ -15,7 +15,12 @@ LEFT_OF_THE_START = 1 / math.e
 
 @rule("V29", "scheduler.warmup_steps train.max_steps")
 def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
-    if config.train.max_steps is not None and config.scheduler.warmup_steps > config.train.max_steps:
+    scheduler = config.scheduler
+    if (
+        config.train.max_steps is not None
+        and not scheduler.warmup_ratio
+        and scheduler.warmup_steps > config.train.max_steps
+    ):
         yield error(
             "V29",
             "scheduler.warmup_steps",
@@ -34,6 +39,24 @@ def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
             "scheduler.total_steps",
             f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
             "scheduler.warmup_steps",
+        )
+
+
+@rule("V27", "scheduler.warmup_steps scheduler.warmup_ratio")
+def _one_warmup(config: RunConfig) -> Iterator[Diagnostic]:
+    scheduler = config.scheduler
+    both = scheduler.warmup_ratio and scheduler.warmup_steps and "scheduler.warmup_steps" in config.set_keys()
+    if both and config.train.max_steps is None:
+        text = f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g}; keep one"
+        yield error(
+            "V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=[("scheduler.warmup_steps", 0)]
+        )
+    elif both and (count := scheduler.warmup_updates(config.train.max_steps or 0)) != scheduler.warmup_steps:
+        text = (
+            f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g} is {count} updates; keep one"
+        )
+        yield error(
+            "V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=[("scheduler.warmup_steps", 0)]
         )
 
 

@@ -13,8 +13,16 @@ class SchedulerSection(Section):
 
     type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
     warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, unit="updates")
+    warmup_ratio: float | None = param(
+        None,
+        "Warm-up as a share of the whole run, instead of warmup_steps; 0 = as warmup_steps says.",
+        flat=("lr_warmup_ratio",),
+        ge=0,
+        lt=1,
+        step=0.01,
+    )
     warmup_type: Literal["linear", "cosine"] = param(
-        "linear", "Shape of the warm-up.", when=on("scheduler.warmup_steps"), rule="V30"
+        "linear", "Shape of the warm-up.", when=on("scheduler.warmup_steps") | on("scheduler.warmup_ratio"), rule="V30"
     )
     min_lr: float = param(
         0.0,
@@ -30,3 +38,7 @@ class SchedulerSection(Section):
         None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
         "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free", unit="updates", when=is_not("scheduler.type", "constant"), rule="V30"
     )  # fmt: skip
+
+    def warmup_updates(self, total: int) -> int:
+        """Updates of warm-up in a run of so many."""
+        return int(self.warmup_ratio * total) if self.warmup_ratio else self.warmup_steps
