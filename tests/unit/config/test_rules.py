@@ -181,7 +181,10 @@ NO_PROMPTS, NO_REPO, NOT_SAVED = (
 NO_EMBEDDING = 'model.init is "scratch" and model.geometry.guidance_embeds is absent'
 NO_SPLIT = "validation.split is 0.0"
 NO_HUBER = 'objective.loss is "l2" and objective.lune_mode is "cosine"'
-NO_WARMUP, ONE_PROCESS = "scheduler.warmup_steps is 0 and scheduler.warmup_ratio is absent", "distributed.num_processes is 1"
+NO_WARMUP, ONE_PROCESS = (
+    "scheduler.warmup_steps is 0 and scheduler.warmup_ratio is absent",
+    "distributed.num_processes is 1",
+)
 EMA_OFF = "ema.enabled is false"
 NO_UPLOAD = {"run_name": '"x"', "token": '"t"', "every_steps": "5", "every_epochs": "1", "release": '"best"',
              "upload_samples": "true", "upload_logs": "true", "upload_state": "true", "timeout_seconds": "5",

@@ -29,6 +29,9 @@ from musubi_tuner.models.registry import MODELS, foreign_family
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
 OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
+OWN_TABLES = ("accelerate", "cache")
+LAYERS = ("preset", "train_double_block_indices", "train_single_block_indices", "network_reg_dims", "network_reg_lrs")
+"""Arguments of networks that choose layers in another way."""
 LEFT_TO_PEOPLE = frozenset(
     [
         "clip_skip",
@@ -120,7 +123,11 @@ class _Importer(Builder):
 
     def run(self, document: dict[str, Any]) -> Imported:
         tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-        own = {name: tables.pop(name) for name in ("accelerate", "cache") if name in tables and self.tool == "musubi"}
+        own = {
+            name: tables.pop(name)
+            for name in OWN_TABLES
+            if name in tables and (name == "accelerate" or self.tool == "musubi")
+        }
         items = {name: tables.pop(name) for name in ("general",) if name in tables and "datasets" in document}
         options: dict[str, Any] = {
             key: value
@@ -373,10 +380,14 @@ class _Importer(Builder):
 
     def _steps(self, options: dict[str, Any]) -> None:
         """Lengths: epochs win over steps; warm-up as a share; newest steps kept are counted in steps there."""
+        for key in ("max_train_steps", "max_train_epochs"):
+            if options.get(key) in (0, None) and key in options:
+                options.pop(key)
+                self.report.dropped_harmless.append((key, "it is off"))
         if "max_train_epochs" in options and "max_train_steps" in options:
             options.pop("max_train_steps")
             self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs decides"))
-        if "max_train_epochs" not in options and "max_train_steps" not in options:
+        if not {"max_train_epochs", "max_train_steps", "epochs"} & set(options):
             self.values["train.max_steps"] = 1600
             self.report.defaulted.append(("train.max_steps", 1600))
         warmup = options.get("lr_warmup_steps")
@@ -437,6 +448,12 @@ class _Importer(Builder):
             if not sign:
                 problem = f"{text!r} is not of the form key=value"
             elif name == "verbose" or (source == "network_args" and value.strip() in ("0", "None", "False")):
+                continue
+            elif name not in table and source == "network_args" and name in LAYERS:
+                self.report.dropped_changes_result.append(
+                    (f"{source} {name}", "adapter.include, exclude and targets choose layers here")
+                )
+            elif name not in table and (entry := FOREIGN.get(name)) and entry.is_neutral(value.strip()):
                 continue
             elif name not in table:
                 problem = f"{name} is not built; known: {', '.join(table)}.{did_you_mean(name, table)}"

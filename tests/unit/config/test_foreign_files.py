@@ -1,0 +1,495 @@
+"""Files of other trainers as people write them: each imports, says what it lost, and is a run that can start."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.__main__ import main
+from musubi_tuner.config.importers.read import read_foreign, shell_options
+from musubi_tuner.config.importers.report import Report
+from musubi_tuner.config.importers.tools import is_typed, recognise
+
+WEIGHTS = ("flux1-dev", "ae", "clip_l", "t5xxl_fp16", "t5xxl")
+KOHYA_COMMAND = """
+#!/bin/bash
+# train on my cat
+accelerate launch --mixed_precision bf16 --num_cpu_threads_per_process 1 sd-scripts/flux_train_network.py \\
+  --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors \\
+  --ae ae.safetensors --cache_latents_to_disk --save_model_as safetensors --sdpa --persistent_data_loader_workers \\
+  --max_data_loader_n_workers 2 --seed 42 --gradient_checkpointing --mixed_precision bf16 --save_precision bf16 \\
+  --network_module networks.lora_flux --network_dim 4 --network_train_unet_only --optimizer_type adamw8bit \\
+  --learning_rate 1e-4 --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk --fp8_base --highvram \\
+  --max_train_epochs 4 --save_every_n_epochs 1 --train_data_dir images --resolution 1024,1024 --output_dir out \\
+  --output_name flux-lora-name --timestep_sampling shift --discrete_flow_shift 3.1582 --model_prediction_type raw \\
+  --guidance_scale 1.0 --loss_type l2
+"""
+KOHYA: dict[str, str] = {
+    "command.sh": KOHYA_COMMAND,
+    "low_memory.toml": """
+[model_arguments]
+pretrained_model_name_or_path = "flux1-dev.safetensors"
+ae = "ae.safetensors"
+clip_l = "clip_l.safetensors"
+t5xxl = "t5xxl.safetensors"
+[training_arguments]
+network_module = "networks.lora_flux"
+network_dim = 16
+network_alpha = 8
+network_args = ["train_blocks=all", "verbose=False"]
+learning_rate = 4e-4
+optimizer_type = "AdaFactor"
+lr_scheduler = "constant_with_warmup"
+lr_warmup_steps = 100
+max_train_steps = 2000
+max_grad_norm = 0.0
+blocks_to_swap = 18
+gradient_checkpointing = true
+mixed_precision = "bf16"
+save_precision = "bf16"
+fp8_base = true
+train_batch_size = 1
+output_dir = "out"
+output_name = "low"
+train_data_dir = "images"
+resolution = "768"
+enable_bucket = true
+min_bucket_reso = 256
+max_bucket_reso = 1024
+bucket_reso_steps = 64
+timestep_sampling = "flux_shift"
+model_prediction_type = "raw"
+guidance_scale = 1.0
+cache_latents = true
+cache_text_encoder_outputs = true
+""",
+    "without_paths.toml": """
+network_module = "networks.lora_flux"
+network_dim = 8
+network_train_unet_only = true
+cache_latents = true
+t5xxl_max_token_length = 512
+output_dir = "out"
+output_name = "no-paths"
+max_train_steps = 100
+""",
+    "noise.toml": """
+pretrained_model_name_or_path = "flux1-dev.safetensors"
+ae = "ae.safetensors"
+clip_l = "clip_l.safetensors"
+t5xxl = "t5xxl.safetensors"
+network_module = "networks.lora_flux"
+network_alpha = 16
+network_dim = 16
+output_dir = "out"
+output_name = "noise"
+train_data_dir = "images"
+resolution = 512
+max_train_steps = 500
+noise_offset = 0.05
+adaptive_noise_scale = 0.005
+ip_noise_gamma = 0.1
+loss_type = "huber"
+huber_c = 0.2
+huber_schedule = "exponential"
+min_snr_gamma = 5
+shuffle_caption = true
+keep_tokens = 1
+caption_dropout_rate = 0.1
+caption_extension = ".txt"
+flip_aug = false
+clip_skip = 1
+wandb_api_key = "secret"
+log_with = "tensorboard"
+logging_dir = "logs"
+mixed_precision = "bf16"
+""",
+    "lycoris.toml": """
+pretrained_model_name_or_path = "flux1-dev.safetensors"
+ae = "ae.safetensors"
+clip_l = "clip_l.safetensors"
+t5xxl = "t5xxl.safetensors"
+network_module = "lycoris.kohya"
+network_args = ["algo=lora", "preset=full"]
+network_dim = 16
+network_alpha = 16
+unet_lr = 5e-5
+learning_rate = 1e-4
+output_dir = "out"
+output_name = "lyco"
+train_data_dir = "kohya"
+max_train_epochs = 2
+resolution = 512
+caption_extension = ".txt"
+""",
+}
+MUSUBI: dict[str, str] = {
+    "plain.toml": """
+architecture = "fd"
+dit = "flux1-dev.safetensors"
+vae = "ae.safetensors"
+text_encoder = "clip_l.safetensors"
+text_encoder2 = "t5xxl.safetensors"
+dataset_config = "data.toml"
+output_dir = "out"
+output_name = "plain"
+network_module = "networks.lora_flux"
+network_dim = 32
+max_train_steps = 1000
+timestep_sampling = "flux_shift"
+sdpa = true
+mixed_precision = "bf16"
+""",
+    "with_a_model_table.toml": """
+[model]
+dit = "flux1-dev.safetensors"
+vae = "ae.safetensors"
+text_encoder = "clip_l.safetensors"
+text_encoder2 = "t5xxl.safetensors"
+[training]
+architecture = "fd"
+network_module = "networks.lora_flux"
+network_dim = 16
+dataset_config = "data.toml"
+output_dir = "out"
+output_name = "tables"
+max_train_epochs = 8
+lr_warmup_steps = 0.1
+num_timestep_buckets = 10
+[memory]
+blocks_to_swap = 20
+fp8_base = true
+fp8_scaled = true
+gradient_checkpointing = true
+""",
+    "shifted.toml": """
+script = "flux_dev_train_network.py"
+dit = "flux1-dev.safetensors"
+vae = "ae.safetensors"
+text_encoder = "clip_l.safetensors"
+text_encoder2 = "t5xxl.safetensors"
+dataset_config = "data.toml"
+output_dir = "out"
+output_name = "shifted"
+network_module = "networks.lora_flux"
+network_dim = 16
+timestep_sampling = "shift"
+discrete_flow_shift = 3.0
+weighting_scheme = "none"
+max_train_steps = 400
+save_every_n_steps = 100
+save_last_n_steps = 300
+optimizer_type = "adafactor"
+optimizer_args = ["relative_step=False", "scale_parameter=False", "warmup_init=False"]
+max_grad_norm = 0
+""",
+    "samples.toml": """
+architecture = "fd"
+dit = "flux1-dev.safetensors"
+vae = "ae.safetensors"
+text_encoder = "clip_l.safetensors"
+text_encoder2 = "t5xxl.safetensors"
+dataset_config = "data.toml"
+output_dir = "out"
+output_name = "samples"
+network_module = "networks.lora_flux"
+network_dim = 16
+max_train_steps = 400
+sample_prompts = "prompts.txt"
+sample_every_n_steps = 100
+sample_at_first = true
+compile = true
+compile_mode = "default"
+""",
+    "command.sh": """
+accelerate launch --num_processes 1 src/musubi_tuner/flux_dev_train_network.py --dit flux1-dev.safetensors --vae ae.safetensors \\
+  --text_encoder clip_l.safetensors --text_encoder2 t5xxl.safetensors --dataset_config data.toml --sdpa --mixed_precision bf16 \\
+  --optimizer_type adamw8bit --learning_rate 1e-4 --gradient_checkpointing --network_module networks.lora_flux --network_dim 32 \\
+  --max_train_epochs 16 --save_every_n_epochs 1 --seed 42 --output_dir out --output_name command
+""",
+}
+AI_TOOLKIT: dict[str, str] = {
+    "example.yaml": """
+job: extension
+config:
+  name: my_first_flux_lora_v1
+  process:
+    - type: sd_trainer
+      training_folder: out
+      device: cuda:0
+      trigger_word: p3r5on
+      network: {type: lora, linear: 16, linear_alpha: 16}
+      save: {dtype: float16, save_every: 250, max_step_saves_to_keep: 4, push_to_hub: false}
+      datasets:
+        - {folder_path: images, caption_ext: txt, caption_dropout_rate: 0.05, shuffle_tokens: false,
+           cache_latents_to_disk: true, resolution: [512, 768, 1024]}
+      train:
+        batch_size: 1
+        steps: 2000
+        gradient_accumulation_steps: 1
+        train_unet: true
+        train_text_encoder: false
+        gradient_checkpointing: true
+        noise_scheduler: flowmatch
+        optimizer: adamw8bit
+        lr: 1.0e-4
+        ema_config: {use_ema: true, ema_decay: 0.99}
+        dtype: bf16
+      model: {name_or_path: black-forest-labs/FLUX.1-dev, is_flux: true, quantize: true}
+      sample:
+        sampler: flowmatch
+        sample_every: 250
+        width: 1024
+        height: 1024
+        prompts: ["[trigger] holding a sign", "a bear [trigger]"]
+        neg: ""
+        seed: 42
+        walk_seed: true
+        guidance_scale: 4
+        sample_steps: 20
+meta: {name: "[name]", version: "1.0"}
+""",
+    "shuffled.yaml": """
+job: extension
+config:
+  name: shuffled
+  process:
+    - type: sd_trainer
+      training_folder: out
+      network: {type: lora, linear: 8, linear_alpha: 4, conv: 0, dropout: 0.1}
+      datasets:
+        - {folder_path: images, caption_ext: .txt, shuffle_tokens: true, token_dropout_rate: 0.1, num_repeats: 3, resolution: 512}
+      train: {steps: 100, lr: 0.0002, optimizer: adamw, optimizer_params: {weight_decay: 0.05}, lr_scheduler: cosine,
+              timestep_type: sigmoid, loss_type: mae, dtype: bf16, max_grad_norm: 0.5, noise_offset: 0.02}
+      model: {name_or_path: black-forest-labs/FLUX.1-dev, arch: flux, quantize_te: true, low_vram: true}
+""",
+    "regularised.yaml": """
+job: extension
+config:
+  name: reg
+  process:
+    - type: sd_trainer
+      training_folder: out
+      network: {type: lora, rank: 4}
+      datasets:
+        - {folder_path: images, resolution: 512, default_caption: a cat}
+        - {folder_path: more, resolution: 512, is_reg: true}
+      train: {steps: 100, lr: 0.0001, reg_weight: 0.5, dtype: bf16, disable_sampling: true, timestep_type: linear}
+      model: {name_or_path: black-forest-labs/FLUX.1-dev, is_flux: true}
+      logging: {log_every: 10, use_wandb: false}
+""",
+    "masked.yaml": """
+job: extension
+config:
+  name: masked
+  process:
+    - type: sd_trainer
+      training_folder: out
+      network: {type: lora, linear: 4, linear_alpha: 4}
+      datasets: [{folder_path: images, mask_path: masks, resolution: [768]}]
+      train: {steps: 10, lr: 0.0001, dtype: bf16, skip_first_sample: true, content_or_style: balanced}
+      model: {name_or_path: black-forest-labs/FLUX.1-dev, is_flux: true}
+      sample: {sample_every: 5, samples: [{prompt: a cat, seed: 3, width: 512}, {prompt: a dog}]}
+""",
+    "lokr.yaml": """
+job: extension
+config:
+  name: lokr
+  process:
+    - type: sd_trainer
+      network: {type: lokr, lokr_full_rank: true, lokr_factor: 8}
+      datasets: [{folder_path: images, resolution: 512, flip_y: true}]
+      train: {steps: 10, lr: 0.0001, dtype: bf16, diff_output_preservation: true}
+      model: {name_or_path: black-forest-labs/FLUX.1-dev, is_flux: true}
+""",
+}
+PLAN: dict[str, Any] = {
+    "project_name": "cat", "model_type": "Flux", "model_path": "flux1-dev.safetensors", "vae_path": "ae.safetensors",
+    "clip_l_path": "clip_l.safetensors", "clip_g_path": "", "t5xxl_path": "t5xxl.safetensors", "dataset_dir": "images",
+    "resolution": 1024, "train_batch_size": 2, "num_repeats": 10, "epochs": 5, "max_train_steps": 0, "seed": 42, "flip_aug": False,
+    "shuffle_caption": True, "learning_rate": 1e-4, "unet_lr": 1e-4, "text_encoder_lr": 0, "lr_scheduler": "cosine",
+    "lr_scheduler_number": 3, "lr_warmup_ratio": 0.05, "lr_warmup_steps": 0, "lr_power": 1.0, "min_snr_gamma_enabled": True,
+    "min_snr_gamma": 5.0, "ip_noise_gamma_enabled": False, "ip_noise_gamma": 0.05, "multinoise": False,
+    "multires_noise_discount": 0.25, "clip_skip": 2, "max_token_length": 225, "enable_bucket": True, "min_bucket_reso": 256,
+    "max_bucket_reso": 2048, "bucket_reso_steps": 64, "gradient_checkpointing": True, "mixed_precision": "bf16",
+    "lora_type": "LoRA", "network_dim": 16, "network_alpha": 8, "conv_dim": 0, "factor": -1, "block_dims": "",
+    "optimizer_type": "AdamW8bit", "optimizer_args": "{}", "weight_decay": 0.01, "cache_latents": True, "output_dir": "out",
+    "output_name": "cat", "save_every_n_epochs": 1, "save_model_as": "safetensors", "save_precision": "fp16",
+    "sample_sampler": "euler_a", "logging_dir": "", "wandb_key": "", "v2": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the weights and pictures that the files name."""
+    for name in WEIGHTS:
+        (tmp_path / f"{name}.safetensors").touch()
+    for folder in ("images", "more", "masks", "kohya/5_sks cat", "kohya/1_dog"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prompts.txt").write_text("a cat --w 512 --h 512\n", encoding="utf-8")
+    data = (
+        '[general]\ncaption_extension = ".txt"\nresolution = [1024, 1024]\n[[datasets]]\nimage_directory = "images"\n'
+    )
+    (tmp_path / "data.toml").write_text(data, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def imported(name: str, text: str, *options: str) -> tuple[int, Report]:
+    """Exit code of the command, and the report."""
+    Path(name).write_text(text, encoding="utf-8")
+    report = read_foreign(Path(name)).report
+    return main(["import", name, "-o", "run.toml", *options]), report
+
+
+def run_of(name: str, text: str, *options: str) -> RunConfig:
+    code, _ = imported(name, text, *options)
+    assert code == 0
+    return load_config("run.toml")
+
+
+def source_keys(name: str, text: str) -> set[str]:
+    if name.endswith(".sh"):
+        options, unfilled = shell_options(text)
+        return {*options, *(key for key, _ in unfilled)}
+    document = tomllib.loads(text) if name.endswith(".toml") else json.loads(text)
+    return {key for value in document.values() if isinstance(value, dict) for key in value} | {
+        key for key, value in document.items() if not isinstance(value, dict)
+    }
+
+
+@pytest.mark.parametrize("name", KOHYA)
+def test_files_of_sd_scripts(name: str, project: Path) -> None:
+    code, report = imported(name, KOHYA[name], "--dataset_config", "data.toml")
+    found = report.keys()
+    keys = {key.removeprefix("accelerate.").partition(" ")[0] for key in found}
+    assert code == 0 and source_keys(name, KOHYA[name]) - {"accelerate"} <= keys
+    assert len(found) == len(set(found))
+
+
+def test_a_command_of_sd_scripts_is_the_run_it_says(project: Path) -> None:
+    config = run_of("command.sh", KOHYA_COMMAND)
+    assert (config.spec.code, config.adapter.type, config.adapter.rank, config.adapter.alpha) == ("fd", "lora", 4, 1.0)
+    assert config.optimizer.type == "AdamW8bit" and config.optimizer.lr == 1e-4
+    assert config.get("objective.timestep_sampling") == "shift" and config.get("objective.guidance_scale") == 1.0
+    assert config.get("objective.discrete_flow_shift") == pytest.approx(3.1582)
+    assert config.datasets[0].resolution == (1024, 1024) and not config.datasets[0].enable_bucket
+    assert config.memory.base_storage == "fp8" and config.train.max_epochs == 4 and config.scheduler.type == "constant"
+
+
+def test_a_file_of_sd_scripts_without_paths_keeps_its_defaults(project: Path) -> None:
+    text = KOHYA["without_paths.toml"]
+    found = read_foreign(_written("f.toml", text))
+    assert recognise(tomllib.loads(text)) == "kohya"
+    assert found.document["objective"]["guidance_scale"] == 3.5 and found.general["caption_extension"] == ".caption"
+
+
+def _written(name: str, text: str) -> Path:
+    Path(name).write_text(text, encoding="utf-8")
+    return Path(name)
+
+
+def test_folders_with_repeats_become_data_sets(project: Path) -> None:
+    config = run_of("lycoris.toml", KOHYA["lycoris.toml"])
+    found = [
+        (d.image_directory and d.image_directory.name, d.num_repeats, d.text.class_tokens) for d in config.datasets
+    ]
+    assert found == [("1_dog", 1, "dog"), ("5_sks cat", 5, "sks cat")]
+    assert config.optimizer.lr == 5e-5  # unet_lr decides
+
+
+def test_noise_and_captions_of_sd_scripts_carry_over(project: Path) -> None:
+    config = run_of("noise.toml", KOHYA["noise.toml"])
+    text = config.datasets[0].text
+    assert (text.shuffle_caption, text.keep_tokens, text.caption_dropout_rate) == (True, 1, 0.1)
+    assert config.cache.text_variants == 8
+    assert (config.get("objective.loss"), config.get("objective.huber_delta")) == ("pseudo_huber", 0.2)
+    assert config.get("objective.noise_offset") == 0.05 and config.get("objective.min_snr_gamma") == 5
+    assert "secret" not in Path("run.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", MUSUBI)
+def test_files_of_musubi_tuner(name: str, project: Path) -> None:
+    code, report = imported(name, MUSUBI[name])
+    found = report.keys()
+    keys = {key.removeprefix("accelerate.").partition(" ")[0] for key in found}
+    assert code == 0 and source_keys(name, MUSUBI[name]) - {"accelerate"} <= keys
+    assert load_config("run.toml").spec.code == "fd"
+
+
+def test_a_model_table_does_not_make_a_file_of_musubi_tuner_typed(project: Path) -> None:
+    text = MUSUBI["with_a_model_table.toml"]
+    assert not is_typed(tomllib.loads(text))
+    assert load_config(_written("f.toml", text)).scheduler.warmup_ratio == 0.1
+    assert is_typed({"model": {"arch": "fd"}}) and is_typed({"run": {}})
+
+
+@pytest.mark.parametrize("name", AI_TOOLKIT)
+def test_jobs_of_ai_toolkit(name: str, project: Path) -> None:
+    code, report = imported(name, AI_TOOLKIT[name])
+    assert sorted(report.keys()) == sorted(set(report.keys()))
+    assert (code == 0) == (name != "lokr.yaml")
+    if name == "lokr.yaml":
+        assert any(key == "network.type" for key, _ in report.refused)
+        assert {key for key, _ in report.dropped_changes_result} >= {
+            "datasets[0].flip_y",
+            "train.diff_output_preservation",
+        }
+    else:
+        assert load_config("run.toml").adapter.type == "lora"
+
+
+def test_the_example_of_ai_toolkit_is_the_run_it_says(project: Path) -> None:
+    config = run_of("example.yaml", AI_TOOLKIT["example.yaml"])
+    assert [dataset.resolution[0] for dataset in config.datasets] == [512, 768, 1024]
+    assert len({dataset.cache_directory for dataset in config.datasets}) == 3
+    assert config.datasets[0].text.trigger_word == "p3r5on" and config.datasets[0].text.caption_dropout_rate == 0.05
+    assert (config.model.path, config.model.vae_path) == (
+        "black-forest-labs/FLUX.1-dev:transformer", "black-forest-labs/FLUX.1-dev:vae",
+    )  # fmt: skip
+    assert config.sample.prompts == ["p3r5on holding a sign", "a bear p3r5on"] and config.sample.guidance == 4.0
+    assert (config.ema.enabled, config.ema.decay) == (True, 0.99) and config.memory.base_storage == "fp8"
+    assert (config.run.name, config.run.output_dir) == ("my_first_flux_lora_v1", "out/my_first_flux_lora_v1")
+
+
+def test_the_plan_with_its_defaults_imports_for_flux(project: Path) -> None:
+    code, report = imported("plan.json", json.dumps(PLAN))
+    assert code == 0
+    lost = [key for key, _ in report.dropped_changes_result]
+    assert sorted(lost) == ["clip_skip", "lr_scheduler_number", "max_token_length", "sample_sampler"]
+    assert sorted(report.keys()) == sorted(PLAN)
+    config = load_config("run.toml")
+    assert (config.train.max_epochs, config.datasets[0].num_repeats, config.scheduler.warmup_ratio) == (5, 10, 0.05)
+
+
+def test_what_the_shell_would_fill_in_is_asked_for(project: Path) -> None:
+    options, unfilled = shell_options(
+        'python flux_train_network.py --output_dir "$OUT" --seed 3 --network_args a=1 b=2\n'
+    )
+    assert options == {"script": "flux_train_network.py", "seed": 3, "network_args": ["a=1", "b=2"]}
+    assert [key for key, _ in unfilled] == ["output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.yaml", "job: [", "not valid YAML"),
+        ("a.txt", "nothing here", "no command with a script and options"),
+        ("a.json", '{"x": 1}', "is not the training_config.json of a known trainer"),
+        ("a.toml", 'schema_version = 1\n[run]\nname = "x"', "is a run file already"),
+    ],
+)
+def test_files_that_are_no_ones(
+    name: str, text: str, expected: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(_written(name, text)), "-o", "run.toml"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_kontext_file_says_that_another_model_is_trained(project: Path) -> None:
+    text = MUSUBI["shifted.toml"].replace("flux_dev_train_network.py", "flux_kontext_train_network.py")
+    report = read_foreign(_written("k.toml", text)).report
+    assert any(key == "script" and "Kontext" in reason for key, reason in report.dropped_changes_result)
