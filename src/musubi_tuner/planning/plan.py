@@ -9,7 +9,7 @@ from musubi_tuner.caching.black_masks import black_masks
 from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
-from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.config import RunConfig, Steps, calculate_steps, sentence
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
@@ -115,6 +115,13 @@ def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
     from musubi_tuner.training.checkpoint import peek_state
 
     return peek_state(config)
+
+
+def _sources(plan: Plan) -> list[tuple[int, int, int]]:
+    """Images that are trained, with their repeats and micro-batch size."""
+    held_out = {item.key for item in plan.held_out}
+    counts = Counter((item.num_repeats, item.batch_size) for item in plan.found.items if item.key not in held_out)
+    return [(count, repeats, size) for (repeats, size), count in sorted(counts.items())]
 
 
 def _state(status: KindStatus) -> str:
@@ -244,6 +251,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [
         f"  train    {steps.total_updates} updates, {steps.epochs} epochs of {steps.updates_per_epoch} updates{correction}",
+        f"           {sentence(steps, _sources(plan))}",
         f"           update = {processes} process(es) x {train.grad_accum_steps} micro-batch(es), "
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per "
         f"{'update' if config.spec.task(config).denoises else 'phase'}"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musubi_tuner.config import Steps, calculate_steps
+from musubi_tuner.config import Steps, calculate_steps, sentence
 from musubi_tuner.errors import ConfigError
 
 
@@ -28,8 +28,31 @@ def test_total_updates(buckets: list[tuple[int, int]], options: dict[str, int], 
 
 def test_all_counts_of_a_run() -> None:
     assert calculate_steps([(7, 2), (5, 4)], grad_accum_steps=4, max_epochs=3) == Steps(
-        micro_batches=6, updates_per_epoch=2, total_updates=6, epochs=3, images_per_epoch=12
-    )
+        micro_batches=6, updates_per_epoch=2, total_updates=6, epochs=3, images_per_epoch=12, per_update=4, short_batches=2,
+        short_update=True, budget="max_epochs",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("buckets", "options", "sources", "expected"),
+    [
+        ([(500, 2)], {"max_epochs": 5}, [(50, 10, 2)], "50 images x 10 repeats x 5 epochs / 2 = 1,250 steps"),
+        ([(3, 2), (4, 2)], {"max_epochs": 2}, [(7, 1, 2)],
+         "7 images x 2 epochs / 2 = 8 steps (1 of them because 1 bucket ends in a short batch)"),
+        ([(3, 2), (3, 2)], {"max_epochs": 1}, [(6, 1, 2)],
+         "6 images x 1 epoch / 2 = 4 steps (1 of them because 2 buckets end in a short batch)"),
+        ([(100, 4)], {"max_steps": 26, "grad_accum_steps": 2}, [(100, 1, 4)],
+         "100 images / 4 / 2 micro-batches per update = 13 steps per epoch (1 of them because the last update of an epoch is "
+         "shorter); 26 steps are 2 epochs of 13"),
+        ([(8, 4), (20, 1)], {"max_epochs": 3}, [(8, 1, 4), (10, 2, 1)],
+         "(8 images / 4 + 10 images x 2 repeats) x 3 epochs = 66 steps"),
+        ([(1, 1)], {"max_epochs": 1}, [(1, 1, 1)], "1 image x 1 epoch = 1 steps"),
+    ],
+)  # fmt: skip
+def test_the_number_of_updates_in_words(
+    buckets: list[tuple[int, int]], options: dict[str, int], sources: list[tuple[int, int, int]], expected: str
+) -> None:
+    assert sentence(calculate_steps(buckets, **options), sources) == expected
 
 
 def test_datasets_may_have_batch_sizes_of_their_own() -> None:
