@@ -9,8 +9,9 @@ from typing import Any
 
 import tomli_w
 
-from musubi_tuner.config import Diagnostic, load_config
+from musubi_tuner.config import Diagnostic, RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
+from musubi_tuner.config.diagnostics import InvalidConfig
 from musubi_tuner.config.explain_key import explain_key
 from musubi_tuner.config.exporters import EXPORTS, export
 from musubi_tuner.config.importers import TITLES, Imported
@@ -85,9 +86,13 @@ def as_data(found: Diagnostic) -> dict[str, Any]:
 
 def _validate(options: argparse.Namespace) -> int:
     path = Path(options.file)
-    configs = (
-        load_steps(path, options.overrides) if TABLE in read_toml(path) else [load_config(path, options.overrides)]
-    )
+    try:
+        configs = _read(path, options.overrides)
+    except InvalidConfig as problem:
+        if not options.json:
+            raise
+        print(json.dumps([as_data(finding) for finding in problem.findings], indent=2, ensure_ascii=False))
+        return ConfigError.exit_code
     found = [finding for config in configs for finding in config.findings]
     if options.json:
         print(json.dumps([as_data(finding) for finding in found], indent=2, ensure_ascii=False))
@@ -97,6 +102,10 @@ def _validate(options: argparse.Namespace) -> int:
     warnings = sum(finding.level == "warning" for finding in found)
     print(f"{path}: good{f', with {warnings} warnings' if warnings else ''}")
     return EXIT_OK
+
+
+def _read(path: Path, overrides: dict[str, Any]) -> list[RunConfig]:
+    return load_steps(path, overrides) if TABLE in read_toml(path) else [load_config(path, overrides)]
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from musubi_tuner.errors import ConfigError
+
 Level = Literal["error", "warning", "info"]
 
 
@@ -88,6 +90,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known words, or an empty string."""
     words = [f"'{other}'" for other in closest(word, known)]
     return f" Did you mean {', '.join(words[:-1]) + ' or ' if words[1:] else ''}{words[-1]}?" if words else ""
+
+
+class InvalidConfig(ConfigError):
+    """A config with mistakes; ``findings`` are all of them, and what else was found."""
+
+    def __init__(self, source: str, findings: Sequence[Diagnostic]) -> None:
+        super().__init__(format_problems(source, [found for found in findings if found.level == "error"]))
+        self.findings = list(findings)
 
 
 def format_problems(source: str, problems: list[Diagnostic]) -> str:

@@ -176,6 +176,9 @@ CONVERTED: dict[str, Foreign] = {
         refused="is a span of updates in sd-scripts; save.keep_last_states is a number of states"
     ),
     "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "our name of it"),
+    "lora_type": Foreign(
+        "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "our name of it"
+    ),
     "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
     "multinoise": Foreign(
         "objective.multires_noise_iterations", lambda on: 6 if on else None, "six noises", always=True
@@ -383,6 +386,8 @@ REFUSED: dict[str, str] = {
     ),
     "debug_mode": "is not built: the plan shows the data",
     "keep_cache": "is not needed: cache jobs never delete",
+    "wandb_key": "is of Weights & Biases, which is not built yet",
+    "wandb_api_key": "is of Weights & Biases, which is not built yet",
     "in_json": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
     "metadata_file": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
     "bert_path": "is FluxFlow's text encoder, which is not built yet",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
-from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, format_problems, info
+from musubi_tuner.config.diagnostics import Diagnostic, InvalidConfig, did_you_mean, error, info
 from musubi_tuner.config.explain import explain
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers import TITLES, import_options, is_typed, recognise
@@ -66,7 +66,7 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     problems: list[Diagnostic] = []
     steps, _ = _read_steps(read_toml(Path(path)), dict(overrides or {}), problems)
     if problems:
-        raise ConfigError(format_problems(str(path), problems))
+        raise InvalidConfig(str(path), problems)
     configs, wrong = [], dict[str, None]()
     for step in steps:
         try:
@@ -191,10 +191,11 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         in_roles = _role_problems(config, spec)
         wrong |= _hinted(problems, spec)
         problems += in_roles or validate(config, wrong)
-    errors = [problem for problem in problems if problem.level == "error"]
-    if errors or config is None:
-        raise ConfigError(format_problems(f"{path}, step {step.name}" if step else str(path), errors))
-    config._findings = [problem for problem in problems if problem.level != "error"]
+    if config is not None and config.run.strict:
+        problems = [replace(found, level="error") if found.level == "warning" else found for found in problems]
+    if config is None or any(problem.level == "error" for problem in problems):
+        raise InvalidConfig(f"{path}, step {step.name}" if step else str(path), problems)
+    config._findings = problems
     return config
 
 
@@ -251,7 +252,7 @@ def _choose_step(
     name = overrides.pop(STEP, None)
     steps, taken = _read_steps(document, overrides, problems)
     if problems and not steps:
-        raise ConfigError(format_problems(str(path), problems))
+        raise InvalidConfig(str(path), problems)
     if name is None:
         names = ", ".join(step.name for step in steps)
         raise ConfigError(f"{path}: has steps ({names}), and this command needs one of them: --step NAME")

@@ -69,7 +69,7 @@ def _strength(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning("V50", "adapter.alpha", text, "adapter.rank", fix=[("adapter.alpha", float(adapter.rank))])
 
 
-@rule("V43 U04", "adapter.type adapter.preset adapter.kinds adapter.include adapter.targets")
+@rule("V43 U04 U07", "adapter.type adapter.preset adapter.kinds adapter.include adapter.targets")
 def _layers(config: RunConfig) -> Iterator[Diagnostic]:
     """Names of presets and kinds, and patterns of targets."""
     adapter, targets = config.adapter, config.spec.adapters

@@ -1,0 +1,167 @@
+"""What a name comes to that is not a setting's own: every name of other trainers has an answer, every slip its original."""
+
+import random
+import string
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.diagnostics import InvalidConfig, closest, distance
+from musubi_tuner.config.explain_key import explain_key
+from musubi_tuner.config.foreign import FOREIGN
+from musubi_tuner.config.names import answer
+from musubi_tuner.config.schema import flat_names, item_parameters, parameters
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.models.registry import MODELS
+
+sys.path.append(str(Path(__file__).parent))
+
+from names_of_others import PLAN
+
+KEYS = {parameter.key for parameter in (*parameters(), *item_parameters())}
+LAST = {key.rpartition(".")[2] for key in KEYS}
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_every_name_of_a_plan_has_an_answer(name: str) -> None:
+    """A setting, another name of one, a reason why there is none, or why none is needed: never a guess."""
+    assert name in LAST or name in flat_names() or name in FOREIGN
+    assert "Did you mean" not in explain_key(name)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAN if name not in LAST])
+@pytest.mark.parametrize("arch", ["tf", "fd"])
+def test_no_name_of_a_plan_is_answered_by_likeness_in_a_run_file(name: str, arch: str, write: Any) -> None:
+    changes = {"model": f'arch = "{arch}"'} | ({"without": ("experts.unet",)} if arch == "fd" else {})
+    try:
+        found = load_config(write(train=f"{name} = true", **changes)).findings
+    except InvalidConfig as problem:
+        found = problem.findings
+    about = [finding for finding in found if finding.key in (f"train.{name}", name)]
+    other = [finding for finding in found if f"train.{name}" in finding.keys or "is True" in finding.reason]
+    assert about or other, found
+    assert not any("Did you mean" in finding.reason for finding in about)
+
+
+def test_keys_that_the_table_leads_to_exist() -> None:
+    known = KEYS | {"model.arch"}
+    assert {entry.key for entry in FOREIGN.values() if entry.key} <= known
+
+
+def test_names_of_the_table_are_not_keys_of_ours_with_another_meaning() -> None:
+    for name in FOREIGN:
+        own = flat_names().get(name)
+        if "." not in name and own is not None and FOREIGN[name].key:
+            assert FOREIGN[name].key == own.key, name
+
+
+def slips(word: str, source: random.Random) -> list[str]:
+    """One slip of each kind in a word: a letter left out, added, changed, swapped with its neighbour."""
+    at = source.randrange(len(word))
+    letter = source.choice(
+        string.ascii_lowercase.replace(word[at], "") if word[at] in string.ascii_lowercase else "abc"
+    )
+    found = [word[:at] + word[at + 1 :], word[:at] + letter + word[at:], word[:at] + letter + word[at + 1 :]]
+    if at + 1 < len(word) and word[at] != word[at + 1]:
+        found.append(word[:at] + word[at + 1] + word[at] + word[at + 2 :])
+    return [slip for slip in found if len(slip) > 1]
+
+
+@pytest.mark.parametrize("code", list(MODELS))
+def test_a_slip_in_any_key_is_answered_with_the_original(code: str) -> None:
+    source, missed = random.Random(0), []
+    by_table: dict[str, list[str]] = {}
+    for parameter in parameters(MODELS[code]):
+        by_table.setdefault(parameter.section, []).append(parameter.name)
+    for names in by_table.values():
+        for name in names:
+            for slip in slips(name, source):
+                if slip not in names and slip not in FOREIGN and name not in closest(slip, names):
+                    missed.append((name, slip, closest(slip, names)))
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "slips"),
+    [("lr", "lr", 0), ("lr", "rl", 1), ("alpha", "alhpa", 1), ("a", "", 1), ("seed", "sead", 1), ("ca", "abc", 3)],
+)
+def test_distances_count_a_swap_as_one_slip(first: str, second: str, slips: int) -> None:
+    assert distance(first, second) == distance(second, first) == slips
+
+
+# In a run file and as options
+
+
+def test_another_name_is_read_as_the_setting_and_said(load: Any) -> None:
+    config = load(
+        adapter='type = "lora"\nnetwork_dim = 8\nnetwork_alpha = 4', ema="enabled = false", train="train_batch_size = 3"
+    )
+    assert (config.adapter.rank, config.adapter.alpha, config.datasets[0].batch_size) == (8, 4.0, 3)
+    said = {finding.key: finding.reason for finding in config.findings}
+    assert said["adapter.network_dim"] == "is read as adapter.rank = 8"
+    assert said["train.train_batch_size"] == "is read as general.batch_size = 3"
+
+
+def test_one_value_in_two_spellings(load: Any, problems: Any) -> None:
+    assert [
+        found.code for found in load(optimizer="lr = 1e-4\nlearning_rate = 1e-4").findings if found.level == "warning"
+    ] == ["U05"]
+    assert problems(optimizer="lr = 1e-4\nlearning_rate = 2e-4") == [
+        "optimizer.learning_rate: is 0.0002, and optimizer.lr, another name of it, is 0.0001; keep one"
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["clip_skip = 1", "clip_skip = 0", "zero_terminal_snr = false", "v2 = false", "fp8_base = false", "factor = -1"],
+)
+def test_neutral_values_are_accepted(line: str, load: Any, problems: Any) -> None:
+    if line == "clip_skip = 1":
+        assert "clip_skip" in problems(train=line)[0]
+    else:
+        assert not [found for found in load(train=line).findings if found.level != "info"]
+
+
+def test_a_neutral_setting_of_another_family_is_accepted(load: Any, problems: Any) -> None:
+    fd = {"model": 'arch = "fd"', "without": ("experts.unet",)}
+    assert not [found for found in load(**fd, objective="spatial_weighting = false").findings if found.level != "info"]
+    assert "TinyFlux" in problems(**fd, objective="spatial_weighting = true")[0]
+
+
+def test_options_by_other_names(load: Any, problems: Any) -> None:
+    assert load({"train_batch_size": 2}).datasets[0].batch_size == 2
+    assert load({"general.num_repeats": 4}).datasets[0].num_repeats == 4
+    assert "only CLIP's pooled vector" in problems({"clip_skip": 2})[0]
+
+
+def test_conversions_say_what_they_expect() -> None:
+    assert answer("optimizer_type", "adamw8bit", None).value == "AdamW8bit"  # type: ignore[union-attr]
+    assert "expected one of" in answer("optimizer_type", "lion", None).refused  # type: ignore[union-attr]
+    assert answer("nothing_like_it", 1, None) is None
+
+
+def test_explaining_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    text = explain_key("network_dim")
+    assert text.startswith("adapter.rank\n") and "also     network_dim" in text
+    assert "is refused where it is on" in explain_key("clip_skip")
+    assert "another name of general.batch_size" in explain_key("train_batch_size")
+    with pytest.raises(ConfigError, match=r"Did you mean 'optimizer\.lr'"):
+        explain_key("optimizer.lt")
+
+
+def test_a_config_from_a_document(load: Any) -> None:
+    from musubi_tuner.config import load_document
+
+    config: RunConfig = load()
+    again = load_document(
+        {
+            "run": {"name": "cat", "output_dir": "out"},
+            "model": {"arch": "tf", "path": "model.safetensors", "vae_path": "vae.safetensors", "clip_path": "clip.safetensors",
+                      "t5_path": "t5.safetensors"},
+            "experts": {"unet": "unet.safetensors"}, "train": {"max_steps": 2000}, "datasets": [{"image_directory": "images"}],
+        }
+    )  # fmt: skip
+    assert again.model_dump() == config.model_dump() and again.datasets == config.datasets
