@@ -72,7 +72,9 @@ ALIASES = {
     "negative_prompt": "negative",
 }  # fmt: skip
 """Names of musubi-tuner's prompt objects -> ours."""
-_OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
+_OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?:=|(?=\s|$))")
+_OTHER_DASH = re.compile(r"(?:^|\s)([\u2014\u2013\u2212-])([A-Za-z]+)[=\s]+-?\d")
+"""An option behind one hyphen, or behind a dash that an editor made of two."""
 
 
 def parse_line(line: str, where: str) -> Prompt:
@@ -85,6 +87,11 @@ def parse_line(line: str, where: str) -> Prompt:
         ConfigError: for an unknown option, a bad value, or no prompt.
     """
     found = list(_OPTION.finditer(line))
+    for dash, letter in _OTHER_DASH.findall(line):
+        if letter.lower() in OPTIONS:
+            raise ConfigError(
+                f"{where}: '{dash}{letter}' would be part of the text; an option has two hyphens: --{letter}"
+            )
     text = line[: found[0].start()].strip() if found else line.strip()
     if not text:
         raise ConfigError(f"{where}: has options but no prompt")

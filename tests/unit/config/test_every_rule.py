@@ -43,6 +43,7 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "P02": [({"run": 'output_dir = "model.safetensors/x"'}, {"run": 'output_dir = "new/x"'})],
     "P07": [({"run": 'device = "cpu"', "train": 'mixed_precision = "fp16"'}, {"run": 'device = "cpu"', "train": 'mixed_precision = "bf16"'}),
             ({"run": 'device = "mps"', "distributed": "num_processes = 2"}, {"run": 'device = "mps"'})],
+    "P08": [({"model": 'path = "page.safetensors"'}, {"model": 'path = "model.safetensors"'})],
     "T02": [({"objective": "guidance_min = 6"}, {"objective": "guidance_min = 5"})],
     "T03": [({"sample": f"{DRAWN}guidance = 0.5"}, {"sample": f"{DRAWN}guidance = 1"})],
     "T04": [({"without": ("experts.unet",)}, {"without": ("experts.unet",), "cache": 'run = "never"'}),
@@ -116,6 +117,8 @@ CASES = [(code, *pair) for code, pairs in RULES.items() for pair in pairs]
 def codes(write: Callable[..., Path], project: Path) -> Callable[..., set[str]]:
     """Write a run file and return the codes of everything that is found."""
     (project / "more").mkdir(exist_ok=True)
+    (project / "x").mkdir()
+    (project / "page.safetensors").write_text("<!DOCTYPE html><title>Sign in</title>", encoding="utf-8")
 
     def collect(changes: Changes) -> set[str]:
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, error
+from musubi_tuner.config.file_heads import head_problem
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published
 from musubi_tuner.config.pipeline import unfinished_step
 from musubi_tuner.config.prompts import Prompt, sample_prompts
@@ -60,6 +61,32 @@ def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
             yield error("P01", key, f"{text}: {RUN_NAMES.get(text, f'write the folder too, as in folder:{text}')}")
         else:
             yield error("P01", key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)")
+
+
+@rule("P08", "model.path model.arch")
+def _weights(config: RunConfig) -> Iterator[Diagnostic]:
+    """What is no weight file, or that of another model, by its first bytes."""
+    if config.demo:
+        return
+    for key, text in [
+        *((key, config.get(key)) for key in INPUTS),
+        *(("adapter.merge", text) for text in config.adapter.merge),
+    ]:
+        if isinstance(text, str) and config.locate(text).is_file():
+            arch = config.spec.code if key == "model.path" else None
+            problem = head_problem(config.locate(text), arch)
+            if problem:
+                yield error("P08", key, f"{text}: {problem}", "model.arch")
+
+
+@rule("P01", "resume.from")
+def _state(config: RunConfig) -> Iterator[Diagnostic]:
+    text = config.resume.from_
+    if text not in ("auto", "none") and not config.locate(text).is_dir():
+        reason = (
+            f'{text}: no such state; states are folders whose names end in -state, "auto" takes the newest of the run'
+        )
+        yield error("P01", "resume.from", reason)
 
 
 @rule("P01", "model.vae_path model.clip_path model.t5_path cache.run")
