@@ -165,3 +165,12 @@ def test_a_config_from_a_document(load: Any) -> None:
         }
     )  # fmt: skip
     assert again.model_dump() == config.model_dump() and again.datasets == config.datasets
+
+
+def test_the_page_of_names_is_up_to_date() -> None:
+    from plan_coverage import page
+
+    written = Path(__file__).parents[3] / "docs" / "plan_coverage.md"
+    assert page() == written.read_text(encoding="utf-8"), (
+        "run: python tests/unit/config/plan_coverage.py > docs/plan_coverage.md"
+    )

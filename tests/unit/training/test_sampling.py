@@ -453,7 +453,10 @@ def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
     assert texts_of(prompt_file(tmp_path, b"\xef\xbb\xbfa cat\n")) == ["a cat"]
 
 
-@pytest.mark.parametrize("prompt", ["a cat -- black and white", "well-known --- really", "10 --5 degrees", "x--y"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["a cat -- black and white", "well-known --- really", "10 --5 degrees", "x--y", "a 1 - 2 score", "cat -up 3"],
+)
 def test_dashes_that_begin_no_option_belong_to_the_prompt(prompt: str, tmp_path: Path) -> None:
     assert texts_of(prompt_file(tmp_path, prompt)) == [prompt]
 
@@ -494,11 +497,17 @@ def test_options_of_a_line(tmp_path: Path) -> None:
         ("a cat --ci a.png", "--ci is for control images"),
         ("--w 512", "has options but no prompt"),
         ("a cat --s 1001", "--s 1001: expected 1 to 1000"),
+        ("a cat \u2014w 512", "'\u2014w' would be part of the text; an option has two hyphens: --w"),
+        ("a cat -w 512", "'-w' would be part of the text"),
     ],
 )
 def test_bad_options_are_refused_with_the_line(line: str, message: str, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, f"# comment\n\na dog\n{line}\n")
     assert message_of(path).startswith(f"{path} line 4: {message}")
+
+
+def test_values_behind_an_equals_sign(tmp_path: Path) -> None:
+    assert read_prompts(prompt_file(tmp_path, "a cat --w=64 --d=3")) == [Prompt("a cat", width=64, seed=3)]
 
 
 def test_prompts_of_toml_and_json(tmp_path: Path) -> None:
