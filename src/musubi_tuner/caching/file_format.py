@@ -81,18 +81,18 @@ def plain_name(key: str) -> str:
     return key
 
 
-def latents_key(shape: tuple[int, ...], dtype: str) -> str:
-    """Key of image latents [C, H, W]."""
-    return f"latents_1x{shape[-2]}x{shape[-1]}_{dtype}"
+def latents_key(shape: tuple[int, ...], dtype: str, view: int = 0) -> str:
+    """Key of image latents [C, H, W], of a version of the picture."""
+    return f"{caption_name('latents', view)}_1x{shape[-2]}x{shape[-1]}_{dtype}"
 
 
-def mask_key(shape: tuple[int, ...]) -> str:
-    """Key of a loss mask [H, W], always float32."""
-    return f"mask_weights_1x{shape[-2]}x{shape[-1]}_float32"
+def mask_key(shape: tuple[int, ...], view: int = 0) -> str:
+    """Key of a loss mask [H, W], always float32, of a version of the picture."""
+    return f"{caption_name('mask_weights', view)}_1x{shape[-2]}x{shape[-1]}_float32"
 
 
 def caption_name(name: str, caption: int) -> str:
-    """Plain name of a tensor that belongs to a caption: ``t5_vec`` -> ``t5_vec_v1``, ``t5_mask`` -> ``t5_v1_mask``."""
+    """Plain name of a tensor that belongs to a caption, or to a version of a picture: ``t5_vec`` -> ``t5_vec_v1``, ``t5_mask`` -> ``t5_v1_mask``."""
     if not caption:
         return name
     stem, mask = (name.removesuffix("_mask"), "_mask") if name.endswith("_mask") else (name, "")

@@ -92,6 +92,8 @@ class Expectation:
             }
             if item.mask is not None and item.mask.alpha:
                 own["mask_alpha"] = True
+            if item.views:
+                own["views"] = [[*view.crop, view.flip, view.hue, view.gamma] for view in item.views]
         else:
             own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket

@@ -15,6 +15,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.views import View
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.for_run import TextEncoders
@@ -26,13 +27,19 @@ from musubi_tuner.randomness import normal
 def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
     """Encode images into latents [C, H / 8, W / 8], with their loss masks at the same size."""
 
-    def read(item: Item) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = read_pixels(item)
+    def read(item: Item) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """All versions of a picture, and their masks by key."""
+        chosen: list[View | None] = [*item.views] or [None]
+        pixels = [read_pixels(item, view) for view in chosen]
         if item.mask is None:
             return pixels, {}
-        grey = read_mask(item.mask, item.path, item.background)
-        mask = torch.from_numpy(to_latent(grey, item.placement, config.spec.vae_factor))
-        return pixels, {mask_key(tuple(mask.shape)): mask}
+        grey, masks = read_mask(item.mask, item.path, item.background), {}
+        for number, view in enumerate(chosen):
+            placement = item.placement if view is None else view.place(item.placement)
+            found = to_latent(grey, placement, config.spec.vae_factor)
+            mask = torch.from_numpy((found if view is None else view.mirror(found)).copy())
+            masks[mask_key(tuple(mask.shape), number)] = mask
+        return pixels, masks
 
     def open_encoder() -> Encoder:
         spec, device = config.spec, choose_device(config.run.device)
@@ -45,14 +52,20 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         print(f"latents: {path} in {dtype} on {device}")
 
         def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
-            batch = torch.stack([pixels for pixels, _ in inputs])
-            noise = None
-            if config.cache.latent_mode == "sample":
-                shape = (vae.channels, batch.shape[2] // vae.factor, batch.shape[3] // vae.factor)
-                noise = torch.stack([normal(shape, config.cache.seed, "latent", item.id, 0) for item in items])
-            latents = vae.encode(batch, noise, spec.latent_shift).cpu()
-            name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."))
-            return [{name: store(latent, stored), **mask} for latent, (_, mask) in zip(latents, inputs, strict=True)]
+            found: list[Encoded] = [dict(masks) for _, masks in inputs]
+            for number in range(max(len(pixels) for pixels, _ in inputs)):
+                rows = [row for row, (pixels, _) in enumerate(inputs) if number < len(pixels)]
+                batch = torch.stack([inputs[row][0][number] for row in rows])
+                noise = None
+                if config.cache.latent_mode == "sample":
+                    shape = (vae.channels, batch.shape[2] // vae.factor, batch.shape[3] // vae.factor)
+                    keys = [(config.cache.seed, "latent", items[row].id, number) for row in rows]
+                    noise = torch.stack([normal(shape, *key) for key in keys])
+                latents = vae.encode(batch, noise, spec.latent_shift).cpu()
+                name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."), number)
+                for row, latent in zip(rows, latents, strict=True):
+                    found[row][name] = store(latent, stored)
+            return found
 
         return encode
 

@@ -13,7 +13,7 @@ from musubi_tuner.caching.index import CachedFile, open_items
 from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
-from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of
+from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import TensorEntry
@@ -125,7 +125,11 @@ class CachedDataset:
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """A micro-batch; the epoch keys the draw of the caption of an item that has several."""
         rows = [
-            self._read(index, self._caption(self.items[index], epoch, presentation))
+            self._read(
+                index,
+                self._caption(self.items[index], epoch, presentation),
+                self._view(self.items[index], epoch, presentation),
+            )
             for index, presentation in zip(batch.items, batch.presentations, strict=True)
         ]
         for row in rows:
@@ -162,14 +166,19 @@ class CachedDataset:
         text = self.texts[item.dataset]
         return caption_of(len(item.captions), self.seed, epoch, presentation, text, dropping=self.dropping)
 
+    def _view(self, item: Item, epoch: int, presentation: int) -> int:
+        """Number of the version of its picture that a presentation takes; the first one where nothing is drawn."""
+        return number_of_view(len(item.views), self.seed, epoch, presentation) if self.dropping else 0
+
     def __len__(self) -> int:
         return len(self.items)
 
-    def _read(self, index: int, caption: int) -> dict[str, Tensor]:
+    def _read(self, index: int, caption: int, view: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        several = len(self.items[index].captions) > 1
-        for cached in self.files[index].values():
-            chosen = _of_caption(cached.tensors, caption) if several else cached.tensors
+        item = self.items[index]
+        for kind, cached in self.files[index].items():
+            number, several = (view, len(item.views) > 1) if kind == "latents" else (caption, len(item.captions) > 1)
+            chosen = _of_caption(cached.tensors, number) if several else cached.tensors
             try:
                 with cached.path.open("rb") as file:
                     if not cached.is_still(file):

@@ -24,6 +24,7 @@ from musubi_tuner.config.schema.items import (
     Resize,
     hex_colour,
 )
+from musubi_tuner.config.views import ViewSettings
 from musubi_tuner.config.when import describe, is_on
 
 KEPT = "kept"
@@ -77,7 +78,7 @@ class DatasetConfig:
         alpha_background: colour (#rrggbb) that transparent pixels are laid over; `KEPT` = they keep theirs, as they do where the
             alpha channel is the loss mask, unless a colour is given.
         bucket_step: of the sides of its buckets; None = the family's. bucket_sides: the least and the greatest side; None = any.
-        text: how its captions are made. is_reg: regularisation images.
+        text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
         apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
     """
 
@@ -103,6 +104,7 @@ class DatasetConfig:
     apart: tuple[Path, ...] = ()
     text: CaptionSettings = field(default_factory=CaptionSettings)
     is_reg: bool = False
+    views: ViewSettings = field(default_factory=ViewSettings)
     bucket_step: int | None = None
     bucket_sides: tuple[int | None, int | None] = (None, None)
 
@@ -320,6 +322,7 @@ def _resolve_one(
         alpha_background=_background(values.get("alpha_background"), mask_source),
         text=caption_settings(values),
         is_reg=bool(values.get("is_reg")),
+        views=ViewSettings(*(bool(values.get(key)) for key in ("flip_aug", "random_crop", "color_aug"))),
         bucket_step=values.get("bucket_reso_steps") if values["enable_bucket"] else None,
         bucket_sides=_bucket_sides(values, step),
     )

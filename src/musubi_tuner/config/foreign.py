@@ -161,7 +161,6 @@ _POOLED = "would change nothing: only CLIP's pooled vector and T5 are read"
 _SD = "is for SD1.5, SDXL or SD3, which this program does not train"
 _NOISE_PREDICTION = "is defined for noise or v-prediction; this model predicts a flow velocity"
 _LATER = "is not built yet"
-_AUGMENT = "is not built yet: latents are cached, one of each picture"
 
 
 CONVERTED: dict[str, Foreign] = {
@@ -293,9 +292,6 @@ REFUSED: dict[str, str] = {
     "group_lr": "is written as [[adapter.targets]] with lr_scale",
     "use_lion_optimizer": "is not built yet; optimizer.type has those that are",
     "kahan_summation": "is not needed: weights train in float32",
-    "flip_aug": _AUGMENT,
-    "random_crop": _AUGMENT,
-    "color_aug": _AUGMENT,
     "token_warmup_step": "is not built: captions are encoded before the training",
     "warmup_step": "is not built",
     "save_n_epoch_ratio": "is written as save.every_epochs: the number of epochs divided by the number of files",

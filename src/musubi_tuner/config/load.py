@@ -180,6 +180,7 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
                     seed=cache.seed,
                     drop_as_empty=not spec.drops_text,
                 ),
+                views=replace(dataset.views, latent_variants=cache.latent_variants, seed=cache.seed),
             )
             for dataset in datasets
         ]
@@ -501,7 +502,7 @@ ONE_WAY = ("expert_input", "expert_time", "sol_source", "sol_spatial_norm")
 def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Diagnostic]) -> DatasetConfig:
     """The dataset, without its ``experts`` if something is wrong in there."""
     found = [
-        error("T10", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
+        error("T11", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
         for key in ONE_WAY if key in dataset.experts and key in section_classes(spec)["experts"].model_fields
     ]  # fmt: skip
     try:

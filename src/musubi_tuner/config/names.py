@@ -66,7 +66,7 @@ def _of_entry(entry: Foreign, name: str, value: Any) -> Answer:
         return Answer(harmless=entry.harmless)
     try:
         converted = entry.convert(value) if entry.convert else value
-    except (TypeError, ValueError, KeyError, IndexError) as problem:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as problem:
         return Answer(refused=f"is {describe(value)}, expected {problem.args[0] if problem.args else 'another value'}")
     if converted is None:
         return Answer(harmless="it is off" if not value else "it changes nothing by itself")

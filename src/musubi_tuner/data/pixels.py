@@ -8,21 +8,34 @@ from torch import Tensor
 from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.images import open_image, resize_crop, to_array
-from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of
+from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.views import View
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 """Captions -> tensors by name, one row per caption, such as ``tokens`` [B, L] int64; picklable, for loader workers."""
 
 
-def read_pixels(item: Item) -> Tensor:
+def read_pixels(item: Item, view: View | None = None) -> Tensor:
     """The picture at its bucket, [3, H, W] float32 in [-1, 1].
+
+    Args:
+        view: version of it; None = as it is.
 
     Raises:
         DataError: if it cannot be read.
     """
-    array = to_array(resize_crop(open_image(item.path, item.background), item.placement))
+    image = open_image(item.path, item.background)
+    if view is None:
+        array = to_array(resize_crop(image, item.placement))
+    else:
+        array = view.mirror(view.colour(to_array(resize_crop(image, view.place(item.placement)))))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def view_of(views: Sequence[View], seed: int, epoch: int, presentation: int) -> View | None:
+    """Which version of its picture a presentation takes; None = the picture as it is."""
+    return views[number_of_view(len(views), seed, epoch, presentation)] if views else None
 
 
 class PixelSource:
@@ -45,7 +58,8 @@ class PixelSource:
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """See `Source`."""
         items = [self.items[index] for index in batch.items]
-        tensors = {"pixels": torch.stack([read_pixels(item) for item in items])}
+        chosen = [view_of(item.views, self.seed, epoch, n) for item, n in zip(items, batch.presentations, strict=True)]
+        tensors = {"pixels": torch.stack([read_pixels(item, view) for item, view in zip(items, chosen, strict=True)])}
         if self.tokenize is not None:
             captions = [
                 item.captions[

@@ -95,6 +95,11 @@ def caption_of(
     return 0 if captions == 1 else int(captions * uniform(seed, "caption", epoch, presentation))
 
 
+def number_of_view(views: int, seed: int, epoch: int, presentation: int) -> int:
+    """Which of the versions of its picture a presentation takes."""
+    return 0 if views < 2 else int(views * uniform(seed, "view", epoch, presentation))
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimizer step.

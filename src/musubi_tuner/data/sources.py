@@ -25,6 +25,7 @@ from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.roots import Root, find_root
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
+from musubi_tuner.data.views import View, views
 from musubi_tuner.errors import ConfigError, DataError
 
 _SHOWN = 10
@@ -47,6 +48,7 @@ class Item:
         more_captions: beside ``caption``; each presentation takes one of all.
         squashed: whether its proportions give way to those of its bucket, for the teachers too.
         background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
+        views: versions of the picture, of which each presentation takes one; empty = the picture as it is.
     """
 
     id: str
@@ -62,6 +64,7 @@ class Item:
     more_captions: tuple[str, ...] = ()
     squashed: bool = False
     background: str = KEPT
+    views: tuple[View, ...] = ()
 
     @property
     def dataset(self) -> int:
@@ -487,6 +490,8 @@ def _items(
             remarks.setdefault(remark, []).append(entry.path.name)
         folder = entry.id.rpartition("/")[0]
         captions = variants(entry.captions, dataset.text, entry.id)
+        placement = squash(size, bucket) if dataset.resize == "squash" else place(size, bucket)
+        own = views(entry.id, placement, dataset.views)
         yield Item(
             id=entry.id,
             key=f"{index}:{entry.id}",
@@ -494,13 +499,14 @@ def _items(
             caption=captions[0],
             cache_directory=dataset.cache_directory / folder if folder else dataset.cache_directory,
             size=size,
-            placement=squash(size, bucket) if dataset.resize == "squash" else place(size, bucket),
+            placement=placement,
             num_repeats=dataset.num_repeats,
             batch_size=dataset.batch_size,
             mask=mask,
             more_captions=captions[1:],
             squashed=dataset.resize == "squash",
             background=dataset.alpha_background if header.alpha else KEPT,
+            views=own if own != (View(placement.crop),) else (),
         )
     for remark, files in sorted(remarks.items()):
         names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

@@ -169,7 +169,7 @@ def cache_bytes(
             captions[kind][item.dataset] += len(item.captions)
         if "latents" in of:
             cells = item.bucket[0] * item.bucket[1] // spec.vae_factor**2
-            found[item.dataset] += cells * spec.latent_channels * widths["latents"]
+            found[item.dataset] += cells * spec.latent_channels * widths["latents"] * max(1, len(item.views))
     groups = config.dataset_groups()
     for group in groups:
         own = plan if len(groups) == 1 else spec.family.outline_model(config.limited_to(group))

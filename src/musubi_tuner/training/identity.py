@@ -124,6 +124,8 @@ def data_digest(
         digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
         if item.more_captions:
             digest.update(repr(item.more_captions).encode())
+        if item.views:
+            digest.update(repr(item.views).encode())
         if item.squashed:
             digest.update(b"squashed")
         if item.background not in (KEPT, WHITE):

@@ -54,7 +54,7 @@ ITEMS: dict[str, str] = {
     "folder_path": "image_directory", "dataset_path": "image_jsonl_file", "default_caption": "class_tokens",
     "trigger_word": "trigger_word", "caption_dropout_rate": "caption_dropout_rate", "num_repeats": "num_repeats",
     "shuffle_tokens": "shuffle_caption", "token_dropout_rate": "caption_tag_dropout_rate", "keep_tokens": "keep_tokens",
-    "is_reg": "is_reg", "prior_reg": "is_reg", "mask_path": "mask_directory", "alpha_mask": "alpha_mask",
+    "is_reg": "is_reg", "flip_x": "flip_aug", "random_crop": "random_crop", "prior_reg": "is_reg", "mask_path": "mask_directory", "alpha_mask": "alpha_mask",
     "buckets": "enable_bucket", "bucket_tolerance": "bucket_reso_steps",
 }  # fmt: skip
 """Key of a data set there -> ours."""

@@ -361,6 +361,11 @@ class _Importer(Builder):
         if changing and "cache.text_variants" not in self.values:
             self.values["cache.text_variants"] = VARIANTS
             self.report.defaulted.append(("cache.text_variants", VARIANTS))
+        if (
+            self.general.get("random_crop") or self.general.get("color_aug")
+        ) and "cache.latent_variants" not in self.values:
+            self.values["cache.latent_variants"] = VARIANTS
+            self.report.defaulted.append(("cache.latent_variants", VARIANTS))
 
     def _storage(self, options: dict[str, Any]) -> None:
         """Two switches there, one choice here; fp8_scaled means fp8_base."""

@@ -49,6 +49,27 @@ def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
         )
 
 
+@rule("V03 V04 NA03", "cache.latent_variants")
+def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
+    count, said = config.cache.latent_variants, set[str]()
+    if "latents" not in config.spec.task(config).caches:
+        return
+    for dataset in config.datasets:
+        for key in dataset.views.drawn if count == 1 else ():
+            place = _place(config, dataset.name, key)
+            if place not in said:
+                said.add(place)
+                text = (
+                    "makes another picture each time, and pictures are encoded once; set cache.latent_variants to how many are made of "
+                    "each, 4 for example"
+                )
+                code = "V03" if key == "random_crop" else "V04"
+                yield error(code, place, text, "cache.latent_variants", fix=[("cache.latent_variants", 4)])
+    if count > 1 and not any(dataset.views.drawn for dataset in config.datasets):
+        text = "has no effect because no data set crops or colours its pictures at random"
+        yield warning("NA03", "cache.latent_variants", text)
+
+
 @rule("V58")
 def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
     said = set[str]()

@@ -37,6 +37,13 @@ class CacheSection(Section):
     seed: int = param(0, "Seed of the posterior sample.", ge=0, lt=2**32)
     latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024, unit="images")
     text_batch_size: int = param(16, "Captions encoded together.", ge=1, le=4096, unit="captions")
+    latent_variants: int = param(
+        1,
+        "Pictures that are cropped or coloured at random: how many versions of each are drawn and encoded; each presentation takes "
+        "one.",
+        ge=1,
+        le=64,
+    )
     text_variants: int = param(
         1,
         "Captions with shuffled or dropped parts and wildcards: how many are drawn of each and encoded; each presentation takes "

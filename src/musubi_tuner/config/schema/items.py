@@ -123,6 +123,13 @@ class GeneralSection(Section):
     caption_dropout_every_n_epochs: int | None = param(
         None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, unit="epochs"
     )
+    flip_aug: bool | None = param(
+        None, "Train every picture mirrored too: both are cached, and each presentation takes one."
+    )
+    random_crop: bool | None = param(None, "Crop somewhere instead of in the centre; needs cache.latent_variants.")
+    color_aug: bool | None = param(
+        None, "Change hue or gamma a little in half of the presentations; needs cache.latent_variants."
+    )
     is_reg: bool | None = param(
         None,
         "Regularisation images: their loss is multiplied by train.prior_loss_weight, and they are repeated as often as the others.",

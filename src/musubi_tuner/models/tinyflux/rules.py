@@ -64,6 +64,20 @@ def _teacher_autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
         yield error("T04", "experts.vae", text, "experts.expert_input", "model.init")
 
 
+@rule("T10", "experts.expert_input experts.enable_lune experts.enable_sol experts.sol_source model.init")
+def _teachers_see_the_picture(config: "RunConfig") -> Iterator[Diagnostic]:
+    if resolve_experts(config)["expert_input"] != "noised_image":
+        return
+    for dataset in config.datasets:
+        moved = [key for key in ("flip_aug", "random_crop") if getattr(dataset.views, key)]
+        if moved and teachers_of(config, dataset).extracted:
+            text = (
+                f'{moved[0]} moves the picture, and features of teachers that see it (expert_input = "noised_image") are made once, of '
+                "the picture as it is; turn one off, or set experts = false for this data set"
+            )
+            yield error("T10", f"{dataset.name}.{moved[0]}", text, "experts.expert_input")
+
+
 @rule("T05", "model.init adapter.type")
 def _adapter_of_random_weights(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.model.init == "scratch" and config.adapter.type != "none":
