@@ -22,7 +22,7 @@ from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.read import read_toml
-from musubi_tuner.config.schema import flat_names, item_parameters, parameters, section_classes
+from musubi_tuner.config.schema import flat_names, item_parameters, parameter_of, parameters, section_classes
 from musubi_tuner.config.schema.items import DatasetSection, GeneralSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
@@ -52,11 +52,10 @@ def type_and_default(parameter: Parameter, spec: ModelSpec | None = None) -> tup
         if parameter.section in ("general", "datasets"):
             types[code] = parameter.type_name
             defaults[code] = format_value(MODELS[code].dataset_defaults.get(parameter.name))
-        for own in parameters(MODELS[code]):
-            if own.key == parameter.key:
-                value = MODELS[code].defaults.get(own.key)
-                types[code] = own.type_name
-                defaults[code] = format_default(own) if value is None else format_value(value)
+        elif (own := parameter_of(MODELS[code], parameter.key)) is not None:
+            value = MODELS[code].defaults.get(own.key)
+            types[code] = own.type_name
+            defaults[code] = format_default(own) if value is None else format_value(value)
     shared = len(set(defaults.values())) == 1 and len(defaults) == (1 if spec else len(MODELS))
     each = ["; ".join(f"{code}: {fact}" for code, fact in facts.items()) for facts in (types, defaults)]
     kind = parameter.type_name if len(set(types.values())) == 1 else each[0]

@@ -1,6 +1,7 @@
 """What a setting is made of: `param` declares one, `Section` is a table of them, `Parameter` is one as all readers see it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,7 +64,8 @@ class Section(BaseModel):
         acts_when: where its settings act, all but those that this is about.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # Built when first used: help and most commands need a few tables at most.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
     tab: ClassVar[str] = "advanced"
     expert: ClassVar[bool] = False
     acts_when: ClassVar[When | None] = None
@@ -78,7 +80,7 @@ class Parameter:
     field: FieldInfo
     table: type[Section] = Section
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Dotted TOML path."""
         return f"{self.section}.{self.name}" if self.section else self.name

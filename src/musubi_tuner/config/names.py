@@ -12,6 +12,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 from musubi_tuner.config.foreign import FOREIGN, Foreign
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.config.when import describe
+from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 
 _MISSING = object()
@@ -78,8 +79,6 @@ def why_not(key: str, value: Any, spec: ModelSpec) -> str | None:
     reason = spec.why_not(key, value)
     if reason is not None:
         return reason
-    from musubi_tuner.models.registry import MODELS
-
     owners = [each.title for each in map(MODELS.__getitem__, MODELS) if key in {p.key for p in parameters(each)}]
     return f"is a setting of {' and '.join(owners)}; {spec.title} has none like it" if owners else None
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr, create_model
+from pydantic import Field, PrivateAttr, create_model
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
@@ -209,7 +209,7 @@ class RunConfig(RunFile):
 def config_class(code: str) -> type[RunConfig]:
     """The class of run files of a family, with the tables that it has for itself."""
     tables: dict[str, Any] = {
-        name: (cls, ... if RunFile.model_fields[name].is_required() else cls())
+        name: (cls, ... if RunFile.model_fields[name].is_required() else Field(default_factory=cls))
         for name, cls in MODELS[code].sections.items()
     }
     return create_model("RunConfig", __base__=RunConfig, **tables)

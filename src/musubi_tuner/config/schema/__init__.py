@@ -8,9 +8,10 @@ An absent optional value means off. Torch-free.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Literal, get_args
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from musubi_tuner.config.fields import Parameter, Section, param
@@ -44,7 +45,7 @@ SCHEMA_VERSION = 1
 class RunFile(Section):
     """A whole run file. [general] and [[datasets]] are looked up and checked together, by config/datasets.py."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, defer_build=True)
 
     schema_version: Literal[1] = param(SCHEMA_VERSION, "Version of this format.")
     dataset_config: str | None = param(
@@ -52,23 +53,23 @@ class RunFile(Section):
     )
     run: RunSection
     model: ModelSection
-    experts: ExpertsSection = ExpertsSection()
-    cache: CacheSection = CacheSection()
-    adapter: AdapterSection = AdapterSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    scheduler: SchedulerSection = SchedulerSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    train: TrainSection = TrainSection()
-    memory: MemorySection = MemorySection()
-    distributed: DistributedSection = DistributedSection()
-    ema: EmaSection = EmaSection()
-    roles: RolesSection = RolesSection()
-    validation: ValidationSection = ValidationSection()
-    save: SaveSection = SaveSection()
-    sample: SampleSection = SampleSection()
-    log: LogSection = LogSection()
-    hub: HubSection = HubSection()
-    resume: ResumeSection = ResumeSection()
+    experts: ExpertsSection = Field(default_factory=ExpertsSection)
+    cache: CacheSection = Field(default_factory=CacheSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    memory: MemorySection = Field(default_factory=MemorySection)
+    distributed: DistributedSection = Field(default_factory=DistributedSection)
+    ema: EmaSection = Field(default_factory=EmaSection)
+    roles: RolesSection = Field(default_factory=RolesSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
+    save: SaveSection = Field(default_factory=SaveSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
+    log: LogSection = Field(default_factory=LogSection)
+    hub: HubSection = Field(default_factory=HubSection)
+    resume: ResumeSection = Field(default_factory=ResumeSection)
     demo: DemoSection | None = None
 
 
@@ -113,6 +114,16 @@ def _parameters(code: str | None) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
+def parameter_of(spec: ModelSpec, key: str) -> Parameter | None:
+    """A setting of a family by its key; None if it has none like it."""
+    return _by_key(spec.code).get(key)
+
+
+@functools.cache
+def _by_key(code: str) -> dict[str, Parameter]:
+    return {parameter.key: parameter for parameter in _parameters(code)}
+
+
 @functools.cache
 def item_parameters() -> tuple[Parameter, ...]:
     """Settings of [general], then those that only [[datasets]] has; not among `parameters`, for their values live in the tables."""
@@ -123,7 +134,8 @@ def item_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def flat_names() -> dict[str, Parameter]:
+@functools.cache
+def flat_names() -> Mapping[str, Parameter]:
     """Command-line names -> settings: the flat aliases, and the last part of every key where it is unique."""
     everything = parameters()
     names: dict[str, Parameter] = {}
