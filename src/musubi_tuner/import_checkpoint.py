@@ -35,7 +35,7 @@ def _main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(passed)
     exit_on_terminate()
     config = load_config(options.config, overrides)
-    for finding in config.findings:
+    for finding in config.remarks:
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
     from musubi_tuner.training.importing import import_checkpoint

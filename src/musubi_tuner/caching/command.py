@@ -10,7 +10,7 @@ from musubi_tuner.config import load_config
 from musubi_tuner.config.command_line import Parser, family_of, settings_help, split_overrides
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
-from musubi_tuner.parent import join_parent
+from musubi_tuner.parent import has_parent_pipe, join_parent
 from musubi_tuner.stopping import exit_on_terminate
 
 _SUBJECT = {
@@ -42,11 +42,12 @@ def _main(kind: str, arguments: Sequence[str], architecture: str | None) -> int:
     own = {"--shard", "--dry_run", "--help"}
     passed, overrides = split_overrides(arguments, own)
     options = parser.parse_args(passed)
+    is_child = has_parent_pipe()
     join_parent()
     exit_on_terminate()
     config = load_config(options.config, overrides)
     config.require(architecture)
-    for finding in config.findings:
+    for finding in () if is_child else config.remarks:  # which the parent has printed
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
     if kind not in needed_kinds(config):

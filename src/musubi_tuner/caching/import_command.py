@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--only is {options.only!r}, expected some of {','.join(KINDS)}, separated by commas")
     exit_on_terminate()
     config = load_config(options.config, overrides)
-    for finding in config.findings:
+    for finding in config.remarks:
         if finding.level == "warning":
             print(f"warning: {finding}", file=sys.stderr)
     from musubi_tuner.caching.importing import ImportOptions, import_caches

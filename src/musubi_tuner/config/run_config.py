@@ -100,6 +100,11 @@ class RunConfig(RunFile):
         return self._findings
 
     @property
+    def remarks(self) -> list[Diagnostic]:
+        """Findings to print; without that of the average, of which the plan says more, for it knows the state."""
+        return [found for found in self._findings if found.code != "V74"]
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the best weights so far are kept: as save.best says, else where there is a validation loss."""
         return bool(self.validation.split) if self.save.best is None else self.save.best

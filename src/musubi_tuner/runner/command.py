@@ -117,7 +117,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     if config.step is not None:
         return _run_steps([config], options, overrides, architecture)
     config.require(architecture)
-    report(config.findings)
+    report(config.remarks)
     config = _resolved(config)
     if options.fresh:
         folder = fresh_folder(config.output_dir)
@@ -144,7 +144,7 @@ def _main_launched(
     # A run of several processes that train.py started is recorded there; under another launcher its main rank does it.
     is_recorder = int(os.environ.get("RANK", "0")) == 0 and recorder() is None
     if is_recorder:
-        report(config.findings)
+        report(config.remarks)
     config = _resolved(config)
 
     refuse_unfinished(config)
@@ -164,7 +164,7 @@ def _run_steps(
     """Go through the steps of a file, or run the one that --step names."""
     for config in steps:
         config.require(architecture)
-        report(config.findings)
+        report(config.remarks)
     is_single = STEP in overrides
     if options.fresh:
         first = steps[0].step
