@@ -68,7 +68,7 @@ def test_a_mistyped_key_is_refused_with_a_suggestion(
     result = python(REPOSITORY / "train.py", config).expect(2)
     assert f"error: {config}" in result.err
     assert "train.max_stepz: unknown key. Did you mean 'max_steps'?" in result.err
-    assert "optimizer.learning_rate: unknown key." in result.err and "lr" in result.err
+    assert "optimizer.learning_rate: is 0.001, and optimizer.lr, another name of it, is" in result.err
     assert not (config.parent / "cache").exists() and not (config.parent / "out").exists()
 
 
@@ -86,7 +86,7 @@ def test_wrong_types_are_listed_together_with_what_is_expected(
     result = python(REPOSITORY / "train.py", config).expect(2)
     assert "train.max_steps: is 'twenty', expected a whole number at least 1" in result.err
     assert "ema.decay: is 2, expected a number at least 0" in result.err
-    assert "general.batch_size: is 0, expected a whole number of at least 1" in result.err
+    assert "general.batch_size: is 0, expected a whole number at least 1" in result.err
 
 
 def test_a_missing_run_file_points_at_the_list(python: Callable[..., Result]) -> None:
@@ -318,8 +318,8 @@ def test_a_checkpoint_that_was_cut_short_is_refused(
     path = tmp_path / "cut.safetensors"
     path.write_bytes((encoders / "ae.safetensors").read_bytes()[:5000])
     config = cached_run(model={"init": None, "init_scheme": None, "geometry": None, "path": str(path)})
-    result = server.run("train", [config], tmp_path).expect(1)
-    assert f"error: {path}: not a complete safetensors file" in result.err
+    result = server.run("train", [config], tmp_path).expect(2)
+    assert f"model.path: {path}: is no whole safetensors file" in result.err
 
 
 @pytest.mark.parametrize(

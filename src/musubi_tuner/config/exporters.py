@@ -62,10 +62,8 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     Raises:
         ConfigError: for a family that the other program does not train.
     """
-    if config.spec.code != "fd":
-        raise ConfigError(
-            f"{config.path}: {config.spec.title} is not trained by other programs; only FLUX.1-dev can be exported"
-        )
+    if not config.spec.other_names:
+        raise ConfigError(f"{config.path}: {config.spec.title} is not trained by other programs")
     if config.adapter.type == "none":
         raise ConfigError(f"{config.path}: trains the model itself; only LoRA runs can be exported")
     return EXPORTS[to](config, to)

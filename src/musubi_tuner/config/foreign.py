@@ -212,13 +212,13 @@ CONVERTED: dict[str, Foreign] = {
         refused="is written as memory.compile and memory.compile_backend", off=("NO", "no", "inductor")
     ),
     "zero_stage": Foreign(refused=_WHOLE_MODEL, off=(2,)),
-    "split_qkv": Foreign(refused="is not built: q, k and v of FLUX.1 are one layer, with one adapter"),
+    "split_qkv": Foreign(refused="is not built: q, k and v are one layer, with one adapter"),
     "resize_interpolation": Foreign(
         refused="is not built: pictures are averaged when they shrink and interpolated by LANCZOS when they grow",
         off=("auto", "area", "lanczos"),
     ),
     "text_encoder1": Foreign(
-        refused="is T5 in FLUX.1 Kontext's scripts; write model.t5_path, and model.clip_path for CLIP-L"
+        refused="is T5 in scripts of Kontext models; write model.t5_path, and model.clip_path for CLIP-L"
     ),
     "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "our name of it"),
     "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "our name of it"),
@@ -386,7 +386,7 @@ REFUSED: dict[str, str] = {
     "wandb_api_key": "is of Weights & Biases, which is not built yet",
     "in_json": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
     "metadata_file": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
-    "bert_path": "is FluxFlow's text encoder, which is not built yet",
+    "bert_path": "is a text encoder that no family here has",
     "variant": "is read from the checkpoint",
     "controlnet_model_name_or_path": "is for control networks, which are not trained here",
     "train_inpainting": "is for inpainting models, which are not trained here",

@@ -28,7 +28,6 @@ _OTHER_MODELS = {
                            "sana", "auraflow", "pixart"),
 }  # fmt: skip
 """What other trainers train."""
-_FLUX = ("flux", "flux1", "flux.1", "flux-dev", "flux1-dev", "flux.1-dev", "fluxdev")
 _SCHNELL = ("schnell", "flux-schnell", "flux1-schnell", "flux_schnell")
 
 
@@ -40,8 +39,9 @@ def foreign_family(name: str) -> str | None:
     for kind, names in _OTHER_MODELS.items():
         if word in names:
             return f"names one of the {kind}, which this program does not train."
-    if word in _FLUX:
-        return 'is FLUX.1-dev here if you write "fd".'
+    code = called(word)
+    if code is not None:
+        return f'is {MODELS[code].title} here if you write "{code}".'
     if word in _SCHNELL:
         return 'is FLUX.1 without guidance: write "fd" and model.allow_schnell = true.'
     return None
@@ -79,3 +79,21 @@ class Registry(Mapping[str, ModelSpec]):
 
 
 MODELS: Mapping[str, ModelSpec] = Registry(FAMILIES)
+
+
+def called(name: str) -> str | None:
+    """Code of the family that a name means, by its own names or those of other trainers; None if it is none."""
+    word = name.lower()
+    return next(
+        (
+            code
+            for code in MODELS
+            if word in (code, MODELS[code].full_name, MODELS[code].title.lower(), *MODELS[code].other_names)
+        ),
+        None,
+    )
+
+
+def trained_elsewhere() -> str:
+    """Code of the family that other trainers train too."""
+    return next(code for code in MODELS if MODELS[code].other_names)

@@ -80,6 +80,8 @@ class ModelSpec:
         code: short name in cache file names; full_name: in cache metadata and configs.
         pixel_step: image sides are multiples of this; finest_step: or of this, where a data set asks for it; None = the same. vae_factor: pixels per latent cell.
         latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
+        other_names: words by which other trainers name it; a family with some is trained by them too.
+        scripts: beginning of the name of another trainer's script -> what it trains, if that is another model; "" = this one.
         hub_id: published repository of the family, for which ``hub`` stands; None if it has none.
         sample_size: default side of a drawn picture in pixels.
         t5_preset: published T5 that a single file without config is taken for; t5_attention_mask: whether T5 sees it.
@@ -117,6 +119,8 @@ class ModelSpec:
     t5_tokenizer: str
     clip_tokenizer: str
     hub_id: str | None = None
+    other_names: tuple[str, ...] = ()
+    scripts: Mapping[str, str] = field(default_factory=dict)
     t5_preset: str = "base"
     t5_attention_mask: bool = True
     guidance_embedded: bool = False

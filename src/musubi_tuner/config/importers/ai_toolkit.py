@@ -12,7 +12,7 @@ from musubi_tuner.config.importers.options import VARIANTS
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.when import describe, is_on
-from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.registry import MODELS, called, trained_elsewhere
 
 SAME: dict[str, str] = {
     "network.dropout": "adapter.dropout",
@@ -127,6 +127,8 @@ def import_ai_toolkit(document: Mapping[str, Any]) -> Imported:
 class _Job(Builder):
     def __init__(self) -> None:
         super().__init__()
+        self.code = trained_elsewhere()
+        self.spec = MODELS[self.code]
         self.general: dict[str, Any] = {}
         self.datasets: list[dict[str, Any]] = []
 
@@ -170,18 +172,18 @@ class _Job(Builder):
 
     def _family(self, given: dict[str, Any]) -> None:
         arch, path = given.pop("model.arch", None), given.get("model.name_or_path")
-        flux = given.get("model.is_flux") or (isinstance(arch, str) and arch.lower() in ("flux", "flux_dev", "flux1"))
-        self.values["model.arch"] = "fd"
-        if arch is not None and not flux:
-            self._refuse("model.arch", f"is {arch!r}, which is no model family here; FLUX.1-dev is")
+        named = isinstance(arch, str) and called(arch) == self.code
+        self.values["model.arch"] = self.code
+        if arch is not None and not named:
+            self._refuse("model.arch", f"is {arch!r}, which is no model family here; {self.spec.title} is")
         elif arch is not None:
-            self._convert("model.arch", arch, "model.arch", "fd", "our name of it")
-        elif not flux:
+            self._convert("model.arch", arch, "model.arch", self.code, "our name of it")
+        elif not given.get("model.is_flux"):
             self.report.needs_you.append(
-                ("model.is_flux", "is missing; only FLUX.1-dev is known of this program's models")
+                ("model.is_flux", f"is missing; of its models, only {self.spec.title} is known here")
             )
         if path is None:
-            self.report.needs_you.append(("model.name_or_path", "is missing; name FLUX.1-dev"))
+            self.report.needs_you.append(("model.name_or_path", f"is missing; name {self.spec.title}"))
             return
         given.pop("model.name_or_path")
         text = str(path)
@@ -253,9 +255,11 @@ class _Job(Builder):
             self.report.dropped_changes_result.append((path, f"is {describe(value)}, and nothing here does the same"))
 
     def _set(self, path: str, key: str, value: Any) -> None:
-        own = {parameter.key: parameter for parameter in parameters(MODELS["fd"])}
+        own = {parameter.key: parameter for parameter in parameters(self.spec)}
         if key not in own:
-            self.report.dropped_changes_result.append((path, f"is {describe(value)}, and FLUX.1-dev has no {key}"))
+            self.report.dropped_changes_result.append(
+                (path, f"is {describe(value)}, and {self.spec.title} has no {key}")
+            )
         elif key in self.names and self.values[key] != value:
             self.report.dropped_harmless.append((path, f"{self.names[key]} says it"))
         elif isinstance(value, int) and not isinstance(value, bool) and own[key].type_name == "float":
@@ -345,9 +349,9 @@ class _Job(Builder):
 
     def _defaults(self) -> None:
         """Write ai-toolkit's defaults where ours differ, and variants for captions that change."""
-        own = {parameter.key: parameter for parameter in parameters(MODELS["fd"])}
+        own = {parameter.key: parameter for parameter in parameters(self.spec)}
         for key, value in SOURCE_DEFAULTS.items():
-            ours = MODELS["fd"].defaults.get(key, own[key].field.default)
+            ours = self.spec.defaults.get(key, own[key].field.default)
             if key not in self.values and value != ours:
                 self.values[key] = value
                 self.report.defaulted.append((key, value))

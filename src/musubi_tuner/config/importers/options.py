@@ -25,7 +25,7 @@ from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, parameters
 from musubi_tuner.config.when import is_on
-from musubi_tuner.models.registry import MODELS, foreign_family
+from musubi_tuner.models.registry import MODELS, called, foreign_family, trained_elsewhere
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
 OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
@@ -87,8 +87,6 @@ def import_options(document: dict[str, Any], locate: Callable[[str], Path], tool
 
 VARIANTS = 8
 """Variants of captions that change, which other trainers make anew each time."""
-FAMILY_WORDS = {"flux": "fd", "flux1": "fd", "flux.1": "fd", "flux1-dev": "fd", "flux.1-dev": "fd", "flux-dev": "fd",
-                "flux_dev": "fd", "tinyflux": "tf", "tinyflux-deep": "tf", "tf": "tf", "fd": "fd"}  # fmt: skip
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
 _KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 
@@ -202,7 +200,7 @@ class _Importer(Builder):
         for key in ("architecture", "model_type", "arch"):
             if key in options and "model.arch" not in self.values:
                 name = str(options.pop(key))
-                code = FAMILY_WORDS.get(name.lower(), name if name in MODELS else None)
+                code = called(name)
                 if code == name:
                     self._carry(key, "model.arch", name)
                 elif code is not None:
@@ -220,25 +218,21 @@ class _Importer(Builder):
             else:
                 self._convert("lora_type", name, "adapter.type", kind, "its kind of adapter")
         if "model.arch" not in self.values and self.tool != "musubi" and not self.report.refused:
-            self.values["model.arch"] = "fd"
-            self.report.defaulted.append(("model.arch", "fd"))
+            self.values["model.arch"] = trained_elsewhere()
+            self.report.defaulted.append(("model.arch", trained_elsewhere()))
         if kind is None and "model.arch" in self.values and "adapter.type" not in self.values:
             self.values["adapter.type"] = "none"
 
     def _script(self, name: str) -> None:
         """The family of a script."""
-        scripts = {MODELS[code].full_name: code for code in MODELS} | {"flux_train": "fd", "flux_kontext": "fd"}
+        scripts = {MODELS[code].full_name: (code, "") for code in MODELS}
+        scripts |= {start: (code, other) for code in MODELS for start, other in MODELS[code].scripts.items()}
         base = Path(name).name
-        family = next((code for start, code in scripts.items() if base.startswith(start)), None)
-        if base.startswith("flux_kontext"):
-            self.report.dropped_changes_result.append(
-                (
-                    "script",
-                    f"{name}: trains FLUX.1 Kontext, an editing model; here FLUX.1-dev is trained, without control images",
-                )
-            )
-        elif family is None:
+        family, other = next((found for start, found in scripts.items() if base.startswith(start)), (None, ""))
+        if family is None:
             self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(scripts)}")
+        elif other:
+            self.report.dropped_changes_result.append(("script", f"{name}: trains {other}"))
         elif "model.arch" in self.values:
             self.report.dropped_harmless.append(("script", "architecture says it"))
         else:

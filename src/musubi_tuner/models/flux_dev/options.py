@@ -34,6 +34,11 @@ SPEC = ModelSpec(
     latent_channels=16,
     latent_shift=True,
     sample_size=1024,
+    other_names=("flux", "flux1", "flux.1", "flux-dev", "flux1-dev", "flux.1-dev"),
+    scripts={
+        "flux_train": "",
+        "flux_kontext": "FLUX.1 Kontext, an editing model; here FLUX.1-dev is trained, without control images",
+    },
     t5_tokenizer="google/t5-v1_1-xxl",
     clip_tokenizer="openai/clip-vit-large-patch14",
     t5_preset="xxl",
