@@ -319,7 +319,7 @@ def test_a_checkpoint_that_was_cut_short_is_refused(
     path.write_bytes((encoders / "ae.safetensors").read_bytes()[:5000])
     config = cached_run(model={"init": None, "init_scheme": None, "geometry": None, "path": str(path)})
     result = server.run("train", [config], tmp_path).expect(2)
-    assert f"model.path: {path}: is no whole safetensors file" in result.err
+    assert f"model.path: {path}: is a truncated safetensors file" in result.err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ _WORDS = {
     "bucket": "the bucket",
     "resized": "the size before the crop",
     "crop": "the crop",
+    "views": "the versions of the picture",
     "vae": "the autoencoder",
     "t5": "the T5 encoder",
     "clip": "the CLIP encoder",
@@ -92,8 +93,7 @@ class Expectation:
             }
             if item.mask is not None and item.mask.alpha:
                 own["mask_alpha"] = True
-            if item.views:
-                own["views"] = [[*view.crop, view.flip, view.hue, view.gamma] for view in item.views]
+            own["views"] = [[*view.crop, view.flip, view.hue, view.gamma] for view in item.views] or None
         else:
             own = {"caption": item.caption, "captions": list(item.captions) if item.more_captions else None}
             if self.needs_image:  # the teacher's picture has the aspect of the bucket

@@ -254,6 +254,11 @@ def _check_latents(config: RunConfig, foreign: ForeignCaches, task: _Task, items
             f"{len(items)} images at other sizes{example}; set resolution = [{width}, {height}] and enable_bucket = false for "
             "this dataset"
         )
+    if any(item.views for item in items):
+        raise DataError(
+            f"{foreign.form}: holds each picture once, and flip_aug, random_crop or color_aug want several versions; turn them off for "
+            "this dataset"
+        )
     masked = any(item.mask is not None and item.mask.source == "imported" for item in items)
     if masked and (foreign.masks is None or foreign.masks.shape != shape[1:]):
         held = "no masks" if foreign.masks is None else f"masks of {list(foreign.masks.shape)}"

@@ -87,6 +87,12 @@ class CachedDataset:
                 wrong.append(f"{item.id}: {files['latents'].path.name} holds no latents")
             elif entry.shape != expected:
                 wrong.append(f"{item.id}: latents {list(entry.shape)}, this run needs {list(expected)}")
+            elif (
+                held := len({split_caption(name)[1] for name in files["latents"].tensors if name.startswith("latents")})
+            ) != max(1, len(item.views)):
+                wrong.append(
+                    f"{item.id}: {files['latents'].path.name} is of {held} versions, the data wants {max(1, len(item.views))}"
+                )
             elif masked:
                 mask = files["latents"].tensors.get("mask_weights")
                 if (mask.shape if mask else None) != (expected[1:] if item.mask else None):

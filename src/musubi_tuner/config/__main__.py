@@ -23,6 +23,7 @@ from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_text
+from musubi_tuner.models.registry import MODELS
 
 EXIT_LOST = 1
 """An import left something out that decides the result."""
@@ -65,7 +66,7 @@ def _main(arguments: Sequence[str]) -> int:
     one = add("explain", "Say what a setting is, or what a name of another trainer is here.", _explain)
     one.add_argument("key")
     one = add("schema", "Print the settings as JSON Schema, for editors.", _schema)
-    one.add_argument("--arch", default=None, help="only those of one family")
+    one.add_argument("--arch", choices=list(MODELS), default=None, help="only those of one family")
     one = add("resolve", "Print a run file with every setting and where it comes from.", _resolve)
     one.add_argument("file")
     words, overrides = split_overrides(arguments, _own_options(commands))

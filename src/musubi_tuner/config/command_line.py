@@ -20,7 +20,9 @@ import tomli_w
 
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
+from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.load import parse_value
+from musubi_tuner.config.names import is_secret_name
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.schema import flat_names, item_parameters, parameter_of, parameters, section_classes
 from musubi_tuner.config.schema.items import DatasetSection, GeneralSection
@@ -118,9 +120,9 @@ def is_secret(option: str) -> bool:
     Args:
         option: dotted key or flat name.
     """
-    named = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
-    secrets = [name for name, parameter in named.items() if parameter.extra("secret")]
-    return any(option == name or (option.startswith("steps.") and option.endswith(f".{name}")) for name in secrets)
+    parts = option.split(".")
+    start = 2 if parts[0] == "steps" else 0
+    return any(is_secret_name(".".join(parts[n:])) for n in range(start, len(parts)))
 
 
 def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
@@ -187,6 +189,9 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
             continue
         negative = name.startswith("no_") and name not in flat
         parameter = flat.get(name.removeprefix("no_") if negative else name)
+        if parameter is None and name in FOREIGN:
+            overrides[name] = _foreign_value(name, attached if equals else None, rest)
+            continue
         if parameter is None:
             known = [*flat, *(option_name[2:] for option_name in own)]
             raise ConfigError(f"unknown option --{name}.{did_you_mean(name, known)} See --help")
@@ -198,6 +203,23 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
             continue
         overrides[parameter.key] = parse_value(parameter, attached if equals else _value(word, rest))
     return passed, overrides
+
+
+def _foreign_value(name: str, attached: str | None, rest: list[str]) -> Any:
+    """Value of an option by another trainer's name: of the type of the setting that it stands for, or as it looks."""
+    if attached is None and (not rest or rest[0].startswith("--")):
+        return True
+    text = attached if attached is not None else rest.pop(0)
+    entry = FOREIGN[name]
+    known = {parameter.key: parameter for parameter in (*parameters(), *item_parameters())}
+    if entry.key in known and entry.convert is None:
+        return parse_value(known[entry.key], text)
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _value(option: str, rest: list[str]) -> str:

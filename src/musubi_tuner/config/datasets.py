@@ -160,7 +160,7 @@ def _other_name(
     if entry.refused and not entry.is_neutral(value):
         problems.append(error("NA01", place, f"is {describe(value)}, which {entry.refused}"))
     elif owner in ("general", "datasets") and name in section.model_fields:
-        if name in table:
+        if name in table or name in values:
             problems.append(error("U05", place, f"is another name of {name}, which is set too; keep one"))
             return
         converted = entry.convert(value) if entry.convert else value
@@ -269,11 +269,14 @@ def _resolve_one(
         problems.append(error("V52", f"{where}.max_bucket_reso", text))
     for key, side in (("min_bucket_reso", low), ("max_bucket_reso", high)):
         if values.get(key) is not None and values["enable_bucket"] and side != values[key]:
-            text = f"is {values[key]}, no multiple of the step {step}; {side} is taken"
+            text = f"is {values[key]}, which is not a multiple of {step}; {side} is used"
             problems.append(warning("V51", f"{where}.{key}", text, fix=[(f"{where}.{key}", side)]))
     for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"):
-        if values.get(key) is not None and not values["enable_bucket"] and key in own:
-            problems.append(warning("V54", f"{where}.{key}", "has no effect because enable_bucket is false"))
+        if values.get(key) is not None and not values["enable_bucket"]:
+            said = warning(
+                "V54", f"{where if key in own else 'general'}.{key}", "has no effect because enable_bucket is false"
+            )
+            problems.extend([said] if said not in problems else [])
     if own.get("bucket_no_upscale") and not values["enable_bucket"]:
         problems.append(warning("V54", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false"))
     if values["enable_bucket"]:
@@ -340,7 +343,7 @@ def _bucket_sides(values: Mapping[str, Any], step: int) -> tuple[int | None, int
     if not values["enable_bucket"]:
         return None, None
     low, high = values.get("min_bucket_reso"), values.get("max_bucket_reso")
-    return low and (low - low % step), high and -(-high // step) * step
+    return low and max(step, low - low % step), high and -(-high // step) * step
 
 
 def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:

@@ -5,14 +5,13 @@ from typing import Any
 
 import tomli_w
 
-from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.when import is_on
 from musubi_tuner.errors import ConfigError
 
 _SHARED: dict[str, str] = {
     "run.name": "output_name", "run.output_dir": "output_dir", "run.seed": "seed", "adapter.rank": "network_dim",
-    "adapter.alpha": "network_alpha", "adapter.dropout": "network_dropout", "adapter.init_from": "network_weights",
+    "adapter.dropout": "network_dropout", "adapter.init_from": "network_weights",
     "adapter.max_norm": "scale_weight_norms", "adapter.merge": "base_weights", "adapter.merge_multipliers": "base_weights_multiplier",
     "adapter.rank_from_weights": "dim_from_weights", "optimizer.lr": "learning_rate", "optimizer.type": "optimizer_type",
     "scheduler.type": "lr_scheduler", "scheduler.warmup_steps": "lr_warmup_steps", "train.max_steps": "max_train_steps",
@@ -39,13 +38,10 @@ _OWN: dict[str, dict[str, str]] = {
     "kohya": {
         "model.path": "pretrained_model_name_or_path", "model.vae_path": "ae", "model.clip_path": "clip_l",
         "model.t5_path": "t5xxl", "model.t5_max_tokens": "t5xxl_max_token_length", "objective.ip_noise_gamma": "ip_noise_gamma",
-        "objective.ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength", "objective.noise_offset": "noise_offset",
-        "objective.noise_offset_random_strength": "noise_offset_random_strength",
-        "objective.adaptive_noise_scale": "adaptive_noise_scale",
-        "objective.multires_noise_iterations": "multires_noise_iterations",
-        "objective.multires_noise_discount": "multires_noise_discount", "objective.min_snr_gamma": "min_snr_gamma",
+        "objective.ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
         "train.prior_loss_weight": "prior_loss_weight", "train.masked_loss": "masked_loss",
-        "memory.checkpoint_offload": "cpu_offload_checkpointing",
+        "memory.checkpoint_offload": "cpu_offload_checkpointing", "objective.huber_delta": "huber_c",
+        "objective.huber_schedule": "huber_schedule", "objective.huber_scale": "huber_scale",
     },
 }  # fmt: skip
 _WORDS: dict[str, dict[Any, Any]] = {
@@ -72,49 +68,74 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
 def _options(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     names = {**_SHARED, **_OWN[to]}
     written: dict[str, Any] = {"network_module": "networks.lora_flux"}
-    lost = []
+    lost: list[tuple[str, str]] = []
     for key in config.origins:
         value, name = config.get(key), names.get(key)
-        default = DEFAULTS[to].get(key, config.spec.defaults.get(key))
-        if key in ("model.arch", "adapter.type", "model.init") or not key:
-            continue
-        if key == "save.dtype":
-            written["save_precision"] = _WORDS[key][value]
-        elif key == "objective.loss" and to == "kohya":
-            if value in _WORDS[key]:
-                written["loss_type"] = _WORDS[key][value]
-            else:
-                lost.append((key, f"is {value!r}, which sd-scripts has not"))
-        elif key == "memory.base_storage" and value in ("fp8", "fp8_scaled"):
-            written |= {"fp8_base": True} | ({"fp8_scaled": True} if value == "fp8_scaled" and to == "musubi" else {})
-        elif name is not None:
-            if value is not None and (is_on(value) or is_on(default)):
-                written[name] = value
-        elif key in config.set_keys() and is_on(value) and not key.startswith(_NOT_OF_THE_RESULT):
+        if name is not None and value is not None and value != "auto":
+            written[name] = value
+        elif key in _CONVERTED:
+            _CONVERTED[key](value, to, written, lost)
+        elif key in config.set_keys() and is_on(value) and not key.startswith(_NOT_OF_THE_RESULT) and name is None:
             lost.append((key, f"is {value!r}, and there is no such option there"))
+    rank = config.adapter.rank
+    written["network_alpha"] = rank / 2 if config.adapter.alpha is None else config.adapter.alpha or float(rank)
+    if config.scheduler.type == "constant" and (config.scheduler.warmup_steps or config.scheduler.warmup_ratio):
+        written["lr_scheduler"] = "constant_with_warmup"
+    if config.scheduler.warmup_ratio:
+        written["lr_warmup_steps"] = config.scheduler.warmup_ratio
     if to == "kohya":
-        written["model_prediction_type"] = "raw"
-    arguments = [
-        f"{name}={getattr(config.optimizer, name)}"
-        for name in ("weight_decay", "eps")
-        if config.optimizer.type != "Adafactor"
-    ]
-    if config.optimizer.type != "Adafactor":
-        arguments.append("betas=" + ",".join(str(beta) for beta in config.optimizer.betas))
-    written["optimizer_args"] = arguments
-    tables = config.dataset_tables
-    if "dataset_config" not in written and tables:
-        general = {**{key: value for key, value in GENERAL[to].items() if value is None}, **tables.get("general", {})}
-        written["dataset_config"] = "dataset.toml"
-        lost.append(
-            (
-                "datasets",
-                f"write them to dataset.toml: {len(tables.get('datasets', []))} data sets, [general] {general}",
+        written |= {"model_prediction_type": "raw", "network_train_unet_only": True}
+        if written.get("timestep_sampling") not in _DENSITIES:
+            lost.append(
+                (
+                    "objective.timestep_sampling",
+                    f"is {written.pop('timestep_sampling', None)!r}, which sd-scripts does not have",
+                )
             )
-        )
+    optimizer, arguments = config.optimizer, [f"weight_decay={config.optimizer.weight_decay}"]
+    if optimizer.type == "Adafactor":
+        arguments += ["relative_step=False", "scale_parameter=False", "warmup_init=False"]
+    else:
+        arguments += [f"eps={optimizer.eps}", "betas=" + ",".join(str(beta) for beta in optimizer.betas)]
+    written["optimizer_args"] = arguments
+    if "dataset_config" not in written:
+        count = len(config.dataset_tables.get("datasets", []))
+        written["dataset_config"] = "dataset.toml"
+        lost.append(("datasets", f"write [general] and {count} [[datasets]] to dataset.toml"))
     return tomli_w.dumps(written), lost
 
 
+_DENSITIES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+
+
+def _storage(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
+    if value == "fp8" or (value == "fp8_scaled" and to == "musubi"):
+        written |= {"fp8_base": True} | ({"fp8_scaled": True} if value == "fp8_scaled" else {})
+    elif value != "none":
+        lost.append(("memory.base_storage", f"is {value!r}, which {to} does not have"))
+
+
+def _loss(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
+    if to == "kohya" and value in _WORDS["objective.loss"]:
+        written["loss_type"] = _WORDS["objective.loss"][value]
+    elif value != "l2":
+        lost.append(("objective.loss", f"is {value!r}, which {to} does not have"))
+
+
+def _saved(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
+    written["save_precision"] = _WORDS["save.dtype"][value]
+
+
+def _known(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
+    """Said by the network module."""
+
+
+_CONVERTED: dict[str, Callable[[Any, str, dict[str, Any], list[tuple[str, str]]], None]] = {
+    "memory.base_storage": _storage, "objective.loss": _loss, "save.dtype": _saved, "model.arch": _known, "adapter.type": _known,
+    "model.init": _known, "scheduler.warmup_ratio": _known, "adapter.alpha": _known, "optimizer.weight_decay": _known,
+    "optimizer.eps": _known, "optimizer.betas": _known,
+}  # fmt: skip
+"""Settings whose value becomes another there."""
 EXPORTS: dict[str, Callable[[RunConfig, str], tuple[str, list[tuple[str, str]]]]] = {
     "musubi": _options,
     "kohya": _options,

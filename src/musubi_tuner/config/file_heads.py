@@ -39,7 +39,7 @@ def head_problem(path: Path, arch: str | None = None) -> str | None:
                 return f"is a pickle of torch under the ending {path.suffix}; take the safetensors file, or name it .pt"
             length = int.from_bytes(head[:8], "little")
             if length > min(size - 8, _LARGEST_HEADER):
-                return f"is no whole safetensors file: {size} bytes, and its header says more; download it again"
+                return f"is a truncated safetensors file: {size} bytes, but its header expects more; download it again"
             file.seek(8)
             header = json.loads(file.read(length))
     except (OSError, ValueError):

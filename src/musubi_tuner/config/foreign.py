@@ -5,6 +5,7 @@ written for them. A name with a dot is the whole key of a typed file; without, i
 everywhere is not listed: the schema has it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ class Foreign:
         rule: the conversion, in words. refused: why it cannot be done, and the way out. harmless: why nothing is lost without it.
         off: values that mean "off" beside false, 0, "" and absent; they are accepted and left out.
         always: even a value that means "off" is converted.
+        wins: it says more than another name of the same setting beside it.
+        secret: its value is never shown.
     """
 
     key: str = ""
@@ -30,6 +33,8 @@ class Foreign:
     harmless: str = ""
     off: tuple[Any, ...] = ()
     always: bool = False
+    wins: bool = False
+    secret: bool = False
 
     def is_neutral(self, value: Any) -> bool:
         """Whether the value asks for nothing."""
@@ -54,16 +59,27 @@ def _one_of(table: Mapping[str, Any], *, lower: bool = True) -> Callable[[Any], 
     return convert
 
 
-def _inverse(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return not value
-
-
 def _thousandths(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a number")
-    return round(value * 1000) if 0 <= value <= 1 and isinstance(value, float) else round(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("a number from 0 to 1, or thousandths")
+    return round(value * 1000) if 0 <= value <= 1 else round(value)
+
+
+def _switch(on: Any, off: Any = None) -> Callable[[Any], Any]:
+    """What true and false stand for; None = nothing."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return on if value else off
+
+    return convert
+
+
+def _several(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a whole number")
+    return value >= 2
 
 
 DTYPES = {
@@ -72,7 +88,9 @@ DTYPES = {
 }  # fmt: skip
 OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adafactor": "Adafactor", "": "AdamW"}
 SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
-LOSSES = {"l2": "l2", "mse": "l2", "huber": "huber"}
+LOSSES = {"l2": "l2", "mse": "l2", "l1": "l1", "mae": "l1"} | {
+    name: name for name in ("huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1")
+}
 
 ALIASES: dict[str, str] = {
     "project_name": "run.name",
@@ -114,7 +132,6 @@ ALIASES: dict[str, str] = {
     "image_dir": "datasets.image_directory",
     "train_data_dir": "datasets.image_directory",
     "dataset_dir": "datasets.image_directory",
-    "reg_data_dir": "datasets.image_directory",
     "save_last_n_epochs": "save.keep_last_epochs",
     "save_last_n_epochs_state": "save.keep_last_states",
     "dit_dtype": "train.mixed_precision",
@@ -145,7 +162,7 @@ ALIASES: dict[str, str] = {
     "sample.cfg": "sample.guidance",
     "validate_every_n_steps": "validation.every_steps",
     "validate_every_n_epochs": "validation.every_epochs",
-    "target": "adapter.include",
+    "adapter.target": "adapter.include",
 }
 """Other name -> our key; the value is the same."""
 
@@ -165,23 +182,24 @@ _LATER = "is not built yet"
 
 CONVERTED: dict[str, Foreign] = {
     "sample_sampler": Foreign(
-        "sample.solver", _one_of({"euler": "euler", "heun": "heun", "flowmatch": "euler"}), "our name of it"
+        "sample.solver", _one_of({"euler": "euler", "heun": "heun", "flowmatch": "euler"}), "renamed"
     ),
-    "sample.sampler": Foreign("sample.solver", _one_of({"euler": "euler", "heun": "heun"}), "our name of it"),
+    "sample.sampler": Foreign("sample.solver", _one_of({"euler": "euler", "heun": "heun"}), "renamed"),
     "save_last_n_steps": Foreign(
         refused="is a span of updates in sd-scripts; save.keep_last_steps is a number of checkpoints"
     ),
     "save_last_n_steps_state": Foreign(
         refused="is a span of updates in sd-scripts; save.keep_last_states is a number of states"
     ),
-    "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "our name of it"),
+    "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "renamed"),
     "lora_type": Foreign(
-        "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "our name of it"
+        "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "renamed"
     ),
+    "reg_data_dir": Foreign(refused="is written as [[datasets]] with image_directory and is_reg = true"),
+    "wandb_key": Foreign(refused="is for Weights & Biases, which is not built yet", secret=True),
+    "wandb_api_key": Foreign(refused="is for Weights & Biases, which is not built yet", secret=True),
     "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
-    "multinoise": Foreign(
-        "objective.multires_noise_iterations", lambda on: 6 if on else None, "six noises", always=True
-    ),
+    "multinoise": Foreign("objective.multires_noise_iterations", _switch(6), "six noises", always=True),
     "lr_scheduler_min_lr_ratio": Foreign(
         refused="is a share of the rate; scheduler.min_lr is the rate itself", off=(0,)
     ),
@@ -214,46 +232,40 @@ CONVERTED: dict[str, Foreign] = {
     "zero_stage": Foreign(refused=_WHOLE_MODEL, off=(2,)),
     "split_qkv": Foreign(refused="is not built: q, k and v are one layer, with one adapter"),
     "resize_interpolation": Foreign(
-        refused="is not built: pictures are averaged when they shrink and interpolated by LANCZOS when they grow",
+        refused="is not built: pictures are downscaled by area averaging and upscaled with Lanczos",
         off=("auto", "area", "lanczos"),
     ),
     "text_encoder1": Foreign(
         refused="is T5 in scripts of Kontext models; write model.t5_path, and model.clip_path for CLIP-L"
     ),
-    "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "our name of it"),
-    "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "our name of it"),
-    "vae_dtype": Foreign("model.vae_dtype", _one_of(DTYPES), "our name of it"),
-    "save_precision": Foreign("save.dtype", _one_of(DTYPES), "our name of it"),
-    "save.precision": Foreign("save.dtype", _one_of(DTYPES), "our name of it"),
-    "loss_type": Foreign("objective.loss", _one_of(LOSSES), "our name of it"),
+    "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "renamed"),
+    "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "renamed"),
+    "vae_dtype": Foreign("model.vae_dtype", _one_of(DTYPES), "renamed"),
+    "save_precision": Foreign("save.dtype", _one_of(DTYPES), "renamed"),
+    "save.precision": Foreign("save.dtype", _one_of(DTYPES), "renamed"),
+    "loss_type": Foreign("objective.loss", _one_of(LOSSES), "renamed"),
     "min_snr_gamma_enabled": Foreign(
-        "objective.min_snr_gamma", lambda on: None if on else 0.0, "false turns it off", always=True
+        "objective.min_snr_gamma", _switch(None, 0.0), "false turns it off", always=True, wins=True
     ),
     "ip_noise_gamma_enabled": Foreign(
-        "objective.ip_noise_gamma", lambda on: None if on else 0.0, "false turns it off", always=True
+        "objective.ip_noise_gamma", _switch(None, 0.0), "false turns it off", always=True, wins=True
     ),
-    "no_half_vae": Foreign(
-        "model.vae_dtype", lambda on: "float32" if on else None, "the autoencoder in float32", always=True
-    ),
+    "no_half_vae": Foreign("model.vae_dtype", _switch("float32"), "the autoencoder in float32", always=True),
     "t_min": Foreign("objective.min_timestep", _thousandths, "thousandths of the noise level"),
     "t_max": Foreign("objective.max_timestep", _thousandths, "thousandths of the noise level"),
     "num_timestep_buckets": Foreign(
         "objective.timestep_stratified",
-        lambda count: bool(count and count >= 2),
+        _several,
         "the noise levels of every update are spread evenly, instead of those of an epoch over N slices",
     ),
-    "flash_attn": Foreign("memory.attention", lambda on: "flash" if on else None, "kernel of attention", always=True),
-    "xformers": Foreign("memory.attention", lambda on: "xformers" if on else None, "kernel of attention", always=True),
-    "fp8_base": Foreign(
-        "memory.base_storage", lambda on: "fp8" if on else None, "how frozen weights are stored", always=True
-    ),
+    "flash_attn": Foreign("memory.attention", _switch("flash"), "kernel of attention", always=True),
+    "xformers": Foreign("memory.attention", _switch("xformers"), "kernel of attention", always=True),
+    "fp8_base": Foreign("memory.base_storage", _switch("fp8"), "how frozen weights are stored", always=True),
     "fp8_scaled": Foreign(
-        "memory.base_storage", lambda on: "fp8_scaled" if on else None, "how frozen weights are stored", always=True
+        "memory.base_storage", _switch("fp8_scaled"), "how frozen weights are stored", always=True, wins=True
     ),
-    "use_8bit_adam": Foreign(
-        "optimizer.type", lambda on: "AdamW8bit" if on else None, "AdamW of bitsandbytes", always=True
-    ),
-    "skip_cache_check": Foreign("cache.verify", lambda on: "quick", "the quick check"),
+    "use_8bit_adam": Foreign("optimizer.type", _switch("AdamW8bit"), "AdamW of bitsandbytes", always=True),
+    "skip_cache_check": Foreign("cache.verify", _switch("quick"), "the quick check"),
     "log_with": Foreign(
         "log.tensorboard", _one_of({"tensorboard": True, "none": False}), "events in logs/ below the run's folder"
     ),
@@ -382,8 +394,6 @@ REFUSED: dict[str, str] = {
     ),
     "debug_mode": "is not built: the plan shows the data",
     "keep_cache": "is not needed: cache jobs never delete",
-    "wandb_key": "is of Weights & Biases, which is not built yet",
-    "wandb_api_key": "is of Weights & Biases, which is not built yet",
     "in_json": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
     "metadata_file": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
     "bert_path": "is a text encoder that no family here has",

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from musubi_tuner.config.datasets import SHARED_KEYS, DatasetConfig, resolve_datasets
-from musubi_tuner.config.diagnostics import Diagnostic, InvalidConfig, did_you_mean, error, info
+from musubi_tuner.config.diagnostics import Diagnostic, InvalidConfig, did_you_mean, error, info, warning
 from musubi_tuner.config.explain import explain
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers import TITLES, import_options, is_typed, recognise
-from musubi_tuner.config.names import answer, translate, why_not
+from musubi_tuner.config.names import answer, shown, translate, why_not
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
     TABLE,
@@ -36,9 +36,8 @@ from musubi_tuner.config.pipeline import (
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import ROLE_TABLES, RunConfig, config_class, lay
-from musubi_tuner.config.schema import SCHEMA_VERSION, flat_names, parameters, section_classes
+from musubi_tuner.config.schema import SCHEMA_VERSION, flat_names, item_parameters, parameters, section_classes
 from musubi_tuner.config.schema.cache import CacheSection
-from musubi_tuner.config.when import describe
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, foreign_family
 from musubi_tuner.models.spec import ModelSpec
@@ -64,7 +63,10 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
         ConfigError: listing everything that is wrong, in all steps.
     """
     problems: list[Diagnostic] = []
-    steps, _ = _read_steps(read_toml(Path(path)), dict(overrides or {}), problems)
+    document = read_toml(Path(path))
+    if is_typed(document):
+        _translate(document, [])  # what is wrong with names is said step by step
+    steps, _ = _read_steps(document, _own_names(overrides or {}, document), problems)
     if problems:
         raise InvalidConfig(str(path), problems)
     configs, wrong = [], dict[str, None]()
@@ -92,6 +94,9 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
                 kept[-1].append(found)
     for config, findings in zip(configs, kept):
         config._findings = findings
+        strict = [replace(found, level="error") for found in findings if found.level == "warning" and config.run.strict]
+        if strict:
+            raise InvalidConfig(f"{path}, step {config.step.name if config.step else ''}", strict)
     return configs
 
 
@@ -121,6 +126,7 @@ def load_document(document: Mapping[str, Any], overrides: Overrides | None = Non
 def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> RunConfig:
     given = dict(overrides or {})
     problems: list[Diagnostic] = []
+    overrides = _own_names(given, document)
     step, steps = None, list[Step]()
     if is_typed(document):
         _translate(document, problems)
@@ -157,6 +163,10 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
         if imported.datasets:
             tables.setdefault("datasets", imported.datasets)
+    entries = tables.get("datasets", [])
+    for name in of_items if isinstance(entries, list) and entries else ():
+        if all(isinstance(entry, dict) and name in entry for entry in entries):
+            problems.append(warning("NA03", f"general.{name}", "has no effect because every data set has its own"))
     if of_items:
         tables = {**tables, "general": {**tables.get("general", {}), **of_items}}
     if spec and len(problems) == before:
@@ -192,7 +202,7 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         in_roles = _role_problems(config, spec)
         wrong |= _hinted(problems, spec)
         problems += in_roles or validate(config, wrong)
-    if config is not None and config.run.strict:
+    if config is not None and config.run.strict and step is None:  # what acts in another step is no mistake of this one
         problems = [replace(found, level="error") if found.level == "warning" else found for found in problems]
     if config is None or any(problem.level == "error" for problem in problems):
         raise InvalidConfig(f"{path}, step {step.name}" if step else str(path), problems)
@@ -208,7 +218,24 @@ def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
     entries = document.get(TABLE)
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, dict):
+            rename_aliases(entry, f"{TABLE}[{number}].", problems)
             translate(entry, f"{TABLE}[{number}].", spec, problems, "[general] or [[datasets]]")
+
+
+def _own_names(overrides: Overrides, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names of our settings, also behind the name of a step; what is refused stays as it is."""
+    known = {*(parameter.key for parameter in (*parameters(), *item_parameters())), *flat_names()}
+    spec, found = _family_of(document), {}
+    for option, value in overrides.items():
+        parts = option.split(".", 2)
+        name = parts[2] if parts[0] == "steps" and len(parts) == 3 else option
+        before = option.removesuffix(name)
+        other = None if name in known or _table_of(name) in known else answer(name, value, spec)
+        if other is not None and other.key and not other.refused:
+            found[before + other.key] = other.value
+        else:
+            found[option] = value
+    return found
 
 
 def _version_problems(document: Mapping[str, Any]) -> list[Diagnostic]:
@@ -386,7 +413,7 @@ def _override(
         problems.append(error("NA01", key, found.refused))
     elif found.key:
         _override(found.key, found.value, values, origins, problems)
-        problems.append(info("NA04", key, f"is read as {found.key} = {describe(found.value)}"))
+        problems.append(info("NA04", key, f"is read as {found.key} = {shown(found.key, found.value)}"))
     else:
         problems.append(info("NA04", key, f"is left out: {found.harmless}"))
 
@@ -445,7 +472,7 @@ def _validate(
     None if not even that can be made: without a family, or with a whole table missing.
     """
     model = config_class(spec.code) if spec else RunConfig
-    known, wrong = {parameter.key for parameter in parameters()}, set[str]()
+    known, wrong, said = {parameter.key for parameter in parameters()}, set[str](), set[str]()
     for _ in range(3):  # a value that takes another one's place may be wrong too
         try:
             config = model.model_validate(values)
@@ -456,10 +483,9 @@ def _validate(
                 if spec is None and item["type"] == "extra_forbidden" and ".".join(location) in known:
                     continue  # of a family, and the family is not known
                 problem = explain(item, spec)
-                if location[0] not in wrong and problem.key not in {
-                    other.key for other in problems
-                }:  # a value of two possible types fails twice
+                if location[0] not in wrong and problem.key not in said:  # a value of two possible types fails twice
                     problems.append(problem)
+                said.add(problem.key)
                 wrong.add(".".join(location[:2]))
                 _mend(values, location, item["type"])
                 origins.pop(".".join(location[:2]), None)

@@ -1,9 +1,8 @@
 """What a name means that is not a setting's own: another name of one, or a name of another trainer. Torch-free.
 
-Looked up in this order: exact key, exact alias, the table of foreign names. Only what none of them knows is answered by likeness.
+Looked up in this order: exact key, exact alias, the table of foreign names. Only names unknown to all three get a spelling suggestion.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 from musubi_tuner.config.foreign import FOREIGN, Foreign
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.config.when import describe
+from musubi_tuner.errors import keep_secret
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 
@@ -25,6 +25,7 @@ class Answer:
     Attributes:
         key: our setting, dotted; "" = none. value: what it is set to. rule: how the value was converted; "" = taken over as it is.
         harmless: why nothing is lost by leaving it out. refused: why it cannot be done, and what to write instead.
+        wins: it says more than another name of the same setting.
     """
 
     key: str = ""
@@ -32,6 +33,7 @@ class Answer:
     rule: str = ""
     harmless: str = ""
     refused: str = ""
+    wins: bool = False
 
 
 def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
@@ -40,8 +42,10 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
     Args:
         name: with or without its table. spec: family of the run, if that is known.
     """
-    entry = FOREIGN.get(name) or FOREIGN.get(name.rpartition(".")[2])
-    alias = flat_names().get(name.rpartition(".")[2])
+    table, _, last = name.rpartition(".")
+    if table and table not in section_classes():  # a slip in the name of the table is no other name of a setting
+        return None
+    entry, alias = FOREIGN.get(name) or FOREIGN.get(last), flat_names().get(last)
     if entry is None and alias is not None:
         found = Answer(alias.key, value)
     elif entry is not None:
@@ -55,14 +59,16 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
         return found
     if _neutral(found.key, found.value):
         return Answer(harmless=f"{spec.title} has no {found.key}, and it is off")
-    return Answer(refused=why_not(found.key, found.value, spec) or f"is {found.key} here, which {spec.title} has not")
+    return Answer(
+        refused=why_not(found.key, found.value, spec) or f"is {found.key} here, which {spec.title} does not have"
+    )
 
 
 def _of_entry(entry: Foreign, name: str, value: Any) -> Answer:
     if entry.is_neutral(value):
         return Answer(harmless=entry.harmless or "it is off")
     if entry.refused:
-        return Answer(refused=f"is {describe(value)}, which {entry.refused}")
+        return Answer(refused=f"is {'***' if entry.secret else describe(value)}, which {entry.refused}")
     if not entry.key:
         return Answer(harmless=entry.harmless)
     try:
@@ -71,7 +77,21 @@ def _of_entry(entry: Foreign, name: str, value: Any) -> Answer:
         return Answer(refused=f"is {describe(value)}, expected {problem.args[0] if problem.args else 'another value'}")
     if converted is None:
         return Answer(harmless="it is off" if not value else "it changes nothing by itself")
-    return Answer(entry.key, converted, entry.rule if entry.convert else "")
+    return Answer(entry.key, converted, entry.rule if entry.convert else "", wins=entry.wins)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the value of a name must not be shown: of a setting, of another name of one, or of another trainer's secret."""
+    entry = FOREIGN.get(name) or FOREIGN.get(name.rpartition(".")[2])
+    keys = {name, entry.key if entry is not None else ""}
+    own = flat_names().get(name.rpartition(".")[2])
+    secret = any(parameter.key in keys and parameter.extra("secret") for parameter in parameters())
+    return secret or bool(entry and entry.secret) or bool(own and own.extra("secret"))
+
+
+def shown(name: str, value: Any) -> str:
+    """A value for a message; that of a secret is hidden."""
+    return "***" if is_secret_name(name) else describe(value)
 
 
 def why_not(key: str, value: Any, spec: ModelSpec) -> str | None:
@@ -117,9 +137,11 @@ def _one(
         if _neutral(written, value):
             del table[name]
         return
-    if name not in FOREIGN and (alias := flat_names().get(name)) is not None and alias.name == name:
+    if not {name, written} & set(FOREIGN) and (alias := flat_names().get(name)) is not None and alias.name == name:
         return  # our own name, in the wrong table or in none: the loader says where it belongs
-    found = answer(name, value, spec)
+    if is_secret_name(written):
+        keep_secret(value)
+    found = answer(written, value, spec)
     if found is None or (name in SHARED_KEYS and not found.refused):
         return
     del table[name]
@@ -151,9 +173,18 @@ def _put(
     if not isinstance(target, dict):
         return
     first, before = taken.get(found.key, (found.key, target.get(name, _MISSING)))
+    value = shown(found.key, found.value)
     if before is not _MISSING and before != found.value:
-        text = f"is {describe(found.value)}, and {first}, another name of it, is {describe(before)}; keep one"
-        problems.append(error("U05", where + written, text, where + first))
+        if found.wins:
+            problems.append(info("NA04", where + written, f"is read as {found.key} = {value}, instead of {first}"))
+            target[name], taken[found.key] = found.value, (written, found.value)
+        elif _wins(first):
+            problems.append(
+                info("NA04", where + written, f"is left out: {first} says {found.key} = {shown(found.key, before)}")
+            )
+        else:
+            text = f"is {value}, and {first}, another name of it, is {shown(found.key, before)}; keep one"
+            problems.append(error("U05", where + written, text, where + first))
         return
     if before is not _MISSING:
         text = f"is another name of {first}, which has the same value; keep one"
@@ -161,14 +192,9 @@ def _put(
     target[name] = found.value
     taken[found.key] = (written, found.value)
     rule = f" ({found.rule})" if found.rule else ""
-    problems.append(info("NA04", where + written, f"is read as {found.key} = {describe(found.value)}{rule}"))
+    problems.append(info("NA04", where + written, f"is read as {found.key} = {value}{rule}"))
 
 
-def translated_option(name: str, value: Any, spec: ModelSpec | None) -> Mapping[str, Any] | str | None:
-    """An option by another name: our key and value, nothing for one that is off, why it is refused, or None if it is unknown."""
-    found = answer(name.rpartition(".")[2], value, spec)
-    if found is None:
-        return None
-    if found.refused:
-        return found.refused
-    return {found.key: found.value} if found.key else {}
+def _wins(name: str) -> bool:
+    entry = FOREIGN.get(name.rpartition(".")[2])
+    return entry is not None and entry.wins

@@ -17,7 +17,7 @@ def reference_page() -> str:
         "Made from the code by `python -m musubi_tuner.config.reference`; do not edit.",
         "",
         "Every setting is also reached by `--set table.key=value`. An absent optional value means off. `[accelerate]` is another name",
-        "of `[distributed]`. Options about items lie over `[general]`; what a data set says itself wins over them.",
+        "of `[distributed]`. Data set options on the command line override `[general]`; a data set's own keys override both.",
         "A setting marked * may change between starts of one run; all others are refused with the list of differences.",
         "Where families differ, a type or default stands behind the code of each family that has the setting.",
     ]

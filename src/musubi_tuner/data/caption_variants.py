@@ -17,31 +17,27 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) -> tuple[str, ...]:
     """The captions that an item is trained with, from those that are written.
 
-    With settings that make another caption each time, ``text_variants`` of them, drawn by (cache.seed, item, number), as equally from
-    all written ones as that number allows; an empty one behind them where captions are dropped by being empty.
+    With settings that make another caption each time, ``text_variants`` of them (at least one of each that is written), drawn by
+    (cache.seed, item, number); an empty one behind them where captions are dropped by being empty.
 
     Args:
         item: key of the draws.
     """
     made = [fixed(caption, settings) for caption in captions]
     if settings.dynamic:
-        draws = [
-            keyed_random(settings.seed, "caption variant", item, number) for number in range(settings.text_variants)
-        ]
+        count = max(settings.text_variants, len(captions))  # each written caption is in it
+        draws = [keyed_random(settings.seed, "caption variant", item, number) for number in range(count)]
         made = [draw(captions[number % len(captions)], settings, each) for number, each in enumerate(draws)]
     return (*made, "") if settings.drops and settings.drop_as_empty else tuple(made)
 
 
 def fixed(caption: str, settings: CaptionSettings) -> str:
-    """A caption with what changes nothing from one time to the next."""
-    for marker in (settings.keep_tokens_separator, settings.secondary_separator):
-        if marker:
-            caption = caption.replace(marker, settings.caption_separator)
-    return _triggered(_framed(caption, settings), settings)
+    """The deterministic part: prefix, suffix, separators, trigger."""
+    return _triggered(_framed(_separated(caption, settings), settings), settings)
 
 
 def draw(caption: str, settings: CaptionSettings, source: random.Random) -> str:
-    """A caption with everything drawn."""
+    """One random version of a caption."""
     if settings.enable_wildcard:
         lines = [line.strip() for line in caption.splitlines() if line.strip()]
         caption = source.choice(lines) if lines else ""
@@ -50,10 +46,17 @@ def draw(caption: str, settings: CaptionSettings, source: random.Random) -> str:
         caption = _WILDCARD.sub(lambda match: _chosen(match, source), caption)
     if settings.shuffle_caption or settings.caption_tag_dropout_rate:
         caption = _rearranged(caption, settings, source)
-    for marker in (settings.keep_tokens_separator, settings.secondary_separator):
-        if marker:
-            caption = caption.replace(marker, settings.caption_separator)
-    return _triggered(caption, settings)
+    return _triggered(_separated(caption, settings), settings)
+
+
+def _separated(caption: str, settings: CaptionSettings) -> str:
+    """A caption with the ordinary separator in place of the others."""
+    if settings.keep_tokens_separator:
+        pieces = [piece.strip() for piece in caption.split(settings.keep_tokens_separator)]
+        caption = f"{settings.caption_separator} ".join(piece for piece in pieces if piece)
+    if settings.secondary_separator:
+        caption = caption.replace(settings.secondary_separator, settings.caption_separator)
+    return caption
 
 
 def _framed(caption: str, settings: CaptionSettings) -> str:

@@ -1,7 +1,7 @@
 """Versions of a picture: mirrored, cropped elsewhere, with other colours. Torch-free but for numpy arrays.
 
-A view is drawn by (cache.seed, item, number); number 0 of a picture that is neither cropped nor coloured anew is the picture itself.
-Colours change in half of the views: a shift of the hue by up to 8 of 180 degrees, or a gamma between 0.95 and 1.05, as in sd-scripts.
+A view is drawn by (cache.seed, item, number); number 0 is the picture as it is, which validation uses. Colours change in half of the
+others: a shift of the hue by up to 8 of 180 degrees, or a gamma between 0.95 and 1.05.
 """
 
 from dataclasses import dataclass, replace
@@ -63,8 +63,8 @@ def views(item: str, placement: Placement, settings: ViewSettings) -> tuple[View
     """
     made = [View(placement.crop)]
     if settings.drawn:
-        sources = [keyed_random(settings.seed, "view", item, number) for number in range(settings.latent_variants)]
-        made = [draw(placement, settings, source) for source in sources]
+        sources = [keyed_random(settings.seed, "view", item, number) for number in range(1, settings.latent_variants)]
+        made += [draw(placement, settings, source) for source in sources]
     return tuple([*made, *(replace(view, flip=True) for view in made)] if settings.flip_aug else made)
 
 

@@ -20,7 +20,7 @@ HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 
 def huber_threshold(sigma_B: Tensor, threshold: float, schedule: str, scale: float = 1.0) -> Tensor:
-    """Threshold of the Huber losses at a noise level (Khrapov 2023, as in sd-scripts), times ``scale``.
+    """Threshold of the Huber losses at a noise level (Khrapov 2023), times ``scale``.
 
     ``constant`` the threshold; ``exponential`` threshold ** sigma, from 1 at the image to the threshold at the noise; ``snr``
     ``(1 - threshold) (1 - sigma)^2 + threshold``, the same ends by the signal-to-noise ratio of a flow.

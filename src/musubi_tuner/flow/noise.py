@@ -31,9 +31,9 @@ def noise_offset(normal_BC: Tensor, x0: Tensor, strength: float, adaptive_scale:
     ``max(0, strength + adaptive_scale * |mean over the pixels of x0|) * normal``
 
     Args:
-        normal_BC: standard normal, times a random share if the strength is random.
+        normal_BC: standard normal.
         x0: latents [B, C, H, W].
-        strength: at least 0. adaptive_scale: how much more where the image is far from grey.
+        strength: at least 0; times a random share where it is drawn. adaptive_scale: how much more where the image is far from grey.
 
     Returns:
         [B, C, 1, 1], float32.

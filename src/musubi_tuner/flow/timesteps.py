@@ -61,6 +61,18 @@ def sample_timesteps(
         ValueError: for an unknown method.
     """
     narrowed = preserve_shape and (low, high) != (0.0, 1.0)
+    if narrowed and draws_B.device.type == "mps":  # has no float64
+        found = sample_timesteps(
+            draws_B.cpu(),
+            method,
+            logit_mean=logit_mean,
+            logit_std=logit_std,
+            shift=shift,
+            low=low,
+            high=high,
+            preserve_shape=True,
+        )
+        return found.to(draws_B.device)
     if method == "logit_normal":
         draws = draws_B.float()
         if narrowed:

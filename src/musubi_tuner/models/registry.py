@@ -38,7 +38,7 @@ def foreign_family(name: str) -> str | None:
     word = name.lower()
     for kind, names in _OTHER_MODELS.items():
         if word in names:
-            return f"names one of the {kind}, which this program does not train."
+            return f"is one of the {kind}, which this program does not train."
     code = called(word)
     if code is not None:
         return f'is {MODELS[code].title} here if you write "{code}".'

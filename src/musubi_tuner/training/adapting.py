@@ -16,6 +16,7 @@ from musubi_tuner.adapters.attach import (
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.training.schedulers import schedule_length
 
 
 def adapter_metadata(
@@ -64,7 +65,7 @@ def adapter_metadata(
         "gradient_checkpointing_cpu_offload": config.memory.checkpoint_offload,
         "gradient_accumulation_steps": train.grad_accum_steps,
         "max_train_steps": steps.total_updates,
-        "lr_warmup_steps": config.scheduler.warmup_updates(steps.total_updates),
+        "lr_warmup_steps": config.scheduler.warmup_updates(schedule_length(config, steps.total_updates)),
         "lr_scheduler": config.scheduler.type,
         "base_model_version": spec.full_name,
         "network_module": spec.adapters.network_module,

@@ -105,7 +105,7 @@ def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
     found = []
     for dataset in config.datasets:
         own = {key: value for key, value in dataset.experts.items() if value != config.get(f"experts.{key}")}
-        if dataset.text.drops or dataset.text.caption_dropout_rate is not None:
+        if dataset.text.drops or (dataset.text.caption_dropout_rate is not None and not dataset.text.drop_as_empty):
             own["dropped captions"] = (dataset.text.caption_dropout_rate, dataset.text.caption_dropout_every_n_epochs)
         found.append(own | ({"is_reg": True} if dataset.is_reg else {}))
     return found

@@ -77,7 +77,7 @@ def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
         config.scheduler.type,
         lr=config.optimizer.lr,
         min_lr=config.scheduler.min_lr,
-        warmup_steps=config.scheduler.warmup_updates(total),
+        warmup_steps=config.scheduler.warmup_updates(schedule_length(config, total)),
         warmup_type=config.scheduler.warmup_type,
         total_steps=schedule_length(config, total),
     )

@@ -20,6 +20,7 @@ from musubi_tuner.config.schema.objective import NoiseRecipe, ObjectiveSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.flow import multires_noise, multires_sizes, noise_offset, perturb
+from musubi_tuner.flow.noise import LARGEST_RATIO, SMALLEST_RATIO
 from musubi_tuner.models.family import LossTerm, Process
 from musubi_tuner.randomness import generator, normal, uniform
 from musubi_tuner.training.role import Role
@@ -178,7 +179,8 @@ def make_draws(
 def _multires(noise: Tensor, recipe: NoiseRecipe, seed: int, epoch: int, index: int) -> Tensor:
     """The noise of one presentation with coarser ones in it."""
     count, (channels, height, width) = recipe.multires_noise_iterations or 0, noise.shape
-    ratios = [2 + 2 * uniform(seed, "multires_ratio", epoch, index, level) for level in range(count)]
+    span = LARGEST_RATIO - SMALLEST_RATIO
+    ratios = [SMALLEST_RATIO + span * uniform(seed, "multires_ratio", epoch, index, level) for level in range(count)]
     levels = [
         normal((channels, *size), seed, "multires", epoch, index, level)
         for level, size in enumerate(multires_sizes(height, width, ratios))
@@ -264,7 +266,7 @@ class FlowPhase:
     Args:
         model: under data parallelism, if there are several ranks.
         role: name of the role that moves.
-        datasets: whose samples may drop text of their own accord, or be regularisation images.
+        datasets: which may have a caption dropout of their own, or be regularisation sets.
         prior_loss_weight: factor of the loss of those.
     """
 

@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from musubi_tuner.caching.fingerprint import expectation
+from musubi_tuner.caching.fingerprint import difference, expectation
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.data.plan import MicroBatch
+from musubi_tuner.errors import CacheError
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -43,7 +45,20 @@ def test_versions_are_part_of_the_fingerprint(project: "Project") -> None:
         expectation(config, "latents", {}, download=False).of_item(project.items(config)[0])
         for config in (plain, cropped)
     ]
-    assert "views" not in prints[0] and len(prints[1]["views"]) == 3
+    assert prints[0]["views"] is None and len(prints[1]["views"]) == 3
+    assert difference(prints[1], prints[0]) is not None and difference(prints[0], prints[1]) is not None
+    old = {key: value for key, value in prints[0].items() if key != "views"}  # made before there were versions
+    assert difference(old, prints[0]) is None
+
+
+def test_a_file_of_other_versions_is_refused_although_names_are_enough(project: "Project") -> None:
+    project.tables["experts"] |= NO_TEACHERS
+    project.picture("a")
+    for kind in ("latents", "text"):
+        assert project.run(kind) == 0
+    config = project.config(general={"flip_aug": True, "resolution": 64}, cache={"skip_existing": "name"})
+    with pytest.raises(CacheError, match="is of 1 versions, the data wants 2"):
+        CachedDataset(config, project.items(config), ["latents", "text"])
 
 
 def test_variants_of_captions_are_encoded_and_drawn(project: "Project") -> None:

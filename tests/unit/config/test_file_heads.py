@@ -34,7 +34,7 @@ def test_files_that_are_no_weights(content: bytes, expected: str | None, tmp_pat
 
 def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
     found = head_problem(safetensors(tmp_path / "a.safetensors", "x", cut=1000))
-    assert found is not None and found.startswith("is no whole safetensors file")
+    assert found is not None and found.startswith("is a truncated safetensors file")
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,16 @@ def test_noise_and_captions_of_sd_scripts_carry_over(project: Path) -> None:
     assert (text.shuffle_caption, text.keep_tokens, text.caption_dropout_rate) == (True, 1, 0.1)
     assert config.cache.text_variants == 8
     assert (config.get("objective.loss"), config.get("objective.huber_delta")) == ("pseudo_huber", 0.2)
-    assert config.get("objective.noise_offset") == 0.05 and config.get("objective.min_snr_gamma") == 5
+    lost = {key for key, _ in read_foreign(Path("noise.toml")).report.dropped_changes_result}
+    assert lost == {
+        "clip_skip",
+        "noise_offset",
+        "adaptive_noise_scale",
+        "min_snr_gamma",
+        "(model_prediction_type)",
+        "(network_train_unet_only)",
+    }
+    assert config.get("objective.ip_noise_gamma") == 0.1 and not config.get("objective.noise_offset")
     assert "secret" not in Path("run.toml").read_text(encoding="utf-8")
 
 
@@ -493,3 +502,68 @@ def test_a_kontext_file_says_that_another_model_is_trained(project: Path) -> Non
     text = MUSUBI["shifted.toml"].replace("flux_dev_train_network.py", "flux_kontext_train_network.py")
     report = read_foreign(_written("k.toml", text)).report
     assert any(key == "script" and "Kontext" in reason for key, reason in report.dropped_changes_result)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_keys_decides_nothing(order: int, project: Path) -> None:
+    document = dict(list(PLAN.items())[::order]) | {"min_snr_gamma_enabled": False}
+    found = read_foreign(_written("plan.json", json.dumps(document)))
+    assert found.document["objective"].get("min_snr_gamma", 0) == 0
+
+
+def test_two_values_of_one_setting_need_a_person(project: Path) -> None:
+    report = read_foreign(_written("f.toml", KOHYA["noise.toml"] + 'vae = "other.safetensors"\n')).report
+    assert any("another name of model.vae_path" in reason for _, reason in report.needs_you)
+
+
+@pytest.mark.parametrize("arch", ["fd"])
+def test_an_exported_run_is_the_same_when_imported(arch: str, project: Path) -> None:
+    run_of("command.sh", KOHYA_COMMAND)
+    for to in ("kohya", "musubi"):
+        assert main(["export", "run.toml", "--to", to, "-o", f"{to}.toml"]) == 0
+        options = tomllib.loads(Path(f"{to}.toml").read_text(encoding="utf-8"))
+        assert (options["network_dim"], options["network_alpha"], options["learning_rate"]) == (4, 1.0, 1e-4)
+        assert options["seed"] == 42 and options["max_grad_norm"] == 1.0 and options["lr_scheduler"] == "constant"
+        assert main(["import", f"{to}.toml", "-o", f"{to}_again.toml", "--dataset_config", "data.toml"]) == 0
+        again, first = load_config(f"{to}_again.toml"), load_config("run.toml")
+        for key in ("optimizer.lr", "optimizer.type", "adapter.rank", "adapter.alpha", "train.max_epochs", "memory.base_storage",
+                    "objective.timestep_sampling", "objective.discrete_flow_shift", "objective.guidance_scale", "save.dtype"):  # fmt: skip
+            assert again.get(key) == first.get(key), (to, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.yaml", "job: x\nconfig: {name: a, process: [5]}", "expected a list with one process"),
+        ("a.yaml", "job: x\nconfig: {name: a, process: [{datasets: 5}]}", "is 5, expected a list"),
+        (
+            "a.yaml",
+            "job: x\nconfig: {name: a, process: [{train: {max_denoising_steps: abc}}]}",
+            "expected a whole number",
+        ),
+        (
+            "a.yaml",
+            "job: x\nconfig: {name: a, process: [{type: sd_trainer, model: {is_flux: true}}]}",
+            "trains the whole model",
+        ),
+    ],
+)
+def test_odd_jobs_of_ai_toolkit_end_in_our_words(
+    name: str, text: str, expected: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(_written(name, text)), "-o", "run.toml"]) == 1
+    assert expected in capsys.readouterr().out
+
+
+def test_words_of_windows_and_names_like_dates(project: Path) -> None:
+    text = "python flux_train_network.py --train_data_dir C:\\data\\img --output_name 2024-01-01 --seed 3\n"
+    options, _ = shell_options(text, windows=True)
+    assert (
+        options["train_data_dir"] == "C:\\data\\img" and options["output_name"] == "2024-01-01" and options["seed"] == 3
+    )
+
+
+def test_data_set_files_that_are_none(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _written("d.toml", "datasets = 5\n")
+    assert main(["import", str(_written("f.toml", KOHYA["noise.toml"])), "-o", "run.toml", "--dataset", "d.toml"]) == 2
+    assert "expected a table [general] and a list of tables" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_example_is_the_run_it_says(project: Path) -> None:
     assert config.datasets[0].resolution == (960, 544) and not config.datasets[0].enable_bucket
     assert not [finding for finding in config.findings if finding.level == "warning"]
     notes = "\n".join(str(finding) for finding in config.findings)
-    assert "optimizer_type: 'adamw8bit' -> optimizer.type = 'AdamW8bit' (our name of it)" in notes
+    assert "optimizer_type: 'adamw8bit' -> optimizer.type = 'AdamW8bit' (renamed)" in notes
     assert not config.memory.swap_pinned and "memory.swap_pinned = False" in notes
     assert "objective.timestep_offset = 0.001" in notes and "sdpa: is not needed" in notes
 

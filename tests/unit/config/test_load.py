@@ -400,7 +400,7 @@ def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
         ),
         (
             "sdxl",
-            "'sdxl': names one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev",
+            "'sdxl': is one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev",
         ),
         ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux, fd, flux_dev"),
     ],
@@ -492,7 +492,7 @@ def test_quotes_of_a_word_processor_are_named(tmp_path: Path) -> None:
 
 def test_an_output_folder_that_libraries_cannot_read_is_refused(load: Load, project: Path) -> None:
     load()
-    with pytest.raises(ConfigError, match=r"run\.output_dir.*'out\\udce9', a name that is no UTF-8"):
+    with pytest.raises(ConfigError, match=r"run\.output_dir.*'out\\udce9', which is not valid UTF-8"):
         load_config(project / "run.toml", {"run.output_dir": os.fsdecode(b"out\xe9")})
 
 

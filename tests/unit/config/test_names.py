@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.command_line import override_arguments, split_overrides
 from musubi_tuner.config.diagnostics import InvalidConfig, closest, distance
 from musubi_tuner.config.explain_key import explain_key
 from musubi_tuner.config.foreign import FOREIGN
+from musubi_tuner.config.load import load_steps
 from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, item_parameters, parameters
 from musubi_tuner.errors import ConfigError
@@ -174,3 +176,75 @@ def test_the_page_of_names_is_up_to_date() -> None:
     assert page() == written.read_text(encoding="utf-8"), (
         "run: python tests/unit/config/plan_coverage.py > docs/plan_coverage.md"
     )
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("line", ['huggingface_token = "SEC"', 'hub_token = "SEC"', 'hub_token = "SEC"\ntoken = "SEK"'])
+def test_secrets_under_other_names_are_never_shown(line: str, write: Any) -> None:
+    try:
+        text = " ".join(str(found) for found in load_config(write(hub=f'repo_id = "me/x"\n{line}')).findings)
+    except InvalidConfig as problem:
+        text = str(problem)
+    assert "SEC" not in text and "SEK" not in text
+    assert "SEC" not in str(answer("wandb_api_key", "SEC", None))
+    assert not override_arguments({"hub_token": "SEC", "wandb_key": "SEC", "steps.a.hub.token": "SEC"})
+
+
+def test_a_wrong_value_is_an_error_although_something_else_was_said_of_its_key(write: Any) -> None:
+    path = write(
+        top="", data='[[datasets]]\nimage_directory = "images"\n[[steps]]\nname = "one"\noptimizer = {lr = "abc"}'
+    )
+    with pytest.raises(InvalidConfig, match="optimizer"):
+        load_config(path, {"step": "one", "optimizer.lr": 0.01})
+
+
+@pytest.mark.parametrize("key", ["sampel.seed", "validaton.seed", "emma.lr"])
+def test_a_slip_in_the_name_of_a_table_sets_nothing_else(key: str, problems: Any) -> None:
+    assert problems({key: 3})[0].startswith(f"{key}: unknown key")
+
+
+def test_whole_keys_of_the_spec_are_known_in_files(load: Any) -> None:
+    assert load(sample='prompts = ["x"]\nsampler = "heun"').sample.solver == "heun"
+    assert load(save='precision = "fp16"').save.dtype == "float16"
+
+
+@pytest.mark.parametrize("value", ["false", "no", 1])
+def test_a_switch_takes_true_and_false_only(value: Any) -> None:
+    found = answer("fp8_scaled", value, None)
+    assert found is not None and found.refused.endswith("expected true or false")
+
+
+def test_pairs_of_switches_go_together(load: Any) -> None:
+    lora = {"adapter": 'type = "lora"', "ema": "enabled = false"}
+    for pair in ("fp8_base = true\nfp8_scaled = true", "fp8_scaled = true\nfp8_base = true"):
+        assert load(**lora, memory=pair).memory.base_storage == "fp8_scaled"
+    for pair in (
+        "min_snr_gamma = 5\nmin_snr_gamma_enabled = false",
+        "min_snr_gamma_enabled = false\nmin_snr_gamma = 5",
+    ):
+        assert load(objective=pair).get("objective.min_snr_gamma") == 0
+
+
+def test_strict_steps_are_judged_together(write: Any) -> None:
+    steps = '[[steps]]\nname = "a"\n[[steps]]\nname = "b"\nsample = {prompts = ["x"]}'
+    path = write(run="strict = true", sample="steps = 30", data=f'[[datasets]]\nimage_directory = "images"\n{steps}')
+    assert [config.step.name for config in load_steps(path) if config.step] == ["a", "b"]
+
+
+def test_options_by_other_names_reach_steps(write: Any) -> None:
+    data = '[[datasets]]\nimage_directory = "images"\n[[steps]]\nname = "one"\ntrain = {epochs = 5}'
+    path = write(data=data)
+    assert load_config(path, {"step": "one", "epochs": 3}).train.max_epochs == 5
+    assert load_config(path, {"step": "one", "steps.one.train.epochs": 3}).train.max_epochs == 3
+
+
+def test_items_that_every_data_set_has_for_itself_are_no_options(load: Any) -> None:
+    data = '[[datasets]]\nimage_directory = "images"\nbatch_size = 2'
+    assert [found.key for found in load({"batch_size": 8}, data=data).findings] == ["general.batch_size"]
+
+
+def test_options_of_other_trainers_on_the_command_line() -> None:
+    _, found = split_overrides(["--train_batch_size", "2", "--fp8_base", "--clip_skip=2"], set())
+    assert found == {"train_batch_size": 2, "fp8_base": True, "clip_skip": 2}

@@ -121,7 +121,7 @@ def test_half_precision_caches_in_a_float32_run(warnings_of: WarningsOf) -> None
 
 def test_prompts_that_are_never_drawn(warnings_of: WarningsOf) -> None:
     assert warnings_of(sample='prompts = ["a cat"]\nevery_steps = 0') == [
-        "sample.prompts: are given, but no sample.every_steps, every_epochs or at_first"
+        "sample.prompts: are given, but nothing says when to draw; set sample.every_steps, every_epochs or at_first"
     ]
 
 
@@ -574,7 +574,7 @@ def test_scales_by_block_cannot_be_multiplied(warnings_of: WarningsOf, load: Loa
     assert load(memory=memory, **tables).memory.scale == "row"
     assert load(memory='base_storage = "fp8_scaled"', adapter=LORA).memory.scale == "block"
     assert warnings_of(memory=memory + '\nfp8_scale = "block"', **tables) == [
-        'memory.fp8_scale: is "block", which cannot be multiplied in fp8; rows share a scale instead'
+        'memory.fp8_scale: is "block", which fp8 multiplication does not support; a scale per row is used instead'
     ]
 
 

@@ -43,9 +43,12 @@ def test_colours_change_in_half_of_the_views_by_hue_or_gamma() -> None:
     found = [view for n in range(160) for view in views(f"{n}", WIDE, ViewSettings(color_aug=True, latent_variants=64))]
     kinds = Counter("hue" if view.hue else "gamma" if view.gamma != 1 else "none" for view in found)
     shares = {kind: count / len(found) for kind, count in kinds.items()}
-    assert shares == pytest.approx({"none": 0.5, "hue": 0.25, "gamma": 0.25}, abs=0.02)
+    assert shares == pytest.approx({"none": 0.5, "hue": 0.25, "gamma": 0.25}, abs=0.03)
     assert all(abs(view.hue) <= LARGEST_SHIFT and GAMMAS[0] <= view.gamma <= GAMMAS[1] for view in found)
-    assert all(view.crop == WIDE.crop for view in found)
+    assert (
+        all(view.crop == WIDE.crop for view in found)
+        and views("a", WIDE, ViewSettings(color_aug=True, latent_variants=9))[0] == PLAIN
+    )
 
 
 def test_colours_of_a_view() -> None:

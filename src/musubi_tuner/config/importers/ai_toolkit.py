@@ -93,7 +93,7 @@ HARMLESS: dict[str, str] = {
     "network.network_kwargs": "the family says which layers", "save.save_format": "weights are safetensors",
     "sample.walk_seed": "picture i is drawn from seed + i", "sample.format": "pictures are PNG",
     "logging.verbose": "the plan says what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
-    "logging.project_name": "runs are apart by their folder", "logging.run_name": "run.name says it",
+    "logging.project_name": "each run has its own folder", "logging.run_name": "run.name says it",
     "model.low_vram": "memory.blocks_to_swap says what leaves the device", "model.dtype": "weights are computed with in the run's precision",
     "model.is_flux": "model.arch says it", "model.qtype": "memory.base_storage says it", "model.qtype_te": "model.fp8_t5 says it",
     "model.model_kwargs": "the checkpoint says its shape", "performance_log_every": "the plan and the log lines say it",
@@ -139,6 +139,8 @@ class _Job(Builder):
         process = (
             processes[0] if isinstance(processes, list) and processes and isinstance(processes[0], Mapping) else {}
         )
+        if not process:
+            self._refuse("config.process", f"is {processes!r}, expected a list with one process")
         name = str(config.get("name", "run"))
         if "job" in document:
             self.report.dropped_harmless.append(("job", "it is a training"))
@@ -153,10 +155,25 @@ class _Job(Builder):
         given = dict(_flat(_expanded(process, name, process.get("trigger_word"))))
         self._folders(given, name)
         self._family(given)
+        if given.get("train.unet_lr"):
+            given.pop("train.lr", None)
+            if "lr" in process.get("train", {}):
+                self.report.dropped_harmless.append(("train.lr", "train.unet_lr is the rate of the denoiser"))
         for path in list(given):
             if path in given:
                 self._one(path, given.pop(path), given)
-        for number, entry in enumerate(process.get("datasets") or []):
+        if "network" not in process and process:
+            self.report.needs_you.append(
+                (
+                    "network",
+                    f"is missing: the job trains the whole model, and {self.spec.title} is trained through a LoRA here",
+                )
+            )
+        sets = process.get("datasets") or []
+        if not isinstance(sets, list):
+            self._refuse("datasets", f"is {sets!r}, expected a list")
+            sets = []
+        for number, entry in enumerate(sets):
             self._data_set(number, _expanded(entry, name, process.get("trigger_word")))
         self._defaults()
         self._leave_idle()
@@ -177,7 +194,7 @@ class _Job(Builder):
         if arch is not None and not named:
             self._refuse("model.arch", f"is {arch!r}, which is no model family here; {self.spec.title} is")
         elif arch is not None:
-            self._convert("model.arch", arch, "model.arch", self.code, "our name of it")
+            self._convert("model.arch", arch, "model.arch", self.code, "renamed")
         elif not given.get("model.is_flux"):
             self.report.needs_you.append(
                 ("model.is_flux", f"is missing; of its models, only {self.spec.title} is known here")
@@ -206,6 +223,9 @@ class _Job(Builder):
         """One key by its path."""
         if path == "datasets":
             return
+        if path.endswith(("hf_token", "_key")) and value:
+            self.report.secrets_removed.append(path)
+            return
         if path in WORDS:
             key, words = WORDS[path]
             word = str(value).lower()
@@ -216,7 +236,7 @@ class _Job(Builder):
                 else:
                     self.report.dropped_changes_result.append((path, f"is {value!r}; known: {known}"))
             else:
-                self._convert(path, value, key, words[word], "our name of it")
+                self._convert(path, value, key, words[word], "renamed")
         elif path in ("network.linear", "network.rank"):
             self._set(path, "adapter.rank", value)
         elif path in ("network.linear_alpha", "network.alpha"):
@@ -224,7 +244,10 @@ class _Job(Builder):
         elif path in ("network.conv", "network.conv_alpha"):
             self.report.dropped_harmless.append((path, "the denoiser has no convolutions"))
         elif path == "train.max_denoising_steps":
-            self._convert(path, value, "objective.max_timestep", min(1000, int(value) + 1), "an upper end")
+            if isinstance(value, bool) or not isinstance(value, int):
+                self._refuse(path, f"is {value!r}, expected a whole number")
+            else:
+                self._convert(path, value, "objective.max_timestep", min(1000, value + 1), "an upper end")
         elif path == "train.skip_first_sample":
             self._convert(path, value, "sample.at_first", not value, "the opposite")
         elif path == "train.optimizer_params" and isinstance(value, Mapping):
@@ -252,7 +275,8 @@ class _Job(Builder):
         elif path in ("train.train_text_encoder",):
             self._refuse(path, "is true, which trains a text encoder; only the denoiser learns here")
         else:
-            self.report.dropped_changes_result.append((path, f"is {describe(value)}, and nothing here does the same"))
+            said = "***" if path.endswith(("token", "key")) else describe(value)
+            self.report.dropped_changes_result.append((path, f"is {said}, and nothing here does the same"))
 
     def _set(self, path: str, key: str, value: Any) -> None:
         own = {parameter.key: parameter for parameter in parameters(self.spec)}
@@ -297,7 +321,10 @@ class _Job(Builder):
     def _prompts(self, path: str, value: Any, given: dict[str, Any]) -> None:
         """Prompts, with options of their own as in a prompt file."""
         options = {"width": "w", "height": "h", "seed": "d", "sample_steps": "s", "guidance_scale": "g", "neg": "n"}
-        lines = []
+        if not isinstance(value or [], list):
+            self._refuse(path, f"is {value!r}, expected a list")
+            return
+        lines = list(self.values.get("sample.prompts", []))
         for entry in value or []:
             if isinstance(entry, Mapping):
                 own = [

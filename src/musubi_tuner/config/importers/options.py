@@ -24,7 +24,7 @@ from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, parameters
-from musubi_tuner.config.when import is_on
+from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.models.registry import MODELS, called, foreign_family, trained_elsewhere
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
@@ -85,6 +85,13 @@ def import_options(document: dict[str, Any], locate: Callable[[str], Path], tool
     return _Importer(locate, tool).run(document)
 
 
+IGNORED_THERE = {
+    "min_snr_gamma": "objective.min_snr_gamma", "noise_offset": "objective.noise_offset",
+    "noise_offset_random_strength": "objective.noise_offset_random_strength",
+    "adaptive_noise_scale": "objective.adaptive_noise_scale", "multires_noise_iterations": "objective.multires_noise_iterations",
+    "multires_noise_discount": "objective.multires_noise_discount",
+}  # fmt: skip
+"""Options that sd-scripts takes and does not use for flow models -> what they are here."""
 VARIANTS = 8
 """Variants of captions that change, which other trainers make anew each time."""
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
@@ -108,6 +115,12 @@ def _data_sets(text: str, folder: Path) -> list[dict[str, Any]]:
         for path, match in named
         if int(match[1])
     ]
+
+
+def _wins(name: str) -> bool:
+    """Whether a name says more than others of its setting."""
+    entry = FOREIGN.get(name)
+    return entry is not None and entry.wins
 
 
 class _Importer(Builder):
@@ -146,7 +159,7 @@ class _Importer(Builder):
         self.spec = MODELS.get(str(self.values.get("model.arch")))
         self._special(options)
         self._folders(options)
-        for key, value in options.items():
+        for key, value in sorted(options.items(), key=lambda pair: not _wins(pair[0])):
             self._plain(key, value)
         self._captions()
         self._defaults()
@@ -204,7 +217,7 @@ class _Importer(Builder):
                 if code == name:
                     self._carry(key, "model.arch", name)
                 elif code is not None:
-                    self._convert(key, name, "model.arch", code, "our name of it")
+                    self._convert(key, name, "model.arch", code, "renamed")
                 else:
                     self._refuse(key, f"is {name!r}, which {foreign_family(name) or 'is no model family here.'}")
         if "script" in options:
@@ -315,7 +328,7 @@ class _Importer(Builder):
         words = {"huber": "pseudo_huber", "smooth_l1": "pseudo_smooth_l1"}
         if options.get("loss_type") in words:
             old = options.pop("loss_type")
-            self._convert("loss_type", old, "objective.loss", words[old], "what sd-scripts calls so")
+            self._convert("loss_type", old, "objective.loss", words[old], "the same loss under our name")
             if "huber_schedule" not in options:
                 self.values["objective.huber_schedule"] = "snr"
                 self.report.defaulted.append(("objective.huber_schedule", "snr"))
@@ -327,6 +340,17 @@ class _Importer(Builder):
                     f"is {old!r}, another weight of the loss; the velocity is predicted as it is (raw)",
                 )
             )
+        ignored = "sd-scripts does not use it for this model; write {} in the run file to use it here"
+        for name, key in IGNORED_THERE.items():
+            if is_on(options.get(name)):
+                self.report.dropped_changes_result.append((name, ignored.format(key)))
+                options.pop(name)
+        if "model_prediction_type" not in options:
+            note = "is missing, which means sigma_scaled there, another weight of the loss; the velocity is predicted as it is (raw)"
+            self.report.dropped_changes_result.append(("(model_prediction_type)", note))
+        if not options.get("network_train_unet_only") and not options.get("cache_text_encoder_outputs"):
+            note = "is missing: CLIP-L is trained too there; only the denoiser learns here"
+            self.report.dropped_changes_result.append(("(network_train_unet_only)", note))
         if options.get("weighting_scheme") == "uniform":
             options.pop("weighting_scheme")
             self.report.dropped_harmless.append(("weighting_scheme", "uniform is no weight"))
@@ -518,7 +542,10 @@ class _Importer(Builder):
                 self.report.dropped_harmless.append((key, "it is empty"))
                 return
         if target is not None and (self.spec is None or target in self._own()):
-            self._take(key, target, value)
+            if target in self.values:
+                self._again(key, target, value)
+            else:
+                self._take(key, target, value)
         elif key in SHARED_KEYS:
             self._of_items(key, key, value)
         elif (found := answer(key, value, self.spec)) is None:
@@ -532,11 +559,22 @@ class _Importer(Builder):
         elif found.key.startswith("general."):
             self._of_items(key, found.key.removeprefix("general."), found.value)
         elif found.key in self.values:
-            self.report.dropped_harmless.append((key, f"{found.key} is set by another key"))
+            self._again(key, found.key, found.value)
         elif found.rule or found.value != value:
-            self._convert(key, value, found.key, found.value, found.rule or "our name of it")
+            self._convert(key, value, found.key, found.value, found.rule or "renamed")
         else:
             self._take(key, found.key, value)
+
+    def _again(self, source: str, key: str, value: Any) -> None:
+        """A setting that another key has set already: harmless if both agree, or if that one decides."""
+        first = self.names.get(key, "")
+        if self.values[key] == value or _wins(first) or first == "" or (key == "optimizer.type" and value is None):
+            self.report.dropped_harmless.append((source, f"{first or key} says it"))
+        else:
+            reason = (
+                f"is {describe(value)}, and {first}, another name of {key}, is {describe(self.values[key])}; keep one"
+            )
+            self.report.needs_you.append((source, reason))
 
     def _of_items(self, source: str, name: str, value: Any) -> None:
         """A setting of [general]; what is off, and off here anyway, is left out."""

@@ -3,8 +3,8 @@
 Nothing is ever run: words of a shell are only split.
 """
 
+import re
 import shlex
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tup
     """What a file says, and what of it could not be read."""
     ending = path.suffix.lower()
     if tool == "shell" or ending in SHELL:
-        return shell_options(read_text(path))
+        return shell_options(read_text(path), windows=ending in (".bat", ".cmd", ".ps1"))
     if ending == ".json":
         found = read_json(path)
     elif ending in (".yaml", ".yml"):
@@ -97,8 +97,11 @@ def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tup
     return found, []
 
 
-def shell_options(text: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Options of the first command with a script in a shell text, and those whose value the shell would have filled in.
+
+    Args:
+        windows: backslashes are part of paths.
 
     Raises:
         ConfigError: if there is none.
@@ -108,7 +111,8 @@ def shell_options(text: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     )
     for line in joined.splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line, comments=True, posix=not windows)
+            words = [word.strip("\"'") for word in words] if windows else words
         except ValueError:
             continue
         at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
@@ -150,10 +154,14 @@ def _pairs(words: list[str]) -> list[tuple[str, Any]]:
 
 
 def _typed(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+    """A number, true or false where the text is nothing else; names such as 2024-01-01 and 1_000 stay texts."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)", text):
+        return float(text)
+    return text
 
 
 def data_tables(path: Path) -> dict[str, Any]:
@@ -165,15 +173,23 @@ def data_tables(path: Path) -> dict[str, Any]:
     document = read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds {type(document).__name__}, expected [general] and [[datasets]]")
-    found = []
-    for entry in document.get("datasets", []):
-        subsets = entry.get("subsets") if isinstance(entry, dict) else None
-        if not isinstance(subsets, list):
+    general, entries, found = document.get("general", {}), document.get("datasets", []), []
+    if (
+        not isinstance(general, dict)
+        or not isinstance(entries, list)
+        or not all(isinstance(entry, dict) for entry in entries)
+    ):
+        raise ConfigError(f"{path}: expected a table [general] and a list of tables [[datasets]]")
+    for entry in entries:
+        subsets = entry.get("subsets")
+        if subsets is None:
             found.append(entry)
             continue
+        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+            raise ConfigError(f"{path}: subsets of a data set is {subsets!r}, expected a list of tables")
         shared = {key: value for key, value in entry.items() if key != "subsets"}
         for subset in subsets:
             own = {**shared, **subset}
             folder = own.pop("image_dir", None)
             found.append({**({"image_directory": folder} if folder is not None else {}), **own})
-    return {"general": document.get("general", {}), "datasets": found}
+    return {"general": general, "datasets": found}

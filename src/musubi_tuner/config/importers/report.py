@@ -35,7 +35,8 @@ class Report:
         """Source keys of all lists, in their order."""
         lists = (self.carried, self.converted, self.dropped_harmless, self.dropped_changes_result, self.unknown,
                  self.refused, self.needs_you)  # fmt: skip
-        return [entry[0] for entries in lists for entry in entries] + self.secrets_removed
+        found = [entry[0] for entries in lists for entry in entries] + self.secrets_removed
+        return [key for key in found if not key.startswith("(")]  # those are of keys that are missing
 
     def as_data(self) -> dict[str, Any]:
         """The lists as plain values."""

@@ -22,7 +22,7 @@ def _ranks_of_a_file(config: RunConfig) -> Iterator[Diagnostic]:
     if adapter.type == "none" or not adapter.rank_from_weights:
         return
     if adapter.init_from is None:
-        text = "needs adapter.init_from, the file whose ranks are taken"
+        text = "needs adapter.init_from, the file to read the ranks from"
         yield error("V44", "adapter.rank_from_weights", text, "adapter.init_from")
     for index, target in enumerate(adapter.targets if "adapter.targets" in config.set_keys() else []):
         for name in ("rank", "alpha", "depth", "enabled"):
@@ -44,7 +44,7 @@ def _preset_is_used(config: RunConfig) -> Iterator[Diagnostic]:
         and not adapter.rank_from_weights
         and set(given) <= set(config.set_keys())
     ):
-        text = f"has no effect because all that it sets is written: {', '.join(given)}"
+        text = f"has no effect because everything it sets is also set explicitly: {', '.join(given)}"
         yield warning(NO_EFFECT, "adapter.preset", text, *given)
 
 

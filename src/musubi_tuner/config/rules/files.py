@@ -36,7 +36,7 @@ def _name_of_output(config: RunConfig) -> Iterator[Diagnostic]:
     except UnicodeEncodeError as problem:
         yield error("P02", "run.output_dir", f"is {folder!r}: {describe_unwritable(problem)}")
     except UnicodeDecodeError:
-        yield error("P02", "run.output_dir", f"is {folder!r}, a name that is no UTF-8; choose another")
+        yield error("P02", "run.output_dir", f"is {folder!r}, which is not valid UTF-8; choose another name")
 
 
 @rule("P01", "model.init")

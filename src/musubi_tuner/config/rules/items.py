@@ -34,8 +34,8 @@ def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
             said.add(place)
             if count == 1:
                 text = (
-                    "makes another caption each time, and captions are encoded once; set cache.text_variants to how many are made of "
-                    "each, 8 for example"
+                    "changes captions at random, but captions are encoded once. Set cache.text_variants to the number of versions to encode, "
+                    "for example 8"
                 )
                 fix = [("cache.text_variants", 8)]
                 yield error(_CODES.get(key, "V05"), place, text, "cache.text_variants", fix=fix)
@@ -60,8 +60,8 @@ def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
             if place not in said:
                 said.add(place)
                 text = (
-                    "makes another picture each time, and pictures are encoded once; set cache.latent_variants to how many are made of "
-                    "each, 4 for example"
+                    "changes pictures at random, but pictures are encoded once. Set cache.latent_variants to the number of versions to "
+                    "encode, for example 4"
                 )
                 code = "V03" if key == "random_crop" else "V04"
                 yield error(code, place, text, "cache.latent_variants", fix=[("cache.latent_variants", 4)])
@@ -75,16 +75,16 @@ def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
     said = set[str]()
     for dataset in config.datasets:
         text, moves = dataset.text, dataset.text.shuffle_caption or dataset.text.caption_tag_dropout_rate
-        for key in ("keep_tokens", "keep_tokens_separator", "secondary_separator"):
+        for key in ("keep_tokens", "keep_tokens_separator"):
             place = _place(config, dataset.name, key)
             if getattr(text, key) and not moves and place not in said:
                 said.add(place)
-                reason = "has no effect because no parts are shuffled or dropped"
+                reason = "keeps nothing in its place because no parts are shuffled or dropped"
                 yield warning("V58", place, reason, _place(config, dataset.name, "shuffle_caption"))
         place = _place(config, dataset.name, "keep_tokens")
         if text.keep_tokens and text.keep_tokens_separator and moves and place not in said:
             said.add(place)
-            reason = f"is {text.keep_tokens}, and is used only for captions without {text.keep_tokens_separator!r}"
+            reason = f"is {text.keep_tokens}, but applies only to captions without {text.keep_tokens_separator!r}"
             yield warning("V58", place, reason, _place(config, dataset.name, "keep_tokens_separator"))
 
 
@@ -99,9 +99,10 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
             place = _place(config, dataset.name, key)
             if value == 1 and place not in said:
                 said.add(place)
-                yield error(
-                    "V59", place, "is 1: no caption would be seen; 0.1 of the presentations is usual for the rate"
-                )
+                reason = "is 1, so captions would be dropped in every epoch"
+                if key == "caption_dropout_rate":
+                    reason = "is 1, so all captions would be dropped; 0.1 is usual"
+                yield error("V59", place, reason)
 
 
 @rule("V92", "train.prior_loss_weight")
@@ -111,6 +112,4 @@ def _regularisation(config: RunConfig) -> Iterator[Diagnostic]:
         text = "has no effect because no data set has is_reg"
         yield warning("NA03", "train.prior_loss_weight", text)
     if regular and all(regular):
-        yield error(
-            "V92", "datasets", "all have is_reg: regularisation images stand beside others; leave it out in one of them"
-        )
+        yield error("V92", "datasets", "all have is_reg = true; at least one data set must be without it")

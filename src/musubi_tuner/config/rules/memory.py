@@ -44,7 +44,7 @@ def _products(config: RunConfig) -> Iterator[Diagnostic]:
         )
         yield error("P07", "memory.fp8_compute", text, "run.device", fix=[("memory.fp8_compute", False)])
     if memory.fp8_scale == "block" and "memory.fp8_scale" in config.set_keys():
-        text = 'is "block", which cannot be multiplied in fp8; rows share a scale instead'
+        text = 'is "block", which fp8 multiplication does not support; a scale per row is used instead'
         yield warning("V21", "memory.fp8_scale", text, "memory.fp8_compute", fix=[("memory.fp8_scale", "row")])
 
 

@@ -33,7 +33,7 @@ def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("V29", "scheduler.type scheduler.total_steps scheduler.warmup_steps")
 def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
     length = config.scheduler.total_steps
-    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_steps:
+    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_updates(length):
         yield error(
             "V29",
             "scheduler.total_steps",
@@ -92,7 +92,7 @@ def _large_rate(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V36",
             "optimizer.lr",
-            f"is {config.optimizer.lr}, and {config.optimizer.type} would leave what was learned within a few updates; 1e-4 is usual",
+            f"is {config.optimizer.lr}, and {config.optimizer.type} would destroy the pretrained weights within a few updates; 1e-4 is usual",
             "optimizer.type",
             fix=[("optimizer.lr", 1e-4)],
         )

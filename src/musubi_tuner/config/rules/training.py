@@ -64,7 +64,7 @@ def _drawn(config: RunConfig) -> Iterator[Diagnostic]:
     if sample.prompts is None:
         return
     if not (sample.every_steps or sample.every_epochs or sample.at_first):
-        text = "are given, but no sample.every_steps, every_epochs or at_first"
+        text = "are given, but nothing says when to draw; set sample.every_steps, every_epochs or at_first"
         yield warning("V63", "sample.prompts", text, "sample.every_steps", "sample.every_epochs", "sample.at_first")
     for name in ("width", "height"):
         value, step = getattr(sample, name), config.spec.pixel_step
@@ -102,7 +102,7 @@ def _nothing_saved(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V65",
             "save.every_steps",
-            "and save.every_epochs are off: a crash loses everything, and only a stop that is asked for leaves a state",
+            "and save.every_epochs are off: a crash loses everything; a state is written only when you stop the run",
             "save.every_epochs",
             fix=[("save.every_steps", 500)],
         )
@@ -153,7 +153,7 @@ def _noise_levels(config: RunConfig) -> Iterator[Diagnostic]:
 def _two_weights(config: RunConfig) -> Iterator[Diagnostic]:
     gamma, scheme = config.get("objective.min_snr_gamma"), config.get("objective.weighting_scheme")
     if gamma and config.get("objective.min_snr_form") != "none" and scheme in ("sigma_sqrt", "cosmap"):
-        text = f'is {gamma:g}, and weighting_scheme = "{scheme}": the weights multiply; usually one of them is wanted'
+        text = f'is {gamma:g}, and weighting_scheme = "{scheme}": the weights multiply; usually only one is used'
         yield warning(
             "V15", "objective.min_snr_gamma", text, "objective.weighting_scheme", fix=[("objective.min_snr_gamma", 0.0)]
         )
@@ -176,7 +176,7 @@ def _adaptive_offset(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("V09", "objective.noise_offset objective.multires_noise_iterations")
 def _two_recipes(config: RunConfig) -> Iterator[Diagnostic]:
     if config.get("objective.noise_offset") and config.get("objective.multires_noise_iterations"):
-        text = "and objective.multires_noise_iterations both change the coarse parts of the noise; usually one of them is wanted"
+        text = "and objective.multires_noise_iterations both change the coarse parts of the noise; usually only one is used"
         yield warning("V09", "objective.noise_offset", text, "objective.multires_noise_iterations")
 
 
@@ -184,5 +184,5 @@ def _two_recipes(config: RunConfig) -> Iterator[Diagnostic]:
 def _other_noise(config: RunConfig) -> Iterator[Diagnostic]:
     for key in ("objective.noise_offset", "objective.multires_noise_iterations"):
         if config.get(key):
-            text = "changes the noise of training, and drawing starts from plain noise: expect another brightness"
+            text = "changes the training noise, but sampling starts from plain Gaussian noise; brightness may differ"
             yield warning("V12", key, text)

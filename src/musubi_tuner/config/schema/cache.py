@@ -34,20 +34,19 @@ class CacheSection(Section):
     latent_mode: Literal["sample", "mean"] = param(
         "sample", "Take a seeded sample of the autoencoder's posterior, or its mean."
     )
-    seed: int = param(0, "Seed of the posterior sample.", ge=0, lt=2**32)
+    seed: int = param(0, "Seed of the posterior sample and of random caption and picture versions.", ge=0, lt=2**32)
     latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024, unit="images")
     text_batch_size: int = param(16, "Captions encoded together.", ge=1, le=4096, unit="captions")
     latent_variants: int = param(
         1,
-        "Pictures that are cropped or coloured at random: how many versions of each are drawn and encoded; each presentation takes "
-        "one.",
+        "With random_crop or color_aug: number of versions of each picture to encode. Each time a picture is used, one is chosen.",
         ge=1,
         le=64,
     )
     text_variants: int = param(
         1,
-        "Captions with shuffled or dropped parts and wildcards: how many are drawn of each and encoded; each presentation takes "
-        "one.",
+        "With shuffle, tag dropout or wildcards: number of versions of each caption to encode. Each time an image is used, one is "
+        "chosen.",
         ge=1,
         le=64,
     )

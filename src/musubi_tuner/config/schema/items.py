@@ -40,7 +40,7 @@ class GeneralSection(Section):
     )
     min_bucket_reso: int | None = param(
         None,
-        "Leave out buckets with a shorter side; a multiple of the step, else rounded down.",
+        "Shortest side of a bucket; rounded down to a multiple of the step.",
         ge=1,
         le=16384,
         unit="pixels",
@@ -49,7 +49,7 @@ class GeneralSection(Section):
     )
     max_bucket_reso: int | None = param(
         None,
-        "Leave out buckets with a longer side; a multiple of the step, else rounded up.",
+        "Longest side of a bucket; rounded up to a multiple of the step.",
         ge=1,
         le=16384,
         unit="pixels",
@@ -80,42 +80,42 @@ class GeneralSection(Section):
         min_length=1,
     )
     caption_transform: str | None = param(
-        None, "What is made of a caption: object_relations, imagenet, or package.module:function."
+        None, "Transform applied to captions: object_relations, imagenet, or package.module:function."
     )
 
-    class_tokens: str | None = param(
-        None, "Caption of images that have none, instead of what missing_caption says.", min_length=1
-    )
-    caption_prefix: str | None = param(None, "Put in front of every caption, with a space.", min_length=1)
-    caption_suffix: str | None = param(None, "Put behind every caption, with a space.", min_length=1)
+    class_tokens: str | None = param(None, "Caption for images without one; overrides missing_caption.", min_length=1)
+    caption_prefix: str | None = param(None, "Text added before every caption, separated by a space.", min_length=1)
+    caption_suffix: str | None = param(None, "Text added after every caption, separated by a space.", min_length=1)
     trigger_word: str | None = param(
-        None, "Takes the place of [trigger] in a caption, or stands in front of a caption without it.", min_length=1
+        None, "Replaces [trigger] in captions; added at the front of captions without [trigger].", min_length=1
     )
     caption_separator: str | None = param(
-        None, "Between the parts of a caption; they are joined by it and a space.", min_length=1
+        None, "Separator between the parts (tags) of a caption; rejoined with a space after it.", min_length=1
     )
     shuffle_caption: bool | None = param(None, "Shuffle the parts of a caption; needs cache.text_variants.")
     keep_tokens: int | None = param(
-        None, "The first so many parts are neither shuffled nor dropped.", ge=0, le=1000, unit="parts"
+        None, "Number of leading parts that are never shuffled or dropped.", ge=0, le=1000, unit="parts"
     )
     keep_tokens_separator: str | None = param(
         None,
-        "Parts before it are kept, and those behind a second one; wins over keep_tokens where a caption has it.",
+        "Parts before the first such marker and after the second stay fixed; overrides keep_tokens where present.",
         min_length=1,
     )
     secondary_separator: str | None = param(
-        None, "Parts joined by it move and drop as one; it becomes caption_separator afterwards.", min_length=1
+        None,
+        "Parts joined by it are shuffled and dropped as a unit; then it is replaced by caption_separator.",
+        min_length=1,
     )
     enable_wildcard: bool | None = param(
         None,
-        "{a|b|c} stands for one of them, {{ and }} for braces, and of several lines one is taken; needs cache.text_variants.",
+        "Replace {a|b|c} by a random choice and take one random line of a multi-line caption; {{ and }} are literal braces; needs cache.text_variants.",
     )
     caption_tag_dropout_rate: float | None = param(
-        None, "Share of the parts that are left out; needs cache.text_variants.", ge=0, le=1, step=0.01
+        None, "Probability of dropping each part; needs cache.text_variants.", ge=0, le=1, step=0.01
     )
     caption_dropout_rate: float | None = param(
         None,
-        "Share of presentations without caption; absent = as the run does.",
+        "Probability of training a sample without its caption; absent = the run's setting.",
         ge=0,
         le=1,
         step=0.01,
@@ -124,15 +124,17 @@ class GeneralSection(Section):
         None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, unit="epochs"
     )
     flip_aug: bool | None = param(
-        None, "Train every picture mirrored too: both are cached, and each presentation takes one."
+        None, "Also train on mirrored pictures: both versions are cached, and one is chosen each time."
     )
-    random_crop: bool | None = param(None, "Crop somewhere instead of in the centre; needs cache.latent_variants.")
+    random_crop: bool | None = param(
+        None, "Crop at a random position instead of the centre; needs cache.latent_variants."
+    )
     color_aug: bool | None = param(
-        None, "Change hue or gamma a little in half of the presentations; needs cache.latent_variants."
+        None, "Change hue or gamma a little in half of the versions; needs cache.latent_variants."
     )
     is_reg: bool | None = param(
         None,
-        "Regularisation images: their loss is multiplied by train.prior_loss_weight, and they are repeated as often as the others.",
+        "Regularisation images: their loss is multiplied by train.prior_loss_weight, and they are repeated until they match the number of other images.",
     )
 
     @field_validator("resolution", mode="before")
@@ -175,7 +177,7 @@ class DatasetSection(GeneralSection):
     """One source of pictures with its captions and caches."""
 
     name: str | None = param(
-        None, "How messages and steps call it; absent = datasets[0], datasets[1] and so on.", min_length=1
+        None, "Name used in messages and [[steps]]; absent = datasets[0], datasets[1] and so on.", min_length=1
     )
     image_directory: str | None = param(
         None, "Folder of pictures with caption files beside them.", path=True, min_length=1

@@ -9,7 +9,9 @@ from musubi_tuner.config.when import is_, is_not, on
 class ObjectiveSection(Section):
     """What is learned: times, loss, weights, and what is dropped on the way."""
 
-    timestep_stratified: bool = param(False, "Spread the times of one update evenly over the density.")
+    timestep_stratified: bool = param(
+        False, "Stratified sampling: one time from each equal-probability slice per update."
+    )
     ip_noise_gamma: float | None = param(
         None, "Input perturbation: extra noise of this strength that the model sees and need not predict; 0 = off.",
         ge=0, le=10, step=0.01
@@ -19,7 +21,7 @@ class ObjectiveSection(Section):
     )
     ip_noise_per_sample: bool = param(
         False,
-        "Draw that strength for every sample on its own.",
+        "Draw the strength separately for each sample.",
         when=on("objective.ip_noise_gamma") & on("objective.ip_noise_gamma_random_strength"),
     )
 
@@ -34,7 +36,7 @@ class NoiseRecipe(Section):
 
     noise_offset: float | None = param(
         None,
-        "Noise offset: shift every channel of the noise by a random number of this size; 0 = off.",
+        "Noise offset: add a random constant of this strength to each noise channel; 0 = off.",
         ge=0,
         le=1,
         step=0.01,
@@ -44,17 +46,21 @@ class NoiseRecipe(Section):
     )
     adaptive_noise_scale: float | None = param(
         None,
-        "Added to noise_offset, times how far the channel's mean is from 0; a negative number lessens it.",
+        "Add this times the absolute mean of each latent channel to noise_offset; negative values reduce the offset.",
         ge=-1,
         le=1,
         neutral=0,
     )
     multires_noise_iterations: int | None = param(
-        None, "Multi-resolution noise: how many coarser noises are added; 0 = off.", ge=0, le=10, unit="noises"
+        None,
+        "Multi-resolution noise: number of noise layers added, from full size to coarser ones; 0 = off.",
+        ge=0,
+        le=10,
+        unit="noises",
     )
     multires_noise_discount: float = param(
         0.3,
-        "What each coarser noise counts of the one before.",
+        "Weight of each layer relative to the previous one.",
         gt=0,
         lt=1,
         when=on("objective.multires_noise_iterations"),
@@ -68,7 +74,7 @@ class NoiseLevels(Section):
     min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999, unit="thousandths")
     max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000, unit="thousandths")
     preserve_distribution_shape: bool = param(
-        False, "Cut the density at min_timestep and max_timestep instead of squeezing it between them."
+        False, "Truncate the distribution to min_timestep ... max_timestep instead of rescaling it to that range."
     )
 
 
@@ -86,13 +92,13 @@ class ElementLoss(Section):
 
     loss: Literal["l2", "l1", "huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1"] = param(
         "l2",
-        "Element-wise loss; the last two are huber and smooth_l1 of sd-scripts. See flow/losses.py.",
+        "Element-wise loss. pseudo_huber and pseudo_smooth_l1 are what sd-scripts calls huber and smooth_l1.",
         flat=("loss_type",),
         expert=True,
     )
     huber_delta: float = param(
         0.1,
-        "Where huber turns from square to linear.",
+        "Threshold at which the Huber losses change from quadratic to linear.",
         gt=0,
         le=10,
         when=is_not("objective.loss", "l2", "l1"),
@@ -101,13 +107,13 @@ class ElementLoss(Section):
     )
     huber_schedule: Literal["constant", "exponential", "snr"] = param(
         "constant",
-        "How huber_delta depends on the noise level: not, or from 1 at the image to huber_delta at the noise.",
+        "Threshold by noise level: constant, or falling from 1 (clean image) to huber_delta (pure noise).",
         when=is_not("objective.loss", "l2", "l1"),
         expert=True,
     )
     huber_scale: float = param(
         1.0,
-        "Factor of the scheduled huber_delta.",
+        "Multiplies the scheduled threshold.",
         gt=0,
         le=100,
         when=is_not("objective.loss", "l2", "l1"),

@@ -51,7 +51,7 @@ class RunSection(Section):
     )
     strict: bool = param(
         False,
-        "Refuse to start with a warning, and to resume when library versions, CPU type, threads or processes changed.",
+        "Treat warnings as errors, and refuse to resume when library versions, CPU type, threads or processes changed.",
         resume="free",
         tab="advanced",
         expert=True,

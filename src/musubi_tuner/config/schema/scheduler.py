@@ -15,7 +15,7 @@ class SchedulerSection(Section):
     warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, unit="updates")
     warmup_ratio: float | None = param(
         None,
-        "Warm-up as a share of the whole run, instead of warmup_steps; 0 = as warmup_steps says.",
+        "Warm-up as a fraction of all updates (or of total_steps), instead of warmup_steps; 0 = use warmup_steps.",
         flat=("lr_warmup_ratio",),
         ge=0,
         lt=1,
@@ -40,5 +40,5 @@ class SchedulerSection(Section):
     )  # fmt: skip
 
     def warmup_updates(self, total: int) -> int:
-        """Updates of warm-up in a run of so many."""
+        """Updates of warm-up of a schedule that ends after so many."""
         return int(self.warmup_ratio * total) if self.warmup_ratio else self.warmup_steps

@@ -33,7 +33,7 @@ class TrainSection(Section):
         tab="learning rate",
     )
     prior_loss_weight: float = param(
-        1.0, "Factor of the loss of regularisation images, those of data sets with is_reg.", ge=0, le=10, tab="dataset"
+        1.0, "Loss weight of regularisation images (data sets with is_reg = true).", ge=0, le=10, tab="dataset"
     )
     masked_loss: bool = param(
         False, "Weight the loss of each position by the image's mask; the datasets say where masks are.", tab="dataset"

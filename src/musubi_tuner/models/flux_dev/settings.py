@@ -56,7 +56,8 @@ class FluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseRecipe, 
         "Factor of timestep_sampling = shift (and sigma); above 1 towards noise.",
         gt=0,
         le=100,
-        when=is_("objective.timestep_sampling", "shift", "sigma"),
+        when=is_("objective.timestep_sampling", "shift")
+        | (is_("objective.timestep_sampling", "sigma") & is_("objective.sigma_compat", "exact")),
         rule="V18",
     )
     weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = param(

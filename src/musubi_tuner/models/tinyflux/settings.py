@@ -75,7 +75,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
 
     huber_delta: float = param(
         0.1,
-        "Where huber turns from square to linear, in the loss and in lune_mode.",
+        "Threshold at which the Huber losses change from quadratic to linear, in the loss and in lune_mode.",
         gt=0,
         le=10,
         expert=True,
@@ -92,7 +92,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         le=100,
     )
     weighting_scheme: Literal["none", "cosmap", "sigma_sqrt"] = param(
-        "none", "Loss weight by noise level, beside the min-SNR weight; see flow/noise_levels.py."
+        "none", "Loss weight by noise level, multiplied with the min-SNR weight; see flow/noise_levels.py."
     )
     precision: Literal["float32", "bfloat16"] = param(
         "float32",

@@ -359,7 +359,7 @@ class _Reader(Builder):
         elif known == old:
             self._carry(source, key, old)
         else:
-            self._convert(source, old, key, known, RULES.get((key, known), "our name of it"))
+            self._convert(source, old, key, known, RULES.get((key, known), "renamed"))
 
     def _plain(self, source: str) -> None:
         key, value = PLAIN[source], self.options[source]
