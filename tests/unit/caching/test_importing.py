@@ -174,7 +174,7 @@ def test_headers_say_what_is_known_and_that_it_was_imported(run: Any, columns: C
     assert facts["latents"].pop("image")["sha256"]
     # Neither weights nor precision nor the crop, which an import cannot know.
     assert facts == {
-        "latents": {"latent_mode": "sample", "latent_shift": False, "bucket": [64, 64], "mask": None},
+        "latents": {"latent_mode": "sample", "latent_shift": False, "bucket": [64, 64], "mask": None, "views": None},
         "text": {"t5_max_tokens": 8, "t5_masked": True, "caption": "a red square", "captions": None},
         "experts": {
             "lune_enabled": True, "sol_enabled": True, "expert_input": "random", "expert_time": "reference",
