@@ -23,7 +23,7 @@ from musubi_tuner.data.plan import plan_epoch
 from musubi_tuner.data.sources import scan
 from musubi_tuner.demo.checker import score
 from musubi_tuner.demo.pictures import Combination, combinations, held_out
-from musubi_tuner.device import set_threads
+from musubi_tuner.device import has_bf16, set_threads
 from musubi_tuner.encoders.for_run import TextEncoders
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, FluxProcess
 from musubi_tuner.randomness import uniform
@@ -101,6 +101,7 @@ def train_base(config: RunConfig, model: Flux) -> None:
     )
     average = EMA(model, 0.99, warmup=True)
     model.train()
+    fast_bf16 = has_bf16(torch.device("cpu"))
     step = epoch = 0
     while step < BASE_STEPS:
         for planned in plan_epoch(dataset.plan_items(), seed=1, epoch=epoch)[: BASE_STEPS - step]:
@@ -113,7 +114,7 @@ def train_base(config: RunConfig, model: Flux) -> None:
             draws = make_draws(process, tuple(batch.tensors["latents"].shape[1:]), planned, 1, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * schedule(step)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16):
                 output = training_step(model, process, batch, draws, step)
             (output.loss / len(planned)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
