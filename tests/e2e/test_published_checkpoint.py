@@ -14,7 +14,7 @@ from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
 
 STEP, EPOCH, DECAY = 7, 1, 0.75
 BETAS = (0.9, 0.95)
-UNSEEN = 1e-50  # a learning rate whose updates vanish in float32; 0 is refused
+UNSEEN = 1e-50  # a learning rate whose updates vanish in float32; run.strict refuses 0
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from musubi_tuner.config import Diagnostic, RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.config.diagnostics import InvalidConfig
 from musubi_tuner.config.explain_key import explain_key
-from musubi_tuner.config.exporters import EXPORTS, export
+from musubi_tuner.config.exporters import PROGRAMS, export
 from musubi_tuner.config.importers import TITLES, Imported
 from musubi_tuner.config.importers.read import read_foreign
 from musubi_tuner.config.json_schema import json_schema
@@ -61,7 +61,7 @@ def _main(arguments: Sequence[str]) -> int:
     one.set_defaults(tool="auto", dataset=None, dataset_config=None, json=False)
     one = add("export", "Write a run file as options of another trainer.", _export)
     one.add_argument("file")
-    one.add_argument("--to", choices=list(EXPORTS), required=True)
+    one.add_argument("--to", choices=PROGRAMS, required=True)
     one.add_argument("-o", "--output", required=True, help="file to write")
     one = add("explain", "Say what a setting is, or what a name of another trainer is here.", _explain)
     one.add_argument("key")

@@ -1,6 +1,5 @@
 """Writing a run as options of another trainer, as far as it knows them. Torch-free."""
 
-from collections.abc import Callable
 from typing import Any
 
 import tomli_w
@@ -44,16 +43,22 @@ _OWN: dict[str, dict[str, str]] = {
         "objective.huber_schedule": "huber_schedule", "objective.huber_scale": "huber_scale",
     },
 }  # fmt: skip
-_WORDS: dict[str, dict[Any, Any]] = {
-    "save.dtype": {"float32": "float", "float16": "fp16", "bfloat16": "bf16"},
-    "objective.loss": {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": "smooth_l1"},
-}
+PROGRAMS = tuple(_OWN)
+"""Those that can be written for."""
+_PRECISIONS = {"float32": "float", "float16": "fp16", "bfloat16": "bf16"}
+_LOSSES = {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": "smooth_l1"}
+_SAID_BELOW = ("model.arch", "adapter.type", "model.init", "scheduler.warmup_ratio", "adapter.alpha", "optimizer.weight_decay",
+               "optimizer.eps", "optimizer.betas")  # fmt: skip
+"""Settings that the network module says, or that become part of another option."""
 _NOT_OF_THE_RESULT = ("cache.", "distributed.", "hub.", "log.", "resume.", "demo.", "run.", "schema_version")
 """Settings that are left out without a word: they say how this program works."""
 
 
 def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     """A run as the text of another trainer's option file, and what it cannot say: key and reason.
+
+    Args:
+        to: one of `PROGRAMS`.
 
     Raises:
         ConfigError: for a family that the other program does not train.
@@ -62,10 +67,6 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
         raise ConfigError(f"{config.path}: {config.spec.title} is not trained by other programs")
     if config.adapter.type == "none":
         raise ConfigError(f"{config.path}: trains the model itself; only LoRA runs can be exported")
-    return EXPORTS[to](config, to)
-
-
-def _options(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     names = {**_SHARED, **_OWN[to]}
     written: dict[str, Any] = {"network_module": "networks.lora_flux"}
     lost: list[tuple[str, str]] = []
@@ -73,8 +74,14 @@ def _options(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
         value, name = config.get(key), names.get(key)
         if name is not None and value is not None and value != "auto":
             written[name] = value
-        elif key in _CONVERTED:
-            _CONVERTED[key](value, to, written, lost)
+        elif key == "memory.base_storage":
+            _storage(value, to, written, lost)
+        elif key == "objective.loss":
+            _loss(value, to, written, lost)
+        elif key == "save.dtype":
+            written["save_precision"] = _PRECISIONS[value]
+        elif key in _SAID_BELOW:
+            continue
         elif key in config.set_keys() and is_on(value) and not key.startswith(_NOT_OF_THE_RESULT) and name is None:
             lost.append((key, f"is {value!r}, and there is no such option there"))
     rank = config.adapter.rank
@@ -116,28 +123,7 @@ def _storage(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str,
 
 
 def _loss(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
-    if to == "kohya" and value in _WORDS["objective.loss"]:
-        written["loss_type"] = _WORDS["objective.loss"][value]
+    if to == "kohya" and value in _LOSSES:
+        written["loss_type"] = _LOSSES[value]
     elif value != "l2":
         lost.append(("objective.loss", f"is {value!r}, which {to} does not have"))
-
-
-def _saved(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
-    written["save_precision"] = _WORDS["save.dtype"][value]
-
-
-def _known(value: Any, to: str, written: dict[str, Any], lost: list[tuple[str, str]]) -> None:
-    """Said by the network module."""
-
-
-_CONVERTED: dict[str, Callable[[Any, str, dict[str, Any], list[tuple[str, str]]], None]] = {
-    "memory.base_storage": _storage, "objective.loss": _loss, "save.dtype": _saved, "model.arch": _known, "adapter.type": _known,
-    "model.init": _known, "scheduler.warmup_ratio": _known, "adapter.alpha": _known, "optimizer.weight_decay": _known,
-    "optimizer.eps": _known, "optimizer.betas": _known,
-}  # fmt: skip
-"""Settings whose value becomes another there."""
-EXPORTS: dict[str, Callable[[RunConfig, str], tuple[str, list[tuple[str, str]]]]] = {
-    "musubi": _options,
-    "kohya": _options,
-}
-"""Programs that can be written for."""

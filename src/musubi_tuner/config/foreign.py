@@ -541,3 +541,9 @@ def _table() -> dict[str, Foreign]:
 
 FOREIGN: Mapping[str, Foreign] = _table()
 """Other name -> what it is here."""
+
+
+def wins(name: str) -> bool:
+    """Whether a name, with or without its table, says more than the others of its setting."""
+    entry = FOREIGN.get(name.rpartition(".")[2])
+    return entry is not None and entry.wins

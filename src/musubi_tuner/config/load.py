@@ -154,47 +154,11 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         if parameter.extra("secret") and isinstance(table, dict):
             keep_secret(table.get(parameter.name))
     config, wrong = _validate(values, origins, spec, problems)
-    datasets: list[DatasetConfig] = []
-    before = len(problems)
-    tables = _dataset_tables(values.get("dataset_config"), tables, path, problems)
-    if step is not None and step.use:
-        tables = _chosen_datasets(tables, step, problems)
-    if imported is not None:
-        tables = {**tables, "general": {**imported.general, **tables.get("general", {})}}
-        if imported.datasets:
-            tables.setdefault("datasets", imported.datasets)
-    entries = tables.get("datasets", [])
-    for name in of_items if isinstance(entries, list) and entries else ():
-        if all(isinstance(entry, dict) and name in entry for entry in entries):
-            problems.append(warning("NA03", f"general.{name}", "has no effect because every data set has its own"))
-    if of_items:
-        tables = {**tables, "general": {**tables.get("general", {}), **of_items}}
-    if spec and len(problems) == before:
-        output_dir = None if config is None else config.output_dir
-        datasets, found = resolve_datasets(
-            tables,
-            spec.dataset_defaults,
-            spec.pixel_step,
-            lambda text: locate(text, path),
-            output_dir,
-            spec.finest_step,
-        )
-        datasets = [_checked_experts(dataset, spec, found) for dataset in datasets]
-        cache = config.cache if config is not None else CacheSection()
-        datasets = [
-            replace(
-                dataset,
-                text=replace(
-                    dataset.text,
-                    text_variants=cache.text_variants,
-                    seed=cache.seed,
-                    drop_as_empty=not spec.drops_text,
-                ),
-                views=replace(dataset.views, latent_variants=cache.latent_variants, seed=cache.seed),
-            )
-            for dataset in datasets
-        ]
-        problems += found
+    unread: list[Diagnostic] = []
+    tables = _dataset_tables(values.get("dataset_config"), tables, path, unread)
+    tables = _completed(tables, step, imported, of_items, unread)
+    problems += unread
+    datasets = _datasets(path, tables, config, spec, problems) if spec and not _errors(unread) else []
     if config is not None and spec is not None:
         config._path, config._spec, config._datasets = path, spec, datasets
         config._tables, config._origins, config._step, config._steps = tables, origins, step, steps
@@ -204,10 +168,58 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         problems += in_roles or validate(config, wrong)
     if config is not None and config.run.strict and step is None:  # what acts in another step is no mistake of this one
         problems = [replace(found, level="error") if found.level == "warning" else found for found in problems]
-    if config is None or any(problem.level == "error" for problem in problems):
+    if config is None or _errors(problems):
         raise InvalidConfig(f"{path}, step {step.name}" if step else str(path), problems)
     config._findings = problems
     return config
+
+
+def _errors(problems: list[Diagnostic]) -> bool:
+    """Whether one of some findings is an error."""
+    return any(problem.level == "error" for problem in problems)
+
+
+def _completed(
+    tables: dict[str, Any], step: Step | None, imported: "Imported | None", of_items: dict[str, Any], problems: list[Diagnostic]
+) -> dict[str, Any]:  # fmt: skip
+    """[general] and [[datasets]] with what a step, another trainer's file and the options say of them."""
+    if step is not None and step.use:
+        tables = _chosen_datasets(tables, step, problems)
+    if imported is not None and imported.datasets:
+        tables = {"datasets": imported.datasets, **tables}
+    entries = tables.get("datasets", [])
+    for name in of_items if isinstance(entries, list) and entries else ():
+        if all(isinstance(entry, dict) and name in entry for entry in entries):
+            problems.append(warning("NA03", f"general.{name}", "has no effect because every data set has its own"))
+    general = tables.get("general", {})
+    assumed = imported.general if imported is not None else {}
+    if isinstance(general, dict) and (assumed or of_items):
+        tables = {**tables, "general": {**assumed, **general, **of_items}}
+    return tables
+
+
+def _datasets(
+    path: Path, tables: dict[str, Any], config: RunConfig | None, spec: ModelSpec, problems: list[Diagnostic]
+) -> list[DatasetConfig]:
+    """The data sets of a run; what [cache] and the task say of them is in them."""
+    output_dir = None if config is None else config.output_dir
+    datasets, found = resolve_datasets(
+        tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path), output_dir, spec.finest_step
+    )
+    cache = config.cache if config is not None else CacheSection()
+    leaves_out = spec.drops_text and (config is None or spec.task(config).denoises)
+    datasets = [
+        replace(
+            dataset,
+            text=replace(
+                dataset.text, text_variants=cache.text_variants, seed=cache.seed, drop_as_empty=not leaves_out
+            ),
+            views=replace(dataset.views, latent_variants=cache.latent_variants, seed=cache.seed),
+        )
+        for dataset in (_checked_experts(dataset, spec, found) for dataset in datasets)
+    ]
+    problems += found
+    return datasets
 
 
 def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
@@ -215,11 +227,16 @@ def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
     spec, outside = _family_of(document), document.get("dataset_config")
     rename_aliases(document, "", problems)
     translate(document, "", spec, problems, outside if isinstance(outside, str) else None)
+    for where, entry in _step_tables(document):
+        rename_aliases(entry, where, problems)
+        translate(entry, where, spec, problems, "[general] or [[datasets]]")
+
+
+def _step_tables(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The tables of [[steps]], each with the words before its keys in a message."""
     entries = document.get(TABLE)
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, dict):
-            rename_aliases(entry, f"{TABLE}[{number}].", problems)
-            translate(entry, f"{TABLE}[{number}].", spec, problems, "[general] or [[datasets]]")
+    named = enumerate(entries if isinstance(entries, list) else [])
+    return [(f"{TABLE}[{number}].", entry) for number, entry in named if isinstance(entry, dict)]
 
 
 def _own_names(overrides: Overrides, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,10 +277,8 @@ def _read_steps(
 ) -> tuple[list[Step], dict[str, Any]]:
     """The steps of a file with their options in them, and the options that are left; both arguments may change."""
     rename_aliases(document, "", problems)
-    entries = document.get(TABLE)
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, dict):
-            rename_aliases(entry, f"{TABLE}[{number}].", problems)
+    for where, entry in _step_tables(document):
+        rename_aliases(entry, where, problems)
     given = dict(overrides)
     take_step_options(document, overrides, problems)
     return steps_of(document, problems), {key: value for key, value in given.items() if key not in overrides}

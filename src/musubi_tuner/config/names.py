@@ -8,7 +8,7 @@ from typing import Any
 
 from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
-from musubi_tuner.config.foreign import FOREIGN, Foreign
+from musubi_tuner.config.foreign import FOREIGN, Foreign, wins
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
 from musubi_tuner.config.when import describe
 from musubi_tuner.errors import keep_secret
@@ -178,7 +178,7 @@ def _put(
         if found.wins:
             problems.append(info("NA04", where + written, f"is read as {found.key} = {value}, instead of {first}"))
             target[name], taken[found.key] = found.value, (written, found.value)
-        elif _wins(first):
+        elif wins(first):
             problems.append(
                 info("NA04", where + written, f"is left out: {first} says {found.key} = {shown(found.key, before)}")
             )
@@ -193,8 +193,3 @@ def _put(
     taken[found.key] = (written, found.value)
     rule = f" ({found.rule})" if found.rule else ""
     problems.append(info("NA04", where + written, f"is read as {found.key} = {value}{rule}"))
-
-
-def _wins(name: str) -> bool:
-    entry = FOREIGN.get(name.rpartition(".")[2])
-    return entry is not None and entry.wins

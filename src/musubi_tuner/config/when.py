@@ -12,8 +12,34 @@ Get = Callable[[str], Any]
 """Dotted key -> its value; None if it is absent, or if the family has no such setting."""
 
 
+class When:
+    """A condition; ``&`` and ``|`` join two."""
+
+    def holds(self, get: Get) -> bool:
+        """Whether it is so."""
+        raise NotImplementedError
+
+    def reason(self, get: Get) -> str:
+        """Why it is not so, in words."""
+        raise NotImplementedError
+
+    def about(self) -> tuple[str, ...]:
+        """The settings that it is about."""
+        raise NotImplementedError
+
+    def data(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        raise NotImplementedError
+
+    def __and__(self, other: "When") -> "When":
+        return Every((*(self.parts if isinstance(self, Every) else (self,)), other))
+
+    def __or__(self, other: "When") -> "When":
+        return Some((*(self.parts if isinstance(self, Some) else (self,)), other))
+
+
 @dataclass(frozen=True)
-class Is:
+class Is(When):
     """A setting has one of some values, or is on.
 
     Attributes:
@@ -25,92 +51,57 @@ class Is:
     negated: bool = False
 
     def holds(self, get: Get) -> bool:
-        """Whether it is so."""
         value = get(self.key)
         found = any(value is each or value == each for each in self.values) if self.values else is_on(value)
         return found is not self.negated
 
     def reason(self, get: Get) -> str:
-        """Why it is not so, in words: what the setting is."""
         return f"{self.key} is {describe(get(self.key))}"
 
     def about(self) -> tuple[str, ...]:
-        """The settings that it is about."""
         return (self.key,)
 
     def data(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
         test: dict[str, Any] = (
             {"key": self.key, "in": list(self.values)} if self.values else {"key": self.key, "on": True}
         )
         return {"not": test} if self.negated else test
 
-    def __and__(self, other: "When") -> "When":
-        return Every((self, other))
-
-    def __or__(self, other: "When") -> "When":
-        return Some((self, other))
-
 
 @dataclass(frozen=True)
-class Every:
+class _Joined(When):
+    parts: tuple[When, ...]
+
+    def about(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key for part in self.parts for key in part.about()))
+
+
+class Every(_Joined):
     """All of some conditions."""
 
-    parts: tuple["When", ...]
-
     def holds(self, get: Get) -> bool:
-        """See `Is`."""
         return all(part.holds(get) for part in self.parts)
 
     def reason(self, get: Get) -> str:
-        """See `Is`: the first part that does not hold."""
+        """The first part that does not hold."""
         return next(part.reason(get) for part in self.parts if not part.holds(get))
 
-    def about(self) -> tuple[str, ...]:
-        """See `Is`."""
-        return tuple(dict.fromkeys(key for part in self.parts for key in part.about()))
-
     def data(self) -> dict[str, Any]:
-        """See `Is`."""
         return {"all": [part.data() for part in self.parts]}
 
-    def __and__(self, other: "When") -> "When":
-        return Every((*self.parts, other))
 
-    def __or__(self, other: "When") -> "When":
-        return Some((self, other))
-
-
-@dataclass(frozen=True)
-class Some:
+class Some(_Joined):
     """One of some conditions."""
 
-    parts: tuple["When", ...]
-
     def holds(self, get: Get) -> bool:
-        """See `Is`."""
         return any(part.holds(get) for part in self.parts)
 
     def reason(self, get: Get) -> str:
-        """See `Is`: all parts, none of which holds."""
+        """All parts, none of which holds."""
         return " and ".join(dict.fromkeys(part.reason(get) for part in self.parts))
 
-    def about(self) -> tuple[str, ...]:
-        """See `Is`."""
-        return tuple(dict.fromkeys(key for part in self.parts for key in part.about()))
-
     def data(self) -> dict[str, Any]:
-        """See `Is`."""
         return {"any": [part.data() for part in self.parts]}
-
-    def __and__(self, other: "When") -> "When":
-        return Every((self, other))
-
-    def __or__(self, other: "When") -> "When":
-        return Some((*self.parts, other))
-
-
-When = Is | Every | Some
 
 
 def on(key: str) -> Is:

@@ -9,7 +9,7 @@ from torch import Tensor
 DISTILLATION_MODES = ("cosine", "huber", "soft", "hard", "mse")
 
 
-def huber_loss(prediction: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
+def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 0.1) -> Tensor:
     """Element-wise Huber loss ``0.5 q^2 + delta (a - q)`` with ``a = |prediction - target|``, ``q = min(a, delta)``."""
     distance = (prediction.float() - target.float()).abs()
     capped = distance.clamp(max=delta)
@@ -67,8 +67,7 @@ def element_loss(prediction: Tensor, target: Tensor, kind: str, threshold_B: Ten
         return distance
     threshold = threshold_B.view(-1, *[1] * (prediction.ndim - 1))
     if kind in ("huber", "smooth_l1"):
-        capped = torch.minimum(distance, threshold)
-        loss = 0.5 * capped.square() + threshold * (distance - capped)
+        loss = huber_loss(prediction, target, threshold)
         return loss if kind == "huber" else loss / threshold
     if kind in ("pseudo_huber", "pseudo_smooth_l1"):
         loss = 2 * ((distance.square() + threshold.square()).sqrt() - threshold)

@@ -61,18 +61,9 @@ def sample_timesteps(
         ValueError: for an unknown method.
     """
     narrowed = preserve_shape and (low, high) != (0.0, 1.0)
-    if narrowed and draws_B.device.type == "mps":  # has no float64
-        found = sample_timesteps(
-            draws_B.cpu(),
-            method,
-            logit_mean=logit_mean,
-            logit_std=logit_std,
-            shift=shift,
-            low=low,
-            high=high,
-            preserve_shape=True,
-        )
-        return found.to(draws_B.device)
+    device = draws_B.device
+    if narrowed and device.type == "mps":  # has no float64
+        draws_B = draws_B.cpu()
     if method == "logit_normal":
         draws = draws_B.float()
         if narrowed:
@@ -89,7 +80,7 @@ def sample_timesteps(
     x = flux_shift(x, shift)
     if (low, high) != (0.0, 1.0):
         x = x.clamp(low, high) if preserve_shape else low + x * (high - low)
-    return x.clamp(TIME_MARGIN, 1 - TIME_MARGIN)
+    return x.clamp(TIME_MARGIN, 1 - TIME_MARGIN).to(device)
 
 
 def _normal_below(bound: float, mean: float, std: float, shift: float) -> float:

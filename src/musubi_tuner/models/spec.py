@@ -40,7 +40,8 @@ class AdapterTargets:
     network_module: str
 
 
-OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss")
+OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss",
+                "train.prior_loss_weight")  # fmt: skip
 """Patterns of keys that only act on denoisers."""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
 from musubi_tuner.errors import CheckpointError, DataError, NoAverageError
-from musubi_tuner.files import read_json, read_text
+from musubi_tuner.files import read_json
 from musubi_tuner.weights.hub import Repository
 
 logger = logging.getLogger(__name__)
@@ -340,12 +340,6 @@ def _named(place: _Place, name: str | None, ema: bool) -> str:
     if not place.has(file):
         raise CheckpointError(f"{place.said(file)}: listed in checkpoints.json, but not there")
     return str(file)
-
-
-def _text_of(place: _Place, name: str) -> str:
-    if not place.has(name):
-        raise FileNotFoundError(name)
-    return read_text(place.fetch(name))
 
 
 def _on_hub(

@@ -243,6 +243,18 @@ def test_key_about_items_is_sent_to_the_dataset_tables(key: str, problems: Probl
     assert "[general]" in message
 
 
+def test_an_option_about_items_that_every_data_set_overrides_is_named_and_the_data_sets_stay(load: Load) -> None:
+    data = '[[datasets]]\nimage_directory = "images"\nbatch_size = 3\n'
+    config = load({"batch_size": 2}, data=data)
+    assert [dataset.batch_size for dataset in config.datasets] == [3]
+    assert [(found.code, found.key) for found in config.findings] == [("NA03", "general.batch_size")]
+
+
+def test_an_option_about_items_beside_a_general_that_is_no_table(problems: Problems) -> None:
+    data = '[[datasets]]\nimage_directory = "images"\n'
+    assert problems({"batch_size": 2}, top="general = 5", data=data) == ["general: is 5, expected a table"]
+
+
 @pytest.mark.parametrize(
     ("top", "message"),
     [

@@ -1,5 +1,6 @@
 """Reading other trainers' option files. Every key of the source is in exactly one list of the report. Torch-free."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from musubi_tuner.config.importers.options import import_options
@@ -10,11 +11,11 @@ from musubi_tuner.models.registry import MODELS
 __all__ = ["TITLES", "Imported", "Report", "import_options", "import_published", "is_typed", "recognise"]
 
 
-def import_published(document: dict[str, Any]) -> Imported | None:
+def import_published(document: Mapping[str, Any]) -> Imported | None:
     """Translate the settings of a family's own trainer; None if no family knows them."""
     for code in MODELS:
         published = MODELS[code].published
-        imported = published.read_settings(document) if published else None
+        imported = published.read_settings(dict(document)) if published else None
         if imported is not None:
             return imported
     return None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from musubi_tuner.config.foreign import DTYPES, OPTIMIZERS, SCHEDULERS
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.options import VARIANTS
 from musubi_tuner.config.importers.report import Imported
@@ -58,7 +59,7 @@ ITEMS: dict[str, str] = {
     "buckets": "enable_bucket", "bucket_tolerance": "bucket_reso_steps",
 }  # fmt: skip
 """Key of a data set there -> ours."""
-DTYPES = {
+PRECISIONS = {
     "bf16": "bf16",
     "bfloat16": "bf16",
     "fp16": "fp16",
@@ -67,19 +68,15 @@ DTYPES = {
     "float32": "no",
     "float": "no",
 }
-SAVED = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "fp32": "float32",
-         "float32": "float32", "float": "float32"}  # fmt: skip
-OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adam8bit": "AdamW8bit", "adafactor": "Adafactor"}
-SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
 TIMES = {"sigmoid": "sigmoid", "linear": "uniform", "shift": "flux_shift", "flux_shift": "flux_shift"}
 LOSSES = {"mse": "l2", "mae": "l1"}
 WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "train.dtype": ("train.mixed_precision", DTYPES),
-    "train.optimizer": ("optimizer.type", OPTIMIZERS),
+    "train.dtype": ("train.mixed_precision", PRECISIONS),
+    "train.optimizer": ("optimizer.type", {**OPTIMIZERS, "adam8bit": "AdamW8bit"}),
     "train.lr_scheduler": ("scheduler.type", SCHEDULERS),
     "train.timestep_type": ("objective.timestep_sampling", TIMES),
     "train.loss_type": ("objective.loss", LOSSES),
-    "save.dtype": ("save.dtype", SAVED),
+    "save.dtype": ("save.dtype", DTYPES),
     "sample.sampler": ("sample.solver", {"flowmatch": "euler", "euler": "euler", "heun": "heun"}),
     "network.type": ("adapter.type", {"lora": "lora"}),
 }

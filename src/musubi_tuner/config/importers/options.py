@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
-from musubi_tuner.config.foreign import FOREIGN
+from musubi_tuner.config.foreign import FOREIGN, wins
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
@@ -28,7 +28,6 @@ from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.models.registry import MODELS, called, foreign_family, trained_elsewhere
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
-OTHER_PROGRAM = "belongs to another architecture of musubi-tuner"
 OWN_TABLES = ("accelerate", "cache")
 LAYERS = ("preset", "train_double_block_indices", "train_single_block_indices", "network_reg_dims", "network_reg_lrs")
 """Arguments of networks that choose layers in another way."""
@@ -117,12 +116,6 @@ def _data_sets(text: str, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _wins(name: str) -> bool:
-    """Whether a name says more than others of its setting."""
-    entry = FOREIGN.get(name)
-    return entry is not None and entry.wins
-
-
 class _Importer(Builder):
     def __init__(self, locate: Callable[[str], Path], tool: str) -> None:
         super().__init__()
@@ -159,7 +152,7 @@ class _Importer(Builder):
         self.spec = MODELS.get(str(self.values.get("model.arch")))
         self._special(options)
         self._folders(options)
-        for key, value in sorted(options.items(), key=lambda pair: not _wins(pair[0])):
+        for key, value in sorted(options.items(), key=lambda pair: not wins(pair[0])):
             self._plain(key, value)
         self._captions()
         self._defaults()
@@ -568,7 +561,7 @@ class _Importer(Builder):
     def _again(self, source: str, key: str, value: Any) -> None:
         """A setting that another key has set already: harmless if both agree, or if that one decides."""
         first = self.names.get(key, "")
-        if self.values[key] == value or _wins(first) or first == "" or (key == "optimizer.type" and value is None):
+        if self.values[key] == value or wins(first) or first == "" or (key == "optimizer.type" and value is None):
             self.report.dropped_harmless.append((source, f"{first or key} says it"))
         else:
             reason = (

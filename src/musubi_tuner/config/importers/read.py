@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.config.importers import import_published
 from musubi_tuner.config.importers.ai_toolkit import import_ai_toolkit
 from musubi_tuner.config.importers.options import import_options
 from musubi_tuner.config.importers.report import Imported
@@ -17,14 +18,11 @@ from musubi_tuner.config.paths import locate
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import read_json, read_text
-from musubi_tuner.models.registry import MODELS
 
 LARGEST = 1 << 20
 """Bytes of a file; configs are small."""
 SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
-LAUNCHERS = ("accelerate", "launch", "python", "python3", "torchrun", "uv", "run", "poetry", "env")
-LAUNCH_OPTIONS = {"num_processes": "num_processes", "mixed_precision": "mixed_precision",
-                  "num_cpu_threads_per_process": "num_cpu_threads_per_process", "main_process_port": "main_process_port"}  # fmt: skip
+LAUNCH_OPTIONS = ("num_processes", "mixed_precision", "num_cpu_threads_per_process", "main_process_port")
 
 
 def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = None) -> Imported:
@@ -42,7 +40,7 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
     if path.stat().st_size > LARGEST:
         raise ConfigError(f"{path}: is {path.stat().st_size} bytes; a config has at most {LARGEST}")
     document, notes = _document(path, tool)
-    published = _published(document) if tool is None else None
+    published = import_published(document) if tool is None else None
     if published is not None:
         return published
     kind = {"shell": None}.get(tool or "", tool) or recognise(document)
@@ -62,16 +60,6 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
         tables = data_tables(dataset)
         found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
     return found
-
-
-def _published(document: Mapping[str, Any]) -> Imported | None:
-    """The settings of a family's own trainer."""
-    for code in MODELS:
-        published = MODELS[code].published
-        imported = published.read_settings(dict(document)) if published else None
-        if imported is not None:
-            return imported
-    return None
 
 
 def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
@@ -132,7 +120,7 @@ def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str,
         else:
             found[name] = value
     if launch:
-        found["accelerate"] = {LAUNCH_OPTIONS[name]: value for name, value in launch.items()}
+        found["accelerate"] = launch
     return found, unfilled
 
 

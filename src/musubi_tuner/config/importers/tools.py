@@ -142,7 +142,6 @@ _ONLY = {
             "fp8_base_unet",
             "cpu_offload_checkpointing",
             "mem_eff_save",
-            "persistent_data_loader_workers_",
         ]
     ),
     "plan": frozenset(

@@ -24,7 +24,8 @@ def _place(config: RunConfig, name: str, key: str) -> str:
 @rule("V01 V05", "cache.text_variants")
 def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
     count, said = config.cache.text_variants, set[str]()
-    if "text" not in config.spec.task(config).caches:
+    facts = config.spec.task(config)
+    if "text" not in facts.caches and not facts.pixels:
         return
     for dataset in config.datasets:
         for key in dataset.text.dynamic:
@@ -34,8 +35,8 @@ def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
             said.add(place)
             if count == 1:
                 text = (
-                    "changes captions at random, but captions are encoded once. Set cache.text_variants to the number of versions to encode, "
-                    "for example 8"
+                    "changes captions at random, and their versions are made before training. Set cache.text_variants to the number of "
+                    "versions, for example 8"
                 )
                 fix = [("cache.text_variants", 8)]
                 yield error(_CODES.get(key, "V05"), place, text, "cache.text_variants", fix=fix)
@@ -44,15 +45,15 @@ def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
             text = "has no effect because no data set shuffles or drops parts of captions, or has wildcards"
             yield warning("NA03", "cache.text_variants", text)
     elif count > 1:
-        yield info(
-            "V05", "cache.text_variants", f"{count} variants of every caption are encoded; each presentation takes one"
-        )
+        text = f"{count} variants of every caption are made; each presentation takes one"
+        yield info("V05", "cache.text_variants", text)
 
 
 @rule("V03 V04 NA03", "cache.latent_variants")
 def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
     count, said = config.cache.latent_variants, set[str]()
-    if "latents" not in config.spec.task(config).caches:
+    facts = config.spec.task(config)
+    if "latents" not in facts.caches and not facts.pixels:
         return
     for dataset in config.datasets:
         for key in dataset.views.drawn if count == 1 else ():
@@ -60,8 +61,8 @@ def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
             if place not in said:
                 said.add(place)
                 text = (
-                    "changes pictures at random, but pictures are encoded once. Set cache.latent_variants to the number of versions to "
-                    "encode, for example 4"
+                    "changes pictures at random, and their versions are made before training. Set cache.latent_variants to the number of "
+                    "versions, for example 4"
                 )
                 code = "V03" if key == "random_crop" else "V04"
                 yield error(code, place, text, "cache.latent_variants", fix=[("cache.latent_variants", 4)])
@@ -108,6 +109,9 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("V92", "train.prior_loss_weight")
 def _regularisation(config: RunConfig) -> Iterator[Diagnostic]:
     regular = [dataset.is_reg for dataset in config.datasets]
+    if any(regular) and not config.spec.task(config).denoises:
+        place = _place(config, config.datasets[regular.index(True)].name, "is_reg")
+        yield error("NA01", place, f"acts on a denoiser, and this run of {config.spec.title} trains none")
     if config.train.prior_loss_weight != 1 and not any(regular):
         text = "has no effect because no data set has is_reg"
         yield warning("NA03", "train.prior_loss_weight", text)

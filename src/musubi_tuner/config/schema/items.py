@@ -17,6 +17,9 @@ CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 """Transforms that have a name; see data/captions.py."""
 
 
+_BUCKETS = on("general.enable_bucket")
+
+
 class GeneralSection(Section):
     """What holds for all data sets; a data set overrides it by the same key."""
 
@@ -27,7 +30,7 @@ class GeneralSection(Section):
     )
     enable_bucket: bool | None = param(None, "Sort pictures into buckets of about the same area by their proportions.")
     bucket_no_upscale: bool | None = param(
-        None, "Never enlarge a picture: a small one keeps its size, cut to the step.", when=on("general.enable_bucket")
+        None, "Never enlarge a picture: a small one keeps its size, cut to the step.", when=_BUCKETS
     )
     bucket_reso_steps: int | None = param(
         None,
@@ -36,7 +39,7 @@ class GeneralSection(Section):
         le=1024,
         unit="pixels",
         tab="adapter",
-        when=on("general.enable_bucket"),
+        when=_BUCKETS,
     )
     min_bucket_reso: int | None = param(
         None,
@@ -45,7 +48,7 @@ class GeneralSection(Section):
         le=16384,
         unit="pixels",
         tab="adapter",
-        when=on("general.enable_bucket"),
+        when=_BUCKETS,
     )
     max_bucket_reso: int | None = param(
         None,
@@ -54,7 +57,7 @@ class GeneralSection(Section):
         le=16384,
         unit="pixels",
         tab="adapter",
-        when=on("general.enable_bucket"),
+        when=_BUCKETS,
     )
     resize: Resize | None = param(
         None, "How a picture becomes its bucket: crop its centre, or squash all of it.", expert=True

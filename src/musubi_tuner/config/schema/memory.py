@@ -5,6 +5,8 @@ from typing import Literal
 from musubi_tuner.config.fields import Section, param
 from musubi_tuner.config.when import is_, on
 
+_SWAPS, _COMPILES = on("memory.blocks_to_swap"), on("memory.compile")
+
 
 class MemorySection(Section):
     """Trading time for memory."""
@@ -47,7 +49,7 @@ class MemorySection(Section):
         "single_first",
         "Which blocks are swapped: as many single ones as possible first, or both kinds alike.",
         resume="free",
-        when=on("memory.blocks_to_swap"),
+        when=_SWAPS,
         expert=True,
     )
     swap_ring: int = param(
@@ -57,12 +59,12 @@ class MemorySection(Section):
         le=16,
         resume="free",
         unit="blocks",
-        when=on("memory.blocks_to_swap"),
+        when=_SWAPS,
         expert=True,
     )
     swap_pinned: bool = param(
         True, "Pin the main memory of swapped blocks; false = copy through two small pinned buffers, which is slower.",
-        resume="free", when=on("memory.blocks_to_swap"), expert=True
+        resume="free", when=_SWAPS, expert=True
     )  # fmt: skip
     checkpoint_offload: bool = param(
         False, "Checkpoint, and keep the inputs of the blocks in main memory.",
@@ -77,25 +79,25 @@ class MemorySection(Section):
         False, "Compile the blocks with torch.compile: minutes at the start, faster steps.", resume="free"
     )
     compile_backend: str = param(
-        "inductor", "Compiler; torch lists those it knows.", resume="free", when=on("memory.compile"), expert=True
+        "inductor", "Compiler; torch lists those it knows.", resume="free", when=_COMPILES, expert=True
     )
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = param(
         "default",
         "Effort of the compiler. Modes with CUDA graphs do not go with blocks that are compiled one by one.",
         resume="free",
-        when=on("memory.compile"),
+        when=_COMPILES,
         expert=True,
     )
     compile_dynamic: Literal["auto", "true", "false"] = param(
         "auto",
         "Sizes in compiled code: auto = fixed at first and symbolic from the second bucket on.",
         resume="free",
-        when=on("memory.compile"),
+        when=_COMPILES,
         expert=True,
     )
     compile_limit: int = param(
         32, "How often one kind of block may be compiled; more is an error.", flat=("compile_cache_size_limit",), ge=1,
-        resume="free", when=on("memory.compile"), expert=True
+        resume="free", when=_COMPILES, expert=True
     )  # fmt: skip
 
     @property

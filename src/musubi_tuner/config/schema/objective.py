@@ -31,6 +31,10 @@ _NORMAL = is_("objective.timestep_sampling", "logit_normal", "logsnr", "qinglong
 )
 
 
+HUBER = is_not("objective.loss", "l2", "l1")
+"""Where the element-wise loss has a threshold."""
+
+
 class NoiseRecipe(Section):
     """What is done to the noise before it meets the image."""
 
@@ -101,14 +105,14 @@ class ElementLoss(Section):
         "Threshold at which the Huber losses change from quadratic to linear.",
         gt=0,
         le=10,
-        when=is_not("objective.loss", "l2", "l1"),
+        when=HUBER,
         flat=("huber_c",),
         expert=True,
     )
     huber_schedule: Literal["constant", "exponential", "snr"] = param(
         "constant",
         "Threshold by noise level: constant, or falling from 1 (clean image) to huber_delta (pure noise).",
-        when=is_not("objective.loss", "l2", "l1"),
+        when=HUBER,
         expert=True,
     )
     huber_scale: float = param(
@@ -116,7 +120,7 @@ class ElementLoss(Section):
         "Multiplies the scheduled threshold.",
         gt=0,
         le=100,
-        when=is_not("objective.loss", "l2", "l1"),
+        when=HUBER,
         expert=True,
     )
 

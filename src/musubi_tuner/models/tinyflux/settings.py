@@ -10,6 +10,7 @@ from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.config.schema.model import AveragedCheckpoint, HiddenPadding, ModelSection, NewModel
 from musubi_tuner.config.schema.objective import (
+    HUBER,
     ElementLoss,
     LogitNormal,
     MinSnr,
@@ -17,7 +18,7 @@ from musubi_tuner.config.schema.objective import (
     NoiseRecipe,
     ObjectiveSection,
 )
-from musubi_tuner.config.when import is_, is_not, on
+from musubi_tuner.config.when import is_, on
 from musubi_tuner.models.tinyflux.geometry import ModelOptions
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
     )
 
 
+_TEACHERS = on("experts.enable_lune") | on("experts.enable_sol")
+_LEARNS_LUNE = on("experts.enable_lune") & is_("adapter.type", "none")
+_LEARNS_SOL = on("experts.enable_sol") & is_("adapter.type", "none")
 _EMBEDDED = is_("model.init", "checkpoint") | on("model.geometry.guidance_embeds")
 
 
@@ -80,8 +84,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         le=10,
         expert=True,
         flat=("huber_c",),
-        when=is_not("objective.loss", "l2", "l1")
-        | (is_("objective.lune_mode", "huber") & on("experts.enable_lune") & is_("adapter.type", "none")),
+        when=HUBER | (is_("objective.lune_mode", "huber") & _LEARNS_LUNE),
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = param("logit_normal", "Density of the training times.")
     shift: float = param(
@@ -123,19 +126,19 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         "Weight of the Lune distillation loss.",
         ge=0,
         le=100,
-        when=on("experts.enable_lune") & is_("adapter.type", "none"),
+        when=_LEARNS_LUNE,
     )
     lune_warmup_steps: int = param(
         1000,
         "Updates until the Lune weight is reached.",
         ge=0,
         unit="updates",
-        when=on("experts.enable_lune") & is_("adapter.type", "none"),
+        when=_LEARNS_LUNE,
     )
     lune_mode: Literal["cosine", "huber", "soft", "hard", "mse"] = param(
         "cosine",
         "Distance between predicted and real Lune features.",
-        when=on("experts.enable_lune") & is_("adapter.type", "none"),
+        when=_LEARNS_LUNE,
     )
     lune_teacher_dropout: float = param(
         0.1, "Share of samples that use the predictor instead of Lune.", ge=0, le=1, when=on("experts.enable_lune")
@@ -145,28 +148,28 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         "Weight of the Sol distillation loss.",
         ge=0,
         le=100,
-        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+        when=_LEARNS_SOL,
     )
     sol_stats_weight: float = param(
         1.0,
         "Share of the attention statistics in the Sol loss.",
         ge=0,
         le=100,
-        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+        when=_LEARNS_SOL,
     )
     sol_spatial_weight: float = param(
         1.0,
         "Share of the attention map in the Sol loss.",
         ge=0,
         le=100,
-        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+        when=_LEARNS_SOL,
     )
     sol_warmup_steps: int = param(
         2000,
         "Updates until the Sol weight is reached.",
         ge=0,
         unit="updates",
-        when=on("experts.enable_sol") & is_("adapter.type", "none"),
+        when=_LEARNS_SOL,
     )
     sol_teacher_dropout: float = param(
         0.1, "Share of samples that use the predictor instead of Sol.", ge=0, le=1, when=on("experts.enable_sol")
@@ -174,7 +177,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
     teacher_dropout_mode: Literal["sample", "batch"] = param(
         "sample",
         "One coin per sample, or one per micro-batch as published.",
-        when=on("experts.enable_lune") | on("experts.enable_sol"),
+        when=_TEACHERS,
         expert=True,
     )
     missing_teacher: Literal["predict", "zeros"] = param(
@@ -186,14 +189,13 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
     distill_on_dropped: bool = param(
         True,
         "Samples whose teacher is dropped still count in the distillation loss.",
-        when=(on("experts.enable_lune") | on("experts.enable_sol"))
-        & (is_("adapter.type", "none") | on("objective.spatial_weighting")),
+        when=_TEACHERS & (is_("adapter.type", "none") | on("objective.spatial_weighting")),
         expert=True,
     )
     drop_experts_with_text: bool = param(
         True,
         "Samples without text also lose the teacher features, which were made from the text.",
-        when=on("experts.enable_lune") | on("experts.enable_sol"),
+        when=_TEACHERS,
         expert=True,
     )
 
@@ -207,7 +209,7 @@ class TinyFluxCache(CacheSection):
         ge=1,
         le=256,
         unit="images",
-        when=on("experts.enable_lune") | on("experts.enable_sol"),
+        when=_TEACHERS,
     )
 
 
