@@ -190,7 +190,12 @@ def test_settings_of_roles_are_checked_like_those_of_the_run(
     assert "roles.vae.scheduler.min_lr: is 0.5, above optimizer.lr = 0.01" in text
     assert 'roles.vae.ema.init: is "checkpoint", but model.init is "scratch"' in text
     assert "validation.split: acts on a denoiser" in text and "max_grad_norm" not in text
-    words = ["general.random_crop=true", "general.shuffle_caption=true", "general.is_reg=true", "train.prior_loss_weight=0.5"]
+    words = [
+        "general.random_crop=true",
+        "general.shuffle_caption=true",
+        "general.is_reg=true",
+        "train.prior_loss_weight=0.5",
+    ]
     text = refused(*(word for each in words for word in ("--set", each)))
     assert "general.random_crop: changes pictures at random" in text
     assert "general.shuffle_caption: changes captions at random" in text

@@ -1,15 +1,15 @@
 """Rules of [general] and [[datasets]] beside other settings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
 
 ITEMS = Rules()
 rule = ITEMS.rule
-_CODES = {"shuffle_caption": "V01"}
 
 
 def _place(config: RunConfig, name: str, key: str) -> str:
@@ -21,54 +21,52 @@ def _place(config: RunConfig, name: str, key: str) -> str:
     return f"{name}.{key}" if key in own else f"general.{key}"
 
 
-@rule("V01 V05", "cache.text_variants")
+@rule("V01 V05 NA03", "cache.text_variants")
 def _captions_that_change(config: RunConfig) -> Iterator[Diagnostic]:
-    count, said = config.cache.text_variants, set[str]()
-    facts = config.spec.task(config)
-    if "text" not in facts.caches and not facts.pixels:
-        return
-    for dataset in config.datasets:
-        for key in dataset.text.dynamic:
-            place = _place(config, dataset.name, key)
-            if place in said:
-                continue
-            said.add(place)
-            if count == 1:
-                text = (
-                    "changes captions at random, and their versions are made before training. Set cache.text_variants to the number of "
-                    "versions, for example 8"
-                )
-                fix = [("cache.text_variants", 8)]
-                yield error(_CODES.get(key, "V05"), place, text, "cache.text_variants", fix=fix)
-    if count > 1 and not any(dataset.text.dynamic for dataset in config.datasets):
-        if "cache.text_variants" in config.set_keys():
-            text = "has no effect because no data set shuffles or drops parts of captions, or has wildcards"
-            yield warning("NA03", "cache.text_variants", text)
-    elif count > 1:
-        text = f"{count} variants of every caption are made; each presentation takes one"
-        yield info("V05", "cache.text_variants", text)
+    yield from _versions(
+        config, "text", "captions", {name: dataset.text.dynamic for name, dataset in _named(config)}, 8
+    )
 
 
-@rule("V03 V04 NA03", "cache.latent_variants")
+@rule("V03 V04 V05 NA03", "cache.latent_variants")
 def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
-    count, said = config.cache.latent_variants, set[str]()
-    facts = config.spec.task(config)
-    if "latents" not in facts.caches and not facts.pixels:
+    yield from _versions(
+        config, "latents", "pictures", {name: dataset.views.drawn for name, dataset in _named(config)}, 4
+    )
+
+
+_CODES = {"shuffle_caption": "V01", "random_crop": "V03", "color_aug": "V04"}
+_CHANGES = {
+    "captions": "shuffles or drops parts of captions, or has wildcards",
+    "pictures": "crops or colours its pictures at random",
+}
+
+
+def _named(config: RunConfig) -> list[tuple[str, DatasetConfig]]:
+    return [(dataset.name, dataset) for dataset in config.datasets]
+
+
+def _versions(
+    config: RunConfig, kind: str, what: str, changing: Mapping[str, Sequence[str]], usual: int
+) -> Iterator[Diagnostic]:
+    """What changes at random needs versions, and versions need something that changes.
+
+    Args:
+        kind: of the cache that holds them. changing: by data set, the keys that ask for change. usual: number of versions.
+    """
+    facts, key = config.spec.task(config), "cache.text_variants" if what == "captions" else "cache.latent_variants"
+    count = config.get(key)
+    if kind not in facts.caches and not facts.pixels:
         return
-    for dataset in config.datasets:
-        for key in dataset.views.drawn if count == 1 else ():
-            place = _place(config, dataset.name, key)
-            if place not in said:
-                said.add(place)
-                text = (
-                    "changes pictures at random, and their versions are made before training. Set cache.latent_variants to the number of "
-                    "versions, for example 4"
-                )
-                code = "V03" if key == "random_crop" else "V04"
-                yield error(code, place, text, "cache.latent_variants", fix=[("cache.latent_variants", 4)])
-    if count > 1 and not any(dataset.views.drawn for dataset in config.datasets):
-        text = "has no effect because no data set crops or colours its pictures at random"
-        yield warning("NA03", "cache.latent_variants", text)
+    places = {_place(config, name, own): own for name, keys in changing.items() for own in keys}
+    if count == 1:
+        for place, own in places.items():
+            text = f"changes {what} at random, and their versions are made before training. Set {key} to the number of versions, for "
+            yield error(_CODES.get(own, "V05"), place, f"{text}example {usual}", key, fix=[(key, usual)])
+    elif not places:
+        yield warning("NA03", key, f"has no effect because no data set {_CHANGES[what]}")
+    else:
+        yield info("V05", key, f"{count} versions of the {what} are made; each presentation takes one")
 
 
 @rule("V58")
