@@ -11,15 +11,16 @@ import tomli_w
 
 from musubi_tuner.config import Diagnostic, RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
-from musubi_tuner.config.diagnostics import InvalidConfig
+from musubi_tuner.config.diagnostics import InvalidConfig, error
 from musubi_tuner.config.explain_key import explain_key
 from musubi_tuner.config.exporters import PROGRAMS, export
 from musubi_tuner.config.importers import TITLES, Imported
 from musubi_tuner.config.importers.read import read_foreign
 from musubi_tuner.config.json_schema import json_schema
-from musubi_tuner.config.load import load_steps
+from musubi_tuner.config.load import STEP, load_steps
 from musubi_tuner.config.pipeline import TABLE
 from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.when import describe
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_text
@@ -72,6 +73,8 @@ def _main(arguments: Sequence[str]) -> int:
     words, overrides = split_overrides(arguments, _own_options(commands))
     options = parser.parse_args(words)
     options.overrides = overrides
+    if overrides and options.do not in (_validate, _export, _resolve):
+        raise ConfigError(f"{options.command}: takes no settings of a run, and {', '.join(overrides)} was given")
     return options.do(options)  # type: ignore[no-any-return]
 
 
@@ -89,10 +92,11 @@ def _validate(options: argparse.Namespace) -> int:
     path = Path(options.file)
     try:
         configs = _read(path, options.overrides)
-    except InvalidConfig as problem:
+    except ConfigError as problem:
         if not options.json:
             raise
-        print(json.dumps([as_data(finding) for finding in problem.findings], indent=2, ensure_ascii=False))
+        found = problem.findings if isinstance(problem, InvalidConfig) else [error("P01", str(path), str(problem))]
+        print(json.dumps([as_data(finding) for finding in found], indent=2, ensure_ascii=False))
         return ConfigError.exit_code
     found = [finding for config in configs for finding in config.findings]
     if options.json:
@@ -106,13 +110,18 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path, overrides: dict[str, Any]) -> list[RunConfig]:
-    return load_steps(path, overrides) if TABLE in read_toml(path) else [load_config(path, overrides)]
+    several = TABLE in read_toml(path) and STEP not in overrides
+    return load_steps(path, overrides) if several else [load_config(path, overrides)]
 
 
 def _import(options: argparse.Namespace) -> int:
     source, target = Path(options.file), Path(options.output)
     if target.exists():
         raise ConfigError(f"--output {target}: exists already; choose another name")
+    if options.dataset and options.dataset_config:
+        raise ConfigError(
+            "--dataset takes the data sets into the run file, and --dataset_config names their file; give one"
+        )
     tool = {"auto": None, "seed-json": "plan"}.get(options.tool, options.tool)
     imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
     report, errors = imported.report, 0
@@ -156,9 +165,8 @@ def _tables(imported: Imported, dataset_config: str | None, note: Callable[[str]
         tables["dataset_config"] = dataset_config
     if "dataset_config" in tables:
         if imported.general:
-            note(
-                "note       keys missing from the data set file take our defaults now: check resolution and enable_bucket there"
-            )
+            assumed = ", ".join(f"{key} = {describe(value)}" for key, value in imported.general.items())
+            note(f"note       where the data set file does not say them, write into its [general]: {assumed}")
         return tables
     if imported.general:
         tables["general"] = imported.general

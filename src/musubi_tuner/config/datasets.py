@@ -156,17 +156,15 @@ def _other_name(
     if entry is None:
         problems.append(error("U01", place, f"unknown key.{did_you_mean(key, section.model_fields)}"))
         return
-    owner, _, name = entry.key.partition(".")
+    owner, _, name = entry.key.partition(".")  # entries for items convert nothing
     if entry.refused and not entry.is_neutral(value):
         problems.append(error("NA01", place, f"is {describe(value)}, which {entry.refused}"))
     elif owner in ("general", "datasets") and name in section.model_fields:
         if name in table or name in values:
             problems.append(error("U05", place, f"is another name of {name}, which is set too; keep one"))
             return
-        converted = entry.convert(value) if entry.convert else value
-        if converted is not None:
-            values[name] = converted
-            problems.append(info("NA04", place, f"is read as {name} = {describe(converted)}"))
+        values[name] = value
+        problems.append(info("NA04", place, f"is read as {name} = {describe(value)}"))
     elif entry.key:
         problems.append(error("U01", place, f"is a setting of the run: write {entry.key} outside the data sets"))
     else:
@@ -271,14 +269,17 @@ def _resolve_one(
         if values.get(key) is not None and values["enable_bucket"] and side != values[key]:
             text = f"is {values[key]}, which is not a multiple of {step}; {side} is used"
             problems.append(warning("V51", f"{where}.{key}", text, fix=[(f"{where}.{key}", side)]))
-    for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"):
-        if values.get(key) is not None and not values["enable_bucket"]:
-            said = warning(
-                "V54", f"{where if key in own else 'general'}.{key}", "has no effect because enable_bucket is false"
-            )
-            problems.extend([said] if said not in problems else [])
-    if own.get("bucket_no_upscale") and not values["enable_bucket"]:
-        problems.append(warning("V54", f"{where}.bucket_no_upscale", "has no effect because enable_bucket is false"))
+
+    def idle(code: str, key: str, reason: str) -> None:
+        said = warning(code, f"{where if key in own else 'general'}.{key}", f"has no effect because {reason}")
+        problems.extend([said] if said not in problems else [])
+
+    for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
+        if values.get(key) and not values["enable_bucket"]:
+            idle("V54", key, "enable_bucket is false")
+    if values.get("random_crop") and values.get("resize") == "squash":
+        idle("NA03", "random_crop", 'resize is "squash", which crops nothing')
+        values = {**values, "random_crop": False}
     if values["enable_bucket"]:
         smallest = int((width * height) ** 0.5) // 2
         if smallest < step:
@@ -297,6 +298,9 @@ def _resolve_one(
             )
         if values.get("caption_transform") == "imagenet":
             problems.append(error("V90", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file'))
+    else:
+        for key in [key for key in ("recursive", "caption_extension") if own.get(key)]:
+            idle("NA03", key, "pictures and captions are named by image_jsonl_file")
     mask_source = _mask_source(where, own, values, problems)
     if sum(problem.level == "error" for problem in problems) > before:
         return None
@@ -354,6 +358,8 @@ def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], proble
 
     directory, listing = "mask_directory" in own, "image_jsonl_file" in own
     source: MaskSource = values.get("mask_source") or ("file" if directory or listing else "none")
+    if own.get("alpha_mask") is False and source == "alpha":
+        refuse("alpha_mask", 'is false, but mask_source is "alpha"; write mask_source = "none"')
     if values.get("alpha_mask"):
         if values.get("mask_source", "alpha") != "alpha":
             refuse("alpha_mask", f'is true, but mask_source is "{source}"; keep one')

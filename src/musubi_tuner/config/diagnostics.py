@@ -93,10 +93,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class InvalidConfig(ConfigError):
-    """A config with mistakes; ``findings`` are all of them, and what else was found."""
+    """A config with mistakes; ``findings`` are all of them, and what else was found; ``message`` if it is not that of `format_problems`."""
 
-    def __init__(self, source: str, findings: Sequence[Diagnostic]) -> None:
-        super().__init__(format_problems(source, [found for found in findings if found.level == "error"]))
+    def __init__(self, source: str, findings: Sequence[Diagnostic], message: str | None = None) -> None:
+        super().__init__(message or format_problems(source, [found for found in findings if found.level == "error"]))
         self.findings = list(findings)
 
 

@@ -47,6 +47,8 @@ PROGRAMS = tuple(_OWN)
 """Those that can be written for."""
 _PRECISIONS = {"float32": "float", "float16": "fp16", "bfloat16": "bf16"}
 _LOSSES = {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": "smooth_l1"}
+_DECIDED_HERE = ("train.mixed_precision", "memory.blocks_to_swap")
+_COUNTS = ("_every_n_steps", "_every_n_epochs")
 _SAID_BELOW = ("model.arch", "adapter.type", "model.init", "scheduler.warmup_ratio", "adapter.alpha", "optimizer.weight_decay",
                "optimizer.eps", "optimizer.betas")  # fmt: skip
 """Settings that the network module says, or that become part of another option."""
@@ -72,7 +74,11 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     lost: list[tuple[str, str]] = []
     for key in config.origins:
         value, name = config.get(key), names.get(key)
-        if name is not None and value is not None and value != "auto":
+        if name is not None and value == "auto" and key in _DECIDED_HERE:
+            lost.append((key, 'is "auto", which this program decides; write a value of theirs'))
+        elif key == "sample.prompts" and isinstance(value, list):
+            lost.append((key, f"are in the run file; write them to a file, and {name} = its path"))
+        elif name is not None and value is not None and value != "auto" and not (name.endswith(_COUNTS) and value == 0):
             written[name] = value
         elif key == "memory.base_storage":
             _storage(value, to, written, lost)

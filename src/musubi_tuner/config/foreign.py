@@ -45,16 +45,15 @@ class Foreign:
         )
 
 
-def _one_of(table: Mapping[str, Any], *, lower: bool = True) -> Callable[[Any], Any]:
+def _one_of(table: Mapping[str, Any]) -> Callable[[Any], Any]:
     """A word of theirs as one of ours."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("a text")
-        word = value.lower() if lower else value
-        if word not in table:
+        if value.lower() not in table:
             raise ValueError(f"one of {', '.join(str(each) for each in table if each)}")
-        return table[word]
+        return table[value.lower()]
 
     return convert
 
@@ -129,6 +128,8 @@ ALIASES: dict[str, str] = {
     "train_batch_size": "general.batch_size",
     "dataset_repeats": "general.num_repeats",
     "caption_ext": "general.caption_extension",
+    "caption_extention": "general.caption_extension",
+    "cpu_offload_checkpointing": "memory.checkpoint_offload",
     "image_dir": "datasets.image_directory",
     "train_data_dir": "datasets.image_directory",
     "dataset_dir": "datasets.image_directory",
@@ -148,7 +149,6 @@ ALIASES: dict[str, str] = {
     "distributed.processes": "distributed.num_processes",
     "timeout_min": "distributed.timeout_minutes",
     "ddp_timeout": "distributed.timeout_minutes",
-    "adapter.rank_from_weights": "adapter.rank_from_weights",
     "save.dir": "run.output_dir",
     "save.name": "run.name",
     "checkpointing_steps": "save.every_steps",
@@ -261,6 +261,8 @@ CONVERTED: dict[str, Foreign] = {
     "flash_attn": Foreign("memory.attention", _switch("flash"), "kernel of attention", always=True),
     "xformers": Foreign("memory.attention", _switch("xformers"), "kernel of attention", always=True),
     "fp8_base": Foreign("memory.base_storage", _switch("fp8"), "how frozen weights are stored", always=True),
+    "fp8_base_unet": Foreign("memory.base_storage", _switch("fp8"), "how frozen weights are stored", always=True),
+    "huggingface_repo_visibility": Foreign("hub.private", _one_of({"private": True, "public": False}), "renamed"),
     "fp8_scaled": Foreign(
         "memory.base_storage", _switch("fp8_scaled"), "how frozen weights are stored", always=True, wins=True
     ),
@@ -419,8 +421,8 @@ REFUSED: dict[str, str] = {
     "network_train_text_encoder_only": _ENCODERS,
     "train_t5xxl": _ENCODERS,
     **dict.fromkeys(
-        ("fsdp", "fsdp2", "deepspeed", "zero_stage"),
-        "is not built: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory",
+        ("fsdp", "fsdp2", "deepspeed"),
+        _WHOLE_MODEL,
     ),
     **dict.fromkeys(
         ("fused_backward", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers"),
@@ -478,7 +480,6 @@ HARMLESS: dict[str, str] = {
     "save_state_on_train_end": "the last state is always written",
     "state_on_end": "the last state is always written",
     "check_finite": "a loss that is not finite stops the run before anything is saved",
-    "huggingface_repo_visibility": "hub.private says it",
     "max_repeats": "num_repeats says it",
     "debug_dataset": "the plan shows the data",
     "mem_eff_attn": "memory.attention names kernels",
@@ -500,8 +501,6 @@ HARMLESS: dict[str, str] = {
     "log.config": "the resolved config is always written",
     "log.tracker": "metrics.jsonl has the numbers",
     "save.metadata": "files always say how they were made",
-    "fp8_base_unet": "memory.base_storage says it",
-    "cpu_offload_checkpointing": "memory.checkpoint_offload says it",
     "split_mode": "memory.blocks_to_swap says what leaves the device",
     "fp16_master_weights_and_gradients": "what trains is held in float32",
     "offload_optimizer_device": "memory.blocks_to_swap says what leaves the device",
@@ -514,7 +513,6 @@ HARMLESS: dict[str, str] = {
     "wd_on_output": "the magnitude of DoRA is per output row",
     "token_warmup_min": "token_warmup_step is off",
     "warmup_min": "warmup_steps of captions is off",
-    "caption_extention": "caption_extension says it",
     "console_width": "the plan shows the data",
     "console_back": "the plan shows the data",
     "console_num_images": "the plan shows the data",

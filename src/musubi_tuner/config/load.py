@@ -69,14 +69,16 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     steps, _ = _read_steps(document, _own_names(overrides or {}, document), problems)
     if problems:
         raise InvalidConfig(str(path), problems)
-    configs, wrong = [], dict[str, None]()
+    configs, wrong, refusals = [], dict[str, None](), list[Diagnostic]()
     for step in steps:
         try:
             configs.append(load_config(path, {**(overrides or {}), STEP: step.name}))
         except ConfigError as refused:
             wrong[str(refused)] = None
+            findings = refused.findings if isinstance(refused, InvalidConfig) else []
+            refusals += [each for each in findings if each not in refusals]
     if wrong:
-        raise ConfigError("\n".join(wrong))
+        raise InvalidConfig(str(path), refusals, "\n".join(wrong))
     names = {dataset.name for config in configs for dataset in config.datasets}
 
     def concerned(key: str) -> list[RunConfig]:

@@ -49,7 +49,7 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
     if entry is None and alias is not None:
         found = Answer(alias.key, value)
     elif entry is not None:
-        found = _of_entry(entry, name, value)
+        found = _of_entry(entry, value)
     else:
         return None
     if spec is None or not found.key or found.key.startswith(("general.", "datasets.")):
@@ -64,7 +64,7 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
     )
 
 
-def _of_entry(entry: Foreign, name: str, value: Any) -> Answer:
+def _of_entry(entry: Foreign, value: Any) -> Answer:
     if entry.is_neutral(value):
         return Answer(harmless=entry.harmless or "it is off")
     if entry.refused:

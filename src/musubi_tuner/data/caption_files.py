@@ -109,9 +109,12 @@ def _lines(
         )
     else:
         blank = sum(is_blank(line) for line in lines)
-        empty = f"; {blank} of them are blank: empty captions" if blank else ""
-        notes.append(f"{dataset.name}: captions are the lines of {path}{empty}")
-        return lines
+        words = dataset.text.class_tokens
+        instead = f"class_tokens, {words!r}" if words else "empty captions"
+        notes.append(
+            f"{dataset.name}: captions are the lines of {path}{f'; {blank} of them are blank: {instead}' if blank else ''}"
+        )
+        return [words if is_blank(line) else line for line in lines]
     return nothing
 
 

@@ -311,7 +311,11 @@ class Runner:
         plan = make_plan(config, self.processes, download=download, only_look=options.plan)
         for note in plan.found.notes:
             print(f"note: {note}")
-        print(describe(config, plan, self.processes), flush=True)
+        described = describe(config, plan, self.processes)
+        print(described, flush=True)
+        warnings = [line.strip() for line in described.splitlines() if line.strip().startswith("warning: ")]
+        if config.run.strict and warnings:
+            raise ConfigError("\n  ".join(["run.strict: the plan above has warnings", *warnings]))
         if options.plan:
             self._plan_memory(plan)
             return EXIT_OK

@@ -1,6 +1,6 @@
 """The split of a run: one that goes on keeps the split of its state, whatever the rule is now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item
@@ -12,7 +12,17 @@ _SHOWN = 3
 
 def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     """What is trained and what is held out; see `hold_out`."""
-    return _recorded(config, items) or hold_out(items, config.validation)
+    return _recorded(config, items) or new_split(config, items)
+
+
+def new_split(
+    config: RunConfig, items: Sequence[Item], pictures: Mapping[str, str] | None = None
+) -> tuple[list[Item], list[Item]]:
+    """The split of a run that begins; regularisation images are trained, and not measured."""
+    measurable = [item for item in items if not config.datasets[item.dataset].is_reg]
+    _, held_out = hold_out(measurable, config.validation, pictures)
+    held = {item.key for item in held_out}
+    return [item for item in items if item.key not in held], held_out
 
 
 def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
@@ -23,7 +33,7 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     pictures = pictures_of(items)
     trained, held_out = recorded
     before = {item.key for item in held_out}
-    after = {item.key for item in hold_out(items, config.validation, pictures)[1]}
+    after = {item.key for item in new_split(config, items, pictures)[1]}
     if before == after:
         return None
     text = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from musubi_tuner import __version__
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import scan
-from musubi_tuner.data.split import hold_out
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.models.family import PublishedState
@@ -24,6 +23,7 @@ from musubi_tuner.training.checkpoint import (
     find_states,
     write_state,
 )
+from musubi_tuner.training.held_out import new_split
 from musubi_tuner.training.identity import as_begun, data_digest, fixed_settings, other_teachers
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.training.task import Position
@@ -53,7 +53,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         )
     config = as_begun(config, {})  # without warm-up of the average, as in such a trainer
     processes = config.distributed.num_processes
-    trained, held_out = hold_out(scan(config.datasets, config.spec.code).items, config.validation)
+    trained, held_out = new_split(config, scan(config.datasets, config.spec.code).items)
     steps = count_steps(config, trained, processes)
     state = published.read_state(path, config, moments=moments)
     if state.step >= steps.total_updates:

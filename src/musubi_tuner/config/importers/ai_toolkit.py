@@ -28,7 +28,6 @@ SAME: dict[str, str] = {
     "train.min_snr_gamma": "objective.min_snr_gamma",
     "train.snr_gamma": "objective.min_snr_gamma",
     "train.noise_offset": "objective.noise_offset",
-    "train.min_denoising_steps": "objective.min_timestep",
     "train.reg_weight": "train.prior_loss_weight",
     "train.force_first_sample": "sample.at_first",
     "train.batch_size": "general.batch_size",
@@ -81,13 +80,17 @@ WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "network.type": ("adapter.type", {"lora": "lora"}),
 }
 """Path there -> our key and the words of both."""
+DENOISING = {
+    "train.min_denoising_steps": "objective.max_timestep",
+    "train.max_denoising_steps": "objective.min_timestep",
+}
+"""First and last step of denoising, from 0 at pure noise to 999 -> our end of the range."""
 HARMLESS: dict[str, str] = {
     "type": "it is a trainer", "device": "run.device is auto", "train.noise_scheduler": "the model says how it is trained",
-    "train.train_unet": "the denoiser is what is trained", "train.content_or_style": "the density of the times says it",
+    "train.train_unet": "the denoiser is what is trained",
     "train.cache_text_embeddings": "encodings are always cached", "train.unload_text_encoder": "encoders are gone before training",
-    "train.linear_timesteps": "the density of the times says it", "train.linear_timesteps2": "the density of the times says it",
     "train.sdp": "it is the default", "train.xformers": "memory.attention names kernels", "network.transformer_only": "it is so",
-    "network.network_kwargs": "the family says which layers", "save.save_format": "weights are safetensors",
+    "save.save_format": "weights are safetensors",
     "sample.walk_seed": "picture i is drawn from seed + i", "sample.format": "pictures are PNG",
     "logging.verbose": "the plan says what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
     "logging.project_name": "each run has its own folder", "logging.run_name": "run.name says it",
@@ -95,7 +98,7 @@ HARMLESS: dict[str, str] = {
     "model.is_flux": "model.arch says it", "model.qtype": "memory.base_storage says it", "model.qtype_te": "model.fp8_t5 says it",
     "model.model_kwargs": "the checkpoint says its shape", "performance_log_every": "the plan and the log lines say it",
     "model.extras_name_or_path": "the encoders are named one by one", "model.quantize_kwargs": "the family says which layers",
-    "save.push_to_hub": "hub.repo_id says it",
+    "save.push_to_hub": "hub.repo_id says it", "train.disable_sampling": "prompts are taken over where pictures are drawn",
     "datasets.cache_latents": "latents are always cached", "datasets.cache_latents_to_disk": "latents are always cached",
     "datasets.cache_text_embeddings": "encodings are always cached", "datasets.num_workers": "train.loader_workers says it",
     "datasets.prefetch_factor": "micro-batches are read ahead", "datasets.type": "pictures", "datasets.num_frames": "pictures",
@@ -128,6 +131,7 @@ class _Job(Builder):
         self.spec = MODELS[self.code]
         self.general: dict[str, Any] = {}
         self.datasets: list[dict[str, Any]] = []
+        self.draws = True
 
     def run(self, document: Mapping[str, Any]) -> Imported:
         config = document.get("config")
@@ -149,6 +153,10 @@ class _Job(Builder):
             self.report.needs_you.append(("config.name", "is missing; a run needs a name"))
         for number in range(1, len(processes) if isinstance(processes, list) else 0):
             self._refuse(f"config.process[{number}]", "is a second process; a run has one, write one file for each")
+        for key in sorted({*document} - {"job", "meta", "config"}):
+            self.report.unknown.append((key, ""))
+        for key in sorted({*config} - {"name", "process"}):
+            self.report.unknown.append((f"config.{key}", ""))
         given = dict(_flat(_expanded(process, name, process.get("trigger_word"))))
         self._folders(given, name)
         self._family(given)
@@ -156,9 +164,14 @@ class _Job(Builder):
             given.pop("train.lr", None)
             if "lr" in process.get("train", {}):
                 self.report.dropped_harmless.append(("train.lr", "train.unet_lr is the rate of the denoiser"))
+        if not given.get("save.push_to_hub"):
+            for path in [path for path in given if path.startswith("save.hf_")]:
+                del given[path]
+                self.report.dropped_harmless.append((path, "save.push_to_hub is off"))
+        self.draws = not given.get("train.disable_sampling")
         for path in list(given):
             if path in given:
-                self._one(path, given.pop(path), given)
+                self._one(path, given.pop(path))
         if "network" not in process and process:
             self.report.needs_you.append(
                 (
@@ -216,7 +229,7 @@ class _Job(Builder):
         if "schnell" in text.lower():
             self.values["model.allow_schnell"] = True
 
-    def _one(self, path: str, value: Any, given: dict[str, Any]) -> None:
+    def _one(self, path: str, value: Any) -> None:
         """One key by its path."""
         if path == "datasets":
             return
@@ -240,17 +253,25 @@ class _Job(Builder):
             self._set(path, "adapter.alpha", float(value) if isinstance(value, int | float) else value)
         elif path in ("network.conv", "network.conv_alpha"):
             self.report.dropped_harmless.append((path, "the denoiser has no convolutions"))
-        elif path == "train.max_denoising_steps":
-            if isinstance(value, bool) or not isinstance(value, int):
-                self._refuse(path, f"is {value!r}, expected a whole number")
+        elif path in DENOISING:  # counted from pure noise there
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
+                self._refuse(path, f"is {value!r}, expected a whole number from 0 to 1000")
             else:
-                self._convert(path, value, "objective.max_timestep", min(1000, value + 1), "an upper end")
+                level = 0 if value == 999 else 1000 - value
+                self._convert(path, value, DENOISING[path], level, "the noise level at that step")
+        elif path == "train.content_or_style" and value in (None, "balanced"):
+            self.report.dropped_harmless.append((path, "all noise levels are trained alike"))
+        elif path == "network.network_kwargs" and isinstance(value, Mapping) and is_on(value):
+            said = ", ".join(str(name) for name in value)
+            self.report.dropped_changes_result.append(
+                (path, f"has {said}; adapter.include and exclude choose layers here")
+            )
         elif path == "train.skip_first_sample":
             self._convert(path, value, "sample.at_first", not value, "the opposite")
         elif path == "train.optimizer_params" and isinstance(value, Mapping):
             self._optimizer(value)
         elif path in ("sample.prompts", "sample.samples"):
-            self._prompts(path, value, given)
+            self._prompts(path, value)
         elif path == "sample.neg":
             self._text(path, "sample.negative_prompt", value)
         elif path == "model.quantize" and value:
@@ -283,12 +304,10 @@ class _Job(Builder):
             )
         elif key in self.names and self.values[key] != value:
             self.report.dropped_harmless.append((path, f"{self.names[key]} says it"))
-        elif isinstance(value, int) and not isinstance(value, bool) and own[key].type_name == "float":
-            self._carry(path, key, float(value))
         elif value is None:
             self.report.dropped_harmless.append((path, "it is off"))
         else:
-            self._carry(path, key, value)
+            self._take(path, key, value)
 
     def _text(self, path: str, key: str, value: Any) -> None:
         if isinstance(value, str) and value:
@@ -315,7 +334,7 @@ class _Job(Builder):
                     (f"train.optimizer_params.{name}", "is no setting of [optimizer]")
                 )
 
-    def _prompts(self, path: str, value: Any, given: dict[str, Any]) -> None:
+    def _prompts(self, path: str, value: Any) -> None:
         """Prompts, with options of their own as in a prompt file."""
         options = {"width": "w", "height": "h", "seed": "d", "sample_steps": "s", "guidance_scale": "g", "neg": "n"}
         if not isinstance(value or [], list):
@@ -324,13 +343,18 @@ class _Job(Builder):
         lines = list(self.values.get("sample.prompts", []))
         for entry in value or []:
             if isinstance(entry, Mapping):
-                own = [
-                    f"--{options[name]} {entry[name]}" for name in options if entry.get(name) not in (None, "", False)
-                ]
+                said = {
+                    name: text for name, text in entry.items() if text is not None and text is not False and text != ""
+                }
+                own = [f"--{options[name]} {said[name]}" for name in options if name in said]
                 lines.append(" ".join([str(entry.get("prompt", "")), *own]))
+                others = [str(name) for name in said if name not in options and name != "prompt"]
+                if others:
+                    reason = f"has {', '.join(others)}, and prompts have no such options here"
+                    self.report.dropped_changes_result.append((f"({path})", reason))
             else:
                 lines.append(str(entry))
-        if given.get("train.disable_sampling") or not lines:
+        if not self.draws or not lines:
             self.report.dropped_harmless.append((path, "nothing is drawn"))
         else:
             self._convert(path, f"{len(lines)} prompts", "sample.prompts", lines, "one line each")
@@ -381,9 +405,12 @@ class _Job(Builder):
                 self.report.defaulted.append((key, value))
         if not self.values.get("sample.prompts"):
             for key in [key for key in self.values if key.startswith("sample.")]:
-                del self.values[key]
-        if not self.values.get("ema.enabled", False):
-            self.values.pop("ema.decay", None)
+                self._drop(key, "nothing is drawn")
+        if not self.values.get("ema.enabled", False) and "ema.decay" in self.values:
+            self._drop("ema.decay", "nothing is averaged")
+        if any(entry.get("mask_directory") or entry.get("alpha_mask") for entry in self.datasets):
+            self.values["train.masked_loss"] = True
+            self.report.defaulted.append(("train.masked_loss", True))
         changing = ("shuffle_caption", "caption_tag_dropout_rate")
         if any(entry.get(key) for entry in [self.general, *self.datasets] for key in changing):
             self.values["cache.text_variants"] = VARIANTS

@@ -21,6 +21,18 @@ class Builder:
         self.names: dict[str, str] = {}
         self._assumed: dict[str, Any] = {}
 
+    def _take(self, source: str, key: str, value: Any) -> None:
+        """Take a value over, numbers as the setting wants them."""
+        kind = self.known[key].type_name
+        if isinstance(value, str) and kind in ("int", "float") and _is_number(value):
+            number = float(value)
+            whole = kind == "int" and number.is_integer()
+            self._convert(source, value, key, int(number) if whole else number, "a number in quotes")
+        elif kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+            self._carry(source, key, float(value))
+        else:
+            self._carry(source, key, value)
+
     def _carry(self, source: str, key: str, value: Any) -> None:
         """Take a value over as it is."""
         self._store(source, key, value)
@@ -52,13 +64,17 @@ class Builder:
             when = own[key].when
             if when is None or when.holds(self._current):
                 continue
-            source, reason = self.names.pop(key, None), when.reason(self._current)
-            del self.values[key]
-            self.report.carried = [entry for entry in self.report.carried if entry[1] != key]
-            self.report.converted = [entry for entry in self.report.converted if entry[2] != key]
-            self.report.defaulted = [entry for entry in self.report.defaulted if entry[0] != key]
-            if source is not None:
-                self.report.dropped_harmless.append((source, f"{key} has no effect because {reason}"))
+            self._drop(key, f"{key} has no effect because {when.reason(self._current)}")
+
+    def _drop(self, key: str, reason: str) -> None:
+        """Leave out a value that was taken over before."""
+        source = self.names.pop(key, None)
+        del self.values[key]
+        self.report.carried = [entry for entry in self.report.carried if entry[1] != key]
+        self.report.converted = [entry for entry in self.report.converted if entry[2] != key]
+        self.report.defaulted = [entry for entry in self.report.defaulted if entry[0] != key]
+        if source is not None:
+            self.report.dropped_harmless.append((source, reason))
 
     def _current(self, key: str) -> Any:
         """Value of one of our keys, as far as the file and the defaults say."""
@@ -71,3 +87,11 @@ class Builder:
             section, _, name = key.rpartition(".")
             (document.setdefault(section, {}) if section else document)[name] = value
         return document
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -70,6 +70,9 @@ NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adap
 OPTIMIZER_ARGS = {"betas": "optimizer.betas", "weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
 PLAIN = {"vae": "model.vae_path", "text_encoder": "model.clip_path", "text_encoder2": "model.t5_path"}
 """Source key -> ours, where the general table says less."""
+LAUNCHER = ("config_file", "gpu_ids", "machine_rank", "main_process_ip", "use_deepspeed", "use_fsdp", "gradient_accumulation_steps",
+            "same_network", "rdzv_backend", "cpu", "module", "debug", "tpu")  # fmt: skip
+"""Options of accelerate launch that are not taken over."""
 ACCELERATE = {"num_processes": "distributed.num_processes", "num_cpu_threads_per_process": "run.threads",
               "main_process_port": "distributed.main_process_port"}  # fmt: skip
 
@@ -94,26 +97,22 @@ IGNORED_THERE = {
 VARIANTS = 8
 """Variants of captions that change, which other trainers make anew each time."""
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
+FOLDERS = ("train_data_dir", "dataset_dir", "image_directory", "image_dir")
+"""Options that name a folder of pictures."""
 _KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 
 
-def _data_sets(text: str, folder: Path) -> list[dict[str, Any]]:
-    """[[datasets]] of a folder: one for every sub-folder N_name of it, if there are any."""
-    named = []
-    if folder.is_dir():
-        named = [(path, match) for path in sorted(folder.iterdir())
-                 if path.is_dir() and (match := _KOHYA_FOLDER.fullmatch(path.name))]  # fmt: skip
+def _data_sets(text: str, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """[[datasets]] of a folder: one for every sub-folder N_name of it, if there are any; and the sub-folders that are left out."""
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    named = [match for name in inside if (match := _KOHYA_FOLDER.fullmatch(name)) and int(match[1])]
     if not named:
-        return [{"image_directory": text}]
-    return [
-        {
-            "image_directory": f"{text}/{path.name}",
-            "num_repeats": int(match[1]),
-            "class_tokens": match[2].replace("_", " "),
-        }
-        for path, match in named
-        if int(match[1])
+        return [{"image_directory": text}], []
+    used = [
+        {"image_directory": f"{text}/{match[0]}", "num_repeats": int(match[1]), "class_tokens": match[2]}
+        for match in named
     ]
+    return used, [name for name in inside if name not in {match[0] for match in named}]
 
 
 class _Importer(Builder):
@@ -170,8 +169,10 @@ class _Importer(Builder):
                 self._carry(source, ACCELERATE[key], value)
             elif key == "mixed_precision" and "mixed_precision" not in self.options:
                 self._carry(source, "train.mixed_precision", value)
-            elif key in ("mixed_precision", "dynamo_backend", "num_machines"):
+            elif key in ("mixed_precision", "dynamo_backend", "num_machines", "multi_gpu"):
                 self.report.dropped_harmless.append((source, "the run's own settings decide"))
+            elif key in LAUNCHER:
+                self.report.dropped_changes_result.append((source, "processes are started by [distributed] here"))
             else:
                 self.report.unknown.append((source, did_you_mean(key, ACCELERATE)))
 
@@ -354,12 +355,16 @@ class _Importer(Builder):
 
     def _folders(self, options: dict[str, Any]) -> None:
         """Folders of pictures; those of kohya's layout, N_name, become a data set each."""
-        for key in ("train_data_dir", "dataset_dir", "image_directory", "reg_data_dir"):
+        for key in (*FOLDERS, "reg_data_dir"):
             if key not in options:
                 continue
             text, is_reg = str(options.pop(key)), key == "reg_data_dir"
-            made = [{**entry, **({"is_reg": True} if is_reg else {})} for entry in _data_sets(text, self.locate(text))]
+            found, skipped = _data_sets(text, self.locate(text))
+            made = [{**entry, "is_reg": True} if is_reg else entry for entry in found]
             self.datasets += made
+            if skipped:
+                reason = f"these folders of it are not named N_name, and are left out there too: {', '.join(skipped)}"
+                self.report.dropped_harmless.append((f"(folders of {key})", reason))
             shown = ", ".join(str(entry["image_directory"]) for entry in made)
             rule = "a data set for every folder N_name, which is repeated N times" if len(made) > 1 else "a data set"
             self.report.converted.append((key, text, "datasets", shown, rule))
@@ -403,17 +408,11 @@ class _Importer(Builder):
         if "max_train_epochs" in options and "max_train_steps" in options:
             options.pop("max_train_steps")
             self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs decides"))
-        if not {"max_train_epochs", "max_train_steps", "epochs"} & set(options):
-            self.values["train.max_steps"] = 1600
-            self.report.defaulted.append(("train.max_steps", 1600))
         warmup = options.get("lr_warmup_steps")
         if isinstance(warmup, str) and warmup.endswith("%"):
             warmup = float(warmup[:-1]) / 100 if warmup[:-1].replace(".", "", 1).isdigit() else warmup
         if isinstance(warmup, float) and 0 < warmup < 1:
-            old, steps = (
-                options.pop("lr_warmup_steps"),
-                options.get("max_train_steps", self.values.get("train.max_steps")),
-            )
+            old, steps = options.pop("lr_warmup_steps"), options.get("max_train_steps")
             if isinstance(steps, int):
                 self._convert(
                     "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "share of max_train_steps"
@@ -578,18 +577,6 @@ class _Importer(Builder):
         self.general[name] = value
         self.report.carried.append((source, f"general.{name}", value))
 
-    def _take(self, key: str, target: str, value: Any) -> None:
-        """Carry a value over, numbers as the setting wants them."""
-        parameter = self.known[target]
-        if isinstance(value, str) and parameter.type_name in ("int", "float") and _is_number(value):
-            number: float = float(value)
-            whole = parameter.type_name == "int" and number.is_integer()
-            self._convert(key, value, target, int(number) if whole else number, "a number in quotes")
-        elif parameter.type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
-            self._carry(key, target, float(value))
-        else:
-            self._carry(key, target, value)
-
     def _own(self) -> set[str]:
         return {parameter.key for parameter in parameters(self.spec)}
 
@@ -605,6 +592,9 @@ class _Importer(Builder):
             return
         if "run.seed" not in self.values and self.tool != "plan":
             self.report.defaulted.append(("run.seed", 42))
+        if not {"train.max_steps", "train.max_epochs"} & set(self.values):
+            self.values["train.max_steps"] = 1600
+            self.report.defaulted.append(("train.max_steps", 1600))
         samples, own = "sample.prompts" in self.values, {parameter.key: parameter for parameter in parameters(spec)}
         for key, value in DEFAULTS[self.tool].items():
             section = key.partition(".")[0]
@@ -628,11 +618,3 @@ class _Importer(Builder):
             if value != ours and (get_origin(kind) is not Literal or value in get_args(kind)):
                 self.values[key] = value
                 self.report.defaulted.append((key, value))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -22,7 +22,8 @@ from musubi_tuner.files import read_json, read_text
 LARGEST = 1 << 20
 """Bytes of a file; configs are small."""
 SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
-LAUNCH_OPTIONS = ("num_processes", "mixed_precision", "num_cpu_threads_per_process", "main_process_port")
+CACHE_SCRIPT = re.compile(r"(.*_)?(cache|encode)_.*\.py")
+"""Scripts of other trainers that encode before the training, as this program does by itself."""
 
 
 def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = None) -> Imported:
@@ -40,9 +41,19 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
     if path.stat().st_size > LARGEST:
         raise ConfigError(f"{path}: is {path.stat().st_size} bytes; a config has at most {LARGEST}")
     document, notes = _document(path, tool)
-    published = import_published(document) if tool is None else None
-    if published is not None:
-        return published
+    found = import_published(document) if tool is None else None
+    if found is None:
+        found = _translated(path, document, tool)
+        found.report.needs_you += notes
+    if dataset is not None:
+        tables = data_tables(dataset)
+        found.document.pop("dataset_config", None)
+        found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
+    return found
+
+
+def _translated(path: Path, document: Mapping[str, Any], tool: str | None) -> Imported:
+    """What the file of a trainer of many models says."""
     kind = {"shell": None}.get(tool or "", tool) or recognise(document)
     if is_typed(document) and tool is None:
         raise ConfigError(f"{path}: is a run file already")
@@ -52,14 +63,8 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
             "which with --from"
         )
     if kind == "ai-toolkit":
-        found = import_ai_toolkit(document)
-    else:
-        found = import_options(dict(document), lambda text: locate(text, path), kind)
-    found.report.needs_you += notes
-    if dataset is not None:
-        tables = data_tables(dataset)
-        found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
-    return found
+        return import_ai_toolkit(document)
+    return import_options(dict(document), lambda text: locate(text, path), kind)
 
 
 def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
@@ -88,6 +93,8 @@ def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tup
 def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Options of the first command with a script in a shell text, and those whose value the shell would have filled in.
 
+    Commands that encode come before it in many texts, and are passed over; a second one that trains is asked about.
+
     Args:
         windows: backslashes are part of paths.
 
@@ -97,6 +104,7 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
     joined = (
         text.replace("\\\r\n", " ").replace("\\\n", " ").replace("^\r\n", " ").replace("^\n", " ").replace("`\n", " ")
     )
+    commands: list[tuple[list[str], int]] = []
     for line in joined.splitlines():
         try:
             words = shlex.split(line, comments=True, posix=not windows)
@@ -105,13 +113,25 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
             continue
         at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
         if at is not None and any(word.startswith("--") for word in words[at:]):
-            return _options(words, at)
-    raise ConfigError("no command with a script and options was found in the text")
+            commands.append((words, at))
+    if not commands:
+        raise ConfigError("no command with a script and options was found in the text")
+    training = [each for each in commands if not CACHE_SCRIPT.fullmatch(_script(each))] or commands
+    found, unfilled = _options(*training[0])
+    others = [
+        ("script", f"{_script(each)} is a second command; import it from a text of its own") for each in training[1:]
+    ]
+    return found, [*unfilled, *others]
+
+
+def _script(command: tuple[list[str], int]) -> str:
+    words, at = command
+    return words[at].replace("\\", "/").rpartition("/")[2]
 
 
 def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     found: dict[str, Any] = {"script": words[at]}
-    launch = {name: value for name, value in _pairs(words[:at]) if name in LAUNCH_OPTIONS}
+    launch = dict(_pairs(words[:at]))
     unfilled = []
     for name, value in _pairs(words[at + 1 :]):
         texts = value if isinstance(value, list) else [value]

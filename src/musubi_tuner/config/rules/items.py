@@ -80,6 +80,13 @@ def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
                 said.add(place)
                 reason = "keeps nothing in its place because no parts are shuffled or dropped"
                 yield warning("V58", place, reason, _place(config, dataset.name, "shuffle_caption"))
+        apart = text.trigger_word or text.secondary_separator or text.keep_tokens_separator
+        place = _place(config, dataset.name, "caption_separator")
+        if text.caption_separator != "," and not moves and not apart and place not in said:
+            said.add(place)
+            yield warning(
+                "V58", place, "has no effect because nothing separates or joins parts", "general.shuffle_caption"
+            )
         place = _place(config, dataset.name, "keep_tokens")
         if text.keep_tokens and text.keep_tokens_separator and moves and place not in said:
             said.add(place)
@@ -87,7 +94,7 @@ def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
             yield warning("V58", place, reason, _place(config, dataset.name, "keep_tokens_separator"))
 
 
-@rule("V59")
+@rule("V59", "objective.text_dropout")
 def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
     said = set[str]()
     for dataset in config.datasets:
@@ -102,6 +109,9 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
                 if key == "caption_dropout_rate":
                     reason = "is 1, so all captions would be dropped; 0.1 is usual"
                 yield error("V59", place, reason)
+    key, own = "objective.text_dropout", [dataset.text.caption_dropout_rate is not None for dataset in config.datasets]
+    if own and all(own) and key in config.set_keys():
+        yield warning("NA03", key, "has no effect because every data set has its own caption_dropout_rate")
 
 
 @rule("V92", "train.prior_loss_weight")

@@ -42,22 +42,18 @@ def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
         )
 
 
-@rule("V27", "scheduler.warmup_steps scheduler.warmup_ratio")
+@rule("V27", "scheduler.warmup_steps scheduler.warmup_ratio scheduler.total_steps train.max_steps")
 def _one_warmup(config: RunConfig) -> Iterator[Diagnostic]:
     scheduler = config.scheduler
-    both = scheduler.warmup_ratio and scheduler.warmup_steps and "scheduler.warmup_steps" in config.set_keys()
-    if both and config.train.max_steps is None:
-        text = f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g}; keep one"
-        yield error(
-            "V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=[("scheduler.warmup_steps", 0)]
-        )
-    elif both and (count := scheduler.warmup_updates(config.train.max_steps or 0)) != scheduler.warmup_steps:
-        text = (
-            f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g} is {count} updates; keep one"
-        )
-        yield error(
-            "V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=[("scheduler.warmup_steps", 0)]
-        )
+    length = scheduler.total_steps or config.train.max_steps
+    if not (scheduler.warmup_ratio and scheduler.warmup_steps and "scheduler.warmup_steps" in config.set_keys()):
+        return
+    count = scheduler.warmup_updates(length) if length else None
+    if count != scheduler.warmup_steps:
+        means = "" if count is None else f" is {count} updates"
+        text = f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g}{means}; keep one"
+        fix = [("scheduler.warmup_steps", 0)]
+        yield error("V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=fix)
 
 
 @rule("V80", "scheduler.min_lr optimizer.lr")

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from musubi_tuner.config.fields import AutoDtype, Section, param
-from musubi_tuner.config.when import is_
+from musubi_tuner.config.when import is_, is_not
 
 
 class CacheSection(Section):
@@ -19,6 +19,7 @@ class CacheSection(Section):
         "What counts as up to date: a matching fingerprint, or (unsafe) any file of the right name.",
         flat=("skip_existing",),
         resume="free",
+        when=is_not("cache.run", "always"),
     )
     verify: Literal["quick", "full"] = param(
         "quick",

@@ -196,7 +196,7 @@ class DatasetSection(GeneralSection):
     )
     mask_directory: str | None = param(
         None, "Folder of masks with the names of the pictures.", path=True, min_length=1,
-        when=is_not("datasets.mask_source", "alpha", "none", "imported"),
+        when=is_not("datasets.mask_source", "alpha", "none", "imported", "product"),
     )  # fmt: skip
     experts: dict[str, Any] | Literal[False] | None = param(
         None, "Keys that differ from [experts] for these pictures; false = no teachers.", expert=True

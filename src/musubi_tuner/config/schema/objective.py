@@ -78,7 +78,9 @@ class NoiseLevels(Section):
     min_timestep: int = param(0, "Lowest noise level, in thousandths.", ge=0, le=999, unit="thousandths")
     max_timestep: int = param(1000, "Highest noise level, in thousandths.", ge=1, le=1000, unit="thousandths")
     preserve_distribution_shape: bool = param(
-        False, "Truncate the distribution to min_timestep ... max_timestep instead of rescaling it to that range."
+        False,
+        "Truncate the distribution to min_timestep ... max_timestep instead of rescaling it to that range.",
+        when=is_not("objective.min_timestep", 0) | is_not("objective.max_timestep", 1000),
     )
 
 

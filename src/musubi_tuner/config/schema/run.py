@@ -51,7 +51,7 @@ class RunSection(Section):
     )
     strict: bool = param(
         False,
-        "Treat warnings as errors, and refuse to resume when library versions, CPU type, threads or processes changed.",
+        "Treat warnings about settings and data as errors, and refuse to resume when library versions, CPU type, threads or processes changed.",
         resume="free",
         tab="advanced",
         expert=True,

@@ -36,7 +36,8 @@ class SchedulerSection(Section):
     )
     total_steps: int | None = param(
         None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
-        "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free", unit="updates", when=is_not("scheduler.type", "constant"), rule="V30"
+        "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free", unit="updates", when=is_not("scheduler.type", "constant")
+        | on("scheduler.warmup_ratio"), rule="V30"
     )  # fmt: skip
 
     def warmup_updates(self, total: int) -> int:

@@ -62,6 +62,8 @@ def _load(file: WeightFile, config: RunConfig, storing: Storing) -> Trainee:
         file, dtype=dtype, allow_schnell=model_of(config).allow_schnell, freeze=storing.freeze, merge=storing.merges
     )
     notes = storing.notes()
+    if not model.config.guidance_embed and "objective.guidance_scale" in config.set_keys():
+        notes.append(f"warning: objective.guidance_scale: has no effect because {config.model.path} embeds no guidance")
     if dtype is not None:
         changed = {f"{path}.weight" for path in storing.merges.changed} if storing.merges else set()
         untouched = {key: weight for key, weight in weights.items() if key not in changed}
