@@ -21,13 +21,13 @@ from musubi_tuner.config.load import STEP, load_steps
 from musubi_tuner.config.pipeline import TABLE
 from musubi_tuner.config.read import read_toml
 from musubi_tuner.config.when import describe
-from musubi_tuner.config.write import resolved_toml
+from musubi_tuner.config.write import dataset_toml, resolved_toml
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_text
 from musubi_tuner.models.registry import MODELS
 
 EXIT_LOST = 1
-"""An import left something out that decides the result."""
+"""An import was refused something, does not know a key, or has to ask; the file is written with the rest."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,8 @@ def _main(arguments: Sequence[str]) -> int:
     one.add_argument("--arch", choices=list(MODELS), default=None, help="only those of one family")
     one = add("resolve", "Print a run file with every setting and where it comes from.", _resolve)
     one.add_argument("file")
-    words, overrides = split_overrides(arguments, _own_options(commands))
+    chosen = next((word for word in arguments if word in commands.choices), None)
+    words, overrides = split_overrides(arguments, _own_options(commands.choices[chosen]) if chosen else set())
     options = parser.parse_args(words)
     options.overrides = overrides
     if overrides and options.do not in (_validate, _export, _resolve):
@@ -78,8 +79,22 @@ def _main(arguments: Sequence[str]) -> int:
     return options.do(options)  # type: ignore[no-any-return]
 
 
-def _own_options(commands: Any) -> set[str]:
-    return {option for one in commands.choices.values() for action in one._actions for option in action.option_strings}
+def _own_options(command: argparse.ArgumentParser) -> set[str]:
+    return {option for action in command._actions for option in action.option_strings}
+
+
+def _new_file(option: str) -> Path:
+    """The file that ``--output`` names.
+
+    Raises:
+        ConfigError: if it is there, or its folder is not.
+    """
+    target = Path(option)
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists already; choose another name")
+    if not target.parent.is_dir():
+        raise ConfigError(f"--output {target}: there is no folder {target.parent}; create it first")
+    return target
 
 
 def as_data(found: Diagnostic) -> dict[str, Any]:
@@ -115,9 +130,7 @@ def _read(path: Path, overrides: dict[str, Any]) -> list[RunConfig]:
 
 
 def _import(options: argparse.Namespace) -> int:
-    source, target = Path(options.file), Path(options.output)
-    if target.exists():
-        raise ConfigError(f"--output {target}: exists already; choose another name")
+    source, target = Path(options.file), _new_file(options.output)
     if options.dataset and options.dataset_config:
         raise ConfigError(
             "--dataset takes the data sets into the run file, and --dataset_config names their file; give one"
@@ -126,7 +139,8 @@ def _import(options: argparse.Namespace) -> int:
     imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
     report, errors = imported.report, 0
     if options.json:
-        print(json.dumps(report.as_data(), indent=2, ensure_ascii=False, default=str))
+        plain = json.loads(json.dumps(report.as_data(), default=str), parse_constant=str)  # JSON has no NaN
+        print(json.dumps(plain, indent=2, ensure_ascii=False))
     for source_key, key, value in () if options.json else report.carried:
         print(f"carried    {source_key} -> {key} = {value!r}")
     for finding in report.diagnostics():
@@ -137,8 +151,11 @@ def _import(options: argparse.Namespace) -> int:
     tables = _tables(imported, options.dataset_config, note)
     header = f"# Made from {source.name}; keys that are not here have this program's defaults.\n\n"
     datasets = tables.pop("datasets", [])
-    sources = [f"[[datasets]]\n{tomli_w.dumps(entry)}" for entry in datasets]
-    write_text(target, "\n".join([header + tomli_w.dumps(tables), *sources]))
+    try:
+        text = "\n".join([header + tomli_w.dumps(tables), *map(dataset_toml, datasets)])
+    except TypeError as problem:
+        raise ConfigError(f"{source}: its data sets hold a value that a run file cannot ({problem})") from None
+    write_text(target, text)
     note(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
     if not errors:
         try:
@@ -178,9 +195,7 @@ def _tables(imported: Imported, dataset_config: str | None, note: Callable[[str]
 
 
 def _export(options: argparse.Namespace) -> int:
-    target = Path(options.output)
-    if target.exists():
-        raise ConfigError(f"--output {target}: exists already; choose another name")
+    target = _new_file(options.output)
     config = load_config(options.file, options.overrides)
     written, lost = export(config, options.to)
     write_text(target, written)

@@ -10,7 +10,6 @@ variable of the environment: `secret_environment` makes it, and `split_overrides
 import argparse
 import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.load import parse_value
 from musubi_tuner.config.names import is_secret_name
-from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.read import read_toml, toml_value
 from musubi_tuner.config.schema import flat_names, item_parameters, parameter_of, parameters, section_classes
 from musubi_tuner.config.schema.items import DatasetSection, GeneralSection
 from musubi_tuner.errors import ConfigError
@@ -216,10 +215,7 @@ def _foreign_value(name: str, attached: str | None, rest: list[str]) -> Any:
         return parse_value(known[entry.key], text)
     if text in ("True", "False"):
         return text == "True"
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return toml_value(text)
 
 
 def _value(option: str, rest: list[str]) -> str:
@@ -235,10 +231,7 @@ def _parse_key(key: str, text: str, keys: dict[str, Parameter]) -> Any:
         key = "train.max_grad_norm" if key.endswith(".max_grad_norm") else key
     if key in keys:
         return parse_value(keys[key], text)
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return toml_value(text)
 
 
 def weights_to_write(option: str, text: str, overwrite: bool) -> Path:

@@ -26,6 +26,7 @@ from musubi_tuner.config.schema.items import (
 )
 from musubi_tuner.config.views import ViewSettings
 from musubi_tuner.config.when import describe, is_on
+from musubi_tuner.errors import keep_secret
 
 KEPT = "kept"
 """Instead of a background: pixels keep their stored colour, however transparent they are."""
@@ -157,8 +158,11 @@ def _other_name(
         problems.append(error("U01", place, f"unknown key.{did_you_mean(key, section.model_fields)}"))
         return
     owner, _, name = entry.key.partition(".")  # entries for items convert nothing
+    if entry.secret:
+        keep_secret(value)
     if entry.refused and not entry.is_neutral(value):
-        problems.append(error("NA01", place, f"is {describe(value)}, which {entry.refused}"))
+        seen = "***" if entry.secret else describe(value)
+        problems.append(error("NA01", place, f"is {seen}, which {entry.refused}"))
     elif owner in ("general", "datasets") and name in section.model_fields:
         if name in table or name in values:
             problems.append(error("U05", place, f"is another name of {name}, which is set too; keep one"))
@@ -242,8 +246,10 @@ def _resolve_one(
     given = values.get("bucket_reso_steps")
     if given is not None and values["enable_bucket"]:
         if given % finest:
-            text = f"is {given}, expected a multiple of {finest}: {max(finest, given - given % finest)} or {given - given % finest + finest}"
-            problems.append(error("V53", f"{where}.bucket_reso_steps", text))
+            near = _near("", given, finest).strip()
+            problems.append(
+                error("V53", f"{where}.bucket_reso_steps", f"is {given}, expected a multiple of {finest}: {near}")
+            )
         step = given
     resolution = values["resolution"]
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution

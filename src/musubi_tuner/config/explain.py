@@ -1,5 +1,6 @@
 """What pydantic finds wrong with a run file, in our words. Torch-free."""
 
+import re
 from typing import Any, get_args
 
 from musubi_tuner.config.datasets import SHARED_KEYS
@@ -23,7 +24,8 @@ def explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
     if item["type"] == "missing":
         return error("U07", key, f"is required. {parameter.help if parameter else ''}".strip())
     if item["type"] == "extra_forbidden":
-        return error("U01", ".".join(location), _unknown_key(location, item["input"], spec))
+        where = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(location))
+        return error("U01", where, _unknown_key(location, item["input"], spec))
     if parameter is None:
         return error("U02", key, f"is {item['input']!r}, expected a table")
     inner = parameter.field.annotation
@@ -38,7 +40,12 @@ def explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
     choices, given = [choice for choice in parameter.choices if isinstance(choice, str)], item["input"]
     hint = f".{did_you_mean(given, choices) if len(given) > 2 else ''}" if choices and isinstance(given, str) else ""
     code = "U04" if choices else "U02" if "type" in item["type"] or item["type"].endswith("parsing") else "U03"
-    return error(code, key, f"is {value}, expected {parameter.expected}{hint}")
+    expected = parameter.expected
+    if parameter.extra("path") and given == "":
+        expected = "a path"
+    elif item["type"] == "finite_number":
+        expected = expected.replace("a number", "a finite number") if "a number" in expected else "a finite number"
+    return error(code, key, f"is {value}, expected {expected}{hint}")
 
 
 def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from musubi_tuner.config.when import When
@@ -17,6 +17,9 @@ TABS = ("setup", "dataset", "adapter", "learning rate", "advanced", "saving", "l
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of",
           "min_length": "length at least", "max_length": "length at most"}  # fmt: skip
 """Constraints of a field, in words."""
+
+MOST = 10**9
+"""Limit of counts that have no other; a number with more digits is a slip, and arithmetic with it would fail."""
 
 
 def param(
@@ -65,10 +68,18 @@ class Section(BaseModel):
     """
 
     # Built when first used: help and most commands need a few tables at most.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     tab: ClassVar[str] = "advanced"
     expert: ClassVar[bool] = False
     acts_when: ClassVar[When | None] = None
+
+    @field_validator("*")
+    @classmethod
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
+        """No path is empty; Path("") would be the current folder."""
+        if value == "" and cls.model_fields[info.field_name or ""].json_schema_extra["path"]:  # type: ignore[index]
+            raise ValueError("expected a path")
+        return value
 
 
 @dataclass(frozen=True)

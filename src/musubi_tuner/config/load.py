@@ -6,7 +6,6 @@ Everything that is wrong is collected and raised as one `ConfigError`.
 
 import copy
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -33,7 +32,7 @@ from musubi_tuner.config.pipeline import (
     steps_of,
     take_step_options,
 )
-from musubi_tuner.config.read import read_toml
+from musubi_tuner.config.read import read_toml, toml_value
 from musubi_tuner.config.rules import validate
 from musubi_tuner.config.run_config import ROLE_TABLES, RunConfig, config_class, lay
 from musubi_tuner.config.schema import SCHEMA_VERSION, flat_names, item_parameters, parameters, section_classes
@@ -244,17 +243,16 @@ def _step_tables(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]
 def _own_names(overrides: Overrides, document: Mapping[str, Any]) -> dict[str, Any]:
     """Options under the names of our settings, also behind the name of a step; what is refused stays as it is."""
     known = {*(parameter.key for parameter in (*parameters(), *item_parameters())), *flat_names()}
-    spec, found = _family_of(document), {}
+    spec, named = _family_of(document), list[tuple[bool, str, Any]]()
     for option, value in overrides.items():
         parts = option.split(".", 2)
         name = parts[2] if parts[0] == "steps" and len(parts) == 3 else option
-        before = option.removesuffix(name)
         other = None if name in known or _table_of(name) in known else answer(name, value, spec)
         if other is not None and other.key and not other.refused:
-            found[before + other.key] = other.value
+            named.append((other.wins, option.removesuffix(name) + other.key, other.value))
         else:
-            found[option] = value
-    return found
+            named.append((False, option, value))
+    return {key: value for _, key, value in sorted(named, key=lambda each: each[0])}  # the later of one name stays
 
 
 def _version_problems(document: Mapping[str, Any]) -> list[Diagnostic]:
@@ -350,7 +348,9 @@ def _get(document: Mapping[str, Any], key: str) -> Any:
 def _chosen_datasets(tables: dict[str, Any], step: Step, problems: list[Diagnostic]) -> dict[str, Any]:
     """[general] and those [[datasets]] that a step uses."""
     entries = tables.get("datasets", [])
-    names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if not isinstance(entries, list):
+        return tables
+    names = [entry.get("name") for entry in entries if isinstance(entry, dict)]
     known = [name for name in names if isinstance(name, str)]
     for name in step.use:
         if known.count(name) != 1:
@@ -609,7 +609,4 @@ def parse_value(parameter: Parameter, text: str) -> Any:
         return text
     if str in kinds and get_origin(annotation) is not list and not text.startswith("["):
         return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return toml_value(text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error
+from musubi_tuner.config.paths import expand
 from musubi_tuner.config.schema import SECTION_ALIASES, flat_names, parameters
 from musubi_tuner.files import read_json
 from musubi_tuner.models.registry import MODELS
@@ -238,7 +239,7 @@ def document_of(document: Mapping[str, Any], step: Step) -> dict[str, Any]:
     """
     tables = {key: value for key, value in copy.deepcopy(dict(document)).items() if key != TABLE}
     run = _table(tables, "run")
-    root, name = Path(str(run.get("output_dir", ""))).expanduser(), str(run.get("name", ""))
+    root, name = expand(str(run.get("output_dir", ""))), str(run.get("name", ""))
     model = _table(tables, "model")
     chain: list[Step] = []
     current: Step | None = step

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, create_model
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.fields import Section
-from musubi_tuner.config.paths import locate
+from musubi_tuner.config.paths import expand, locate
 from musubi_tuner.config.pipeline import Step, unfinished_step
 from musubi_tuner.config.schema import RunFile
 from musubi_tuner.config.schema.experts import ExpertsSection, Sd15Teachers
@@ -207,7 +207,7 @@ class RunConfig(RunFile):
     @property
     def output_dir(self) -> Path:
         """Where the run writes."""
-        return Path(self.run.output_dir).expanduser()
+        return expand(self.run.output_dir)
 
 
 @cache

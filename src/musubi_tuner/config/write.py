@@ -1,5 +1,6 @@
 """The resolved config as a run file that can be given back, with the origin of every value. Torch-free."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import tomli_w
@@ -55,17 +56,20 @@ def resolved_toml(config: RunConfig) -> str:
             for line in ("", f"[{name}]", *entries)
         ]
         lines += of_roles.get(section, [])
-    # Not in one call: the library would write a short list of tables inline, into the section above it.
     data: dict[str, Any] = config.dataset_tables
     if "general" in data:
         lines += ["", "[general]", *tomli_w.dumps(data["general"]).splitlines()]
     for dataset in data.get("datasets", []):
-        nested = {key: value for key, value in dataset.items() if isinstance(value, dict)}
-        plain = {key: value for key, value in dataset.items() if key not in nested}
-        lines += ["", "[[datasets]]", *tomli_w.dumps(plain).splitlines()]
-        for key, table in nested.items():
-            lines += ["", f"[datasets.{key}]", *tomli_w.dumps(table).splitlines()]
+        lines += ["", *dataset_toml(dataset).splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def dataset_toml(dataset: Mapping[str, Any]) -> str:
+    """One table of [[datasets]], which the library would write inline, into the section above it, if it is short."""
+    nested = {key: value for key, value in dataset.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in dataset.items() if key not in nested}
+    tables = [f"\n[datasets.{key}]\n{tomli_w.dumps(table)}" for key, table in nested.items()]
+    return "".join(["[[datasets]]\n", tomli_w.dumps(plain), *tables])
 
 
 def default_of(config: RunConfig, parameter: Parameter) -> Any:

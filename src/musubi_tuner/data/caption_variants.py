@@ -49,11 +49,23 @@ def draw(caption: str, settings: CaptionSettings, source: random.Random) -> str:
     return _triggered(_separated(caption, settings), settings)
 
 
+def unread_wildcard(caption: str) -> str | None:
+    """What of a caption looks like a wildcard and stays in the text, in words that follow "have captions with"; None = nothing."""
+    left = _WILDCARD.sub("", caption)
+    if "{" in left or "}" in left:
+        return "braces that are not closed or lie inside others, which stay in the text"
+    if any(re.search(r"\$\$|::", choice) for choice in _WILDCARD.findall(caption)):
+        return "N$$ or N:: in a wildcard, which stays in the text: one of the choices is taken, each as often"
+    if re.search(r"__\w[\w/*-]*__", left):
+        return "the name of a wildcard file, __name__, which stays in the text"
+    return None
+
+
 def _separated(caption: str, settings: CaptionSettings) -> str:
     """A caption with the ordinary separator in place of the others."""
     if settings.keep_tokens_separator:
         pieces = [piece.strip() for piece in caption.split(settings.keep_tokens_separator)]
-        caption = f"{settings.caption_separator} ".join(piece for piece in pieces if piece)
+        caption = _joined([piece for piece in pieces if piece], settings.caption_separator)
     if settings.secondary_separator:
         caption = caption.replace(settings.secondary_separator, settings.caption_separator)
     return caption
@@ -70,13 +82,18 @@ def _triggered(caption: str, settings: CaptionSettings) -> str:
         return caption
     if TRIGGER in caption:
         return caption.replace(TRIGGER, word)
-    return f"{word}{settings.caption_separator} {caption}" if caption else word
+    return _joined([word, caption], settings.caption_separator) if caption else word
 
 
 def _chosen(match: re.Match[str], source: random.Random) -> str:
     if match[0] in ("{{", "}}"):
         return match[0][0]
     return source.choice(match[1].split("|")).strip()
+
+
+def _joined(parts: list[str], separator: str) -> str:
+    """Parts with the separator between them, and one space."""
+    return f"{separator.rstrip()} ".join(parts)
 
 
 def _parts(text: str, separator: str) -> list[str]:
@@ -98,4 +115,4 @@ def _rearranged(caption: str, settings: CaptionSettings, source: random.Random) 
         source.shuffle(others)
     if settings.caption_tag_dropout_rate:
         others = [part for part in others if source.random() >= settings.caption_tag_dropout_rate]
-    return f"{separator} ".join([*kept, *others, *end])
+    return _joined([*kept, *others, *end], separator)

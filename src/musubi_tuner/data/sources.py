@@ -18,7 +18,7 @@ from tqdm import tqdm
 from musubi_tuner.config.datasets import KEPT, DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
 from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
-from musubi_tuner.data.caption_variants import variants
+from musubi_tuner.data.caption_variants import unread_wildcard, variants
 from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
@@ -490,6 +490,9 @@ def _items(
             remarks.setdefault(remark, []).append(entry.path.name)
         folder = entry.id.rpartition("/")[0]
         captions = variants(entry.captions, dataset.text, entry.id)
+        if dataset.text.enable_wildcard:
+            for remark in {found for text in entry.captions if (found := unread_wildcard(text))}:
+                remarks.setdefault(f"have captions with {remark}", []).append(entry.path.name)
         placement = squash(size, bucket) if dataset.resize == "squash" else place(size, bucket)
         own = views(entry.id, placement, dataset.views)
         yield Item(

@@ -21,7 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from musubi_tuner.config.paths import WEIGHT_SUFFIXES, is_checkpoint_name, is_hub_id, is_published, run_checkpoint
+from musubi_tuner.config.paths import (
+    WEIGHT_SUFFIXES,
+    expand,
+    is_checkpoint_name,
+    is_hub_id,
+    is_published,
+    run_checkpoint,
+)
 from musubi_tuner.errors import CheckpointError, DataError, NoAverageError
 from musubi_tuner.files import read_json
 from musubi_tuner.weights.hub import Repository
@@ -105,13 +112,13 @@ def locate_weights(
         CheckpointError: saying what was looked for.
     """
     text = str(source)
-    if ema_file is not None and Path(ema_file).expanduser().is_absolute():
-        path = Path(ema_file).expanduser()
+    if ema_file is not None and expand(ema_file).is_absolute():
+        path = expand(ema_file)
         if not path.is_file():
             raise CheckpointError(f"{path}: file not found")
         return FoundWeights(path, str(path))
     ema = ema or ema_file is not None
-    path = Path(text).expanduser()
+    path = expand(text)
     if path.is_file():
         place = _Folder(path.parent)
         return place.found(_ema_twin(place, path.name, ema_file) if ema else path.name)

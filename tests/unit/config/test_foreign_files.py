@@ -1,6 +1,7 @@
 """Files of other trainers as people write them: each imports, says what it lost, and is a run that can start."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.__main__ import main
+from musubi_tuner.config.importers.documents import read_document
 from musubi_tuner.config.importers.read import read_foreign, shell_options
 from musubi_tuner.config.importers.report import Report
 from musubi_tuner.config.importers.tools import is_typed, recognise
+from musubi_tuner.errors import ConfigError
 
 WEIGHTS = ("flux1-dev", "ae", "clip_l", "t5xxl_fp16", "t5xxl")
 KOHYA_COMMAND = """
@@ -551,3 +554,72 @@ def test_data_set_files_that_are_none(project: Path, capsys: pytest.CaptureFixtu
     _written("d.toml", "datasets = 5\n")
     assert main(["import", str(_written("f.toml", KOHYA["noise.toml"])), "-o", "run.toml", "--dataset", "d.toml"]) == 2
     assert "expected a table [general] and a list of tables" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "config: 1\nconfig: 2", "line 2: the key 'config' is there twice; keep one"),
+        ("a.yaml", "1: 2", "line 1: the key '1' is no text; put it in quotes"),
+        ("a.yaml", "a: [1\nb: 2", "not valid YAML: line 2"),
+        ("a.yaml", "a: &a [*a]", "is nested more than 50 levels deep"),
+        ("a.yaml", "a: &a [x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{b}'] * 40)}]\n" for b, n in zip("abcd", "bcde")),
+         "has more than 1,000,000 values"),
+        ("a.yaml", "a: !!python/object:os.system x", "line 1: could not determine a constructor"),
+        ("a.json", '{"a": 1, "a": 2}', "the key 'a' is there twice; keep one"),
+        ("a.json", '{"a": NaN}', "NaN is no number in JSON"),
+        ("a.json", "[" * 3000, "not valid JSON: nested too deeply"),
+        ("a.sh", 'python flux_train_network.py --output_name "cat', "a quote is not closed"),
+    ],
+)  # fmt: skip
+def test_what_no_file_of_a_trainer_holds_is_refused(name: str, content: str, message: str, project: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_foreign(_written(name, content))
+
+
+def test_yaml_is_read_as_ai_toolkit_reads_it(project: Path) -> None:
+    text = "lr: 1e-4\nname: 2024-13-45\nbase: &b {a: 1}\nown:\n  <<: *b\n  a: 2\n"
+    assert read_document(_written("a.yaml", text)) == {
+        "lr": 1e-4,
+        "name": "2024-13-45",
+        "base": {"a": 1},
+        "own": {"a": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("python train.py --seed 42 2>&1 | tee log.txt", {"seed": 42}),
+        ("cd x && python train.py --seed 42; echo done", {"seed": 42}),
+        ("python train.py --name '<sks>' --keep_tokens_separator '|||' > log.txt", {"name": "<sks>", "keep_tokens_separator": "|||"}),
+        ('python train.py --name "a # b" --seed 42 # don\'t stop', {"name": "a # b", "seed": 42}),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_the_shell_is_no_value(line: str, options: dict[str, Any]) -> None:
+    assert shell_options(line) == ({"script": "train.py", **options}, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"datasets": 5}, "expected [[datasets]]"),
+        ({"datasets": [5]}, "expected [[datasets]]"),
+        ({"network_args": ["betas=" + "(" * 5000], "loss_type": []}, "is not built"),
+        ({"base_weights": [None]}, "write a value"),
+    ],
+)
+def test_values_of_no_use_are_refused_by_their_key(options: dict[str, Any], reason: str, project: Path) -> None:
+    report = read_foreign(_written("plan.json", json.dumps({**PLAN, **options})), "plan").report
+    assert any(key in options and reason in text for key, text in report.refused), report.refused
+
+
+def test_tables_of_a_data_set_stay_its_own_and_the_folder_of_the_output_is_looked_for(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = '[[datasets]]\nimage_directory = "images"\n[datasets.experts]\nresolution = 512\n'
+    _written("other.toml", data)
+    command = ["import", str(_written("low.toml", KOHYA["low_memory.toml"])), "--dataset", "other.toml", "-o"]
+    assert main([*command, "nowhere/run.toml"]) == 2 and "there is no folder nowhere" in capsys.readouterr().err
+    main([*command, "run.toml"])
+    assert tomllib.loads(Path("run.toml").read_text(encoding="utf-8"))["datasets"][0]["experts"] == {"resolution": 512}

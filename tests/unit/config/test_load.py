@@ -163,7 +163,9 @@ def test_unknown_override_is_named(key: str, message: str, problems: Problems) -
 
 
 def test_override_of_a_wrong_type_is_named(problems: Problems) -> None:
-    assert problems({"max_train_steps": "seven"}) == ["train.max_steps: is 'seven', expected a whole number at least 1"]
+    assert problems({"max_train_steps": "seven"}) == [
+        "train.max_steps: is 'seven', expected a whole number at least 1 and at most 1000000000"
+    ]
 
 
 @pytest.mark.parametrize("line", ["geometry = 4", "geometry = []"])
@@ -334,20 +336,25 @@ def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Proble
         ("run", "seed = true", "run.seed: is True, expected a whole number at least 0 and below 4294967296"),
         ("run", "seed = 4.0", "run.seed: is 4.0, expected a whole number at least 0 and below 4294967296"),
         ("run", "seed = -1", "run.seed: is -1, expected a whole number at least 0 and below 4294967296"),
-        ("run", "name = 3", "run.name: is 3, expected a text of letters, digits, dots, spaces, - and _"),
-        ("run", 'name = "a/b"', "run.name: is 'a/b', expected a text of letters, digits, dots, spaces, - and _"),
+        ("run", "name = 3", "run.name: is 3, expected a text of at most 100 letters, digits, dots, spaces, - and _, not of dots alone"),
+        ("run", 'name = "a/b"', "run.name: is 'a/b', expected a text of at most 100 letters, digits, dots, spaces, - and _, not of dots alone"),
+        ("run", 'name = ".."', "run.name: is '..', expected a text of at most 100 letters, digits, dots, spaces, - and _, not of dots alone"),
+        ("run", 'output_dir = ""', "run.output_dir: is '', expected a path"),
+        ("model", 'path = ""', "model.path: is '', expected a path"),
+        ("train", "max_grad_norm = inf", "train.max_grad_norm: is inf, expected a finite number at least 0"),
+        ("adapter", 'type = "lora"\nalpha_patterns = {a = nan}', "adapter.alpha_patterns: is nan, expected a finite number"),
         ("run", 'strict = "yes"', "run.strict: is 'yes', expected true or false"),
         ("run", "strict = 1", "run.strict: is 1, expected true or false"),
         ("optimizer", "lr = true", "optimizer.lr: is True, expected a number at least 0 and at most 10"),
         ("optimizer", 'lr = "1e-4"', "optimizer.lr: is '1e-4', expected a number at least 0 and at most 10"),
-        ("optimizer", "lr = nan", "optimizer.lr: is nan, expected a number at least 0 and at most 10"),
-        ("optimizer", "lr = inf", "optimizer.lr: is inf, expected a number at least 0 and at most 10"),
+        ("optimizer", "lr = nan", "optimizer.lr: is nan, expected a finite number at least 0 and at most 10"),
+        ("optimizer", "lr = inf", "optimizer.lr: is inf, expected a finite number at least 0 and at most 10"),
         ("objective", "shift = 0", "objective.shift: is 0, expected a number above 0 and at most 100"),
-        ("objective", "shift = nan", "objective.shift: is nan, expected a number above 0 and at most 100"),
+        ("objective", "shift = nan", "objective.shift: is nan, expected a finite number above 0 and at most 100"),
         ("ema", "decay = 1.0", "ema.decay: is 1.0, expected a number at least 0 and below 1"),
         ("experts", "resolution = 500", "experts.resolution: is 500, expected a whole number at least 64 and at most "
                                         "2048 and a multiple of 64"),
-        ("train", "max_steps = 0", "train.max_steps: is 0, expected a whole number at least 1"),
+        ("train", "max_steps = 0", "train.max_steps: is 0, expected a whole number at least 1 and at most 1000000000"),
         ("model", "geometry = 4", "model.geometry: is 4, expected table"),
         ("optimizer", "betas = [0.9]", "optimizer.betas: is [0.9], expected list of float length at least 2 and length "
                                        "at most 2"),
@@ -366,9 +373,48 @@ def test_wrong_value(table: str, line: str, message: str, problems: Problems) ->
     assert problems(**{table: line}) == [message]
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("model", "path"), ("model", "vae_path"), ("adapter", "init_from"), ("sample", "prompts"), ("resume", "from")],
+)
+@pytest.mark.parametrize("value", ["a cat, " * 60, "~nobody-of-this-name/m"])
+def test_a_text_that_no_file_can_be_called_is_found_under_its_key(
+    table: str, key: str, value: str, problems: Problems
+) -> None:
+    own = 'type = "lora"\n' if table == "adapter" else ""
+    found = problems(**{table: f'{own}{key} = "{value}"'})
+    assert found[0].startswith(f"{table}.{key}: ") and len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a = " + "9" * 5000, "not valid TOML: a number has too many digits"),
+        ("a = " + "[" * 3000 + "]" * 3000, "not valid TOML: nested too deeply"),
+        (".".join("a" * 3000) + " = 1", "is nested more than 50 levels deep"),
+        ('a = "\\u0000"', "a text has a NUL character"),
+    ],
+)
+def test_what_no_config_holds_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal_of(content, tmp_path)
+
+
+def test_a_file_of_another_trainer_is_not_called_broken_toml(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("job: extension\n")
+    assert f"python -m musubi_tuner.config import {path}" in refusal(path)
+
+
+def test_a_list_of_data_sets_with_something_else_in_it(problems: Problems) -> None:
+    found = problems(top='datasets = [{image_directory = "images", shuffle_caption = true}, 5]', data="")
+    assert found[0] == "datasets[1]: is 5, expected a table"
+
+
 def test_secret_value_is_never_printed(problems: Problems) -> None:
     for line in ('token = ["hf_abc"]', 'tokn = "hf_abc"'):
         assert not any("hf_abc" in message for message in problems(hub=line))
+    of_data_set = problems(data='[[datasets]]\nimage_directory = "images"\nhub_token = "hf_abc"\nwandb_key = "abc123"')
+    assert len(of_data_set) == 2 and not any("abc" in message for message in of_data_set)
 
 
 @pytest.mark.parametrize(
@@ -723,7 +769,7 @@ def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], 
         ("targets = [{rank = 2}]", "adapter.targets[0]: has no pattern"),
         ('targets = [{pattern = "a", rank = 0}]',
          "adapter.targets[0].rank: is 0, expected a whole number at least 1 and at most 1024"),
-        ('targets = [{pattern = "a", rang = 1}]', "adapter.targets.0.rang: unknown key. Did you mean 'rank'?"),
+        ('targets = [{pattern = "a", rang = 1}]', "adapter.targets[0].rang: unknown key. Did you mean 'rank'?"),
     ],
 )  # fmt: skip
 def test_mistakes_in_layers_of_an_adapter(lines: str, message: str, problems: Callable[..., list[str]]) -> None:

@@ -341,7 +341,7 @@ def test_values_that_no_run_can_have(
     [
         ('{"hidden_size": 512, "num_double_layers": 15, "lune_dropout": 0.1}', "is not the training_config.json"),
         ("[1]", "is not the training_config.json"),
-        ("{", "not a JSON file"),
+        ("{", "not valid JSON"),
         (None, "no such file"),
     ],
 )

@@ -94,7 +94,7 @@ def test_least_learning_rate_above_the_learning_rate(problems: Problems) -> None
     ]
 
 
-@pytest.mark.parametrize("beta", ["1.0", "-0.1", "nan"])
+@pytest.mark.parametrize("beta", ["1.0", "-0.1"])
 def test_betas_lie_below_one(beta: str, problems: Problems) -> None:
     assert problems(optimizer=f"betas = [0.9, {beta}]") == [
         f"optimizer.betas: value 1 is {beta}, expected at least 0 and below 1"

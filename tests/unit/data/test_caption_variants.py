@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from musubi_tuner.config.captions import CaptionSettings
-from musubi_tuner.data.caption_variants import draw, fixed, variants
+from musubi_tuner.data.caption_variants import draw, fixed, unread_wildcard, variants
 from musubi_tuner.data.plan import caption_of
 
 MANY = 10_000
@@ -39,6 +39,7 @@ def test_parts_are_shuffled_evenly_and_joined_by_the_separator() -> None:
     assert set(found) == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
     assert all(count == pytest.approx(MANY / 6, rel=0.1) for count in found.values())
     assert set(drawn("a. b", 50, shuffle_caption=True, caption_separator=".")) == {"a. b", "b. a"}
+    assert set(drawn("a b", 50, shuffle_caption=True, caption_separator=" ")) == {"a b", "b a"}
 
 
 def test_kept_parts_stay_in_front() -> None:
@@ -67,6 +68,14 @@ def test_wildcards_take_one_of_their_words_and_one_of_the_lines() -> None:
     assert set(found) == {"a red {cat}", "a green {cat}", "a blue {cat}"}
     assert all(count == pytest.approx(MANY / 3, rel=0.1) for count in found.values())
     assert set(drawn("one\n\ntwo\n", 100, enable_wildcard=True)) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [("{a|b} {{c}}", None), ("{a|{b|c}}", "braces"), ("a } b", "braces"), ("{2$$a|b}", "N$$"), ("{2::a|b}", "N::"), ("a __color__", "file")],
+)  # fmt: skip
+def test_what_is_no_wildcard_is_told(caption: str, found: str | None) -> None:
+    assert (found is None) == (unread_wildcard(caption) is None) and (found or "") in (unread_wildcard(caption) or "")
 
 
 def test_the_trigger_is_not_shuffled() -> None:

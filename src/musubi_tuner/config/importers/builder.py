@@ -24,7 +24,7 @@ class Builder:
     def _take(self, source: str, key: str, value: Any) -> None:
         """Take a value over, numbers as the setting wants them."""
         kind = self.known[key].type_name
-        if isinstance(value, str) and kind in ("int", "float") and _is_number(value):
+        if isinstance(value, str) and kind in ("int", "float") and is_number(value):
             number = float(value)
             whole = kind == "int" and number.is_integer()
             self._convert(source, value, key, int(number) if whole else number, "a number in quotes")
@@ -44,7 +44,10 @@ class Builder:
         self.report.converted.append((source, old, key, value, rule))
 
     def _store(self, source: str, key: str, value: Any) -> None:
-        self.values[key], self.names[key] = value, source
+        if _holds_nothing(value):
+            self._refuse(source, f"is {value!r}; write a value")
+        else:
+            self.values[key], self.names[key] = value, source
 
     def _refuse(self, source: str, reason: str) -> None:
         self.report.refused.append((source, reason))
@@ -89,7 +92,14 @@ class Builder:
         return document
 
 
-def _is_number(text: str) -> bool:
+def _holds_nothing(value: Any) -> bool:
+    """Whether a value is null, or has one inside, which TOML cannot say."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_holds_nothing, inside))
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number as Python reads it."""
     try:
         float(text)
     except ValueError:

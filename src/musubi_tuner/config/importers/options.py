@@ -19,7 +19,7 @@ from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.foreign import FOREIGN, wins
-from musubi_tuner.config.importers.builder import Builder
+from musubi_tuner.config.importers.builder import Builder, is_number
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.names import answer
@@ -133,9 +133,7 @@ class _Importer(Builder):
         }
         items = {name: tables.pop(name) for name in ("general",) if name in tables and "datasets" in document}
         options: dict[str, Any] = {
-            key: value
-            for key, value in document.items()
-            if not isinstance(value, dict) and not (key == "datasets" and isinstance(value, list))
+            key: value for key, value in document.items() if not isinstance(value, dict) and key != "datasets"
         }
         for table in tables.values():
             for key, value in table.items():
@@ -158,6 +156,9 @@ class _Importer(Builder):
         self._leave_idle()
         general = {**GENERAL[self.tool], **self.general}
         datasets = document.get("datasets", self.datasets)
+        if not isinstance(datasets, list) or not all(isinstance(entry, dict) for entry in datasets):
+            self._refuse("datasets", f"is {describe(datasets)}, expected [[datasets]]")
+            datasets = self.datasets
         return Imported(self._nested(), {**general, **items.get("general", {})}, self.report, self.names, datasets)
 
     # -- tables of ours ----------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ class _Importer(Builder):
     def _kohya(self, options: dict[str, Any]) -> None:
         """What sd-scripts means by words that mean something else here."""
         words = {"huber": "pseudo_huber", "smooth_l1": "pseudo_smooth_l1"}
-        if options.get("loss_type") in words:
+        if isinstance(options.get("loss_type"), str) and options["loss_type"] in words:
             old = options.pop("loss_type")
             self._convert("loss_type", old, "objective.loss", words[old], "the same loss under our name")
             if "huber_schedule" not in options:
@@ -410,7 +411,7 @@ class _Importer(Builder):
             self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs decides"))
         warmup = options.get("lr_warmup_steps")
         if isinstance(warmup, str) and warmup.endswith("%"):
-            warmup = float(warmup[:-1]) / 100 if warmup[:-1].replace(".", "", 1).isdigit() else warmup
+            warmup = float(warmup[:-1]) / 100 if is_number(warmup[:-1]) else warmup
         if isinstance(warmup, float) and 0 < warmup < 1:
             old, steps = options.pop("lr_warmup_steps"), options.get("max_train_steps")
             if isinstance(steps, int):
@@ -486,11 +487,11 @@ class _Importer(Builder):
         """A Python literal as the type of a setting."""
         try:
             value = ast.literal_eval(text.removeprefix("r"))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             try:
                 # Lists of raw strings, as the patterns are usually written.
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
                 return text
         if isinstance(value, tuple):
             value = list(value)

@@ -11,19 +11,24 @@ from typing import Any
 
 from musubi_tuner.config.importers import import_published
 from musubi_tuner.config.importers.ai_toolkit import import_ai_toolkit
+from musubi_tuner.config.importers.documents import read_document
 from musubi_tuner.config.importers.options import import_options
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import TITLES, is_typed, recognise
 from musubi_tuner.config.paths import locate
-from musubi_tuner.config.read import read_toml
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.files import read_json, read_text
+from musubi_tuner.files import read_text
 
 LARGEST = 1 << 20
 """Bytes of a file; configs are small."""
 SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
 CACHE_SCRIPT = re.compile(r"(.*_)?(cache|encode)_.*\.py")
 """Scripts of other trainers that encode before the training, as this program does by itself."""
+
+_END = "\0"
+_PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)#.*|(?:(?<!\S)\d)?&?[<>]+(?:&\d)?|[|;&]+""")
+_WINDOWS_PIECES = re.compile(r"""'[^']*'|"[^"]*"|(?<!\S)#.*|(?:(?<!\S)\d)?[<>]+(?:&\d)?|[|;&]+""")
+"""What is quoted, what is a comment, and what ends a command; the former two are kept from being the latter."""
 
 
 def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = None) -> Imported:
@@ -71,18 +76,11 @@ def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tup
     """What a file says, and what of it could not be read."""
     ending = path.suffix.lower()
     if tool == "shell" or ending in SHELL:
-        return shell_options(read_text(path), windows=ending in (".bat", ".cmd", ".ps1"))
-    if ending == ".json":
-        found = read_json(path)
-    elif ending in (".yaml", ".yml"):
-        import yaml
-
         try:
-            found = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    else:
-        found = read_toml(path)
+            return shell_options(read_text(path, ConfigError), windows=ending in (".bat", ".cmd", ".ps1"))
+        except ConfigError as problem:
+            raise ConfigError(f"{path}: {problem}") from None
+    found = read_document(path)
     if not isinstance(found, dict):
         raise ConfigError(
             f"{path}: is not the training_config.json of a known trainer: it holds a {type(found).__name__}, expected keys with values"
@@ -101,19 +99,13 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
     Raises:
         ConfigError: if there is none.
     """
-    joined = (
-        text.replace("\\\r\n", " ").replace("\\\n", " ").replace("^\r\n", " ").replace("^\n", " ").replace("`\n", " ")
-    )
+    joined = re.sub(r"[\\^`]\r?\n", " ", text)
     commands: list[tuple[list[str], int]] = []
     for line in joined.splitlines():
-        try:
-            words = shlex.split(line, comments=True, posix=not windows)
-            words = [word.strip("\"'") for word in words] if windows else words
-        except ValueError:
-            continue
-        at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
-        if at is not None and any(word.startswith("--") for word in words[at:]):
-            commands.append((words, at))
+        for words in _commands(line, windows):
+            at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
+            if at is not None and any(word.startswith("--") for word in words[at:]):
+                commands.append((words, at))
     if not commands:
         raise ConfigError("no command with a script and options was found in the text")
     training = [each for each in commands if not CACHE_SCRIPT.fullmatch(_script(each))] or commands
@@ -122,6 +114,31 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
         ("script", f"{_script(each)} is a second command; import it from a text of its own") for each in training[1:]
     ]
     return found, [*unfilled, *others]
+
+
+def _commands(line: str, windows: bool) -> list[list[str]]:
+    """The words of each command of a line; a redirection ends a command, and a comment the line.
+
+    Raises:
+        ConfigError: for a script with a quote that is not closed.
+    """
+    pieces = _WINDOWS_PIECES if windows else _PIECES
+    marked = pieces.sub(
+        lambda match: match[0] if match[0][0] in "'\"\\" else "" if "#" in match[0] else f" {_END} ", line
+    )
+    try:
+        words = shlex.split(marked, posix=not windows)
+    except ValueError:
+        if ".py" not in line:
+            return []
+        raise ConfigError(f"{line.strip()[:80]!r}: a quote is not closed") from None
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == _END:
+            found.append([])
+        else:
+            found[-1].append(word.strip("\"'") if windows else word)
+    return found
 
 
 def _script(command: tuple[list[str], int]) -> str:
@@ -178,7 +195,7 @@ def data_tables(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it cannot be read.
     """
-    document = read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    document = read_document(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds {type(document).__name__}, expected [general] and [[datasets]]")
     general, entries, found = document.get("general", {}), document.get("datasets", []), []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, error
 from musubi_tuner.config.file_heads import head_problem
-from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published
+from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_there
 from musubi_tuner.config.pipeline import unfinished_step
 from musubi_tuner.config.prompts import Prompt, sample_prompts
 from musubi_tuner.config.rules.rule import Rules
@@ -72,9 +72,9 @@ def _weights(config: RunConfig) -> Iterator[Diagnostic]:
         *((key, config.get(key)) for key in INPUTS),
         *(("adapter.merge", text) for text in config.adapter.merge),
     ]:
-        if isinstance(text, str) and config.locate(text).is_file():
+        if isinstance(text, str) and is_there(path := config.locate(text)) and path.is_file():
             arch = config.spec.code if key == "model.path" else None
-            problem = head_problem(config.locate(text), arch)
+            problem = head_problem(path, arch)
             if problem:
                 yield error("P08", key, f"{text}: {problem}", "model.arch")
 

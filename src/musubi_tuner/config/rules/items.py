@@ -16,7 +16,7 @@ def _place(config: RunConfig, name: str, key: str) -> str:
     """Where a key of a data set is written."""
     own: dict[str, Any] = {}
     for number, entry in enumerate(config.dataset_tables.get("datasets", [])):
-        if entry.get("name", f"datasets[{number}]") == name:
+        if isinstance(entry, dict) and entry.get("name", f"datasets[{number}]") == name:
             own = entry
     return f"{name}.{key}" if key in own else f"general.{key}"
 
@@ -70,6 +70,19 @@ def _versions(
 
 
 @rule("V58")
+def _separators_differ(config: RunConfig) -> Iterator[Diagnostic]:
+    said = set[str]()
+    for dataset in config.datasets:
+        names: dict[str, str] = {}
+        for key in ("caption_separator", "secondary_separator", "keep_tokens_separator"):
+            value, place = getattr(dataset.text, key), _place(config, dataset.name, key)
+            first = names.setdefault(value, key)
+            if value and first != key and place not in said:
+                said.add(place)
+                yield error("V58", place, f"is {value!r}, as {first} is; give it another", f"general.{first}")
+
+
+@rule("V58")
 def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
     said = set[str]()
     for dataset in config.datasets:
@@ -100,14 +113,16 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
     for dataset in config.datasets:
         for key, value in (
             ("caption_dropout_rate", dataset.text.caption_dropout_rate),
+            ("caption_tag_dropout_rate", dataset.text.caption_tag_dropout_rate),
             ("caption_dropout_every_n_epochs", dataset.text.caption_dropout_every_n_epochs),
         ):
             place = _place(config, dataset.name, key)
             if value == 1 and place not in said:
                 said.add(place)
                 reason = "is 1, so captions would be dropped in every epoch"
-                if key == "caption_dropout_rate":
-                    reason = "is 1, so all captions would be dropped; 0.1 is usual"
+                if key != "caption_dropout_every_n_epochs":
+                    what = "captions" if key == "caption_dropout_rate" else "tags that are not kept"
+                    reason = f"is 1, so all {what} would be dropped; 0.1 is usual"
                 yield error("V59", place, reason)
     key, own = "objective.text_dropout", [dataset.text.caption_dropout_rate is not None for dataset in config.datasets]
     if own and all(own) and key in config.set_keys():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from musubi_tuner.config.diagnostics import Diagnostic
+from musubi_tuner.config.diagnostics import Diagnostic, error
 
 if TYPE_CHECKING:
     from musubi_tuner.config.run_config import RunConfig
@@ -53,4 +53,7 @@ class Rules:
         """
         for rule in self.all:
             if rule.applies(wrong):
-                yield from rule.check(config)
+                try:
+                    yield from rule.check(config)
+                except OSError as problem:  # such as a name that is too long for any file
+                    yield error("P01", rule.keys[0], f"{problem.filename}: cannot be looked up ({problem.strerror})")

@@ -1,6 +1,6 @@
 """[distributed]."""
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import is_not
 
 
@@ -16,5 +16,5 @@ class DistributedSection(Section):
                                           resume="free", when=is_not("distributed.num_processes", 1))  # fmt: skip
     timeout_minutes: int = param(
         30, "How long a process waits for the others' gradients; while the main one draws or saves, they wait as long as it takes.",
-        ge=1, resume="free", unit="minutes"
+        ge=1, le=MOST, resume="free", unit="minutes"
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import on
 
 
@@ -20,13 +20,14 @@ class HubSection(Section):
                               secret=True, resume="free", tab="setup")  # fmt: skip
     every_steps: int = param(
         0, "Upload the newest checkpoint every so many updates; 0 here and below = every checkpoint when it is saved. The final "
-        "one is always uploaded.", flat=("upload_every_steps",), ge=0, resume="free", unit="updates", when=on("save.every_steps") | on("save.every_epochs")
+        "one is always uploaded.", flat=("upload_every_steps",), ge=0, le=MOST, resume="free", unit="updates", when=on("save.every_steps") | on("save.every_epochs")
     )  # fmt: skip
     every_epochs: int = param(
         0,
         "Upload the newest checkpoint every so many epochs.",
         flat=("upload_every_epochs",),
         ge=0,
+        le=MOST,
         resume="free",
         unit="epochs",
         when=on("save.every_steps") | on("save.every_epochs"),
@@ -53,6 +54,7 @@ class HubSection(Section):
         600,
         "Time limit of an upload, for its three attempts together; then it is given up.",
         ge=1,
+        le=MOST,
         resume="free",
         unit="seconds",
     )
@@ -65,5 +67,5 @@ class HubSection(Section):
         unit="seconds",
     )
     finish_seconds: int = param(
-        1800, "How long a run waits at its end for remaining uploads; then they are given up and listed.", ge=0, resume="free", unit="seconds"
+        1800, "How long a run waits at its end for remaining uploads; then they are given up and listed.", ge=0, le=MOST, resume="free", unit="seconds"
     )  # fmt: skip

@@ -5,12 +5,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import is_not, on
 
 MissingCaption = Literal["error", "skip", "empty", "stem"]
 MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 """Where the loss mask of an image comes from; see data/masks.py."""
+LONGEST_SIDE = 16384
+"""Pixels of the side of a picture that is trained."""
 Resize = Literal["crop", "squash"]
 """How an image becomes its bucket: its centre, or all of it with other proportions."""
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
@@ -45,7 +47,7 @@ class GeneralSection(Section):
         None,
         "Shortest side of a bucket; rounded down to a multiple of the step.",
         ge=1,
-        le=16384,
+        le=LONGEST_SIDE,
         unit="pixels",
         tab="adapter",
         when=_BUCKETS,
@@ -54,7 +56,7 @@ class GeneralSection(Section):
         None,
         "Longest side of a bucket; rounded up to a multiple of the step.",
         ge=1,
-        le=16384,
+        le=LONGEST_SIDE,
         unit="pixels",
         tab="adapter",
         when=_BUCKETS,
@@ -124,7 +126,7 @@ class GeneralSection(Section):
         step=0.01,
     )
     caption_dropout_every_n_epochs: int | None = param(
-        None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, unit="epochs"
+        None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, le=MOST, unit="epochs"
     )
     flip_aug: bool | None = param(
         None, "Also train on mirrored pictures: both versions are cached, and one is chosen each time."
@@ -148,8 +150,8 @@ class GeneralSection(Section):
         listed = isinstance(sides, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sides)
         if not listed or len(sides) not in (1, 2) or (isinstance(value, list) and len(value) != 2):
             raise ValueError("expected one whole number or [width, height]")
-        if min(sides) < 1:
-            raise ValueError("sides must be at least 1")
+        if not 1 <= min(sides) <= max(sides) <= LONGEST_SIDE:
+            raise ValueError(f"sides must be from 1 to {LONGEST_SIDE}")
         return value
 
     @field_validator("alpha_background", mode="before")
@@ -182,20 +184,15 @@ class DatasetSection(GeneralSection):
     name: str | None = param(
         None, "Name used in messages and [[steps]]; absent = datasets[0], datasets[1] and so on.", min_length=1
     )
-    image_directory: str | None = param(
-        None, "Folder of pictures with caption files beside them.", path=True, min_length=1
-    )
+    image_directory: str | None = param(None, "Folder of pictures with caption files beside them.", path=True)
     image_jsonl_file: str | None = param(
         None,
         'File with one {"image_path": ..., "caption": ...} per line, instead of a folder.',
         path=True,
-        min_length=1,
     )
-    cache_directory: str | None = param(
-        None, "Where cache files go; absent = into image_directory.", path=True, min_length=1
-    )
+    cache_directory: str | None = param(None, "Where cache files go; absent = into image_directory.", path=True)
     mask_directory: str | None = param(
-        None, "Folder of masks with the names of the pictures.", path=True, min_length=1,
+        None, "Folder of masks with the names of the pictures.", path=True,
         when=is_not("datasets.mask_source", "alpha", "none", "imported", "product"),
     )  # fmt: skip
     experts: dict[str, Any] | Literal[False] | None = param(

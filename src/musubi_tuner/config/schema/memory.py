@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import is_, on
 
 _SWAPS, _COMPILES = on("memory.blocks_to_swap"), on("memory.compile")
@@ -96,7 +96,7 @@ class MemorySection(Section):
         expert=True,
     )
     compile_limit: int = param(
-        32, "How often one kind of block may be compiled; more is an error.", flat=("compile_cache_size_limit",), ge=1,
+        32, "How often one kind of block may be compiled; more is an error.", flat=("compile_cache_size_limit",), ge=1, le=MOST,
         resume="free", when=_COMPILES, expert=True
     )  # fmt: skip
 

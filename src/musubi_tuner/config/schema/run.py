@@ -15,8 +15,9 @@ class RunSection(Section):
         ...,
         "Name of the run; every output file begins with it.",
         flat=("output_name",),
-        pattern=r"^[\w.\- ]+$",
-        accepts="letters, digits, dots, spaces, - and _",
+        pattern=r"^[\w.\- ]*[\w\-][\w.\- ]*$",
+        max_length=100,
+        accepts="at most 100 letters, digits, dots, spaces, - and _, not of dots alone",
     )
     output_dir: str = param(..., "Folder for checkpoints, states, samples and logs.", path=True, resume="free")
     seed: int = param(42, "Seed of order, noise, times and dropout.", flat=("seed",), ge=0, lt=2**32)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import on
 
 
@@ -23,11 +23,18 @@ class SampleSection(Section):
         "Draw every so many updates; 0 = off.",
         flat=("sample_every_n_steps",),
         ge=0,
+        le=MOST,
         resume="free",
         unit="updates",
     )
     every_epochs: int | None = param(
-        None, "Draw every so many epochs; 0 = off.", flat=("sample_every_n_epochs",), ge=0, resume="free", unit="epochs"
+        None,
+        "Draw every so many epochs; 0 = off.",
+        flat=("sample_every_n_epochs",),
+        ge=0,
+        le=MOST,
+        resume="free",
+        unit="epochs",
     )
     at_first: bool = param(False, "Draw once before the first update.", flat=("sample_at_first",), resume="free")
     width: int | None = param(

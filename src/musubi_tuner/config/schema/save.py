@@ -1,6 +1,6 @@
 """[save]."""
 
-from musubi_tuner.config.fields import Dtype, Section, param
+from musubi_tuner.config.fields import MOST, Dtype, Section, param
 from musubi_tuner.config.when import is_not, on
 
 
@@ -10,15 +10,28 @@ class SaveSection(Section):
     tab = "saving"
 
     every_steps: int | None = param(
-        5000, "Save every so many updates; 0 = off.", flat=("save_every_n_steps",), ge=0, resume="free", unit="updates"
+        5000,
+        "Save every so many updates; 0 = off.",
+        flat=("save_every_n_steps",),
+        ge=0,
+        le=MOST,
+        resume="free",
+        unit="updates",
     )
     every_epochs: int | None = param(
-        None, "Save every so many epochs; 0 = off.", flat=("save_every_n_epochs",), ge=0, resume="free", unit="epochs"
+        None,
+        "Save every so many epochs; 0 = off.",
+        flat=("save_every_n_epochs",),
+        ge=0,
+        le=MOST,
+        resume="free",
+        unit="epochs",
     )
     keep_last_steps: int | None = param(
         3,
         "Newest step checkpoints kept; 0 = all.",
         ge=0,
+        le=MOST,
         resume="free",
         unit="checkpoints",
         when=on("save.every_steps"),
@@ -27,6 +40,7 @@ class SaveSection(Section):
         3,
         "Newest epoch checkpoints kept; 0 = all.",
         ge=0,
+        le=MOST,
         resume="free",
         unit="checkpoints",
         when=on("save.every_epochs"),
@@ -34,7 +48,7 @@ class SaveSection(Section):
     dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
                          flat=("save_precision",), resume="free")  # fmt: skip
     keep_last_states: int | None = param(
-        2, "Newest states kept, across all checkpoints; older ones keep their weights only; 0 = as long as their weights.", ge=0,
+        2, "Newest states kept, across all checkpoints; older ones keep their weights only; 0 = as long as their weights.", ge=0, le=MOST,
         resume="free", unit="states", when=on("save.state")
     )  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")

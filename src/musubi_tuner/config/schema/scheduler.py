@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import is_not, on
 
 
@@ -12,7 +12,9 @@ class SchedulerSection(Section):
     tab = "learning rate"
 
     type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
-    warmup_steps: int = param(0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, unit="updates")
+    warmup_steps: int = param(
+        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates"
+    )
     warmup_ratio: float | None = param(
         None,
         "Warm-up as a fraction of all updates (or of total_steps), instead of warmup_steps; 0 = use warmup_steps.",
@@ -36,7 +38,7 @@ class SchedulerSection(Section):
     )
     total_steps: int | None = param(
         None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
-        "continues at a higher rate, unless its previous length is set here.", ge=1, resume="free", unit="updates", when=is_not("scheduler.type", "constant")
+        "continues at a higher rate, unless its previous length is set here.", ge=1, le=MOST, resume="free", unit="updates", when=is_not("scheduler.type", "constant")
         | on("scheduler.warmup_ratio"), rule="V30"
     )  # fmt: skip
 

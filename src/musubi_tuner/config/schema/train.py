@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import is_, on
 
 
@@ -14,12 +14,13 @@ class TrainSection(Section):
         "Updates to train; or give max_epochs.",
         flat=("max_train_steps",),
         ge=1,
+        le=MOST,
         resume="free",
         unit="updates",
         tab="dataset",
     )
     max_epochs: int | None = param(
-        None, "Passes over the data; with max_steps too, whichever ends first.", flat=("max_train_epochs",), ge=1,
+        None, "Passes over the data; with max_steps too, whichever ends first.", flat=("max_train_epochs",), ge=1, le=MOST,
         resume="free", unit="epochs", tab="dataset"
     )  # fmt: skip
     grad_accum_steps: int = param(
@@ -66,6 +67,7 @@ class TrainSection(Section):
         20,
         "Where updates are skipped: stop after this many in a row.",
         ge=1,
+        le=MOST,
         resume="free",
         unit="updates",
         when=is_("train.on_nonfinite", "skip") | is_("train.mixed_precision", "fp16"),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import on
 
 
@@ -20,18 +20,18 @@ class ValidationSection(Section):
         42, "Seed of the choice of these images and of their noise.", flat=("validation_seed",), ge=0, lt=2**32
     )
     every_steps: int | None = param(
-        None, "Validate every so many updates, and always at the end; 0 = off.", flat=("validate_every_n_steps",), ge=0,
+        None, "Validate every so many updates, and always at the end; 0 = off.", flat=("validate_every_n_steps",), ge=0, le=MOST,
         resume="free", unit="updates"
     )  # fmt: skip
     every_epochs: int | None = param(
-        1, "Validate every so many epochs, and always at the end; 0 = off.", flat=("validate_every_n_epochs",), ge=0,
+        1, "Validate every so many epochs, and always at the end; 0 = off.", flat=("validate_every_n_epochs",), ge=0, le=MOST,
         resume="free", unit="epochs"
     )  # fmt: skip
     times: int = param(
         8, "Noise levels at which each image is measured, evenly spread over [0, 1].", ge=1, le=100, unit="noise levels"
     )
     max_images: int | None = param(
-        None, "Validate on at most so many of the held-out images; absent = all.", ge=1, unit="images"
+        None, "Validate on at most so many of the held-out images; absent = all.", ge=1, le=MOST, unit="images"
     )
     weights: Literal["ema", "model"] = param(
         "ema",

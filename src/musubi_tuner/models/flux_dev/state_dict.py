@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.config.paths import expand
 from musubi_tuner.encoders.locate import source as describe
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.memory.storage import Freeze, Merge, place_weights
@@ -46,7 +47,7 @@ def load_checkpoint(source: str | Path, *, ema: bool = False, revision: str | No
         CheckpointError: if it is not there, not complete, or of a kind that cannot be read.
     """
     text = str(source)
-    path = Path(text).expanduser()
+    path = expand(text)
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path}: is a GGUF file, which is not supported; use the safetensors or fp8 file")
     if not path.exists():

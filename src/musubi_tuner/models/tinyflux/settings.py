@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.diagnostics import Diagnostic, warning
-from musubi_tuner.config.fields import Section, param
+from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.config.schema.model import AveragedCheckpoint, HiddenPadding, ModelSection, NewModel
@@ -132,6 +132,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         1000,
         "Updates until the Lune weight is reached.",
         ge=0,
+        le=MOST,
         unit="updates",
         when=_LEARNS_LUNE,
     )
@@ -168,6 +169,7 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
         2000,
         "Updates until the Sol weight is reached.",
         ge=0,
+        le=MOST,
         unit="updates",
         when=_LEARNS_SOL,
     )
