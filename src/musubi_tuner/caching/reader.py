@@ -12,6 +12,7 @@ from musubi_tuner.caching.file_format import TIMES, split_caption
 from musubi_tuner.caching.index import CachedFile, open_items
 from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
 from musubi_tuner.data.sources import Item
@@ -23,18 +24,20 @@ class CachedDataset:
     """Reads micro-batches from cache files.
 
     Args:
-        items: of all datasets. kinds: of cache that are opened, for the datasets that want them. dropping: leave captions out as
-            the data sets say.
+        items: of all datasets. kinds: of cache that are opened, for the datasets that want them. texts: of the data sets, if
+            they are not the config's. dropping: leave captions out as the data sets say.
 
     Raises:
         CacheError: if files are missing or broken, or latents have another size than their bucket.
     """
 
-    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str], *, dropping: bool = True) -> None:
+    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str], *, texts: Sequence[CaptionSettings] = (),
+                 dropping: bool = True) -> None:  # fmt: skip
         roots = [dataset.cache_directory for dataset in config.datasets]
         wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
         self.items, self.seed = list(items), config.run.seed
-        self.texts, self.dropping = [dataset.text for dataset in config.datasets], dropping
+        self.texts, self.dropping = texts or [dataset.text for dataset in config.datasets], dropping
+        self.of_epoch = sum(item.num_repeats for item in items)
         self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)
         self.tables = {*config.spec.expert_keys, TIMES}
         self.substitutes: dict[str, Tensor] = {}
@@ -170,7 +173,9 @@ class CachedDataset:
     def _caption(self, item: Item, epoch: int, presentation: int) -> int:
         """Number of the caption that a presentation takes."""
         text = self.texts[item.dataset]
-        return caption_of(len(item.captions), self.seed, epoch, presentation, text, dropping=self.dropping)
+        return caption_of(
+            len(item.captions), self.seed, epoch, presentation, text, of_epoch=self.of_epoch, dropping=self.dropping
+        )
 
     def _view(self, item: Item, epoch: int, presentation: int) -> int:
         """Number of the version of its picture that a presentation takes; the first one where nothing is drawn."""

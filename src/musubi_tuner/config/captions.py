@@ -1,7 +1,7 @@
 """How captions of a data set are made from what is written: settings as a value. Torch-free."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -11,6 +11,7 @@ class CaptionSettings:
 
     Attributes:
         text_variants, seed: of [cache].
+        warmup_epochs: how long captions grow, once the length of the run is known; see `timed`.
         drop_as_empty: a dropped caption becomes an empty one, which is encoded too; else the family drops encodings itself.
     """
 
@@ -27,6 +28,9 @@ class CaptionSettings:
     caption_tag_dropout_rate: float = 0.0
     caption_dropout_rate: float | None = None
     caption_dropout_every_n_epochs: int = 0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+    warmup_epochs: float = 0.0
     text_variants: int = 1
     seed: int = 0
     drop_as_empty: bool = False
@@ -38,6 +42,7 @@ class CaptionSettings:
             ("shuffle_caption", self.shuffle_caption),
             ("caption_tag_dropout_rate", self.caption_tag_dropout_rate > 0),
             ("enable_wildcard", self.enable_wildcard),
+            ("token_warmup_step", self.token_warmup_step > 0),
         )
         return tuple(key for key, value in on if value)
 
@@ -45,6 +50,11 @@ class CaptionSettings:
     def drops(self) -> bool:
         """Whether some presentations have no caption."""
         return bool(self.caption_dropout_rate or self.caption_dropout_every_n_epochs)
+
+    def timed(self, updates_per_epoch: int, total_updates: int) -> "CaptionSettings":
+        """These settings in a run of that length: a step below 1 is a share of it."""
+        updates = self.token_warmup_step * (total_updates if self.token_warmup_step < 1 else 1)
+        return replace(self, warmup_epochs=int(updates) / updates_per_epoch)
 
     def is_dropped(self, epoch: int, coin: float) -> bool:
         """Whether a presentation has no caption.

@@ -80,6 +80,7 @@ class DatasetConfig:
             alpha channel is the loss mask, unless a colour is given.
         bucket_step: of the sides of its buckets; None = the family's. bucket_sides: the least and the greatest side; None = any.
         text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
+        beside: folder of the run file, in which functions of the user may lie.
         apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
     """
 
@@ -103,6 +104,7 @@ class DatasetConfig:
     experts: Mapping[str, Any] = field(default_factory=dict)
     alpha_background: str = WHITE
     apart: tuple[Path, ...] = ()
+    beside: Path = field(default=Path(), compare=False)
     text: CaptionSettings = field(default_factory=CaptionSettings)
     is_reg: bool = False
     views: ViewSettings = field(default_factory=ViewSettings)

@@ -215,6 +215,7 @@ def _datasets(
             text=replace(
                 dataset.text, text_variants=cache.text_variants, seed=cache.seed, drop_as_empty=not leaves_out
             ),
+            beside=path.parent,
             views=replace(dataset.views, latent_variants=cache.latent_variants, seed=cache.seed),
         )
         for dataset in (_checked_experts(dataset, spec, found) for dataset in datasets)

@@ -18,7 +18,8 @@ def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) ->
     """The captions that an item is trained with, from those that are written.
 
     With settings that make another caption each time, ``text_variants`` of them (at least one of each that is written), drawn by
-    (cache.seed, item, number); an empty one behind them where captions are dropped by being empty.
+    (cache.seed, item, number). With token warm-up as many follow that have only the first of their parts, ever more of them. At the
+    end stands an empty one where captions are dropped by being empty.
 
     Args:
         item: key of the draws.
@@ -28,6 +29,9 @@ def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) ->
         count = max(settings.text_variants, len(captions))  # each written caption is in it
         draws = [keyed_random(settings.seed, "caption variant", item, number) for number in range(count)]
         made = [draw(captions[number % len(captions)], settings, each) for number, each in enumerate(draws)]
+        if settings.token_warmup_step:
+            grown = [keyed_random(settings.seed, "caption warm-up", item, number) for number in range(count)]
+            made += [draw(captions[n % len(captions)], settings, each, n / count) for n, each in enumerate(grown)]
     return (*made, "") if settings.drops and settings.drop_as_empty else tuple(made)
 
 
@@ -36,16 +40,20 @@ def fixed(caption: str, settings: CaptionSettings) -> str:
     return _triggered(_framed(_separated(caption, settings), settings), settings)
 
 
-def draw(caption: str, settings: CaptionSettings, source: random.Random) -> str:
-    """One random version of a caption."""
+def draw(caption: str, settings: CaptionSettings, source: random.Random, progress: float = 1.0) -> str:
+    """One random version of a caption.
+
+    Args:
+        progress: of token warm-up, from 0 to 1 at its end.
+    """
     if settings.enable_wildcard:
         lines = [line.strip() for line in caption.splitlines() if line.strip()]
         caption = source.choice(lines) if lines else ""
     caption = _framed(caption, settings)
     if settings.enable_wildcard:
         caption = _WILDCARD.sub(lambda match: _chosen(match, source), caption)
-    if settings.shuffle_caption or settings.caption_tag_dropout_rate:
-        caption = _rearranged(caption, settings, source)
+    if settings.shuffle_caption or settings.caption_tag_dropout_rate or progress < 1:
+        caption = _rearranged(caption, settings, source, progress)
     return _triggered(_separated(caption, settings), settings)
 
 
@@ -100,8 +108,8 @@ def _parts(text: str, separator: str) -> list[str]:
     return [part for piece in text.split(separator) if (part := piece.strip())]
 
 
-def _rearranged(caption: str, settings: CaptionSettings, source: random.Random) -> str:
-    """Parts that are kept, then the others shuffled and thinned out, then the fixed end."""
+def _rearranged(caption: str, settings: CaptionSettings, source: random.Random, progress: float) -> str:
+    """Parts that are kept, then the others as far as warm-up is, shuffled and thinned out, then the fixed end."""
     separator, marker = settings.caption_separator, settings.keep_tokens_separator
     end: list[str] = []
     if marker and marker in caption:
@@ -111,6 +119,9 @@ def _rearranged(caption: str, settings: CaptionSettings, source: random.Random) 
     else:
         parts = _parts(caption, separator)
         kept, others = parts[: settings.keep_tokens], parts[settings.keep_tokens :]
+    if progress < 1:
+        least = settings.token_warmup_min
+        others = others[: least + max(0, int(progress * (len(others) - least)))]
     if settings.shuffle_caption:
         source.shuffle(others)
     if settings.caption_tag_dropout_rate:

@@ -4,14 +4,19 @@
                        one draw per item in the order of the data set
     imagenet           subject, class, subclass, label, caption, synset, imagenet, joined by commas; the label is left out
                        where the classifier was confident and wrong
-    package.module:function   called as function(caption, columns) for each caption; returns the new one
+    package.module:function   called as function(caption, columns) for each caption; returns the new one. The module lies beside
+                       the run file, or is installed
 
 Transforms run while the data is listed, so that fingerprints see their result.
 """
 
 import importlib
+import importlib.util
 import random
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from musubi_tuner.errors import DataError
@@ -73,8 +78,11 @@ def _column(columns: Columns, name: str, kind: type, default: Any) -> Any:
     return value
 
 
-def make_transform(name: str | None) -> Transform:
+def make_transform(name: str | None, beside: Path = Path()) -> Transform:
     """The transform of a data set by its name; None = captions stay as they are.
+
+    Args:
+        beside: folder in which a module is looked for first.
 
     Raises:
         DataError: if a function cannot be imported.
@@ -85,14 +93,33 @@ def make_transform(name: str | None) -> Transform:
         return object_relations()
     if name == "imagenet":
         return lambda captions, columns: [imagenet_caption(caption, columns) for caption in captions or [""]]
-    return _own(name)
+    return _own(name, beside)
 
 
-def _own(name: str) -> Transform:
+def _module(name: str, beside: Path) -> ModuleType:
+    """A module of a folder, which may import others of it; else one that is installed."""
+    file = (beside / name.replace(".", "/")).with_suffix(".py").resolve()
+    if not file.is_file():
+        return importlib.import_module(name)
+    own = f"{name} in {file.parent}"  # two run files may have functions of the same name
+    if own not in sys.modules and (spec := importlib.util.spec_from_file_location(own, file)) and spec.loader:
+        sys.modules[own] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(file.parent))
+        try:
+            spec.loader.exec_module(sys.modules[own])
+        except BaseException:
+            del sys.modules[own]
+            raise
+        finally:
+            sys.path.remove(str(file.parent))
+    return sys.modules[own]
+
+
+def _own(name: str, beside: Path) -> Transform:
     """A person's function, whatever it raises or returns told apart."""
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = getattr(_module(module, beside), attribute)
     except Exception as error:
         raise DataError(f"caption_transform: {name} cannot be imported ({type(error).__name__}: {error})") from error
 

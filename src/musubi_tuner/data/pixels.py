@@ -50,6 +50,7 @@ class PixelSource:
         self, items: Sequence[Item], seed: int, tokenize: Tokenize | None = None, texts: Sequence[CaptionSettings] = ()
     ) -> None:
         self.items, self.seed, self.tokenize, self.texts = list(items), seed, tokenize, texts
+        self.of_epoch = sum(item.num_repeats for item in items)
 
     def plan_items(self) -> list[PlanItem]:
         """See `Source`."""
@@ -69,6 +70,7 @@ class PixelSource:
                         epoch,
                         presentation,
                         self.texts[item.dataset] if self.texts else None,
+                        of_epoch=self.of_epoch,
                     )
                 ]
                 for item, presentation in zip(items, batch.presentations, strict=True)

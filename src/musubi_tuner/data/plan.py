@@ -81,17 +81,25 @@ def caption_of(
     presentation: int,
     text: CaptionSettings | None = None,
     *,
+    of_epoch: int = 1,
     dropping: bool = True,
 ) -> int:
     """Which of an item's captions a presentation takes: one draw for everything that is made from captions.
 
     Args:
-        text: of the data set; where it drops captions by an empty one, that is the last. dropping: false keeps all.
+        text: of the data set; where it drops captions by an empty one, that is the last.
+        of_epoch: presentations in an epoch, by which token warm-up counts.
+        dropping: false takes whole captions, none left out.
     """
     if text is not None and text.drops and text.drop_as_empty:
         if dropping and text.is_dropped(epoch, uniform(seed, "caption_dropout", epoch, presentation)):
             return captions - 1
         captions -= 1
+    if text is not None and text.token_warmup_step:
+        captions //= 2  # the second half is for the warm-up
+        at = epoch + presentation / of_epoch
+        if dropping and at < text.warmup_epochs:
+            return captions + int(captions * at / text.warmup_epochs)
     return 0 if captions == 1 else int(captions * uniform(seed, "caption", epoch, presentation))
 
 

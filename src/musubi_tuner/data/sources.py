@@ -207,7 +207,7 @@ class _Entry:
 
 def _entries(dataset: DatasetConfig, problems: list[str], notes: list[str], roots: list[Root]) -> Iterator[_Entry]:
     try:
-        transform = make_transform(dataset.caption_transform)
+        transform = make_transform(dataset.caption_transform, dataset.beside)
     except DataError as error:
         problems.append(f"{dataset.name}.{error}")
         return

@@ -133,8 +133,8 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     trained, held_out = split_of_run(config, items)
     refuse_second_branch(config)
     facts = config.spec.task(config)
-    source, measured = _open_source(config, facts, trained, held_out)
     steps = count_steps(config, trained, ranks.count)
+    source, measured = _open_source(config, facts, trained, held_out, steps)
     found = _find_state(config)
     config = as_begun(config, found[1]["config"] if found else None)
     _check_machine(config, ranks, kernels)
@@ -291,16 +291,16 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
 
 
 def _open_source(
-    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item]
+    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item], steps: Steps
 ) -> tuple[Source, CachedDataset | None]:
     """What is trained, and what is measured."""
+    texts = [dataset.text.timed(steps.updates_per_epoch, steps.total_updates) for dataset in config.datasets]
     if facts.pixels:
-        texts = [dataset.text for dataset in config.datasets]
         return PixelSource(trained, config.run.seed, config.spec.task_family.make_tokenizer(config), texts), None
     kinds = needed_kinds(config)
     shown = held_out[: config.validation.max_images]
     measured = CachedDataset(config, shown, kinds, dropping=False) if shown else None
-    return CachedDataset(config, trained, kinds), measured
+    return CachedDataset(config, trained, kinds, texts=texts), measured
 
 
 def _check_machine(config: RunConfig, ranks: Ranks, kernels: str | None) -> None:

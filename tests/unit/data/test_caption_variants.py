@@ -101,6 +101,22 @@ def test_dropped_captions_are_the_empty_one_at_the_end_where_the_family_wants_it
     assert {caption_of(2, 1, 0, n, settings, dropping=False) for n in range(100)} == {0}
 
 
+def test_captions_grow_during_token_warm_up() -> None:
+    settings = CaptionSettings(token_warmup_step=0.5, token_warmup_min=2, keep_tokens=1, text_variants=4, drop_as_empty=True,
+                               caption_dropout_rate=0.1)  # fmt: skip
+    made = variants(("k, a, b, c, d, e, f",), settings, "cat")
+    lengths = [len(text.split(", ")) for text in made]
+    assert lengths == [7, 7, 7, 7, 3, 4, 5, 6, 1] and made[-1] == ""
+    assert all("k, a, b, c, d, e, f".startswith(text) for text in made)
+    timed = settings.timed(updates_per_epoch=10, total_updates=80)  # half of the run: four epochs
+    for epoch, stages in ((0, {4}), (1, {5}), (3, {7}), (4, {0, 1, 2, 3})):
+        taken = {caption_of(9, 1, epoch, n, timed, of_epoch=50) for n in range(50)}
+        assert taken - {8} == stages
+    assert max(caption_of(9, 1, 0, n, timed, of_epoch=50, dropping=False) for n in range(50)) < 4
+    assert settings.timed(10, 80).warmup_epochs == 4
+    assert CaptionSettings(token_warmup_step=25).timed(10, 80).warmup_epochs == 2.5
+
+
 def test_every_nth_epoch_has_no_captions() -> None:
     settings = CaptionSettings(caption_dropout_every_n_epochs=3, drop_as_empty=True)
     assert [{caption_of(2, 1, epoch, n, settings) for n in range(50)} for epoch in range(6)] == [{0}, {0}, {1}] * 2

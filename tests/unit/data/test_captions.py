@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,18 @@ def test_a_function_sees_each_caption_and_the_columns_of_its_line(listing: Entry
 def test_a_function_that_fails_is_named_with_its_line(listing: Entry, name: str, message: str) -> None:
     (problem,) = problems(listing({"caption": "x"}, caption_transform=f"own_captions:{name}"))
     assert problem.endswith(f"line 1: caption_transform: own_captions:{name} {message}")
+
+
+def test_a_module_beside_the_run_file_is_found_and_may_import_another(listing: Entry, tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = tmp_path / f"project{number}"
+        folder.mkdir()
+        (folder / "helper_of_mine.py").write_text("def loud(text): return text.upper()\n")
+        (folder / "mine.py").write_text(
+            f"from helper_of_mine import loud\ndef f(caption, columns): return loud(caption) + '{number}'\n"
+        )
+        entry = replace(listing({"caption": "x"}, caption_transform="mine:f"), beside=folder)
+        assert captions(entry) == {"a": (f"X{number}",)}
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function"])

@@ -94,6 +94,7 @@ IGNORED_THERE = {
     "multires_noise_discount": "objective.multires_noise_discount",
 }  # fmt: skip
 """Options that sd-scripts takes and does not use for flow models -> what they are here."""
+CHANGING_CAPTIONS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step")
 VARIANTS = 8
 """Variants of captions that change, which other trainers make anew each time."""
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
@@ -372,9 +373,7 @@ class _Importer(Builder):
 
     def _captions(self) -> None:
         """Captions that change need variants, which other trainers do not know."""
-        changing = [
-            key for key in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate") if self.general.get(key)
-        ]
+        changing = [key for key in CHANGING_CAPTIONS if self.general.get(key)]
         if changing and "cache.text_variants" not in self.values:
             self.values["cache.text_variants"] = VARIANTS
             self.report.defaulted.append(("cache.text_variants", VARIANTS))

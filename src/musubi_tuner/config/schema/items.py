@@ -85,7 +85,8 @@ class GeneralSection(Section):
         min_length=1,
     )
     caption_transform: str | None = param(
-        None, "Transform applied to captions: object_relations, imagenet, or package.module:function."
+        None,
+        "Transform applied to captions: object_relations, imagenet, or module:function of a module beside the run file or installed.",
     )
 
     class_tokens: str | None = param(None, "Caption for images without one; overrides missing_caption.", min_length=1)
@@ -128,6 +129,18 @@ class GeneralSection(Section):
     caption_dropout_every_n_epochs: int | None = param(
         None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, le=MOST, unit="epochs"
     )
+    token_warmup_step: float | None = param(
+        None,
+        "Captions grow from token_warmup_min tags to all of them during so many updates (below 1: a share of the run); needs "
+        "cache.text_variants, and caches twice as many.",
+        ge=0,
+        le=MOST,
+        unit="updates",
+    )
+    token_warmup_min: int | None = param(
+        None, "Tags at the beginning of token_warmup_step, beside those that are kept; absent = 1.", ge=0, le=1000, unit="tags",
+        when=on("general.token_warmup_step"),
+    )  # fmt: skip
     flip_aug: bool | None = param(
         None, "Also train on mirrored pictures: both versions are cached, and one is chosen each time."
     )
