@@ -13,6 +13,7 @@ Load = Callable[..., RunConfig]
 Problems = Callable[..., list[str]]
 
 IMAGES = '[[datasets]]\nimage_directory = "images"\n'
+LISTING = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
 
 
 def only(config: RunConfig) -> DatasetConfig:
@@ -58,7 +59,7 @@ def test_one_number_means_a_square(load: Load) -> None:
 
 def test_listing_with_a_cache_folder(load: Load, project: Path) -> None:
     (project / "list.jsonl").touch()
-    dataset = only(load(data='[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'))
+    dataset = only(load(data=LISTING))
     assert dataset.image_directory is None
     assert (dataset.image_jsonl_file, dataset.cache_directory) == (Path("list.jsonl"), Path("cache"))
 
@@ -311,9 +312,23 @@ def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
     assert only(load(data=f"{IMAGES}resolution = 32\n")).resolution == (32, 32)
 
 
-def test_no_upscale_without_buckets_has_no_effect_and_says_so(warnings_of: Callable[..., list[str]]) -> None:
-    (message,) = warnings_of(data=f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true\n")
-    assert message.startswith("datasets[0].bucket_no_upscale: has no effect")
+@pytest.mark.parametrize(
+    ("data", "key", "reason"),
+    [
+        (f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true", "datasets[0].bucket_no_upscale", "enable_bucket"),
+        (f"[general]\nenable_bucket = false\nbucket_no_upscale = true\n{IMAGES}", "general.bucket_no_upscale", "enable_bucket"),
+        (f'{IMAGES}random_crop = true\nresize = "squash"', "datasets[0].random_crop", '"squash", which crops nothing'),
+        (f'[general]\nrandom_crop = true\nresize = "squash"\n{IMAGES}', "general.random_crop", '"squash", which crops nothing'),
+        (f"{LISTING}recursive = true", "datasets[0].recursive", "image_jsonl_file"),
+        (f'{LISTING}caption_extension = ".caption"', "datasets[0].caption_extension", "image_jsonl_file"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_items_without_effect_says_so(
+    data: str, key: str, reason: str, warnings_of: Callable[..., list[str]], project: Path
+) -> None:
+    (project / "list.jsonl").touch()
+    (message,) = warnings_of(data=f"{data}\n")
+    assert message.startswith(f"{key}: has no effect because ") and reason in message
 
 
 def test_resize_is_a_choice(load: Load, problems: Problems) -> None:
@@ -347,10 +362,9 @@ def test_mask_source_follows_from_what_is_given(keys: str, source: str, load: Lo
 
 def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load, project: Path) -> None:
     (project / "list.jsonl").touch()
-    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
-    assert only(load(data=listing)).mask_source == "file"
-    assert only(load(data=f'[general]\nmask_source = "product"\n{listing}')).mask_source == "product"
-    assert only(load(data=f'{listing}mask_source = "none"\n')).mask_source == "none"
+    assert only(load(data=LISTING)).mask_source == "file"
+    assert only(load(data=f'[general]\nmask_source = "product"\n{LISTING}')).mask_source == "product"
+    assert only(load(data=f'{LISTING}mask_source = "none"\n')).mask_source == "none"
 
 
 @pytest.mark.parametrize(
@@ -364,6 +378,10 @@ def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load,
         ),
         ('alpha_mask = true\nmask_directory = "images2"', "alpha_mask: is true, and mask_directory is given; keep one"),
         ('alpha_mask = true\nmask_source = "product"', 'alpha_mask: is true, but mask_source is "product"; keep one'),
+        (
+            'alpha_mask = false\nmask_source = "alpha"',
+            'alpha_mask: is false, but mask_source is "alpha"; write mask_source = "none"',
+        ),
         (
             'mask_directory = "images"',
             "mask_directory: is the image_directory; put the masks into a folder of their own",
@@ -381,8 +399,7 @@ def test_masks_that_contradict_each_other_are_refused(
 
 def test_listing_has_no_mask_folder(problems: Problems, project: Path) -> None:
     (project / "list.jsonl").touch()
-    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\nmask_directory = "images"\n'
-    assert problems(data=listing) == [
+    assert problems(data=f'{LISTING}mask_directory = "images"\n') == [
         "datasets[0].mask_directory: belongs to image_directory; lines of image_jsonl_file name their mask in mask_path"
     ]
 
@@ -433,9 +450,8 @@ def test_transform_has_a_name_or_is_a_function(name: str, load: Load) -> None:
 
 def test_columns_of_captions_belong_to_a_listing(load: Load, problems: Problems, project: Path) -> None:
     (project / "list.jsonl").touch()
-    listing = '[[datasets]]\nimage_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
     keys = 'caption_columns = ["a", "b"]\ncaption_transform = "imagenet"\n'
-    dataset = only(load(data=listing + keys))
+    dataset = only(load(data=LISTING + keys))
     assert (dataset.caption_columns, dataset.caption_transform) == (("a", "b"), "imagenet")
     assert problems(data=IMAGES + keys) == [
         "datasets[0].caption_columns: names columns of image_jsonl_file; remove the key",

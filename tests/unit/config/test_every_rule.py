@@ -21,6 +21,9 @@ NEW = {"without": ("model.path",), "experts": 'vae = "vae.safetensors"', "ema": 
 FD: Changes = {"model": 'arch = "fd"', "without": ("experts.unet",)}
 DRAWN = 'prompts = ["a cat"]\nevery_steps = 5\n'
 HUB = 'repo_id = "me/cat"\n'
+EPOCHS: Changes = {"without": ("train.max_steps",), "train": "max_epochs = 1"}
+SHORTER = "warmup_ratio = 0.05\ntotal_steps = 1000"
+MORE = '[[datasets]]\nimage_directory = "more"'
 
 
 def new(**changes: Any) -> Changes:
@@ -38,7 +41,9 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "D03": [({**FD, "objective": 'timestep_sampling = "uniform"\npreserve_distribution_shape = true'},
              {**FD, "objective": 'timestep_sampling = "sigmoid"\npreserve_distribution_shape = true'})],
     "NA02": [({"sample": 'prompts = ["a cat --l 3"]\nevery_steps = 5'}, {"sample": 'prompts = ["a cat --g 3"]\nevery_steps = 5'})],
-    "NA03": [({"optimizer": 'type = "Adafactor"\neps = 1e-6'}, {"optimizer": "eps = 1e-6"})],
+    "NA03": [({"optimizer": 'type = "Adafactor"\neps = 1e-6'}, {"optimizer": "eps = 1e-6"}),
+             ({**images("caption_dropout_rate = 0.1"), "objective": "text_dropout = 0.2"},
+              {**images("caption_dropout_rate = 0.1", MORE), "objective": "text_dropout = 0.2"})],
     "P01": [({"model": 'path = "gone.safetensors"'}, {}), ({"sample": 'prompts = "gone.txt"\nevery_steps = 5'}, {"sample": DRAWN})],
     "P02": [({"run": 'output_dir = "model.safetensors/x"'}, {"run": 'output_dir = "new/x"'})],
     "P07": [({"run": 'device = "cpu"', "train": 'mixed_precision = "fp16"'}, {"run": 'device = "cpu"', "train": 'mixed_precision = "bf16"'}),
@@ -59,7 +64,7 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "U03": [({"optimizer": "betas = [0.9, 1.0]"}, {"optimizer": "betas = [0.9, 0.99]"}),
             ({"adapter": f'{LORA}\nonly = ["["]'}, {"adapter": f'{LORA}\nonly = ["a"]'})],
     "U04": [({"adapter": f'{LORA}\nkinds = ["single"]'}, {"adapter": f'{LORA}\nkinds = ["single_attn"]'})],
-    "U07": [({"without": ("train.max_steps",)}, {"without": ("train.max_steps",), "train": "max_epochs = 1"}),
+    "U07": [({"without": ("train.max_steps",)}, EPOCHS),
             ({"without": ("model.path",)}, {})],
     "V01": [(images("shuffle_caption = true"), {**images("shuffle_caption = true"), "cache": "text_variants = 2"})],
     "V03": [(images("random_crop = true"), {**images("random_crop = true"), "cache": "latent_variants = 2"})],
@@ -78,7 +83,9 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
             ({"memory": "blocks_to_swap = -1"}, {"memory": "blocks_to_swap = 0"})],
     "V24": [({"memory": "checkpoint_offload = true\ngradient_checkpointing = false"}, {"memory": "checkpoint_offload = true"})],
     "V25": [({"memory": 'attention = "flash"', "run": 'device = "cpu"'}, {"memory": 'attention = "flash"'})],
-    "V27": [({"scheduler": "warmup_steps = 99\nwarmup_ratio = 0.05"}, {"scheduler": "warmup_steps = 100\nwarmup_ratio = 0.05"})],
+    "V27": [({"scheduler": "warmup_steps = 99\nwarmup_ratio = 0.05"}, {"scheduler": "warmup_steps = 100\nwarmup_ratio = 0.05"}),
+            ({"scheduler": f"warmup_steps = 100\n{SHORTER}"}, {"scheduler": f"warmup_steps = 50\n{SHORTER}"}),
+            ({**EPOCHS, "scheduler": "warmup_steps = 50\nwarmup_ratio = 0.05"}, {**EPOCHS, "scheduler": f"warmup_steps = 50\n{SHORTER}"})],
     "V29": [({"scheduler": "warmup_steps = 2001"}, {"scheduler": "warmup_steps = 2000"}),
             ({"scheduler": "warmup_steps = 9\ntotal_steps = 9"}, {"scheduler": "warmup_steps = 9\ntotal_steps = 10"})],
     "V33": [({"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 1.0"}, {"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 0"})],
@@ -89,7 +96,9 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
              {"adapter": f'{LORA}\nrank_from_weights = true\ninit_from = "model.safetensors"'})],
     "V50": [({"adapter": f"{LORA}\nrank = 4\nalpha = 17"}, {"adapter": f"{LORA}\nrank = 4\nalpha = 16"})],
     "V56": [({"train": "max_epochs = 3"}, {})],
-    "V58": [(images("keep_tokens = 1"), {**images("keep_tokens = 1\nshuffle_caption = true"), "cache": "text_variants = 2"})],
+    "V58": [(images("keep_tokens = 1"), {**images("keep_tokens = 1\nshuffle_caption = true"), "cache": "text_variants = 2"}),
+            *((images('caption_separator = "|"'), images(f'caption_separator = "|"\n{key} = "x"'))
+              for key in ("trigger_word", "secondary_separator"))],
     "V59": [(images("caption_dropout_rate = 1.0"), images("caption_dropout_rate = 0.9")),
             ({"objective": "text_dropout = 1.0"}, {"objective": "text_dropout = 0.9"})],
     "V63": [({"sample": 'prompts = ["a cat"]\nevery_steps = 0'}, {"sample": DRAWN})],
@@ -111,7 +120,7 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
             ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune-no-cudagraphs"'},
              {"memory": 'compile = true\ncompile_mode = "max-autotune-no-cudagraphs"'})],
     "V88": [({"memory": "blocks_to_swap = 2", "optimizer": 'type = "AdamW8bit"'}, {"memory": "blocks_to_swap = 2"})],
-    "V92": [(images("is_reg = true"), images("is_reg = true", '[[datasets]]\nimage_directory = "more"'))],
+    "V92": [(images("is_reg = true"), images("is_reg = true", MORE))],
 }  # fmt: skip
 """Code -> pairs of changes of a good file: those that break the rule, and the nearest that do not."""
 CASES = [(code, *pair) for code, pairs in RULES.items() for pair in pairs]

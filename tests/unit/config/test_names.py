@@ -99,9 +99,12 @@ def test_distances_count_a_swap_as_one_slip(first: str, second: str, slips: int)
 
 def test_another_name_is_read_as_the_setting_and_said(load: Any) -> None:
     config = load(
-        adapter='type = "lora"\nnetwork_dim = 8\nnetwork_alpha = 4', ema="enabled = false", train="train_batch_size = 3"
+        adapter='type = "lora"\nnetwork_dim = 8\nnetwork_alpha = 4',
+        ema="enabled = false",
+        train='train_batch_size = 3\ncaption_extention = ".caption"',
     )
     assert (config.adapter.rank, config.adapter.alpha, config.datasets[0].batch_size) == (8, 4.0, 3)
+    assert config.datasets[0].caption_extension == ".caption"
     said = {finding.key: finding.reason for finding in config.findings}
     assert said["adapter.network_dim"] == "is read as adapter.rank = 8"
     assert said["train.train_batch_size"] == "is read as general.batch_size = 3"

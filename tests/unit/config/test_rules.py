@@ -19,6 +19,7 @@ WarningsOf = Callable[..., list[str]]
 SCRATCH = 'init = "scratch"'
 NEW_MODEL = {"without": ("model.path",), "experts": 'vae = "vae.safetensors"', "ema": "warmup = true"}
 """What a new model needs beside ``init``: no checkpoint, and the teachers' autoencoder."""
+FD = {"model": 'arch = "fd"', "without": ("experts.unet",)}
 
 
 def test_validating_a_good_config_finds_nothing(load: Load) -> None:
@@ -253,6 +254,8 @@ def test_setting_without_effect(tables: dict[str, str], expected: dict[str, str]
         {"ema": "enabled = false"},
         {"scheduler": "warmup_steps = 0"},
         {"scheduler": 'type = "constant"'},
+        {"scheduler": 'type = "constant"\nwarmup_ratio = 0.1\ntotal_steps = 100'},
+        {**FD, "objective": "preserve_distribution_shape = true\nmax_timestep = 900"},
         {"optimizer": 'type = "Adafactor"'},
         {"save": "every_steps = 0\nevery_epochs = 0", **SHORT},
         {"distributed": "num_processes = 2\nmain_process_port = 29500"},
@@ -276,6 +279,8 @@ def test_setting_with_an_effect_and_switching_off_are_not_warned_of(
         ({**NEW_MODEL, "model": f'{SCRATCH}\nweights = "ema"'}, "model.weights"),
         ({**NEW_MODEL, "model": f'{SCRATCH}\nrevision = "v1"'}, "model.revision"),
         ({"train": "max_skipped_updates = 3"}, "train.max_skipped_updates"),
+        ({"cache": 'run = "always"\nskip_existing = "name"'}, "cache.skip_existing"),
+        ({**FD, "objective": "preserve_distribution_shape = true"}, "objective.preserve_distribution_shape"),
         ({"ema": "enabled = false", "sample": 'prompts = ["a cat"]\nuse_ema = true'}, "sample.use_ema"),
         ({"save": "every_steps = 0\nkeep_last_steps = 2"}, "save.keep_last_steps"),
         ({"save": "every_epochs = 0\nkeep_last_epochs = 2"}, "save.keep_last_epochs"),
