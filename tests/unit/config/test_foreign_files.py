@@ -330,7 +330,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the weights and pictures that the files name."""
     for name in WEIGHTS:
         (tmp_path / f"{name}.safetensors").touch()
-    for folder in ("images", "more", "masks", "kohya/5_sks cat", "kohya/1_dog"):
+    for folder in ("images", "more", "masks", "kohya/5_sks_cat", "kohya/1_dog", "kohya/0_off", "kohya/notes"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "prompts.txt").write_text("a cat --w 512 --h 512\n", encoding="utf-8")
     data = (
@@ -395,12 +395,15 @@ def _written(name: str, text: str) -> Path:
     return Path(name)
 
 
-def test_folders_with_repeats_become_data_sets(project: Path) -> None:
-    config = run_of("lycoris.toml", KOHYA["lycoris.toml"])
+@pytest.mark.parametrize("option", ["train_data_dir", "image_dir"])
+def test_folders_with_repeats_become_data_sets(option: str, project: Path) -> None:
+    config = run_of("lycoris.toml", KOHYA["lycoris.toml"].replace("train_data_dir", option))
     found = [
         (d.image_directory and d.image_directory.name, d.num_repeats, d.text.class_tokens) for d in config.datasets
     ]
-    assert found == [("1_dog", 1, "dog"), ("5_sks cat", 5, "sks cat")]
+    assert found == [("1_dog", 1, "dog"), ("5_sks_cat", 5, "sks_cat")]
+    left_out = dict(read_foreign(Path("lycoris.toml")).report.dropped_harmless)[f"(folders of {option})"]
+    assert left_out.endswith("left out there too: 0_off, notes")
     assert config.optimizer.lr == 5e-5  # unet_lr decides
 
 
@@ -488,6 +491,93 @@ def test_what_the_shell_would_fill_in_is_asked_for(project: Path) -> None:
     assert [key for key, _ in unfilled] == ["output_dir"]
 
 
+TRAINING = "python src/flux_train_network.py --seed 3\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "script", "others"),
+    [
+        (f"python flux_cache_latents.py --vae x\npython tools/cache_text_encoder_outputs.py --t5 y\n{TRAINING}",
+         "src/flux_train_network.py", []),
+        (f"{TRAINING}python tools/extract_lora.py --dim 4\n", "src/flux_train_network.py", ["extract_lora.py"]),
+        ("python flux_cache_latents.py --vae x\n", "flux_cache_latents.py", []),
+    ],
+)  # fmt: skip
+def test_of_several_commands_the_first_that_trains_is_taken_and_others_are_asked_about(
+    text: str, script: str, others: list[str]
+) -> None:
+    options, asked = shell_options(text)
+    assert options["script"] == script
+    assert [(key, reason.partition(" ")[0]) for key, reason in asked] == [("script", other) for other in others]
+
+
+def test_options_of_the_launcher_are_reported(project: Path) -> None:
+    text = KOHYA_COMMAND.replace(" launch ", " launch --multi_gpu --gpu_ids 0,1 --num_proceses 2 --num_machines 1 ")
+    report = read_foreign(_written("command.sh", text)).report
+    assert ("accelerate.num_proceses", " Did you mean 'num_processes'?") in report.unknown
+    assert "accelerate.gpu_ids" in {key for key, _ in report.dropped_changes_result}
+    assert {"accelerate.multi_gpu", "accelerate.num_machines"} <= {key for key, _ in report.dropped_harmless}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("plain.toml", MUSUBI["plain.toml"]), ("settings.json", '{"learning_rate": 1e-4, "grad_clip": 1}')],
+)
+def test_data_sets_that_are_taken_in_replace_the_file_that_names_them(name: str, text: str, project: Path) -> None:
+    _written("more.toml", '[[datasets]]\nimage_directory = "more"\n')
+    assert [dataset.image_directory for dataset in run_of(name, text, "--dataset", "more.toml").datasets] == [
+        Path("more")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("process", "key", "value"),
+    [
+        ("train: {min_denoising_steps: 200}", "objective.max_timestep", 800),
+        ("train: {max_denoising_steps: 600}", "objective.min_timestep", 400),
+        ("train: {max_denoising_steps: 999}", "objective.min_timestep", 0),
+        ('train: {lr: "1e-4"}', "optimizer.lr", 1e-4),
+        ('train: {steps: "20"}', "train.max_steps", 20),
+        ("save: {push_to_hub: true, hf_repo_id: me/cats}", "hub.repo_id", "me/cats"),
+        ("save: {hf_repo_id: me/cats}", "hub.repo_id", None),
+        ("train: {disable_sampling: true}, sample: {prompts: [a]}", "sample.prompts", None),
+        ("sample: {prompts: [a]}, train: {disable_sampling: true}", "sample.prompts", None),
+        ("sample: {samples: [{prompt: a cat, seed: 0, width: 512}]}", "sample.prompts", ["a cat --w 512 --d 0"]),
+        ("datasets: [{folder_path: images, mask_path: masks}]", "train.masked_loss", True),
+        ("datasets: [{folder_path: images, alpha_mask: true}]", "train.masked_loss", True),
+        ("datasets: [{folder_path: images}]", "train.masked_loss", None),
+    ],
+)
+def test_keys_of_ai_toolkit_mean_what_they_say(process: str, key: str, value: Any, project: Path) -> None:
+    section, _, name = key.partition(".")
+    found = read_foreign(_written("a.yaml", JOB.format(f"{{{process}}}"))).document.get(section, {}).get(name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "became", "key"),
+    [
+        (JOB.format("{train: {content_or_style: style}}"), "dropped_changes_result", "train.content_or_style"),
+        (JOB.format("{train: {content_or_style: balanced}}"), "dropped_harmless", "train.content_or_style"),
+        (JOB.format("{train: {linear_timesteps: true}}"), "dropped_changes_result", "train.linear_timesteps"),
+        (JOB.format("{train: {linear_timesteps2: false}}"), "dropped_harmless", "train.linear_timesteps2"),
+        (JOB.format("{network: {network_kwargs: {only_if_contains: [x]}}}"), "dropped_changes_result", "network.network_kwargs"),
+        (JOB.format("{network: {network_kwargs: {}}}"), "dropped_harmless", "network.network_kwargs"),
+        (JOB.format("{sample: {samples: [{prompt: a, ctrl_img: x}]}}"), "dropped_changes_result", "(sample.samples)"),
+        (JOB.format("{sample: {sample_every: 5}}"), "dropped_harmless", "sample.sample_every"),
+        (JOB.format("{train: {ema_config: {ema_decay: 0.9}}}"), "dropped_harmless", "train.ema_config.ema_decay"),
+        (JOB.format("{save: {push_to_hub: false, hf_repo_id: me/cats}}"), "dropped_harmless", "save.hf_repo_id"),
+        (JOB.format("{train: {max_denoising_steps: 1001}}"), "refused", "train.max_denoising_steps"),
+        ("job: x\nextra: 1\nconfig: {name: a, process: [{type: x}]}", "unknown", "extra"),
+        ("job: x\nconfig: {name: a, extra: 1, process: [{type: x}]}", "unknown", "config.extra"),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_keys_of_ai_toolkit(text: str, became: str, key: str, project: Path) -> None:
+    report = read_foreign(_written("a.yaml", text)).report
+    assert key in [entry[0] for entry in getattr(report, became)]
+    assert report.keys().count(key) == (not key.startswith("("))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "code", "expected"),
     [
@@ -540,6 +630,24 @@ def test_an_exported_run_is_the_same_when_imported(arch: str, project: Path) -> 
         for key in ("optimizer.lr", "optimizer.type", "adapter.rank", "adapter.alpha", "train.max_epochs", "memory.base_storage",
                     "objective.timestep_sampling", "objective.discrete_flow_shift", "objective.guidance_scale", "save.dtype"):  # fmt: skip
             assert again.get(key) == first.get(key), (to, key)
+
+
+def test_an_export_says_what_only_this_program_decides(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_of("command.sh", KOHYA_COMMAND)
+    capsys.readouterr()
+    changes = [
+        "train.mixed_precision=auto",
+        "memory.blocks_to_swap=auto",
+        'sample.prompts=["a cat"]',
+        "save.every_steps=0",
+    ]
+    words = [word for change in changes for word in ("--set", change)]
+    assert main(["export", "run.toml", "--to", "musubi", "-o", "musubi.toml", *words]) == 0
+    said, options = capsys.readouterr().out, tomllib.loads(Path("musubi.toml").read_text(encoding="utf-8"))
+    assert not {"mixed_precision", "blocks_to_swap", "sample_prompts", "save_every_n_steps"} & set(options)
+    assert 'train.mixed_precision: is "auto"' in said and 'memory.blocks_to_swap: is "auto"' in said
+    assert "sample.prompts: are in the run file" in said and "save.every_steps" not in said
+    assert options["save_every_n_epochs"] == 1
 
 
 def test_words_of_windows_and_names_like_dates(project: Path) -> None:
