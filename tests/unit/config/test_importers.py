@@ -329,7 +329,9 @@ def test_tools_are_told_apart(document: dict[str, Any], tool: str | None) -> Non
 def test_command_writes_a_run_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "flat.toml").write_text(tomli_w.dumps({"a": flat()}))
     assert main(["import", "flat.toml", "-o", "run.toml"]) == 0
-    assert "carried    learning_rate -> optimizer.lr = 8e-05" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "carried    learning_rate -> optimizer.lr = 8e-05" in said
+    assert "write into its [general]: resolution = [960, 544], enable_bucket = false" in said
     assert load_config(project / "run.toml").adapter.rank == 16
     assert main(["import", "flat.toml", "-o", "run.toml"]) == 2
     assert "exists already" in capsys.readouterr().err
