@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.captions import imagenet_caption, make_transform
 from musubi_tuner.data.sources import scan
@@ -84,17 +85,20 @@ def lines(tmp_path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    ("end", "words", "said"),
+    [("", "", "empty captions"), ("\n", "", "empty captions"), ("", "cat", "class_tokens, 'cat'")],
+)
 def test_lines_are_captions_of_the_images_sorted_by_name_and_blank_ones_stay(
-    tmp_path: Path, picture: Make, dataset: Entry, end: str
+    tmp_path: Path, picture: Make, dataset: Entry, end: str, words: str, said: str
 ) -> None:
+    """Empty, or the words for images without a caption."""
     for name in "bca":
         picture(tmp_path / "images" / f"{name}.png", caption=None)
     path = lines(tmp_path, f"first\n\n third {end}")
-    assert captions(dataset()) == {"a": ("first",), "b": ("",), "c": ("third",)}
-    assert scan([dataset()], "tf").notes == [
-        f"datasets[0]: captions are the lines of {path}; 1 of them are blank: empty captions"
-    ]
+    entry = dataset(text=CaptionSettings(class_tokens=words))
+    assert captions(entry) == {"a": ("first",), "b": (words,), "c": ("third",)}
+    assert scan([entry], "tf").notes == [f"datasets[0]: captions are the lines of {path}; 1 of them are blank: {said}"]
 
 
 @pytest.mark.parametrize(("text", "count"), [("one\ntwo", 2), ("one\ntwo\nthree\n\n", 4), ("", 0)])

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from musubi_tuner.config import load_document
 from musubi_tuner.errors import CacheError, CheckpointError
 from musubi_tuner.memory.frozen_linear import FrozenLinear, quantize_fp8
-from musubi_tuner.memory.storage import Freeze
+from musubi_tuner.memory.storage import Freeze, Storing
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, load_model
 from musubi_tuner.models.flux_dev.conditioning import pooled_text, text_states
+from musubi_tuner.models.flux_dev.family import load_for_training
 from musubi_tuner.models.flux_dev.state_dict import (
     check_uniform,
     diffusers_config,
@@ -305,6 +307,29 @@ def test_other_files_are_refused_by_name(change: str, message: str, weights: Ten
 def test_schnell_may_be_allowed(weights: Tensors, tmp_path: Path) -> None:
     path = write(tmp_path / "flux.safetensors", changed(weights, "schnell"))
     assert not load_model(path, allow_schnell=True).config.guidance_embed
+
+
+@pytest.mark.parametrize(
+    ("change", "objective", "warned"),
+    [("schnell", {"guidance_scale": 2.0}, True), ("schnell", {}, False), ("", {"guidance_scale": 2.0}, False)],
+)
+def test_guidance_that_a_checkpoint_does_not_embed_is_warned_of(
+    change: str, objective: dict[str, float], warned: bool, weights: Tensors, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "flux.safetensors", changed(weights, change) if change else weights)
+    config = load_document(
+        {
+            "run": {"name": "x", "output_dir": str(tmp_path / "out"), "device": "cpu"},
+            "model": {"arch": "fd", "path": str(path), "allow_schnell": True},
+            "objective": objective,
+            "train": {"max_steps": 1, "mixed_precision": "no"},
+            "scheduler": {"warmup_steps": 0},
+            "cache": {"run": "never"},
+            "datasets": [{"image_directory": str(tmp_path)}],
+        }
+    )
+    notes = "\n".join(load_for_training(config, Storing()).notes)
+    assert (f"guidance_scale: has no effect because {path} embeds no guidance" in notes) == warned
 
 
 def test_gguf_and_cut_files_are_refused(weights: Tensors, tmp_path: Path) -> None:

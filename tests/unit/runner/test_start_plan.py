@@ -1,16 +1,20 @@
 """What the plan says of the average and of the learning rate, for a new run and for one that goes on."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from PIL import Image
 
 from musubi_tuner.config import RunConfig, Steps, load_config
 from musubi_tuner.data.sources import ScannedItems
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.planning.plan import Plan, describe
+from musubi_tuner.runner.command import Runner
 from musubi_tuner.training.checkpoint import CheckpointList, Entry, peek_state
 
 Load = Callable[..., RunConfig]
@@ -86,6 +90,17 @@ def test_the_plan_says_how_much_of_the_start_is_left_in_the_average(
     text = planned(load(**changes))
     assert said in text
     assert ("warning: average" in text) == said.startswith("warning")
+
+
+def test_a_strict_run_refuses_what_its_plan_warns_of(load: Load, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a picture", encoding="utf-8")
+    config = load(run={"strict": True}, ema={"warmup": False}, train={"max_steps": None, "max_epochs": 3})
+    options = Namespace(plan=True, fresh=False, cache_only=False, skip_cache=False)
+    with pytest.raises(
+        ConfigError, match=r"^run\.strict: .*\n  warning: 1 of 1 images.*\n  warning: average: after 3 "
+    ):
+        Runner(config, options, {}).run()
 
 
 def test_a_run_without_an_average_has_no_line_of_it(load: Load) -> None:

@@ -21,8 +21,10 @@ SHARE = 0.3
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def make(**resume: Any) -> RunConfig:
-        (tmp_path / "images").mkdir(exist_ok=True)
+    def make(is_reg: bool = False, **resume: Any) -> RunConfig:
+        folders = [tmp_path / name for name in ("a", "b")]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
         tables = {
             "schema_version": 1,
             "run": {"name": "r", "output_dir": str(tmp_path / "out"), "device": "cpu"},
@@ -33,7 +35,9 @@ def load(tmp_path: Path) -> Load:
             "scheduler": {"warmup_steps": 0},
             "validation": {"split": SHARE},
             "resume": resume,
-            "datasets": [{"image_directory": str(tmp_path / "images")}],
+            "datasets": [
+                {"image_directory": str(folder), "is_reg": is_reg and folder.name == "b"} for folder in folders
+            ],
         }
         path = tmp_path / "run.toml"
         path.write_text(tomli_w.dumps(tables), encoding="utf-8")
@@ -72,6 +76,18 @@ def test_a_run_that_begins_splits_by_picture_and_has_nothing_to_say(load: Load, 
     config = load()
     assert split_of_run(config, items) == hold_out(items, config.validation)
     assert split_note(config, items) is None
+
+
+def test_regularisation_images_are_trained_and_not_measured(load: Load, items: list[Item], tmp_path: Path) -> None:
+    for item in items[20:]:
+        item.path.write_text(f"another {item.id}")
+    config, plain = load(is_reg=True), load()
+    kept, held = keys(split_of_run(config, items))
+    assert held == keys(hold_out(items[:20], config.validation))[1]
+    assert kept == [item.key for item in items if item.key not in held] and not any(key[0] == "1" for key in held)
+    assert any(key[0] == "1" for key in keys(split_of_run(plain, items))[1]), "proves nothing"
+    state(tmp_path / "out" / "r-step00000005-state", held_out=held)
+    assert split_note(config, items) is None and split_note(plain, items) is not None
 
 
 def test_a_state_without_a_list_was_split_by_id_and_stays_so(load: Load, items: list[Item], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ what that trainer saves.
 
 import json
 import math
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,21 @@ def test_run_that_follows_its_validation_leaves_the_best_value_behind(
     text = "best: epoch/loss 0.2500 is left out, because "
     assert f"{text}the run follows the validation loss" in imported(path, run=folders[0], validation={"split": 0.34})
     assert f"{text}save.best is off" in imported(path, run=folders[1], save={"best": False})
+
+
+def test_regularisation_images_are_not_held_out(tmp_path: Path, run: Callable[..., Path]) -> None:
+    path = Published().save(tmp_path / "step_0.pt")
+    run_file = run(path, validation={"split": 0.5})
+    document = tomllib.loads(run_file.read_text(encoding="utf-8"))
+    document["datasets"].append({"image_directory": "regular", "is_reg": True})
+    run_file.write_text(tomli_w.dumps(document), encoding="utf-8")
+    (tmp_path / "regular").mkdir()
+    for number in range(9):
+        Image.new("RGB", (64, 64), (0, number, 0)).save(tmp_path / "regular" / f"{number}.png")
+        (tmp_path / "regular" / f"{number}.txt").write_text("a picture", encoding="utf-8")
+    assert main([str(path), str(run_file)]) == 0
+    held_out = read_values(state_of(tmp_path / "out"))["held_out"]
+    assert held_out and all(key.startswith("0:") for key in held_out)
 
 
 def test_average_that_is_not_in_the_file_begins_as_the_model(tmp_path: Path, imported: Callable[..., str]) -> None:
