@@ -7,7 +7,7 @@ everywhere is not listed: the schema has it.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.config.when import is_on
@@ -22,6 +22,7 @@ class Foreign:
         rule: the conversion, in words. refused: why it cannot be done, and the way out. harmless: why nothing is lost without it.
         off: values that mean "off" beside false, 0, "" and absent; they are accepted and left out.
         always: even a value that means "off" is converted.
+        choices: word of theirs -> setting and value, where the words mean different settings; ``key`` is then one of these.
         wins: it says more than another name of the same setting beside it.
         secret: its value is never shown.
     """
@@ -33,6 +34,7 @@ class Foreign:
     harmless: str = ""
     off: tuple[Any, ...] = ()
     always: bool = False
+    choices: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     wins: bool = False
     secret: bool = False
 
@@ -169,6 +171,10 @@ ALIASES: dict[str, str] = {
 }
 """Other name -> our key; the value is the same."""
 
+_TRACKERS: dict[str, tuple[str, Any]] = {
+    "none": ("log.tensorboard", False), "tensorboard": ("log.tensorboard", True), "wandb": ("log.wandb", True), "all": ("log.wandb", True),
+}  # fmt: skip
+"""TensorBoard is on by itself."""
 _RESTARTS = "is for a cosine with restarts, which is not built yet"
 _POLYNOMIAL = "is for a polynomial schedule, which is not built yet"
 _LOKR = "is for LoKr, which is not built yet"
@@ -199,8 +205,6 @@ CONVERTED: dict[str, Foreign] = {
         "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "renamed"
     ),
     "reg_data_dir": Foreign(refused="is written as [[datasets]] with image_directory and is_reg = true"),
-    "wandb_key": Foreign(refused="is for Weights & Biases, which is not built yet", secret=True),
-    "wandb_api_key": Foreign(refused="is for Weights & Biases, which is not built yet", secret=True),
     "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
     "multinoise": Foreign("objective.multires_noise_iterations", _switch(6), "six noises", always=True),
     "lr_scheduler_min_lr_ratio": Foreign(
@@ -271,9 +275,8 @@ CONVERTED: dict[str, Foreign] = {
     ),
     "use_8bit_adam": Foreign("optimizer.type", _switch("AdamW8bit"), "AdamW of bitsandbytes", always=True),
     "skip_cache_check": Foreign("cache.verify", _switch("quick"), "the quick check"),
-    "log_with": Foreign(
-        "log.tensorboard", _one_of({"tensorboard": True, "none": False}), "events in logs/ below the run's folder"
-    ),
+    "log_with": Foreign("log.wandb", choices=_TRACKERS, always=True),
+    "log.with": Foreign("log.wandb", choices=_TRACKERS, always=True),
 }
 """Names whose value becomes another."""
 
@@ -412,7 +415,7 @@ REFUSED: dict[str, str] = {
     "walk_seed": "is how it is: picture i is drawn from seed + i",
     "huggingface_repo_type": "is always a model repository",
     "huggingface_path_in_repo": "is written as hub.run_name",
-    "log_tracker_config": "is not built: settings go to metrics.jsonl and logs/",
+    "log_tracker_config": "is a file there; its table [wandb] is written as [log.tracker]",
     "clip_skip": _POOLED,
     "weighted_captions": _POOLED,
     "text_encoder_lr": _ENCODERS,
@@ -470,7 +473,6 @@ HARMLESS: dict[str, str] = {
     "disable_mmap_load_safetensors": "weights are copied out of the mapped file one by one",
     "model.mmap": "weights are copied out of the mapped file one by one",
     "async_upload": "uploads never block the training",
-    "log_config": "the resolved config is always written",
     "log.jsonl": "metrics.jsonl is always written",
     "split_attn": "the samples of a batch are equally long here, so nothing is gained",
     "split_attention": "the samples of a batch are equally long here, so nothing is gained",
@@ -490,16 +492,6 @@ HARMLESS: dict[str, str] = {
     "console_log_file": "logs/console.log has everything",
     "console_log_simple": "logs/console.log has everything",
     "skip_latents_validity_check": "caches are checked by their fingerprint",
-    "logging_dir": "logs go to logs/ below output_dir",
-    "log_prefix": "logs go to logs/ below output_dir",
-    "log_tracker_name": "logs go to logs/ below output_dir",
-    "wandb_run_name": "run.name says it",
-    "log.dir": "logs go to logs/ below output_dir",
-    "log.prefix": "logs go to logs/ below output_dir",
-    "log.project": "logs go to logs/ below output_dir",
-    "log.wandb_run": "run.name says it",
-    "log.config": "the resolved config is always written",
-    "log.tracker": "metrics.jsonl has the numbers",
     "save.metadata": "files always say how they were made",
     "split_mode": "memory.blocks_to_swap says what leaves the device",
     "fp16_master_weights_and_gradients": "what trains is held in float32",

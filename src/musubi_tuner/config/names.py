@@ -71,6 +71,10 @@ def _of_entry(entry: Foreign, value: Any) -> Answer:
         return Answer(refused=f"is {'***' if entry.secret else describe(value)}, which {entry.refused}")
     if not entry.key:
         return Answer(harmless=entry.harmless)
+    if entry.choices:
+        if not isinstance(value, str) or value.lower() not in entry.choices:
+            return Answer(refused=f"is {describe(value)}, expected one of {', '.join(entry.choices)}")
+        return Answer(*entry.choices[value.lower()])
     try:
         converted = entry.convert(value) if entry.convert else value
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as problem:

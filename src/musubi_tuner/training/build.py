@@ -53,6 +53,7 @@ from musubi_tuner.training.saving import Saver
 from musubi_tuner.training.schedulers import rate_jump, schedule_length
 from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import FlowTask, Position, Task
+from musubi_tuner.training.trackers import open_trackers
 from musubi_tuner.training.until import UntilMetric
 from musubi_tuner.training.uploads import RunUploads
 from musubi_tuner.training.validation import METRIC, Validator
@@ -214,7 +215,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
             step=snapshot.position.step,
             total=steps.total_updates,
             length=int(found[1]["metrics_bytes"]) if found else 0,
-            tensorboard=config.log.tensorboard,
+            trackers=open_trackers(config, snapshot.position.step),
         )
         saver = Saver(
             config,

@@ -1,4 +1,4 @@
-"""What is written down while training: console lines, metrics.jsonl and TensorBoard, with one vocabulary of tags.
+"""What is written down while training: console lines, metrics.jsonl and trackers, with one vocabulary of tags.
 
     loss/total  loss/main  loss/<term>     means over the updates since the last line
     loss/<term>_weight                     factor of a term other than main in the last update
@@ -15,13 +15,14 @@ an undisturbed one. The state stores the file's length, and resuming cuts the fi
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from musubi_tuner.files import encodable
 from musubi_tuner.run_record import finite_values, json_line, tell
+from musubi_tuner.training.trackers import Tracker
 from musubi_tuner.units import format_seconds
 
 FILE = "metrics.jsonl"
@@ -34,23 +35,15 @@ class Metrics:
 
     Args:
         folder: run folder. step: updates already done; later lines of an interrupted attempt are cut off.
-        length: bytes of metrics.jsonl that belong to the state resumed from.
+        length: bytes of metrics.jsonl that belong to the state resumed from. trackers: that show the same values.
     """
 
-    def __init__(self, folder: Path, *, step: int, total: int, length: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, step: int, total: int, length: int, trackers: Sequence[Tracker] = ()) -> None:
         self.path = folder / FILE
         self.total = total
         self.path.touch()
         os.truncate(self.path, min(length, self.path.stat().st_size))
-        self.writer: Any = None
-        if tensorboard and encodable(str(folder)) != str(folder):
-            print(
-                f"warning: {folder}: TensorBoard takes no folder whose name is no UTF-8; {FILE} holds the same values"
-            )
-        elif tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "logs"), purge_step=step + 1)
+        self.trackers = list(trackers)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True)
         self._mark = time.perf_counter()
         self._images = 0
@@ -89,10 +82,8 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_line(step, values, clock))
         self._tell(step, loss=values["loss/total"], seconds_left=clock["seconds_left"])
-        if self.writer:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
-            self.writer.add_scalar("train/images_per_second", rate, step)
+        for tracker in self.trackers:
+            tracker.scalars({**values, "train/images_per_second": rate}, step)
         parts = [
             f"step {step}/{self.total}",
             f"loss {values['loss/total']:.4f}",
@@ -120,18 +111,17 @@ class Metrics:
         clock = {"seconds": round(seconds, 3), "wall": round(time.time(), 3)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_line(step, values, clock))
-        if self.writer:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step if place is None else place)
+        for tracker in self.trackers:
+            tracker.scalars(values, step if place is None else place)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         tqdm.write(text)
 
     def image(self, tag: str, array: Any, step: int) -> None:
-        """Show a picture [H, W, 3] in TensorBoard."""
-        if self.writer:
-            self.writer.add_image(tag, array, step, dataformats="HWC")
+        """Show a picture [H, W, 3], uint8."""
+        for tracker in self.trackers:
+            tracker.image(tag, array, step)
 
     @property
     def length(self) -> int:
@@ -142,14 +132,14 @@ class Metrics:
         """Put everything on the disk before a state refers to it."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
-        if self.writer:
-            self.writer.flush()
+        for tracker in self.trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        """Finish the bar and the event file."""
+        """Finish the bar and the trackers."""
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _named(what: str, tag: str) -> str:

@@ -106,6 +106,8 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V66": [({"adapter": f'{LORA}\ninit_from = "model.safetensors"', "resume": 'from = "x"'},
              {"adapter": f'{LORA}\ninit_from = "model.safetensors"'})],
     "V74": [(new(ema=""), new(ema="decay = 0.99"))],
+    "V61": [({"log": "wandb = true"}, {"log": 'wandb = true\nwandb_api_key = "k"'})],
+    "V62": [({"log": 'wandb = true\nwandb_api_key = "k"\nconfig = true'}, {"log": 'wandb = true\nwandb_api_key = "k"'})],
     "V80": [({"scheduler": "min_lr = 1e-3"}, {"scheduler": "min_lr = 1e-4"})],
     "V81": [({"ema": 'init = "checkpoint"', "adapter": LORA}, {"ema": 'init = "checkpoint"'})],
     "V82": [({"objective": "ip_noise_gamma = 0.6"}, {"objective": "ip_noise_gamma = 0.5"})],

@@ -239,7 +239,7 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
             "fused_backward_pass: is true, which is not built: gradients are clipped and checked together",
         ),
         ({"full_bf16": True}, "full_bf16: is true, which is not built: what trains is held in float32"),
-        ({"log_with": "wandb"}, 'log_with: is "wandb", expected one of tensorboard, none'),
+        ({"log_with": "aim"}, 'log_with: is "aim", expected one of none, tensorboard, wandb, all'),
         ({"blocks_to_swap": 54}, "memory.blocks_to_swap: is 54, at most 53 of 19 double_blocks + 38 single_blocks"),
         ({"max_train_epochs": None, "max_train_steps": "10.5"}, "train.max_steps: is 10.5, expected a whole number"),
         ({"optimizer_type": ["adamw"]}, "optimizer_type: is ['adamw'], expected a text"),

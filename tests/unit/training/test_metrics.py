@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from musubi_tuner.training.metrics import FILE, Metrics
+from musubi_tuner.training.trackers import TensorBoard
 from musubi_tuner.units import format_seconds
 
 VALUES = {
@@ -55,7 +56,8 @@ class Writers:
         self.made: list[Metrics] = []
 
     def __call__(self, *, step: int = 0, total: int = 100, length: int = 0, tensorboard: bool = False) -> Metrics:
-        self.made.append(Metrics(self.folder, step=step, total=total, length=length, tensorboard=tensorboard))
+        trackers = [TensorBoard(self.folder / "logs", step)] if tensorboard else []
+        self.made.append(Metrics(self.folder, step=step, total=total, length=length, trackers=trackers))
         return self.made[-1]
 
     def lines(self) -> list[dict[str, Any]]:

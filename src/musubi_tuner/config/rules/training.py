@@ -1,8 +1,11 @@
 """Rules of what is trained, how long, in which precision, and what is drawn, saved and uploaded on the way."""
 
+import importlib.util
+import netrc
+import os
 from collections.abc import Iterator
 
-from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 from musubi_tuner.config.paths import is_repository
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
@@ -29,6 +32,31 @@ def _checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
 def _length(config: RunConfig) -> Iterator[Diagnostic]:
     if config.train.max_steps is None and config.train.max_epochs is None:
         yield error("U07", "train.max_steps", "is missing, and max_epochs too; give one of them", "train.max_epochs")
+
+
+@rule("V61 V62", "log.wandb log.config")
+def _wandb(config: RunConfig) -> Iterator[Diagnostic]:
+    if not config.log.wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        yield error("V61", "log.wandb", "is true, and the package is not installed: pip install wandb")
+    if not _is_offline() and not (config.log.wandb_api_key or os.environ.get("WANDB_API_KEY") or _has_login()):
+        text = "is true, and W&B has no key: run `wandb login`, put it into WANDB_API_KEY, or set WANDB_MODE=offline"
+        yield error("V61", "log.wandb", text, "log.wandb_api_key")
+    if config.log.config:
+        yield info("V62", "log.config", "settings are shown on W&B without secrets and paths")
+
+
+def _is_offline() -> bool:
+    return os.environ.get("WANDB_MODE", "online").lower() in ("offline", "disabled", "dryrun")
+
+
+def _has_login() -> bool:
+    """Whether `wandb login` has left a key, for whatever server."""
+    try:
+        return any("wandb" in host for host in netrc.netrc(os.environ.get("NETRC")).hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 @rule("V82", "objective.ip_noise_gamma")
