@@ -138,6 +138,8 @@ def _import(options: argparse.Namespace) -> int:
     tool = {"auto": None, "seed-json": "plan"}.get(options.tool, options.tool)
     imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
     report, errors = imported.report, 0
+    if options.dataset_config:
+        report.leave_out("datasets", f"the data sets are those of {options.dataset_config}")
     if options.json:
         plain = json.loads(json.dumps(report.as_data(), default=str), parse_constant=str)  # JSON has no NaN
         print(json.dumps(plain, indent=2, ensure_ascii=False))

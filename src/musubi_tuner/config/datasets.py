@@ -4,6 +4,7 @@ Values are looked up in the dataset, then in [general], then in the family's def
 `cache_directory` and `experts` are never inherited.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,7 +201,7 @@ def resolve_datasets(
     """
     problems: list[Diagnostic] = []
     general = _check_table(tables.get("general", {}), "general", GeneralSection, problems)
-    entries = tables.get("datasets", [])
+    once, entries = set(problems), tables.get("datasets", [])
     if isinstance(entries, dict):
         problems.append(error("U02", "datasets", "is a table; write [[datasets]] with two brackets"))
         entries = []
@@ -217,6 +218,9 @@ def resolve_datasets(
         dataset = _resolve_one(where, own, values, step, finest or step, locate, problems)
         if dataset:
             datasets.append(dataset)
+    # What does nothing in one data set may act in another.
+    idle = Counter(found for found in problems if found.level == "warning" and found.key.startswith("general."))
+    problems = [found for found in dict.fromkeys(problems) if idle[found] in (0, len(entries)) or found in once]
     problems.extend(_shared_caches(datasets))
     sources = {dataset.image_directory for dataset in datasets}
     masks = [dataset.mask_directory for dataset in datasets if dataset.mask_directory not in (None, *sources)]
@@ -279,8 +283,7 @@ def _resolve_one(
             problems.append(warning("V51", f"{where}.{key}", text, fix=[(f"{where}.{key}", side)]))
 
     def idle(code: str, key: str, reason: str) -> None:
-        said = warning(code, f"{where if key in own else 'general'}.{key}", f"has no effect because {reason}")
-        problems.extend([said] if said not in problems else [])
+        problems.append(warning(code, f"{where if key in own else 'general'}.{key}", f"has no effect because {reason}"))
 
     for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
         if values.get(key) and not values["enable_bucket"]:

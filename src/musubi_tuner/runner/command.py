@@ -311,11 +311,7 @@ class Runner:
         plan = make_plan(config, self.processes, download=download, only_look=options.plan)
         for note in plan.found.notes:
             print(f"note: {note}")
-        described = describe(config, plan, self.processes)
-        print(described, flush=True)
-        warnings = [line.strip() for line in described.splitlines() if line.strip().startswith("warning: ")]
-        if config.run.strict and warnings:
-            raise ConfigError("\n  ".join(["run.strict: the plan above has warnings", *warnings]))
+        show_plan(config, describe(config, plan, self.processes))
         if options.plan:
             self._plan_memory(plan)
             return EXIT_OK
@@ -483,6 +479,19 @@ def run_beside_agent() -> int:
     return run_child(sys.orig_argv[1:])
 
 
+def show_plan(config: RunConfig, text: str, *, prints: bool = True) -> None:
+    """Print a plan.
+
+    Raises:
+        ConfigError: if there are warnings in it, in a strict run.
+    """
+    if prints:
+        print(text, flush=True)
+    warnings = [line.strip() for line in text.splitlines() if line.strip().startswith("warning: ")]
+    if config.run.strict and warnings:
+        raise ConfigError("\n  ".join(["run.strict: the plan has warnings", *warnings]))
+
+
 def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> int:
     """Train as one process of `accelerate launch`: nothing is encoded here, a due stage is an error."""
     from musubi_tuner.data.sources import scan
@@ -496,8 +505,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
         if plan.due:
             jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.words}" for kind in plan.due)
             raise CacheError(f"caches are not complete, and nothing is encoded under a launcher; run:\n  {jobs}")
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(describe(config, plan, processes), flush=True)
+        show_plan(config, describe(config, plan, processes), prints=int(os.environ.get("RANK", "0")) == 0)
         items = plan.found.items
     from musubi_tuner.training.loop import train
 

@@ -18,11 +18,14 @@ def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], 
 def new_split(
     config: RunConfig, items: Sequence[Item], pictures: Mapping[str, str] | None = None
 ) -> tuple[list[Item], list[Item]]:
-    """The split of a run that begins; regularisation images are trained, and not measured."""
+    """The split of a run that begins; regularisation images are trained, and not measured, but for copies of what is measured."""
+    if not config.validation.split:
+        return list(items), []
+    pictures = pictures or pictures_of(items)
     measurable = [item for item in items if not config.datasets[item.dataset].is_reg]
-    _, held_out = hold_out(measurable, config.validation, pictures)
-    held = {item.key for item in held_out}
-    return [item for item in items if item.key not in held], held_out
+    _, held_out = hold_out(measurable, config.validation, {item.key: pictures[item.key] for item in measurable})
+    held = {pictures[item.key] for item in held_out}
+    return [item for item in items if pictures[item.key] not in held], held_out
 
 
 def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:

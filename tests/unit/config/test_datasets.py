@@ -331,6 +331,26 @@ def test_a_setting_of_items_without_effect_says_so(
     assert message.startswith(f"{key}: has no effect because ") and reason in message
 
 
+@pytest.mark.parametrize(
+    ("general", "idle", "acts"),
+    [
+        ("random_crop = true", 'resize = "squash"', 'resize = "crop"'),
+        ("bucket_no_upscale = true", "enable_bucket = false", "enable_bucket = true"),
+        ("keep_tokens = 2", "shuffle_caption = false", "shuffle_caption = true"),
+        ('caption_separator = ";"', "shuffle_caption = false", "caption_tag_dropout_rate = 0.1"),
+    ],
+)
+def test_a_setting_of_all_items_is_idle_only_where_no_data_set_uses_it(
+    general: str, idle: str, acts: str, load: Load, project: Path
+) -> None:
+    (project / "more").mkdir()
+    data = f"[general]\n{general}\n{IMAGES}{idle}\n[[datasets]]\nimage_directory = 'more'\n"
+    for last, count in ((acts, 0), (idle, 1)):
+        config = load(data=f"{data}{last}\n", cache="text_variants = 2\nlatent_variants = 2")
+        keys = [found.key for found in config.findings if found.level == "warning"]
+        assert keys.count(f"general.{general.partition(' ')[0]}") == count
+
+
 def test_resize_is_a_choice(load: Load, problems: Problems) -> None:
     assert only(load(data=IMAGES)).resize == "crop"
     assert only(load(data=f'{IMAGES}resize = "squash"\n')).resize == "squash"

@@ -508,7 +508,7 @@ def test_of_several_commands_the_first_that_trains_is_taken_and_others_are_asked
 ) -> None:
     options, asked = shell_options(text)
     assert options["script"] == script
-    assert [(key, reason.partition(" ")[0]) for key, reason in asked] == [("script", other) for other in others]
+    assert [(key, reason.partition(" ")[0]) for key, reason in asked] == [("(script)", other) for other in others]
 
 
 def test_options_of_the_launcher_are_reported(project: Path) -> None:
@@ -534,6 +534,8 @@ def test_data_sets_that_are_taken_in_replace_the_file_that_names_them(name: str,
     ("process", "key", "value"),
     [
         ("train: {min_denoising_steps: 200}", "objective.max_timestep", 800),
+        ("train: {min_denoising_steps: 999}", "objective.max_timestep", 1),
+        ("train: {min_denoising_steps: '200'}", "objective.max_timestep", 800),
         ("train: {max_denoising_steps: 600}", "objective.min_timestep", 400),
         ("train: {max_denoising_steps: 999}", "objective.min_timestep", 0),
         ('train: {lr: "1e-4"}', "optimizer.lr", 1e-4),
@@ -567,6 +569,9 @@ def test_keys_of_ai_toolkit_mean_what_they_say(process: str, key: str, value: An
         (JOB.format("{sample: {sample_every: 5}}"), "dropped_harmless", "sample.sample_every"),
         (JOB.format("{train: {ema_config: {ema_decay: 0.9}}}"), "dropped_harmless", "train.ema_config.ema_decay"),
         (JOB.format("{save: {push_to_hub: false, hf_repo_id: me/cats}}"), "dropped_harmless", "save.hf_repo_id"),
+        (JOB.format("{train: {min_denoising_steps: null}}"), "dropped_harmless", "train.min_denoising_steps"),
+        (JOB.format("{train: {force_first_sample: true, skip_first_sample: false}}"), "dropped_harmless", "train.force_first_sample"),
+        ("reg_data_dir: ''\nnetwork_module: networks.lora_flux\ndit: x", "dropped_harmless", "reg_data_dir"),
         (JOB.format("{train: {max_denoising_steps: 1001}}"), "refused", "train.max_denoising_steps"),
         ("job: x\nextra: 1\nconfig: {name: a, process: [{type: x}]}", "unknown", "extra"),
         ("job: x\nconfig: {name: a, extra: 1, process: [{type: x}]}", "unknown", "config.extra"),

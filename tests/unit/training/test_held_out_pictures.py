@@ -86,6 +86,10 @@ def test_regularisation_images_are_trained_and_not_measured(load: Load, items: l
     assert held == keys(hold_out(items[:20], config.validation))[1]
     assert kept == [item.key for item in items if item.key not in held] and not any(key[0] == "1" for key in held)
     assert any(key[0] == "1" for key in keys(split_of_run(plain, items))[1]), "proves nothing"
+    copy = next(item for item in items[20:])
+    copy.path.write_bytes(next(item for item in items if item.key == held[0]).path.read_bytes())
+    assert copy.key not in keys(split_of_run(config, items))[0]  # a held-out picture is never trained
+    copy.path.write_text("itself again")
     state(tmp_path / "out" / "r-step00000005-state", held_out=held)
     assert split_note(config, items) is None and split_note(plain, items) is not None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from musubi_tuner.config.foreign import DTYPES, OPTIMIZERS, SCHEDULERS
-from musubi_tuner.config.importers.builder import Builder
+from musubi_tuner.config.importers.builder import Builder, of_items
 from musubi_tuner.config.importers.options import VARIANTS
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import parameters
@@ -254,11 +254,15 @@ class _Job(Builder):
         elif path in ("network.conv", "network.conv_alpha"):
             self.report.dropped_harmless.append((path, "the denoiser has no convolutions"))
         elif path in DENOISING:  # counted from pure noise there
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
+            value = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+            if value is None:
+                self.report.dropped_harmless.append((path, "it is off"))
+            elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
                 self._refuse(path, f"is {value!r}, expected a whole number from 0 to 1000")
             else:
-                level = 0 if value == 999 else 1000 - value
-                self._convert(path, value, DENOISING[path], level, "the noise level at that step")
+                key, level = DENOISING[path], 0 if value == 999 else 1000 - value
+                level = max(level, 1) if key == "objective.max_timestep" else min(level, 999)
+                self._convert(path, value, key, level, "the noise level at that step")
         elif path == "train.content_or_style" and value in (None, "balanced"):
             self.report.dropped_harmless.append((path, "all noise levels are trained alike"))
         elif path == "network.network_kwargs" and isinstance(value, Mapping) and is_on(value):
@@ -319,7 +323,7 @@ class _Job(Builder):
         if value is None:
             self.report.dropped_harmless.append((path, "it is off"))
             return
-        self.general[name] = value
+        self.general[name] = of_items(name, value)
         self.report.carried.append((path, f"general.{name}", value))
 
     def _optimizer(self, table: Mapping[str, Any]) -> None:
@@ -377,7 +381,7 @@ class _Job(Builder):
                 made["caption_extension"] = text
                 self.report.converted.append((path, value, "datasets.caption_extension", text, "with its dot"))
             elif name in ITEMS and value not in (None, ""):
-                made[ITEMS[name]] = value
+                made[ITEMS[name]] = of_items(ITEMS[name], value)
                 self.report.carried.append((path, f"datasets.{ITEMS[name]}", value))
             elif f"datasets.{name}" in HARMLESS:
                 self.report.dropped_harmless.append((path, HARMLESS[f"datasets.{name}"]))

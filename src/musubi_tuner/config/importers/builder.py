@@ -3,7 +3,7 @@
 from typing import Any
 
 from musubi_tuner.config.importers.report import Report
-from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.schema import item_parameters, parameters
 from musubi_tuner.models.registry import MODELS
 
 
@@ -71,13 +71,9 @@ class Builder:
 
     def _drop(self, key: str, reason: str) -> None:
         """Leave out a value that was taken over before."""
-        source = self.names.pop(key, None)
+        self.names.pop(key, None)
         del self.values[key]
-        self.report.carried = [entry for entry in self.report.carried if entry[1] != key]
-        self.report.converted = [entry for entry in self.report.converted if entry[2] != key]
-        self.report.defaulted = [entry for entry in self.report.defaulted if entry[0] != key]
-        if source is not None:
-            self.report.dropped_harmless.append((source, reason))
+        self.report.leave_out(key, reason)
 
     def _current(self, key: str) -> Any:
         """Value of one of our keys, as far as the file and the defaults say."""
@@ -96,6 +92,15 @@ def _holds_nothing(value: Any) -> bool:
     """Whether a value is null, or has one inside, which TOML cannot say."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value is None or any(map(_holds_nothing, inside))
+
+
+def of_items(name: str, value: Any) -> Any:
+    """A value of [general] or [[datasets]], with a number in quotes as the number."""
+    kinds = {kind for each in item_parameters() if each.name == name for kind in each.kinds}
+    if isinstance(value, str) and kinds & {int, float} and str not in kinds and is_number(value):
+        number = float(value)
+        return int(number) if number.is_integer() and int in kinds else number
+    return value
 
 
 def is_number(text: str) -> bool:

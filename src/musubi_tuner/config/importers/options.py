@@ -360,15 +360,22 @@ class _Importer(Builder):
         for key in (*FOLDERS, "reg_data_dir"):
             if key not in options:
                 continue
-            text, is_reg = str(options.pop(key)), key == "reg_data_dir"
+            text, is_reg = str(options.pop(key) or ""), key == "reg_data_dir"
+            if not text:
+                self.report.dropped_harmless.append((key, "it is empty"))
+                continue
             found, skipped = _data_sets(text, self.locate(text))
             made = [{**entry, "is_reg": True} if is_reg else entry for entry in found]
             self.datasets += made
             if skipped:
-                reason = f"these folders of it are not named N_name, and are left out there too: {', '.join(skipped)}"
+                reason = f"these folders of it are not named N_name with N above 0, and are left out there too: {', '.join(skipped)}"
                 self.report.dropped_harmless.append((f"(folders of {key})", reason))
             shown = ", ".join(str(entry["image_directory"]) for entry in made)
-            rule = "a data set for every folder N_name, which is repeated N times" if len(made) > 1 else "a data set"
+            rule = (
+                "a data set for every folder N_name, which is repeated N times"
+                if "num_repeats" in made[0]
+                else "a data set"
+            )
             self.report.converted.append((key, text, "datasets", shown, rule))
 
     def _captions(self) -> None:

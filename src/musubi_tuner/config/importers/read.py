@@ -53,6 +53,8 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
     if dataset is not None:
         tables = data_tables(dataset)
         found.document.pop("dataset_config", None)
+        for key in ("datasets", "dataset_config"):
+            found.report.leave_out(key, f"the data sets are those of {dataset}")
         found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
     return found
 
@@ -111,7 +113,7 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
     training = [each for each in commands if not CACHE_SCRIPT.fullmatch(_script(each))] or commands
     found, unfilled = _options(*training[0])
     others = [
-        ("script", f"{_script(each)} is a second command; import it from a text of its own") for each in training[1:]
+        ("(script)", f"{_script(each)} is a second command; import it from a text of its own") for each in training[1:]
     ]
     return found, [*unfilled, *others]
 

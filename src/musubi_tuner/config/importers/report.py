@@ -38,6 +38,15 @@ class Report:
         found = [entry[0] for entries in lists for entry in entries] + self.secrets_removed
         return [key for key in found if not key.startswith("(")]  # those are of keys that are missing
 
+    def leave_out(self, ours: str, reason: str) -> None:
+        """Move what was taken over for one of our keys to what is not needed."""
+        sources = [entry[0] for entry in self.carried if entry[1] == ours]
+        sources += [entry[0] for entry in self.converted if entry[2] == ours]
+        self.carried = [entry for entry in self.carried if entry[1] != ours]
+        self.converted = [entry for entry in self.converted if entry[2] != ours]
+        self.defaulted = [entry for entry in self.defaulted if entry[0] != ours]
+        self.dropped_harmless += [(source, reason) for source in sources]
+
     def as_data(self) -> dict[str, Any]:
         """The lists as plain values."""
         return {name: [list(entry) if isinstance(entry, tuple) else entry for entry in entries]

@@ -1,5 +1,6 @@
 """Rules of [general] and [[datasets]] beside other settings."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,27 +85,28 @@ def _separators_differ(config: RunConfig) -> Iterator[Diagnostic]:
 
 @rule("V58")
 def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
-    said = set[str]()
+    found = list[Diagnostic]()
     for dataset in config.datasets:
         text, moves = dataset.text, dataset.text.shuffle_caption or dataset.text.caption_tag_dropout_rate
         for key in ("keep_tokens", "keep_tokens_separator"):
             place = _place(config, dataset.name, key)
-            if getattr(text, key) and not moves and place not in said:
-                said.add(place)
+            if getattr(text, key) and not moves:
                 reason = "keeps nothing in its place because no parts are shuffled or dropped"
-                yield warning("V58", place, reason, _place(config, dataset.name, "shuffle_caption"))
+                found.append(warning("V58", place, reason, "general.shuffle_caption"))
         apart = text.trigger_word or text.secondary_separator or text.keep_tokens_separator
         place = _place(config, dataset.name, "caption_separator")
-        if text.caption_separator != "," and not moves and not apart and place not in said:
-            said.add(place)
-            yield warning(
-                "V58", place, "has no effect because nothing separates or joins parts", "general.shuffle_caption"
-            )
+        if text.caption_separator != "," and not moves and not apart:
+            reason = "has no effect because nothing separates or joins parts"
+            found.append(warning("V58", place, reason, "general.shuffle_caption"))
         place = _place(config, dataset.name, "keep_tokens")
-        if text.keep_tokens and text.keep_tokens_separator and moves and place not in said:
-            said.add(place)
+        if text.keep_tokens and text.keep_tokens_separator and moves:
             reason = f"is {text.keep_tokens}, but applies only to captions without {text.keep_tokens_separator!r}"
-            yield warning("V58", place, reason, _place(config, dataset.name, "keep_tokens_separator"))
+            found.append(warning("V58", place, reason, "general.keep_tokens_separator"))
+    for each, count in Counter(found).items():
+        name = each.key.removeprefix("general.")
+        takers = [dataset for dataset in config.datasets if _place(config, dataset.name, name) == each.key]
+        if count == len(takers) or not each.key.startswith("general."):  # it may act in another data set
+            yield each
 
 
 @rule("V59", "objective.text_dropout")
