@@ -11,8 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import AdapterSet, attach, layer_settings, make_adapters, place_adapters, target_paths
-from musubi_tuner.adapters.files import load_adapter, placements_of_file, read_adapter
+from musubi_tuner.adapters.attach import (
+    AdapterSet,
+    Placement,
+    attach,
+    layer_settings,
+    make_adapters,
+    place_adapters,
+    target_paths,
+)
+from musubi_tuner.adapters.files import fitting, load_adapter, placements_of_file, read_adapter
 from musubi_tuner.adapters.merging import RunMerges
 from musubi_tuner.config import RunConfig
 from musubi_tuner.memory.block_swap import BlockSwap
@@ -93,8 +101,39 @@ def attach_adapters(model: nn.Module, config: RunConfig) -> tuple[AdapterSet, li
     Raises:
         CheckpointError: if a file does not fit. ConfigError: if no layer is left to adapt.
     """
-    settings, spec = config.adapter, config.spec
     model.requires_grad_(False)
+    adapters, wanted, given, lines = _adapters_of(model, config)
+    if given:
+        load_adapter(adapters, given, f"adapter.init_from: {config.adapter.init_from}")
+        changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path].alpha) > 1e-6]
+        if changed:
+            lines.append(
+                f"note: alpha is that of the file, not of adapter.alpha, for {len(changed)} layers ({changed[0]}, ...)"
+            )
+    attach(model, adapters)
+    count = sum(parameter.numel() for parameter in adapters.parameters())
+    ranks = sorted({placement.rank for placement in wanted.values()})
+    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    lines.append(f"adapter: LoRA of {text} on {len(wanted)} layers, {count:,} parameters; the model is frozen")
+    return adapters, lines
+
+
+def check_adapter_file(config: RunConfig) -> None:
+    """Compare the file of ``adapter.init_from`` with the layers of the run, before anything is encoded for it.
+
+    Raises:
+        CheckpointError: if it does not fit, or holds values that are not finite. ConfigError: see `attach_adapters`.
+    """
+    if config.adapter.type != "none" and config.adapter.init_from is not None:
+        adapters, _, given, _ = _adapters_of(config.spec.family.outline_model(config).model, config)
+        fitting(adapters, given, f"adapter.init_from: {config.adapter.init_from}")
+
+
+def _adapters_of(
+    model: nn.Module, config: RunConfig
+) -> tuple[AdapterSet, dict[str, Placement], dict[str, Tensor], list[str]]:
+    """The adapters of a run with fresh weights, where they lie by path, the tensors to load into them, and lines for the person."""
+    settings, spec = config.adapter, config.spec
     lines = []
     paths = target_paths(model, spec.adapters)
     given: dict[str, Tensor] = {}
@@ -112,17 +151,4 @@ def attach_adapters(model: nn.Module, config: RunConfig) -> tuple[AdapterSet, li
     else:
         placements = place_adapters(paths, spec.adapters, settings)
     adapters = make_adapters(model, placements, settings, config.run.seed)
-    if given:
-        wanted = {placement.path: placement.alpha for placement in placements}
-        load_adapter(adapters, given, f"adapter.init_from: {settings.init_from}")
-        changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path]) > 1e-6]
-        if changed:
-            lines.append(
-                f"note: alpha is that of the file, not of adapter.alpha, for {len(changed)} layers ({changed[0]}, ...)"
-            )
-    attach(model, adapters)
-    count = sum(parameter.numel() for parameter in adapters.parameters())
-    ranks = sorted({placement.rank for placement in placements})
-    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    lines.append(f"adapter: LoRA of {text} on {len(placements)} layers, {count:,} parameters; the model is frozen")
-    return adapters, lines
+    return adapters, {placement.path: placement for placement in placements}, given, lines

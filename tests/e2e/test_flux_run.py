@@ -635,8 +635,11 @@ def test_adapters_that_do_not_fit(new_run: NewRun, trained: Path, tmp_path: Path
 
     def start(tensors: dict[str, Tensor], name: str, metadata: dict[str, str] | None = None) -> str:
         save_file(tensors, file, metadata)
-        config = new_run(name, adapter={"init_from": str(file)})
-        return text_of(server.run("train", [config], config.parent), 1)
+        # Without caches: what does not fit is said before anything is encoded.
+        config = new_run(name, cached=False, adapter={"init_from": str(file)})
+        result = server.run("train", [config], config.parent)
+        assert "encoded" not in result.out
+        return text_of(result, 1)
 
     good = lora(trained)
     assert "is an adapter for TinyFlux-Deep, this run is FLUX.1-dev" in start(
@@ -649,6 +652,14 @@ def test_adapters_that_do_not_fit(new_run: NewRun, trained: Path, tmp_path: Path
     less = {key: tensor for key, tensor in good.items() if "single_blocks_1_linear2" not in key}
     err = start(less, "c")
     assert "does not fit these adapters: 3 keys missing: lora_unet_single_blocks_1_linear2.alpha" in err
+    assert "adapter.rank_from_weights = true takes layers, ranks and alpha from the file" in err
+    broken = {
+        key: tensor * float("nan") if key.endswith("0_linear1.lora_up.weight") else tensor
+        for key, tensor in good.items()
+    }
+    assert "values (lora_unet_single_blocks_0_linear1.lora_up.weight); the training that made it failed" in start(
+        broken, "g"
+    )
     assert "is not a LoRA (first key: x)" in start({"x": torch.zeros(1)}, "d")
     only_text = {"lora_te1_x.lora_down.weight": torch.zeros(2, 2), "lora_te1_x.lora_up.weight": torch.zeros(2, 2)}
     assert "holds only text encoder keys" in start(only_text, "e")

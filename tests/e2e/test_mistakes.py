@@ -3,6 +3,7 @@
 0 done, 1 failed while working, 2 wrong input. `Result.expect` checks that nothing ended in a traceback.
 """
 
+import json
 import os
 import platform
 import resource
@@ -573,7 +574,9 @@ def test_another_config_lists_the_differences_and_fresh_starts_beside(
     config = cached_run(optimizer={"lr": 1e-3}, run={"seed": 8})
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.suffix == ".safetensors"}
     result = server.run("train", [config], tmp_path).expect(2)
-    assert "was made with another config. Use --fresh to start over in a new folder, or undo the changes:" in result.err
+    assert (
+        "was made with another config. Use --fresh to start over in a new folder, or undo the changes; " in result.err
+    )
     assert "\n  optimizer.lr was 0.003, now 0.001" in result.err and "\n  run.seed was 7, now 8" in result.err
     assert result.err.count(" was ") == 3  # the sentence, and one line for each change
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -581,6 +584,20 @@ def test_another_config_lists_the_differences_and_fresh_starts_beside(
     assert f"starting over in {tmp_path / 'out-2'}" in fresh.out
     assert (tmp_path / "out-2" / "photos.safetensors").is_file()
     assert not (tmp_path / "out" / "photos.safetensors").exists()
+    assert '; resume.allow = ["optimizer.lr"] goes on with the new value:' in result.err
+    refused = server.run("train", [cached_run(resume={"allow": ["run.seed"]})], tmp_path).expect(2)
+    assert "resume.allow: 'run.seed' cannot change within a run" in refused.err
+    config = cached_run(optimizer={"lr": 1e-3}, resume={"allow": ["optimizer.lr"]})
+    result = server.run("train", [config], tmp_path).expect(0)
+    assert (
+        "note: resume.allow: optimizer.lr was 0.003, now 0.001" in result.out
+        and "the learning rate jumps" in result.out
+    )
+    state = json.loads((tmp_path / "out" / "photos-state" / "state.json").read_text(encoding="utf-8"))
+    (change,) = state["changed"]
+    assert change["settings"] == ["optimizer.lr was 0.003, now 0.001"] and 0 < change["step"] < state["step"]
+    rates = {row["train/lr"] for row in metrics(tmp_path / "out") if row["step"] == state["step"]}
+    assert rates == {1e-3}
 
 
 def test_a_second_branch_in_one_folder_is_refused_before_anything_is_encoded(
@@ -601,10 +618,12 @@ def test_another_caption_since_the_run_began_is_named(
     config = new_run(images=images)
     server.run("train", [config], tmp_path, MUSUBI_FAULT="train.update:7").expect(-signal.SIGKILL)
     (images / "moon.txt").write_text("something else", encoding="utf-8")
-    for job in ("text", "experts"):
-        server.run(job, [config], tmp_path).expect(0)
     result = server.run("train", [config], tmp_path).expect(2)
     assert "the data set has other images, captions, masks, buckets, batch sizes or teachers" in result.err
+    assert f'begins from its weights with model.path = "{tmp_path / "out"}:latest"' in result.err
+    assert (
+        "encoded" not in result.out
+    )  # what is due for the new caption waits until it is clear that there is a use for it
 
 
 def test_a_finished_run_with_another_config_is_refused_too(

@@ -223,6 +223,15 @@ def load_adapter(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str 
     """Load a file's tensors (musubi names) into adapters; strict. A missing alpha counts as the rank.
 
     Raises:
+        CheckpointError: see `fitting`.
+    """
+    adapters.load_state_dict(fitting(adapters, tensors, what))
+
+
+def fitting(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """A file's tensors as float32 in the shapes of adapters, which may be without storage.
+
+    Raises:
         CheckpointError: listing every missing, unexpected or mis-shaped key.
     """
     own = adapters.state_dict()
@@ -241,8 +250,11 @@ def load_adapter(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str 
         if keys:
             problems.append(f"{len(keys)} keys {kind}: {', '.join(keys)}")
     if problems:
-        raise CheckpointError(f"{what} does not fit these adapters: " + "; ".join(problems))
-    adapters.load_state_dict({key: given[key].float().view(own[key].shape) for key in own})
+        raise CheckpointError(
+            f"{what} does not fit these adapters: {'; '.join(problems)}. adapter.rank_from_weights = true takes layers, ranks and alpha "
+            "from the file"
+        )
+    return {key: given[key].float().view(own[key].shape) for key in own}
 
 
 def save_adapter(

@@ -24,7 +24,7 @@ class Plan:
     """What there is to do.
 
     Attributes:
-        found: items of the data sets. held_out: those that are not trained. status: by kind of cache, for all items.
+        found: items of the data sets. trained, held_out: those that are trained, and measured. status: by kind of cache, for all items.
         steps: length of the run. black_masks: items whose loss mask leaves nothing to learn.
         split_note: how the split of the run's state differs from that of a new run; None if it does not.
         losses: lines on what the text encoders lose of captions that are to be encoded, and of sample prompts.
@@ -32,6 +32,7 @@ class Plan:
     """
 
     found: ScannedItems
+    trained: list[Item]
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
@@ -92,7 +93,7 @@ def make_plan(
         contents.save()
     losses = _losses(config, found.items, status["text"], download) if "text" in status else []
     black = black_masks(config, found.items, status["latents"]) if "latents" in status else []
-    return Plan(found, held_out, status, steps, black, difference, losses, _state_to_continue(config))
+    return Plan(found, trained, held_out, status, steps, black, difference, losses, _state_to_continue(config))
 
 
 def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
@@ -119,8 +120,7 @@ def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
 
 def _sources(plan: Plan) -> list[tuple[int, int, int]]:
     """Images that are trained, with their repeats and micro-batch size."""
-    held_out = {item.key for item in plan.held_out}
-    counts = Counter((item.num_repeats, item.batch_size) for item in plan.found.items if item.key not in held_out)
+    counts = Counter((item.num_repeats, item.batch_size) for item in plan.trained)
     return [(count, repeats, size) for (repeats, size), count in sorted(counts.items())]
 
 

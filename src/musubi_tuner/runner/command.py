@@ -312,14 +312,17 @@ class Runner:
         for note in plan.found.notes:
             print(f"note: {note}")
         show_plan(config, describe(config, plan, self.processes))
+        newest = f"{config.output_dir}: its newest state was made with another config"
         if options.plan:
+            self._refuse_changes(plan, newest, plan.state)
             self._plan_memory(plan)
             return EXIT_OK
         from musubi_tuner.training.checkpoint import refuse_second_branch
 
-        if self._finished(plan.steps.total_updates, can_write):
+        if self._finished(plan, can_write):
             return self._score_demo()
         refuse_second_branch(config)
+        self._refuse_changes(plan, newest, plan.state)
         if plan.due and not encode and not options.skip_cache:
             self._refuse_due(plan.due)
         settled = None if options.cache_only else self._plan_memory(plan)
@@ -347,6 +350,7 @@ class Runner:
         Raises:
             ConfigError: if this machine lacks what [memory] asks for, or "auto" finds no number of blocks that fits.
         """
+        from musubi_tuner.assemble import check_adapter_file
         from musubi_tuner.planning.estimate import resolve_swap
         from musubi_tuner.planning.probe import probe
         from musubi_tuner.planning.report import estimate_lines
@@ -369,6 +373,7 @@ class Runner:
                     late = ", and what it records of its teachers is read then" if teachers else ""
                     print(f"  memory   is estimated once the checkpoint is downloaded{late}", flush=True)
                     return None
+            check_adapter_file(self.config)
             config, chosen = resolve_swap(self.config, items, machine.free)
             lines = estimate_lines(
                 config,
@@ -410,13 +415,19 @@ class Runner:
         jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.words}" for kind in due)
         raise CacheError(f'caches are not complete, and cache.run is "never"; run: {jobs}')
 
-    def _finished(self, total: int, can_write: bool) -> bool:
-        from musubi_tuner.training.checkpoint import CheckpointList
+    def _finished(self, plan: "Plan", can_write: bool) -> bool:
+        from musubi_tuner.training.checkpoint import CheckpointList, read_values
 
         final = CheckpointList.read(self.config.output_dir, self.config.run.name).entries.get("final")
-        if final is None or (final.step < total and not final.ended) or self.config.resume.from_ != "auto":
+        if (
+            final is None
+            or (final.step < plan.steps.total_updates and not final.ended)
+            or self.config.resume.from_ != "auto"
+        ):
             return False
-        self._check_same_config(final.state)
+        values = read_values(self.config.output_dir / final.state) if final.state else None
+        head = f"run.output_dir {self.config.output_dir}: holds a finished run with another config"
+        self._refuse_changes(plan, head, values)
         if can_write:
             self._tidy()
         print(
@@ -432,20 +443,15 @@ class Runner:
         folder, save = self.config.output_dir, self.config.save
         tidy(folder, self.config.run.name, save.keep_last_steps, save.keep_last_epochs, save.keep_last_states)
 
-    def _check_same_config(self, state: str) -> None:
-        """A finished run with another config is a mistake too."""
-        from musubi_tuner.training.checkpoint import read_values
-        from musubi_tuner.training.identity import changed_settings
-
-        if not state:
+    def _refuse_changes(self, plan: "Plan", head: str, values: dict[str, Any] | None) -> None:
+        """A state of another config or other data is refused before anything is encoded for it."""
+        if values is None:
             return
-        began = read_values(self.config.output_dir / state)["config"]
-        differences = changed_settings(self.config, began, self.processes)
-        if differences:
-            raise ConfigError(
-                f"run.output_dir {self.config.output_dir}: holds a finished run with another config. Use --fresh to start "
-                "over in a new folder, or undo the changes:\n  " + "\n  ".join(differences)
-            )
+        from musubi_tuner.training.identity import data_digest, other_teachers, refuse_changes
+
+        config = self.config
+        data = data_digest(plan.trained, config.train.masked_loss, plan.held_out, other_teachers(config))
+        refuse_changes(config, head, values, self.processes, data)
 
     def _train(self, config: "RunConfig | None", items: list[Any]) -> int:
         assert config is not None

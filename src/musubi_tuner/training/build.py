@@ -37,6 +37,7 @@ from musubi_tuner.training.checkpoint import (
 )
 from musubi_tuner.training.held_out import split_of_run
 from musubi_tuner.training.identity import (
+    allowed_changes,
     as_begun,
     check_state,
     data_digest,
@@ -367,12 +368,18 @@ def _go_on(
     )
     snapshot.restore(path, values)
     position = snapshot.position
+    changes = allowed_changes(config, values["config"], ranks.count)
+    changed = [*values.get("changed", []), *([{"step": position.step, "settings": changes}] if changes else [])]
+    snapshot.identity = {**identity, **({"changed": changed} if changed else {})}
     over = position.step >= total or (snapshot.until is not None and bool(snapshot.until.reason))
     if position.update >= steps.updates_per_epoch and not over:
         position.epoch, position.update = position.epoch + 1, 0
     if ranks.main:
         print(
-            *([warning] if warning else []), f"continuing from {path.name}: step {position.step} of {total}", sep="\n"
+            *([warning] if warning else []),
+            f"continuing from {path.name}: step {position.step} of {total}",
+            *[f"note: resume.allow: {text}" for text in changes],
+            sep="\n",
         )
         jump = rate_jump(config, total, values["config"], former_end(config, values), position.step)
         if jump:

@@ -19,6 +19,7 @@ from musubi_tuner.config.datasets import KEPT, WHITE
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.run_config import ROLE_TABLES
 from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.schema.resume import is_changeable
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
@@ -85,11 +86,22 @@ def compare_config(
 
 
 def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int) -> list[str]:
-    """In which fixed settings a run differs from the one that a state is of.
+    """In which fixed settings a run differs from the one that a state is of, but for those of ``resume.allow``.
 
     Args:
         began: fixed settings of the state.
     """
+    changes = _changes(config, began, processes)
+    return [text for key, text in changes.items() if key not in config.resume.allow]
+
+
+def allowed_changes(config: RunConfig, began: Mapping[str, Any], processes: int) -> list[str]:
+    """In which settings of ``resume.allow`` a run differs from the one that a state is of."""
+    changes = _changes(config, began, processes)
+    return [text for key, text in changes.items() if key in config.resume.allow]
+
+
+def _changes(config: RunConfig, began: Mapping[str, Any], processes: int) -> dict[str, str]:
     # States made when all families had the same tables hold settings that only others have.
     foreign = {p.key for p in parameters()} - {p.key for p in parameters(config.spec)}
     own = {key: value for key, value in began.items() if key not in foreign}
@@ -97,7 +109,7 @@ def changed_settings(config: RunConfig, began: Mapping[str, Any], processes: int
     # A role that the state says nothing of moved as the run.
     of_roles = [key.split(".", 2) for key in current if key.startswith("roles.") and key != "roles.freeze"]
     defaults |= {f"roles.{role}.{key}": own.get(key, defaults.get(key)) for _, role, key in of_roles}
-    return compare_config(own, current, defaults)
+    return {text.partition(" was ")[0]: text for text in compare_config(own, current, defaults)}
 
 
 def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
@@ -161,6 +173,34 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def refuse_changes(
+    config: RunConfig, head: str, values: Mapping[str, Any], processes: int, data: str, others: Sequence[str] = ()
+) -> None:
+    """Refuse a state of another run, as far as that can be told before the model is loaded.
+
+    Args:
+        head: begins the message: which state, and that it has another config. values: its plain data. data: what `data_digest`
+            gives. others: differences found elsewhere.
+
+    Raises:
+        ConfigError: saying what has changed, and the ways on.
+    """
+    differences = changed_settings(config, values["config"], processes)
+    changeable = sorted({key for text in differences if is_changeable(key := text.partition(" was ")[0])})
+    if values.get("data") != data:
+        differences.append("the data set has other images, captions, masks, buckets, batch sizes or teachers")
+    differences += others
+    if not differences:
+        return
+    begin = "model.path" if config.adapter.type == "none" else "adapter.init_from"
+    ways = [f'a new run in another folder begins from its weights with {begin} = "{config.output_dir}:latest"']
+    ways += [f"resume.allow = {json.dumps(changeable)} goes on with the new value"] if changeable else []
+    raise ConfigError(
+        f"{head}. Use --fresh to start over in a new folder, or undo the changes; {'; '.join(ways)}:\n  "
+        + "\n  ".join(differences)
+    )
+
+
 def check_state(
     config: RunConfig,
     path: Path,
@@ -184,19 +224,8 @@ def check_state(
     Raises:
         ConfigError: if the state is of another run, or of a later update than the run has.
     """
-    differences = changed_settings(config, values["config"], processes)
-    if values["data"] != data:
-        differences.append(
-            "the data set has other images, captions, masks, buckets, batch sizes or teachers; a new run can begin from the "
-            "weights of this one"
-        )
-    if values.get("base") != base:
-        differences.append("the checkpoint below the adapter holds other weights")
-    if differences:
-        raise ConfigError(
-            f"{path}: was made with another config. Use --fresh to start over in a new folder, or undo the changes:"
-            "\n  " + "\n  ".join(differences)
-        )
+    below = [] if values.get("base") == base else ["the checkpoint below the adapter holds other weights"]
+    refuse_changes(config, f"{path}: was made with another config", values, processes, data, below)
     # An imported state does not know where it was made.
     changed = compare_config(values["environment"], environment) if values["environment"] else []
     text = "this run continues under other conditions, so it may differ in the last bits: " + "; ".join(changed)

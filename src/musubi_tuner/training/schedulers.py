@@ -115,13 +115,18 @@ def rate_jump(
     """
     if former_end is None or not 0 < step < total:
         return None
-    lr = config.optimizer.lr
-    former = {"min_lr": began.get("scheduler.min_lr", config.scheduler.min_lr), "total_steps": former_end}
-    before = config.model_copy(update={"scheduler": config.scheduler.model_copy(update=former)})
-    old, new = schedule_of(before, total), schedule_of(config, total)
-    if math.isclose(old(step), new(step), rel_tol=0.01):
+    lr, changed = config.optimizer.lr, config.resume.allow
+    former = {name: began.get(key, getattr(config.scheduler, name)) for name in type(config.scheduler).model_fields
+              if (key := f"scheduler.{name}") == "scheduler.min_lr" or key in changed}  # fmt: skip
+    before_lr = began.get("optimizer.lr", lr) if "optimizer.lr" in changed else lr
+    tables = {
+        "scheduler": config.scheduler.model_copy(update={**former, "total_steps": former_end}),
+        "optimizer": config.optimizer.model_copy(update={"lr": before_lr}),
+    }
+    old, new = schedule_of(config.model_copy(update=tables), total), schedule_of(config, total)
+    if math.isclose(before_lr * old(step), lr * new(step), rel_tol=0.01):
         return None
-    return RateJump(step, former_end, schedule_length(config, total), lr * old(step - 1), lr * new(step))
+    return RateJump(step, former_end, schedule_length(config, total), before_lr * old(step - 1), lr * new(step))
 
 
 def average_decay(update: int, decay: float, warmup: bool) -> float:

@@ -68,7 +68,13 @@ def a_plan(due: list[str] | None = None) -> Any:
     item = Item("a", "0:a", Path("a.png"), "text", Path("cache"), size, place(size, size), 1, 1)
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
     return SimpleNamespace(
-        found=SimpleNamespace(items=[item], notes=[]), steps=steps, due=due or [], missing={}, held_out=[], status={}
+        found=SimpleNamespace(items=[item], notes=[]),
+        steps=steps,
+        due=due or [],
+        missing={},
+        held_out=[],
+        status={},
+        state=None,
     )
 
 

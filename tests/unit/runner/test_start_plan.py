@@ -58,7 +58,9 @@ def leave_state(config: RunConfig, step: int, began: dict[str, Any] | None = Non
 def planned(config: RunConfig, total: int = 200) -> str:
     """The plan of a run over so many updates."""
     return describe(
-        config, Plan(ScannedItems([], []), [], {}, Steps(10, 10, total, total // 10, 10), state=peek_state(config)), 1
+        config,
+        Plan(ScannedItems([], []), [], [], {}, Steps(10, 10, total, total // 10, 10), state=peek_state(config)),
+        1,
     )
 
 

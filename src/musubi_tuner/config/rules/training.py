@@ -9,6 +9,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 from musubi_tuner.config.paths import is_repository
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.config.schema.resume import is_changeable
 
 TRAINING = Rules()
 rule = TRAINING.rule
@@ -32,6 +33,18 @@ def _checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
 def _length(config: RunConfig) -> Iterator[Diagnostic]:
     if config.train.max_steps is None and config.train.max_epochs is None:
         yield error("U07", "train.max_steps", "is missing, and max_epochs too; give one of them", "train.max_epochs")
+
+
+@rule("U04", "resume.allow")
+def _allowed(config: RunConfig) -> Iterator[Diagnostic]:
+    for key in config.resume.allow:
+        if not is_changeable(key):
+            text = f"{key!r} cannot change within a run; optimizer.lr, weight_decay, betas and eps, [scheduler], [objective], ema.decay, "
+            yield error(
+                "U04",
+                "resume.allow",
+                f"{text}train.max_grad_norm, train.prior_loss_weight and dropouts of adapters can",
+            )
 
 
 @rule("V61 V62", "log.wandb log.config")
