@@ -561,7 +561,7 @@ def text_of(error: Result, code: int = 2) -> str:
         ({"adapter": {"type": "none"}}, ['adapter.type: is "none"; full training of FLUX.1 is not supported']),
         (
             {"model": {"init": "scratch", "path": None}},
-            ['model.init: is "scratch"; FLUX.1 is trained through an adapter'],
+            ['model.init: is "scratch", but FLUX.1 is trained with an adapter'],
         ),
         (
             {"objective": {"shift": 2.0}},
@@ -576,7 +576,7 @@ def text_of(error: Result, code: int = 2) -> str:
             {"objective": {"text_dropout": 0.1, "lune_weight": 1.0}},
             [
                 "objective.text_dropout: FLUX.1 is distilled for its embedded guidance",
-                "objective.lune_weight: is a setting of TinyFlux-Deep; FLUX.1-dev has none like it",
+                "objective.lune_weight: is a setting of TinyFlux-Deep; FLUX.1-dev does not have it",
             ],
         ),
         ({"experts": {"unet": "x"}}, ["experts.unet: FLUX.1 has no teachers"]),

@@ -214,7 +214,7 @@ def test_a_cache_made_with_another_encoder_is_refused_by_name_where_nothing_may_
     result = server.run("train", [config], tmp_path).expect(1)
     assert "9 x the autoencoder was '" in result.out
     assert (
-        f'caches are not complete, and cache.run is "never"; run: python -m musubi_tuner.caching latents {config}'
+        f'caches are not complete, but cache.run is "never"; run: python -m musubi_tuner.caching latents {config}'
         in (result.err)
     )
     assert differing(cache_files(tmp_path / "cache"), before) == []
@@ -238,7 +238,7 @@ def test_a_cache_made_at_another_resolution_is_refused_by_name_where_nothing_may
     config = cached_run(general={"resolution": 64}, cache={"run": "never"})
     result = server.run("train", [config], tmp_path).expect(1)
     assert "x the bucket was [128, 128], now [64, 64]" in result.out
-    assert 'caches are not complete, and cache.run is "never"' in result.err
+    assert 'caches are not complete, but cache.run is "never"' in result.err
 
 
 def test_skipping_the_check_of_caches_does_not_train_on_another_resolution(
@@ -632,7 +632,7 @@ def test_a_finished_run_with_another_config_is_refused_too(
     server.run("train", [cached_run(train={"max_steps": 2})], tmp_path).expect(0)
     config = cached_run(train={"max_steps": 2}, optimizer={"weight_decay": 0.5})
     result = server.run("train", [config], tmp_path).expect(2)
-    assert "holds a finished run with another config. Use --fresh" in result.err
+    assert "has a finished run with another config. Use --fresh" in result.err
     assert "optimizer.weight_decay was 0.01, now 0.5" in result.err
 
 

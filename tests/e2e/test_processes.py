@@ -194,7 +194,7 @@ def test_due_caches_under_a_launcher_are_an_error_that_names_the_commands(settin
     before = cache_paths(config.parent / "cache")
     environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
     result = server.run("train", [config], config.parent, **environment).expect(1)
-    assert "error: caches are not complete, and nothing is encoded under a launcher; run:" in result.err
+    assert "error: caches are not complete, but nothing is encoded under a launcher; run:" in result.err
     assert f"python -m musubi_tuner.caching text {config}" in result.err
     assert f"python -m musubi_tuner.caching experts {config}" in result.err
     assert "caching latents" not in result.err

@@ -80,7 +80,7 @@ def test_three_steps_are_planned_and_trained_in_turn(undisturbed: Path, place: P
     ):
         assert expected in place.server.run("train", [planned, *words], planned.parent).expect(2).err
     launched = place.server.run("train", [planned, "--fresh"], planned.parent, ACCELERATE_MIXED_PRECISION="no")
-    assert "--fresh: not under a launcher" in launched.expect(2).err
+    assert "--fresh: does not work under a launcher" in launched.expect(2).err
 
 
 def test_steps_are_not_put_before_one_that_has_begun(undisturbed: Path, place: Place) -> None:
@@ -110,7 +110,7 @@ def test_a_file_killed_in_a_step_or_between_two_ends_in_the_same_bits(
 def test_an_edited_finished_step_is_refused_with_its_key(undisturbed: Path, place: Place) -> None:
     result = place.server.run("train", [undisturbed, "--set", "steps.distil.optimizer.lr=0.5"], undisturbed.parent)
     result.expect(2)
-    assert "out/02-distil: holds a finished run with another config" in result.err
+    assert "out/02-distil: has a finished run with another config" in result.err
     assert "optimizer.lr was 0.003, now 0.5" in result.err
 
 
@@ -134,7 +134,7 @@ def test_one_step_and_a_cache_job_of_one(place: Place, python: Callable[..., Res
     assert not (config.parent / "out" / "02-distil").exists()
     refused = place.server.run("latents", [config], config.parent)
     refused.expect(2)
-    assert "has steps (warm, distil, lora), and this command needs one of them: --step NAME" in refused.err
+    assert "has steps (warm, distil, lora), but this command needs one of them; add --step NAME" in refused.err
     place.server.run("latents", [config, "--step", "warm", "--dry_run"], config.parent).expect(0)
     listed = json.loads((config.parent / "out" / "steps.json").read_text(encoding="utf-8"))["steps"]
     assert [(entry["status"], entry["step"]) for entry in listed] == [

@@ -189,7 +189,7 @@ def test_settings_of_roles_are_checked_like_those_of_the_run(
     text = refused(*(word for each in words for word in ("--set", each)), vae={"ema": {"init": "checkpoint"}})
     assert "roles.vae.scheduler.min_lr: is 0.5, above optimizer.lr = 0.01" in text
     assert 'roles.vae.ema.init: is "checkpoint", but model.init is "scratch"' in text
-    assert "validation.split: acts on a denoiser" in text and "max_grad_norm" not in text
+    assert "validation.split: applies to denoisers" in text and "max_grad_norm" not in text
     words = [
         "general.random_crop=true",
         "general.shuffle_caption=true",
@@ -199,10 +199,10 @@ def test_settings_of_roles_are_checked_like_those_of_the_run(
     text = refused(*(word for each in words for word in ("--set", each)))
     assert "general.random_crop: changes pictures at random" in text
     assert "general.shuffle_caption: changes captions at random" in text
-    assert "general.is_reg: acts on a denoiser" in text and "train.prior_loss_weight: acts on a denoiser" in text
+    assert "general.is_reg: applies to denoisers" in text and "train.prior_loss_weight: applies to denoisers" in text
     assert "roles.freeze: names all roles" in refused(freeze=["vae", "discriminator"])
     assert "roles.freeze" in refused(freeze=["critic"])
-    assert "cannot be absent for one role" in refused("--set", "roles.vae.scheduler.total_steps=none")
+    assert "cannot be absent for a role" in refused("--set", "roles.vae.scheduler.total_steps=none")
 
 
 def test_the_document_quotes_the_family_that_is_tested() -> None:

@@ -1,4 +1,4 @@
-"""Work with run files: python -m musubi_tuner.config {validate,import,export,explain,schema,migrate} ..."""
+"""Work with run files: python -m musubi_tuner.config {validate,import,migrate,export,explain,schema,resolve} ..."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from musubi_tuner.files import write_text
 from musubi_tuner.models.registry import MODELS
 
 EXIT_LOST = 1
-"""An import was refused something, does not know a key, or has to ask; the file is written with the rest."""
+"""An import has errors that a person must settle."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,38 +44,36 @@ def _main(arguments: Sequence[str]) -> int:
         one.set_defaults(do=do)
         return one
 
-    one = add("validate", "Check a run file without starting it; exit code 2 where something is wrong.", _validate)
+    one = add("validate", "Check a run file without starting it; exit code 2 if there is an error.", _validate)
     one.add_argument("file")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
-    one = add("import", "Make a run file from a file of another trainer, or from a command line of one.", _import)
-    one.add_argument("file", help="option file or job file (TOML, JSON, YAML), or a text with the command")
+    one = add("import", "Make a run file from a file or a command line of another trainer.", _import)
+    one.add_argument("file", help="option file or job file (TOML, JSON, YAML), or a text file with the command")
     one.add_argument("-o", "--output", required=True, help="run file to write")
     one.add_argument("--from", dest="tool", choices=["auto", *TITLES, "shell", "seed-json"], default="auto")
-    one.add_argument("--dataset", help="its data set file, taken into the run file")
-    one.add_argument("--dataset_config", help="data set file that the run file will name")
+    one.add_argument("--dataset", help="data set file to copy into the run file")
+    one.add_argument("--dataset_config", help="data set file that the run file is to refer to")
     one.add_argument("--json", action="store_true", help="print the report as JSON")
-    one = add(
-        "migrate", "Make a run file from an option file of musubi-tuner or sd-scripts; the same as import.", _import
-    )
+    one = add("migrate", "The same as import with its default options.", _import)
     one.add_argument("file")
     one.add_argument("-o", "--output", required=True, help="run file to write")
     one.set_defaults(tool="auto", dataset=None, dataset_config=None, json=False)
-    one = add("export", "Write a run file as options of another trainer.", _export)
+    one = add("export", "Write a run file as an option file of another trainer.", _export)
     one.add_argument("file")
     one.add_argument("--to", choices=PROGRAMS, required=True)
     one.add_argument("-o", "--output", required=True, help="file to write")
-    one = add("explain", "Say what a setting is, or what a name of another trainer is here.", _explain)
+    one = add("explain", "Explain a setting, or what a name of another trainer means here.", _explain)
     one.add_argument("key")
     one = add("schema", "Print the settings as JSON Schema, for editors.", _schema)
     one.add_argument("--arch", choices=list(MODELS), default=None, help="only those of one family")
-    one = add("resolve", "Print a run file with every setting and where it comes from.", _resolve)
+    one = add("resolve", "Print a run file with all settings and where their values come from.", _resolve)
     one.add_argument("file")
     chosen = next((word for word in arguments if word in commands.choices), None)
     words, overrides = split_overrides(arguments, _own_options(commands.choices[chosen]) if chosen else set())
     options = parser.parse_args(words)
     options.overrides = overrides
     if overrides and options.do not in (_validate, _export, _resolve):
-        raise ConfigError(f"{options.command}: takes no settings of a run, and {', '.join(overrides)} was given")
+        raise ConfigError(f"{options.command}: takes no settings of a run; remove {', '.join(overrides)}")
     return options.do(options)  # type: ignore[no-any-return]
 
 
@@ -120,7 +118,8 @@ def _validate(options: argparse.Namespace) -> int:
     for finding in found:
         print(f"{finding.level:<8} {finding.code:<5} {finding}")
     warnings = sum(finding.level == "warning" for finding in found)
-    print(f"{path}: good{f', with {warnings} warnings' if warnings else ''}")
+    count = "1 warning" if warnings == 1 else f"{warnings} warnings"
+    print(f"{path}: good" + (f", with {count}" if warnings else ""))
     return EXIT_OK
 
 
@@ -133,7 +132,7 @@ def _import(options: argparse.Namespace) -> int:
     source, target = Path(options.file), _new_file(options.output)
     if options.dataset and options.dataset_config:
         raise ConfigError(
-            "--dataset takes the data sets into the run file, and --dataset_config names their file; give one"
+            "--dataset copies the data sets into the run file, and --dataset_config refers to their file; give only one"
         )
     tool = {"auto": None, "seed-json": "plan"}.get(options.tool, options.tool)
     imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
@@ -151,21 +150,21 @@ def _import(options: argparse.Namespace) -> int:
             print(f"{finding.level:<10} {finding}")
     note = _say if not options.json else _silent
     tables = _tables(imported, options.dataset_config, note)
-    header = f"# Made from {source.name}; keys that are not here have this program's defaults.\n\n"
+    header = f"# Made from {source.name}; keys that are not here have the defaults of this program.\n\n"
     datasets = tables.pop("datasets", [])
     try:
         text = "\n".join([header + tomli_w.dumps(tables), *map(dataset_toml, datasets)])
     except TypeError as problem:
         raise ConfigError(f"{source}: its data sets hold a value that a run file cannot ({problem})") from None
     write_text(target, text)
-    note(f"{target}: written" + (f"; {errors} keys above need you" if errors else ""))
+    note(f"{target}: written" + (f"; errors above to fix: {errors}" if errors else ""))
     if not errors:
         try:
             for finding in load_config(target).findings:
                 if finding.level == "warning":
                     note(f"{finding.level:<10} {finding}")
         except ConfigError as problem:
-            note(f"it cannot start yet: {problem}")
+            note(f"{target} cannot start yet: {problem}")
     return EXIT_OK if not errors else EXIT_LOST
 
 
@@ -174,7 +173,7 @@ def _say(text: str) -> None:
 
 
 def _silent(text: str) -> None:
-    """Says nothing: the report is on the output."""
+    """Prints nothing: the output is the JSON report."""
 
 
 def _tables(imported: Imported, dataset_config: str | None, note: Callable[[str], None]) -> dict[str, Any]:
@@ -185,14 +184,14 @@ def _tables(imported: Imported, dataset_config: str | None, note: Callable[[str]
     if "dataset_config" in tables:
         if imported.general:
             assumed = ", ".join(f"{key} = {describe(value)}" for key, value in imported.general.items())
-            note(f"note       where the data set file does not say them, write into its [general]: {assumed}")
+            note(f"note       add to [general] of the data set file, unless it sets them: {assumed}")
         return tables
     if imported.general:
         tables["general"] = imported.general
     if imported.datasets:
         tables["datasets"] = imported.datasets
     else:
-        note("note       the data set is not in this file: add dataset_config, or [[datasets]], to the run file")
+        note("note       the source file has no data sets: add dataset_config or [[datasets]] to the run file")
     return tables
 
 
@@ -203,10 +202,7 @@ def _export(options: argparse.Namespace) -> int:
     write_text(target, written)
     for key, reason in lost:
         print(f"left out   {key}: {reason}")
-    print(
-        f"{target}: written for {TITLES[options.to]}"
-        + (f"; {len(lost)} settings have no counterpart there" if lost else "")
-    )
+    print(f"{target}: written for {TITLES[options.to]}" + (f"; left out: {len(lost)}" if lost else ""))
     return EXIT_OK
 
 

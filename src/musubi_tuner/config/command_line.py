@@ -3,8 +3,8 @@
 ``--name value`` for flat names, ``--set section.key=value`` for all keys. Hyphens and underscores are the same. A bare
 ``--flag`` means true and ``--no_flag`` false.
 
-The list of processes shows everybody the words of a command line. So a command hands on secrets to its children in a
-variable of the environment: `secret_environment` makes it, and `split_overrides` of the child takes it.
+Other users can see command lines in the list of processes. So a command passes secrets to its children in an environment
+variable: `secret_environment` makes it, and `split_overrides` of the child reads it.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def split_overrides(arguments: Sequence[str], own: set[str]) -> tuple[list[str],
             raise ConfigError(f"unknown option --{name}.{did_you_mean(name, known)} See --help")
         is_bool = bool in parameter.kinds and not parameter.choices
         if negative and not is_bool:
-            raise ConfigError(f"--{name}: {parameter.key} is not true or false")
+            raise ConfigError(f"--{name}: {parameter.key} is not a true/false setting")
         if is_bool and not equals and not (rest and rest[0] in ("true", "false")):
             overrides[parameter.key] = not negative
             continue
@@ -220,7 +220,7 @@ def _foreign_value(name: str, attached: str | None, rest: list[str]) -> Any:
 
 def _value(option: str, rest: list[str]) -> str:
     if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
-        raise ConfigError(f"{option}: a value is missing")
+        raise ConfigError(f"{option}: the value is missing")
     return rest.pop(0)
 
 

@@ -1,6 +1,6 @@
-"""The musubi dataset file: `[general]` and `[[datasets]]`, alone or inside a run file. Torch-free.
+"""The data set file of musubi-tuner: `[general]` and `[[datasets]]`, alone or inside a run file. Torch-free.
 
-Values are looked up in the dataset, then in [general], then in the family's defaults. Source keys,
+Values are looked up in the data set, then in [general], then in the family's defaults. Source keys,
 `cache_directory` and `experts` are never inherited.
 """
 
@@ -39,13 +39,13 @@ NO_TEACHERS = {"enable_lune": False, "enable_sol": False}
 _IGNORED = {"fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"}
 _REFUSED = {
     "control_directory": "control images are for editing models; this architecture takes none",
-    "multiple_target": "layered targets are for another architecture",
+    "multiple_target": "layered targets are for other architectures",
     "no_resize_control": "control images are for editing models; this architecture takes none",
     "control_resolution": "control images are for editing models; this architecture takes none",
     "flux_kontext_no_resize_control": "control images are for editing models; this architecture takes none",
     "qwen_image_edit_no_resize_control": "control images are for editing models; this architecture takes none",
     "qwen_image_edit_control_resolution": "control images are for editing models; this architecture takes none",
-    "mask_path": "it is a column of image_jsonl_file; a folder of masks is mask_directory",
+    "mask_path": "it is a column of image_jsonl_file; for a folder of masks use mask_directory",
 }
 """Keys of musubi-tuner for other architectures."""
 _VIDEO = {
@@ -65,24 +65,24 @@ class DatasetConfig:
     """One resolved `[[datasets]]` entry.
 
     Attributes:
-        name: as given, or "datasets[0]"; how messages and steps call it.
+        name: as given, or "datasets[0]"; used in messages and steps.
         image_directory, image_jsonl_file: exactly one is set.
         cache_directory: where cache files go; the image directory if not given.
         resolution: (width, height) in pixels; the area when buckets are on.
         caption_extension: with its dot.
         batch_size: images per micro-batch and process.
-        resize: how an image becomes its bucket.
-        mask_source: where loss masks come from. mask_directory: files of the images' stems; set with an image_directory
+        resize: how an image is fitted to its bucket.
+        mask_source: where loss masks come from. mask_directory: mask files named like the images; set with an image_directory
             whose source is file or smpl.
         caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
             `CAPTION_TRANSFORMS`, or package.module:function.
-        experts: what its images have instead of the same keys of [experts]; see `RunConfig.experts_of`.
+        experts: keys that replace those of [experts] for its images; see `RunConfig.experts_of`.
         alpha_background: colour (#rrggbb) that transparent pixels are laid over; `KEPT` = they keep theirs, as they do where the
             alpha channel is the loss mask, unless a colour is given.
-        bucket_step: of the sides of its buckets; None = the family's. bucket_sides: the least and the greatest side; None = any.
+        bucket_step: step of the sides of its buckets; None = the family's. bucket_sides: shortest and longest side; None = any.
         text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
         beside: folder of the run file, in which functions of the user may lie.
-        apart: folders that may lie below the image directory and hold none of its pictures: output_dir, masks of others.
+        apart: folders that may lie below the image directory but hold none of its images: output_dir, masks of other data sets.
     """
 
     name: str
@@ -124,11 +124,13 @@ def _check_table(table: Any, where: str, section: type[GeneralSection], problems
         if key in section.model_fields:
             values[key] = value
         elif key in OWN_KEYS:
-            problems.append(error("U01", place, "belongs in [[datasets]]; it is not inherited"))
+            problems.append(error("U01", place, "belongs in [[datasets]], not in [general]; move it there"))
         elif key in _IGNORED:
-            problems.append(warning("NA01", place, "belongs to another architecture and has no effect"))
+            problems.append(warning("NA01", place, "is for another architecture and has no effect; remove the key"))
         elif key in _VIDEO:
-            problems.append(error("NA01", place, "this architecture trains on images only"))
+            problems.append(
+                error("NA01", place, "is for videos, and this architecture trains on images only; remove the key")
+            )
         elif key in _REFUSED and is_on(value):
             problems.append(error("NA01", place, f"is not supported: {_REFUSED[key]}; remove the key"))
         elif key not in _REFUSED:
@@ -145,7 +147,7 @@ def _check_table(table: Any, where: str, section: type[GeneralSection], problems
 
 
 def _explain(parameter: Parameter, value: Any, item: Any) -> Diagnostic:
-    """A wrong value in our words."""
+    """What is wrong with a value, as a message."""
     said = item.get("ctx", {}).get("error")
     text = str(said) if said is not None else f"expected {parameter.expected}"
     return error("U04" if parameter.choices else "U02", parameter.key, f"is {value!r}, {text}")
@@ -155,12 +157,12 @@ def _other_name(
     key: str, value: Any, place: str, section: type[GeneralSection], values: dict[str, Any], table: dict[str, Any],
     problems: list[Diagnostic],
 ) -> None:  # fmt: skip
-    """A key that is not our own: another trainer's name of one, or unknown."""
+    """A key that is not ours: a name of another trainer, or unknown."""
     entry = FOREIGN.get(key)
     if entry is None:
         problems.append(error("U01", place, f"unknown key.{did_you_mean(key, section.model_fields)}"))
         return
-    owner, _, name = entry.key.partition(".")  # entries for items convert nothing
+    owner, _, name = entry.key.partition(".")  # entries for data sets convert nothing
     if entry.secret:
         keep_secret(value)
     if entry.refused and not entry.is_neutral(value):
@@ -194,10 +196,10 @@ def resolve_datasets(
         step: sides of a single bucket must be multiples of this many pixels.
         locate: turns a path of the file into a `Path`.
         output_dir: where the run writes, if that is known.
-        finest: what a step of buckets must be a multiple of; None = ``step``.
+        finest: bucket steps must be multiples of this; None = ``step``.
 
     Returns:
-        The usable datasets and all findings.
+        The usable data sets and all findings.
     """
     problems: list[Diagnostic] = []
     general = _check_table(tables.get("general", {}), "general", GeneralSection, problems)
@@ -207,7 +209,7 @@ def resolve_datasets(
         entries = []
     elif not isinstance(entries, list) or not entries:
         problems.append(
-            error("U07", "datasets", "no dataset given; add [[datasets]] with image_directory or image_jsonl_file")
+            error("U07", "datasets", "no data set given; add [[datasets]] with image_directory or image_jsonl_file")
         )
         entries = []
     datasets: list[DatasetConfig] = []
@@ -240,14 +242,22 @@ def _resolve_one(
     sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
     before = sum(problem.level == "error" for problem in problems)
     if not sources:
-        problems.append(error("U07", where, "needs image_directory or image_jsonl_file"))
+        problems.append(error("U07", where, "has no images; set image_directory or image_jsonl_file"))
     elif len(sources) == 2:
-        problems.append(error("V90", where, "has image_directory and image_jsonl_file; keep one"))
+        problems.append(error("V90", where, "has both image_directory and image_jsonl_file; keep one"))
     if "image_jsonl_file" in own and "cache_directory" not in own:
-        problems.append(error("U07", f"{where}.cache_directory", "is required with image_jsonl_file"))
+        problems.append(
+            error(
+                "U07", f"{where}.cache_directory", "is required with image_jsonl_file; name the folder for cache files"
+            )
+        )
     if not str(values["caption_extension"]).startswith("."):
         problems.append(
-            error("U03", f"{where}.caption_extension", f"is {values['caption_extension']!r}, it must begin with a dot")
+            error(
+                "U03",
+                f"{where}.caption_extension",
+                f"is {values['caption_extension']!r}, expected a dot at the start, as in '.txt'",
+            )
         )
     given = values.get("bucket_reso_steps")
     if given is not None and values["enable_bucket"]:
@@ -275,7 +285,7 @@ def _resolve_one(
         above = f"max_bucket_reso = {high}" if high is not None and low > high else f"the resolution {width}x{height}"
         problems.append(error("V52", f"{where}.min_bucket_reso", f"is {low}, above {above}"))
     if values["enable_bucket"] and high is not None and high < max(width, height):
-        text = f"is {high}, less than the resolution {width}x{height}"
+        text = f"is {high}, below the resolution {width}x{height}"
         problems.append(error("V52", f"{where}.max_bucket_reso", text))
     for key, side in (("min_bucket_reso", low), ("max_bucket_reso", high)):
         if values.get(key) is not None and values["enable_bucket"] and side != values[key]:
@@ -289,7 +299,7 @@ def _resolve_one(
         if values.get(key) and not values["enable_bucket"]:
             idle("V54", key, "enable_bucket is false")
     if values.get("random_crop") and values.get("resize") == "squash":
-        idle("NA03", "random_crop", 'resize is "squash", which crops nothing')
+        idle("NA03", "random_crop", 'resize is "squash", which does not crop')
         values = {**values, "random_crop": False}
     if values["enable_bucket"]:
         smallest = int((width * height) ** 0.5) // 2
@@ -305,13 +315,23 @@ def _resolve_one(
     if "image_jsonl_file" not in own:
         if "caption_columns" in own:
             problems.append(
-                error("V90", f"{where}.caption_columns", "names columns of image_jsonl_file; remove the key")
+                error(
+                    "V90",
+                    f"{where}.caption_columns",
+                    "names columns of image_jsonl_file, which is not set; remove the key",
+                )
             )
         if values.get("caption_transform") == "imagenet":
-            problems.append(error("V90", f"{where}.caption_transform", '"imagenet" reads columns of image_jsonl_file'))
+            problems.append(
+                error(
+                    "V90",
+                    f"{where}.caption_transform",
+                    'is "imagenet", which reads columns of image_jsonl_file; set image_jsonl_file, or remove the key',
+                )
+            )
     else:
         for key in [key for key in ("recursive", "caption_extension") if own.get(key)]:
-            idle("NA03", key, "pictures and captions are named by image_jsonl_file")
+            idle("NA03", key, "image_jsonl_file lists the images and captions")
     mask_source = _mask_source(where, own, values, problems)
     if sum(problem.level == "error" for problem in problems) > before:
         return None
@@ -347,14 +367,14 @@ def _resolve_one(
 
 
 def _background(given: str | None, mask_source: MaskSource) -> str:
-    """What lies below transparent pixels. Alpha that says where the loss looks says nothing of colours, unless asked to."""
+    """The colour below transparent pixels. Where alpha is the loss mask, colours are kept unless a background is given."""
     if given is None:
         return KEPT if mask_source == "alpha" else WHITE
-    return hex_colour(given) or WHITE  # what is no colour was refused before
+    return hex_colour(given) or WHITE  # a value that is not a colour was refused before
 
 
 def _bucket_sides(values: Mapping[str, Any], step: int) -> tuple[int | None, int | None]:
-    """The least side, rounded down to the step, and the greatest, rounded up; None = any."""
+    """The shortest side, rounded down to the step, and the longest, rounded up; None = any."""
     if not values["enable_bucket"]:
         return None, None
     low, high = values.get("min_bucket_reso"), values.get("max_bucket_reso")
@@ -362,7 +382,7 @@ def _bucket_sides(values: Mapping[str, Any], step: int) -> tuple[int | None, int
 
 
 def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], problems: list[Diagnostic]) -> MaskSource:
-    """Where the masks of a dataset come from: as said, else from files where files are named."""
+    """Where the masks of a data set come from: as set, else from files if mask files are named."""
 
     def refuse(key: str, message: str) -> None:
         problems.append(error("V91", f"{where}.{key}", message))
@@ -375,21 +395,21 @@ def _mask_source(where: str, own: dict[str, Any], values: dict[str, Any], proble
         if values.get("mask_source", "alpha") != "alpha":
             refuse("alpha_mask", f'is true, but mask_source is "{source}"; keep one')
         elif directory:
-            refuse("alpha_mask", "is true, and mask_directory is given; keep one")
+            refuse("alpha_mask", "is true, but mask_directory is set; keep one")
         source = "alpha"
     elif directory and source not in ("file", "smpl"):
-        refuse("mask_directory", f'is given, but mask_source is "{source}", which reads no mask files; keep one')
+        refuse("mask_directory", f'is set, but mask_source is "{source}", which reads no mask files; keep one')
     if directory and listing:
-        refuse("mask_directory", "belongs to image_directory; lines of image_jsonl_file name their mask in mask_path")
+        refuse("mask_directory", "is for image_directory; in image_jsonl_file each line names its mask as mask_path")
     if directory and own["mask_directory"] == own.get("image_directory"):
-        refuse("mask_directory", "is the image_directory; put the masks into a folder of their own")
+        refuse("mask_directory", "is the same as image_directory; put the masks into a separate folder")
     if source in ("file", "smpl") and not directory and not listing:
-        refuse("mask_directory", f'is missing, and mask_source is "{source}"; name the folder of the files')
+        refuse("mask_directory", f'is missing, but mask_source is "{source}"; name the folder of the mask files')
     return source
 
 
 def _near(name: str, side: int, step: int) -> str:
-    """The multiples of the step around a side, in words."""
+    """The multiples of the step next to a side, in words."""
     below, above = side - side % step, side - side % step + step
     return f"{name} {below} or {above}" if below else f"{name} {above}"
 
@@ -404,7 +424,7 @@ def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:
                 error(
                     "V73",
                     f"{dataset.name}.cache_directory",
-                    f"is {folder}, which {seen[folder]} uses too; give each dataset its own",
+                    f"is {folder}, which {seen[folder]} uses too; give each data set its own",
                 )
             )
         seen.setdefault(folder, dataset.name)

@@ -1,4 +1,4 @@
-"""What is wrong with a config, found all at once and printed together."""
+"""Errors and warnings about a config, collected and printed together."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

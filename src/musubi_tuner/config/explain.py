@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a run file, in our words. Torch-free."""
+"""What pydantic finds wrong with a run file, as our own messages. Torch-free."""
 
 import re
 from typing import Any, get_args
@@ -58,7 +58,7 @@ def _unknown_key(location: list[str], value: Any, spec: ModelSpec | None) -> str
     if reason:
         return reason
     if name in SHARED_KEYS and name not in section_classes(spec).get(location[0], Section).model_fields:
-        return "unknown key. It is about items, so it belongs in [general] or [[datasets]]."
+        return "unknown key. It is a data set setting and belongs in [general] or [[datasets]]."
     flat = flat_names().get(name)
     here = f" It is written [{flat.section}] {flat.name}." if flat else ""
     if len(location) == 1:

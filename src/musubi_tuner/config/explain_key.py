@@ -1,4 +1,4 @@
-"""What a setting is, or what a name of another trainer is here: text for ``config explain``. Torch-free."""
+"""What a setting is, or what a name of another trainer means here: text for ``config explain``. Torch-free."""
 
 from musubi_tuner.config.command_line import type_and_default
 from musubi_tuner.config.diagnostics import did_you_mean
@@ -10,10 +10,10 @@ from musubi_tuner.models.registry import MODELS
 
 
 def explain_key(key: str) -> str:
-    """Type, default, meaning and other names of a setting, by its key or any name; or what another trainer's name is here.
+    """Type, default, meaning and other names of a setting, by its key or any name; or what a name of another trainer means here.
 
     Raises:
-        ConfigError: if nothing is known of it, with the nearest names.
+        ConfigError: if the name is unknown, with the nearest names.
     """
     everything = {parameter.key: parameter for parameter in (*parameters(), *item_parameters())}
     parameter = everything.get(key) or flat_names().get(key)
@@ -32,7 +32,7 @@ def explain_key(key: str) -> str:
             f"{key}: no setting has this name.{did_you_mean(key, [*everything, *flat_names(), *FOREIGN])}"
         )
     if entry.refused:
-        return f"{key}: is refused where it is on: it {entry.refused}"
+        return f"{key}: is refused unless it is off: it {entry.refused}"
     if not entry.key:
         return f"{key}: is accepted and left out: {entry.harmless}"
     rule = f" ({entry.rule})" if entry.rule else ""
@@ -45,11 +45,11 @@ def _setting(parameter: Parameter) -> str:
     if parameter.extra("unit"):
         lines.append(f"  unit     {parameter.extra('unit')}")
     if parameter.when is not None:
-        lines.append(f"  acts     where {' and '.join(parameter.when.about())} let it")
+        lines.append(f"  effect   depends on {', '.join(parameter.when.about())}")
     names = sorted(name for name, other in flat_names().items() if other.key == parameter.key)
     names += sorted(name for name, entry in FOREIGN.items() if entry.key == parameter.key)
     if names:
         lines.append(f"  also     {', '.join(dict.fromkeys(names))}")
     if parameter.extra("resume") == "free" and parameter.section not in ("general", "datasets"):
-        lines.append("  resume   may change between starts of one run")
+        lines.append("  resume   may change when a run is resumed")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Writing a run as options of another trainer, as far as it knows them. Torch-free."""
+"""Writing a run as an option file of another trainer, as far as it supports the settings. Torch-free."""
 
 from typing import Any
 
@@ -44,20 +44,20 @@ _OWN: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 PROGRAMS = tuple(_OWN)
-"""Those that can be written for."""
+"""Trainers that runs can be exported to."""
 _PRECISIONS = {"float32": "float", "float16": "fp16", "bfloat16": "bf16"}
 _LOSSES = {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": "smooth_l1"}
 _DECIDED_HERE = ("train.mixed_precision", "memory.blocks_to_swap")
 _COUNTS = ("_every_n_steps", "_every_n_epochs")
 _SAID_BELOW = ("model.arch", "adapter.type", "model.init", "scheduler.warmup_ratio", "adapter.alpha", "optimizer.weight_decay",
                "optimizer.eps", "optimizer.betas")  # fmt: skip
-"""Settings that the network module says, or that become part of another option."""
+"""Settings that the network module implies, or that become part of another option."""
 _NOT_OF_THE_RESULT = ("cache.", "distributed.", "hub.", "log.", "resume.", "demo.", "run.", "schema_version")
-"""Settings that are left out without a word: they say how this program works."""
+"""Settings that are left out without a message: they do not change the result."""
 
 
 def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
-    """A run as the text of another trainer's option file, and what it cannot say: key and reason.
+    """A run as the text of another trainer's option file, and what is left out: key and reason.
 
     Args:
         to: one of `PROGRAMS`.
@@ -66,18 +66,18 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
         ConfigError: for a family that the other program does not train.
     """
     if not config.spec.other_names:
-        raise ConfigError(f"{config.path}: {config.spec.title} is not trained by other programs")
+        raise ConfigError(f"{config.path}: {config.spec.title} is not supported by other trainers")
     if config.adapter.type == "none":
-        raise ConfigError(f"{config.path}: trains the model itself; only LoRA runs can be exported")
+        raise ConfigError(f"{config.path}: trains the model itself, but only LoRA runs can be exported")
     names = {**_SHARED, **_OWN[to]}
     written: dict[str, Any] = {"network_module": "networks.lora_flux"}
     lost: list[tuple[str, str]] = []
     for key in config.origins:
         value, name = config.get(key), names.get(key)
         if name is not None and value == "auto" and key in _DECIDED_HERE:
-            lost.append((key, 'is "auto", which this program decides; write a value of theirs'))
+            lost.append((key, 'is "auto", which only this program supports; add a value for it'))
         elif key == "sample.prompts" and isinstance(value, list):
-            lost.append((key, f"are in the run file; write them to a file, and {name} = its path"))
+            lost.append((key, f"are in the run file; write them to a file and set {name} to its path"))
         elif name is not None and value is not None and value != "auto" and not (name.endswith(_COUNTS) and value == 0):
             written[name] = value
         elif key == "memory.base_storage":
@@ -89,7 +89,7 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
         elif key in _SAID_BELOW:
             continue
         elif key in config.set_keys() and is_on(value) and not key.startswith(_NOT_OF_THE_RESULT) and name is None:
-            lost.append((key, f"is {value!r}, and there is no such option there"))
+            lost.append((key, f"is {value!r}, but there is no such option there"))
     rank = config.adapter.rank
     written["network_alpha"] = rank / 2 if config.adapter.alpha is None else config.adapter.alpha or float(rank)
     if config.scheduler.type == "constant" and (config.scheduler.warmup_steps or config.scheduler.warmup_ratio):

@@ -49,7 +49,7 @@ def param(
         unit: what a number counts. label: words for a form; "" = its name. tab: one of `TABS`; "" = that of its table.
         expert: a form shows it on demand. step: by which a form changes a number.
         neutral: value that means "off"; ``...`` = false, absent, or 0 where it may be 0.
-        when: where it acts. rule: code of the warning that it does not; "" = that of all others.
+        when: condition under which it has an effect. rule: code of the warning if it does not hold; "" = the usual one.
         accepts: what a pattern asks for, in words that follow "of".
     """
     extra: Any = {
@@ -64,7 +64,7 @@ class Section(BaseModel):
 
     Attributes:
         tab: page of a form on which its settings are. expert: they are shown on demand.
-        acts_when: where its settings act, all but those that this is about.
+        acts_when: condition under which its settings have an effect, except those in the condition.
     """
 
     # Built when first used: help and most commands need a few tables at most.
@@ -124,7 +124,7 @@ class Parameter:
 
     @property
     def when(self) -> When | None:
-        """Where it acts: as it says, and as its table says of all; None = everywhere."""
+        """Condition under which it has an effect: its own and that of its table; None = always."""
         own, whole = self.extra("when"), self.table.acts_when
         if whole is None or self.key in whole.about():
             return own

@@ -1,4 +1,4 @@
-"""What a weight file is by its first bytes, so that a wrong one is found before torch is imported and anything is encoded."""
+"""Checks of weight files by their first bytes, so that wrong ones are found before torch is imported and anything is encoded."""
 
 import json
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from pathlib import Path
 from musubi_tuner.models.registry import MODELS
 
 _HEADERS = {
-    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself; run `git lfs pull`, or download the file",
-    b"GGUF": "is a GGUF file, which is not read; take the safetensors file",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file",
+    b"GGUF": "is a GGUF file, which is not supported; use the safetensors file",
 }
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
@@ -16,7 +16,7 @@ _LARGEST_HEADER = 100 << 20
 
 
 def head_problem(path: Path, arch: str | None = None) -> str | None:
-    """Why a file cannot be the weights that it is named as; None if nothing speaks against it.
+    """Why a file cannot be the expected weights; None if no problem is found.
 
     Args:
         path: of a file; empty ones are left to the loader.
@@ -32,11 +32,13 @@ def head_problem(path: Path, arch: str | None = None) -> str | None:
                 if head.startswith(start):
                     return reason
             if head.lstrip().lower().startswith(_PAGES):
-                return "is a web page, such as that of a login or an error; download the file again, signed in"
+                return "is a web page, such as a login or error page; sign in and download the file again"
             if path.suffix not in (".safetensors", ".sft"):
                 return None
             if head.startswith(_PICKLES):
-                return f"is a pickle of torch under the ending {path.suffix}; take the safetensors file, or name it .pt"
+                return (
+                    f"is a torch pickle with the extension {path.suffix}; use the safetensors file, or rename it to .pt"
+                )
             length = int.from_bytes(head[:8], "little")
             if length > min(size - 8, _LARGEST_HEADER):
                 return f"is a truncated safetensors file: {size} bytes, but its header expects more; download it again"
@@ -48,13 +50,13 @@ def head_problem(path: Path, arch: str | None = None) -> str | None:
 
 
 def other_model(names: Iterable[str], arch: str) -> str | None:
-    """Whose model a file holds, if it is that of another family; None otherwise."""
+    """What is wrong if a file holds a model of another family; None otherwise."""
     tensors = list(names)
     found = [code for code in MODELS if any(tensor.endswith(mark) for tensor in tensors for mark in _marks(code))]
     if found and arch not in found:
-        return f'holds {MODELS[found[0]].title}, and model.arch is "{arch}"; write arch = "{found[0]}", or name another file'
+        return f'holds {MODELS[found[0]].title}, but model.arch is "{arch}"; write arch = "{found[0]}", or name another file'
     if any(tensor.startswith("model.diffusion_model.input_blocks.") for tensor in tensors):
-        return f"holds a U-Net of Stable Diffusion, which this program does not train; {MODELS[arch].title} is expected"
+        return f"holds a U-Net of Stable Diffusion, which this program does not train; expected {MODELS[arch].title}"
     return None
 
 

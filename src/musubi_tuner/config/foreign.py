@@ -1,7 +1,7 @@
-"""Names of other trainers and what each is here: one table that run files, options, flat files, JSON and YAML read. Torch-free.
+"""Names of other trainers and what each means here: one table for run files, options, flat files, JSON and YAML. Torch-free.
 
-The names are those of the public argument lists of sd-scripts (kohya), musubi-tuner, ai-toolkit and the diffusers examples, and of plans
-written for them. A name with a dot is the whole key of a typed file; without, it is known in every table. A name that is our own
+The names are those of the public argument lists of sd-scripts (kohya), musubi-tuner, ai-toolkit and the diffusers examples, and of JSON
+training plans. A name with a dot is the whole key of a typed file; without, it is known in every table. A name that is our own
 everywhere is not listed: the schema has it.
 """
 
@@ -15,7 +15,7 @@ from musubi_tuner.config.when import is_on
 
 @dataclass(frozen=True)
 class Foreign:
-    """What one name is here.
+    """What one name means here.
 
     Attributes:
         key: our setting, dotted; "" = none. convert: its value from theirs; raises ValueError saying what is expected.
@@ -23,7 +23,7 @@ class Foreign:
         off: values that mean "off" beside false, 0, "" and absent; they are accepted and left out.
         always: even a value that means "off" is converted.
         choices: word of theirs -> setting and value, where the words mean different settings; ``key`` is then one of these.
-        wins: it says more than another name of the same setting beside it.
+        wins: it takes precedence over other names of the same setting.
         secret: its value is never shown.
     """
 
@@ -48,7 +48,7 @@ class Foreign:
 
 
 def _one_of(table: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """A word of theirs as one of ours."""
+    """Maps a word of another trainer to ours."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, str):
@@ -62,12 +62,12 @@ def _one_of(table: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 def _thousandths(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("a number from 0 to 1, or thousandths")
+        raise ValueError("a number from 0 to 1, or a whole number of thousandths")
     return round(value * 1000) if 0 <= value <= 1 else round(value)
 
 
 def _switch(on: Any, off: Any = None) -> Callable[[Any], Any]:
-    """What true and false stand for; None = nothing."""
+    """What true and false stand for; None = no setting."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, bool):
@@ -75,6 +75,11 @@ def _switch(on: Any, off: Any = None) -> Callable[[Any], Any]:
         return on if value else off
 
     return convert
+
+
+def _always_true(value: Any) -> None:
+    if value is not True:
+        raise ValueError("true: picture i is always drawn from seed + i, or from the seed of its prompt (--d)")
 
 
 def _several(value: Any) -> bool:
@@ -175,18 +180,18 @@ _TRACKERS: dict[str, tuple[str, Any]] = {
     "none": ("log.tensorboard", False), "tensorboard": ("log.tensorboard", True), "wandb": ("log.wandb", True), "all": ("log.wandb", True),
 }  # fmt: skip
 """TensorBoard is on by itself."""
-_RESTARTS = "is for a cosine with restarts, which is not built yet"
-_POLYNOMIAL = "is for a polynomial schedule, which is not built yet"
-_LOKR = "is for LoKr, which is not built yet"
-_OTHER_ADAPTERS = "is for another type of adapter, which is not built yet"
+_RESTARTS = "is for cosine with restarts, which is not supported yet"
+_POLYNOMIAL = "is for a polynomial schedule, which is not supported yet"
+_LOKR = "is for LoKr, which is not supported yet"
+_OTHER_ADAPTERS = "is for another type of adapter, which is not supported yet"
 _WHOLE_MODEL = (
-    "is not built: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
+    "is not supported: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
 )
-_ENCODERS = "trains a text encoder; only the denoiser learns here, from cached encodings"
-_POOLED = "would change nothing: only CLIP's pooled vector and T5 are read"
+_ENCODERS = "trains a text encoder; here only the denoiser is trained, on cached encodings"
+_POOLED = "would change nothing: only CLIP's pooled vector and T5 are used"
 _SD = "is for SD1.5, SDXL or SD3, which this program does not train"
 _NOISE_PREDICTION = "is defined for noise or v-prediction; this model predicts a flow velocity"
-_LATER = "is not built yet"
+_LATER = "is not supported yet"
 
 
 CONVERTED: dict[str, Foreign] = {
@@ -194,21 +199,17 @@ CONVERTED: dict[str, Foreign] = {
         "sample.solver", _one_of({"euler": "euler", "heun": "heun", "flowmatch": "euler"}), "renamed"
     ),
     "sample.sampler": Foreign("sample.solver", _one_of({"euler": "euler", "heun": "heun"}), "renamed"),
-    "save_last_n_steps": Foreign(
-        refused="is a span of updates in sd-scripts; save.keep_last_steps is a number of checkpoints"
-    ),
-    "save_last_n_steps_state": Foreign(
-        refused="is a span of updates in sd-scripts; save.keep_last_states is a number of states"
-    ),
+    "save_last_n_steps": Foreign(refused="counts updates in sd-scripts; save.keep_last_steps counts checkpoints"),
+    "save_last_n_steps_state": Foreign(refused="counts updates in sd-scripts; save.keep_last_states counts states"),
     "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "renamed"),
     "lora_type": Foreign(
         "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "renamed"
     ),
     "reg_data_dir": Foreign(refused="is written as [[datasets]] with image_directory and is_reg = true"),
     "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
-    "multinoise": Foreign("objective.multires_noise_iterations", _switch(6), "six noises", always=True),
+    "multinoise": Foreign("objective.multires_noise_iterations", _switch(6), "six noise layers", always=True),
     "lr_scheduler_min_lr_ratio": Foreign(
-        refused="is a share of the rate; scheduler.min_lr is the rate itself", off=(0,)
+        refused="is a fraction of the learning rate; scheduler.min_lr is the learning rate itself", off=(0,)
     ),
     "lr_scheduler_number": Foreign(refused=_RESTARTS, off=(1,)),
     "lr_scheduler_num_cycles": Foreign(refused=_RESTARTS, off=(1,)),
@@ -221,29 +222,35 @@ CONVERTED: dict[str, Foreign] = {
     "factor": Foreign(refused=_LOKR, off=(-1,)),
     "lokr_factor": Foreign(refused=_LOKR, off=(-1,)),
     "block_size": Foreign(refused=_OTHER_ADAPTERS, off=(1, 4)),
-    "network_multiplier": Foreign(refused="is not built: data sets count alike but for num_repeats", off=(1,)),
-    "network_reg_dims": Foreign(
-        refused="is written as adapter.rank_patterns: a regular expression of module paths -> rank"
+    "network_multiplier": Foreign(
+        refused="is not supported: all data sets have the same weight; use num_repeats", off=(1,)
     ),
-    "network_reg_lrs": Foreign(refused="is written as [[adapter.targets]] with lr_scale, a factor of the rate"),
+    "network_reg_dims": Foreign(
+        refused="is written as adapter.rank_patterns: regular expression of module paths -> rank"
+    ),
+    "network_reg_lrs": Foreign(
+        refused="is written as [[adapter.targets]] with lr_scale, a factor of the learning rate"
+    ),
     "train_blocks": Foreign(refused='is written as adapter.only: ["double_blocks"] or ["single_blocks"]', off=("all",)),
     "save_model_as": Foreign(
-        refused="is not built: weights are safetensors; convert_lora writes other names", off=("safetensors",)
+        refused="is not supported: weights are saved as safetensors; convert_lora writes the names of other programs",
+        off=("safetensors",),
     ),
     "save.format": Foreign(
-        refused="is not built: weights are safetensors; convert_lora writes other names", off=("safetensors",)
+        refused="is not supported: weights are saved as safetensors; convert_lora writes the names of other programs",
+        off=("safetensors",),
     ),
     "dynamo_backend": Foreign(
         refused="is written as memory.compile and memory.compile_backend", off=("NO", "no", "inductor")
     ),
     "zero_stage": Foreign(refused=_WHOLE_MODEL, off=(2,)),
-    "split_qkv": Foreign(refused="is not built: q, k and v are one layer, with one adapter"),
+    "split_qkv": Foreign(refused="is not supported: q, k and v are one layer and have one adapter"),
     "resize_interpolation": Foreign(
-        refused="is not built: pictures are downscaled by area averaging and upscaled with Lanczos",
+        refused="is not supported: pictures are downscaled by area averaging and upscaled with Lanczos",
         off=("auto", "area", "lanczos"),
     ),
     "text_encoder1": Foreign(
-        refused="is T5 in scripts of Kontext models; write model.t5_path, and model.clip_path for CLIP-L"
+        refused="is T5 in Kontext scripts; use model.t5_path for T5 and model.clip_path for CLIP-L"
     ),
     "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "renamed"),
     "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "renamed"),
@@ -257,16 +264,24 @@ CONVERTED: dict[str, Foreign] = {
     "ip_noise_gamma_enabled": Foreign(
         "objective.ip_noise_gamma", _switch(None, 0.0), "false turns it off", always=True, wins=True
     ),
+    "walk_seed": Foreign("sample.seed", _always_true, "picture i is drawn from seed + i", always=True),
+    "huggingface_repo_type": Foreign(
+        refused="is not supported: uploads always go to a model repository", off=("model",)
+    ),
+    "model_prediction_type": Foreign(
+        refused="weights the loss otherwise, which is not supported: the velocity is predicted as it is (raw)",
+        off=("raw",),
+    ),
     "no_half_vae": Foreign("model.vae_dtype", _switch("float32"), "the autoencoder in float32", always=True),
     "t_min": Foreign("objective.min_timestep", _thousandths, "thousandths of the noise level"),
     "t_max": Foreign("objective.max_timestep", _thousandths, "thousandths of the noise level"),
     "num_timestep_buckets": Foreign(
         "objective.timestep_stratified",
         _several,
-        "the noise levels of every update are spread evenly, instead of those of an epoch over N slices",
+        "noise levels are spread evenly within each update, instead of over N slices per epoch",
     ),
-    "flash_attn": Foreign("memory.attention", _switch("flash"), "kernel of attention", always=True),
-    "xformers": Foreign("memory.attention", _switch("xformers"), "kernel of attention", always=True),
+    "flash_attn": Foreign("memory.attention", _switch("flash"), "attention kernel", always=True),
+    "xformers": Foreign("memory.attention", _switch("xformers"), "attention kernel", always=True),
     "fp8_base": Foreign("memory.base_storage", _switch("fp8"), "how frozen weights are stored", always=True),
     "fp8_base_unet": Foreign("memory.base_storage", _switch("fp8"), "how frozen weights are stored", always=True),
     "huggingface_repo_visibility": Foreign("hub.private", _one_of({"private": True, "public": False}), "renamed"),
@@ -291,17 +306,17 @@ REFUSED: dict[str, str] = {
     "debiased": _NOISE_PREDICTION,
     "scale_v_pred_loss_like_noise_pred": _NOISE_PREDICTION,
     "scale_v_as_eps": _NOISE_PREDICTION,
-    "zero_terminal_snr": "has no meaning for a rectified flow, whose last step is pure noise already",
-    "beta_schedule": "belongs to a diffusion with betas; this model is a rectified flow",
-    "lr_decay_steps": "is for warmup_stable_decay, which is not built yet",
-    "decay_steps": "is for warmup_stable_decay, which is not built yet",
-    "lr_scheduler_timescale": "is for an inverse square root, which is not built yet",
-    "timescale": "is for an inverse square root, which is not built yet",
-    "lr_scheduler_type": "names a class; scheduler.type has those that are built",
-    "lr_scheduler_args": "belongs to a class; [scheduler] has the settings",
-    "optimizer.class": "names a class; optimizer.type has those that are built",
-    "scheduler.class": "names a class; scheduler.type has those that are built",
-    "scheduler.args": "belongs to a class; [scheduler] has the settings",
+    "zero_terminal_snr": "has no meaning for a rectified flow, which already ends in pure noise",
+    "beta_schedule": "is for diffusion with betas; this model is a rectified flow",
+    "lr_decay_steps": "is for warmup_stable_decay, which is not supported yet",
+    "decay_steps": "is for warmup_stable_decay, which is not supported yet",
+    "lr_scheduler_timescale": "is for an inverse square root schedule, which is not supported yet",
+    "timescale": "is for an inverse square root schedule, which is not supported yet",
+    "lr_scheduler_type": "names a class; use scheduler.type",
+    "lr_scheduler_args": "is for a scheduler class; use the settings of [scheduler]",
+    "optimizer.class": "names a class; use optimizer.type",
+    "scheduler.class": "names a class; use scheduler.type",
+    "scheduler.args": "is for a scheduler class; use the settings of [scheduler]",
     "optimizer_args": "is written as keys of [optimizer]: weight_decay, betas, eps",
     "optimizer.args": "is written as keys of [optimizer]",
     "network_args": "is written as keys of [adapter]",
@@ -310,8 +325,8 @@ REFUSED: dict[str, str] = {
     "mlp_lr": "is written as [[adapter.targets]] with lr_scale",
     "mod_lr": "is written as [[adapter.targets]] with lr_scale",
     "group_lr": "is written as [[adapter.targets]] with lr_scale",
-    "use_lion_optimizer": "is not built yet; optimizer.type has those that are",
-    "kahan_summation": "is not needed: weights train in float32",
+    "use_lion_optimizer": "is not supported yet; optimizer.type lists the supported optimizers",
+    "kahan_summation": "is not needed: trained weights are float32",
     "save_n_epoch_ratio": "is written as save.every_epochs: the number of epochs divided by the number of files",
     "min_files": "is written as save.every_epochs: the number of epochs divided by the number of files",
     "block_dims": "is written as [[adapter.targets]] with a pattern of blocks and a rank",
@@ -358,7 +373,7 @@ REFUSED: dict[str, str] = {
         ),
         _OTHER_ADAPTERS,
     ),
-    "no_metadata": "is not built: files always say how they were made",
+    "no_metadata": "is not supported: metadata is always written",
     **dict.fromkeys(
         (
             "metadata_title",
@@ -375,16 +390,16 @@ REFUSED: dict[str, str] = {
             "metadata_reso",
             "metadata_arch",
         ),
-        "is not written; save.comment is a remark for the header",
+        "is not written; save.comment stores a text in the metadata",
     ),
-    "max_validation_steps": "is counted in images here: validation.max_images",
-    "max_batches": "is counted in images here: validation.max_images",
+    "max_validation_steps": "counts batches; validation.max_images counts images",
+    "max_batches": "counts batches; validation.max_images counts images",
     "loraplus_text_encoder_lr_ratio": _ENCODERS,
-    "compile_fullgraph": "is not built: what cannot be compiled runs as it is",
+    "compile_fullgraph": "is not supported: code that cannot be compiled runs uncompiled",
     "dynamo_mode": "is written as memory.compile_mode",
-    "dynamo_fullgraph": "is not built: what cannot be compiled runs as it is",
+    "dynamo_fullgraph": "is not supported: code that cannot be compiled runs uncompiled",
     "dynamo_dynamic": "is written as memory.compile_dynamic",
-    "config_file": "is the file itself here; write its settings into it",
+    "config_file": "names another file of settings; write them into the run file",
     **dict.fromkeys(
         (
             "fp8_llm",
@@ -396,24 +411,22 @@ REFUSED: dict[str, str] = {
             "vae_chunk_size",
             "vae_spatial_tile_sample_min_size",
         ),
-        "belongs to another architecture of musubi-tuner",
+        "is for another architecture of musubi-tuner",
     ),
-    "debug_mode": "is not built: the plan shows the data",
-    "keep_cache": "is not needed: cache jobs never delete",
-    "in_json": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
-    "metadata_file": 'is metadata of sd-scripts; write image_jsonl_file with one {"image_path", "caption"} per line',
-    "bert_path": "is a text encoder that no family here has",
+    "debug_mode": "is not supported: train.py --plan shows the data sets and buckets",
+    "keep_cache": "is not needed: cache jobs never delete files",
+    "in_json": 'is a metadata file of sd-scripts; use image_jsonl_file with one {"image_path", "caption"} per line',
+    "metadata_file": 'is a metadata file of sd-scripts; use image_jsonl_file with one {"image_path", "caption"} per line',
+    "bert_path": "is a text encoder that no model family here uses",
     "variant": "is read from the checkpoint",
-    "controlnet_model_name_or_path": "is for control networks, which are not trained here",
+    "controlnet_model_name_or_path": "is for ControlNet, which is not trained here",
     "train_inpainting": "is for inpainting models, which are not trained here",
-    "dataset_class": "would run code of the file; caption_transform takes a function",
-    "tokenizer_cache_dir": "is written as HF_HOME in the environment",
+    "dataset_class": "would run code from the file; caption_transform takes a function",
+    "tokenizer_cache_dir": "is set through the environment variable HF_HOME",
     "double_blocks_to_swap": "is written as memory.blocks_to_swap, with memory.swap_policy",
     "single_blocks_to_swap": "is written as memory.blocks_to_swap",
-    "skip_image_resolution": "is not built: pictures are left out by leaving them out of the folder",
-    "custom_attributes": "is not read",
-    "walk_seed": "is how it is: picture i is drawn from seed + i",
-    "huggingface_repo_type": "is always a model repository",
+    "skip_image_resolution": "is not supported; remove these pictures from the folder instead",
+    "custom_attributes": "is not used",
     "huggingface_path_in_repo": "is written as hub.run_name",
     "log_tracker_config": "is a file there; its table [wandb] is written as [log.tracker]",
     "clip_skip": _POOLED,
@@ -430,27 +443,27 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("fused_backward", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers"),
-        "is not built: gradients are clipped and checked together before the optimizer steps",
+        "is not supported: gradients are clipped and checked together before the optimizer step",
     ),
     **dict.fromkeys(
         ("full_bf16", "full_fp16", "full_half", "stochastic_rounding"),
-        "is not built: what trains is held in float32; train.mixed_precision sets what is computed in",
+        "is not supported: what trains is held in float32; train.mixed_precision sets the precision of the computation",
     ),
-    "sage_attn": 'has no backward pass and cannot train; memory.attention = "sdpa" or "flash"',
-    "flash3": 'is not built; memory.attention = "flash" or "sdpa"',
-    "face_crop_aug_range": "is not built: crops are central",
-    "show_timesteps": "is not an option of training; docs/flow.md has the densities",
-    "initial_step": "is not built: a state knows its update; resume.from names one",
-    "initial_epoch": "is not built: a state knows its epoch; resume.from names one",
-    "skip_until_initial_step": "is not needed: a state knows which items come next",
-    "resume_from_huggingface": "is not built: give a local state folder as resume.from",
-    "conditioning_data_dir": "is for control networks and masks; a folder of masks is mask_directory of the data set",
+    "sage_attn": 'has no backward pass and cannot train; use memory.attention = "sdpa" or "flash"',
+    "flash3": 'is not supported; use memory.attention = "flash" or "sdpa"',
+    "face_crop_aug_range": "is not supported: crops are at the centre, or random with random_crop",
+    "show_timesteps": "is not supported; docs/config.md lists the densities under objective.timestep_sampling",
+    "initial_step": "is not supported: a state stores its update; set resume.from to a state",
+    "initial_epoch": "is not supported: a state stores its epoch; set resume.from to a state",
+    "skip_until_initial_step": "is not needed: a state stores its position in the data",
+    "resume_from_huggingface": "is not supported; set resume.from to a local state folder",
+    "conditioning_data_dir": "is for ControlNet or masks; for masks set mask_directory in [[datasets]]",
     "control_directory": "is for editing models; this architecture takes no control images",
-    "conv_dim": "has nothing to act on: the denoiser has no convolutions",
-    "conv_alpha": "has nothing to act on: the denoiser has no convolutions",
+    "conv_dim": "would change nothing: the denoiser has no convolutions",
+    "conv_alpha": "would change nothing: the denoiser has no convolutions",
     "train_norm": _LATER,
 }
-"""Names that are refused unless they are off -> why, after the value."""
+"""Names that are refused unless they are off -> why; in a message this follows "is VALUE, which"."""
 
 HARMLESS: dict[str, str] = {
     "cache_latents": "latents are always cached, on disk",
@@ -460,64 +473,63 @@ HARMLESS: dict[str, str] = {
     "cache.latents": "latents are always cached, on disk",
     "cache.text": "encodings are always cached, on disk",
     "network_train_unet_only": "only the denoiser is trained",
-    "persistent_data_loader_workers": "workers are started for every epoch",
-    "persistent_workers": "workers are started for every epoch",
-    "dataset_size": "it is counted, and the plan shows it",
-    "step_calculator": "it is computed, and the plan shows it",
-    "highvram": "what fits is kept on the device",
-    "lowvram": "what fits is kept on the device",
-    "lowram": "what fits is kept on the device",
-    "low_vram": "memory.blocks_to_swap says what leaves the device",
+    "persistent_data_loader_workers": "workers are started anew for every epoch",
+    "persistent_workers": "workers are started anew for every epoch",
+    "dataset_size": "images are counted, and the plan shows the number",
+    "step_calculator": "the plan shows the number of steps",
+    "highvram": "[memory] sets what leaves the device",
+    "lowvram": "[memory] sets what leaves the device",
+    "lowram": "[memory] sets what leaves the device",
+    "low_vram": "memory.blocks_to_swap sets what leaves the device",
     "disable_mmap": "weights are copied out of the mapped file one by one",
     "disable_numpy_memmap": "weights are copied out of the mapped file one by one",
     "disable_mmap_load_safetensors": "weights are copied out of the mapped file one by one",
     "model.mmap": "weights are copied out of the mapped file one by one",
-    "async_upload": "uploads never block the training",
+    "async_upload": "uploads never block training",
     "log.jsonl": "metrics.jsonl is always written",
-    "split_attn": "the samples of a batch are equally long here, so nothing is gained",
-    "split_attention": "the samples of a batch are equally long here, so nothing is gained",
-    "ddp_gradient_as_bucket_view": "always on",
-    "ddp_static_graph": "always as fast as it can be",
-    "static_graph": "it is known",
-    "block_swap_h2d_only": "frozen blocks are always streamed one way",
-    "save_state_on_train_end": "the last state is always written",
-    "state_on_end": "the last state is always written",
-    "check_finite": "a loss that is not finite stops the run before anything is saved",
-    "max_repeats": "num_repeats says it",
-    "debug_dataset": "the plan shows the data",
-    "mem_eff_attn": "memory.attention names kernels",
+    "split_attn": "all samples of a batch have the same length, so nothing is gained",
+    "split_attention": "all samples of a batch have the same length, so nothing is gained",
+    "ddp_gradient_as_bucket_view": "it is always on",
+    "ddp_static_graph": "it only affects speed",
+    "static_graph": "it only affects speed",
+    "block_swap_h2d_only": "frozen blocks are always copied in one direction only",
+    "save_state_on_train_end": "with save.state, a state is written at the end too",
+    "state_on_end": "with save.state, a state is written at the end too",
+    "check_finite": "losses and gradients are always checked; train.on_nonfinite sets what happens",
+    "max_repeats": "num_repeats is used instead",
+    "debug_dataset": "train.py --plan shows the data sets and buckets",
+    "mem_eff_attn": "memory.attention selects the kernel",
     "mem_eff_save": "weights are written one by one",
-    "use_safetensors": "weights are safetensors",
+    "use_safetensors": "weights are always saved as safetensors",
     "console_log_level": "logs/console.log has everything",
     "console_log_file": "logs/console.log has everything",
     "console_log_simple": "logs/console.log has everything",
     "skip_latents_validity_check": "caches are checked by their fingerprint",
-    "save.metadata": "files always say how they were made",
-    "split_mode": "memory.blocks_to_swap says what leaves the device",
-    "fp16_master_weights_and_gradients": "what trains is held in float32",
-    "offload_optimizer_device": "memory.blocks_to_swap says what leaves the device",
-    "offload_optimizer_nvme_path": "nothing is offloaded to disks",
-    "offload_param_device": "memory.blocks_to_swap says what leaves the device",
-    "offload_param_nvme_path": "nothing is offloaded to disks",
+    "save.metadata": "metadata is always written",
+    "split_mode": "memory.blocks_to_swap sets what leaves the device",
+    "fp16_master_weights_and_gradients": "trained weights are always float32",
+    "offload_optimizer_device": "memory.blocks_to_swap sets what leaves the device",
+    "offload_optimizer_nvme_path": "nothing is offloaded to disk",
+    "offload_param_device": "memory.blocks_to_swap sets what leaves the device",
+    "offload_param_nvme_path": "nothing is offloaded to disk",
     "zero3_init_flag": "every process holds the whole model",
     "zero3_save_16bit_model": "every process holds the whole model",
     "disable_conv_cp": "the denoiser has no convolutions",
-    "wd_on_output": "the magnitude of DoRA is per output row",
-    "console_width": "the plan shows the data",
-    "console_back": "the plan shows the data",
-    "console_num_images": "the plan shows the data",
-    "disable_cudnn_backend": "run.cudnn_benchmark says it",
-    "skip_corrupted_cache": "broken caches are made again",
-    "cache_info": "caches know what they hold",
+    "wd_on_output": "it is for DoRA, which is not supported yet",
+    "console_width": "train.py --plan shows the data sets and buckets",
+    "console_back": "train.py --plan shows the data sets and buckets",
+    "console_num_images": "train.py --plan shows the data sets and buckets",
+    "disable_cudnn_backend": "run.cudnn_benchmark is used instead",
+    "skip_corrupted_cache": "broken caches are rebuilt",
+    "cache_info": "cache files record what they hold",
     "output_config": "the resolved config is always written",
-    "model_prediction_type": "the model says what it predicts",
-    "prediction": "the model says what it predicts",
+    "prediction": "the model family determines what is predicted",
     "sdpa": "it is the default",
-    "verbose": "the plan says what is trained",
-    "training_finished_at": "written by the trainer",
-    "enable_preview": "sample.every_steps says when pictures are drawn",
+    "verbose": "the plan shows what is trained",
+    "training_finished_at": "it is a record, not a setting",
+    "enable_preview": "sample.every_steps and every_epochs set when samples are drawn",
 }
-"""Names that change no number here -> why."""
+"""Names that do not change the result here -> why."""
 
 
 def _table() -> dict[str, Foreign]:
@@ -528,10 +540,10 @@ def _table() -> dict[str, Foreign]:
 
 
 FOREIGN: Mapping[str, Foreign] = _table()
-"""Other name -> what it is here."""
+"""Other name -> what it means here."""
 
 
 def wins(name: str) -> bool:
-    """Whether a name, with or without its table, says more than the others of its setting."""
+    """Whether a name, with or without its table, takes precedence over other names of the same setting."""
     entry = FOREIGN.get(name.rpartition(".")[2])
     return entry is not None and entry.wins

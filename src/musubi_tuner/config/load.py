@@ -1,7 +1,7 @@
 """From a run file and command-line overrides to an immutable, fully resolved config. Torch-free.
 
 Later wins: schema defaults, the family's defaults, the file, the command line. The origin of every value is kept.
-Everything that is wrong is collected and raised as one `ConfigError`.
+All errors are collected and raised as one `ConfigError`.
 """
 
 import copy
@@ -49,22 +49,22 @@ Overrides = Mapping[str, Any]
 
 
 STEP = "step"
-"""Among overrides: the name of the step that is meant."""
+"""Key of the overrides that names a step."""
 
 
 def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[RunConfig]:
-    """The steps of a run file, each as the run that it is; none for a file without [[steps]].
+    """The steps of a run file, each as a run of its own; an empty list for a file without [[steps]].
 
-    Findings on what the file says are those of the first step, and only if they hold in every step: what acts in one of them is
-    no mistake of the others.
+    Findings about the file itself are reported once, with the first step, and only if they hold in every step: a setting that has an
+    effect in one step gives no warning.
 
     Raises:
-        ConfigError: listing everything that is wrong, in all steps.
+        ConfigError: listing all errors of all steps.
     """
     problems: list[Diagnostic] = []
     document = read_toml(Path(path))
     if is_typed(document):
-        _translate(document, [])  # what is wrong with names is said step by step
+        _translate(document, [])  # problems with names are reported step by step
     steps, _ = _read_steps(document, _own_names(overrides or {}, document), problems)
     if problems:
         raise InvalidConfig(str(path), problems)
@@ -81,7 +81,7 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     names = {dataset.name for config in configs for dataset in config.datasets}
 
     def concerned(key: str) -> list[RunConfig]:
-        """The steps that a key is for: those that use its data set, if it is a key of one."""
+        """The steps that a key concerns: those that use its data set, if it is a data set key."""
         head = key.partition(".")[0]
         return [c for c in configs if head not in names or head in {dataset.name for dataset in c.datasets}]
 
@@ -106,20 +106,20 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConf
 
     Args:
         path: the TOML file.
-        overrides: dotted keys or flat names -> values, already typed; they win over the file. ``step`` names the step of a file
-            that has some: there they lay over the file before the step does, and ``steps.NAME.section.key`` over one step.
+        overrides: dotted keys or flat names -> values, already typed; they override the file. ``step`` names a step: then they
+            override the file but not the step, and ``steps.NAME.section.key`` overrides one step.
 
     Raises:
-        ConfigError: listing everything that is wrong.
+        ConfigError: listing all errors.
     """
     return _load(Path(path), read_toml(Path(path)), overrides)
 
 
 def load_document(document: Mapping[str, Any], overrides: Overrides | None = None) -> RunConfig:
-    """The same for a document that is already read; its relative paths are those of the working directory.
+    """The same for a document that is already parsed; its relative paths are relative to the working directory.
 
     Raises:
-        ConfigError: listing everything that is wrong.
+        ConfigError: listing all errors.
     """
     return _load(Path("document"), copy.deepcopy(dict(document)), overrides)
 
@@ -144,7 +144,7 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
     tables = {key: document.pop(key) for key in DATA_TABLES if key in document}
     origins: dict[str, str] = {}
     if imported is not None and {"max_train_epochs", "train.max_epochs"} & set(overrides or {}):
-        document.get("train", {}).pop("max_steps", None)  # there, epochs win over steps
+        document.get("train", {}).pop("max_steps", None)  # there, epochs take precedence over steps
     values = _collect(document, overrides or {}, origins, problems)
     of_items = values.pop(OF_ITEMS, {})
     spec = _find_family(values, problems)
@@ -167,7 +167,9 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         in_roles = _role_problems(config, spec)
         wrong |= _hinted(problems, spec)
         problems += in_roles or validate(config, wrong)
-    if config is not None and config.run.strict and step is None:  # what acts in another step is no mistake of this one
+    if (
+        config is not None and config.run.strict and step is None
+    ):  # a setting that has an effect in another step gives no warning
         problems = [replace(found, level="error") if found.level == "warning" else found for found in problems]
     if config is None or _errors(problems):
         raise InvalidConfig(f"{path}, step {step.name}" if step else str(path), problems)
@@ -183,7 +185,7 @@ def _errors(problems: list[Diagnostic]) -> bool:
 def _completed(
     tables: dict[str, Any], step: Step | None, imported: "Imported | None", of_items: dict[str, Any], problems: list[Diagnostic]
 ) -> dict[str, Any]:  # fmt: skip
-    """[general] and [[datasets]] with what a step, another trainer's file and the options say of them."""
+    """[general] and [[datasets]] with the changes by a step, another trainer's file and the options."""
     if step is not None and step.use:
         tables = _chosen_datasets(tables, step, problems)
     if imported is not None and imported.datasets:
@@ -202,7 +204,7 @@ def _completed(
 def _datasets(
     path: Path, tables: dict[str, Any], config: RunConfig | None, spec: ModelSpec, problems: list[Diagnostic]
 ) -> list[DatasetConfig]:
-    """The data sets of a run; what [cache] and the task say of them is in them."""
+    """The data sets of a run, with the settings of [cache] and of the task that concern them."""
     output_dir = None if config is None else config.output_dir
     datasets, found = resolve_datasets(
         tables, spec.dataset_defaults, spec.pixel_step, lambda text: locate(text, path), output_dir, spec.finest_step
@@ -225,7 +227,7 @@ def _datasets(
 
 
 def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
-    """Give all keys of a typed document, and of its steps, their own names, in place."""
+    """Rename all keys of a run file, and of its steps, to our names, in place."""
     spec, outside = _family_of(document), document.get("dataset_config")
     rename_aliases(document, "", problems)
     translate(document, "", spec, problems, outside if isinstance(outside, str) else None)
@@ -235,14 +237,14 @@ def _translate(document: dict[str, Any], problems: list[Diagnostic]) -> None:
 
 
 def _step_tables(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The tables of [[steps]], each with the words before its keys in a message."""
+    """The tables of [[steps]], each with the prefix of its keys in a message."""
     entries = document.get(TABLE)
     named = enumerate(entries if isinstance(entries, list) else [])
     return [(f"{TABLE}[{number}].", entry) for number, entry in named if isinstance(entry, dict)]
 
 
 def _own_names(overrides: Overrides, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under the names of our settings, also behind the name of a step; what is refused stays as it is."""
+    """Options under the names of our settings, also after the name of a step; refused ones are kept as they are."""
     known = {*(parameter.key for parameter in (*parameters(), *item_parameters())), *flat_names()}
     spec, named = _family_of(document), list[tuple[bool, str, Any]]()
     for option, value in overrides.items():
@@ -262,7 +264,7 @@ def _version_problems(document: Mapping[str, Any]) -> list[Diagnostic]:
     if version is True:  # true counts as 1 in Python
         return [error("U02", "schema_version", "is True, expected 1")]
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        text = f"is {version}, and this program reads {SCHEMA_VERSION}; a newer version of it wrote the file"
+        text = f"is {version}, expected at most {SCHEMA_VERSION}; the file is for a newer version of this program"
         return [error("U06", "schema_version", text)]
     return []
 
@@ -276,7 +278,7 @@ def _is_own(key: str, step: Step) -> bool:
 def _read_steps(
     document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]
 ) -> tuple[list[Step], dict[str, Any]]:
-    """The steps of a file with their options in them, and the options that are left; both arguments may change."""
+    """The steps of a file with their options applied, and the options that were applied; both arguments may change."""
     rename_aliases(document, "", problems)
     for where, entry in _step_tables(document):
         rename_aliases(entry, where, problems)
@@ -288,7 +290,7 @@ def _read_steps(
 def _choose_step(
     path: Path, document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]
 ) -> tuple[dict[str, Any], dict[str, Any], Step, list[Step]]:
-    """The run file that a step is, the options that lay over it, the step, and all steps.
+    """The run file of a step, the options that override it, the step, and all steps.
 
     Raises:
         ConfigError: if no step is named, or there is no such step.
@@ -299,11 +301,11 @@ def _choose_step(
         raise InvalidConfig(str(path), problems)
     if name is None:
         names = ", ".join(step.name for step in steps)
-        raise ConfigError(f"{path}: has steps ({names}), and this command needs one of them: --step NAME")
+        raise ConfigError(f"{path}: has steps ({names}), but this command needs one of them; add --step NAME")
     step = find_step(steps, str(name))
     if isinstance(step, str):
         raise ConfigError(f"{path}: {step}")
-    # Options lay over the file before the steps do: what a step says itself, or takes over from the one before, stays.
+    # Options override the file but not the steps: values that a step sets, or takes from the previous one, are kept.
     known = {**{parameter.key: parameter for parameter in parameters()}, **flat_names()}
     laid, unlaid = copy.deepcopy(document), set[str]()
     plain = {known[key].key if key in known else key: value for key, value in overrides.items()}
@@ -317,10 +319,10 @@ def _choose_step(
     for key, value in list(plain.items()):
         if key not in unlaid and _get(document, key) != value and (key in known or _table_of(key) in known):
             del plain[key]
-            text = f"step {step.name} sets this itself; to change it there: --set {TABLE}.{step.name}.{key}=..."
+            text = f"is set by step {step.name}, so the option has no effect; to change it there: --set {TABLE}.{step.name}.{key}=..."
             if _get(step.own, key) is None and step.previous is not None:
                 text = (
-                    f"step {step.name} takes this from step {step.previous.name}; to start as the file says: "
+                    f"is taken by step {step.name} from step {step.previous.name}, so the option has no effect; to start from the file: "
                     f"--set {TABLE}.{step.name}.start=file"
                 )
             if key != "run.output_dir":
@@ -331,7 +333,7 @@ def _choose_step(
 
 
 def _table_of(key: str) -> str:
-    """The setting that is a table, of a key inside it, such as ``model.geometry.width`` or ``roles.vae.optimizer.lr``."""
+    """The setting that holds a key of its table, such as ``model.geometry.width`` or ``roles.vae.optimizer.lr``."""
     return ".".join(key.split(".")[:2]) if key.startswith((_GEOMETRY, "roles.")) else ""
 
 
@@ -374,12 +376,14 @@ def _import_flat(path: Path, document: dict[str, Any]) -> "Imported":
     tool = recognise(document)
     if tool in ("musubi", "kohya", "plan"):
         return import_options(document, lambda text: locate(text, path), tool)
-    what = "It is no option file of musubi-tuner or sd-scripts either"
+    what = "It is not an option file of musubi-tuner or sd-scripts either"
     if tool is not None:
-        what = f"It is a file of {TITLES[tool]}: python -m musubi_tuner.config import {path} -o run.toml makes a run file of it"
+        what = (
+            f"It is a file of {TITLES[tool]}; convert it with python -m musubi_tuner.config import {path} -o run.toml"
+        )
     raise ConfigError(
-        f"{path}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}; toml/tinyflux.toml shows "
-        "the form expected here"
+        f"{path}: has no schema_version, [run] or [model], so it is not a run file. {what}; see toml/tinyflux.toml for an "
+        "example"
     )
 
 
@@ -404,7 +408,7 @@ def _collect(
 def _override(
     key: str, value: Any, values: dict[str, Any], origins: dict[str, str], problems: list[Diagnostic]
 ) -> None:
-    """Lay one option over the tree."""
+    """Apply one option to the tree."""
     known = {parameter.key: parameter for parameter in parameters()}
     parameter, item = known.get(key) or flat_names().get(key), key.removeprefix("general.")
     if parameter is not None and parameter.section != "general":
@@ -417,6 +421,9 @@ def _override(
         if not put(values, key, value) and isinstance(_get(values, _table_of(key)), dict):
             problems.append(error("U02", key, f"is inside {key.rpartition('.')[0]}, which is not a table"))
         origins[_table_of(key)] = "cli"
+        return
+    if key in {parameter.key for parameter in item_parameters()} and key.startswith("datasets."):
+        problems.append(error("U01", key, "is a setting of one data set; write it in [[datasets]]"))
         return
     if item in SHARED_KEYS:
         values.setdefault(OF_ITEMS, {})[item] = value
@@ -437,7 +444,7 @@ def _override(
 
 
 OF_ITEMS = "general of options"
-"""Where options about items wait, beside the tables."""
+"""Key under which options of [general] are kept until the tables are resolved."""
 
 
 def _family_of(document: Mapping[str, Any]) -> ModelSpec | None:
@@ -462,7 +469,7 @@ def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpe
 
 
 def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, str]) -> None:
-    """Fill in what a preset says, then what the family says."""
+    """Fill in values of the preset, then defaults of the family."""
     adapter = values.get("adapter")
     preset = adapter.get("preset") if isinstance(adapter, dict) else None
     if isinstance(adapter, dict) and isinstance(preset, str):
@@ -479,15 +486,15 @@ def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, 
 
 
 PLACEHOLDER = "missing"
-"""Stands for a required text that is missing, so that all else can be checked."""
+"""Stands for a required text that is missing, so that everything else can be checked."""
 
 
 def _validate(
     values: dict[str, Any], origins: dict[str, str], spec: ModelSpec | None, problems: list[Diagnostic]
 ) -> tuple[RunConfig | None, set[str]]:
-    """The config, with defaults in place of what is wrong, so that the rules find what else there is; and the keys of these.
+    """The config, with defaults in place of wrong values, so that the rules can find other errors; and the wrong keys.
 
-    None if not even that can be made: without a family, or with a whole table missing.
+    None if no config can be made: without a family, or if a whole table is missing.
     """
     model = config_class(spec.code) if spec else RunConfig
     known, wrong, said = {parameter.key for parameter in parameters()}, set[str](), set[str]()
@@ -515,7 +522,7 @@ def _validate(
 
 
 def _mend(values: dict[str, Any], location: list[str], kind: str) -> None:
-    """Take a wrong value out, or put something in place of a missing one."""
+    """Remove a wrong value, or put a placeholder for a missing one."""
     section, rest = location[0], location[1:2]
     if not rest:
         if kind == "missing":
@@ -529,7 +536,7 @@ def _mend(values: dict[str, Any], location: list[str], kind: str) -> None:
 
 
 def _hinted(problems: list[Diagnostic], spec: ModelSpec) -> set[str]:
-    """Keys that a mistyped one is taken for: what rules say of them would follow from the slip alone."""
+    """Keys suggested for mistyped ones: findings of rules about them would only follow from the typing error."""
     names = {
         name
         for each in problems
@@ -540,13 +547,13 @@ def _hinted(problems: list[Diagnostic], spec: ModelSpec) -> set[str]:
 
 
 ONE_WAY = ("expert_input", "expert_time", "sol_source", "sol_spatial_norm")
-"""Keys of [experts] that say how features are made and scaled; a model learns from features of one making."""
+"""Keys of [experts] that determine how features are made and scaled; they must be the same for all data sets."""
 
 
 def _checked_experts(dataset: DatasetConfig, spec: ModelSpec, problems: list[Diagnostic]) -> DatasetConfig:
-    """The dataset, without its ``experts`` if something is wrong in there."""
+    """The data set, without its ``experts`` if they have errors."""
     found = [
-        error("T11", key, f"is one for the whole run: features made in different ways must not be mixed. Set experts.{key}")
+        error("T11", key, f"must be the same for the whole run, because features made in different ways must not be mixed; set experts.{key}")
         for key in ONE_WAY if key in dataset.experts and key in section_classes(spec)["experts"].model_fields
     ]  # fmt: skip
     try:
@@ -566,7 +573,7 @@ def _role_problems(config: RunConfig, spec: ModelSpec) -> list[Diagnostic]:
         role = config.role_section(name)
         own = getattr(role, table) if role else {}
         for key in [key for key, value in own.items() if value is None]:
-            found.append(error("U02", f"roles.{name}.{table}.{key}", "cannot be absent for one role; write a value"))
+            found.append(error("U02", f"roles.{name}.{table}.{key}", "cannot be absent for a role; write a value"))
         try:
             lay(getattr(config, table), own)
         except ValidationError as wrong:
@@ -600,7 +607,7 @@ def _dataset_tables(
 
 
 def parse_value(parameter: Parameter, text: str) -> Any:
-    """Read a command-line value as the type of its setting; the schema then checks it like a file's value."""
+    """Parse a command-line value as the type of its setting; the schema then checks it like a value of the file."""
     annotation = parameter.field.annotation
     kinds = {part for part in (annotation, *get_args(annotation)) if isinstance(part, type)}
     literal = get_origin(annotation) is Literal

@@ -1,4 +1,4 @@
-"""What a name means that is not a setting's own: another name of one, or a name of another trainer. Torch-free.
+"""What a name means that is not the name of a setting: another name of one, or a name of another trainer. Torch-free.
 
 Looked up in this order: exact key, exact alias, the table of foreign names. Only names unknown to all three get a spelling suggestion.
 """
@@ -20,12 +20,12 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Answer:
-    """What a name with a value comes to.
+    """What a name with a value means here.
 
     Attributes:
-        key: our setting, dotted; "" = none. value: what it is set to. rule: how the value was converted; "" = taken over as it is.
+        key: our setting, dotted; "" = none. value: what it is set to. rule: how the value was converted; "" = taken over unchanged.
         harmless: why nothing is lost by leaving it out. refused: why it cannot be done, and what to write instead.
-        wins: it says more than another name of the same setting.
+        wins: it takes precedence over other names of the same setting.
     """
 
     key: str = ""
@@ -37,7 +37,7 @@ class Answer:
 
 
 def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
-    """What a name is here: an alias, or a name of another trainer; None if nothing is known of it.
+    """What a name means here: an alias, or a name of another trainer; None if it is unknown.
 
     Args:
         name: with or without its table. spec: family of the run, if that is known.
@@ -58,7 +58,7 @@ def answer(name: str, value: Any, spec: ModelSpec | None) -> Answer | None:
     if found.key in own:
         return found
     if _neutral(found.key, found.value):
-        return Answer(harmless=f"{spec.title} has no {found.key}, and it is off")
+        return Answer(harmless=f"it is off, and {spec.title} has no {found.key}")
     return Answer(
         refused=why_not(found.key, found.value, spec) or f"is {found.key} here, which {spec.title} does not have"
     )
@@ -80,7 +80,7 @@ def _of_entry(entry: Foreign, value: Any) -> Answer:
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as problem:
         return Answer(refused=f"is {describe(value)}, expected {problem.args[0] if problem.args else 'another value'}")
     if converted is None:
-        return Answer(harmless="it is off" if not value else "it changes nothing by itself")
+        return Answer(harmless="it is off" if not value else "it has no effect by itself")
     return Answer(entry.key, converted, entry.rule if entry.convert else "", wins=entry.wins)
 
 
@@ -99,12 +99,12 @@ def shown(name: str, value: Any) -> str:
 
 
 def why_not(key: str, value: Any, spec: ModelSpec) -> str | None:
-    """Why a family has no such key, although others may; None if nothing is known of it."""
+    """Why a family has no such key, although others may; None if the key is unknown."""
     reason = spec.why_not(key, value)
     if reason is not None:
         return reason
     owners = [each.title for each in map(MODELS.__getitem__, MODELS) if key in {p.key for p in parameters(each)}]
-    return f"is a setting of {' and '.join(owners)}; {spec.title} has none like it" if owners else None
+    return f"is a setting of {' and '.join(owners)}; {spec.title} does not have it" if owners else None
 
 
 def _neutral(key: str, value: Any) -> bool:
@@ -115,10 +115,10 @@ def _neutral(key: str, value: Any) -> bool:
 def translate(
     document: dict[str, Any], where: str, spec: ModelSpec | None, problems: list[Diagnostic], outside: str | None = None
 ) -> None:
-    """Give every key of a typed document its own name, in place; what cannot be done becomes a problem, what is off is left out.
+    """Give every key of a typed document its own name, in place; what is not supported becomes a problem, what is off is left out.
 
     Args:
-        where: words before a key in a message, such as ``steps[0].``. outside: file that has the data sets, if it is another.
+        where: prefix of a key in a message, such as ``steps[0].``. outside: file with the data sets, if it is another file.
     """
     own = {parameter.key for parameter in parameters(spec)}
     taken: dict[str, tuple[str, Any]] = {}
@@ -154,10 +154,10 @@ def _one(
     elif found.harmless:
         problems.append(info("NA04", where + written, f"is left out: {found.harmless}"))
     elif found.key.startswith("datasets."):
-        text = f"is about a data set: write {found.key.partition('.')[2]} = {describe(found.value)} in [[datasets]]"
+        text = f"is a data set setting; write {found.key.partition('.')[2]} = {describe(found.value)} in [[datasets]]"
         problems.append(error("U01", where + written, text))
     elif outside is not None and found.key.startswith("general."):
-        text = f"is about items; write {found.key.partition('.')[2]} = {describe(found.value)} in {outside}"
+        text = f"is a data set setting; write {found.key.partition('.')[2]} = {describe(found.value)} in {outside}"
         problems.append(error("U01", where + written, text))
     else:
         _put(document, written, found, where, problems, taken)
@@ -171,7 +171,7 @@ def _put(
     problems: list[Diagnostic],
     taken: dict[str, tuple[str, Any]],
 ) -> None:
-    """Set what a name comes to, unless something else says otherwise."""
+    """Set what a name means, unless another name of the setting has another value."""
     section, _, name = found.key.rpartition(".")
     target = document.setdefault(section, {}) if section else document
     if not isinstance(target, dict):
@@ -184,10 +184,10 @@ def _put(
             target[name], taken[found.key] = found.value, (written, found.value)
         elif wins(first):
             problems.append(
-                info("NA04", where + written, f"is left out: {first} says {found.key} = {shown(found.key, before)}")
+                info("NA04", where + written, f"is left out: {first} sets {found.key} = {shown(found.key, before)}")
             )
         else:
-            text = f"is {value}, and {first}, another name of it, is {shown(found.key, before)}; keep one"
+            text = f"is {value}, but {first}, another name of it, is {shown(found.key, before)}; keep one"
             problems.append(error("U05", where + written, text, where + first))
         return
     if before is not _MISSING:

@@ -71,7 +71,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """
     parts = pattern.split(".")
     if "" in parts:
-        raise ConfigError(f"{pattern!r} has an empty part; parts of a path are separated by one dot")
+        raise ConfigError(f"{pattern!r} has an empty part; separate the parts of a path by one dot")
     expression, separator = "", ""
     for index, part in enumerate(parts):
         if part != "**":
@@ -103,13 +103,13 @@ def _choices(brackets: str, pattern: str) -> str:
     for item in (item.strip() for item in brackets.split(",")):
         ends = re.fullmatch(r"(\d+)\s*-\s*(\d+)", item)
         if ends is None and not re.fullmatch(r"\w+", item):
-            raise ConfigError(f"{pattern!r}: [{brackets}] is no list; expected [2], [2-5] or [2,4,7]")
+            raise ConfigError(f"{pattern!r}: [{brackets}] is not a list or range; expected [2], [2-5] or [2,4,7]")
         if ends is None:
             found.append(item)
             continue
         first, last = int(ends[1]), int(ends[2])
         if not first <= last < first + MOST_NUMBERS:
-            raise ConfigError(f"{pattern!r}: [{brackets}] must rise, by less than {MOST_NUMBERS}")
+            raise ConfigError(f"{pattern!r}: [{brackets}] must be an ascending range of at most {MOST_NUMBERS} numbers")
         found += [str(number) for number in range(first, last + 1)]
     return f"(?:{'|'.join(found)})"
 

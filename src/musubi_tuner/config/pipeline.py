@@ -2,14 +2,14 @@
 
     [[steps]]
     name = "warm-up"                 folder <output_dir>/01-warm-up
-    use = ["cats"]                   which data sets, by their names; absent = all
-    start = "previous"               from the final weights of the step before; "previous_ema" = their average, "file" = as the file says
+    use = ["cats"]                   names of its data sets; absent = all
+    start = "previous"               from the final weights of the previous step; "previous_ema" = their average, "file" = as set in the file
     until = { metric = "loss/main", below = 0.02 }     ends it early
     [steps.train]                    each table overrides that of the file
     max_steps = 500
 
-A step is an ordinary run; `document_of` gives its run file. A LoRA step starts from the adapter of a LoRA step before it, or attaches to the
-model that full training left.
+A step is an ordinary run; `document_of` gives its run file. A LoRA step starts from the adapter of a previous LoRA step, or attaches to the
+model of previous full training.
 """
 
 import copy
@@ -62,7 +62,7 @@ class Step:
 
     Attributes:
         number: from 1. of: how many there are.
-        start: what it starts from. previous: the step before; None for the first one.
+        start: what it starts from. previous: the previous step; None for the first one.
         use: names of its data sets; empty = all.
         own: tables that override those of the file.
     """
@@ -83,23 +83,23 @@ class Step:
 
 
 def rename_aliases(tables: dict[str, Any], where: str, problems: list[Diagnostic]) -> None:
-    """Give tables that have another spelling their own name.
+    """Rename tables that are written under another name.
 
     Args:
-        where: words before the key in a message, such as ``steps[0].``.
+        where: prefix of the key in a message, such as ``steps[0].``.
     """
     for alias, name in SECTION_ALIASES.items():
         if alias in tables:
             if name in tables:
-                problems.append(error("U05", f"{where}{alias}", f"is another spelling of [{name}]; keep one"))
+                problems.append(error("U05", f"{where}{alias}", f"is another name of [{name}]; keep one"))
             tables[name] = tables.pop(alias)
 
 
 def take_step_options(document: dict[str, Any], overrides: dict[str, Any], problems: list[Diagnostic]) -> None:
-    """Move the options ``steps.NAME.section.key`` into the steps that they name.
+    """Move options ``steps.NAME.section.key`` into the named steps.
 
     Args:
-        document: the run file, changed in place. overrides: the options, which lose those of steps.
+        document: the run file, changed in place. overrides: the options; those of steps are removed.
     """
     entries = document.get(TABLE)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -110,20 +110,20 @@ def take_step_options(document: dict[str, Any], overrides: dict[str, Any], probl
         value, rest = overrides.pop(option), option.removeprefix(f"{TABLE}.")
         name = max((name for name in by_name if rest.startswith(f"{name}.")), key=len, default=None)
         if name is None and rest in by_name:
-            problems.append(error("S04", option, f"has no key; write {option}.section.key=..."))
+            problems.append(error("S04", option, f"names a step but no setting; write {option}.section.key=..."))
             continue
         if name is None:
             hint = did_you_mean(rest.partition(".")[0], by_name)
-            problems.append(error("S04", option, f"names no step.{hint} The steps are {', '.join(by_name)}"))
+            problems.append(error("S04", option, f"no step has this name.{hint} The steps are {', '.join(by_name)}"))
             continue
         key = rest.removeprefix(f"{name}.")
         section, dot, last = (known[key].key if key in known else key).partition(".")
         if key == "name" or not put(by_name[name], SECTION_ALIASES.get(section, section) + dot + last, value):
-            problems.append(error("S04", option, "cannot be changed by an option; change the file"))
+            problems.append(error("S04", option, "cannot be changed by an option; change it in the file"))
 
 
 def put(document: dict[str, Any], key: str, value: Any) -> bool:
-    """Set a dotted key; False if one of its tables is none, which the schema reports."""
+    """Set a dotted key; False if one of its tables is not a table, which the schema reports."""
     *tables, last = key.split(".")
     table: Any = document
     for part in tables:
@@ -140,7 +140,7 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
         problems.append(error("S05", TABLE, "is not a list of tables; write [[steps]] with two brackets"))
         return []
     if entries and not {"schema_version", "run", "model"} & set(document):
-        text = "belong to a run file with [run] and [model], not to an option file; docs/steps.md shows one"
+        text = "need a run file with [run] and [model], not an option file; see docs/steps.md"
         problems.append(error("S05", TABLE, text))
         return []
     steps: list[Step] = []
@@ -152,10 +152,10 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
 
         name = entry.get("name")
         if not isinstance(name, str) or not _FOLDER.fullmatch(name):
-            refuse("name", f"is {name!r}, expected a name that a folder can have")
+            refuse("name", f"is {name!r}, expected a text that is valid as a folder name")
             name = f"step{number}"
         elif name in {step.name for step in steps}:
-            refuse("name", f"is {name!r} twice; every step needs its own name")
+            refuse("name", f"is {name!r}, which another step has too; give every step its own name")
         begin = entry.get("start", "previous" if steps else "file")
         if begin not in get_args(Start):
             refuse(
@@ -164,11 +164,11 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
             )
             begin = "file"
         if begin != "file" and not steps:
-            refuse("start", f'is "{begin}", and no step comes before the first one; write "file"')
+            refuse("start", f'is "{begin}", but the first step has no previous step; write "file"')
             begin = "file"
         use = entry.get("use", [])
         if not isinstance(use, list) or not all(isinstance(each, str) for each in use):
-            refuse("use", f"is {use!r}, expected a list of names of data sets")
+            refuse("use", f"is {use!r}, expected a list of data set names")
             use = []
         own = {key: value for key, value in entry.items() if key not in _KEYS}
         for key, value in own.items():
@@ -179,7 +179,9 @@ def steps_of(document: Mapping[str, Any], problems: list[Diagnostic]) -> list[St
         own = {key: value for key, value in own.items() if isinstance(value, dict)}
         for key in ("output_dir", "name"):
             if key in own.get("run", {}):
-                refuse(f"run.{key}", "belongs to the file; a step writes into its own folder below run.output_dir")
+                refuse(
+                    f"run.{key}", "belongs in [run] of the file; a step writes into its own folder in run.output_dir"
+                )
         until = _until(entry.get("until"), refuse)
         previous = steps[-1] if steps else None
         steps.append(Step(number, len(entries), name, begin, previous, tuple(use), until, own))
@@ -208,7 +210,7 @@ def _until(given: Any, refuse: Any) -> Until | None:
 
 
 def _is_until(key: str, value: Any) -> bool:
-    """Whether a value is what a key of ``until`` takes."""
+    """Whether a value is valid for a key of ``until``."""
     if key == "metric":
         return isinstance(value, str) and bool(value.strip())
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -219,7 +221,7 @@ def _is_until(key: str, value: Any) -> bool:
 
 
 def find_step(steps: Sequence[Step], name: str) -> Step | str:
-    """The step of a name, or why there is none."""
+    """The step with a name, or why there is none."""
     for step in steps:
         if step.name == name:
             return step
@@ -262,13 +264,13 @@ def document_of(document: Mapping[str, Any], step: Step) -> dict[str, Any]:
 
 
 def _table(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A table of a file; empty if it is none, which the schema reports."""
+    """A table of a file; empty if it is not a table, which the schema reports."""
     found = document.get(key)
     return dict(found) if isinstance(found, dict) else {}
 
 
 def _lay(below: Any, above: Mapping[str, Any]) -> Any:
-    """A table over a table, tables inside key by key; a value that should be a table stays, for the schema to report."""
+    """Merge a table over a table, recursively; a value that should be a table is kept, for the schema to report."""
     if not isinstance(below, dict):
         return below
     inner = {key: _lay(below[key], value) for key, value in above.items()
@@ -277,7 +279,7 @@ def _lay(below: Any, above: Mapping[str, Any]) -> Any:
 
 
 def _setting(document: Mapping[str, Any], step: Step, key: str) -> Any:
-    """What a setting is in a step: its own value, the file's, the family's or the schema's."""
+    """Value of a setting in a step: from the step, the file, the family or the schema."""
     section, name = key.split(".")
     for table in (_table(step.own, section), _table(document, section)):
         if name in table:
@@ -298,7 +300,7 @@ def trains_adapter(document: Mapping[str, Any], step: Step) -> bool:
 def _begun(
     step: Step, document: Mapping[str, Any], model: dict[str, Any], root: Path, name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """[model] and [adapter] of a step, as they follow from the step before."""
+    """[model] and [adapter] of a step, as they follow from the previous step."""
     if step.start == "file" or step.previous is None:
         return _table(document, "model"), {}
     folder, ending = root / step.previous.folder, "_ema" if step.start == "previous_ema" else ""
@@ -311,11 +313,11 @@ def _begun(
 
 
 _FINAL = ":final"
-"""Behind the folder of a step: its final checkpoint."""
+"""Suffix of a step's folder: its final checkpoint."""
 
 
 def final_update(folder: Path) -> int | None:
-    """Update at which the run of a folder ended; None while it has not."""
+    """Update at which the run of a folder ended; None if it has not."""
     try:
         return int(read_json(folder / CHECKPOINTS)["checkpoints"]["final"]["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -323,7 +325,7 @@ def final_update(folder: Path) -> int | None:
 
 
 def unfinished_step(step: Step | None, root: Path, texts: Sequence[str | None]) -> Step | None:
-    """The step before, from which files of this one come, that is not finished yet; None if there is none.
+    """The previous step whose files this one needs and that is not finished yet; None if there is none.
 
     Args:
         texts: paths of the run file.
@@ -339,16 +341,16 @@ def unfinished_step(step: Step | None, root: Path, texts: Sequence[str | None]) 
 
 
 def follow_problem(document: Mapping[str, Any], step: Step) -> str | None:
-    """Why a step cannot start from the one before; None if it can."""
+    """Why a step cannot start from the previous one; None if it can."""
     if step.start == "file" or step.previous is None:
         return None
     if trains_adapter(document, step.previous) and not trains_adapter(document, step):
         return (
-            f'is "{step.start}", and step {step.previous.name} trains an adapter, from which the full model of this step cannot start; '
+            f'is "{step.start}", but step {step.previous.name} trains an adapter, and full training cannot start from one; '
             'write "file", or merge the adapter and name the merged file'
         )
     if step.start == "previous_ema" and not _setting(document, step.previous, "ema.enabled"):
         return (
-            f'is "previous_ema", and step {step.previous.name} keeps no average (ema.enabled = false); write "previous"'
+            f'is "previous_ema", but step {step.previous.name} keeps no average (ema.enabled = false); write "previous"'
         )
     return None

@@ -1,11 +1,11 @@
-"""Prompts and their options, in the forms that musubi-tuner reads. Torch-free.
+"""Prompts and their options, in the formats of musubi-tuner. Torch-free.
 
-    .txt    one prompt per line; blank lines and lines that begin with # are left out
-    .toml   [prompt] with shared values and [[prompt.subset]] entries laid over them
+    .txt    one prompt per line; blank lines and lines that begin with # are ignored
+    .toml   [prompt] with shared values, and [[prompt.subset]] entries that override them
     .json   a list of texts or objects
 
-In a line, options follow the prompt: ``a cat on a mat --w 768 --h 512 --d 7``. What stands before the first option is
-never parsed, and ``--`` without a letter belongs to the prompt.
+In a line, options follow the prompt: ``a cat on a mat --w 768 --h 512 --d 7``. Text before the first option is
+never parsed, and ``--`` without a letter is part of the prompt.
 """
 
 import json
@@ -23,7 +23,7 @@ from musubi_tuner.files import read_text
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what it sets itself; None = as the run file says.
+    """A prompt with its own settings; None = as set in the run file.
 
     Attributes:
         guidance, cfg_scale, shift: see the keys of the same name in [sample]; shift 0 = by picture size.
@@ -66,7 +66,7 @@ OPTIONS: dict[str, _Option] = {
 """Option letter -> field; letters are case-insensitive."""
 OTHERS = {"f": "videos", "i": "start images", "ei": "end images", "cn": "control videos", "ci": "control images",
           "of": "one-frame inference"}  # fmt: skip
-"""Options of musubi-tuner that belong to models which are not trained here."""
+"""Options of musubi-tuner for models that are not supported here."""
 ALIASES = {
     "prompt": "text", "sample_steps": "steps", "guidance_scale": "guidance", "discrete_flow_shift": "shift",
     "negative_prompt": "negative",
@@ -74,14 +74,14 @@ ALIASES = {
 """Names of musubi-tuner's prompt objects -> ours."""
 _OPTION = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?:=|(?=\s|$))")
 _OTHER_DASH = re.compile(r"(?:^|\s)([\u2014\u2013\u2212-])([A-Za-z]+)[=\s]+-?\d")
-"""An option behind one hyphen, or behind a dash that an editor made of two."""
+"""An option after one hyphen, or after a dash that an editor made of two."""
 
 
 def parse_line(line: str, where: str) -> Prompt:
     """A prompt with its options.
 
     Args:
-        where: begins the error: file and line.
+        where: prefix of error messages: file and line.
 
     Raises:
         ConfigError: for an unknown option, a bad value, or no prompt.
@@ -90,26 +90,24 @@ def parse_line(line: str, where: str) -> Prompt:
     for dash, letter in _OTHER_DASH.findall(line):
         if letter.lower() in OPTIONS:
             raise ConfigError(
-                f"{where}: '{dash}{letter}' would be part of the text; an option has two hyphens: --{letter}"
+                f"{where}: '{dash}{letter}' would be part of the prompt; write options with two hyphens: --{letter}"
             )
     text = line[: found[0].start()].strip() if found else line.strip()
     if not text:
-        raise ConfigError(f"{where}: has options but no prompt")
+        raise ConfigError(f"{where}: has options but no prompt; write the prompt before the options")
     values: dict[str, Any] = {}
     for match, following in zip(found, [*found[1:], None]):
         letter = match[1].lower()
         value = line[match.end() : following.start() if following else len(line)].strip()
         if letter in OTHERS:
-            raise ConfigError(
-                f"{where}: --{match[1]} is for {OTHERS[letter]}, which the models trained here do not know"
-            )
+            raise ConfigError(f"{where}: --{match[1]} is for {OTHERS[letter]}, which no model here supports; remove it")
         if letter not in OPTIONS:
             raise ConfigError(
                 f"{where}: --{match[1]} is not an option; known: {', '.join('--' + name for name in OPTIONS)}"
             )
         option = OPTIONS[letter]
         if option.field in values:
-            raise ConfigError(f"{where}: --{match[1]} is given twice")
+            raise ConfigError(f"{where}: --{match[1]} is given twice; keep one")
         values[option.field] = _value(option, value, f"{where}: --{match[1]}")
     return Prompt(text, **values)
 
@@ -140,7 +138,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts = readers[suffix](path)
     if not prompts:
         raise ConfigError(
-            f"{path}: holds no prompt; write one per line" if suffix == ".txt" else f"{path}: holds no prompt"
+            f"{path}: has no prompt; write one per line" if suffix == ".txt" else f"{path}: has no prompt"
         )
     return prompts
 
@@ -171,7 +169,7 @@ def _read_toml(path: Path) -> list[Prompt]:
     shared = {key: value for key, value in table.items() if key != "subset"}
     entries = table.get("subset", [{}])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{path}: [prompt.subset] is one table, expected [[prompt.subset]] entries")
+        raise ConfigError(f"{path}: [prompt.subset] is not a list of tables; write [[prompt.subset]] with two brackets")
     return [from_object({**shared, **entry}, f"{path} subset {n}") for n, entry in enumerate(entries, start=1)]
 
 
@@ -179,7 +177,7 @@ def _read_json(path: Path) -> list[Prompt]:
     try:
         entries = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not a JSON file ({error})") from error
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(entries, list):
         raise ConfigError(f"{path}: holds a {type(entries).__name__}, expected a list of texts or objects")
     return [
@@ -215,7 +213,7 @@ def from_object(entry: Any, where: str) -> Prompt:
 
 
 def as_prompts(prompts: Sequence[str | Prompt], where: str = "") -> list[Prompt]:
-    """Texts with options parsed; prompts as they are."""
+    """Parse texts with options; prompts are kept unchanged."""
     return [
         p if isinstance(p, Prompt) else parse_line(p, f"{where} entry {n}".strip())
         for n, p in enumerate(prompts, start=1)
@@ -223,7 +221,7 @@ def as_prompts(prompts: Sequence[str | Prompt], where: str = "") -> list[Prompt]
 
 
 def sample_prompts(config: RunConfig) -> list[Prompt]:
-    """The prompts of [sample]; none = nothing is drawn.
+    """The prompts of [sample]; an empty list = no samples are drawn.
 
     Raises:
         ConfigError: naming file and line of what cannot be read.
@@ -236,7 +234,7 @@ def sample_prompts(config: RunConfig) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are drawn; sizes in pixels, ``negative`` None = the trained null condition, or an empty text."""
+    """How samples are drawn; sizes in pixels; ``negative`` None = the trained null condition, or an empty text."""
 
     width: int
     height: int
@@ -250,9 +248,9 @@ class SampleSettings:
     multiplier: float = 1.0
 
     def of(self, prompt: Prompt, index: int, pixel_step: int) -> "SampleSettings":
-        """Settings of one picture: the prompt's own, sizes brought down to a multiple of ``pixel_step``.
+        """Settings of one picture, with those of the prompt; sizes are rounded down to a multiple of ``pixel_step``.
 
-        Without a seed of its own, picture i is drawn from seed + i.
+        Without its own seed, picture i is drawn from seed + i.
         """
         own = {
             field.name: value

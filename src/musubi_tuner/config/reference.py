@@ -16,10 +16,11 @@ def reference_page() -> str:
         "",
         "Made from the code by `python -m musubi_tuner.config.reference`; do not edit.",
         "",
-        "Every setting is also reached by `--set table.key=value`. An absent optional value means off. `[accelerate]` is another name",
-        "of `[distributed]`. Data set options on the command line override `[general]`; a data set's own keys override both.",
-        "A setting marked * may change between starts of one run; all others are refused with the list of differences.",
-        "Where families differ, a type or default stands behind the code of each family that has the setting.",
+        "Every setting outside `[[datasets]]` can also be given as `--set table.key=value`. An optional value that is absent means off, unless",
+        "its meaning says otherwise. `[accelerate]` is another name of `[distributed]`. Options of `[general]` on the command line override",
+        "the file; the keys of a data set override both. A setting marked * may change when a run is resumed; if another one outside",
+        "`[general]` and `[[datasets]]` has changed, resuming is refused with a list of the differences. If families differ, types and",
+        "defaults are listed with the code of each family that has the setting.",
     ]
     section = None
     for parameter in (*parameters(), *item_parameters()):

@@ -101,7 +101,7 @@ class RunConfig(RunFile):
 
     @property
     def remarks(self) -> list[Diagnostic]:
-        """Findings to print; without that of the average, of which the plan says more, for it knows the state."""
+        """Findings to print, without that of the average, of which the plan shows more, because it reads the state."""
         return [found for found in self._findings if found.code != "V74"]
 
     @property
@@ -155,7 +155,7 @@ class RunConfig(RunFile):
         return self.get("roles.freeze") or []
 
     def experts_of(self, dataset: DatasetConfig) -> ExpertsSection:
-        """[experts] as it is for the images of a dataset."""
+        """[experts] as it applies to the images of a data set."""
         return self.experts.model_copy(update=dict(dataset.experts))
 
     def dataset_groups(self) -> list[list[int]]:

@@ -64,7 +64,7 @@ def calculate_steps(
     images = sum(count for count, _ in counted)
     micro_batches = sum(ceil(count / size) for count, size in counted)
     if micro_batches == 0:
-        raise ConfigError("there is nothing to train on: no dataset has a usable image")
+        raise ConfigError("there is nothing to train on: no data set has a usable image")
     per_update = num_processes * grad_accum_steps
     updates = ceil(micro_batches / per_update)
     limits = {"max_steps": max_steps, "max_epochs": max_epochs and max_epochs * updates}
@@ -88,7 +88,7 @@ def calculate_steps(
 
 
 def sentence(steps: Steps, sources: Sequence[tuple[int, int, int]]) -> str:
-    """How the number of updates comes about, in words: "50 images x 10 repeats x 5 epochs / 2 = 1,250 steps".
+    """How the number of updates is calculated, in words: "50 images x 10 repeats x 5 epochs / 2 = 1,250 steps".
 
     Args:
         sources: images, repeats and micro-batch size of each data set; those of equal repeats and size count together.
@@ -115,7 +115,7 @@ def sentence(steps: Steps, sources: Sequence[tuple[int, int, int]]) -> str:
 
 
 def _more(steps: Steps, exact: float, epochs: int) -> str:
-    """Why there are more than the division says."""
+    """Why there are more updates than the division gives."""
     more = steps.updates_per_epoch * epochs - int(exact * epochs / steps.per_update)
     if more <= 0:
         return ""

@@ -1,4 +1,4 @@
-"""Which blocks of a model stay in main memory. Torch-free, so that a number that is too large is said at once."""
+"""Which blocks of a model stay in main memory. Torch-free, so that a number that is too large is reported at once."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

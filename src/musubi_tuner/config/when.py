@@ -1,7 +1,7 @@
-"""Where a setting acts, as data: conditions on other settings. Torch-free.
+"""When a setting has an effect, as data: conditions on other settings. Torch-free.
 
-`param(..., when=...)` carries one, a table may carry one for all its settings. From it come the warning that a written value has no
-effect, what the form shows, and which settings the resolved config leaves out.
+`param(..., when=...)` carries one, and a table may carry one for all its settings. They decide when a written value gives a warning
+that it has no effect, what the form shows, and which settings the resolved config leaves out.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ class When:
     """A condition; ``&`` and ``|`` join two."""
 
     def holds(self, get: Get) -> bool:
-        """Whether it is so."""
+        """Whether the condition holds."""
         raise NotImplementedError
 
     def reason(self, get: Get) -> str:
-        """Why it is not so, in words."""
+        """Why the condition does not hold, in words."""
         raise NotImplementedError
 
     def about(self) -> tuple[str, ...]:
-        """The settings that it is about."""
+        """The settings that it depends on."""
         raise NotImplementedError
 
     def data(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Is(When):
     """A setting has one of some values, or is on.
 
     Attributes:
-        key: dotted key. values: what it may be; empty = it is on: there, and not false, 0, empty or "none". negated: it is not so.
+        key: dotted key. values: what it may be; empty = it is on: present, and not false, 0, empty or "none". negated: the opposite.
     """
 
     key: str
@@ -105,7 +105,7 @@ class Some(_Joined):
 
 
 def on(key: str) -> Is:
-    """A setting is there, and not false, 0, empty or "none"."""
+    """A setting is present, and not false, 0, empty or "none"."""
     return Is(key)
 
 
@@ -125,7 +125,7 @@ def is_not(key: str, *values: Any) -> Is:
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value is none of those that mean off."""
+    """Whether a value is not one of those that mean off."""
     return (
         value is not None
         and value is not False
@@ -137,7 +137,7 @@ def is_on(value: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A value as TOML would have it, or "absent"."""
+    """A value in TOML syntax, or "absent"."""
     if value is None:
         return "absent"
     if isinstance(value, bool):

@@ -1,7 +1,7 @@
 """Captions of the images in a folder: a text file beside each image, or the lines of ``prompts.txt``. Torch-free.
 
-A file in which nothing can be seen is no caption. Where no file has exactly the right name, the only one that differs from
-it in case or Unicode form counts (``p07.TXT`` for ``p07.png``), as it would on Windows and macOS.
+A file without visible text is no caption. If no file has exactly the right name, the only file whose name differs from it in
+case or Unicode form is used (``p07.TXT`` for ``p07.png``), as on Windows and macOS.
 """
 
 from collections import Counter
@@ -17,15 +17,15 @@ PROMPTS = "prompts.txt"
 """File of a folder whose lines are the captions of its images, sorted by name."""
 WAY_OUT = 'set missing_caption = "skip", "empty" or "stem"'
 _STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".xmp", ".csv", ".html")
-"""Endings of text files that are no captions as they are."""
+"""Extensions of text files that cannot be captions."""
 _LARGEST = 1 << 16
-"""A file beside an image that is larger is not taken for a caption, in bytes."""
+"""Larger files next to an image are not considered as captions, in bytes."""
 
 
 def folder_captions(
     dataset: DatasetConfig, root: Path, images: Sequence[Path], problems: list[str], notes: list[str]
 ) -> dict[Path, str | None]:
-    """The caption of every image; None where it has none, which is a problem with ``missing_caption = "error"``, else a note."""
+    """The caption of every image; None if it has none, which is a problem with ``missing_caption = "error"``, else a note."""
     names = Names()
     files = _own_files(dataset.caption_extension, images, names)
     prompts = root / PROMPTS
@@ -87,9 +87,9 @@ def _lines(
     own = list(files.values()) or [file for found in beside for file in found.values()]
     if own:
         problems.append(
-            f"{path}: lists captions of the images by line, and {len(own)} of {len(images)} images have a file of their own "
-            f"({first_names([file.name for file in own])}); keep one of both: rename {path.name} or move it out of the folder (prompts for "
-            f"drawing lie elsewhere), or move the images' own files"
+            f"{path}: lists the captions by line, but {len(own)} of {len(images)} images have a caption file of their own "
+            f"({first_names([file.name for file in own])}); keep one: rename {path.name} or move it out of the folder (sample "
+            f"prompts belong elsewhere), or move the caption files"
         )
         return nothing
     try:
@@ -100,11 +100,11 @@ def _lines(
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
     if dataset.recursive:
         problems.append(
-            f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
+            f"{path}: lists the captions of one folder, but recursive is true; rename the file, or set recursive = false"
         )
     elif len(lines) != len(images):
         problems.append(
-            f"{path}: has {len(lines)} lines for {len(images)} images; write one line for each image, sorted by name (a blank "
+            f"{path}: has {len(lines)} lines for {len(images)} images; write one line per image, sorted by name (a blank "
             "line is an empty caption), or rename the file"
         )
     else:
@@ -128,10 +128,10 @@ def _say_missing(
     problems: list[str],
     notes: list[str],
 ) -> None:
-    """Say which images have no caption, with a problem or a note, and what lies there instead.
+    """Report images without a caption, as a problem or a note, and files that may have been meant as captions.
 
     Args:
-        absent: images without a caption file. empty: caption files that hold nothing.
+        absent: images without a caption file. empty: caption files without text.
     """
     if not absent and not empty:
         return
@@ -146,7 +146,7 @@ def _say_missing(
     text = f"{dataset.name}: {', '.join(parts)}"
     hints = _hints(extension, root, images, absent, names) if absent else []
     if dataset.text.class_tokens:
-        notes.append(f"{text}; they take class_tokens, {dataset.text.class_tokens!r}")
+        notes.append(f"{text}; class_tokens is used instead: {dataset.text.class_tokens!r}")
     elif dataset.missing_caption == "error":
         problems.append(". ".join([f"{text}; write the captions, or {WAY_OUT}", *hints]))
     else:
@@ -155,16 +155,16 @@ def _say_missing(
 
 
 def _hints(extension: str, root: Path, images: Sequence[Path], absent: Sequence[Path], names: Names) -> list[str]:
-    """What lies there that may have been meant as captions."""
+    """Files that may have been meant as captions."""
     found = []
     for ending, files in _beside(absent, names).items():
         image, file = next(iter(files.items()))
         more = f", and {len(files) - 1} more like it" if len(files) > 1 else ""
-        lies = f"{file.name} lies beside {image.name}{more}"
+        lies = f"there is {file.name} next to {image.name}{more}"
         if ending.endswith(_STRUCTURED):
-            found.append(f"{lies}, but captions are read from plain text: write {extension} files, or a JSONL file")
+            found.append(f"{lies}, but captions are read from plain text; write {extension} files, or a JSONL file")
         else:
-            found.append(f'{lies}: set caption_extension = "{ending}", or rename to {extension}')
+            found.append(f'{lies}; set caption_extension = "{ending}", or rename to {extension}')
     for folder in sorted({path.parent for path in absent}):
         spare = _spare(extension, folder, images, names)
         if spare:
@@ -173,12 +173,12 @@ def _hints(extension: str, root: Path, images: Sequence[Path], absent: Sequence[
     folders = sorted(root / name for alike in names.of(root).values() for name in alike if (root / name).is_dir())
     for folder in folders:
         if any((folder / caption).is_file() for caption in wanted):
-            found.append(f"{folder} holds such files: a caption lies beside its image")
+            found.append(f"{folder} has files with these names; move them next to their images")
     return found
 
 
 def _spare(extension: str, folder: Path, images: Sequence[Path], names: Names) -> list[str]:
-    """Caption files of a folder that are of no image."""
+    """Caption files of a folder that belong to no image."""
     stems = {folded(image.stem) for image in images if image.parent == folder}
     ending = folded(extension)
     return sorted(
@@ -190,13 +190,13 @@ def _spare(extension: str, folder: Path, images: Sequence[Path], names: Names) -
 
 
 def _beginnings(key: str, stems: Collection[str]) -> list[str]:
-    """Those of the stems with which a name begins up to one of its dots, longest first."""
+    """The stems that equal the beginning of a name up to one of its dots, longest first."""
     places = [place for place, char in enumerate(key) if char == "."]
     return [key[:place] for place in reversed(places) if key[:place] in stems]
 
 
 def _beside(images: Sequence[Path], names: Names) -> dict[str, dict[Path, Path]]:
-    """Ending -> image -> file of text that begins with the image's name, most frequent ending first."""
+    """Extension -> image -> text file whose name begins with that of the image, most frequent extension first."""
     stems: dict[Path, dict[str, Path]] = {}
     for image in images:
         stems.setdefault(image.parent, {})[folded(image.stem)] = image

@@ -1,7 +1,7 @@
-"""Captions after prefix, trigger, shuffle, dropout of parts and wildcards. Torch-free.
+"""Captions after prefix, trigger, shuffle, tag dropout and wildcards. Torch-free.
 
-Order: prefix and suffix, wildcards, parts that are kept, shuffled or left out, the secondary separator, the trigger. A part is what
-stands between two separators.
+Order: prefix and suffix, wildcards, tags that are kept, shuffled or dropped, the secondary separator, the trigger. A tag is the text
+between two separators.
 """
 
 import random
@@ -15,11 +15,11 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) -> tuple[str, ...]:
-    """The captions that an item is trained with, from those that are written.
+    """The captions that an item is trained with, made from its written captions.
 
-    With settings that make another caption each time, ``text_variants`` of them (at least one of each that is written), drawn by
-    (cache.seed, item, number). With token warm-up as many follow that have only the first of their parts, ever more of them. At the
-    end stands an empty one where captions are dropped by being empty.
+    With settings that change captions at random there are ``text_variants`` versions (at least one of each written caption), drawn by
+    (cache.seed, item, number). With token warm-up as many follow that have only their first tags, ever more of them. Where a dropped
+    caption is an empty one, it comes last.
 
     Args:
         item: key of the draws.
@@ -36,7 +36,7 @@ def variants(captions: tuple[str, ...], settings: CaptionSettings, item: str) ->
 
 
 def fixed(caption: str, settings: CaptionSettings) -> str:
-    """The deterministic part: prefix, suffix, separators, trigger."""
+    """A caption without random changes: prefix, suffix, separators, trigger."""
     return _triggered(_framed(_separated(caption, settings), settings), settings)
 
 
@@ -70,7 +70,7 @@ def unread_wildcard(caption: str) -> str | None:
 
 
 def _separated(caption: str, settings: CaptionSettings) -> str:
-    """A caption with the ordinary separator in place of the others."""
+    """A caption with caption_separator in place of the other separators."""
     if settings.keep_tokens_separator:
         pieces = [piece.strip() for piece in caption.split(settings.keep_tokens_separator)]
         caption = _joined([piece for piece in pieces if piece], settings.caption_separator)
@@ -80,7 +80,7 @@ def _separated(caption: str, settings: CaptionSettings) -> str:
 
 
 def _framed(caption: str, settings: CaptionSettings) -> str:
-    """Between prefix and suffix; an empty caption too."""
+    """A caption with prefix and suffix; an empty caption too."""
     return " ".join(part for part in (settings.caption_prefix, caption, settings.caption_suffix) if part)
 
 
@@ -109,7 +109,7 @@ def _parts(text: str, separator: str) -> list[str]:
 
 
 def _rearranged(caption: str, settings: CaptionSettings, source: random.Random, progress: float) -> str:
-    """Parts that are kept, then the others as far as warm-up is, shuffled and thinned out, then the fixed end."""
+    """Tags that are kept, then the others as far as warm-up is, shuffled and dropped, then the fixed end."""
     separator, marker = settings.caption_separator, settings.keep_tokens_separator
     end: list[str] = []
     if marker and marker in caption:

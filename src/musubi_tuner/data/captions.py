@@ -1,9 +1,9 @@
-"""Captions made from captions or from the columns of a JSONL line: the named transforms, and any function. Torch-free.
+"""Captions made from captions or from the columns of a JSONL line: built-in transforms, or any function. Torch-free.
 
-    object_relations   "subject, object, " or "subject, " in front, each for half of the items: one generator seeded 42,
-                       one draw per item in the order of the data set
+    object_relations   puts "subject, object, " or "subject, " in front, each with probability 1/2: one generator with
+                       seed 42, one draw per item in the order of the data set
     imagenet           subject, class, subclass, label, caption, synset, imagenet, joined by commas; the label is left out
-                       where the classifier was confident and wrong
+                       if the classifier was confident and wrong
     package.module:function   called as function(caption, columns) for each caption; returns the new one. The module lies beside
                        the run file, or is installed
 
@@ -22,11 +22,11 @@ from typing import Any
 from musubi_tuner.errors import DataError
 
 Columns = Mapping[str, Any]
-"""A JSONL line; of an image in a folder only its ``image_path``."""
+"""A JSONL line; for an image in a folder only its ``image_path``."""
 Transform = Callable[[list[str], Columns], list[str]]
 """New captions of an item from its captions. Called once for each item of a data set, in order."""
 CONFIDENT = 0.5
-"""From this confidence on, a wrong prediction takes an item's label away."""
+"""At or above this confidence, a wrong prediction removes the label of an item."""
 PREFIXES = ("subject, object, ", "subject, ")
 
 
@@ -42,10 +42,10 @@ def object_relations() -> Transform:
 
 
 def imagenet_caption(caption: str, columns: Columns) -> str:
-    """Caption of an ImageNet item from what is known of it.
+    """Caption of an ImageNet item from its columns.
 
     Args:
-        caption: the prompt it was made from; may be empty.
+        caption: the prompt of the image; may be empty.
         columns: ``semantic_class``, ``semantic_subclass``, ``label``, ``synset_id``, ``pred_confidence``, ``top1_correct``,
             ``top5_correct``; missing ones count as empty, 0 and false.
 
@@ -79,7 +79,7 @@ def _column(columns: Columns, name: str, kind: type, default: Any) -> Any:
 
 
 def make_transform(name: str | None, beside: Path = Path()) -> Transform:
-    """The transform of a data set by its name; None = captions stay as they are.
+    """The transform of a data set by its name; None = captions are not changed.
 
     Args:
         beside: folder in which a module is looked for first.
@@ -116,7 +116,7 @@ def _module(name: str, beside: Path) -> ModuleType:
 
 
 def _own(name: str, beside: Path) -> Transform:
-    """A person's function, whatever it raises or returns told apart."""
+    """A function of the user; errors and wrong results become a `DataError`."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(_module(module, beside), attribute)

@@ -31,9 +31,7 @@ def use_attention(name: Attention, device: torch.device) -> None:
         return
     module, package = _PACKAGES[name]
     if device.type != "cuda":
-        raise ConfigError(
-            f'memory.attention: "{name}" computes on GPUs only, and this run on {device.type}; use "sdpa"'
-        )
+        raise ConfigError(f'memory.attention: "{name}" runs on GPUs only, but this run is on {device.type}; use "sdpa"')
     try:
         found = importlib.import_module(module)
     except ImportError as problem:

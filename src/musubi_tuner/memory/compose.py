@@ -53,7 +53,7 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
     if memory.attention == "flash" and config.train.mixed_precision == "no":
         # Where "no" is written, the rules of the config say it; this is what "auto" has become here.
         raise ConfigError(
-            'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision = "auto" is "no" on this device, which '
+            'memory.attention: "flash" computes in bf16 or fp16, but train.mixed_precision = "auto" is "no" on this device, which '
             'only emulates bfloat16; write train.mixed_precision = "fp16", or use "sdpa"'
         )
     for key in ("blocks_to_swap", "checkpoint_offload"):

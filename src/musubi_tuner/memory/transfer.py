@@ -234,6 +234,6 @@ def transfer_for(device: torch.device, key: str = "memory.blocks_to_swap", *, pi
     """
     engines: dict[str, Callable[[], Transfer]] = {"cuda": lambda: CudaTransfer(device), "cpu": HostTransfer}
     if device.type not in engines:
-        raise ConfigError(f"{key}: nothing can be moved between {device.type} and main memory; turn it off")
+        raise ConfigError(f"{key}: is not supported on {device.type}; turn it off")
     engine = engines[device.type]()
     return engine if pinned else StagedTransfer(device, engine)

@@ -14,8 +14,8 @@ FAMILIES: dict[str, str] = {
 """Architecture code -> dotted name of the family's `ModelSpec`."""
 
 RESERVED: dict[str, str] = {
-    "ff": "FluxFlow is planned and not built yet",
-    "fluxflow": "FluxFlow is planned and not built yet",
+    "ff": "FluxFlow is planned but not supported yet",
+    "fluxflow": "FluxFlow is planned but not supported yet",
 }
 """Codes and names that a user may reasonably ask for, and why they are refused."""
 

@@ -1,11 +1,12 @@
-"""The command behind `train.py`: check everything, print the plan, run the due stages as children, train.
+"""The command behind `train.py`: check everything, print the plan, run the due stages as child processes, train.
 
-Run again = continue: a run goes on from its newest good state, a finished one says so, a changed config is refused with
-the list of differences.
+Running it again continues: a run is resumed from its newest good state, a finished one prints that it is, and a changed config is
+refused with the list of differences.
 """
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -82,15 +83,15 @@ def _parser(spec: ModelSpec | None = None) -> Parser:
     parser = Parser(
         prog="train.py",
         description=_DESCRIPTION,
-        epilog="settings of the run file, also as options:\n" + settings_help(spec),
+        epilog="settings of the run file, which are also options:\n" + settings_help(spec),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="run file (TOML); without it the run files here are listed")
     parser.add_argument("--plan", "--dry_run", action="store_true", help="print the plan and stop")
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder beside run.output_dir")
     parser.add_argument("--cache_only", action="store_true", help="stop after the cache jobs")
-    parser.add_argument("--skip_cache", action="store_true", help="trust the caches as they are")
-    parser.add_argument("--step", metavar="NAME", help="one step of a file that has several")
+    parser.add_argument("--skip_cache", action="store_true", help="use the caches without checking them")
+    parser.add_argument("--step", metavar="NAME", help="run one step of a file with several")
     return parser
 
 
@@ -137,7 +138,7 @@ def _main_launched(
     for option in ("plan", "fresh", "cache_only"):
         if getattr(options, option):
             raise ConfigError(
-                f"--{option}: not under a launcher, which only starts training; run python train.py {options.config} --{option}"
+                f"--{option}: does not work under a launcher, which only trains; run python train.py {options.config} --{option}"
             )
     config = load_config(options.config, overrides)
     config.require(architecture)
@@ -170,7 +171,7 @@ def _run_steps(
         first = steps[0].step
         if is_single and first is not None and first.start != "file":
             raise ConfigError(
-                f"--fresh: step {first.name} starts from the step before it, which a new folder does not have; leave out --step, "
+                f"--fresh: step {first.name} starts from the previous step, which a new folder does not have; leave out --step, "
                 f"or remove {steps[0].output_dir} to train this step again"
             )
         root = fresh_folder(root_of(steps[0]))
@@ -223,7 +224,9 @@ def run_recorded(folder: Path, path: Path, body: Callable[[bool], int]) -> int:
 def _hold(folder: Path) -> AbstractContextManager[bool]:
     """Hold the folder of a run; yields whether it can be written to."""
     return folder_lock(
-        folder, lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here"), must_write=False
+        folder,
+        lambda holder: ConfigError(f"run.output_dir {folder}: {holder} is training here; wait for it or stop it"),
+        must_write=False,
     )
 
 
@@ -257,12 +260,14 @@ def refuse_upstream() -> None:
 
 
 def list_run_files() -> int:
-    """What to do without a config: the run files in ./toml, and the demo."""
+    """Without a run file: list the run files in ./toml, and point to the demo."""
     files = sorted(Path("toml").glob("*.toml"))
     print("usage: python train.py RUN_FILE [options]   (--help lists them)\n")
     for path in files:
-        first, _, _ = read_text(path, ConfigError).partition("\n")
-        print(f"  {path.as_posix():<32} {first.lstrip('# ')}")
+        text = read_text(path, ConfigError)
+        if re.search(r"^\[run\]", text, re.MULTILINE):  # data set files have none
+            about = next((line for line in text.splitlines() if not line.startswith("#:")), "")
+            print(f"  {path.as_posix():<32} {about.lstrip('# ')}")
     if not files:
         print("  no run files in ./toml; run this in the project's folder")
     print("\nNew here? `python train.py toml/demo.toml` trains a small model on pictures it draws itself, in minutes.")
@@ -370,7 +375,7 @@ class Runner:
                     self.config.spec.family.outline_model(self.config)
                 except CheckpointError:
                     teachers = self.options.plan and self.config.spec.expert_keys
-                    late = ", and what it records of its teachers is read then" if teachers else ""
+                    late = ", and its recorded teacher settings are read then" if teachers else ""
                     print(f"  memory   is estimated once the checkpoint is downloaded{late}", flush=True)
                     return None
             check_adapter_file(self.config)
@@ -407,13 +412,13 @@ class Runner:
         if self._demo_is_ready():
             return EXIT_OK
         if self.options.plan:
-            print("the demo first draws its pictures and makes its encoders; the plan follows then")
+            print("the demo has no pictures and encoders yet; run it without --plan to make them")
             return EXIT_OK
         return self._stage(["-m", "musubi_tuner.demo.prepare"])
 
     def _refuse_due(self, due: list[str]) -> None:
         jobs = ", ".join(f"python -m musubi_tuner.caching {kind} {self.config.words}" for kind in due)
-        raise CacheError(f'caches are not complete, and cache.run is "never"; run: {jobs}')
+        raise CacheError(f'caches are not complete, but cache.run is "never"; run: {jobs}')
 
     def _finished(self, plan: "Plan", can_write: bool) -> bool:
         from musubi_tuner.training.checkpoint import CheckpointList, read_values
@@ -432,12 +437,12 @@ class Runner:
             self._tidy()
         print(
             f"this run is finished: {self.config.output_dir / final.model} at step {final.step}. Raise train.max_steps or "
-            "max_epochs to train on (--plan says what the learning rate would do), or use --fresh to start over"
+            "max_epochs to continue (--plan shows what the learning rate would be), or use --fresh to start over"
         )
         return True
 
     def _tidy(self) -> None:
-        """Clear up behind a start that was killed after its last checkpoint was listed."""
+        """Clean up after a start that was killed after its last checkpoint was listed."""
         from musubi_tuner.training.checkpoint import tidy
 
         folder, save = self.config.output_dir, self.config.save
@@ -477,7 +482,7 @@ class Runner:
 
 
 def run_beside_agent() -> int:
-    """Run this very command as a child.
+    """Run the same command as a child process.
 
     The agent of `accelerate launch` and torchrun kills its processes 30 seconds after a signal. It then kills this one, and the
     child goes on until its state is written.
@@ -510,7 +515,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
         plan = make_plan(config, processes, download=False, encodes=False)
         if plan.due:
             jobs = "\n  ".join(f"python -m musubi_tuner.caching {kind} {config.words}" for kind in plan.due)
-            raise CacheError(f"caches are not complete, and nothing is encoded under a launcher; run:\n  {jobs}")
+            raise CacheError(f"caches are not complete, but nothing is encoded under a launcher; run:\n  {jobs}")
         show_plan(config, describe(config, plan, processes), prints=int(os.environ.get("RANK", "0")) == 0)
         items = plan.found.items
     from musubi_tuner.training.loop import train

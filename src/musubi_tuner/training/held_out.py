@@ -1,4 +1,4 @@
-"""The split of a run: one that goes on keeps the split of its state, whatever the rule is now."""
+"""The validation split of a run: a resumed run keeps the split of its state, even if the rule has changed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,14 @@ _SHOWN = 3
 
 
 def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """What is trained and what is held out; see `hold_out`."""
+    """The trained and the held-out items; see `hold_out`."""
     return _recorded(config, items) or new_split(config, items)
 
 
 def new_split(
     config: RunConfig, items: Sequence[Item], pictures: Mapping[str, str] | None = None
 ) -> tuple[list[Item], list[Item]]:
-    """The split of a run that begins; regularisation images are trained, and not measured, but for copies of what is measured."""
+    """The split of a new run; regularisation images are trained and not measured, except copies of what is measured."""
     if not config.validation.split:
         return list(items), []
     pictures = pictures or pictures_of(items)
@@ -29,7 +29,7 @@ def new_split(
 
 
 def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
-    """A line for a person where the state of a run splits otherwise than a run that begins; None where it does not."""
+    """A message if the split of the state differs from that of a new run; None if it does not."""
     recorded = _recorded(config, items)
     if recorded is None:
         return None
@@ -40,19 +40,19 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     if before == after:
         return None
     text = (
-        f"this run keeps the split of its state; a new one would hold out {len(after)} images, and "
-        f"{len(before ^ after)} would be on the other side"
+        f"this run keeps the validation split of its state; a new run would hold out {len(after)} images, and "
+        f"{len(before ^ after)} images would change sides"
     )
     measured = {pictures[item.key]: item for item in held_out}
     both = [f"{item.path} as {measured[pictures[item.key]].path}" for item in trained if pictures[item.key] in measured]
     if both:
         shown = ", ".join(both[:_SHOWN]) + (", ..." if len(both) > _SHOWN else "")
-        text += f". {len(both)} of its trained files are held-out pictures ({shown}), so loss/val is too low"
-    return f"{'warning' if both else 'note'}: {text}. --fresh starts over with the new split"
+        text += f". {len(both)} of the trained files are copies of held-out pictures ({shown}), so loss/val is too low"
+    return f"{'warning' if both else 'note'}: {text}. Use --fresh to start over with the new split"
 
 
 def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]] | None:
-    """The split of the state from which the run goes on; None without a state, or where its data set is another one."""
+    """The split of the state from which the run is resumed; None without a state, or if its data sets are different."""
     if not config.validation.split:
         return None
     values = peek_state(config)

@@ -494,7 +494,7 @@ FOREIGN_STARTS = {
     b"pk\x03\x04": "is a torch file (pickle) under the name of a safetensors file; rename it to .pt",
     b"\x80\x02": "is a torch file (pickle) under the name of a safetensors file; rename it to .pt",
     b"gguf": "is a GGUF file, which cannot be read; use the safetensors file",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with git lfs pull",
     b"<!doctype": "is a web page, not the file itself; use its download link",
     b"<html": "is a web page, not the file itself; use its download link",
 }

@@ -34,12 +34,14 @@ def row(name: str) -> str:
         section, families = key.partition(".")[0], []
         for code in MODELS:
             has = section in ("general", "datasets") or key in {p.key for p in parameters(MODELS[code])}
-            families.append("acts" if has else MODELS[code].why_not(key, True) or "refused: not of this family")
+            families.append("supported" if has else MODELS[code].why_not(key, True) or "refused: not of this family")
         what = f"`{key}`" + (f", {entry.rule}" if entry is not None and entry.rule else "")
         return f"| `{name}` | {what} | {' | '.join(families)} | {TESTS.get(section, '')} |"
     found = answer(name, True, None)
     assert entry is not None and found is not None, name
-    why = f"refused where it is on: it {entry.refused}" if entry.refused else f"accepted and left out: {entry.harmless}"
+    why = (
+        f"refused unless it is off: it {entry.refused}" if entry.refused else f"accepted and left out: {entry.harmless}"
+    )
     return f"| `{name}` | {why} | | | config/test_names.py |"
 
 

@@ -20,7 +20,7 @@ STEPS = f'{DATA}[[steps]]\nname = "good"\n[[steps]]\nname = "bad"\ntrain = {{max
 )
 def test_settings_are_refused_where_no_run_is_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--lr", "1e-4"]) == 2
-    assert f"{words[0]}: takes no settings of a run, and optimizer.lr was given" in capsys.readouterr().err
+    assert f"{words[0]}: takes no settings of a run; remove optimizer.lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["validate"], ["resolve"]])
@@ -31,7 +31,7 @@ def test_settings_act_where_a_run_is_read(words: list[str], write: Write, capsys
 
 def test_data_sets_are_taken_in_or_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", "a.toml", "-o", "b.toml", "--dataset", "d.toml", "--dataset_config", "d.toml"]) == 2
-    assert "--dataset takes the data sets into the run file" in capsys.readouterr().err
+    assert "--dataset copies the data sets into the run file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

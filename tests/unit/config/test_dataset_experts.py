@@ -93,26 +93,28 @@ def test_what_a_dataset_cannot_say(value: str, message: str, problems: Problems)
 )
 def test_features_made_in_different_ways_are_not_mixed(key: str, value: str, problems: Problems) -> None:
     assert problems(data=data("", f"experts = {{{key} = {value}}}")) == [
-        f"datasets[1].experts.{key}: is one for the whole run: features made in different ways must not be mixed. "
-        f"Set experts.{key}"
+        f"datasets[1].experts.{key}: must be the same for the whole run, because features made in different ways must "
+        f"not be mixed; set experts.{key}"
     ]
 
 
 def test_teachers_are_not_inherited_from_general(problems: Problems) -> None:
     assert problems(data="[general]\nexperts = false\n" + data()) == [
-        "general.experts: belongs in [[datasets]]; it is not inherited"
+        "general.experts: belongs in [[datasets]], not in [general]; move it there"
     ]
 
 
 def test_dataset_cannot_turn_on_a_teacher_that_the_run_does_not_learn_from(problems: Problems) -> None:
     (message,) = problems(experts="enable_sol = false", data=data("", "experts = {enable_sol = true}"))
-    assert message.startswith("datasets[1].experts.enable_sol: is true, but experts.enable_sol is false, and a dataset")
+    assert message.startswith(
+        "datasets[1].experts.enable_sol: is true, but experts.enable_sol is false, and a data set"
+    )
 
 
 @pytest.mark.parametrize("off", ["experts = false", "experts = {enable_sol = false}"])
 def test_teacher_that_no_dataset_has_is_refused(off: str, problems: Problems) -> None:
     found = problems(data=data(off, "experts = {enable_sol = false}", "experts = false"))
-    expected = "is true, but every dataset turns it off; set it to false, or leave it on in one"
+    expected = "is true, but every data set turns it off; set it to false, or leave it on in one"
     assert f"experts.enable_sol: {expected}" in found
     assert (f"experts.enable_lune: {expected}" in found) is False
 
@@ -134,14 +136,14 @@ def test_teacher_without_a_unet_is_refused_only_where_a_dataset_wants_it(load: L
     own = 'experts = {unet = "unet.safetensors"}'
     assert load(without=("experts.unet",), data=data(own, "experts = false", own)).experts.unet is None
     (message,) = problems(without=("experts.unet",), data=data(own, "experts = false"))
-    assert message.startswith("experts.unet: is needed to cache teacher features")
+    assert message.startswith("experts.unet: is required to cache teacher features")
 
 
 def test_teacher_that_sees_images_needs_its_autoencoder_in_every_dataset(load: Load, problems: Problems) -> None:
     sees, own = 'expert_input = "noised_image"', 'experts = {vae = "vae.safetensors"}'
     load(experts=sees, data=data(own, "experts = false", own))
     (message,) = problems(experts=sees, data=data(own, "experts = false"))
-    assert message.startswith('experts.vae: is needed by expert_input = "noised_image"')
+    assert message.startswith('experts.vae: is required by expert_input = "noised_image"')
 
 
 def test_missing_file_of_a_dataset_is_named(problems: Problems) -> None:
@@ -164,9 +166,9 @@ def test_missing_file_of_a_dataset_is_named(problems: Problems) -> None:
         ("enable_lune = false\nenable_sol = false", ("experts = false",),
          ["datasets[0].experts: has no effect because experts.enable_lune and enable_sol are false"]),
         ("time_buckets = 4", ("experts = {time_buckets = 3}", "experts = {time_buckets = 5}", "experts = false"),
-         ["experts.time_buckets: has no effect because every dataset with teachers has its own"]),
+         ["experts.time_buckets: has no effect because every data set with teachers has its own"]),
         ("lune = 'unet.safetensors'", ("experts = {lune = 'vae.safetensors'}", *["experts = {enable_lune = false}"] * 2),
-         ["experts.lune: has no effect because every dataset with teachers has its own"]),
+         ["experts.lune: has no effect because every data set with teachers has its own"]),
         ("time_buckets = 4", ("experts = {time_buckets = 3}", "experts = {enable_sol = false}", "experts = false"), []),
     ],
 )  # fmt: skip

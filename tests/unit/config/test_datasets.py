@@ -127,7 +127,7 @@ def test_wrong_value_in_general_is_reported_there_once(problems: Problems) -> No
 def test_caption_extension_needs_its_dot(where: str, problems: Problems) -> None:
     line = 'caption_extension = "txt"\n'
     data = f"[general]\n{line}{IMAGES}" if where == "general" else f"{IMAGES}{line}"
-    assert problems(data=data) == ["datasets[0].caption_extension: is 'txt', it must begin with a dot"]
+    assert problems(data=data) == ["datasets[0].caption_extension: is 'txt', expected a dot at the start, as in '.txt'"]
 
 
 # Keys
@@ -154,7 +154,7 @@ def test_unknown_key_of_general(problems: Problems) -> None:
 @pytest.mark.parametrize("key", ["image_directory", "image_jsonl_file", "cache_directory", "mask_directory"])
 def test_key_that_is_not_inherited_is_refused_in_general(key: str, problems: Problems) -> None:
     assert problems(data=f'[general]\n{key} = "images"\n{IMAGES}') == [
-        f"general.{key}: belongs in [[datasets]]; it is not inherited"
+        f"general.{key}: belongs in [[datasets]], not in [general]; move it there"
     ]
 
 
@@ -172,7 +172,9 @@ def test_key_that_is_not_inherited_is_refused_in_general(key: str, problems: Pro
     ],
 )
 def test_video_is_refused(key: str, problems: Problems) -> None:
-    assert problems(data=f"{IMAGES}{key} = 1\n") == [f"datasets[0].{key}: this architecture trains on images only"]
+    assert problems(data=f"{IMAGES}{key} = 1\n") == [
+        f"datasets[0].{key}: is for videos, and this architecture trains on images only; remove the key"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +186,8 @@ def test_video_is_refused(key: str, problems: Problems) -> None:
         ("flux_kontext_no_resize_control", "control images are for editing models; this architecture takes none"),
         ("qwen_image_edit_no_resize_control", "control images are for editing models; this architecture takes none"),
         ("qwen_image_edit_control_resolution", "control images are for editing models; this architecture takes none"),
-        ("multiple_target", "layered targets are for another architecture"),
-        ("mask_path", "it is a column of image_jsonl_file; a folder of masks is mask_directory"),
+        ("multiple_target", "layered targets are for other architectures"),
+        ("mask_path", "it is a column of image_jsonl_file; for a folder of masks use mask_directory"),
     ],
 )
 def test_key_that_is_not_supported_is_refused_with_its_reason(key: str, reason: str, problems: Problems) -> None:
@@ -195,7 +197,7 @@ def test_key_that_is_not_supported_is_refused_with_its_reason(key: str, reason: 
 @pytest.mark.parametrize("key", ["fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"])
 def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warnings_of: Callable[..., list[str]]) -> None:
     assert warnings_of(data=f"{IMAGES}{key} = 1\n") == [
-        f"datasets[0].{key}: belongs to another architecture and has no effect"
+        f"datasets[0].{key}: is for another architecture and has no effect; remove the key"
     ]
 
 
@@ -204,18 +206,18 @@ def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warning
 
 def test_dataset_without_a_source(problems: Problems) -> None:
     assert problems(data="[[datasets]]\nresolution = 512\n") == [
-        "datasets[0]: needs image_directory or image_jsonl_file"
+        "datasets[0]: has no images; set image_directory or image_jsonl_file"
     ]
 
 
 def test_dataset_with_two_sources(problems: Problems) -> None:
     data = f'{IMAGES}image_jsonl_file = "list.jsonl"\ncache_directory = "cache"\n'
-    assert problems(data=data) == ["datasets[0]: has image_directory and image_jsonl_file; keep one"]
+    assert problems(data=data) == ["datasets[0]: has both image_directory and image_jsonl_file; keep one"]
 
 
 def test_listing_without_a_cache_folder(problems: Problems) -> None:
     assert problems(data='[[datasets]]\nimage_jsonl_file = "list.jsonl"\n') == [
-        "datasets[0].cache_directory: is required with image_jsonl_file"
+        "datasets[0].cache_directory: is required with image_jsonl_file; name the folder for cache files"
     ]
 
 
@@ -224,7 +226,7 @@ def test_no_dataset_at_all(data: str, problems: Problems) -> None:
     # The last case is written above all tables, where a bare key belongs to the top.
     changes = {"top": data, "data": ""} if data.startswith("datasets") else {"data": data}
     assert problems(**changes) == [
-        "datasets: no dataset given; add [[datasets]] with image_directory or image_jsonl_file"
+        "datasets: no data set given; add [[datasets]] with image_directory or image_jsonl_file"
     ]
 
 
@@ -262,7 +264,7 @@ def test_two_datasets_may_not_share_a_cache_folder(second: str, problems: Proble
     (project / "list.jsonl").touch()
     (project / "link").symlink_to(project / "images")
     assert problems(data=IMAGES + second) == [
-        f"datasets[1].cache_directory: is {project / 'images'}, which datasets[0] uses too; give each dataset its own"
+        f"datasets[1].cache_directory: is {project / 'images'}, which datasets[0] uses too; give each data set its own"
     ]
 
 
@@ -317,8 +319,8 @@ def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
     [
         (f"{IMAGES}enable_bucket = false\nbucket_no_upscale = true", "datasets[0].bucket_no_upscale", "enable_bucket"),
         (f"[general]\nenable_bucket = false\nbucket_no_upscale = true\n{IMAGES}", "general.bucket_no_upscale", "enable_bucket"),
-        (f'{IMAGES}random_crop = true\nresize = "squash"', "datasets[0].random_crop", '"squash", which crops nothing'),
-        (f'[general]\nrandom_crop = true\nresize = "squash"\n{IMAGES}', "general.random_crop", '"squash", which crops nothing'),
+        (f'{IMAGES}random_crop = true\nresize = "squash"', "datasets[0].random_crop", '"squash", which does not crop'),
+        (f'[general]\nrandom_crop = true\nresize = "squash"\n{IMAGES}', "general.random_crop", '"squash", which does not crop'),
         (f"{LISTING}recursive = true", "datasets[0].recursive", "image_jsonl_file"),
         (f'{LISTING}caption_extension = ".caption"', "datasets[0].caption_extension", "image_jsonl_file"),
     ],
@@ -390,13 +392,19 @@ def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load,
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ('mask_source = "file"', 'mask_directory: is missing, and mask_source is "file"; name the folder of the files'),
-        ('mask_source = "smpl"', 'mask_directory: is missing, and mask_source is "smpl"; name the folder of the files'),
+        (
+            'mask_source = "file"',
+            'mask_directory: is missing, but mask_source is "file"; name the folder of the mask files',
+        ),
+        (
+            'mask_source = "smpl"',
+            'mask_directory: is missing, but mask_source is "smpl"; name the folder of the mask files',
+        ),
         (
             'mask_source = "product"\nmask_directory = "images2"',
-            'mask_directory: is given, but mask_source is "product", which reads no mask files; keep one',
+            'mask_directory: is set, but mask_source is "product", which reads no mask files; keep one',
         ),
-        ('alpha_mask = true\nmask_directory = "images2"', "alpha_mask: is true, and mask_directory is given; keep one"),
+        ('alpha_mask = true\nmask_directory = "images2"', "alpha_mask: is true, but mask_directory is set; keep one"),
         ('alpha_mask = true\nmask_source = "product"', 'alpha_mask: is true, but mask_source is "product"; keep one'),
         (
             'alpha_mask = false\nmask_source = "alpha"',
@@ -404,7 +412,7 @@ def test_listing_takes_masks_from_its_lines_unless_it_says_otherwise(load: Load,
         ),
         (
             'mask_directory = "images"',
-            "mask_directory: is the image_directory; put the masks into a folder of their own",
+            "mask_directory: is the same as image_directory; put the masks into a separate folder",
         ),
         ('mask_directory = "no"', "mask_directory: no: no such folder"),
         ('mask_source = "red"', "mask_source: is 'red', expected one of none, file, alpha, product, smpl, imported"),
@@ -420,7 +428,7 @@ def test_masks_that_contradict_each_other_are_refused(
 def test_listing_has_no_mask_folder(problems: Problems, project: Path) -> None:
     (project / "list.jsonl").touch()
     assert problems(data=f'{LISTING}mask_directory = "images"\n') == [
-        "datasets[0].mask_directory: belongs to image_directory; lines of image_jsonl_file name their mask in mask_path"
+        "datasets[0].mask_directory: is for image_directory; in image_jsonl_file each line names its mask as mask_path"
     ]
 
 
@@ -474,8 +482,8 @@ def test_columns_of_captions_belong_to_a_listing(load: Load, problems: Problems,
     dataset = only(load(data=LISTING + keys))
     assert (dataset.caption_columns, dataset.caption_transform) == (("a", "b"), "imagenet")
     assert problems(data=IMAGES + keys) == [
-        "datasets[0].caption_columns: names columns of image_jsonl_file; remove the key",
-        'datasets[0].caption_transform: "imagenet" reads columns of image_jsonl_file',
+        "datasets[0].caption_columns: names columns of image_jsonl_file, which is not set; remove the key",
+        'datasets[0].caption_transform: is "imagenet", which reads columns of image_jsonl_file; set image_jsonl_file, or remove the key',
     ]
 
 
@@ -509,7 +517,7 @@ def test_buckets_take_a_step_and_sides(load: Load) -> None:
     [
         ("bucket_reso_steps = 20", "bucket_reso_steps: is 20, expected a multiple of 8: 16 or 24"),
         ("min_bucket_reso = 1024", "min_bucket_reso: is 1024, above the resolution 512x512"),
-        ("max_bucket_reso = 256", "max_bucket_reso: is 256, less than the resolution 512x512"),
+        ("max_bucket_reso = 256", "max_bucket_reso: is 256, below the resolution 512x512"),
         ("min_bucket_reso = 512\nmax_bucket_reso = 512\nresolution = 256", "min_bucket_reso: is 512, above the resolution 256x256"),
     ],
 )  # fmt: skip

@@ -18,10 +18,10 @@ def safetensors(path: Path, *names: str, cut: int = 0) -> Path:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         (b"\n<!DOCTYPE HTML><html>", "is a web page"),
         (b"GGUF\x03", "is a GGUF file"),
-        (b"PK\x03\x04archive", "is a pickle of torch under the ending .safetensors"),
+        (b"PK\x03\x04archive", "is a torch pickle with the extension .safetensors"),
         (b"", None),
     ],
 )
@@ -40,9 +40,9 @@ def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arch", "expected"),
     [
-        ("double_blocks.0.attn.txt_qkv.weight", "fd", "holds TinyFlux-Deep, and model.arch is"),
+        ("double_blocks.0.attn.txt_qkv.weight", "fd", "holds TinyFlux-Deep, but model.arch is"),
         ("double_blocks.0.attn.txt_qkv.weight", "tf", None),
-        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "tf", "holds FLUX.1-dev, and model.arch is"),
+        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "tf", "holds FLUX.1-dev, but model.arch is"),
         ("double_blocks.0.img_mod.lin.weight", "fd", None),
         ("model.diffusion_model.input_blocks.0.0.weight", "fd", "holds a U-Net of Stable Diffusion"),
         ("anything", "fd", None),
@@ -59,5 +59,5 @@ def test_a_checkpoint_of_the_other_family_is_refused_in_a_run_file(
     safetensors(project / "model.safetensors", "single_blocks.0.attn.qkv.weight")
     found = problems(model='arch = "fd"', without=("experts.unet",))
     assert found == [
-        'model.path: model.safetensors: holds TinyFlux-Deep, and model.arch is "fd"; write arch = "tf", or name another file'
+        'model.path: model.safetensors: holds TinyFlux-Deep, but model.arch is "fd"; write arch = "tf", or name another file'
     ]

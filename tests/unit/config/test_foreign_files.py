@@ -403,7 +403,7 @@ def test_folders_with_repeats_become_data_sets(option: str, project: Path) -> No
     ]
     assert found == [("1_dog", 1, "dog"), ("5_sks_cat", 5, "sks_cat")]
     left_out = dict(read_foreign(Path("lycoris.toml")).report.dropped_harmless)[f"(folders of {option})"]
-    assert left_out.endswith("left out there too: 0_off, notes")
+    assert left_out.endswith("left out, as in sd-scripts: 0_off, notes")
     assert config.optimizer.lr == 5e-5  # unet_lr decides
 
 
@@ -587,9 +587,9 @@ def test_what_becomes_of_keys_of_ai_toolkit(text: str, became: str, key: str, pr
     ("name", "text", "code", "expected"),
     [
         ("a.yaml", "job: [", 2, "not valid YAML"),
-        ("a.txt", "nothing here", 2, "no command with a script and options"),
+        ("a.txt", "nothing here", 2, "no command with a .py script and --options"),
         ("a.json", '{"x": 1}', 2, "is not the training_config.json of a known trainer"),
-        ("a.toml", 'schema_version = 1\n[run]\nname = "x"', 2, "is a run file already"),
+        ("a.toml", 'schema_version = 1\n[run]\nname = "x"', 2, "is already a run file"),
         ("a.yaml", JOB.format("5"), 1, "expected a list with one process"),
         ("a.yaml", JOB.format("{datasets: 5}"), 1, "is 5, expected a list"),
         ("a.yaml", JOB.format("{train: {max_denoising_steps: abc}}"), 1, "expected a whole number"),
@@ -718,7 +718,7 @@ def test_what_belongs_to_the_shell_is_no_value(line: str, options: dict[str, Any
     [
         ({"datasets": 5}, "expected [[datasets]]"),
         ({"datasets": [5]}, "expected [[datasets]]"),
-        ({"network_args": ["betas=" + "(" * 5000], "loss_type": []}, "is not built"),
+        ({"network_args": ["betas=" + "(" * 5000], "loss_type": []}, "is not supported"),
         ({"base_weights": [None]}, "write a value"),
     ],
 )

@@ -222,23 +222,23 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
         ),
         (
             {"network_module": "networks.loha"},
-            "network_module: networks.loha: is not built; known: networks.lora_tinyflux",
+            "network_module: networks.loha: is not supported; known: networks.lora_tinyflux",
         ),
-        ({"network_args": ["rank_drop=0.1"]}, "network_args: rank_drop is not built; known: exclude_patterns"),
+        ({"network_args": ["rank_drop=0.1"]}, "network_args: rank_drop is not supported; known: exclude_patterns"),
         ({"network_args": ["foo"]}, "network_args: 'foo' is not of the form key=value"),
-        ({"flash3": True}, 'flash3: is true, which is not built; memory.attention = "flash"'),
+        ({"flash3": True}, 'flash3: is true, which is not supported; use memory.attention = "flash"'),
         ({"sage_attn": True}, "sage_attn: is true, which has no backward pass"),
         ({"dynamo_backend": "INDUCTOR"}, "dynamo_backend: is 'INDUCTOR'; use compile and compile_backend"),
         (
             {"optimizer_args": ["relative_step=False"]},
-            "optimizer_args: relative_step is not built; known: betas, weight_decay, eps",
+            "optimizer_args: relative_step is not supported; known: betas, weight_decay, eps",
         ),
-        ({"fsdp": True}, "fsdp: is true, which is not built: every process holds the whole model"),
+        ({"fsdp": True}, "fsdp: is true, which is not supported: every process holds the whole model"),
         (
             {"fused_backward_pass": True},
-            "fused_backward_pass: is true, which is not built: gradients are clipped and checked together",
+            "fused_backward_pass: is true, which is not supported: gradients are clipped and checked together",
         ),
-        ({"full_bf16": True}, "full_bf16: is true, which is not built: what trains is held in float32"),
+        ({"full_bf16": True}, "full_bf16: is true, which is not supported: what trains is held in float32"),
         ({"log_with": "aim"}, 'log_with: is "aim", expected one of none, tensorboard, wandb, all'),
         ({"blocks_to_swap": 54}, "memory.blocks_to_swap: is 54, at most 53 of 19 double_blocks + 38 single_blocks"),
         ({"max_train_epochs": None, "max_train_steps": "10.5"}, "train.max_steps: is 10.5, expected a whole number"),
@@ -331,7 +331,7 @@ def test_command_writes_a_run_file(project: Path, capsys: pytest.CaptureFixture[
     assert main(["import", "flat.toml", "-o", "run.toml"]) == 0
     said = capsys.readouterr().out
     assert "carried    learning_rate -> optimizer.lr = 8e-05" in said
-    assert "write into its [general]: resolution = [960, 544], enable_bucket = false" in said
+    assert "unless it sets them: resolution = [960, 544], enable_bucket = false" in said
     assert load_config(project / "run.toml").adapter.rank == 16
     assert main(["import", "flat.toml", "-o", "run.toml"]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_equals_counting_by_hand(
 def test_nothing_to_train_on(buckets: list[tuple[int, int]]) -> None:
     with pytest.raises(ConfigError) as caught:
         calculate_steps(buckets, max_epochs=1)
-    assert str(caught.value) == "there is nothing to train on: no dataset has a usable image"
+    assert str(caught.value) == "there is nothing to train on: no data set has a usable image"
 
 
 def test_a_budget_is_required() -> None:

@@ -288,13 +288,13 @@ def test_a_key_of_another_family_is_reported_with_what_else_is_wrong(problems: P
         objective="min_timestep = 9\nmax_timestep = 3",
         without=("experts.unet",),
     )
-    assert "model.rope_freqs: is a setting of TinyFlux-Deep; FLUX.1-dev has none like it" in found
-    assert "objective.min_timestep: is 9, not below max_timestep = 3" in found
+    assert "model.rope_freqs: is a setting of TinyFlux-Deep; FLUX.1-dev does not have it" in found
+    assert "objective.min_timestep: is 9, expected a value below max_timestep = 3" in found
 
 
 def test_both_names_of_one_section_are_one_error(problems: Problems) -> None:
     assert problems(accelerate="num_processes = 2", distributed="num_processes = 2") == [
-        "accelerate: is another spelling of [distributed]; keep one"
+        "accelerate: is another name of [distributed]; keep one"
     ]
 
 
@@ -420,7 +420,7 @@ def test_secret_value_is_never_printed(problems: Problems) -> None:
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
-        ("run.name", "run.name: is required. Name of the run; every output file begins with it."),
+        ("run.name", "run.name: is required. Name of the run; names of output files begin with it."),
         ("run.output_dir", "run.output_dir: is required. Folder for checkpoints, states, samples and logs."),
         ("model.arch", "model.arch: is required. Code or full name of the model family."),
     ],
@@ -460,7 +460,7 @@ def test_other_schema_version_is_refused(version: str, tmp_path: Path) -> None:
             "sdxl",
             "'sdxl': is one of the U-Net models, which this program does not train. Supported: tf, tinyflux, fd, flux_dev",
         ),
-        ("ff", "'ff': FluxFlow is planned and not built yet. Supported: tf, tinyflux, fd, flux_dev"),
+        ("ff", "'ff': FluxFlow is planned but not supported yet. Supported: tf, tinyflux, fd, flux_dev"),
     ],
 )
 def test_unknown_or_reserved_family(arch: str, message: str, problems: Problems) -> None:
@@ -488,7 +488,7 @@ def test_all_problems_are_reported_together_with_those_of_the_datasets(problems:
     )
     assert sorted(found) == [
         "datasets[0].image_directry: unknown key. Did you mean 'image_directory'?",
-        "datasets[0]: needs image_directory or image_jsonl_file",
+        "datasets[0]: has no images; set image_directory or image_jsonl_file",
         "general.batch_size: is True, expected a whole number at least 1 and at most 4096",
         "qqq: unknown key.",
         "run.seed: is 'a', expected a whole number at least 0 and below 4294967296",
@@ -499,7 +499,7 @@ def test_all_problems_are_reported_together_with_those_of_the_datasets(problems:
 def test_problems_between_settings_are_reported_with_those_of_the_datasets(problems: Problems) -> None:
     found = problems(without=("model.path",), data="[[datasets]]\n")
     assert found == [
-        "datasets[0]: needs image_directory or image_jsonl_file",
+        "datasets[0]: has no images; set image_directory or image_jsonl_file",
         'model.path: is required; or set init = "scratch" to train a new model',
     ]
 
@@ -585,14 +585,14 @@ def test_nesting_without_end_is_not_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("max_train_steps = 100", "It is no option file of musubi-tuner or sd-scripts either"),
-        ("job = 'extension'", "It is a file of ai-toolkit: python -m musubi_tuner.config import"),
+        ("max_train_steps = 100", "It is not an option file of musubi-tuner or sd-scripts either"),
+        ("job = 'extension'", "It is a file of ai-toolkit; convert it with python -m musubi_tuner.config import"),
     ],
 )
 def test_other_option_files_are_refused(line: str, what: str, tmp_path: Path) -> None:
     refusal = refusal_of(f"{line}\n", tmp_path)
-    head = f"{tmp_path / 'run.toml'}: has neither schema_version nor [run] nor [model], so it is not a run file. {what}"
-    assert refusal.startswith(head) and refusal.endswith("; toml/tinyflux.toml shows the form expected here")
+    head = f"{tmp_path / 'run.toml'}: has no schema_version, [run] or [model], so it is not a run file. {what}"
+    assert refusal.startswith(head) and refusal.endswith("; see toml/tinyflux.toml for an example")
 
 
 # dataset_config
@@ -762,10 +762,10 @@ def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], 
          "full, progressive. Did you mean 'character'?"),
         ('kinds = ["single_mpl"]', "adapter.kinds: has 'single_mpl', expected one of double_attn, single_attn, single_mlp, "
          "double_mlp, modulation. Did you mean 'single_mlp'?"),
-        ("kinds = []", "adapter.kinds: is empty, so no layer would be adapted"),
+        ("kinds = []", "adapter.kinds: is empty, so no layer would be adapted; name a kind, or remove the key"),
         ('targets = [{pattern = "a.[1", rank = 2}]',
          "adapter.targets[0].pattern: 'a.[1': a bracket is not closed; expected [2], [2-5] or [2,4,7]"),
-        ('targets = [{pattern = "a"}]', "adapter.targets[0]: sets nothing for 'a'; give rank, for example"),
+        ('targets = [{pattern = "a"}]', "adapter.targets[0]: sets nothing for 'a'; set rank, for example"),
         ("targets = [{rank = 2}]", "adapter.targets[0]: has no pattern"),
         ('targets = [{pattern = "a", rank = 0}]',
          "adapter.targets[0].rank: is 0, expected a whole number at least 1 and at most 1024"),
@@ -780,7 +780,7 @@ def test_kinds_of_a_family_without_any(problems: Callable[..., list[str]]) -> No
     (message,) = [
         text for text in problems(adapter=LORA + 'kinds = ["single_attn"]', model='arch = "fd"') if "adapter" in text
     ]
-    assert message == "adapter.kinds: does not apply to FLUX.1-dev, which has none"
+    assert message == "adapter.kinds: does not apply to FLUX.1-dev, which has none; remove it"
 
 
 def test_sizes_beside_those_of_a_file_are_warned_of(load: Callable[..., RunConfig], project: Path) -> None:

@@ -115,7 +115,7 @@ def test_one_value_in_two_spellings(load: Any, problems: Any) -> None:
         found.code for found in load(optimizer="lr = 1e-4\nlearning_rate = 1e-4").findings if found.level == "warning"
     ] == ["U05"]
     assert problems(optimizer="lr = 1e-4\nlearning_rate = 2e-4") == [
-        "optimizer.learning_rate: is 0.0002, and optimizer.lr, another name of it, is 0.0001; keep one"
+        "optimizer.learning_rate: is 0.0002, but optimizer.lr, another name of it, is 0.0001; keep one"
     ]
 
 
@@ -151,7 +151,7 @@ def test_conversions_say_what_they_expect() -> None:
 def test_explaining_a_key(capsys: pytest.CaptureFixture[str]) -> None:
     text = explain_key("network_dim")
     assert text.startswith("adapter.rank\n") and "also     network_dim" in text
-    assert "is refused where it is on" in explain_key("clip_skip")
+    assert "is refused unless it is off" in explain_key("clip_skip")
     assert "another name of general.batch_size" in explain_key("train_batch_size")
     with pytest.raises(ConfigError, match=r"Did you mean 'optimizer\.lr'"):
         explain_key("optimizer.lt")

@@ -63,11 +63,11 @@ def test_patterns_of_published_files(pattern: str, path: str, expected: bool) ->
         ("single_blocks.[1.qkv", "a bracket is not closed"),
         ("single_blocks.1].qkv", "a bracket is not closed"),
         ("single_blocks.[[1]].qkv", "a bracket is not closed"),
-        ("single_blocks.[].qkv", r"\[\] is no list"),
-        ("single_blocks.[1,].qkv", r"\[1,\] is no list"),
-        ("single_blocks.[a-b].qkv", r"\[a-b\] is no list"),
-        ("single_blocks.[5-2].qkv", "must rise"),
-        ("single_blocks.[0-99999999999].qkv", "must rise, by less than 10000"),
+        ("single_blocks.[].qkv", r"\[\] is not a list"),
+        ("single_blocks.[1,].qkv", r"\[1,\] is not a list"),
+        ("single_blocks.[a-b].qkv", r"\[a-b\] is not a list"),
+        ("single_blocks.[5-2].qkv", "must be an ascending range"),
+        ("single_blocks.[0-99999999999].qkv", "ascending range of at most 10000"),
     ],
 )
 def test_unreadable_pattern(pattern: str, message: str) -> None:

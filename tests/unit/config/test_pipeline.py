@@ -93,10 +93,10 @@ def test_an_option_for_one_step_reaches_those_that_start_from_it(write: Any, tmp
     with pytest.raises(ConfigError, match=r"step v1\.5 trains an adapter"):
         load_steps(path, {"steps.v1.5.adapter.type": "lora"})
     for option, expected in (
-        ("steps.d.train.max_steps", "names no step. The steps are a, v1.5, c"),
-        ("steps.a.run.output_dir", "run.output_dir: belongs to the file"),
+        ("steps.d.train.max_steps", "no step has this name. The steps are a, v1.5, c"),
+        ("steps.a.run.output_dir", "run.output_dir: belongs in [run] of the file"),
         ("steps.a.name", "cannot be changed by an option"),
-        ("steps.a", "has no key; write steps.a.section.key=..."),
+        ("steps.a", "names a step but no setting; write steps.a.section.key=..."),
         ("steps.a.train.max_step", "train.max_step: unknown key. Did you mean 'max_steps'?"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -113,7 +113,9 @@ def test_an_option_for_the_file_does_not_replace_what_a_step_takes_over(write: A
     assert second.model.path == str(tmp_path / "out/01-a:final")
     said = {found.key: found.reason for found in second.findings}
     assert said["train.max_steps"].endswith("to change it there: --set steps.b.train.max_steps=...")
-    assert said["model.path"].endswith("takes this from step a; to start as the file says: --set steps.b.start=file")
+    assert said["model.path"].endswith(
+        "is taken by step b from step a, so the option has no effect; to start from the file: --set steps.b.start=file"
+    )
     first, second = load_steps(path, {"model.geometry.num_double_layers": 3})
     assert (first.model.geometry, second.model.geometry) == ({"num_double_layers": 3}, {})
 
@@ -193,7 +195,7 @@ def test_two_data_sets_of_one_name_and_option_files_are_refused(write: Any, tmp_
         load_steps(write({"name": "a", "use": ["cats"]}, datasets=data))
     option_file = tmp_path / "options.toml"
     option_file.write_text('dit = "x"\nnetwork_dim = 4\n[[steps]]\nname = "a"\n', encoding="utf-8")
-    with pytest.raises(ConfigError, match="steps: belong to a run file"):
+    with pytest.raises(ConfigError, match="steps: need a run file"):
         load_steps(option_file)
 
 
@@ -205,7 +207,7 @@ def test_a_home_folder_is_found(write: Any, monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_file_without_steps_has_none_and_one_with_steps_needs_a_name(write: Any, tmp_path: Path) -> None:
     path = write({"name": "a"}, {"name": "b"})
-    with pytest.raises(ConfigError, match=r"has steps \(a, b\), and this command needs one of them: --step NAME"):
+    with pytest.raises(ConfigError, match=r"has steps \(a, b\), but this command needs one of them; add --step NAME"):
         load_config(path)
     with pytest.raises(ConfigError, match=r"has no step 'bb'.*Its steps: a, b"):
         load_config(path, {"step": "bb"})
@@ -226,33 +228,33 @@ def test_the_end_by_a_metric_is_read(write: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        ([{"name": "a", "start": "previous"}], 'steps[0].start: is "previous", and no step comes before'),
-        ([{"name": "a"}, {"name": "a"}], "steps[1].name: is 'a' twice"),
-        ([{"name": "a/b"}], "steps[0].name: is 'a/b', expected a name that a folder can have"),
+        ([{"name": "a", "start": "previous"}], 'steps[0].start: is "previous", but the first step has no previous step'),
+        ([{"name": "a"}, {"name": "a"}], "steps[1].name: is 'a', which another step has too"),
+        ([{"name": "a/b"}], "steps[0].name: is 'a/b', expected a text that is valid as a folder name"),
         ([{"name": "a"}, {"name": "b", "start": "previos"}], "steps[1].start: is 'previos', expected one of file, previous"),
         ([{"name": "a", "use": "cats"}], "steps[0].use: is 'cats', expected a list"),
         ([{"name": "a", "use": ["cat"]}], "use: 'cat': no data set has this name. Did you mean 'cats'?"),
         ([{"name": "a", "max_steps": 5}], "steps[0].max_steps: unknown key."),
         ([{"name": "a", "train": {"max_step": 5}}], "train.max_step: unknown key. Did you mean 'max_steps'?"),
-        ([{"name": "a", "run": {"output_dir": "x"}}], "steps[0].run.output_dir: belongs to the file"),
+        ([{"name": "a", "run": {"output_dir": "x"}}], "steps[0].run.output_dir: belongs in [run] of the file"),
         ([{"name": "a", "until": {"metric": "loss/main"}}], "steps[0].until: has no below"),
         ([{"name": "a", "until": {"metric": "l", "below": 1, "pateince": 2}}], "steps[0].until.pateince: unknown key. Did you mean 'patience'?"),
         ([{"name": "a", "until": {"metric": "l", "below": 1, "patience": 0}}], "steps[0].until.patience: is 0, expected a whole number, 1 or more"),
         ([{"name": "a", "until": {"metric": "l", "below": 1, "min_epochs": -1}}], "min_epochs: is -1, expected a whole number, 0 or more"),
         ([{"name": "a", "until": {"metric": " ", "below": 1}}], "steps[0].until.metric: is ' ', expected a tag of metrics.jsonl"),
         ([{"name": "a", "until": {"metric": "l", "below": float("nan")}}], "steps[0].until.below: is nan, expected a number"),
-        ([{"name": "a", "until": {"metric": "loss/val", "below": 1}}], "until.metric: is 'loss/val', and nothing is validated"),
-        ([{"name": "a\n"}], "steps[0].name: is 'a\\n', expected a name"),
-        ([{"name": "a."}], "steps[0].name: is 'a.', expected a name"),
-        ([{"name": "a=b"}], "steps[0].name: is 'a=b', expected a name"),
-        ([{"name": "a "}], "steps[0].name: is 'a ', expected a name"),
-        ([{"name": "a" * 101}], "expected a name that a folder can have"),
-        ([{"name": "a", "accelerate": {}, "distributed": {}}], "steps[0].accelerate: is another spelling of [distributed]"),
+        ([{"name": "a", "until": {"metric": "loss/val", "below": 1}}], "until.metric: is 'loss/val', but nothing is validated"),
+        ([{"name": "a\n"}], "steps[0].name: is 'a\\n', expected a text"),
+        ([{"name": "a."}], "steps[0].name: is 'a.', expected a text"),
+        ([{"name": "a=b"}], "steps[0].name: is 'a=b', expected a text"),
+        ([{"name": "a "}], "steps[0].name: is 'a ', expected a text"),
+        ([{"name": "a" * 101}], "expected a text that is valid as a folder name"),
+        ([{"name": "a", "accelerate": {}, "distributed": {}}], "steps[0].accelerate: is another name of [distributed]"),
         ([{"name": "a", "ema": {"enabled": False}}, {"name": "b", "start": "previous_ema"}],
-         "start: is \"previous_ema\", and step a keeps no average"),
+         "start: is \"previous_ema\", but step a keeps no average"),
         ([{"name": "a", "until": {"metric": "l", "below": True}}], "steps[0].until.below: is True, expected a number"),
         ([{"name": "a", "model": {"init": "checkpoint", "path": "hub"}, "adapter": LORA}, {"name": "b"}],
-         'start: is "previous", and step a trains an adapter'),
+         'start: is "previous", but step a trains an adapter'),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_the_step(steps: list[dict[str, Any]], expected: str, write: Any) -> None:

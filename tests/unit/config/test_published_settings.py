@@ -309,7 +309,7 @@ def test_unknown_fields_are_warned_of_and_left_out(project: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "warning    learning_rat: is left out: unknown key. Did you mean 'learning_rate'?" in printed
     assert "info       keep_last_n_steps" not in printed
-    assert "note       the data set is not in this file" in printed
+    assert "note       the source file has no data sets" in printed
     assert "carried    learning_rate -> optimizer.lr = 0.0001" in printed
     assert "learning_rat" not in tomllib.loads(target.read_text(encoding="utf-8"))
 
@@ -333,7 +333,7 @@ def test_values_that_no_run_can_have(
     source.write_text(json.dumps({**DEFAULTS, **changes}), encoding="utf-8")
     assert main(["import", str(source), "-o", str(target)]) == 1
     printed = capsys.readouterr().out
-    assert f"error      {expected}" in printed and "written; 1 keys above need you" in printed
+    assert f"error      {expected}" in printed and "written; errors above to fix: 1" in printed
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_checkpoint_excludes_a_geometry(problems: Problems) -> None:
 
 def test_budget_is_required(problems: Problems) -> None:
     assert problems(without=("train.max_steps",)) == [
-        "train.max_steps: is missing, and max_epochs too; give one of them"
+        "train.max_steps: is missing, and so is max_epochs; set one of them"
     ]
 
 
@@ -71,27 +71,27 @@ def test_epochs_are_a_budget(load: Load) -> None:
 def test_adapter_of_random_weights(problems: Problems) -> None:
     vae = 'vae = "vae.safetensors"'
     assert problems(model=SCRATCH, without=("model.path",), experts=vae, adapter='type = "lora"') == [
-        'model.init: is "scratch", but adapter.type = "lora" trains beside a frozen model, which would stay random; give model.path'
+        'model.init: is "scratch", but with adapter.type = "lora" the model is frozen and would stay random; set model.path'
     ]
 
 
 def test_warmup_longer_than_the_run(problems: Problems, load: Load) -> None:
     assert problems(scheduler="warmup_steps = 2001") == [
-        "scheduler.warmup_steps: is 2001, longer than train.max_steps = 2000; the learning rate would never be reached"
+        "scheduler.warmup_steps: is 2001, longer than train.max_steps = 2000; the learning rate would never be reached; make it shorter"
     ]
     assert load(scheduler="warmup_steps = 2000").scheduler.warmup_steps == 2000
 
 
 def test_schedule_that_is_all_warmup(problems: Problems, load: Load) -> None:
     assert problems(scheduler="warmup_steps = 300\ntotal_steps = 300") == [
-        "scheduler.total_steps: is 300, and warm-up alone takes scheduler.warmup_steps = 300; make it longer"
+        "scheduler.total_steps: is 300, not longer than scheduler.warmup_steps = 300; make it longer"
     ]
     assert load(scheduler="warmup_steps = 300\ntotal_steps = 301").scheduler.total_steps == 301
 
 
 def test_least_learning_rate_above_the_learning_rate(problems: Problems) -> None:
     assert problems(optimizer="lr = 1e-4", scheduler="min_lr = 0.001") == [
-        "scheduler.min_lr: is 0.001, above optimizer.lr = 0.0001"
+        "scheduler.min_lr: is 0.001, above optimizer.lr = 0.0001; lower it"
     ]
 
 
@@ -110,19 +110,19 @@ def test_fp16_needs_a_gpu(problems: Problems) -> None:
 
 def test_several_processes_do_not_run_on_mps(problems: Problems) -> None:
     assert problems(run='device = "mps"', distributed="num_processes = 2") == [
-        "distributed.num_processes: several processes need CUDA or a CPU, not mps"
+        "distributed.num_processes: several processes are not supported on mps; set it to 1"
     ]
 
 
 def test_half_precision_caches_in_a_float32_run(warnings_of: WarningsOf) -> None:
     assert warnings_of(cache='dtype = "float16"', train='mixed_precision = "no"') == [
-        "cache.dtype: float16 caches lose precision that a float32 run could use"
+        'cache.dtype: is "float16", which loses precision in a float32 run; write "auto"'
     ]
 
 
 def test_prompts_that_are_never_drawn(warnings_of: WarningsOf) -> None:
     assert warnings_of(sample='prompts = ["a cat"]\nevery_steps = 0') == [
-        "sample.prompts: are given, but nothing says when to draw; set sample.every_steps, every_epochs or at_first"
+        "sample.prompts: are set, but no sampling interval is; set sample.every_steps, every_epochs or at_first"
     ]
 
 
@@ -162,7 +162,7 @@ def test_the_best_is_the_release_only_where_it_is_kept(
     if kept:
         assert load(hub=hub, **tables).hub.release == "best"
     else:
-        refusal = 'hub.release: is "best", but no best is kept; write save.best = true, or set validation.split'
+        refusal = 'hub.release: is "best", but no best checkpoint is kept; set save.best = true or validation.split'
         assert problems(hub=hub, **tables) == [refusal]
 
 
@@ -336,7 +336,7 @@ def test_override_without_effect_is_warned_of(load: Load) -> None:
 
 def test_teachers_need_their_unet(problems: Problems) -> None:
     assert problems(without=("experts.unet",)) == [
-        "experts.unet: is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and "
+        "experts.unet: is required to cache teacher features; name the SD1.5 U-Net, or set enable_lune = false and "
         "enable_sol = false to train without teachers"
     ]
 
@@ -357,7 +357,7 @@ def test_with_finished_caches_no_unet_is_needed(load: Load) -> None:
 )
 def test_noised_image_needs_the_autoencoder_of_the_teachers(changes: dict[str, str], problems: Problems) -> None:
     assert problems(**changes) == [
-        'experts.vae: is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 '
+        'experts.vae: is required by expert_input = "noised_image" (the default for a new model); name the SD1.5 '
         'autoencoder, or set expert_input = "random"'
     ]
 
@@ -395,15 +395,15 @@ def test_more_swapped_blocks_than_a_new_model_has(
 
 @pytest.mark.parametrize(
     ("section", "setting", "reason"),
-    [("optimizer", "fused_backward = true", "gradients are clipped and checked together before the optimizer steps"),
+    [("optimizer", "fused_backward = true", "gradients are clipped and checked together before the optimizer step"),
      ("distributed", "fsdp2 = true", "every process holds the whole model; memory.base_storage and memory.blocks_to_swap"),
-     ("train", "full_bf16 = true", "what trains is held in float32; train.mixed_precision sets what is computed in")],
+     ("train", "full_bf16 = true", "what trains is held in float32; train.mixed_precision sets the precision of the computation")],
 )  # fmt: skip
 def test_settings_of_other_trainers_are_refused_by_name(
     section: str, setting: str, reason: str, problems: Problems
 ) -> None:
     (found,) = problems(**{section: setting})
-    assert found.startswith(f"{section}.{setting.split()[0]}: is true, which is not built: {reason}")
+    assert found.startswith(f"{section}.{setting.split()[0]}: is true, which is not supported: {reason}")
 
 
 def test_guidance_that_is_not_embedded(problems: Problems, warnings_of: WarningsOf, load: Load) -> None:
@@ -426,14 +426,14 @@ def test_geometry_value_of_a_wrong_type_names_its_field(entry: str, problems: Pr
 def test_teacher_without_its_part_of_the_model(problems: Problems) -> None:
     geometry = "{use_lune_expert = false, use_sol_prior = false}"
     assert problems(**NEW_MODEL, model=f"{SCRATCH}\ngeometry = {geometry}") == [
-        f"experts.{teacher}: is true, but model.geometry.{part} is false; the model could not use the features"
+        f"experts.{teacher}: is true, but model.geometry.{part} is false, so the model cannot use the features; change one"
         for teacher, part in (("enable_lune", "use_lune_expert"), ("enable_sol", "use_sol_prior"))
     ]
 
 
 def test_spatial_weighting_needs_sol(problems: Problems) -> None:
     assert problems(experts="enable_sol = false", objective="spatial_weighting = true") == [
-        "objective.spatial_weighting: needs Sol's map, but experts.enable_sol is false"
+        "objective.spatial_weighting: needs Sol's map, but experts.enable_sol is false; change one"
     ]
 
 
@@ -509,40 +509,40 @@ LORA = 'type = "lora"'
     ("tables", "expected"),
     [
         ({"memory": "fp8_compute = true", "adapter": LORA, "train": 'mixed_precision = "bf16"'},
-         'memory.fp8_compute: needs memory.base_storage = "fp8_scaled" or "fp8", and it is "none"'),
+         'memory.fp8_compute: needs memory.base_storage = "fp8_scaled" or "fp8", but it is "none"'),
         ({"memory": 'fp8_compute = true\nbase_storage = "fp8_scaled"', "adapter": LORA, "train": 'mixed_precision = "no"'},
-         'memory.fp8_compute: gives bf16 numbers, and train.mixed_precision is "no"; set it to "bf16"'),
+         'memory.fp8_compute: computes in bf16, but train.mixed_precision is "no"; set that to "bf16"'),
         ({"memory": 'fp8_compute = true\nbase_storage = "fp8_scaled"', "adapter": LORA, "train": 'mixed_precision = "bf16"',
           "run": 'device = "cpu"'},
-         'memory.fp8_compute: needs a GPU that multiplies float8 numbers, and run.device is "cpu"'),
+         'memory.fp8_compute: needs a GPU that multiplies float8 numbers, but run.device is "cpu"'),
         ({"memory": 'attention = "flash"', "run": 'device = "cpu"', "train": 'mixed_precision = "bf16"'},
-         'memory.attention: "flash" computes on GPUs only, and run.device is "cpu"'),
+         'memory.attention: "flash" runs on GPUs only, but run.device is "cpu"'),
         ({"memory": 'attention = "flash"', "train": 'mixed_precision = "no"'},
-         'memory.attention: "flash" computes in bf16 or fp16, and train.mixed_precision is "no"'),
+         'memory.attention: "flash" computes in bf16 or fp16, but train.mixed_precision is "no"'),
         ({"memory": 'attention = "xformers"', "model": "t5_attn_mask = true"},
-         'memory.attention: "xformers" takes no mask, and model.t5_attn_mask is true'),
+         'memory.attention: "xformers" does not support masks, but model.t5_attn_mask is true'),
         ({"memory": 'attention = "sage"'}, "memory.attention: is 'sage'"),
         ({"memory": "compile = true\nblocks_to_swap = 2"},
          "memory.compile: cannot be combined with memory.blocks_to_swap while the model itself trains"),
         ({"memory": "compile = true\nblocks_to_swap = 2", "adapter": LORA},
          "memory.compile: with memory.blocks_to_swap needs memory.gradient_checkpointing = true"),
         ({"memory": "compile = true\nblocks_to_swap = 2\ngradient_checkpointing = true\ncheckpoint_every = 2", "adapter": LORA},
-         "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is 2"),
+         "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, but it is 2"),
         ({"memory": 'compile = true\nblocks_to_swap = "auto"\ncheckpoint_offload = true\ncheckpoint_every = 3', "adapter": LORA},
-         "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is 3"),
+         "memory.compile: with memory.blocks_to_swap needs memory.checkpoint_every = 1, but it is 3"),
         ({"memory": 'compile = true\ncompile_mode = "reduce-overhead"'}, "memory.compile_mode: is 'reduce-overhead'"),
         ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune-no-cudagraphs"'},
-         'memory.compile_mode: is for compile_backend = "inductor", and it is "eager"'),
+         'memory.compile_mode: is for compile_backend = "inductor", but that is "eager"'),
         ({"memory": 'base_storage = "int8"'},
-         'memory.base_storage: "int8" is for frozen models, and this run trains the model itself; set it to "none", or train an'),
+         'memory.base_storage: is "int8", which is for frozen models, but this run trains the model itself; write "none", or train an'),
         ({"memory": "blocks_to_swap = -1"}, 'memory.blocks_to_swap: is -1, expected 0 or more, or "auto"'),
-        ({"memory": "blocks_to_swap = 2", "run": 'device = "mps"'}, "memory.blocks_to_swap: blocks cannot be swapped on mps"),
+        ({"memory": "blocks_to_swap = 2", "run": 'device = "mps"'}, "memory.blocks_to_swap: is not supported on mps"),
         ({"memory": "checkpoint_offload = true\nblocks_to_swap = 2"},
          "memory.checkpoint_offload: cannot be combined with memory.blocks_to_swap while the model itself trains"),
         ({"memory": "checkpoint_offload = true\ngradient_checkpointing = false"},
-         "memory.checkpoint_offload: recomputes blocks, and memory.gradient_checkpointing is false; remove one"),
+         "memory.checkpoint_offload: recomputes blocks, but memory.gradient_checkpointing is false; remove one"),
         ({"memory": "checkpoint_offload = true", "run": 'device = "mps"'},
-         "memory.checkpoint_offload: nothing can be moved between mps and main memory"),
+         "memory.checkpoint_offload: is not supported on mps"),
     ],
     ids=str,
 )  # fmt: skip
@@ -691,7 +691,7 @@ def test_verification_has_no_effect_where_names_are_enough(warnings_of: Warnings
 
 def test_masks_that_leave_nothing_to_learn_are_refused(problems: Problems) -> None:
     assert problems(train="masked_loss = true\nmask_foreground = 0.0\nmask_background = 0.0") == [
-        "train.mask_foreground: and mask_background are 0: no masked image could be learned from"
+        "train.mask_foreground: and mask_background are both 0, so masked images would not be trained; set one of them"
     ]
 
 
@@ -706,7 +706,7 @@ def test_checkpoint_of_a_run_folder_and_the_published_repository_are_accepted(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("none", 'model.path: none: a new model is model.init = "scratch"'),
+        ("none", 'model.path: none: for a new model write model.init = "scratch"'),
         ("best", "model.path: best: write the folder too, as in folder:best"),
         (
             "latest",
@@ -734,7 +734,7 @@ def test_load_targets_that_mean_something_else_here_say_what(
         ),
         (
             {"ema": 'init = "checkpoint"\nwarmup = true'},
-            'ema.warmup: would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false',
+            'ema.warmup: would soon overwrite the average that ema.init = "checkpoint" starts from; write ema.warmup = false',
         ),
     ],
 )
@@ -763,7 +763,7 @@ def test_a_temperature_per_head_needs_sol(warnings_of: WarningsOf) -> None:
 def test_other_families_have_no_such_options(line: str, problems: Problems) -> None:
     found = problems(model=f'arch = "fd"\n{line}', without=("experts.unet",))
     assert [text.split(":")[0] for text in found] == [f"model.{line.split()[0]}"]
-    assert found[0].endswith("is a setting of TinyFlux-Deep; FLUX.1-dev has none like it")
+    assert found[0].endswith("is a setting of TinyFlux-Deep; FLUX.1-dev does not have it")
 
 
 @pytest.mark.parametrize("value", ["0.0", "-1.0"])
@@ -790,7 +790,7 @@ def test_distillation_below_an_adapter_has_no_effect(warnings_of: WarningsOf) ->
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("extensions = {single_blocks = 2}", "extensions: is not built: whole blocks beside the model's"),
+    [("extensions = {single_blocks = 2}", "extensions: is not supported: whole blocks beside the model's"),
      ("layer_specs = {}", "layer_specs: is written as [[adapter.targets]], with the path of the layer as pattern"),
      ("defaults = {rank = 4}", "defaults: is written in [adapter] itself"),
      ("include_double_attn = true", 'include_double_attn: is written as adapter.kinds, a list that holds "double_attn"'),

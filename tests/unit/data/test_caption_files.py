@@ -129,13 +129,13 @@ class TestHints:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
-            ("a.caption", 'a.caption lies beside a.png: set caption_extension = ".caption"'),
+            ("a.caption", 'there is a.caption next to a.png; set caption_extension = ".caption"'),
             ("a.tags", 'caption_extension = ".tags"'),
             ("a.png.txt", 'caption_extension = ".png.txt"'),
             ("a.txt.txt", 'caption_extension = ".txt.txt"'),
-            ("a.json", "a.json lies beside a.png, but captions are read from plain text"),
+            ("a.json", "there is a.json next to a.png, but captions are read from plain text"),
             ("aa.txt", "1 .txt files in {folder} belong to no image (aa.txt)"),
-            ("captions/a.txt", "{folder}/captions holds such files: a caption lies beside its image"),
+            ("captions/a.txt", "{folder}/captions has files with these names; move them next to their images"),
         ],
     )
     def test_what_lies_there_is_named(

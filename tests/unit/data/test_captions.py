@@ -109,7 +109,7 @@ def test_another_number_of_lines_is_refused(
         picture(tmp_path / "images" / f"{name}.png", caption=None)
     path = lines(tmp_path, text)
     assert problems(dataset()) == [
-        f"{path}: has {count} lines for 3 images; write one line for each image, sorted by name (a blank line is an empty "
+        f"{path}: has {count} lines for 3 images; write one line per image, sorted by name (a blank line is an empty "
         "caption), or rename the file"
     ]
 
@@ -118,7 +118,7 @@ def test_lines_of_a_folder_do_not_list_its_sub_folders(tmp_path: Path, picture: 
     picture(tmp_path / "images" / "a.png", caption=None)
     path = lines(tmp_path, "one")
     assert problems(dataset(recursive=True)) == [
-        f"{path}: lists the captions of one folder, and recursive is true; rename the file, or turn it off"
+        f"{path}: lists the captions of one folder, but recursive is true; rename the file, or set recursive = false"
     ]
 
 
@@ -136,9 +136,10 @@ def test_lines_beside_captions_of_their_own_are_refused(
     for recursive in (False, True):
         (problem,) = problems(dataset(recursive=recursive, missing_caption="skip"))
         assert (
-            problem.startswith(f"{path}: ") and f"{len(own)} of 3 images have a file of their own ({own[0]}" in problem
+            problem.startswith(f"{path}: ")
+            and f"{len(own)} of 3 images have a caption file of their own ({own[0]}" in problem
         )
-        assert "keep one of both" in problem and "rename prompts.txt" in problem
+        assert "keep one: rename" in problem and "rename prompts.txt" in problem
 
 
 def test_other_files_beside_images_do_not_stand_against_lines(tmp_path: Path, picture: Make, dataset: Entry) -> None:

@@ -531,7 +531,7 @@ class TestMadeCaptions:
         picture(tmp_path / "images" / "b.png", caption="mine")
         found = scan([dataset(text=CaptionSettings(class_tokens="a cat"))], "tf")
         assert [item.caption for item in found.items] == ["a cat", "mine"]
-        assert any("they take class_tokens" in note for note in found.notes)
+        assert any("class_tokens is used instead" in note for note in found.notes)
 
     @pytest.mark.parametrize(("repeats", "expected"), [(1, [1, 1]), (5, [3, 2]), (10, [5, 5])])
     def test_regularisation_images_are_repeated_until_there_are_as_many(

@@ -533,5 +533,5 @@ def test_streamed_blocks_are_spread_evenly() -> None:
 
 
 def test_device_without_an_engine() -> None:
-    with pytest.raises(ConfigError, match=r"memory\.blocks_to_swap: nothing can be moved between mps and main memory"):
+    with pytest.raises(ConfigError, match=r"memory\.blocks_to_swap: is not supported on mps"):
         transfer_for(torch.device("mps"))

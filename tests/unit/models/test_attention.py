@@ -74,5 +74,5 @@ def test_missing_package_is_named(name: Any, package_name: str, monkeypatch: pyt
 
 
 def test_kernels_of_gpus_on_a_cpu() -> None:
-    with pytest.raises(ConfigError, match=r'memory\.attention: "flash" computes on GPUs only, and this run on cpu'):
+    with pytest.raises(ConfigError, match=r'memory\.attention: "flash" runs on GPUs only, but this run is on cpu'):
         use_attention("flash", torch.device("cpu"))

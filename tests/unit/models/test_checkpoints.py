@@ -174,7 +174,7 @@ def test_options_are_read_beside_the_config_and_from_configs_of_old(tmp_path: Pa
         ),
         (b"\x80\x02}q\x00." + bytes(60), "is a torch file"),
         (b"GGUF\x03\x00\x00\x00" + bytes(60), "is a GGUF file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "is a web page"),
         (b"", "not a complete safetensors file"),
     ],

@@ -335,8 +335,9 @@ def test_run_files_are_listed_with_their_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "toml").mkdir()
-    (tmp_path / "toml" / "b.toml").write_text("# Trains cats.\n#\nx = 1\n", encoding="utf-8")
-    (tmp_path / "toml" / "a.toml").write_text("", encoding="utf-8")
+    (tmp_path / "toml" / "b.toml").write_text("#:schema run.schema.json\n# Trains cats.\n#\n[run]\n", encoding="utf-8")
+    (tmp_path / "toml" / "a.toml").write_text("[run]\n", encoding="utf-8")
+    (tmp_path / "toml" / "data.toml").write_text("# Data sets.\n[[datasets]]\n", encoding="utf-8")
     (tmp_path / "toml" / "notes.txt").write_text("# no run file\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert list_run_files() == 0
@@ -461,7 +462,7 @@ def test_mistyped_key_is_named_with_the_right_one(mistyped: Path) -> None:
     [
         (["none.toml"], "error: none.toml: no such file; run `python train.py` to list the run files here\n"),
         (["run.toml", "--sead", "3"], "error: unknown option --sead. Did you mean 'seed'? See --help\n"),
-        (["run.toml", "--seed"], "error: --seed: a value is missing\n"),
+        (["run.toml", "--seed"], "error: --seed: the value is missing\n"),
         (["run.toml", "--set", "run.seed"], "error: --set run.seed: expected --set section.key=value\n"),
     ],
 )

@@ -464,7 +464,7 @@ def test_dashes_that_begin_no_option_belong_to_the_prompt(prompt: str, tmp_path:
 @pytest.mark.parametrize("content", ["", "\n  \n", "# only a comment\n"])
 def test_file_without_a_prompt_is_refused(content: str, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, content)
-    assert message_of(path) == f"{path}: holds no prompt; write one per line"
+    assert message_of(path) == f"{path}: has no prompt; write one per line"
 
 
 def test_missing_prompt_file_is_named(tmp_path: Path) -> None:
@@ -497,8 +497,8 @@ def test_options_of_a_line(tmp_path: Path) -> None:
         ("a cat --ci a.png", "--ci is for control images"),
         ("--w 512", "has options but no prompt"),
         ("a cat --s 1001", "--s 1001: expected 1 to 1000"),
-        ("a cat \u2014w 512", "'\u2014w' would be part of the text; an option has two hyphens: --w"),
-        ("a cat -w 512", "'-w' would be part of the text"),
+        ("a cat \u2014w 512", "'\u2014w' would be part of the prompt; write options with two hyphens: --w"),
+        ("a cat -w 512", "'-w' would be part of the prompt"),
     ],
 )
 def test_bad_options_are_refused_with_the_line(line: str, message: str, tmp_path: Path) -> None:

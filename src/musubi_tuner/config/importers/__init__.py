@@ -12,7 +12,7 @@ __all__ = ["TITLES", "Imported", "Report", "import_options", "import_published",
 
 
 def import_published(document: Mapping[str, Any]) -> Imported | None:
-    """Translate the settings of a family's own trainer; None if no family knows them."""
+    """Translate the settings of a family's own trainer; None if they belong to no family."""
     for code in MODELS:
         published = MODELS[code].published
         imported = published.read_settings(dict(document)) if published else None

@@ -1,6 +1,6 @@
-"""Job files of ai-toolkit (YAML): one process of kind sd_trainer becomes a run. Torch-free.
+"""Job files of ai-toolkit (YAML): one process of type sd_trainer becomes a run. Torch-free.
 
-Every key of the file ends in one list of the report, under its path without the process (``train.lr``).
+Every key of the file is in one list of the report, under its path in the process (``train.lr``).
 """
 
 import re
@@ -48,6 +48,9 @@ SAME: dict[str, str] = {
     "model.compile": "memory.compile",
     "model.block_compile": "memory.compile",
     "trigger_word": "general.trigger_word",
+    "logging.use_wandb": "log.wandb",
+    "logging.project_name": "log.project",
+    "logging.run_name": "log.wandb_run",
 }
 """Path there -> our key; the value is the same."""
 ITEMS: dict[str, str] = {
@@ -79,39 +82,40 @@ WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sample.sampler": ("sample.solver", {"flowmatch": "euler", "euler": "euler", "heun": "heun"}),
     "network.type": ("adapter.type", {"lora": "lora"}),
 }
-"""Path there -> our key and the words of both."""
+"""Path there -> our key, and their words -> ours."""
 DENOISING = {
     "train.min_denoising_steps": "objective.max_timestep",
     "train.max_denoising_steps": "objective.min_timestep",
 }
 """First and last step of denoising, from 0 at pure noise to 999 -> our end of the range."""
+TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 HARMLESS: dict[str, str] = {
-    "type": "it is a trainer", "device": "run.device is auto", "train.noise_scheduler": "the model says how it is trained",
-    "train.train_unet": "the denoiser is what is trained",
-    "train.cache_text_embeddings": "encodings are always cached", "train.unload_text_encoder": "encoders are gone before training",
-    "train.sdp": "it is the default", "train.xformers": "memory.attention names kernels", "network.transformer_only": "it is so",
-    "save.save_format": "weights are safetensors",
+    "type": "the process is a trainer", "device": "run.device is used instead", "train.noise_scheduler": "the model family determines it",
+    "train.train_unet": "the denoiser is always trained",
+    "train.cache_text_embeddings": "encodings are always cached", "train.unload_text_encoder": "encoders are unloaded before training",
+    "train.sdp": "it is the default", "train.xformers": "memory.attention selects the kernel", "network.transformer_only": "only the transformer is adapted",
+    "save.save_format": "weights are always saved as safetensors",
     "sample.walk_seed": "picture i is drawn from seed + i", "sample.format": "pictures are PNG",
-    "logging.verbose": "the plan says what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
-    "logging.project_name": "each run has its own folder", "logging.run_name": "run.name says it",
-    "model.low_vram": "memory.blocks_to_swap says what leaves the device", "model.dtype": "weights are computed with in the run's precision",
-    "model.is_flux": "model.arch says it", "model.qtype": "memory.base_storage says it", "model.qtype_te": "model.fp8_t5 says it",
-    "model.model_kwargs": "the checkpoint says its shape", "performance_log_every": "the plan and the log lines say it",
-    "model.extras_name_or_path": "the encoders are named one by one", "model.quantize_kwargs": "the family says which layers",
-    "save.push_to_hub": "hub.repo_id says it", "train.disable_sampling": "prompts are taken over where pictures are drawn",
+    "logging.verbose": "the plan shows what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
+
+    "model.low_vram": "memory.blocks_to_swap sets what leaves the device", "model.dtype": "train.mixed_precision is used instead",
+    "model.is_flux": "model.arch is used instead", "model.qtype": "memory.base_storage is used instead", "model.qtype_te": "model.fp8_t5 is used instead",
+    "model.model_kwargs": "the shape is read from the checkpoint", "performance_log_every": "every log line shows the speed",
+    "model.extras_name_or_path": "each encoder has its own path", "model.quantize_kwargs": "the model family determines the layers",
+    "save.push_to_hub": "hub.repo_id turns uploads on", "train.disable_sampling": "prompts are left out if sampling is disabled",
     "datasets.cache_latents": "latents are always cached", "datasets.cache_latents_to_disk": "latents are always cached",
-    "datasets.cache_text_embeddings": "encodings are always cached", "datasets.num_workers": "train.loader_workers says it",
-    "datasets.prefetch_factor": "micro-batches are read ahead", "datasets.type": "pictures", "datasets.num_frames": "pictures",
-    "datasets.fast_image_size": "sizes are read from headers", "datasets.shrink_video_to_frames": "pictures",
+    "datasets.cache_text_embeddings": "encodings are always cached", "datasets.num_workers": "train.loader_workers is used instead",
+    "datasets.prefetch_factor": "micro-batches are read ahead", "datasets.type": "only images are trained", "datasets.num_frames": "only images are trained",
+    "datasets.fast_image_size": "sizes are read from headers", "datasets.shrink_video_to_frames": "only images are trained",
 }  # fmt: skip
-"""Paths that change no number here -> why."""
+"""Paths that do not change the result here -> why."""
 SOURCE_DEFAULTS: dict[str, Any] = {
     "train.max_steps": 1000, "optimizer.lr": 1e-6, "adapter.rank": 4, "adapter.alpha": 1.0, "optimizer.type": "AdamW",
     "scheduler.type": "constant", "objective.timestep_sampling": "sigmoid", "train.mixed_precision": "no", "ema.enabled": False,
     "save.every_steps": 1000, "save.keep_last_steps": 5, "save.dtype": "float16", "memory.gradient_checkpointing": True,
     "log.every_steps": 100, "objective.guidance_scale": 1.0,
 }  # fmt: skip
-"""What ai-toolkit assumes, by our key."""
+"""Defaults of ai-toolkit, by our key."""
 ITEM_DEFAULTS = {"missing_caption": "empty", "resolution": 512}
 
 
@@ -119,7 +123,7 @@ def import_ai_toolkit(document: Mapping[str, Any]) -> Imported:
     """Translate a job file.
 
     Args:
-        document: as YAML gives it.
+        document: as read from YAML.
     """
     return _Job().run(document)
 
@@ -144,15 +148,15 @@ class _Job(Builder):
             self._refuse("config.process", f"is {processes!r}, expected a list with one process")
         name = str(config.get("name", "run"))
         if "job" in document:
-            self.report.dropped_harmless.append(("job", "it is a training"))
+            self.report.dropped_harmless.append(("job", "a run always trains"))
         if "meta" in document:
-            self.report.dropped_harmless.append(("meta", "of the file, not of the training"))
+            self.report.dropped_harmless.append(("meta", "it describes the file"))
         if "name" in config:
             self._carry("config.name", "run.name", name)
         else:
-            self.report.needs_you.append(("config.name", "is missing; a run needs a name"))
+            self.report.needs_you.append(("config.name", "is missing; set run.name"))
         for number in range(1, len(processes) if isinstance(processes, list) else 0):
-            self._refuse(f"config.process[{number}]", "is a second process; a run has one, write one file for each")
+            self._refuse(f"config.process[{number}]", "is a second process; import it from a separate file")
         for key in sorted({*document} - {"job", "meta", "config"}):
             self.report.unknown.append((key, ""))
         for key in sorted({*config} - {"name", "process"}):
@@ -163,7 +167,9 @@ class _Job(Builder):
         if given.get("train.unet_lr"):
             given.pop("train.lr", None)
             if "lr" in process.get("train", {}):
-                self.report.dropped_harmless.append(("train.lr", "train.unet_lr is the rate of the denoiser"))
+                self.report.dropped_harmless.append(
+                    ("train.lr", "train.unet_lr, the learning rate of the denoiser, is used instead")
+                )
         if not given.get("save.push_to_hub"):
             for path in [path for path in given if path.startswith("save.hf_")]:
                 del given[path]
@@ -176,7 +182,7 @@ class _Job(Builder):
             self.report.needs_you.append(
                 (
                     "network",
-                    f"is missing: the job trains the whole model, and {self.spec.title} is trained through a LoRA here",
+                    f"is missing: the job trains the whole model, but {self.spec.title} can only be trained with a LoRA here",
                 )
             )
         sets = process.get("datasets") or []
@@ -192,7 +198,9 @@ class _Job(Builder):
     def _folders(self, given: dict[str, Any], name: str) -> None:
         if "training_folder" in given:
             folder = str(given.pop("training_folder"))
-            self._convert("training_folder", folder, "run.output_dir", f"{folder}/{name}", "a run has its own folder")
+            self._convert(
+                "training_folder", folder, "run.output_dir", f"{folder}/{name}", "each run has its own folder"
+            )
         else:
             self.values["run.output_dir"] = f"output/{name}"
             self.report.defaulted.append(("run.output_dir", f"output/{name}"))
@@ -202,35 +210,37 @@ class _Job(Builder):
         named = isinstance(arch, str) and called(arch) == self.code
         self.values["model.arch"] = self.code
         if arch is not None and not named:
-            self._refuse("model.arch", f"is {arch!r}, which is no model family here; {self.spec.title} is")
+            self._refuse("model.arch", f"is {arch!r}, which is not supported; only {self.spec.title} is")
         elif arch is not None:
             self._convert("model.arch", arch, "model.arch", self.code, "renamed")
         elif not given.get("model.is_flux"):
             self.report.needs_you.append(
-                ("model.is_flux", f"is missing; of its models, only {self.spec.title} is known here")
+                ("model.is_flux", f"is missing; only {self.spec.title} is supported: check that the job is for it")
             )
         if path is None:
-            self.report.needs_you.append(("model.name_or_path", f"is missing; name {self.spec.title}"))
+            self.report.needs_you.append(("model.name_or_path", f"is missing; set model.path to {self.spec.title}"))
             return
         given.pop("model.name_or_path")
         text = str(path)
         if text.lower().endswith((".safetensors", ".sft")):
             self._carry("model.name_or_path", "model.path", text)
             self.report.needs_you.append(
-                ("model.name_or_path", "is one file; add model.vae_path, clip_path and t5_path")
+                ("model.name_or_path", "is a single file; add model.vae_path, clip_path and t5_path")
             )
             return
         parts = {"model.vae_path": "vae", "model.clip_path": "text_encoder", "model.t5_path": "text_encoder_2",
                  "model.clip_tokenizer": "tokenizer", "model.t5_tokenizer": "tokenizer_2"}  # fmt: skip
         sign = "/" if text.startswith(("/", ".")) or text.count("/") != 1 else ":"
-        self._convert("model.name_or_path", text, "model.path", f"{text}{sign}transformer", "the part that is trained")
+        self._convert(
+            "model.name_or_path", text, "model.path", f"{text}{sign}transformer", "the transformer is trained"
+        )
         for key, part in parts.items():
             self.values.setdefault(key, f"{text}{sign}{part}")
         if "schnell" in text.lower():
             self.values["model.allow_schnell"] = True
 
     def _one(self, path: str, value: Any) -> None:
-        """One key by its path."""
+        """Translate one key, given by its path."""
         if path == "datasets":
             return
         if path.endswith(("hf_token", "_key")) and value:
@@ -242,7 +252,7 @@ class _Job(Builder):
             if word not in words:
                 known = ", ".join(words)
                 if path in ("network.type", "train.optimizer", "train.timestep_type", "train.loss_type"):
-                    self._refuse(path, f"is {value!r}, which is not built; known: {known}")
+                    self._refuse(path, f"is {value!r}, which is not supported; known: {known}")
                 else:
                     self.report.dropped_changes_result.append((path, f"is {value!r}; known: {known}"))
             else:
@@ -262,16 +272,16 @@ class _Job(Builder):
             else:
                 key, level = DENOISING[path], 0 if value == 999 else 1000 - value
                 level = max(level, 1) if key == "objective.max_timestep" else min(level, 999)
-                self._convert(path, value, key, level, "the noise level at that step")
+                self._convert(path, value, key, level, "noise level of that step")
         elif path == "train.content_or_style" and value in (None, "balanced"):
-            self.report.dropped_harmless.append((path, "all noise levels are trained alike"))
+            self.report.dropped_harmless.append((path, "all noise levels are trained equally"))
         elif path == "network.network_kwargs" and isinstance(value, Mapping) and is_on(value):
             said = ", ".join(str(name) for name in value)
             self.report.dropped_changes_result.append(
-                (path, f"has {said}; adapter.include and exclude choose layers here")
+                (path, f"has {said}; layers are chosen with adapter.include and exclude here")
             )
         elif path == "train.skip_first_sample":
-            self._convert(path, value, "sample.at_first", not value, "the opposite")
+            self._convert(path, value, "sample.at_first", not value, "inverted")
         elif path == "train.optimizer_params" and isinstance(value, Mapping):
             self._optimizer(value)
         elif path in ("sample.prompts", "sample.samples"):
@@ -284,8 +294,10 @@ class _Job(Builder):
             self._convert(path, value, "model.fp8_t5", True, "T5 in eight bits while encoding")
         elif path == "model.lora_path" and value:
             self._convert(path, value, "adapter.merge", [str(value)], "merged before training")
-        elif path == "logging.use_wandb" and value:
-            self.report.dropped_changes_result.append((path, "is true, and the tracker is not set; see log.with"))
+        elif path == "type" and value not in TRAINERS:
+            self._refuse(path, f"is {value!r}, which is not supported; known: {', '.join(TRAINERS)}")
+        elif path == "device" and ":" in str(value).removesuffix(":0"):
+            self.report.dropped_changes_result.append((path, f"is {value!r}; set CUDA_VISIBLE_DEVICES to choose a GPU"))
         elif path in SAME and SAME[path].startswith("general."):
             self._item(path, SAME[path].removeprefix("general."), value)
         elif path in SAME:
@@ -295,19 +307,19 @@ class _Job(Builder):
         elif not is_on(value):
             self.report.dropped_harmless.append((path, "it is off"))
         elif path in ("train.train_text_encoder",):
-            self._refuse(path, "is true, which trains a text encoder; only the denoiser learns here")
+            self._refuse(path, "is true, which trains a text encoder; here only the denoiser is trained")
         else:
             said = "***" if path.endswith(("token", "key")) else describe(value)
-            self.report.dropped_changes_result.append((path, f"is {said}, and nothing here does the same"))
+            self.report.dropped_changes_result.append((path, f"is {said}, and there is no such setting here"))
 
     def _set(self, path: str, key: str, value: Any) -> None:
         own = {parameter.key: parameter for parameter in parameters(self.spec)}
         if key not in own:
             self.report.dropped_changes_result.append(
-                (path, f"is {describe(value)}, and {self.spec.title} has no {key}")
+                (path, f"is {describe(value)}, but {self.spec.title} has no {key}")
             )
         elif key in self.names and self.values[key] != value:
-            self.report.dropped_harmless.append((path, f"{self.names[key]} says it"))
+            self.report.dropped_harmless.append((path, f"{self.names[key]} is used instead"))
         elif value is None:
             self.report.dropped_harmless.append((path, "it is off"))
         else:
@@ -335,11 +347,11 @@ class _Job(Builder):
                 )
             else:
                 self.report.dropped_changes_result.append(
-                    (f"train.optimizer_params.{name}", "is no setting of [optimizer]")
+                    (f"train.optimizer_params.{name}", "is not a setting of [optimizer]")
                 )
 
     def _prompts(self, path: str, value: Any) -> None:
-        """Prompts, with options of their own as in a prompt file."""
+        """Prompts, with their options written as in a prompt file."""
         options = {"width": "w", "height": "h", "seed": "d", "sample_steps": "s", "guidance_scale": "g", "neg": "n"}
         if not isinstance(value or [], list):
             self._refuse(path, f"is {value!r}, expected a list")
@@ -354,17 +366,17 @@ class _Job(Builder):
                 lines.append(" ".join([str(entry.get("prompt", "")), *own]))
                 others = [str(name) for name in said if name not in options and name != "prompt"]
                 if others:
-                    reason = f"has {', '.join(others)}, and prompts have no such options here"
+                    reason = f"has {', '.join(others)}, which prompts do not support here"
                     self.report.dropped_changes_result.append((f"({path})", reason))
             else:
                 lines.append(str(entry))
         if not self.draws or not lines:
-            self.report.dropped_harmless.append((path, "nothing is drawn"))
+            self.report.dropped_harmless.append((path, "no samples are drawn"))
         else:
-            self._convert(path, f"{len(lines)} prompts", "sample.prompts", lines, "one line each")
+            self._convert(path, f"{len(lines)} prompts", "sample.prompts", lines, "one prompt per line")
 
     def _data_set(self, number: int, entry: Any) -> None:
-        """A data set there: one here for each of its resolutions."""
+        """Translate a data set: into one for each of its resolutions."""
         where = f"datasets[{number}]"
         if not isinstance(entry, Mapping):
             self._refuse(where, f"is {entry!r}, expected a table")
@@ -375,11 +387,13 @@ class _Job(Builder):
         for name, value in entry.items():
             path = f"{where}.{name}"
             if name == "resolution":
-                self.report.converted.append((path, value, "datasets.resolution", sides, "a data set for each"))
+                self.report.converted.append(
+                    (path, value, "datasets.resolution", sides, "a data set for each resolution")
+                )
             elif name == "caption_ext":
                 text = "." + str(value).lstrip(".")
                 made["caption_extension"] = text
-                self.report.converted.append((path, value, "datasets.caption_extension", text, "with its dot"))
+                self.report.converted.append((path, value, "datasets.caption_extension", text, "with a dot"))
             elif name in ITEMS and value not in (None, ""):
                 made[ITEMS[name]] = of_items(ITEMS[name], value)
                 self.report.carried.append((path, f"datasets.{ITEMS[name]}", value))
@@ -389,10 +403,10 @@ class _Job(Builder):
                 self.report.dropped_harmless.append((path, "it is off"))
             else:
                 self.report.dropped_changes_result.append(
-                    (path, f"is {describe(value)}, and nothing here does the same")
+                    (path, f"is {describe(value)}, and there is no such setting here")
                 )
         if "image_directory" not in made and "image_jsonl_file" not in made:
-            self.report.needs_you.append((f"{where}.folder_path", "is missing; name the folder of the pictures"))
+            self.report.needs_you.append((f"{where}.folder_path", "is missing; set image_directory"))
         for side in sides:
             own = {**made, "resolution": side}
             if len(sides) > 1 and "image_directory" in made:
@@ -400,7 +414,7 @@ class _Job(Builder):
             self.datasets.append(own)
 
     def _defaults(self) -> None:
-        """Write ai-toolkit's defaults where ours differ, and variants for captions that change."""
+        """Write ai-toolkit's defaults where ours differ, and cached versions for captions that change at random."""
         own = {parameter.key: parameter for parameter in parameters(self.spec)}
         for key, value in SOURCE_DEFAULTS.items():
             ours = self.spec.defaults.get(key, own[key].field.default)
@@ -409,9 +423,9 @@ class _Job(Builder):
                 self.report.defaulted.append((key, value))
         if not self.values.get("sample.prompts"):
             for key in [key for key in self.values if key.startswith("sample.")]:
-                self._drop(key, "nothing is drawn")
+                self._drop(key, "no samples are drawn")
         if not self.values.get("ema.enabled", False) and "ema.decay" in self.values:
-            self._drop("ema.decay", "nothing is averaged")
+            self._drop("ema.decay", "ema.enabled is false")
         if any(entry.get("mask_directory") or entry.get("alpha_mask") for entry in self.datasets):
             self.values["train.masked_loss"] = True
             self.report.defaulted.append(("train.masked_loss", True))
@@ -422,7 +436,7 @@ class _Job(Builder):
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Paths and values; lists, prompts and the parameters of an optimizer stay whole."""
+    """Paths and values; lists, prompts and the parameters of an optimizer are not split."""
     for key, value in table.items():
         path = f"{before}{key}"
         if isinstance(value, Mapping) and path not in (
@@ -436,7 +450,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def _expanded(value: Any, name: str, trigger: Any) -> Any:
-    """A value with the placeholders [name] and [trigger] filled in; captions keep [trigger] for the word of their data set."""
+    """A value with the placeholders [name] and [trigger] filled in; without a trigger word, [trigger] stays for that of the data set."""
     if isinstance(value, str):
         text = value.replace("[name]", name)
         return re.sub(r"\[trigger\]", lambda _: str(trigger), text) if trigger else text

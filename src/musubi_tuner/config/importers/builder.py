@@ -1,4 +1,4 @@
-"""What readers of other tools' options share: a typed document that grows key by key, with its report."""
+"""What the importers share: a run file that is built key by key, with its report."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from musubi_tuner.models.registry import MODELS
 
 
 class Builder:
-    """Values by our dotted key, and what became of every source key.
+    """Values by our dotted key, and what happened to every source key.
 
     Attributes:
         known: our settings by key. values: our key -> value. names: our key -> source key, for messages.
@@ -22,7 +22,7 @@ class Builder:
         self._assumed: dict[str, Any] = {}
 
     def _take(self, source: str, key: str, value: Any) -> None:
-        """Take a value over, numbers as the setting wants them."""
+        """Take a value over, with numbers in the type of the setting."""
         kind = self.known[key].type_name
         if isinstance(value, str) and kind in ("int", "float") and is_number(value):
             number = float(value)
@@ -34,12 +34,12 @@ class Builder:
             self._carry(source, key, value)
 
     def _carry(self, source: str, key: str, value: Any) -> None:
-        """Take a value over as it is."""
+        """Take a value over unchanged."""
         self._store(source, key, value)
         self.report.carried.append((source, key, value))
 
     def _convert(self, source: str, old: Any, key: str, value: Any, rule: str) -> None:
-        """Take a value over in another form."""
+        """Take a value over after conversion."""
         self._store(source, key, value)
         self.report.converted.append((source, old, key, value, rule))
 
@@ -53,7 +53,7 @@ class Builder:
         self.report.refused.append((source, reason))
 
     def _leave_idle(self) -> None:
-        """Leave out what does nothing beside the other values; a run would only warn of it."""
+        """Leave out settings that have no effect with the other values; a run would only warn about them."""
         spec = MODELS.get(str(self.values.get("model.arch")))
         if spec is None:
             return
@@ -76,7 +76,7 @@ class Builder:
         self.report.leave_out(key, reason)
 
     def _current(self, key: str) -> Any:
-        """Value of one of our keys, as far as the file and the defaults say."""
+        """Value of one of our keys, from the file or the defaults."""
         return self.values.get(key, self._assumed.get(key))
 
     def _nested(self) -> dict[str, Any]:

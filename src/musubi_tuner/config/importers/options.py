@@ -1,11 +1,11 @@
-"""Option files of musubi-tuner and sd-scripts, and the plan's JSON: flat keys, in tables whose names mean nothing.
+"""Option files of musubi-tuner and sd-scripts, and JSON training plans: flat keys, in tables whose names are not used.
 
     [train]                       all keys are options of one script
     architecture = "fd"           or script = "flux_dev_train_network.py"
     dit = "..."
 
-Two tables of musubi's files are ours and keep their names: [accelerate] and [cache]. A missing key means the other program's default,
-which is written where ours differs. A value of another kind is an error, as in a typed file.
+Two tables of these files have a meaning here: [accelerate] and [cache]. A missing key means the other program's default,
+which is written where ours differs. A value of the wrong type is an error, as in a run file.
 """
 
 import ast
@@ -30,7 +30,7 @@ from musubi_tuner.models.registry import MODELS, called, foreign_family, trained
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
 OWN_TABLES = ("accelerate", "cache")
 LAYERS = ("preset", "train_double_block_indices", "train_single_block_indices", "network_reg_dims", "network_reg_lrs")
-"""Arguments of networks that choose layers in another way."""
+"""Network arguments that choose layers in another way."""
 LEFT_TO_PEOPLE = frozenset(
     [
         "clip_skip",
@@ -63,16 +63,16 @@ LEFT_TO_PEOPLE = frozenset(
         "no_metadata",
     ]
 )
-"""Names that are refused in a run file, and that a file of another trainer has anyway: they are left out, which is said."""
+"""Names that a run file must not have, but that files of other trainers often have: they are left out with a warning."""
 NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adapter.include",
                 "rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout",
                 "loraplus_lr_ratio": "adapter.loraplus_lr_ratio"}  # fmt: skip
 OPTIMIZER_ARGS = {"betas": "optimizer.betas", "weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
 PLAIN = {"vae": "model.vae_path", "text_encoder": "model.clip_path", "text_encoder2": "model.t5_path"}
-"""Source key -> ours, where the general table says less."""
+"""Source key -> ours; takes precedence over `config.foreign`."""
 LAUNCHER = ("config_file", "gpu_ids", "machine_rank", "main_process_ip", "use_deepspeed", "use_fsdp", "gradient_accumulation_steps",
             "same_network", "rdzv_backend", "cpu", "module", "debug", "tpu")  # fmt: skip
-"""Options of accelerate launch that are not taken over."""
+"""Options of accelerate launch that are not imported."""
 ACCELERATE = {"num_processes": "distributed.num_processes", "num_cpu_threads_per_process": "run.threads",
               "main_process_port": "distributed.main_process_port"}  # fmt: skip
 
@@ -81,7 +81,7 @@ def import_options(document: dict[str, Any], locate: Callable[[str], Path], tool
     """Translate an option file.
 
     Args:
-        locate: where a path of the file is; needed for encoders that only their content tells apart.
+        locate: resolves a path of the file; needed for encoders that only their content tells apart.
         tool: musubi, kohya or plan; see `tools.recognise`.
     """
     return _Importer(locate, tool).run(document)
@@ -93,13 +93,13 @@ IGNORED_THERE = {
     "adaptive_noise_scale": "objective.adaptive_noise_scale", "multires_noise_iterations": "objective.multires_noise_iterations",
     "multires_noise_discount": "objective.multires_noise_discount",
 }  # fmt: skip
-"""Options that sd-scripts takes and does not use for flow models -> what they are here."""
+"""Options that sd-scripts accepts but does not use for flow models -> our settings."""
 CHANGING_CAPTIONS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step")
 VARIANTS = 8
-"""Variants of captions that change, which other trainers make anew each time."""
+"""Number of cached versions where captions or images change at random; other trainers make a new version each time."""
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
 FOLDERS = ("train_data_dir", "dataset_dir", "image_directory", "image_dir")
-"""Options that name a folder of pictures."""
+"""Options that name a folder of images."""
 _KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 
 
@@ -172,7 +172,7 @@ class _Importer(Builder):
             elif key == "mixed_precision" and "mixed_precision" not in self.options:
                 self._carry(source, "train.mixed_precision", value)
             elif key in ("mixed_precision", "dynamo_backend", "num_machines", "multi_gpu"):
-                self.report.dropped_harmless.append((source, "the run's own settings decide"))
+                self.report.dropped_harmless.append((source, "the settings of the run are used instead"))
             elif key in LAUNCHER:
                 self.report.dropped_changes_result.append((source, "processes are started by [distributed] here"))
             else:
@@ -187,9 +187,7 @@ class _Importer(Builder):
                         source, value, "cache.skip_existing", "fingerprint", "files that are up to date are skipped"
                     )
                 elif "run" in table:
-                    self._refuse(
-                        source, 'is false: leave it out and set cache.run = "always" to encode everything again'
-                    )
+                    self._refuse(source, 'is false; remove it and set cache.run = "always" to encode everything again')
                 else:
                     self._convert(source, value, "cache.run", "always", "everything is encoded again")
             elif key == "batch_size":
@@ -205,7 +203,7 @@ class _Importer(Builder):
     # -- options that need thought -------------------------------------------------------------------------------------
 
     def _family(self, options: dict[str, Any]) -> None:
-        """The family: as said, else by the script, else by the network module; and what is trained of it."""
+        """The family: as named, else from the script, else from the network module; and whether an adapter is trained."""
         for key in ("architecture", "model_type", "arch"):
             if key in options and "model.arch" not in self.values:
                 name = str(options.pop(key))
@@ -215,7 +213,7 @@ class _Importer(Builder):
                 elif code is not None:
                     self._convert(key, name, "model.arch", code, "renamed")
                 else:
-                    self._refuse(key, f"is {name!r}, which {foreign_family(name) or 'is no model family here.'}")
+                    self._refuse(key, f"is {name!r}, which {foreign_family(name) or 'is not a model family here.'}")
         if "script" in options:
             self._script(str(options.pop("script")))
         kind = self._network(options)
@@ -223,9 +221,9 @@ class _Importer(Builder):
             name = str(options.pop("lora_type"))
             kind = ADAPTER_WORDS.get(name.lower())
             if kind is None:
-                self._refuse("lora_type", f"is {name!r}, which is not built yet; known: LoRA, Native")
+                self._refuse("lora_type", f"is {name!r}, which is not supported yet; known: LoRA, Native")
             else:
-                self._convert("lora_type", name, "adapter.type", kind, "its kind of adapter")
+                self._convert("lora_type", name, "adapter.type", kind, "type of adapter")
         if "model.arch" not in self.values and self.tool != "musubi" and not self.report.refused:
             self.values["model.arch"] = trained_elsewhere()
             self.report.defaulted.append(("model.arch", trained_elsewhere()))
@@ -239,18 +237,18 @@ class _Importer(Builder):
         base = Path(name).name
         family, other = next((found for start, found in scripts.items() if base.startswith(start)), (None, ""))
         if family is None:
-            self._refuse("script", f"{name}: is not a script of a supported family; known: {', '.join(scripts)}")
+            self._refuse("script", f"{name}: is not a script of a supported model family; known: {', '.join(scripts)}")
         elif other:
             self.report.dropped_changes_result.append(("script", f"{name}: trains {other}"))
         elif "model.arch" in self.values:
-            self.report.dropped_harmless.append(("script", "architecture says it"))
+            self.report.dropped_harmless.append(("script", "architecture is used instead"))
         else:
             self._convert("script", name, "model.arch", family, "the script's family")
         if family is not None:
             self.values.setdefault("model.arch", family)
 
     def _network(self, options: dict[str, Any]) -> str | None:
-        """The kind of adapter that a network module makes; None if there is none."""
+        """The type of adapter of a network module; None if there is none."""
         if "network_module" not in options:
             return None
         networks = {MODELS[code].adapters.network_module: code for code in MODELS}
@@ -259,18 +257,20 @@ class _Importer(Builder):
         if name == "lycoris.kohya":
             algorithm = self._lycoris(options)
             if algorithm not in ("lora", "locon"):
-                self._refuse("network_module", f"{name} with algo={algorithm}: is not built yet; known: lora, locon")
+                self._refuse(
+                    "network_module", f"{name} with algo={algorithm}: is not supported yet; known: lora, locon"
+                )
                 return None
         elif family is None:
-            self._refuse("network_module", f"{name}: is not built; known: {', '.join(networks)}, lycoris.kohya")
+            self._refuse("network_module", f"{name}: is not supported; known: {', '.join(networks)}, lycoris.kohya")
             return None
-        self._convert("network_module", name, "adapter.type", "lora", "its kind of adapter")
+        self._convert("network_module", name, "adapter.type", "lora", "type of adapter")
         if family is not None and not {"model.arch"} & set(self.values):
             self.values["model.arch"] = family
         return "lora"
 
     def _lycoris(self, options: dict[str, Any]) -> str:
-        """The algorithm among the network arguments, which is taken out of them."""
+        """Take the algorithm out of the network arguments."""
         entries = options.get("network_args", [])
         texts = entries if isinstance(entries, list) else [entries]
         for text in texts:
@@ -295,7 +295,7 @@ class _Importer(Builder):
                 self.report.dropped_harmless.append((key, "nothing is compiled"))
         for key in [key for key in options if key.startswith("metadata_")]:
             options.pop(key)
-            self.report.dropped_changes_result.append((key, "the header of the file will not have it"))
+            self.report.dropped_changes_result.append((key, "it is not stored in the metadata"))
         if isinstance(options.get("compile_dynamic"), bool):
             options["compile_dynamic"] = str(options["compile_dynamic"]).lower()
         self._storage(options)
@@ -311,16 +311,18 @@ class _Importer(Builder):
                 self._convert(key, options[key], target, [options.pop(key)], "a list of one")
         if not options.get("lr_warmup_steps") and options.get("lr_warmup_ratio") and "lr_warmup_steps" in options:
             options.pop("lr_warmup_steps")
-            self.report.dropped_harmless.append(("lr_warmup_steps", "lr_warmup_ratio decides"))
+            self.report.dropped_harmless.append(("lr_warmup_steps", "lr_warmup_ratio is used instead"))
         rates = [options.get(name) for name in ("learning_rate", "unet_lr")]
         if all(isinstance(rate, int | float) and rate for rate in rates):
             options.pop("learning_rate")
-            self.report.dropped_harmless.append(("learning_rate", "unet_lr is the rate of the denoiser"))
+            self.report.dropped_harmless.append(
+                ("learning_rate", "unet_lr, the learning rate of the denoiser, is used instead")
+            )
         if self.tool == "kohya":
             self._kohya(options)
 
     def _kohya(self, options: dict[str, Any]) -> None:
-        """What sd-scripts means by words that mean something else here."""
+        """Options whose meaning in sd-scripts differs from ours."""
         words = {"huber": "pseudo_huber", "smooth_l1": "pseudo_smooth_l1"}
         if isinstance(options.get("loss_type"), str) and options["loss_type"] in words:
             old = options.pop("loss_type")
@@ -333,30 +335,30 @@ class _Importer(Builder):
             self.report.dropped_changes_result.append(
                 (
                     "model_prediction_type",
-                    f"is {old!r}, another weight of the loss; the velocity is predicted as it is (raw)",
+                    f"is {old!r}, another loss weight; the velocity is predicted without it (raw)",
                 )
             )
-        ignored = "sd-scripts does not use it for this model; write {} in the run file to use it here"
+        ignored = "sd-scripts does not use it for this model; to use it here, set {} in the run file"
         for name, key in IGNORED_THERE.items():
             if is_on(options.get(name)):
                 self.report.dropped_changes_result.append((name, ignored.format(key)))
                 options.pop(name)
         if "model_prediction_type" not in options:
-            note = "is missing, which means sigma_scaled there, another weight of the loss; the velocity is predicted as it is (raw)"
+            note = "is missing, which means sigma_scaled there, another loss weight; the velocity is predicted without it (raw)"
             self.report.dropped_changes_result.append(("(model_prediction_type)", note))
         if not options.get("network_train_unet_only") and not options.get("cache_text_encoder_outputs"):
-            note = "is missing: CLIP-L is trained too there; only the denoiser learns here"
+            note = "is missing: there CLIP-L is trained too; here only the denoiser is trained"
             self.report.dropped_changes_result.append(("(network_train_unet_only)", note))
         if options.get("weighting_scheme") == "uniform":
             options.pop("weighting_scheme")
-            self.report.dropped_harmless.append(("weighting_scheme", "uniform is no weight"))
+            self.report.dropped_harmless.append(("weighting_scheme", "uniform means no weighting"))
         if isinstance(options.get("resolution"), str):
             sides = [part.strip() for part in str(options["resolution"]).split(",")]
             if all(side.isdigit() for side in sides) and 1 <= len(sides) <= 2:
                 options["resolution"] = [int(side) for side in sides] if len(sides) == 2 else int(sides[0])
 
     def _folders(self, options: dict[str, Any]) -> None:
-        """Folders of pictures; those of kohya's layout, N_name, become a data set each."""
+        """Folders of images; with kohya's layout, each folder N_name becomes a data set."""
         for key in (*FOLDERS, "reg_data_dir"):
             if key not in options:
                 continue
@@ -368,18 +370,14 @@ class _Importer(Builder):
             made = [{**entry, "is_reg": True} if is_reg else entry for entry in found]
             self.datasets += made
             if skipped:
-                reason = f"these folders of it are not named N_name with N above 0, and are left out there too: {', '.join(skipped)}"
+                reason = f"folders that are not named N_name, with N above 0, are left out, as in sd-scripts: {', '.join(skipped)}"
                 self.report.dropped_harmless.append((f"(folders of {key})", reason))
             shown = ", ".join(str(entry["image_directory"]) for entry in made)
-            rule = (
-                "a data set for every folder N_name, which is repeated N times"
-                if "num_repeats" in made[0]
-                else "a data set"
-            )
+            rule = "a data set for each folder N_name, repeated N times" if "num_repeats" in made[0] else "a data set"
             self.report.converted.append((key, text, "datasets", shown, rule))
 
     def _captions(self) -> None:
-        """Captions that change need variants, which other trainers do not know."""
+        """Captions and images that change at random need cached versions, which other trainers do not have."""
         changing = [key for key in CHANGING_CAPTIONS if self.general.get(key)]
         if changing and "cache.text_variants" not in self.values:
             self.values["cache.text_variants"] = VARIANTS
@@ -391,7 +389,7 @@ class _Importer(Builder):
             self.report.defaulted.append(("cache.latent_variants", VARIANTS))
 
     def _storage(self, options: dict[str, Any]) -> None:
-        """Two switches there, one choice here; fp8_scaled means fp8_base."""
+        """Two switches there, one choice here; fp8_scaled implies fp8_base."""
         scaled, base = options.pop("fp8_scaled", None), options.pop("fp8_base", None)
         for key, value, on in (
             ("fp8_scaled", scaled, "fp8_scaled"),
@@ -407,14 +405,14 @@ class _Importer(Builder):
                 self.report.dropped_harmless.append((key, "it is off"))
 
     def _steps(self, options: dict[str, Any]) -> None:
-        """Lengths: epochs win over steps; warm-up as a share; newest steps kept are counted in steps there."""
+        """Lengths: epochs take precedence over steps; warm-up as a fraction; there, kept checkpoints are counted in steps."""
         for key in ("max_train_steps", "max_train_epochs"):
             if options.get(key) in (0, None) and key in options:
                 options.pop(key)
                 self.report.dropped_harmless.append((key, "it is off"))
         if "max_train_epochs" in options and "max_train_steps" in options:
             options.pop("max_train_steps")
-            self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs decides"))
+            self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs is used instead"))
         warmup = options.get("lr_warmup_steps")
         if isinstance(warmup, str) and warmup.endswith("%"):
             warmup = float(warmup[:-1]) / 100 if is_number(warmup[:-1]) else warmup
@@ -422,10 +420,10 @@ class _Importer(Builder):
             old, steps = options.pop("lr_warmup_steps"), options.get("max_train_steps")
             if isinstance(steps, int):
                 self._convert(
-                    "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "share of max_train_steps"
+                    "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "fraction of max_train_steps"
                 )
             else:
-                self._convert("lr_warmup_steps", old, "scheduler.warmup_ratio", warmup, "a share of the whole run")
+                self._convert("lr_warmup_steps", old, "scheduler.warmup_ratio", warmup, "fraction of the whole run")
         for key, ours in (
             ("save_last_n_steps", "save.keep_last_steps"),
             ("save_last_n_epochs", "save.keep_last_epochs"),
@@ -437,21 +435,23 @@ class _Importer(Builder):
             value, every = options.pop(key), options.get("save_every_n_steps")
             before = self.values.get(ours)
             if isinstance(value, int) and isinstance(before, int):
-                self._convert(key, value, ours, max(value, before), "one number for both: the larger")
+                self._convert(key, value, ours, max(value, before), "one setting for both: the larger value")
             elif isinstance(value, int) and isinstance(every, int) and every > 0 and "steps" in key:
-                self._convert(key, value, ours, value // every + 1, "files instead of steps")
+                self._convert(key, value, ours, value // every + 1, "checkpoints instead of steps")
             else:
                 self._carry(key, ours, value)
         if "save_state_on_train_end" in options:
-            options.pop("save_state_on_train_end")
-            self.report.dropped_harmless.append(("save_state_on_train_end", "the last state is always written"))
+            wanted, off = options.pop("save_state_on_train_end"), options.get("save_state") is False
+            reason = "with save.state, a state is written at the end too"
+            left_out = self.report.dropped_changes_result if wanted and off else self.report.dropped_harmless
+            left_out.append(("save_state_on_train_end", reason))
 
     def _arguments(self, options: dict[str, Any], source: str, table: dict[str, str]) -> None:
         """A list of ``key=value`` texts."""
         if source not in options:
             return
         entries = options.pop(source)
-        if isinstance(entries, str) and entries.strip().startswith("{"):  # a JSON object, as the plan has it
+        if isinstance(entries, str) and entries.strip().startswith("{"):  # a JSON object, as JSON plans have it
             try:
                 entries = [f"{name}={value}" for name, value in json.loads(entries).items()]
             except (ValueError, AttributeError):
@@ -465,7 +465,7 @@ class _Importer(Builder):
             fixed = ("relative_step", "scale_parameter", "warmup_init")
             adafactor = source == "optimizer_args" and self.values.get("optimizer.type") == "Adafactor"
             if adafactor and name in fixed and value.strip() == "False":
-                self.report.dropped_harmless.append((f"optimizer_args {name}", "Adafactor is built so here"))
+                self.report.dropped_harmless.append((f"optimizer_args {name}", "Adafactor always works this way here"))
                 continue
             if not sign:
                 problem = f"{text!r} is not of the form key=value"
@@ -473,12 +473,12 @@ class _Importer(Builder):
                 continue
             elif name not in table and source == "network_args" and name in LAYERS:
                 self.report.dropped_changes_result.append(
-                    (f"{source} {name}", "adapter.include, exclude and targets choose layers here")
+                    (f"{source} {name}", "layers are chosen with adapter.include, exclude and targets here")
                 )
             elif name not in table and (entry := FOREIGN.get(name)) and entry.is_neutral(value.strip()):
                 continue
             elif name not in table:
-                problem = f"{name} is not built; known: {', '.join(table)}.{did_you_mean(name, table)}"
+                problem = f"{name} is not supported; known: {', '.join(table)}.{did_you_mean(name, table)}"
             else:
                 found[table[name]] = self._typed(self.known[table[name]], value.strip())
         if problem:
@@ -506,12 +506,12 @@ class _Importer(Builder):
         return value
 
     def _encoder1(self, options: dict[str, Any]) -> None:
-        """``text_encoder1`` is Kontext's spelling of T5; here ``text_encoder`` is CLIP and ``text_encoder2`` T5."""
+        """``text_encoder1`` is T5 in Kontext scripts; here ``text_encoder`` is CLIP and ``text_encoder2`` is T5."""
         if "text_encoder1" not in options:
             return
         first = options.pop("text_encoder1")
         if not self._is_t5(first):
-            self.report.needs_you.append(("text_encoder1", f"{first}: is not a T5 file, which this name means; write CLIP-L as "
+            self.report.needs_you.append(("text_encoder1", f"{first}: is not a T5 file, which this option expects; write CLIP-L as "
                                           "text_encoder and T5 as text_encoder2"))  # fmt: skip
             return
         self._convert("text_encoder1", first, "model.t5_path", first, "its content is T5")
@@ -533,7 +533,7 @@ class _Importer(Builder):
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def _plain(self, key: str, value: Any) -> None:
-        """Options that mean here what the table of foreign names says, or what they mean there."""
+        """Options that are converted by the table of foreign names alone."""
         target = PLAIN.get(key)
         if value in ("", None):
             known = target or key in SHARED_KEYS or answer(key, value, self.spec) is not None
@@ -565,18 +565,18 @@ class _Importer(Builder):
             self._take(key, found.key, value)
 
     def _again(self, source: str, key: str, value: Any) -> None:
-        """A setting that another key has set already: harmless if both agree, or if that one decides."""
+        """A setting that another key has set already: harmless if both agree, or if that one takes precedence."""
         first = self.names.get(key, "")
         if self.values[key] == value or wins(first) or first == "" or (key == "optimizer.type" and value is None):
-            self.report.dropped_harmless.append((source, f"{first or key} says it"))
+            self.report.dropped_harmless.append((source, f"{first or key} is used instead"))
         else:
             reason = (
-                f"is {describe(value)}, and {first}, another name of {key}, is {describe(self.values[key])}; keep one"
+                f"is {describe(value)}, but {first}, another name of {key}, is {describe(self.values[key])}; keep one"
             )
             self.report.needs_you.append((source, reason))
 
     def _of_items(self, source: str, name: str, value: Any) -> None:
-        """A setting of [general]; what is off, and off here anyway, is left out."""
+        """A setting of [general]; one that is off, and off by default here, is left out."""
         usual = self.spec.dataset_defaults.get(name) if self.spec is not None else None
         if not is_on(value) and not is_on(usual) and name not in GENERAL[self.tool]:
             self.report.dropped_harmless.append((source, "it is off"))
@@ -593,7 +593,7 @@ class _Importer(Builder):
         return {*self.flat, *PLAIN, *plain, *SECRETS, *SHARED_KEYS, "optimizer_args", "network_args"}
 
     def _defaults(self) -> None:
-        """Write musubi-tuner's defaults where the family's differ."""
+        """Write the source tool's defaults where the family's differ."""
         spec = MODELS.get(str(self.values.get("model.arch")))
         if spec is None:
             return

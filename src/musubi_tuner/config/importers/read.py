@@ -1,6 +1,6 @@
-"""Reading a file of another trainer, whatever it is: TOML, JSON, YAML, or the words of a command. Torch-free.
+"""Reading a file of another trainer: TOML, JSON, YAML, or a shell command. Torch-free.
 
-Nothing is ever run: words of a shell are only split.
+Nothing is run: shell commands are only split into words.
 """
 
 import re
@@ -20,10 +20,10 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import read_text
 
 LARGEST = 1 << 20
-"""Bytes of a file; configs are small."""
+"""Largest file in bytes; configs are small."""
 SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
 CACHE_SCRIPT = re.compile(r"(.*_)?(cache|encode)_.*\.py")
-"""Scripts of other trainers that encode before the training, as this program does by itself."""
+"""Scripts of other trainers that encode before training, which this program does itself."""
 
 _END = "\0"
 _PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)#.*|(?:(?<!\S)\d)?&?[<>]+(?:&\d)?|[|;&]+""")
@@ -35,11 +35,11 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
     """Translate a file of another trainer.
 
     Args:
-        tool: musubi, kohya, ai-toolkit, plan (its JSON) or shell; None = as the file looks.
-        dataset: its data set file, if that is another.
+        tool: musubi, kohya, ai-toolkit, plan (a JSON training plan) or shell; None = recognised by its content.
+        dataset: its data set file, if that is a separate file.
 
     Raises:
-        ConfigError: if it cannot be read, or is of no known trainer.
+        ConfigError: if it cannot be read, or is not a file of a known trainer.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
@@ -60,14 +60,14 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
 
 
 def _translated(path: Path, document: Mapping[str, Any], tool: str | None) -> Imported:
-    """What the file of a trainer of many models says."""
+    """Translate a file of a general trainer."""
     kind = {"shell": None}.get(tool or "", tool) or recognise(document)
     if is_typed(document) and tool is None:
-        raise ConfigError(f"{path}: is a run file already")
+        raise ConfigError(f"{path}: is already a run file; use it as it is")
     if kind is None:
         raise ConfigError(
-            f"{path}: is not the training_config.json of a known trainer, and no file of {', '.join(TITLES.values())}; if it is one, say "
-            "which with --from"
+            f"{path}: is not the training_config.json of a known trainer, nor a file of {', '.join(TITLES.values())}; if it is one, name "
+            "the trainer with --from"
         )
     if kind == "ai-toolkit":
         return import_ai_toolkit(document)
@@ -75,7 +75,7 @@ def _translated(path: Path, document: Mapping[str, Any], tool: str | None) -> Im
 
 
 def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
-    """What a file says, and what of it could not be read."""
+    """The keys of a file, and which of them need a value from a person."""
     ending = path.suffix.lower()
     if tool == "shell" or ending in SHELL:
         try:
@@ -85,21 +85,21 @@ def _document(path: Path, tool: str | None) -> tuple[Mapping[str, Any], list[tup
     found = read_document(path)
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{path}: is not the training_config.json of a known trainer: it holds a {type(found).__name__}, expected keys with values"
+            f"{path}: is not the training_config.json of a known trainer: it holds a {type(found).__name__}, expected a table of keys and values"
         )
     return found, []
 
 
 def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Options of the first command with a script in a shell text, and those whose value the shell would have filled in.
+    """Options of the first command with a script in a shell text, and those with values that the shell would fill in.
 
-    Commands that encode come before it in many texts, and are passed over; a second one that trains is asked about.
+    Commands that only encode are skipped; a second training command is reported.
 
     Args:
         windows: backslashes are part of paths.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such command.
     """
     joined = re.sub(r"[\\^`]\r?\n", " ", text)
     commands: list[tuple[list[str], int]] = []
@@ -109,11 +109,12 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
             if at is not None and any(word.startswith("--") for word in words[at:]):
                 commands.append((words, at))
     if not commands:
-        raise ConfigError("no command with a script and options was found in the text")
+        raise ConfigError("no command with a .py script and --options was found in the text")
     training = [each for each in commands if not CACHE_SCRIPT.fullmatch(_script(each))] or commands
     found, unfilled = _options(*training[0])
     others = [
-        ("(script)", f"{_script(each)} is a second command; import it from a text of its own") for each in training[1:]
+        ("(script)", f"{_script(each)} is a second training command; import it from a separate file")
+        for each in training[1:]
     ]
     return found, [*unfilled, *others]
 
@@ -155,7 +156,7 @@ def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str,
     for name, value in _pairs(words[at + 1 :]):
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and ("$" in text or "`" in text or "%" in text[:1]) for text in texts):
-            unfilled.append((name, f"is {value!r}, which the shell would have filled in; write its value"))
+            unfilled.append((name, f"is {value!r}, which the shell would replace by a value; write that value"))
         else:
             found[name] = value
     if launch:
@@ -164,7 +165,7 @@ def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str,
 
 
 def _pairs(words: list[str]) -> list[tuple[str, Any]]:
-    """Options and their values: true without one, a list of several."""
+    """Options and their values: true without a value, a list for several."""
     found: list[tuple[str, Any]] = []
     for word in words:
         if word.startswith("--") and len(word) > 2 and not word[2].isdigit():
@@ -181,7 +182,7 @@ def _pairs(words: list[str]) -> list[tuple[str, Any]]:
 
 
 def _typed(text: str) -> Any:
-    """A number, true or false where the text is nothing else; names such as 2024-01-01 and 1_000 stay texts."""
+    """A text as a number or boolean if it is one; names such as 2024-01-01 and 1_000 stay texts."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if re.fullmatch(r"[+-]?\d+", text):
@@ -213,7 +214,7 @@ def data_tables(path: Path) -> dict[str, Any]:
             found.append(entry)
             continue
         if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-            raise ConfigError(f"{path}: subsets of a data set is {subsets!r}, expected a list of tables")
+            raise ConfigError(f"{path}: subsets is {subsets!r}, expected a list of tables")
         shared = {key: value for key, value in entry.items() if key != "subsets"}
         for subset in subsets:
             own = {**shared, **subset}

@@ -1,4 +1,4 @@
-"""What became of every key of an imported file."""
+"""What happened to every key of an imported file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
 
 @dataclass
 class Report:
-    """Source keys by what became of them; each is in exactly one list, but `defaulted`, which lists keys of ours.
+    """Source keys by what happened to them; each is in exactly one list, except `defaulted`, which lists our keys.
 
     Attributes:
         carried: source key, our key, value. converted: source key, its value, our key, value, rule.
         defaulted: our key, value: the source tool's default where ours differs.
         dropped_harmless, dropped_changes_result: source key, reason.
-        secrets_removed: source keys. unknown: source key, hint. refused: source key, reason: what is not built.
+        secrets_removed: source keys. unknown: source key, hint. refused: source key, reason: what is not supported.
         needs_you: source key, what a person must do.
         ignores_unknown: unknown keys are a warning, not an error.
     """
@@ -36,7 +36,7 @@ class Report:
         lists = (self.carried, self.converted, self.dropped_harmless, self.dropped_changes_result, self.unknown,
                  self.refused, self.needs_you)  # fmt: skip
         found = [entry[0] for entries in lists for entry in entries] + self.secrets_removed
-        return [key for key in found if not key.startswith("(")]  # those are of keys that are missing
+        return [key for key in found if not key.startswith("(")]  # those in brackets are not keys of the source
 
     def leave_out(self, ours: str, reason: str) -> None:
         """Move what was taken over for one of our keys to what is not needed."""
@@ -53,7 +53,7 @@ class Report:
                 for name, entries in vars(self).items() if isinstance(entries, list)}  # fmt: skip
 
     def diagnostics(self) -> Iterator[Diagnostic]:
-        """Errors for what cannot be done, warnings for what is lost, notes for what was changed."""
+        """Errors for what is not supported, warnings for what changes the result, notes for the rest."""
         for key, hint in self.unknown:
             if self.ignores_unknown:
                 yield warning("U01", key, f"is left out: unknown key.{hint}")
@@ -67,7 +67,7 @@ class Report:
             yield warning(
                 "I01",
                 key,
-                f"is a secret and is not taken over; put it into {'WANDB_API_KEY' if 'wandb' in key else 'HF_TOKEN'}",
+                f"is a secret and is not imported; set the environment variable {'WANDB_API_KEY' if 'wandb' in key else 'HF_TOKEN'}",
             )
         for key, old, ours, new, rule in self.converted:
             yield info("I02", key, f"{old!r} -> {ours} = {new!r} ({rule})")
@@ -80,11 +80,11 @@ class Report:
 
 @dataclass
 class Imported:
-    """A typed document made of another tool's.
+    """A run file made from a file of another tool.
 
     Attributes:
-        document: as a run file would be read. general: [general] values that the source tool assumes.
-        names: our key -> source key, for messages. datasets: [[datasets]], where the file says them.
+        document: as read from a run file. general: [general] values that the source tool assumes.
+        names: our key -> source key, for messages. datasets: [[datasets]], if the file has data sets.
     """
 
     document: dict[str, Any]

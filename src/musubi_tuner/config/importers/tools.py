@@ -1,6 +1,6 @@
-"""What other trainers assume where their files say nothing, and how their files are told apart. Torch-free.
+"""Defaults of other trainers, and how their files are told apart. Torch-free.
 
-The lists of names are those of the public argument lists; what a name is here says `config.foreign`.
+The names are those of the public argument lists; `config.foreign` has what each means here.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ MUSUBI: dict[str, Any] = {
     "sample.width": 256,
     "sample.height": 256,
 }
-"""By our key; written where the family's own default is another."""
+"""By our key; written where the family's default differs."""
 KOHYA: dict[str, Any] = {
     **{
         key: value
@@ -50,11 +50,11 @@ GENERAL: dict[str, dict[str, Any]] = {
     "kohya": {"caption_extension": ".caption", "enable_bucket": False},
     "plan": {},
 }
-"""The same for items."""
+"""The same for [general]."""
 TITLES = {
     "musubi": "musubi-tuner",
     "kohya": "sd-scripts (kohya)",
-    "plan": "the plan's form",
+    "plan": "a JSON training plan",
     "ai-toolkit": "ai-toolkit",
 }
 
@@ -168,7 +168,7 @@ _ONLY = {
         ]
     ),
 }
-"""Names that only one of them has."""
+"""Names that only one trainer has."""
 _COMMON = frozenset(
     [
         "network_module",
@@ -183,7 +183,7 @@ _COMMON = frozenset(
 
 
 def recognise(document: Mapping[str, Any]) -> str | None:
-    """Whose options a document holds: musubi, kohya, plan, ai-toolkit, or None. Tables count as their contents, one level deep."""
+    """Which tool a document is for: musubi, kohya, plan, ai-toolkit, or None. Keys of tables count too, one level deep."""
     config = document.get("config")
     if "job" in document or (isinstance(config, Mapping) and "process" in config):
         return "ai-toolkit"
@@ -203,7 +203,7 @@ def recognise(document: Mapping[str, Any]) -> str | None:
 
 
 def is_typed(document: Mapping[str, Any]) -> bool:
-    """Whether a document is a run file of ours, and not options of another trainer in tables whose names mean nothing."""
+    """Whether a document is a run file, and not options of another trainer in tables whose names are not used."""
     if "schema_version" in document or isinstance(document.get("run"), Mapping):
         return True
     model = document.get("model")

@@ -1,7 +1,7 @@
 """Rules between settings, by subject. Torch-free; what needs a device or the weights is checked in the plan.
 
-Each rule names the settings that it reads, and says nothing where one of them has a wrong value: so all mistakes of a file that do not
-hide each other are found together.
+Each rule names the settings that it reads, and is skipped if one of them has a wrong value: so all mistakes of a file that do not
+hide each other are reported together.
 """
 
 from collections.abc import Collection, Iterator
@@ -25,7 +25,7 @@ def validate(config: RunConfig, wrong: Collection[str] = ()) -> list[Diagnostic]
     """Everything that can be known about a config without torch.
 
     Args:
-        wrong: keys without a usable value, in whose place the config has the default; rules that read them are left out.
+        wrong: keys without a usable value, for which the config has the default; rules that read them are skipped.
     """
     return [
         *TRAINING.check(config, wrong),
@@ -46,7 +46,9 @@ def _denoiser(config: RunConfig) -> Iterator[Diagnostic]:
     facts = config.spec.task(config)
     for key in config.set_keys():
         if not facts.has(key):
-            yield error("NA01", key, f"acts on a denoiser, and this run of {config.spec.title} trains none")
+            yield error(
+                "NA01", key, f"applies to denoisers, and this run of {config.spec.title} trains none; remove it"
+            )
 
 
 def _until(config: RunConfig, wrong: Collection[str]) -> Iterator[Diagnostic]:
@@ -57,12 +59,12 @@ def _until(config: RunConfig, wrong: Collection[str]) -> Iterator[Diagnostic]:
         and not config.validation.split
         and "validation.split" not in wrong
     ):
-        text = f"is {until.metric!r}, and nothing is validated (validation.split is 0)"
+        text = f"is {until.metric!r}, but nothing is validated: validation.split is 0; set it"
         yield error("V89", "until.metric", text, "validation.split")
 
 
 def _roles(config: RunConfig, wrong: Collection[str]) -> Iterator[Diagnostic]:
-    """Rules of [roles], and of how each role moves: under the role's key where it sets it, else under the run's."""
+    """Rules of [roles], and of the weights of each role: under the role's key if it sets it, else under the run's."""
     roles = config.spec.task(config).roles
     for name in sorted({*type(config.roles).model_fields} - {"freeze", *roles}):
         if config.role_keys(name):
@@ -77,7 +79,7 @@ def _roles(config: RunConfig, wrong: Collection[str]) -> Iterator[Diagnostic]:
             yield warning(NO_EFFECT, f"roles.{name}.{key}", text, "roles.freeze")
     moving = [name for name in roles if name not in config.frozen]
     if not moving:
-        yield error("V43", "roles.freeze", "names all roles, and nothing would be trained")
+        yield error("V43", "roles.freeze", "names all roles, so nothing would be trained; leave one out")
     of_run: dict[Diagnostic, int] = {}
     for name in moving:
         own, of_role = config.role_keys(name), config.for_role(name)
@@ -89,7 +91,7 @@ def _roles(config: RunConfig, wrong: Collection[str]) -> Iterator[Diagnostic]:
             else:
                 of_run[problem] = of_run.get(problem, 0) + 1
     for problem, count in of_run.items():
-        # What does nothing for one role may act on another.
+        # What has no effect for one role may have one for another.
         takers = [name for name in moving if problem.key not in config.role_keys(name)]
         if problem.level == "error" or count == len(takers):
             yield problem

@@ -52,7 +52,7 @@ def _preset_is_used(config: RunConfig) -> Iterator[Diagnostic]:
 def _merged_files(config: RunConfig) -> Iterator[Diagnostic]:
     adapter = config.adapter
     if adapter.type != "none" and adapter.merge_multipliers and len(adapter.merge_multipliers) != len(adapter.merge):
-        text = f"has {len(adapter.merge_multipliers)} numbers for {len(adapter.merge)} files in adapter.merge"
+        text = f"has {len(adapter.merge_multipliers)} values for {len(adapter.merge)} files in adapter.merge; give one for each file"
         yield error("V86", "adapter.merge_multipliers", text, "adapter.merge")
 
 
@@ -63,8 +63,8 @@ def _strength(config: RunConfig) -> Iterator[Diagnostic]:
         return
     if adapter.alpha > USUAL_ALPHA * adapter.rank and "adapter.alpha" in config.set_keys():
         text = (
-            f"is {adapter.alpha:g}, {adapter.alpha / adapter.rank:g} times adapter.rank = {adapter.rank}, and the update is scaled by "
-            "that factor; half the rank up to the rank is usual"
+            f"is {adapter.alpha:g}, {adapter.alpha / adapter.rank:g} times adapter.rank = {adapter.rank}, and the adapter is scaled by "
+            "that factor; usual values are half the rank up to the rank"
         )
         yield warning("V50", "adapter.alpha", text, "adapter.rank", fix=[("adapter.alpha", float(adapter.rank))])
 
@@ -79,20 +79,28 @@ def _layers(config: RunConfig) -> Iterator[Diagnostic]:
     for key, name, known in [*named, *(("kinds", kind, targets.kinds) for kind in adapter.kinds or [])]:
         if not known:
             yield error(
-                "NA01", f"adapter.{key}", f"does not apply to {config.spec.title}, which has none", "model.arch"
+                "NA01",
+                f"adapter.{key}",
+                f"does not apply to {config.spec.title}, which has none; remove it",
+                "model.arch",
             )
         elif name not in known:
             text = f"has '{name}', expected one of {', '.join(known)}.{did_you_mean(name, known)}"
             yield error("U04", f"adapter.{key}", text)
     if adapter.kinds == [] and not (adapter.include or any(target.enabled for target in adapter.targets)):
-        yield error("V43", "adapter.kinds", "is empty, so no layer would be adapted", "adapter.include")
+        yield error(
+            "V43",
+            "adapter.kinds",
+            "is empty, so no layer would be adapted; name a kind, or remove the key",
+            "adapter.include",
+        )
     for index, target in enumerate(adapter.targets):
         try:
             compile_pattern(target.pattern)
         except ConfigError as problem:
             yield error("U03", f"adapter.targets[{index}].pattern", str(problem))
         if not target.fields():
-            text = f"sets nothing for {target.pattern!r}; give rank, for example"
+            text = f"sets nothing for {target.pattern!r}; set rank, for example"
             yield error("U07", f"adapter.targets[{index}]", text)
 
 

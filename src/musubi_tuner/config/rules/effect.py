@@ -1,4 +1,4 @@
-"""Settings that a person wrote and that do nothing: where they act stands on the field (see `config.when`)."""
+"""Settings that a person wrote and that have no effect; the condition is part of the field (see `config.when`)."""
 
 from collections.abc import Collection, Iterator
 
@@ -10,7 +10,7 @@ NO_EFFECT = "NA03"
 
 
 def idle(config: RunConfig) -> dict[str, str]:
-    """Settings that do nothing in a run -> why."""
+    """Settings that have no effect in a run -> why."""
     return {
         parameter.key: parameter.when.reason(config.get)
         for parameter in parameters(config.spec)
@@ -21,11 +21,11 @@ def idle(config: RunConfig) -> dict[str, str]:
 def without_effect(
     config: RunConfig, written: Collection[str], wrong: Collection[str] = (), *, moving: bool
 ) -> Iterator[Diagnostic]:
-    """Warnings of written settings that do nothing. A value that means "off" does nothing anywhere, and is none.
+    """Warnings of written settings that have no effect. A value that means "off" gives no warning.
 
     Args:
         written: keys that a person set. wrong: keys without a usable value.
-        moving: those of the tables that a role may have for itself, or those of all others.
+        moving: settings of the tables that a role may override, or those of all other tables.
     """
     reasons = idle(config)
     for parameter in parameters(config.spec):

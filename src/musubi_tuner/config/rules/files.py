@@ -1,4 +1,4 @@
-"""Rules of files that must exist, and of places to write to."""
+"""Rules for files that must exist, and for folders to write to."""
 
 import os
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ rule = FILES.rule
 INPUTS = ("model.path", "model.vae_path", "model.clip_path", "model.t5_path", "model.clip_tokenizer", "model.t5_tokenizer",
           "experts.unet", "experts.vae", "experts.lune", "experts.sol", "adapter.init_from")  # fmt: skip
 RUN_NAMES = {
-    "none": 'a new model is model.init = "scratch"',
+    "none": 'for a new model write model.init = "scratch"',
     "latest": 'an interrupted run continues by itself (resume.from = "auto"); for another run write folder:latest',
 }
-"""Load targets of other trainers -> what says the same here."""
+"""Checkpoint names of other trainers -> what to write here."""
 
 
 @rule("P02", "run.output_dir")
 def _name_of_output(config: RunConfig) -> Iterator[Diagnostic]:
-    """Libraries that read weights and states take paths in UTF-8 only: what is written under another name is lost."""
+    """Libraries that read weights and states take paths in UTF-8 only; files under other names could not be read again."""
     folder = str(config.output_dir)
     try:
         os.fsencode(folder).decode("utf-8")
@@ -65,7 +65,7 @@ def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
 
 @rule("P08", "model.path model.arch")
 def _weights(config: RunConfig) -> Iterator[Diagnostic]:
-    """What is no weight file, or that of another model, by its first bytes."""
+    """Files that are not weights, or are of another model, by their first bytes."""
     if config.demo:
         return
     for key, text in [
@@ -83,9 +83,7 @@ def _weights(config: RunConfig) -> Iterator[Diagnostic]:
 def _state(config: RunConfig) -> Iterator[Diagnostic]:
     text = config.resume.from_
     if text not in ("auto", "none") and not config.locate(text).is_dir():
-        reason = (
-            f'{text}: no such state; states are folders whose names end in -state, "auto" takes the newest of the run'
-        )
+        reason = f'{text}: no such state; give a folder whose name ends in -state, or write "auto" for the newest state of this run'
         yield error("P01", "resume.from", reason)
 
 
@@ -120,7 +118,7 @@ def _prompts(config: RunConfig) -> Iterator[Diagnostic]:
 
 
 def prompt_problems(prompt: Prompt, spec: ModelSpec, adapters: bool) -> list[str]:
-    """Options of a prompt that a family cannot follow, with or without adapters."""
+    """Options of a prompt that a family does not support, with or without adapters."""
     found = []
     own = {parameter.key for parameter in parameters(spec)}
     for option, name in (("l", "cfg_scale"), ("fs", "shift")):
@@ -129,7 +127,7 @@ def prompt_problems(prompt: Prompt, spec: ModelSpec, adapters: bool) -> list[str
             reason = spec.why_not(key, value) or f"{spec.title} has no {key}"
             found.append(f"'{prompt.text}': --{option} has no effect: {reason}")
     if prompt.multiplier is not None and not adapters:
-        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and there is none")
+        found.append(f"'{prompt.text}': --m sets the strength of an adapter, and there is none; remove it")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rules of [general] and [[datasets]] beside other settings."""
+"""Rules between [general], [[datasets]] and other settings."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ def _pictures_that_change(config: RunConfig) -> Iterator[Diagnostic]:
 
 _CODES = {"shuffle_caption": "V01", "random_crop": "V03", "color_aug": "V04"}
 _CHANGES = {
-    "captions": "shuffles or drops parts of captions, or has wildcards",
-    "pictures": "crops or colours its pictures at random",
+    "captions": "shuffles or drops tags, or has wildcards",
+    "pictures": "uses random_crop or color_aug",
 }
 
 
@@ -53,7 +53,7 @@ def _versions(
     """What changes at random needs versions, and versions need something that changes.
 
     Args:
-        kind: of the cache that holds them. changing: by data set, the keys that ask for change. usual: number of versions.
+        kind: of the cache that holds them. changing: keys that change them at random, by data set. usual: number of versions.
     """
     facts, key = config.spec.task(config), "cache.text_variants" if what == "captions" else "cache.latent_variants"
     count = config.get(key)
@@ -62,12 +62,12 @@ def _versions(
     places = {_place(config, name, own): own for name, keys in changing.items() for own in keys}
     if count == 1:
         for place, own in places.items():
-            text = f"changes {what} at random, and their versions are made before training. Set {key} to the number of versions, for "
+            text = f"changes {what} at random, and their versions are cached before training. Set {key} to the number of versions, for "
             yield error(_CODES.get(own, "V05"), place, f"{text}example {usual}", key, fix=[(key, usual)])
     elif not places:
         yield warning("NA03", key, f"has no effect because no data set {_CHANGES[what]}")
     else:
-        yield info("V05", key, f"{count} versions of the {what} are made; each presentation takes one")
+        yield info("V05", key, f"{count} versions of the {what} are cached; one is chosen each time an image is used")
 
 
 @rule("V58")
@@ -91,12 +91,12 @@ def _kept_parts(config: RunConfig) -> Iterator[Diagnostic]:
         for key in ("keep_tokens", "keep_tokens_separator"):
             place = _place(config, dataset.name, key)
             if getattr(text, key) and not moves:
-                reason = "keeps nothing in its place because no parts are shuffled or dropped"
+                reason = "has no effect because no tags are shuffled or dropped"
                 found.append(warning("V58", place, reason, "general.shuffle_caption"))
         apart = text.trigger_word or text.secondary_separator or text.keep_tokens_separator
         place = _place(config, dataset.name, "caption_separator")
         if text.caption_separator != "," and not moves and not apart:
-            reason = "has no effect because nothing separates or joins parts"
+            reason = "has no effect because no setting splits or joins tags"
             found.append(warning("V58", place, reason, "general.shuffle_caption"))
         place = _place(config, dataset.name, "keep_tokens")
         if text.keep_tokens and text.keep_tokens_separator and moves:
@@ -121,7 +121,7 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
             place = _place(config, dataset.name, key)
             if value == 1 and place not in said:
                 said.add(place)
-                reason = "is 1, so captions would be dropped in every epoch"
+                reason = "is 1, so captions would be dropped in every epoch; set a larger number, or 0 for off"
                 if key != "caption_dropout_every_n_epochs":
                     what = "captions" if key == "caption_dropout_rate" else "tags that are not kept"
                     reason = f"is 1, so all {what} would be dropped; 0.1 is usual"
@@ -136,9 +136,11 @@ def _regularisation(config: RunConfig) -> Iterator[Diagnostic]:
     regular = [dataset.is_reg for dataset in config.datasets]
     if any(regular) and not config.spec.task(config).denoises:
         place = _place(config, config.datasets[regular.index(True)].name, "is_reg")
-        yield error("NA01", place, f"acts on a denoiser, and this run of {config.spec.title} trains none")
+        yield error("NA01", place, f"applies to denoisers, and this run of {config.spec.title} trains none; remove it")
     if config.train.prior_loss_weight != 1 and not any(regular):
         text = "has no effect because no data set has is_reg"
         yield warning("NA03", "train.prior_loss_weight", text)
     if regular and all(regular):
-        yield error("V92", "datasets", "all have is_reg = true; at least one data set must be without it")
+        yield error(
+            "V92", "datasets", "all have is_reg = true; at least one data set must not be regularisation images"
+        )

@@ -1,4 +1,4 @@
-"""Rules of [memory]: what excludes each other, and what a device cannot do."""
+"""Rules of [memory]: settings that exclude each other, and what a device does not support."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ rule = MEMORY.rule
 def _storage(config: RunConfig) -> Iterator[Diagnostic]:
     storage = config.memory.base_storage
     if storage != "none" and config.adapter.type == "none":
-        text = f'"{storage}" is for frozen models, and this run trains the model itself; set it to "none", or train an adapter'
+        text = f'is "{storage}", which is for frozen models, but this run trains the model itself; write "none", or train an adapter'
         yield error("V21", "memory.base_storage", text, "adapter.type", fix=[("memory.base_storage", "none")])
 
 
@@ -31,15 +31,15 @@ def _products(config: RunConfig) -> Iterator[Diagnostic]:
     if not memory.fp8_compute:
         return
     if memory.base_storage not in ("fp8", "fp8_scaled"):
-        text = f'needs memory.base_storage = "fp8_scaled" or "fp8", and it is "{memory.base_storage}"'
+        text = f'needs memory.base_storage = "fp8_scaled" or "fp8", but it is "{memory.base_storage}"; change one'
         yield error("V21", "memory.fp8_compute", text, "memory.base_storage")
     if config.train.mixed_precision not in ("bf16", "auto"):
-        text = f'gives bf16 numbers, and train.mixed_precision is "{config.train.mixed_precision}"; set it to "bf16"'
+        text = f'computes in bf16, but train.mixed_precision is "{config.train.mixed_precision}"; set that to "bf16"'
         fix = [("train.mixed_precision", "bf16")]
         yield error("V21", "memory.fp8_compute", text, "train.mixed_precision", fix=fix)
     if config.run.device in ("cpu", "mps"):
         text = (
-            f'needs a GPU that multiplies float8 numbers, and run.device is "{config.run.device}"; set it to false: storage in fp8 '
+            f'needs a GPU that multiplies float8 numbers, but run.device is "{config.run.device}"; set it to false: fp8 storage '
             "works on every device"
         )
         yield error("P07", "memory.fp8_compute", text, "run.device", fix=[("memory.fp8_compute", False)])
@@ -55,13 +55,13 @@ def _attention(config: RunConfig) -> Iterator[Diagnostic]:
         return
     plain = [("memory.attention", "sdpa")]
     if config.run.device in ("cpu", "mps"):
-        text = f'"{kernel}" computes on GPUs only, and run.device is "{config.run.device}"; use "sdpa"'
+        text = f'"{kernel}" runs on GPUs only, but run.device is "{config.run.device}"; use "sdpa"'
         yield error("V25", "memory.attention", text, "run.device", fix=plain)
     if config.get("model.t5_attn_mask"):
-        text = f'"{kernel}" takes no mask, and model.t5_attn_mask is true; use "sdpa"'
+        text = f'"{kernel}" does not support masks, but model.t5_attn_mask is true; use "sdpa"'
         yield error("V25", "memory.attention", text, "model.t5_attn_mask", fix=plain)
     if kernel == "flash" and config.train.mixed_precision == "no":
-        text = '"flash" computes in bf16 or fp16, and train.mixed_precision is "no"; change that, or use "sdpa"'
+        text = '"flash" computes in bf16 or fp16, but train.mixed_precision is "no"; change that, or use "sdpa"'
         yield error("V25", "memory.attention", text, "train.mixed_precision", fix=plain)
 
 
@@ -69,7 +69,7 @@ def _attention(config: RunConfig) -> Iterator[Diagnostic]:
 def _compiler(config: RunConfig) -> Iterator[Diagnostic]:
     memory = config.memory
     if memory.compile and memory.compile_mode != "default" and memory.compile_backend != "inductor":
-        text = f'is for compile_backend = "inductor", and it is "{memory.compile_backend}"; remove one of them'
+        text = f'is for compile_backend = "inductor", but that is "{memory.compile_backend}"; remove one of them'
         yield error("V87", "memory.compile_mode", text, "memory.compile_backend")
 
 
@@ -94,8 +94,8 @@ def _compiled_and_swapped(config: RunConfig) -> Iterator[Diagnostic]:
         )
     elif memory.checkpoint_every > 1:
         text = (
-            f"with memory.blocks_to_swap needs memory.checkpoint_every = 1, and it is {memory.checkpoint_every}: compiled code keeps "
-            "the weights of a block that is not recomputed until its backward pass; set it to 1, or one of the others off"
+            f"with memory.blocks_to_swap needs memory.checkpoint_every = 1, but it is {memory.checkpoint_every}: compiled code keeps "
+            "the weights of a block that is not recomputed until its backward pass; set it to 1, or turn one of the others off"
         )
     else:
         return
@@ -107,7 +107,7 @@ def _offload_recomputes(config: RunConfig) -> Iterator[Diagnostic]:
     memory = config.memory
     written = "memory.gradient_checkpointing" in config.set_keys()
     if memory.checkpoint_offload and written and not memory.gradient_checkpointing:
-        text = "recomputes blocks, and memory.gradient_checkpointing is false; remove one"
+        text = "recomputes blocks, but memory.gradient_checkpointing is false; remove one"
         fix = [("memory.gradient_checkpointing", True)]
         yield error("V24", "memory.checkpoint_offload", text, "memory.gradient_checkpointing", fix=fix)
 
@@ -116,10 +116,10 @@ def _offload_recomputes(config: RunConfig) -> Iterator[Diagnostic]:
 def _offload(config: RunConfig) -> Iterator[Diagnostic]:
     memory = config.memory
     if memory.checkpoint_offload and memory.blocks_to_swap and config.adapter.type == "none":
-        text = "cannot be combined with memory.blocks_to_swap while the model itself trains: choose one way of leaving the device"
+        text = "cannot be combined with memory.blocks_to_swap while the model itself trains; turn one of them off"
         yield error("V22", "memory.checkpoint_offload", text, "memory.blocks_to_swap")
     if memory.checkpoint_offload and config.run.device == "mps":
-        text = "nothing can be moved between mps and main memory; turn it off"
+        text = "is not supported on mps; turn it off"
         yield error("P07", "memory.checkpoint_offload", text, "run.device", fix=[("memory.checkpoint_offload", False)])
 
 
@@ -129,14 +129,14 @@ def _swapped_blocks(config: RunConfig) -> Iterator[Diagnostic]:
         return
     if config.adapter.type == "none" and config.optimizer.type == "AdamW8bit":
         text = (
-            '"AdamW8bit" steps on the device only, and memory.blocks_to_swap keeps trained blocks and their optimizer state in main '
+            '"AdamW8bit" runs on the device only, but memory.blocks_to_swap keeps trained blocks and their optimizer state in main '
             'memory; use "AdamW"'
         )
         yield error("V88", "optimizer.type", text, "memory.blocks_to_swap", fix=[("optimizer.type", "AdamW")])
     if config.adapter.type == "none" and config.train.mixed_precision == "fp16":
-        text = '"fp16" cannot be used while trained blocks live in main memory: its loss scale is applied on the device; use "bf16"'
+        text = '"fp16" does not work with trained blocks in main memory: its loss scale is applied on the device; use "bf16"'
         fix = [("train.mixed_precision", "bf16")]
         yield error("V88", "train.mixed_precision", text, "memory.blocks_to_swap", fix=fix)
     if config.run.device == "mps":
-        text = "blocks cannot be swapped on mps; set it to 0"
+        text = "is not supported on mps; set it to 0"
         yield error("P07", "memory.blocks_to_swap", text, "run.device", fix=[("memory.blocks_to_swap", 0)])

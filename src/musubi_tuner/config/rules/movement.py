@@ -1,4 +1,4 @@
-"""Rules of how the weights of one role move: [optimizer], [scheduler], [ema]. Each is checked for every role."""
+"""Rules of how the weights of one role are updated: [optimizer], [scheduler], [ema]. Each is checked for every role."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from musubi_tuner.config.run_config import RunConfig
 MOVEMENT = Rules()
 rule = MOVEMENT.rule
 LEFT_OF_THE_START = 1 / math.e
-"""Share of the first weights in an average at the end, above which it has hardly moved."""
+"""Share of the initial weights left in the average at the end, above which it has hardly moved."""
 
 
 @rule("V29", "scheduler.warmup_steps train.max_steps")
@@ -25,7 +25,7 @@ def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
             "V29",
             "scheduler.warmup_steps",
             f"is {config.scheduler.warmup_steps}, longer than train.max_steps = {config.train.max_steps}; the learning rate would "
-            "never be reached",
+            "never be reached; make it shorter",
             "train.max_steps",
         )
 
@@ -37,7 +37,7 @@ def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
         yield error(
             "V29",
             "scheduler.total_steps",
-            f"is {length}, and warm-up alone takes scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
+            f"is {length}, not longer than scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
             "scheduler.warmup_steps",
         )
 
@@ -51,7 +51,7 @@ def _one_warmup(config: RunConfig) -> Iterator[Diagnostic]:
     count = scheduler.warmup_updates(length) if length else None
     if count != scheduler.warmup_steps:
         means = "" if count is None else f" is {count} updates"
-        text = f"is {scheduler.warmup_steps}, and warmup_ratio = {scheduler.warmup_ratio:g}{means}; keep one"
+        text = f"is {scheduler.warmup_steps}, but warmup_ratio = {scheduler.warmup_ratio:g}{means}; keep one"
         fix = [("scheduler.warmup_steps", 0)]
         yield error("V27", "scheduler.warmup_steps", text, "scheduler.warmup_ratio", fix=fix)
 
@@ -62,7 +62,7 @@ def _least_rate(config: RunConfig) -> Iterator[Diagnostic]:
         yield error(
             "V80",
             "scheduler.min_lr",
-            f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}",
+            f"is {config.scheduler.min_lr}, above optimizer.lr = {config.optimizer.lr}; lower it",
             "optimizer.lr",
         )
 
@@ -104,7 +104,7 @@ def _clipped_twice(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V33",
             "train.max_grad_norm",
-            f"is {config.train.max_grad_norm}, and Adafactor clips by itself; 0 is usual with it",
+            f"is {config.train.max_grad_norm}, but Adafactor clips updates itself; 0 is usual with it",
             "optimizer.type",
             fix=[("train.max_grad_norm", 0.0)],
         )
@@ -122,7 +122,7 @@ def _average_of_the_checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
         text = 'is "checkpoint", but the average of an adapter starts with it; write ema.init = "model"'
         yield error("V81", "ema.init", text, "adapter.type", fix=plain)
     if config.ema.warmup is True:
-        text = 'would forget the average of ema.init = "checkpoint" at once; write ema.warmup = false'
+        text = 'would soon overwrite the average that ema.init = "checkpoint" starts from; write ema.warmup = false'
         yield error("V81", "ema.warmup", text, "ema.init", fix=[("ema.warmup", False)])
 
 
@@ -136,7 +136,7 @@ def _average_moves(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V74",
             "ema.decay",
-            f"is {decay}; after {steps} updates {left:.0%} of the average is still what it began as. Set ema.warmup = true, or a "
+            f"is {decay}; after {steps} updates {left:.0%} of the average is still the initial weights. Set ema.warmup = true, or a "
             "smaller decay",
             "train.max_steps",
             fix=[("ema.warmup", True)],

@@ -1,4 +1,4 @@
-"""How a rule between settings is written: a function that knows its code and the settings that it reads."""
+"""How a rule between settings is written: a function with its code and the settings that it reads."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Rule:
     """One rule.
 
     Attributes:
-        codes: of its findings. keys: settings that it reads; where one of them has a wrong value it says nothing.
+        codes: of its findings. keys: settings that it reads; it is skipped if one of them has a wrong value.
         check: config -> findings.
     """
 
@@ -26,7 +26,7 @@ class Rule:
     check: Check
 
     def applies(self, wrong: Collection[str]) -> bool:
-        """Whether all that it reads has a value. A table that is wrong as a whole is none of its settings."""
+        """Whether all settings that it reads have a usable value, and so do their tables."""
         return not any(key in wrong or key.partition(".")[0] in wrong for key in self.keys)
 
 
@@ -49,7 +49,7 @@ class Rules:
         """Findings of all rules that apply.
 
         Args:
-            wrong: keys without a usable value, in whose place the config has the default.
+            wrong: keys without a usable value, for which the config has the default.
         """
         for rule in self.all:
             if rule.applies(wrong):

@@ -1,4 +1,4 @@
-"""Rules of what is trained, how long, in which precision, and what is drawn, saved and uploaded on the way."""
+"""Rules of what is trained, for how long and in which precision, and of sampling, saving and uploading."""
 
 import importlib.util
 import netrc
@@ -32,7 +32,7 @@ def _checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("U07", "train.max_steps train.max_epochs")
 def _length(config: RunConfig) -> Iterator[Diagnostic]:
     if config.train.max_steps is None and config.train.max_epochs is None:
-        yield error("U07", "train.max_steps", "is missing, and max_epochs too; give one of them", "train.max_epochs")
+        yield error("U07", "train.max_steps", "is missing, and so is max_epochs; set one of them", "train.max_epochs")
 
 
 @rule("U04", "resume.allow")
@@ -89,14 +89,16 @@ def _half_precision(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("V83", "cache.dtype train.mixed_precision")
 def _half_precision_caches(config: RunConfig) -> Iterator[Diagnostic]:
     if config.cache.dtype == "float16" and config.train.mixed_precision == "no":
-        text = "float16 caches lose precision that a float32 run could use"
+        text = 'is "float16", which loses precision in a float32 run; write "auto"'
         yield warning("V83", "cache.dtype", text, "train.mixed_precision", fix=[("cache.dtype", "auto")])
 
 
 @rule("P07", "distributed.num_processes run.device")
 def _processes(config: RunConfig) -> Iterator[Diagnostic]:
     if config.distributed.num_processes > 1 and config.run.device == "mps":
-        yield error("P07", "distributed.num_processes", "several processes need CUDA or a CPU, not mps", "run.device")
+        yield error(
+            "P07", "distributed.num_processes", "several processes are not supported on mps; set it to 1", "run.device"
+        )
 
 
 @rule("V63", "sample.prompts sample.every_steps sample.every_epochs sample.at_first sample.width sample.height")
@@ -105,7 +107,7 @@ def _drawn(config: RunConfig) -> Iterator[Diagnostic]:
     if sample.prompts is None:
         return
     if not (sample.every_steps or sample.every_epochs or sample.at_first):
-        text = "are given, but nothing says when to draw; set sample.every_steps, every_epochs or at_first"
+        text = "are set, but no sampling interval is; set sample.every_steps, every_epochs or at_first"
         yield warning("V63", "sample.prompts", text, "sample.every_steps", "sample.every_epochs", "sample.at_first")
     for name in ("width", "height"):
         value, step = getattr(sample, name), config.spec.pixel_step
@@ -119,7 +121,7 @@ def _drawn(config: RunConfig) -> Iterator[Diagnostic]:
 def _masks(config: RunConfig) -> Iterator[Diagnostic]:
     train = config.train
     if train.masked_loss and train.mask_foreground == train.mask_background == 0:
-        text = "and mask_background are 0: no masked image could be learned from"
+        text = "and mask_background are both 0, so masked images would not be trained; set one of them"
         yield error("V84", "train.mask_foreground", text, "train.mask_background")
 
 
@@ -129,7 +131,7 @@ def _uploads(config: RunConfig) -> Iterator[Diagnostic]:
     if hub.repo_id is not None and not is_repository(hub.repo_id):
         yield error("V85", "hub.repo_id", f"is {hub.repo_id!r}, expected owner/name")
     if hub.repo_id is not None and hub.release == "best" and not config.keeps_best:
-        text = 'is "best", but no best is kept; write save.best = true, or set validation.split'
+        text = 'is "best", but no best checkpoint is kept; set save.best = true or validation.split'
         yield error("V85", "hub.release", text, "save.best", "validation.split", fix=[("save.best", True)])
 
 
@@ -143,22 +145,20 @@ def _nothing_saved(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V65",
             "save.every_steps",
-            "and save.every_epochs are off: a crash loses everything; a state is written only when you stop the run",
+            "and save.every_epochs are off: nothing is saved before the end unless you stop the run, so a crash loses everything",
             "save.every_epochs",
             fix=[("save.every_steps", 500)],
         )
 
 
 LONG_WITHOUT_SAVING = 1000
-"""Updates after which the loss of a run hurts."""
+"""Length of a run in updates from which missing checkpoints give a warning."""
 
 
 @rule("V66", "resume.from adapter.init_from adapter.type")
 def _two_starts(config: RunConfig) -> Iterator[Diagnostic]:
     if config.resume.from_ not in ("auto", "none") and config.adapter.init_from is not None and config.step is None:
-        text = (
-            f"is {config.resume.from_!r}, a state with weights of its own, and adapter.init_from names others; keep one"
-        )
+        text = f"is {config.resume.from_!r}, a state with its own weights, but adapter.init_from names others; keep one"
         yield error("V66", "resume.from", text, "adapter.init_from")
 
 
@@ -177,7 +177,7 @@ def _two_lengths(config: RunConfig) -> Iterator[Diagnostic]:
         and train.max_epochs is not None
         and config.origins.get("train.max_steps") != "default"
     ):
-        text = f"is {train.max_epochs}, and train.max_steps = {train.max_steps}; whichever ends first counts, as the plan shows"
+        text = f"is {train.max_epochs}, and train.max_steps = {train.max_steps}; the run ends at whichever comes first, as the plan shows"
         yield Diagnostic("V56", "info", ("train.max_epochs", "train.max_steps"), text)
 
 
@@ -186,7 +186,10 @@ def _noise_levels(config: RunConfig) -> Iterator[Diagnostic]:
     low, high = config.get("objective.min_timestep"), config.get("objective.max_timestep")
     if low is not None and low >= high:
         yield error(
-            "V17", "objective.min_timestep", f"is {low}, not below max_timestep = {high}", "objective.max_timestep"
+            "V17",
+            "objective.min_timestep",
+            f"is {low}, expected a value below max_timestep = {high}",
+            "objective.max_timestep",
         )
 
 
@@ -194,7 +197,9 @@ def _noise_levels(config: RunConfig) -> Iterator[Diagnostic]:
 def _two_weights(config: RunConfig) -> Iterator[Diagnostic]:
     gamma, scheme = config.get("objective.min_snr_gamma"), config.get("objective.weighting_scheme")
     if gamma and config.get("objective.min_snr_form") != "none" and scheme in ("sigma_sqrt", "cosmap"):
-        text = f'is {gamma:g}, and weighting_scheme = "{scheme}": the weights multiply; usually only one is used'
+        text = (
+            f'is {gamma:g}, and weighting_scheme is "{scheme}": both weights are multiplied; usually only one is used'
+        )
         yield warning(
             "V15", "objective.min_snr_gamma", text, "objective.weighting_scheme", fix=[("objective.min_snr_gamma", 0.0)]
         )
@@ -204,7 +209,7 @@ def _two_weights(config: RunConfig) -> Iterator[Diagnostic]:
 def _adaptive_offset(config: RunConfig) -> Iterator[Diagnostic]:
     scale = config.get("objective.adaptive_noise_scale")
     if scale and not config.get("objective.noise_offset"):
-        text = f"is {scale}, and is added to objective.noise_offset, which is off; set it, 0.05 for example"
+        text = f"is {scale}, but objective.noise_offset, which it adjusts, is off; set that to 0.05, for example"
         yield error(
             "V07",
             "objective.adaptive_noise_scale",
@@ -217,7 +222,7 @@ def _adaptive_offset(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("V09", "objective.noise_offset objective.multires_noise_iterations")
 def _two_recipes(config: RunConfig) -> Iterator[Diagnostic]:
     if config.get("objective.noise_offset") and config.get("objective.multires_noise_iterations"):
-        text = "and objective.multires_noise_iterations both change the coarse parts of the noise; usually only one is used"
+        text = "and objective.multires_noise_iterations both change the low frequencies of the noise; usually only one is used"
         yield warning("V09", "objective.noise_offset", text, "objective.multires_noise_iterations")
 
 

@@ -2,7 +2,7 @@
 
 The type, range, default and the one sentence of help written there make the TOML check, the command line, `--help`, `docs/config.md`,
 the form and the resolved config; nothing is declared twice. A family's own tables are classes in ``models/<family>/settings.py`` (see
-`ModelSpec.sections`), built from the parts here; what a family does not have does not exist there.
+`ModelSpec.sections`), built from the parts here; a setting that a family does not have is not in its tables.
 
 An absent optional value means off. Torch-free.
 """
@@ -79,7 +79,7 @@ AMBIGUOUS = {
     "rank", "alpha", "include", "exclude", "split", "times", "best", "only", "merge", "comment", "shift", "dropout", "max_norm",
     "preset", "kinds", "depth", "targets", "lr_scale",
 }  # fmt: skip
-"""Last parts of keys that are no option names of their own: alone they would say too little, or mean something else."""
+"""Last parts of keys that are not option names by themselves, because they would be unclear or ambiguous."""
 
 SECTION_ALIASES = {"accelerate": "distributed"}
 
@@ -126,7 +126,7 @@ def _by_key(code: str) -> dict[str, Parameter]:
 
 @functools.cache
 def item_parameters() -> tuple[Parameter, ...]:
-    """Settings of [general], then those that only [[datasets]] has; not among `parameters`, for their values live in the tables."""
+    """Settings of [general], then those that only [[datasets]] has; not among `parameters`, because their values are kept in the tables."""
     shared = [Parameter("general", name, field, GeneralSection) for name, field in GeneralSection.model_fields.items()]
     return (
         *shared,

@@ -15,7 +15,9 @@ class AdapterTarget(Section):
     lr_scale: float | None = param(None, "Factor of the learning rate.", ge=0, le=1000)
     depth: int | None = param(None, "Parallel pairs of matrices.", ge=1, le=64)
     dropout: float | None = param(None, "Share of rank activations dropped.", ge=0, lt=1)
-    enabled: bool | None = param(None, "true adapts layers of other kinds too, false leaves layers alone.")
+    enabled: bool | None = param(
+        None, "true adapts these layers even if their kind is not adapted, false leaves them out."
+    )
     weight_decay: float | None = param(None, "Weight decay; absent = that of the optimizer.", ge=0, le=10)
 
     def fields(self) -> dict[str, Any]:
@@ -37,7 +39,7 @@ class AdapterSection(Section):
     )
     kinds: list[str] | None = param(
         None,
-        "Kinds of layers that are adapted, by the names that the family gives them; absent = the usual ones.",
+        "Kinds of layers to adapt, by the family's names; absent = the family's default.",
         when=off("adapter.rank_from_weights"),
     )
     rank: int = param(
@@ -52,7 +54,7 @@ class AdapterSection(Section):
     )
     depth: int = param(
         1,
-        "Parallel pairs of matrices per layer: the same as one pair so many times as wide.",
+        "Parallel pairs of matrices per layer; equal to one pair that is so many times as wide.",
         ge=1,
         le=64,
         when=off("adapter.rank_from_weights"),
@@ -65,12 +67,16 @@ class AdapterSection(Section):
         [], "Regular expressions of module paths that are adapted even if excluded.", flat=("include_patterns",)
     )
     exclude: list[str] | None = param(
-        None, "Regular expressions of module paths left alone; replaces the family's list.", flat=("exclude_patterns",)
+        None,
+        "Regular expressions of module paths that are not adapted; replaces the family's list.",
+        flat=("exclude_patterns",),
     )
     keep_default_excludes: bool = param(
         False, "Add exclude to the family's list instead of replacing it.", when=on("adapter.exclude")
     )
-    only: list[str] = param([], "Adapt only module paths that match one of these.", flat=("only_patterns",))
+    only: list[str] = param(
+        [], "Adapt only module paths that match one of these regular expressions.", flat=("only_patterns",)
+    )
     rank_patterns: dict[str, int] = param(
         {}, "Regular expression of module paths -> rank; the first match counts.", when=off("adapter.rank_from_weights")
     )
@@ -85,7 +91,7 @@ class AdapterSection(Section):
         "layers; later ones win.",
     )
     loraplus_lr_ratio: float | None = param(
-        None, "LoRA+: learning rate of the up matrices, as a multiple.", gt=0, le=1000
+        None, "LoRA+: learning rate of the up matrices as a multiple of the learning rate.", gt=0, le=1000
     )
     max_norm: float | None = param(
         None, "After every update, changes above this norm are scaled down to it.", flat=("scale_weight_norms",), gt=0
@@ -94,7 +100,7 @@ class AdapterSection(Section):
         None, "Adapter file to start from.", flat=("network_weights",), path=True, tab="setup"
     )
     rank_from_weights: bool = param(
-        False, "Take rank and alpha of every module from init_from.", flat=("dim_from_weights",)
+        False, "Read rank and alpha of every module from init_from.", flat=("dim_from_weights",)
     )
     merge: list[str] = param(
         [], "Adapter files merged into the model before training.", flat=("base_weights",), tab="setup"

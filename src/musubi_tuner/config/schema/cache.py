@@ -30,10 +30,10 @@ class CacheSection(Section):
     )
     dtype: AutoDtype = param(
         "auto",
-        "Storage precision; auto = latents float32, text bfloat16, experts float32. overflow in float16 is an error.",
+        "Storage precision; auto = latents float32, text bfloat16, experts float32. An overflow in float16 is an error.",
     )
     latent_mode: Literal["sample", "mean"] = param(
-        "sample", "Take a seeded sample of the autoencoder's posterior, or its mean."
+        "sample", "Use a seeded sample of the autoencoder's posterior, or its mean."
     )
     seed: int = param(0, "Seed of the posterior sample and of random caption and picture versions.", ge=0, lt=2**32)
     latents_batch_size: int = param(1, "Images encoded together.", ge=1, le=1024, unit="images")
@@ -55,4 +55,6 @@ class CacheSection(Section):
     vae_tiling: bool = param(
         False, "Encode and decode large images in overlapping tiles (less memory, seams possible)."
     )
-    nan_policy: Literal["error", "zero"] = param("error", "What to do with values that are not finite.")
+    nan_policy: Literal["error", "zero"] = param(
+        "error", "For encoded values that are not finite: stop with an error, or replace them by 0."
+    )

@@ -8,7 +8,7 @@ from musubi_tuner.config.when import is_, is_not, on
 _TAUGHT = on("experts.enable_lune") | on("experts.enable_sol")
 _EXTRACTED = on("experts.enable_lune") | (on("experts.enable_sol") & is_("experts.sol_source", "extracted"))
 _SEEN = on("experts.enable_lune") | is_("experts.sol_source", "extracted")
-"""Of the files that a teacher is read from: with both teachers off they wait, and are no mistake."""
+"""Condition of the teacher files; with both teachers off, setting them gives no warning."""
 
 
 class ExpertsSection(Section):
@@ -26,7 +26,7 @@ class ExpertsSection(Section):
 
 
 class Sd15Teachers(ExpertsSection):
-    """The SD1.5 teachers whose features are distilled, used while caching only; `experts` of a dataset says what differs."""
+    """The SD1.5 teachers whose features are distilled, used only while caching; a data set overrides keys with its `experts`."""
 
     enable_lune: bool = param(True, "Cache and distil Lune, the pooled mid-block features.")
     enable_sol: bool = param(True, "Cache and distil Sol, the attention statistics and map.")
@@ -88,7 +88,7 @@ class Sd15Teachers(ExpertsSection):
     )
     time_buckets: int = param(
         10,
-        "Number of evenly spaced times per item.",
+        "Number of evenly spaced times per image.",
         ge=1,
         le=100,
         when=_TAUGHT,
@@ -107,7 +107,7 @@ class Sd15Teachers(ExpertsSection):
     )
     times_per_forward: int | Literal["auto"] = param(
         "auto",
-        "Times of an item that go through a teacher together; auto = all, halved whenever the memory of the GPU is too small. "
+        "Times of an image that go through a teacher together; auto = all, halved whenever the memory of the GPU is too small. "
         "Changes results by rounding only.",
         resume="free",
         when=_EXTRACTED,

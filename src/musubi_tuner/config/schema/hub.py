@@ -15,8 +15,8 @@ class HubSection(Section):
     repo_id: str | None = param(None, "Repository `owner/name`; absent = no upload.", flat=("huggingface_repo_id",),
                                 resume="free")  # fmt: skip
     run_name: str | None = param(None, "Folder below checkpoint_runs/; absent = the run's name.", resume="free")
-    private: bool = param(True, "Visibility of a repository that has to be created.", resume="free")
-    token: str | None = param(None, "Access token; better left to the HF_TOKEN variable.", flat=("huggingface_token",),
+    private: bool = param(True, "Whether a newly created repository is private.", resume="free")
+    token: str | None = param(None, "Access token; better set as the environment variable HF_TOKEN.", flat=("huggingface_token",),
                               secret=True, resume="free", tab="setup")  # fmt: skip
     every_steps: int = param(
         0, "Upload the newest checkpoint every so many updates; 0 here and below = every checkpoint when it is saved. The final "
@@ -67,5 +67,5 @@ class HubSection(Section):
         unit="seconds",
     )
     finish_seconds: int = param(
-        1800, "How long a run waits at its end for remaining uploads; then they are given up and listed.", ge=0, le=MOST, resume="free", unit="seconds"
+        1800, "How long a run waits at the end for remaining uploads; those that are left are listed.", ge=0, le=MOST, resume="free", unit="seconds"
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""[general] and [[datasets]]: everything about items. Keys and their meaning are those of musubi-tuner's dataset file."""
+"""[general] and [[datasets]]: all settings of data sets. Keys and meanings are those of the data set file of musubi-tuner."""
 
 import re
 from typing import Any, ClassVar, Literal
@@ -14,29 +14,31 @@ MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 LONGEST_SIDE = 16384
 """Pixels of the side of a picture that is trained."""
 Resize = Literal["crop", "squash"]
-"""How an image becomes its bucket: its centre, or all of it with other proportions."""
+"""How an image is fitted to its bucket: cropped, or squashed to the bucket's proportions."""
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
-"""Transforms that have a name; see data/captions.py."""
+"""The built-in transforms; see data/captions.py."""
 
 
 _BUCKETS = on("general.enable_bucket")
 
 
 class GeneralSection(Section):
-    """What holds for all data sets; a data set overrides it by the same key."""
+    """Settings of all data sets; a data set overrides them with its own keys."""
 
     tab: ClassVar[str] = "dataset"
 
     resolution: int | list[int] | None = param(
-        None, "Area of a picture, as the side of a square or [width, height]; without buckets its size.", unit="pixels"
+        None,
+        "Area of a picture, as the side of a square or [width, height]; without buckets, its exact size.",
+        unit="pixels",
     )
-    enable_bucket: bool | None = param(None, "Sort pictures into buckets of about the same area by their proportions.")
+    enable_bucket: bool | None = param(None, "Sort pictures by aspect ratio into buckets of about the same area.")
     bucket_no_upscale: bool | None = param(
-        None, "Never enlarge a picture: a small one keeps its size, cut to the step.", when=_BUCKETS
+        None, "Never enlarge a picture: a small one keeps its size, rounded down to the bucket step.", when=_BUCKETS
     )
     bucket_reso_steps: int | None = param(
         None,
-        "Sides of buckets are multiples of this; absent = what the model needs.",
+        "Sides of buckets are multiples of this; absent = what the model requires.",
         ge=1,
         le=1024,
         unit="pixels",
@@ -45,7 +47,7 @@ class GeneralSection(Section):
     )
     min_bucket_reso: int | None = param(
         None,
-        "Shortest side of a bucket; rounded down to a multiple of the step.",
+        "Shortest side of a bucket; rounded down to a multiple of the bucket step.",
         ge=1,
         le=LONGEST_SIDE,
         unit="pixels",
@@ -54,7 +56,7 @@ class GeneralSection(Section):
     )
     max_bucket_reso: int | None = param(
         None,
-        "Longest side of a bucket; rounded up to a multiple of the step.",
+        "Longest side of a bucket; rounded up to a multiple of the bucket step.",
         ge=1,
         le=LONGEST_SIDE,
         unit="pixels",
@@ -62,18 +64,19 @@ class GeneralSection(Section):
         when=_BUCKETS,
     )
     resize: Resize | None = param(
-        None, "How a picture becomes its bucket: crop its centre, or squash all of it.", expert=True
+        None, "How a picture is fitted to its bucket: crop it, or squash it to the bucket's aspect ratio.", expert=True
     )
-    caption_extension: str | None = param(None, "Ending of caption files, with its dot.", min_length=1)
+    caption_extension: str | None = param(None, "Extension of caption files, with the dot.", min_length=1)
     batch_size: int | None = param(None, "Images per micro-batch and process.", unit="images", ge=1, le=4096)
     num_repeats: int | None = param(None, "How often an image is seen per epoch.", ge=1, le=1_000_000)
     missing_caption: MissingCaption | None = param(
-        None, "An image without caption: stop, leave it out, train it with an empty caption, or with its file name."
+        None,
+        "For images without a caption: stop with an error, skip them, or use an empty caption or the file name (stem).",
     )
-    recursive: bool | None = param(None, "Take the pictures of sub-folders too.")
+    recursive: bool | None = param(None, "Include pictures in sub-folders.")
     mask_source: MaskSource | None = param(
         None,
-        "Where loss masks come from: files, the alpha channel, both multiplied, SMPL segmentations, or imported caches.",
+        "Where loss masks come from: mask files, the alpha channel, the difference from the corners' colour (product photos), SMPL renderings, or imported caches.",
     )
     alpha_mask: bool | None = param(None, 'Another spelling of mask_source = "alpha".', expert=True)
     alpha_background: str | None = param(
@@ -81,7 +84,7 @@ class GeneralSection(Section):
     )
     caption_columns: list[str] | None = param(
         None,
-        "Columns of image_jsonl_file with the captions of an image, of which one is drawn each time.",
+        "Columns of image_jsonl_file with the captions of an image; one is chosen each time.",
         min_length=1,
     )
     caption_transform: str | None = param(
@@ -93,41 +96,41 @@ class GeneralSection(Section):
     caption_prefix: str | None = param(None, "Text added before every caption, separated by a space.", min_length=1)
     caption_suffix: str | None = param(None, "Text added after every caption, separated by a space.", min_length=1)
     trigger_word: str | None = param(
-        None, "Replaces [trigger] in captions; added at the front of captions without [trigger].", min_length=1
+        None, "Replaces [trigger] in captions; captions without [trigger] get it at the front.", min_length=1
     )
     caption_separator: str | None = param(
-        None, "Separator between the parts (tags) of a caption; rejoined with a space after it.", min_length=1
+        None, "Separator between the tags of a caption; tags are joined with it and a space.", min_length=1
     )
-    shuffle_caption: bool | None = param(None, "Shuffle the parts of a caption; needs cache.text_variants.")
+    shuffle_caption: bool | None = param(None, "Shuffle the tags of a caption; needs cache.text_variants.")
     keep_tokens: int | None = param(
-        None, "Number of leading parts that are never shuffled or dropped.", ge=0, le=1000, unit="parts"
+        None, "Number of leading tags that are never shuffled or dropped.", ge=0, le=1000, unit="tags"
     )
     keep_tokens_separator: str | None = param(
         None,
-        "Parts before the first such marker and after the second stay fixed; overrides keep_tokens where present.",
+        "Marker: tags before the first and after the second are kept in place; captions that have it ignore keep_tokens.",
         min_length=1,
     )
     secondary_separator: str | None = param(
         None,
-        "Parts joined by it are shuffled and dropped as a unit; then it is replaced by caption_separator.",
+        "Tags joined by it are shuffled and dropped as one; afterwards it is replaced by caption_separator.",
         min_length=1,
     )
     enable_wildcard: bool | None = param(
         None,
-        "Replace {a|b|c} by a random choice and take one random line of a multi-line caption; {{ and }} are literal braces; needs cache.text_variants.",
+        "Replace {a|b|c} by a random choice and use one random line of a multi-line caption; {{ and }} are literal braces; needs cache.text_variants.",
     )
     caption_tag_dropout_rate: float | None = param(
-        None, "Probability of dropping each part; needs cache.text_variants.", ge=0, le=1, step=0.01
+        None, "Probability of dropping each tag; needs cache.text_variants.", ge=0, le=1, step=0.01
     )
     caption_dropout_rate: float | None = param(
         None,
-        "Probability of training a sample without its caption; absent = the run's setting.",
+        "Probability of training a sample without its caption; absent = the rate of the run, if the family has one.",
         ge=0,
         le=1,
         step=0.01,
     )
     caption_dropout_every_n_epochs: int | None = param(
-        None, "Every n-th epoch is trained without captions; 0 = off.", ge=0, le=MOST, unit="epochs"
+        None, "Train every n-th epoch without captions; 0 = off.", ge=0, le=MOST, unit="epochs"
     )
     token_warmup_step: float | None = param(
         None,
@@ -197,19 +200,19 @@ class DatasetSection(GeneralSection):
     name: str | None = param(
         None, "Name used in messages and [[steps]]; absent = datasets[0], datasets[1] and so on.", min_length=1
     )
-    image_directory: str | None = param(None, "Folder of pictures with caption files beside them.", path=True)
+    image_directory: str | None = param(None, "Folder of pictures with caption files next to them.", path=True)
     image_jsonl_file: str | None = param(
         None,
         'File with one {"image_path": ..., "caption": ...} per line, instead of a folder.',
         path=True,
     )
-    cache_directory: str | None = param(None, "Where cache files go; absent = into image_directory.", path=True)
+    cache_directory: str | None = param(None, "Folder for cache files; absent = image_directory.", path=True)
     mask_directory: str | None = param(
         None, "Folder of masks with the names of the pictures.", path=True,
         when=is_not("datasets.mask_source", "alpha", "none", "imported", "product"),
     )  # fmt: skip
     experts: dict[str, Any] | Literal[False] | None = param(
-        None, "Keys that differ from [experts] for these pictures; false = no teachers.", expert=True
+        None, "Keys of [experts] that differ for these pictures; false = no teachers.", expert=True
     )
 
     @field_validator("experts", mode="before")
@@ -221,7 +224,7 @@ class DatasetSection(GeneralSection):
 
 
 def hex_colour(value: Any) -> str | None:
-    """A colour by its name or code as "#rrggbb"; None if it is none, or not opaque."""
+    """A colour, given by name or code, as "#rrggbb"; None if it is not a colour, or not opaque."""
     from PIL import ImageColor
 
     try:

@@ -14,7 +14,7 @@ class LogSection(Section):
     tab = "logging"
 
     every_steps: int = param(
-        10, "Updates between log lines.", flat=("log_every",), ge=1, le=MOST, resume="free", unit="updates"
+        10, "Log every so many updates.", flat=("log_every",), ge=1, le=MOST, resume="free", unit="updates"
     )
     tensorboard: bool = param(True, "Write TensorBoard events to `logs/`.", resume="free")
     wandb: bool = param(
@@ -43,6 +43,6 @@ class LogSection(Section):
         {}, "Further arguments of wandb.init, such as entity, group, tags.", resume="free", expert=True, when=_WANDB
     )  # fmt: skip
     noise_bins: int = param(
-        8, "Equal slices of the noise level, for each of which the training loss is logged; 0 = off.", ge=0, le=100,
+        8, "Number of equal slices of the noise level for which the training loss is logged separately; 0 = off.", ge=0, le=100,
         resume="free", unit="slices"
     )  # fmt: skip

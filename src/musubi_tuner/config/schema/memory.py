@@ -17,7 +17,7 @@ class MemorySection(Section):
     )
     fp8_scale: Literal["tensor", "row", "block"] = param(
         "block",
-        "What shares a scale in fp8_scaled: the tensor, a row, or 64 columns of a row.",
+        "Granularity of the scales in fp8_scaled: one per tensor, per row, or per 64 columns of a row.",
         when=is_("memory.base_storage", "fp8_scaled"),
     )
     fp8_modulation: bool = param(
@@ -28,7 +28,7 @@ class MemorySection(Section):
     )
     fp8_compute: bool = param(
         False,
-        "Multiply in fp8 too, with base_storage fp8 or fp8_scaled and a scale per row; needs a GPU that can.",
+        "Multiply in fp8 too, with base_storage fp8 or fp8_scaled and a scale per row or tensor; needs a GPU with fp8.",
         expert=True,
     )
     fp8_compute_backward: Literal["bf16", "fp8"] = param(
@@ -39,7 +39,7 @@ class MemorySection(Section):
     )
     blocks_to_swap: int | Literal["auto"] = param(
         0, "Blocks whose weights stay in main memory and are streamed to the device, with gradients and optimizer state where "
-        "they train; 0 = none, auto = as few as the free memory asks for.", resume="free", unit="blocks"
+        "they train; 0 = none, auto = the fewest that fit into the free memory.", resume="free", unit="blocks"
     )  # fmt: skip
     checkpoint_every: int = param(
         1, "With gradient_checkpointing: recompute every n-th block only; larger is faster and takes more memory.", ge=1,
@@ -72,18 +72,16 @@ class MemorySection(Section):
     )  # fmt: skip
     attention: Literal["sdpa", "flash", "xformers"] = param(
         "sdpa",
-        "Kernel of attention: torch's own, or that of the package flash-attn or xformers, on a GPU.",
+        "Attention kernel: that of torch, or on a GPU that of the package flash-attn or xformers.",
         resume="free",
     )
     compile: bool = param(
         False, "Compile the blocks with torch.compile: minutes at the start, faster steps.", resume="free"
     )
-    compile_backend: str = param(
-        "inductor", "Compiler; torch lists those it knows.", resume="free", when=_COMPILES, expert=True
-    )
+    compile_backend: str = param("inductor", "Compiler backend of torch.", resume="free", when=_COMPILES, expert=True)
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = param(
         "default",
-        "Effort of the compiler. Modes with CUDA graphs do not go with blocks that are compiled one by one.",
+        "Mode of the compiler. Modes with CUDA graphs do not work with blocks that are compiled separately.",
         resume="free",
         when=_COMPILES,
         expert=True,

@@ -39,17 +39,17 @@ class ModelSection(Section):
         path=True,
     )
     clip_tokenizer: str | None = param(
-        None, "CLIP tokenizer folder or hub id; absent = beside the encoder, then its published id.",
+        None, "CLIP tokenizer folder or hub id; absent = next to the encoder, else its published id.",
         flat=("tokenizer_clip",), path=True,
     )  # fmt: skip
     t5_tokenizer: str | None = param(
-        None, "T5 tokenizer folder or hub id; absent = beside the encoder, then its published id.",
+        None, "T5 tokenizer folder or hub id; absent = next to the encoder, else its published id.",
         flat=("tokenizer_t5",), path=True,
     )  # fmt: skip
     t5_max_tokens: int = param(
         128, "Text is padded or cut to this many T5 tokens.", flat=("t5_max_length",), ge=1, le=512, unit="tokens"
     )
-    fp8_t5: bool = param(False, "Hold the Linear weights of T5 in float8 while encoding; half the memory, small error.")
+    fp8_t5: bool = param(False, "Hold the Linear weights of T5 in float8 while encoding: half the memory, small error.")
     clip_act: Literal["quick_gelu", "gelu"] = param(
         "quick_gelu", "Activation of a CLIP-L file without config; gelu reproduces caches of musubi-tuner.", expert=True
     )

@@ -13,7 +13,7 @@ class ObjectiveSection(Section):
         False, "Stratified sampling: one time from each equal-probability slice per update."
     )
     ip_noise_gamma: float | None = param(
-        None, "Input perturbation: extra noise of this strength that the model sees and need not predict; 0 = off.",
+        None, "Input perturbation: extra noise of this strength that the model sees but does not predict; 0 = off.",
         ge=0, le=10, step=0.01
     )  # fmt: skip
     ip_noise_gamma_random_strength: bool = param(

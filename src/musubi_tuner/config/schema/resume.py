@@ -17,7 +17,7 @@ class ResumeSection(Section):
 
     from_: str = param(
         "auto",
-        "auto = the newest good state of this run, or a new start; none = a new start; or the path of a state. The last two need an "
+        "auto = the newest good state of this run, else a new start; none = a new start; or the path of a state. The last two need an "
         "output_dir without later checkpoints.",
         flat=("resume",),
         alias="from",

@@ -13,16 +13,18 @@ class RunSection(Section):
 
     name: str = param(
         ...,
-        "Name of the run; every output file begins with it.",
+        "Name of the run; names of output files begin with it.",
         flat=("output_name",),
         pattern=r"^[\w.\- ]*[\w\-][\w.\- ]*$",
         max_length=100,
         accepts="at most 100 letters, digits, dots, spaces, - and _, not of dots alone",
     )
     output_dir: str = param(..., "Folder for checkpoints, states, samples and logs.", path=True, resume="free")
-    seed: int = param(42, "Seed of order, noise, times and dropout.", flat=("seed",), ge=0, lt=2**32)
+    seed: int = param(
+        42, "Seed of initial weights, order, noise, noise levels and dropout.", flat=("seed",), ge=0, lt=2**32
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = param(
-        "auto", "Where to compute; auto takes a GPU if there is one.", resume="free", tab="advanced", expert=True
+        "auto", "Device to compute on; auto = a GPU if there is one.", resume="free", tab="advanced", expert=True
     )
     threads: int | None = param(
         None,
@@ -40,19 +42,19 @@ class RunSection(Section):
         flat=("cuda_allow_tf32",), resume="free", when=is_not("run.device", "cpu", "mps") & off("run.deterministic"), tab="advanced", expert=True
     )  # fmt: skip
     cudnn_benchmark: bool = param(
-        True, "On GPUs: try convolution kernels and keep the fastest; only where all pictures have one size.",
+        True, "On GPUs: try convolution kernels and keep the fastest; used only if all pictures have the same size.",
         flat=("cuda_cudnn_benchmark",), resume="free", when=is_not("run.device", "cpu", "mps") & off("run.deterministic"), tab="advanced", expert=True
     )  # fmt: skip
     deterministic: bool = param(
         False,
-        "Use repeatable kernels only: slower, and an error where there is none; turns the two above off.",
+        "Use deterministic kernels only: slower, and an error if there is none; turns allow_tf32 and cudnn_benchmark off.",
         resume="free",
         tab="advanced",
         expert=True,
     )
     strict: bool = param(
         False,
-        "Treat warnings about settings and data as errors, and refuse to resume when library versions, CPU type, threads or processes changed.",
+        "Treat warnings about settings and data as errors, and refuse to resume with another torch version, device, number of threads or number of processes.",
         resume="free",
         tab="advanced",
         expert=True,

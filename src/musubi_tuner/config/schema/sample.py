@@ -38,10 +38,10 @@ class SampleSection(Section):
     )
     at_first: bool = param(False, "Draw once before the first update.", flat=("sample_at_first",), resume="free")
     width: int | None = param(
-        None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free", unit="pixels"
+        None, "Width of a sample; absent = the family's default.", ge=16, le=8192, resume="free", unit="pixels"
     )
     height: int | None = param(
-        None, "Pixels; absent = the family's default.", ge=16, le=8192, resume="free", unit="pixels"
+        None, "Height of a sample; absent = the family's default.", ge=16, le=8192, resume="free", unit="pixels"
     )
     steps: int = param(28, "Solver steps.", flat=("sample_steps",), ge=1, le=1000, resume="free", unit="solver steps")
     guidance: float = param(

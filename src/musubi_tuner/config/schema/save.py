@@ -29,7 +29,7 @@ class SaveSection(Section):
     )
     keep_last_steps: int | None = param(
         3,
-        "Newest step checkpoints kept; 0 = all.",
+        "Number of newest step checkpoints to keep; 0 = all.",
         ge=0,
         le=MOST,
         resume="free",
@@ -38,7 +38,7 @@ class SaveSection(Section):
     )
     keep_last_epochs: int | None = param(
         3,
-        "Newest epoch checkpoints kept; 0 = all.",
+        "Number of newest epoch checkpoints to keep; 0 = all.",
         ge=0,
         le=MOST,
         resume="free",
@@ -48,14 +48,14 @@ class SaveSection(Section):
     dtype: Dtype = param("float32", "Precision of saved weights; states always hold float32.",
                          flat=("save_precision",), resume="free")  # fmt: skip
     keep_last_states: int | None = param(
-        2, "Newest states kept, across all checkpoints; older ones keep their weights only; 0 = as long as their weights.", ge=0, le=MOST,
+        2, "Number of newest states to keep, across all checkpoints; older checkpoints keep only their weights; 0 = all.", ge=0, le=MOST,
         resume="free", unit="states", when=on("save.state")
     )  # fmt: skip
     state: bool = param(True, "Write a resumable state with every checkpoint.", flat=("save_state",), resume="free")
     best: bool | None = param(
         None, "Keep the weights of the lowest validation loss (without validation: of the lowest mean training loss of an epoch) "
-        "as `best`; absent = with validation only.", resume="free",
+        "as `best`; absent = only with validation.", resume="free",
     )  # fmt: skip
-    release: bool = param(True, "Write a folder that from_pretrained loads at the end.", resume="free")
+    release: bool = param(True, "At the end, write a release folder that can be loaded or shared.", resume="free")
     comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
                                 resume="free", when=is_not("adapter.type", "none"))  # fmt: skip

@@ -11,7 +11,7 @@ class TrainSection(Section):
 
     max_steps: int | None = param(
         None,
-        "Updates to train; or give max_epochs.",
+        "Updates to train; or set max_epochs.",
         flat=("max_train_steps",),
         ge=1,
         le=MOST,
@@ -37,7 +37,9 @@ class TrainSection(Section):
         1.0, "Loss weight of regularisation images (data sets with is_reg = true).", ge=0, le=10, tab="dataset"
     )
     masked_loss: bool = param(
-        False, "Weight the loss of each position by the image's mask; the datasets say where masks are.", tab="dataset"
+        False,
+        "Weight the loss of each position by the image's mask; mask settings are in [general] and [[datasets]].",
+        tab="dataset",
     )
     mask_foreground: float = param(
         1.0, "Weight of the loss where the mask is white.", ge=0, le=100, when=on("train.masked_loss"), tab="dataset"
@@ -47,15 +49,13 @@ class TrainSection(Section):
     )
     mask_normalize: bool = param(
         False,
-        "Divide the weights of a masked image by their mean, so that its loss keeps its scale.",
+        "Divide the weights of a masked image by their mean, so that the scale of its loss does not change.",
         when=on("train.masked_loss"),
         tab="dataset",
     )
-    max_grad_norm: float = param(
-        1.0, "Gradients are scaled down to this norm; 0 = no clipping.", ge=0, tab="learning rate"
-    )
+    max_grad_norm: float = param(1.0, "Gradients are clipped to this norm; 0 = no clipping.", ge=0, tab="learning rate")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = param(
-        "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 where the device has it, "
+        "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 if the device has it, "
         "else no.",
     )  # fmt: skip
     on_nonfinite: Literal["stop", "skip"] = param(
@@ -65,7 +65,7 @@ class TrainSection(Section):
     )
     max_skipped_updates: int = param(
         20,
-        "Where updates are skipped: stop after this many in a row.",
+        "Stop after this many skipped updates in a row.",
         ge=1,
         le=MOST,
         resume="free",

@@ -17,7 +17,7 @@ class ValidationSection(Section):
         flat=("validation_split",), ge=0, le=0.5, step=0.01
     )  # fmt: skip
     seed: int = param(
-        42, "Seed of the choice of these images and of their noise.", flat=("validation_seed",), ge=0, lt=2**32
+        42, "Seed for choosing the images and for their noise.", flat=("validation_seed",), ge=0, lt=2**32
     )
     every_steps: int | None = param(
         None, "Validate every so many updates, and always at the end; 0 = off.", flat=("validate_every_n_steps",), ge=0, le=MOST,

@@ -19,7 +19,7 @@ PUBLISHED_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 @rule("D01", "model.init")
 def _new_model(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.model.init == "scratch":
-        text = 'is "scratch"; FLUX.1 is trained through an adapter on a checkpoint, so give model.path'
+        text = 'is "scratch", but FLUX.1 is trained with an adapter on a checkpoint; set init = "checkpoint" and model.path'
         yield error("D01", "model.init", text, fix=[("model.init", "checkpoint")])
 
 
@@ -27,7 +27,7 @@ def _new_model(config: "RunConfig") -> Iterator[Diagnostic]:
 def _full_training(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.adapter.type == "none":
         text = (
-            'is "none"; full training of FLUX.1 is not supported (11.9 B parameters with optimizer state): use "lora"'
+            'is "none"; full training of FLUX.1 is not supported (11.9 B parameters with optimizer state); write "lora"'
         )
         yield error("D02", "adapter.type", text, fix=[("adapter.type", "lora")])
 
@@ -42,7 +42,7 @@ def _weights_that_shape(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
     shapes = objective.weighting_scheme in ("logit_normal", "mode") and objective.timestep_sampling != "sigma"
     if shapes and "objective.weighting_scheme" in config.set_keys():
-        text = f'"{objective.weighting_scheme}" only shapes the draws of timestep_sampling = "sigma", and weighs all losses alike'
+        text = f'is "{objective.weighting_scheme}", which has no effect without timestep_sampling = "sigma"'
         yield warning("V18", "objective.weighting_scheme", text, "objective.timestep_sampling")
 
 
@@ -50,7 +50,7 @@ def _weights_that_shape(config: "RunConfig") -> Iterator[Diagnostic]:
 def _shape_of_the_density(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
     if objective.preserve_distribution_shape and objective.timestep_sampling in ("uniform", "sigma"):
-        text = f'does not apply to timestep_sampling = "{objective.timestep_sampling}"'
+        text = f'does not apply to timestep_sampling = "{objective.timestep_sampling}"; set it to false'
         yield error("D03", "objective.preserve_distribution_shape", text, "objective.timestep_sampling")
 
 
@@ -58,6 +58,6 @@ def _shape_of_the_density(config: "RunConfig") -> Iterator[Diagnostic]:
 def _form_of_min_snr(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
     if objective.min_snr_gamma and objective.min_snr_form == "published":
-        text = 'is "published", the form of noise prediction; on a velocity loss write "x0"'
+        text = 'is "published", the form for noise prediction; for a velocity loss write "x0"'
         fix = [("objective.min_snr_form", "x0")]
         yield warning("V16", "objective.min_snr_form", text, "objective.min_snr_gamma", fix=fix)

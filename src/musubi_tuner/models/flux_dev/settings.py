@@ -1,4 +1,4 @@
-"""The tables of a run file that FLUX.1-dev has for itself. Torch-free."""
+"""The tables of a run file that are specific to FLUX.1-dev. Torch-free."""
 
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -25,7 +25,7 @@ TimestepSampling = Literal[
 
 SIGMOID_DENSITIES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux",
                      "qinglong_qwen")  # fmt: skip
-"""Densities with a sigmoid under them, which `sigmoid_scale` spreads."""
+"""Densities based on a sigmoid, whose spread is `sigmoid_scale`."""
 
 
 class FluxModel(ModelSection):
@@ -81,7 +81,7 @@ class FluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseRecipe, 
     )
     timestep_offset: float = param(
         0.0,
-        "Added to the noise level that the model is told; 0.001 reproduces musubi-tuner.",
+        "Added to the noise level that the model gets as input; 0.001 reproduces musubi-tuner.",
         ge=0,
         le=0.1,
         expert=True,
@@ -93,7 +93,7 @@ class FluxSample(SampleSection):
     """Pictures drawn while training."""
 
     cfg_scale: float = param(
-        1.0, "Classifier-free guidance against the negative prompt, beside the embedded one; 1 = off.", ge=1, le=100,
+        1.0, "Classifier-free guidance with the negative prompt, in addition to the embedded guidance; 1 = off.", ge=1, le=100,
         resume="free",
     )  # fmt: skip
     shift: float | None = param(

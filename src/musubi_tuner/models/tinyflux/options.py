@@ -110,7 +110,7 @@ SPEC = ModelSpec(
         "sample.cfg_scale": "TinyFlux's classifier-free guidance is sample.guidance",
         "sample.shift": "TinyFlux draws with objective.shift, the times that it was trained on",
         "keep_dtype": "TinyFlux is small and trains in float32",
-        "adapter.extensions": "is not built: whole blocks beside the model's, which the published model never ran",
+        "adapter.extensions": "is not supported: whole blocks beside the model's, which the published model never ran",
         "adapter.layer_specs": "is written as [[adapter.targets]], with the path of the layer as pattern",
         "adapter.defaults": "is written in [adapter] itself: rank, alpha, lr_scale, depth, dropout",
         **{f"include_{kind}": _kind_key(kind) for kind in PUBLISHED_KINDS},

@@ -39,7 +39,7 @@ def _embedded_range(config: "RunConfig") -> Iterator[Diagnostic]:
 @rule("T03", "sample.guidance")
 def _guidance(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.sample.guidance < 1:
-        text = f"is {config.sample.guidance}, expected at least 1 (= off)"
+        text = f"is {config.sample.guidance}, expected at least 1; 1 = off"
         yield error("T03", "sample.guidance", text, fix=[("sample.guidance", 1.0)])
 
 
@@ -47,7 +47,7 @@ def _guidance(config: "RunConfig") -> Iterator[Diagnostic]:
 def _teacher_files(config: "RunConfig") -> Iterator[Diagnostic]:
     if any(own.extracted and own.unet is None for own in _every(config)) and config.cache.run != "never":
         text = (
-            "is needed to cache teacher features; give the SD1.5 U-Net, or set enable_lune = false and enable_sol = false to train "
+            "is required to cache teacher features; name the SD1.5 U-Net, or set enable_lune = false and enable_sol = false to train "
             "without teachers"
         )
         yield error("T04", "experts.unet", text, "experts.enable_lune", "experts.enable_sol")
@@ -58,7 +58,7 @@ def _teacher_autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
     noised = resolve_experts(config)["expert_input"] == "noised_image"
     if noised and any(own.extracted and own.vae is None for own in _every(config)):
         text = (
-            'is needed by expert_input = "noised_image" (the default for a new model); give the SD1.5 autoencoder, or set '
+            'is required by expert_input = "noised_image" (the default for a new model); name the SD1.5 autoencoder, or set '
             'expert_input = "random"'
         )
         yield error("T04", "experts.vae", text, "experts.expert_input", "model.init")
@@ -72,8 +72,8 @@ def _teachers_see_the_picture(config: "RunConfig") -> Iterator[Diagnostic]:
         moved = [key for key in ("flip_aug", "random_crop") if getattr(dataset.views, key)]
         if moved and teachers_of(config, dataset).extracted:
             text = (
-                f'{moved[0]} moves the picture, and features of teachers that see it (expert_input = "noised_image") are made once, of '
-                "the picture as it is; turn one off, or set experts = false for this data set"
+                f'{moved[0]} moves the picture, and features of teachers that see it (expert_input = "noised_image") are made once, from '
+                "the original picture; turn one off, or set experts = false for this data set"
             )
             yield error("T10", f"{dataset.name}.{moved[0]}", text, "experts.expert_input")
 
@@ -82,7 +82,7 @@ def _teachers_see_the_picture(config: "RunConfig") -> Iterator[Diagnostic]:
 def _adapter_of_random_weights(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.model.init == "scratch" and config.adapter.type != "none":
         text = (
-            f'is "scratch", but adapter.type = "{config.adapter.type}" trains beside a frozen model, which would stay random; give '
+            f'is "scratch", but with adapter.type = "{config.adapter.type}" the model is frozen and would stay random; set '
             "model.path"
         )
         yield error("T05", "model.init", text, "adapter.type")
@@ -115,7 +115,7 @@ def _shape_of_a_new_model(config: "RunConfig") -> Iterator[Diagnostic]:
         (experts.enable_sol, geometry.use_sol_prior, "sol", "use_sol_prior"),
     ):
         if enabled and not built:
-            text = f"is true, but model.geometry.{switch} is false; the model could not use the features"
+            text = f"is true, but model.geometry.{switch} is false, so the model cannot use the features; change one"
             fix = [(f"experts.enable_{name}", False)]
             yield error("T06", f"experts.enable_{name}", text, "model.geometry", fix=fix)
 
@@ -123,7 +123,7 @@ def _shape_of_a_new_model(config: "RunConfig") -> Iterator[Diagnostic]:
 @rule("T07", "objective.spatial_weighting experts.enable_sol")
 def _map_of_sol(config: "RunConfig") -> Iterator[Diagnostic]:
     if objective_of(config).spatial_weighting and not config.sd15.enable_sol:
-        text = "needs Sol's map, but experts.enable_sol is false"
+        text = "needs Sol's map, but experts.enable_sol is false; change one"
         yield error("T07", "objective.spatial_weighting", text, "experts.enable_sol")
 
 
@@ -146,7 +146,7 @@ def _geometric_sol(config: "RunConfig") -> Iterator[Diagnostic]:
 
 @rule("T09 NA03", "experts.enable_lune experts.enable_sol experts.times_per_forward experts.expert_input")
 def _teachers(config: "RunConfig") -> Iterator[Diagnostic]:
-    """Rules between [experts] and what datasets say of it."""
+    """Rules between [experts] and the `experts` of data sets."""
     run = config.sd15
     places = {"experts": run} | {
         f"{own.name}.experts": teachers_of(config, own) for own in config.datasets if own.experts
@@ -161,24 +161,24 @@ def _teachers(config: "RunConfig") -> Iterator[Diagnostic]:
     users = {name: [d for d in config.datasets if name in teachers_of(config, d).teachers] for name in run.teachers}
     for name in run.teachers if changed else ():
         if not users[name]:
-            text = "is true, but every dataset turns it off; set it to false, or leave it on in one"
+            text = "is true, but every data set turns it off; set it to false, or leave it on in one"
             yield error("T09", f"experts.enable_{name}", text)
     for name in [key.removeprefix("experts.") for key in config.set_keys() if key.startswith("experts.")]:
         others = users.get(name, [dataset for every in users.values() for dataset in every])
         if others and not name.startswith("enable_") and all(name in dataset.experts for dataset in others):
-            text = "has no effect because every dataset with teachers has its own"
+            text = "has no effect because every data set with teachers has its own"
             yield warning("NA03", f"experts.{name}", text)
 
 
 def _own_teachers(where: str, own: Mapping[str, Any], run: Sd15Teachers, resolved: Sd15Teachers) -> list[Diagnostic]:
-    """Rules of one dataset's ``experts``.
+    """Rules of the ``experts`` of one data set.
 
     Args:
         own: as written. run: [experts]. resolved: both together.
     """
     found = [
-        error("T09", f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a dataset cannot turn on what the run "
-               f"does not learn from; set experts.enable_{name} = true, and false in the other datasets")
+        error("T09", f"{where}.enable_{name}", f"is true, but experts.enable_{name} is false, and a data set cannot turn on a teacher that "
+               f"the run does not use; set experts.enable_{name} = true, and false in the other data sets")
         for name in resolved.teachers if name not in run.teachers
     ]  # fmt: skip
     if not run.teachers:

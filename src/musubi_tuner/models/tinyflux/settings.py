@@ -1,4 +1,4 @@
-"""The tables of a run file that TinyFlux has for itself. Torch-free."""
+"""The tables of a run file that are specific to TinyFlux. Torch-free."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -30,7 +30,7 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
 
     init_scheme: Literal["reference", "adaln_zero"] = param(
         "reference",
-        "Start values of a new model: as published, or with zero modulation so that blocks begin as identity.",
+        "Start values of a new model: as published, or with zero modulation, so that blocks begin as the identity.",
         when=is_("model.init", "scratch"),
         expert=True,
     )
@@ -42,7 +42,7 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
     )
     rope_freqs: Literal["checkpoint", "exact"] = param(
         "checkpoint",
-        "Rotary frequencies as stored in the checkpoint, or computed again in float32.",
+        "Rotary frequencies as stored in the checkpoint, or recomputed in float32.",
         when=is_("model.init", "checkpoint"),
         expert=True,
     )
@@ -60,7 +60,7 @@ class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
     )
     timestep_scale: float | None = param(
         None,
-        "Factor of the time inside its embedding, 1 as published; more tells close times better apart; only a new model may "
+        "Factor of the time inside its embedding, 1 as published; larger values separate close times better; only a new model may "
         "choose; absent = as in the checkpoint, and 1 in a new model.",
         gt=0,
         le=1e6,
@@ -106,13 +106,13 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
     text_dropout: float = param(0.1, "Share of samples trained without text, for guidance.", ge=0, le=1, step=0.01)
     guidance_min: float = param(
         1.0,
-        "For models that embed guidance: smallest number drawn in training. Pictures are drawn with the middle.",
+        "For models that embed guidance: smallest guidance in training. Samples use the mean of minimum and maximum.",
         ge=0,
         le=100,
         when=_EMBEDDED,
     )
     guidance_max: float = param(
-        5.0, "For models that embed guidance: largest number drawn in training.", ge=0, le=100, when=_EMBEDDED
+        5.0, "For models that embed guidance: largest guidance in training.", ge=0, le=100, when=_EMBEDDED
     )
     guidance_dropout: float = param(
         0.0,
@@ -184,8 +184,8 @@ class TinyFluxObjective(MinSnr, ElementLoss, LogitNormal, NoiseLevels, NoiseReci
     )
     missing_teacher: Literal["predict", "zeros"] = param(
         "predict",
-        "Samples of a data set without a teacher that others have: the model's own guess, or zeros as features and as what is "
-        "to be learned, as published.",
+        "For samples of a data set without a teacher that others have: the model's own prediction as features, or zeros as features and as "
+        "distillation target, as published.",
         expert=True,
     )
     distill_on_dropped: bool = param(
@@ -207,7 +207,7 @@ class TinyFluxCache(CacheSection):
 
     experts_batch_size: int = param(
         1,
-        "Items per teacher batch; each goes through at every time bucket.",
+        "Images per teacher batch; each is processed at every time bucket.",
         ge=1,
         le=256,
         unit="images",
@@ -234,7 +234,7 @@ def objective_of(config: "RunConfig") -> TinyFluxObjective:
 
 
 def teachers_of(config: "RunConfig", dataset: DatasetConfig) -> Sd15Teachers:
-    """[experts] as it is for the images of a dataset."""
+    """[experts] as it applies to the images of a data set."""
     return cast(Sd15Teachers, config.experts_of(dataset))
 
 
@@ -270,5 +270,5 @@ def written_guidance(config: "RunConfig") -> list[str]:
 
 
 def no_guidance(key: str, reason: str) -> Diagnostic:
-    """A warning that a key of embedded guidance does nothing."""
+    """A warning that a key of embedded guidance has no effect."""
     return warning("NA03", key, f"has no effect because {reason}", "model.geometry")

@@ -323,7 +323,7 @@ class _Reader(Builder):
             self._drop("allow_tf32", "matmul_precision says it")
             self._convert("matmul_precision", self.options.pop("matmul_precision"), "run.allow_tf32", False, "no TF32")
         else:
-            self._lose("matmul_precision", f"{word!r} is not built; run.allow_tf32 decides")
+            self._lose("matmul_precision", f"{word!r} is not supported; run.allow_tf32 is used instead")
 
     def _quirks(self) -> None:
         """Values that mean something else there."""
