@@ -452,7 +452,7 @@ REFUSED: dict[str, str] = {
     "sage_attn": 'has no backward pass and cannot train; use memory.attention = "sdpa" or "flash"',
     "flash3": 'is not supported; use memory.attention = "flash" or "sdpa"',
     "face_crop_aug_range": "is not supported: crops are at the centre, or random with random_crop",
-    "show_timesteps": "is not supported; docs/config.md lists the densities under objective.timestep_sampling",
+    "show_timesteps": "is not supported; docs/parameters.md lists the densities under objective.timestep_sampling",
     "initial_step": "is not supported: a state stores its update; set resume.from to a state",
     "initial_epoch": "is not supported: a state stores its epoch; set resume.from to a state",
     "skip_until_initial_step": "is not needed: a state stores its position in the data",

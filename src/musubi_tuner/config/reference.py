@@ -1,4 +1,4 @@
-"""The reference page of all settings: ``python -m musubi_tuner.config.reference > docs/config.md``. Torch-free."""
+"""The reference page of all settings: ``python -m musubi_tuner.config.reference > docs/parameters.md``. Torch-free."""
 
 import sys
 

@@ -266,8 +266,8 @@ def list_run_files() -> int:
     for path in files:
         text = read_text(path, ConfigError)
         if re.search(r"^\[run\]", text, re.MULTILINE):  # data set files have none
-            about = next((line for line in text.splitlines() if not line.startswith("#:")), "")
-            print(f"  {path.as_posix():<32} {about.lstrip('# ')}")
+            comments = (line for line in text.splitlines() if re.match("#[^:]", line))
+            print(f"  {path.as_posix():<32} {next(comments, '').lstrip('# ')}")
     if not files:
         print("  no run files in ./toml; run this in the project's folder")
     print("\nNew here? `python train.py toml/demo.toml` trains a small model on pictures it draws itself, in minutes.")

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_reference_page_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == reference_page(), "run: python -m musubi_tuner.config.reference > docs/config.md"
+    page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert page == reference_page(), "run: python -m musubi_tuner.config.reference > docs/parameters.md"
 
 
 def test_help_names_every_setting_with_its_sentence() -> None:

@@ -337,7 +337,7 @@ def test_run_files_are_listed_with_their_first_line(
     (tmp_path / "toml").mkdir()
     (tmp_path / "toml" / "b.toml").write_text("#:schema run.schema.json\n# Trains cats.\n#\n[run]\n", encoding="utf-8")
     (tmp_path / "toml" / "a.toml").write_text("[run]\n", encoding="utf-8")
-    (tmp_path / "toml" / "data.toml").write_text("# Data sets.\n[[datasets]]\n", encoding="utf-8")
+    (tmp_path / "toml" / "data.toml").write_text("# notes: data sets.\n[[datasets]]\n", encoding="utf-8")
     (tmp_path / "toml" / "notes.txt").write_text("# no run file\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert list_run_files() == 0

@@ -1,6 +1,6 @@
 """Every setting of a run file, declared once: a module per TOML table, a class per table, a field per key.
 
-The type, range, default and the one sentence of help written there make the TOML check, the command line, `--help`, `docs/config.md`,
+The type, range, default and the one sentence of help written there make the TOML check, the command line, `--help`, `docs/parameters.md`,
 the form and the resolved config; nothing is declared twice. A family's own tables are classes in ``models/<family>/settings.py`` (see
 `ModelSpec.sections`), built from the parts here; a setting that a family does not have is not in its tables.
 
