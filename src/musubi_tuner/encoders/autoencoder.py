@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import CheckpointError
-from musubi_tuner.weights.sources import fits, materialize, on_meta, read_source
+from musubi_tuner.weights.sources import fits, materialize, on_meta, part_of, read_source
 
 FLUX_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -190,7 +190,7 @@ def plan_autoencoder(path: Path, key: str = "model.vae_path") -> Callable[[], Au
 def _read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """Config and tensors of an autoencoder, and what begins its errors."""
     tensors, config, file = read_source(path)
-    what = f"{key}: {file}"
+    tensors, what = part_of(tensors, "vae.", "first_stage_model."), f"{key}: {file}"
     if any(key_.startswith(("encoder.down.", "decoder.up.")) for key_ in tensors):
         tensors = translate_bfl(tensors)
     tensors = {_current_attention_name(key_): tensor for key_, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """The two text encoders: T5 (one state per token) and CLIP-L (states and one pooled vector), with their tokenizers.
 
-Files: a single safetensors file with the published key names (with or without prefixes), or a folder in the Hugging
-Face layout. Tokenizers come from a folder (the encoder's own, a `tokenizer` folder beside it, or the one given) or
+Files: a single safetensors file with the published key names (with or without prefixes), the part of an all-in-one file, or a
+folder in the Hugging Face layout. Tokenizers come from a folder (the encoder's own, a `tokenizer` folder beside it, or the one given) or
 from the hub. Geometry of a single file: header, else a json beside it, else the published model if all shapes agree.
 
 Facts: T5 is fed padded to a fixed length, with its attention mask or, as FLUX.1 wants it, without; CLIP is padded to its
@@ -21,7 +21,7 @@ from musubi_tuner.encoders.tokens import CLIP_TOKENS
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.files import encodable
 from musubi_tuner.memory.frozen_linear import FrozenLinear
-from musubi_tuner.weights.sources import fits, materialize, on_meta, read_source
+from musubi_tuner.weights.sources import fits, materialize, on_meta, part_of, read_source
 from musubi_tuner.weights.stored import StoredWeight, read_stored
 
 CLIP_L_CONFIG: dict[str, Any] = {
@@ -148,7 +148,7 @@ def load_clip(
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tensors, config, file = read_source(path)
-    what = f"model.clip_path: {file}"
+    tensors, what = part_of(tensors, "text_encoders.clip_l.", "cond_stage_model."), f"model.clip_path: {file}"
     if any(".SelfAttention." in key for key in tensors):
         raise CheckpointError(f"{what}: is a T5 encoder, expected CLIP-L; are clip_path and t5_path swapped?")
     text = _strip_prefix(tensors, "text_model.")
@@ -225,7 +225,7 @@ def load_t5(
     from transformers import T5Config, T5EncoderModel
 
     tensors, config, file = read_source(path)
-    what = f"model.t5_path: {file}"
+    tensors, what = part_of(tensors, "text_encoders.t5xxl."), f"model.t5_path: {file}"
     if any("self_attn" in key or "text_model." in key for key in tensors):
         raise CheckpointError(f"{what}: is a CLIP text model, expected T5; are clip_path and t5_path swapped?")
     stored = read_stored(_t5_keys(tensors), {}, what)

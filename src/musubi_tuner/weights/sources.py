@@ -43,6 +43,15 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, P
     raise CheckpointError(f"{path}: the folder has no weights; looked for {', '.join(_FOLDER_FILES)}")
 
 
+def part_of(tensors: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """One network of an all-in-one file, by the first prefix that occurs, without it; the tensors of other files as they are."""
+    for prefix in prefixes:
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        if own:
+            return own
+    return tensors
+
+
 def fits(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors have exactly the keys and shapes of a module."""
     own = {key: tensor.shape for key, tensor in module.state_dict().items()}

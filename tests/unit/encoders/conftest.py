@@ -117,6 +117,15 @@ def kl(vae_config: dict[str, Any]) -> Any:
     return build_kl(vae_config)
 
 
+STRANGERS = {
+    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(3, 3),
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2),
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2),
+    "vae.decoder.up.0.block.0.conv1.weight": torch.zeros(2, 2, 3, 3),
+}
+"""Tensors of the other networks of an all-in-one file."""
+
+
 @pytest.fixture(scope="session")
 def vae_files(tmp_path_factory: pytest.TempPathFactory, kl: Any, vae_config: dict[str, Any]) -> dict[str, Path]:
     """Form -> file or folder of the same autoencoder."""
@@ -136,6 +145,8 @@ def vae_files(tmp_path_factory: pytest.TempPathFactory, kl: Any, vae_config: dic
     save_file(bfl, root / "bfl_header.safetensors", metadata=header)
     wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in tensors.items()}
     save_file(wrapped, root / "wrapped.safetensors", metadata=header)
+    whole = STRANGERS | {f"vae.{key}": tensor for key, tensor in bfl.items()}
+    save_file(contiguous(whole), root / "whole.safetensors", metadata=header)
     return {
         "folder": root / "folder",
         "sharded": root / "sharded",
@@ -144,6 +155,7 @@ def vae_files(tmp_path_factory: pytest.TempPathFactory, kl: Any, vae_config: dic
         "bfl": root / "bfl.safetensors",
         "bfl header": root / "bfl_header.safetensors",
         "wrapped": root / "wrapped.safetensors",
+        "all in one": root / "whole.safetensors",
     }
 
 
@@ -217,7 +229,7 @@ def clip_files(tmp_path_factory: pytest.TempPathFactory, clip: Any, clip_tokeniz
         "sharded": root / "sharded",
         "prefixed": save("prefixed", prefixed | contiguous(extras)),
         "unprefixed": save("unprefixed", plain),
-        "all in one": save("whole", contiguous(whole)),
+        "all in one": save("whole", contiguous(STRANGERS | whole)),
         "header": save("header", prefixed, {"config_json": config}),
     }
 
@@ -263,7 +275,8 @@ def t5_files(tmp_path_factory: pytest.TempPathFactory, t5: Any, t5_tokenizer: An
 
     def save(name: str, more: dict[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Path:
         path = root / f"{name}.safetensors"
-        save_file(contiguous({f"{prefix}{key}": t for key, t in (tensors | more).items()}), path, metadata=metadata)
+        own = {f"{prefix}{key}": t for key, t in (tensors | more).items()}
+        save_file(contiguous((STRANGERS if prefix else {}) | own), path, metadata=metadata)
         if metadata is None:
             path.with_suffix(".json").write_text(config)
         return path

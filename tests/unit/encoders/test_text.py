@@ -260,13 +260,13 @@ class TestT5:
 
 class TestMessages:
     def test_t5_in_place_of_clip(self, t5_files: dict[str, Path]) -> None:
-        for form in ("folder", "shared only", "all in one"):
+        for form in ("folder", "shared only"):
             message = failure(open_clip, t5_files[form])
             assert message.startswith(f"model.clip_path: {t5_files[form]}")
             assert message.endswith("is a T5 encoder, expected CLIP-L; are clip_path and t5_path swapped?")
 
     def test_clip_in_place_of_t5(self, clip_files: dict[str, Path]) -> None:
-        for form in ("folder", "prefixed", "unprefixed", "all in one"):
+        for form in ("folder", "prefixed", "unprefixed"):
             message = failure(open_t5, clip_files[form])
             assert message.startswith(f"model.t5_path: {clip_files[form]}")
             assert message.endswith("is a CLIP text model, expected T5; are clip_path and t5_path swapped?")
