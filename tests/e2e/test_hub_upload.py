@@ -127,6 +127,7 @@ def test_the_command_uploads_what_the_folder_of_a_run_holds(
     setting: Setting,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config, _, first = complete
     out = config.parent / "out"
@@ -141,12 +142,16 @@ def test_the_command_uploads_what_the_folder_of_a_run_holds(
         }
         hub.status = 401
         assert upload_run([str(config), "--upload_samples", "false", "--set", "hub.release=none"]) == 1
-    assert "warning: hub: Checkpoint step 12 is not uploaded: " in capsys.readouterr().out
+    assert caplog.text.count("Checkpoint step 12 is not uploaded: ") == 1
+    assert "warning: hub: not uploaded, as said above: Checkpoint step 12" in capsys.readouterr().out
 
 
 def assert_named(result: Result, commit: str, reason: str) -> None:
-    (line,) = (line for line in result.out.splitlines() if line.startswith(f"warning: hub: {commit} is not uploaded: "))
+    lines = [*result.out.splitlines(), *result.err.splitlines()]
+    (line,) = (line for line in lines if f"hub: {commit} is not uploaded: " in line)
     assert reason in line
+    (summary,) = (line for line in lines if line.startswith("warning: hub: not uploaded, as said above: "))
+    assert commit in summary
 
 
 def test_errors_of_the_hub_neither_stop_nor_change_the_training(hub: Hub, setting: Setting, alone: Path) -> None:

@@ -117,11 +117,11 @@ class RunUploads:
             print(line, flush=True)
 
     def summary(self) -> list[str]:
-        """What arrived, and what did not, with the way out."""
+        """What arrived, and what did not, with the way out; why it did not was said when it happened."""
         done, failed = self.uploader.uploaded, self.uploader.failed
         lines = [f"hub: uploaded to {self.settings.repo_id}: {_listed(done)}"] if done else []
-        lines += [f"warning: hub: {commit.message} is not uploaded: {commit.reason}" for commit in failed]
         if failed:
+            lines.append(f"warning: hub: not uploaded, as said above: {', '.join(commit.message for commit in failed)}")
             lines.append(f"to upload what this run's folder holds: {self._command()}")
         return lines
 
