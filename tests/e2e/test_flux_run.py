@@ -45,6 +45,8 @@ def base(workshop: Path) -> Path:
 def trained(workshop: Path, photographs: Path, encoders: Path, base: Path, python: Callable[..., Result]) -> Path:
     """Run file of a finished run, made by one command."""
     config = write_flux_run(workshop / "flux_run", photographs, encoders, base, sample=SAMPLES)
+    text = config.read_text(encoding="utf-8").replace("[save]\n", '[save]\ntitle = "My photographs"\nauthor = "Ann"\n')
+    config.write_text(text, encoding="utf-8")
     result = python(REPOSITORY / "train.py", config).expect(0)
     assert "latents: encoded 9" in result.out and "text: encoded 9" in result.out
     assert "adapter: LoRA of rank 4 on 22 layers" in result.out
@@ -129,6 +131,8 @@ def test_lora_has_the_names_and_metadata_of_sd_scripts(trained: Path) -> None:
     assert header["ss_network_module"] == "networks.lora_flux"
     assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_steps"]) == ("4", "4.0", "20")
     assert header["modelspec.architecture"] == "Flux.1-dev/lora"
+    assert (header["modelspec.title"], header["modelspec.author"]) == ("My photographs", "Ann")
+    assert "modelspec.license" not in header
     assert header["ss_sd_model_name"] == "flux1-small.safetensors"
     assert json.loads(header["ss_datasets"])[0]["image_directory"] == "photographs"
     assert len(header["sshs_model_hash"]) == 64 and len(header["sshs_legacy_hash"]) == 8

@@ -376,11 +376,6 @@ REFUSED: dict[str, str] = {
     "no_metadata": "is not supported: metadata is always written",
     **dict.fromkeys(
         (
-            "metadata_title",
-            "metadata_author",
-            "metadata_description",
-            "metadata_license",
-            "metadata_tags",
             "metadata_usage_hint",
             "metadata_thumbnail",
             "metadata_merged_from",

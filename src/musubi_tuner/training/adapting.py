@@ -99,7 +99,12 @@ def adapter_metadata(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{spec.modelspec_architecture}/lora",
         **({"modelspec.implementation": spec.modelspec_implementation} if spec.modelspec_implementation else {}),
-        "modelspec.title": config.run.name,
+        **{
+            f"modelspec.{name}": text
+            for name in ("author", "description", "license", "tags")
+            if (text := getattr(config.save, name))
+        },
+        "modelspec.title": config.save.title or config.run.name,
         "modelspec.resolution": f"{side[0]}x{side[1]}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime()),
         **({"options_json": json.dumps(dict(options))} if options else {}),

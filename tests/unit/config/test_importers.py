@@ -144,7 +144,7 @@ def test_resolved_config_of_an_imported_run_is_the_same_run(project: Path) -> No
 def test_every_key_is_in_one_list() -> None:
     document = tomllib.loads(EXAMPLE)
     document["train"] |= {
-        "huggingface_token": "hf_x", "wandb_api_key": "x", "metadata_title": "t", "no_such_key": 1, "compile": False,
+        "huggingface_token": "hf_x", "wandb_api_key": "x", "metadata_title": "t", "metadata_reso": "512", "no_such_key": 1, "compile": False,
         "compile_backend": "inductor", "network_args": ["verbose=True"], "optimizer_args": ["weight_decay=0.1"],
         "save_last_n_steps": 30, "save_every_n_steps": 10, "save_last_n_steps_state": 30, "max_train_steps": 5,
         "lr_warmup_steps": 0.1, "num_timestep_buckets": 10, "log_with": "wandb", "logging_dir": "x", "save_precision": "bf16",

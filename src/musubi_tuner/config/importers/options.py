@@ -293,7 +293,7 @@ class _Importer(Builder):
             for key in [key for key in options if key.startswith("compile_")]:
                 options.pop(key)
                 self.report.dropped_harmless.append((key, "nothing is compiled"))
-        for key in [key for key in options if key.startswith("metadata_")]:
+        for key in [key for key in options if key.startswith("metadata_") and key not in self.flat]:
             options.pop(key)
             self.report.dropped_changes_result.append((key, "it is not stored in the metadata"))
         if isinstance(options.get("compile_dynamic"), bool):

@@ -1,7 +1,18 @@
 """[save]."""
 
+from typing import Any
+
 from musubi_tuner.config.fields import MOST, Dtype, Section, param
 from musubi_tuner.config.when import is_not, on
+
+_ADAPTER = is_not("adapter.type", "none")
+
+
+def _modelspec(what: str, absent: str = "") -> Any:
+    """A field of modelspec, under the name that sd-scripts has for it."""
+    name = what.partition(",")[0].lower()
+    return param(None, f"{what} in the metadata of adapter files{absent}.", flat=(f"metadata_{name}",), min_length=1,
+                 resume="free", expert=True, when=_ADAPTER)  # fmt: skip
 
 
 class SaveSection(Section):
@@ -58,4 +69,9 @@ class SaveSection(Section):
     )  # fmt: skip
     release: bool = param(True, "At the end, write a release folder that can be loaded or shared.", resume="free")
     comment: str | None = param(None, "Remark stored in the metadata of adapter files.", flat=("training_comment",),
-                                resume="free", when=is_not("adapter.type", "none"))  # fmt: skip
+                                resume="free", when=_ADAPTER)  # fmt: skip
+    title: str | None = _modelspec("Title", "; absent = run.name")
+    author: str | None = _modelspec("Author")
+    description: str | None = _modelspec("Description")
+    license: str | None = _modelspec("License")
+    tags: str | None = _modelspec("Tags, separated by commas,")
