@@ -20,7 +20,7 @@ from torch import Tensor
 from musubi_tuner.caching.file_format import caption_metadata, caption_name
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.buckets import place, squash
+from musubi_tuner.data.buckets import filtered, place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
@@ -134,7 +134,8 @@ class ExpertsJob:
         """The item's image at the size that the teachers see, [3, H, W] in [-1, 1]."""
         rows, columns = teacher_grid(item, self.config.sd15.resolution, keep_aspect=True)
         put = squash if item.squashed else place
-        image = resize_crop(open_image(item.path, item.background), put(item.size, (columns * 8, rows * 8)))
+        placement = filtered(put(item.size, (columns * 8, rows * 8)), item.interpolation)
+        image = resize_crop(open_image(item.path, item.background), placement)
         return torch.from_numpy(to_array(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _paths(self) -> dict[str, Path | None]:

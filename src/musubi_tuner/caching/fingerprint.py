@@ -47,12 +47,14 @@ _WORDS = {
     "sol_source": "experts.sol_source",
     "text_padding": "the padding of the text that teachers see",
     "squashed": "squashing of the image",
+    "interpolation": "resize_interpolation",
     "background": "the colour under transparent pixels",
     "mask_alpha": "transparency of the mask",
 }
 _UNSTATED = {
     "sol_source": "extracted",
     "squashed": False,
+    "interpolation": None,
     "text_padding": "hidden",
     "background": KEPT,
     "mask_alpha": False,
@@ -99,7 +101,7 @@ class Expectation:
             if self.needs_image:  # the teacher's picture has the aspect of the bucket
                 own |= {"bucket": list(item.bucket), "squashed": item.squashed}
         if self.needs_image:
-            own["background"] = item.background
+            own |= {"background": item.background, "interpolation": item.interpolation}
         own["item"] = item.id
         return own
 

@@ -346,8 +346,8 @@ def _fingerprint(foreign: ForeignCaches, task: _Task, item: Item) -> Fingerprint
     """What is known of a file: facts of its rows, what it belongs to, and where it comes from."""
     common = {key: task.expected.shared[key] for key in ("format", "architecture")}
     own = task.expected.of_item(item)
-    # Pictures were squashed, not cropped; nothing is known of their transparency.
-    for key in ("resized", "crop", "background"):
+    # Pictures were squashed, not cropped; nothing is known of their transparency and of the filter.
+    for key in ("resized", "crop", "background", "interpolation"):
         own.pop(key, None)
     files = {name: hashed_state(path) for name, path in task.expected.files(item).items()}
     origin = {"provenance": IMPORTED, "source": foreign.identity, "rows": list(task.rows[item.key])}

@@ -71,7 +71,7 @@ class DatasetConfig:
         resolution: (width, height) in pixels; the area when buckets are on.
         caption_extension: with its dot.
         batch_size: images per micro-batch and process.
-        resize: how an image is fitted to its bucket.
+        interpolation: filter of the resize; None = by whether it reduces or enlarges. resize: how an image is fitted to its bucket.
         mask_source: where loss masks come from. mask_directory: mask files named like the images; set with an image_directory
             whose source is file or smpl.
         caption_columns: JSONL columns with the captions of an image; empty = caption. caption_transform: a name of
@@ -98,6 +98,7 @@ class DatasetConfig:
     missing_caption: MissingCaption
     recursive: bool
     resize: Resize = "crop"
+    interpolation: str | None = None
     mask_source: MaskSource = "none"
     mask_directory: Path | None = None
     caption_columns: tuple[str, ...] = ()
@@ -352,6 +353,7 @@ def _resolve_one(
         missing_caption=values["missing_caption"],
         recursive=values["recursive"],
         resize=values.get("resize", "crop"),
+        interpolation=None if values.get("resize_interpolation") == "auto" else values.get("resize_interpolation"),
         mask_source=mask_source,
         mask_directory=locate(own["mask_directory"]) if "mask_directory" in own else None,
         caption_columns=tuple(values.get("caption_columns", ())),

@@ -245,10 +245,6 @@ CONVERTED: dict[str, Foreign] = {
     ),
     "zero_stage": Foreign(refused=_WHOLE_MODEL, off=(2,)),
     "split_qkv": Foreign(refused="is not supported: q, k and v are one layer and have one adapter"),
-    "resize_interpolation": Foreign(
-        refused="is not supported: pictures are downscaled by area averaging and upscaled with Lanczos",
-        off=("auto", "area", "lanczos"),
-    ),
     "text_encoder1": Foreign(
         refused="is T5 in Kontext scripts; use model.t5_path for T5 and model.clip_path for CLIP-L"
     ),

@@ -7,7 +7,7 @@ takes the bucket whose ratio w / h differs least from its own; the first in asce
 Source: musubi-tuner's rules, in specs of this project; files made there have the same sizes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from musubi_tuner.errors import ConfigError, DataError
 from musubi_tuner.models.registry import MODELS, RESERVED_STEPS
@@ -41,7 +41,7 @@ class Placement:
         bucket: final (width, height).
         resized: (width, height) before the crop.
         crop: left and top of the centre crop.
-        filter: ``none``, ``lanczos`` (enlarging) or ``area`` (reducing).
+        filter: ``none``, ``lanczos`` (enlarging), ``area`` (reducing), or the one that was asked for.
     """
 
     bucket: Size
@@ -59,6 +59,13 @@ def place(image: Size, bucket: Size) -> Placement:
     resized = (int(width * factor + 0.5), int(height * factor + 0.5))
     crop = ((resized[0] - bucket_width) // 2, (resized[1] - bucket_height) // 2)
     return Placement(bucket, resized, crop, "lanczos" if factor > 1 else "area")
+
+
+def filtered(placement: Placement, interpolation: str | None) -> Placement:
+    """A placement with the filter that was asked for, if one was, and anything is resized."""
+    return (
+        placement if interpolation is None or placement.filter == "none" else replace(placement, filter=interpolation)
+    )
 
 
 def squash(image: Size, bucket: Size) -> Placement:

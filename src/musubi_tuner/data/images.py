@@ -272,10 +272,10 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def resize_crop(image: Image.Image, placement: Placement) -> Image.Image:
-    """Resize and centre-crop to the bucket: LANCZOS when enlarging, area averaging when reducing."""
+    """Resize with the filter of a placement, and crop to the bucket."""
     if placement.filter == "none":
         return image
-    method = Image.Resampling.LANCZOS if placement.filter == "lanczos" else Image.Resampling.BOX
+    method = Image.Resampling["BOX" if placement.filter == "area" else placement.filter.upper()]
     left, top = placement.crop
     width, height = placement.bucket
     return image.resize(placement.resized, method).crop((left, top, left + width, top + height))

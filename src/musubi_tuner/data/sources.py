@@ -16,7 +16,7 @@ from unicodedata import normalize
 from tqdm import tqdm
 
 from musubi_tuner.config.datasets import KEPT, DatasetConfig
-from musubi_tuner.data.buckets import BucketSelector, Placement, Size, place, squash
+from musubi_tuner.data.buckets import BucketSelector, Placement, Size, filtered, place, squash
 from musubi_tuner.data.caption_files import WAY_OUT, folder_captions
 from musubi_tuner.data.caption_variants import unread_wildcard, variants
 from musubi_tuner.data.captions import Transform, make_transform
@@ -47,6 +47,7 @@ class Item:
         mask: where its loss mask comes from; None if it has none.
         more_captions: beside ``caption``; each presentation takes one of all.
         squashed: whether its proportions give way to those of its bucket, for the teachers too.
+        interpolation: filter of the resize that was asked for, for the teachers too; None = the usual one.
         background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
         views: versions of the picture, of which each presentation takes one; empty = the picture as it is.
     """
@@ -63,6 +64,7 @@ class Item:
     mask: Mask | None = None
     more_captions: tuple[str, ...] = ()
     squashed: bool = False
+    interpolation: str | None = None
     background: str = KEPT
     views: tuple[View, ...] = ()
 
@@ -493,7 +495,8 @@ def _items(
         if dataset.text.enable_wildcard:
             for remark in {found for text in entry.captions if (found := unread_wildcard(text))}:
                 remarks.setdefault(f"have captions with {remark}", []).append(entry.path.name)
-        placement = squash(size, bucket) if dataset.resize == "squash" else place(size, bucket)
+        put = squash if dataset.resize == "squash" else place
+        placement = filtered(put(size, bucket), dataset.interpolation)
         own = views(entry.id, placement, dataset.views)
         yield Item(
             id=entry.id,
@@ -508,6 +511,7 @@ def _items(
             mask=mask,
             more_captions=captions[1:],
             squashed=dataset.resize == "squash",
+            interpolation=dataset.interpolation,
             background=dataset.alpha_background if header.alpha else KEPT,
             views=own if own != (View(placement.crop),) else (),
         )

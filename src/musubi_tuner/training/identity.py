@@ -140,6 +140,8 @@ def data_digest(
             digest.update(repr(item.views).encode())
         if item.squashed:
             digest.update(b"squashed")
+        if item.interpolation is not None:
+            digest.update(item.interpolation.encode())
         if item.background not in (KEPT, WHITE):
             digest.update(item.background.encode())
         if masked and item.mask is not None:

@@ -224,6 +224,13 @@ class TestSettings:
         }
         assert reasons(cached, "text", cached.config(general={"resolution": 128})) == {}
 
+    def test_another_filter_makes_latents_and_what_teachers_saw_stale(self, cached: Any) -> None:
+        other = cached.config(general={"resize_interpolation": "bicubic"})
+        expected = dict.fromkeys("ab", "resize_interpolation was None, now 'bicubic'")
+        assert reasons(cached, "latents", other) == reasons(cached, "experts", other) == expected
+        assert reasons(cached, "text", other) == {}
+        assert reasons(cached, "latents", cached.config(general={"resize_interpolation": "auto"})) == {}
+
     def test_squashing_makes_latents_and_what_teachers_saw_stale(self, cached: Any) -> None:
         squashed = cached.config(general={"resize": "squash"})
         # The other image has the proportions of its bucket, but another picture may reach its teachers.

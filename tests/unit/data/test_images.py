@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from musubi_tuner.config.datasets import KEPT
-from musubi_tuner.data.buckets import place
+from musubi_tuner.data.buckets import filtered, place
 from musubi_tuner.data.images import (
     EXTENSIONS,
     image_size,
@@ -365,3 +365,15 @@ def test_resizing_covers_the_bucket_and_keeps_the_centre(tmp_path: Path) -> None
 def test_a_picture_of_the_bucket_size_is_not_resampled(tmp_path: Path) -> None:
     stored = noise(32, 48, 3)
     assert np.array_equal(to_array(resize_crop(Image.fromarray(stored), place((48, 32), (48, 32)))), stored)
+
+
+@pytest.mark.parametrize("name", ["area", "lanczos", "bicubic", "bilinear", "nearest"])
+def test_a_filter_that_is_asked_for_is_the_one_of_pillow(name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image, bucket = Image.fromarray(noise), (32, 32)
+    placement = filtered(place(image.size, bucket), name)
+    method = Image.Resampling["BOX" if name == "area" else name.upper()]
+    left, top = placement.crop
+    expected = image.resize(placement.resized, method).crop((left, top, left + 32, top + 32))
+    assert np.array_equal(np.asarray(resize_crop(image, placement)), np.asarray(expected))
+    assert filtered(place(bucket, bucket), name).filter == "none"

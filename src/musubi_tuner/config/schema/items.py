@@ -13,6 +13,7 @@ MaskSource = Literal["none", "file", "alpha", "product", "smpl", "imported"]
 """Where the loss mask of an image comes from; see data/masks.py."""
 LONGEST_SIDE = 16384
 """Pixels of the side of a picture that is trained."""
+Interpolation = Literal["auto", "area", "lanczos", "bicubic", "bilinear", "nearest"]
 Resize = Literal["crop", "squash"]
 """How an image is fitted to its bucket: cropped, or squashed to the bucket's proportions."""
 CAPTION_TRANSFORMS = ("object_relations", "imagenet")
@@ -66,6 +67,9 @@ class GeneralSection(Section):
     resize: Resize | None = param(
         None, "How a picture is fitted to its bucket: crop it, or squash it to the bucket's aspect ratio.", expert=True
     )
+    resize_interpolation: Interpolation | None = param(
+        None, "How pixels are computed when a picture is resized: auto = area averaging to reduce, Lanczos to enlarge.", expert=True
+    )  # fmt: skip
     caption_extension: str | None = param(None, "Extension of caption files, with the dot.", min_length=1)
     batch_size: int | None = param(None, "Images per micro-batch and process.", unit="images", ge=1, le=4096)
     num_repeats: int | None = param(None, "How often an image is seen per epoch.", ge=1, le=1_000_000)
