@@ -69,7 +69,7 @@ def test_a_mistyped_key_is_refused_with_a_suggestion(
     result = python(REPOSITORY / "train.py", config).expect(2)
     assert f"error: {config}" in result.err
     assert "train.max_stepz: unknown key. Did you mean 'max_steps'?" in result.err
-    assert "optimizer.learning_rate: is 0.001, and optimizer.lr, another name of it, is" in result.err
+    assert "optimizer.learning_rate: is 0.001, but optimizer.lr, another name of it, is" in result.err
     assert not (config.parent / "cache").exists() and not (config.parent / "out").exists()
 
 

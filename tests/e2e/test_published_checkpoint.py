@@ -56,7 +56,6 @@ def test_the_run_goes_on_from_the_step(
 ) -> None:
     copy_tree(caches, tmp_path / "cache")
     tables: dict[str, Any] = {
-        "run": {"strict": True},
         "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(published)},
         "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
         "ema": {"decay": DECAY},

@@ -190,8 +190,9 @@ def _completed(
         tables = _chosen_datasets(tables, step, problems)
     if imported is not None and imported.datasets:
         tables = {"datasets": imported.datasets, **tables}
-    entries = tables.get("datasets", [])
-    for name in of_items if isinstance(entries, list) and entries else ():
+    entries, written = tables.get("datasets", []), tables.get("general", {})
+    names = dict.fromkeys([*of_items, *(written if isinstance(written, dict) else ())])
+    for name in names if isinstance(entries, list) and entries else ():
         if all(isinstance(entry, dict) and name in entry for entry in entries):
             problems.append(warning("NA03", f"general.{name}", "has no effect because every data set has its own"))
     general = tables.get("general", {})

@@ -431,7 +431,7 @@ class Runner:
         ):
             return False
         values = read_values(self.config.output_dir / final.state) if final.state else None
-        head = f"run.output_dir {self.config.output_dir}: holds a finished run with another config"
+        head = f"run.output_dir {self.config.output_dir}: has a finished run with another config"
         self._refuse_changes(plan, head, values)
         if can_write:
             self._tidy()

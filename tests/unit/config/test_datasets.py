@@ -321,6 +321,7 @@ def test_smallest_resolution_with_a_bucket_is_accepted(load: Load) -> None:
         (f"[general]\nenable_bucket = false\nbucket_no_upscale = true\n{IMAGES}", "general.bucket_no_upscale", "enable_bucket"),
         (f'{IMAGES}random_crop = true\nresize = "squash"', "datasets[0].random_crop", '"squash", which does not crop'),
         (f'[general]\nrandom_crop = true\nresize = "squash"\n{IMAGES}', "general.random_crop", '"squash", which does not crop'),
+        (f"[general]\nnum_repeats = 2\n{IMAGES}num_repeats = 3", "general.num_repeats", "every data set has its own"),
         (f"{LISTING}recursive = true", "datasets[0].recursive", "image_jsonl_file"),
         (f'{LISTING}caption_extension = ".caption"', "datasets[0].caption_extension", "image_jsonl_file"),
     ],

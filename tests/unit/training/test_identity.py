@@ -40,7 +40,7 @@ def test_a_role_that_a_state_says_nothing_of_moved_as_the_run(
     current = {"optimizer.lr": 0.5, "roles.a.optimizer.lr": now}
     monkeypatch.setattr(identity, "fixed_settings", lambda *_: current)
     monkeypatch.setattr(identity, "as_begun", lambda config, _: config)
-    config: Any = SimpleNamespace(spec=MODELS["tf"])
+    config: Any = SimpleNamespace(spec=MODELS["tf"], resume=SimpleNamespace(allow=[]))
     assert changed_settings(config, {"optimizer.lr": 0.5}, 1) == said
 
 

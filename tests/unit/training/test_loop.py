@@ -70,7 +70,9 @@ def make_item(number: int) -> Item:
 class Pictures:
     """Images in memory, with the interface of the cached dataset."""
 
-    def __init__(self, config: Any, items: list[Item], kinds: list[str], dropping: bool = True) -> None:
+    def __init__(
+        self, config: Any, items: list[Item], kinds: list[str], texts: Any = (), dropping: bool = True
+    ) -> None:
         self.items = list(items)
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from musubi_tuner.config.diagnostics import Diagnostic, error
+from musubi_tuner.config.diagnostics import Diagnostic, error, warning
 from musubi_tuner.config.file_heads import head_problem
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_there
 from musubi_tuner.config.pipeline import unfinished_step
@@ -61,6 +61,13 @@ def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
             yield error("P01", key, f"{text}: {RUN_NAMES.get(text, f'write the folder too, as in folder:{text}')}")
         else:
             yield error("P01", key, f"{text}: no such file or folder (looked in {Path.cwd()} and the project)")
+
+
+@rule("NA03", "model.revision model.path")
+def _revision(config: RunConfig) -> Iterator[Diagnostic]:
+    path = config.model.path
+    if config.model.revision is not None and path is not None and not (is_hub_id(path) or is_published(path)):
+        yield warning("NA03", "model.revision", "has no effect because model.path is no hub id", "model.path")
 
 
 @rule("P08", "model.path model.arch")
