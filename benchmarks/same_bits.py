@@ -1,4 +1,4 @@
-"""Does this tree train the same bits as another commit? python benchmarks/same_bits.py REF [--case NAME ...] [--repeat N]
+"""Does this tree train the same bits as another commit? python benchmarks/same_bits.py REF [--case NAME ...] [--repeat N] [--updates N]
 
 Small runs are trained by a checkout of REF and by this tree on this machine, from inputs that are made once; each side writes its own
 caches and its own run file. Weights, averages, optimizer tensors, pictures and metrics (without the clock) must be equal, bit for
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ class Case:
     family: str
     tables: dict[str, Any] = field(default_factory=dict)
     killed_at: int | None = None
+
+    def lasting(self, updates: int | None) -> "Case":
+        """The case with a run of so many updates, drawing and saving at its end only; None = as it is."""
+        if updates is None:
+            return self
+        tables = {**self.tables, "train": {**self.tables["train"], "max_steps": updates}}
+        late = {name: {**tables.get(name, {}), "every_steps": updates} for name in ("save", "sample") if name in tables}
+        return replace(self, tables={**tables, "save": {"every_steps": updates}, **late})
 
 
 TRAIN = {"max_steps": 12, "mixed_precision": "no"}
@@ -207,7 +215,9 @@ def main() -> int:
     parser.add_argument(
         "--repeat", type=int, default=1, help="train every case so often, the sides in turn, and keep the best time"
     )
+    parser.add_argument("--updates", type=int, help="length of every run; hundreds of them make the times comparable")
     options = parser.parse_args()
+    cases = {name: case.lasting(options.updates) for name, case in CASES.items()}
     wanted = options.case or list(CASES)
     if "tf lora" in wanted and "bf16" not in wanted:
         wanted = ["bf16", *wanted]  # which trains the model below it
@@ -220,7 +230,7 @@ def main() -> int:
         for case in wanted:
             times: list[list[float]] = [[], []]
             for _ in range(options.repeat):
-                outs = [side.train(case, CASES[case]) for side in (ours, ref)]
+                outs = [side.train(case, cases[case]) for side in (ours, ref)]
                 for seconds, out in zip(times, outs):
                     seconds.append(step_seconds(out))
             found = list(differences(*outs))

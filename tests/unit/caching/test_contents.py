@@ -22,6 +22,8 @@ from musubi_tuner.headers import read_header
 from musubi_tuner.planning.plan import describe, make_plan
 from musubi_tuner.stamps import hash_file, hashed_state
 
+pytestmark = pytest.mark.long
+
 ARCHIVED = 1_500_000_000_000_000_000
 """The one modification time of all files of an archive."""
 

@@ -21,6 +21,8 @@ from musubi_tuner.errors import CheckpointError
 from musubi_tuner.headers import read_header
 from musubi_tuner.stamps import hash_file
 
+pytestmark = pytest.mark.long
+
 BIG = (1 << 20) + 1
 """Bytes of a file whose hash is remembered."""
 

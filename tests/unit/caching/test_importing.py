@@ -34,6 +34,8 @@ from reference_caches import (
     write_teacher_progress,
 )
 
+pytestmark = pytest.mark.long
+
 TIMES = (0.05, 0.5, 0.95)
 NAMES = ["a-1", "a", "b"]
 """Pictures by file name, which is the order of the published trainer; by id, our order, a comes first."""

@@ -16,6 +16,8 @@ from musubi_tuner.caching.index import CachedFile, CacheIndex, index_path, open_
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import read_header
 
+pytestmark = pytest.mark.long
+
 KINDS_LIST = list(KINDS)
 
 

@@ -16,6 +16,8 @@ from musubi_tuner.data.roots import NAME
 from musubi_tuner.data.sources import Item, ScannedItems, scan
 from musubi_tuner.stamps import hashed_state
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

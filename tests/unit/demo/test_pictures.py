@@ -28,6 +28,8 @@ from musubi_tuner.demo.pictures import (
 )
 from musubi_tuner.errors import DataError
 
+pytestmark = pytest.mark.long
+
 FIELDS = {"shape": SHAPES, "colour": COLOURS, "place": PLACES, "background": BACKGROUNDS}
 RED_CIRCLE = Combination("circle", "red", "left", "white")
 
