@@ -18,7 +18,7 @@ TESTS = {
     "optimizer": "training/test_optimizers.py", "scheduler": "config/test_every_rule.py, training/test_optimizers.py",
     "memory": "memory/test_compose.py", "save": "training/test_due.py", "sample": "training/test_sampling.py",
     "validation": "training/test_validation.py", "hub": "training/test_hub.py", "cache": "caching/test_text_check.py",
-    "log": "training/test_due.py", "run": "config/test_load.py", "model": "config/test_load.py", "train": "training/test_update.py",
+    "log": "training/test_trackers.py", "run": "config/test_load.py", "model": "config/test_load.py", "train": "training/test_update.py",
     "resume": "config/test_every_rule.py", "ema": "training/test_update.py", "distributed": "config/test_load.py",
 }  # fmt: skip
 """Table -> tests that show its settings act."""
@@ -27,7 +27,8 @@ TESTS = {
 def row(name: str) -> str:
     """A name, what it is here, in each family, and the test that shows it."""
     everything = [*parameters(), *item_parameters()]
-    own = next((p for p in everything if p.name == name), None) or flat_names().get(name)
+    of_items = (p for p in item_parameters() if p.name == name and p.section == "general")
+    own = next(of_items, None) or flat_names().get(name) or next((p for p in everything if p.name == name), None)
     entry = FOREIGN.get(name)
     key = entry.key if entry is not None and entry.key else own.key if own is not None and entry is None else ""
     if key:
