@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from musubi_tuner.flow import ramp
+from musubi_tuner.schedules import BY_NAME, pieces_of
 from musubi_tuner.training.schedulers import (
     constant_with_warmup,
     cosine_schedule,
@@ -121,5 +122,39 @@ def test_warm_up_as_long_as_the_run_ends_at_the_full_rate() -> None:
 
 
 def test_unknown_schedule_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"unknown schedule 'polynomial'; known: cosine, linear, constant"):
-        schedule_of(CASES[0] | {"lr_scheduler": "polynomial"})
+    with pytest.raises(ValueError, match=r"unknown schedule 'plateau'; known: cosine, linear, constant"):
+        schedule_of(CASES[0] | {"lr_scheduler": "plateau"})
+
+
+OTHERS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "lr_schedules.json").read_text(encoding="utf-8"))
+"""Rates of sd-scripts' schedules, made with diffusers, transformers and its own rex."""
+ARGUMENTS = {
+    "lr_scheduler_num_cycles": "cycles", "lr_scheduler_power": "power", "lr_scheduler_timescale": "timescale", "lr_decay_steps": "decay"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS["cases"], ids=lambda case: f"{case['lr_scheduler']}-{case['args']}")
+def test_a_schedule_equals_that_of_sd_scripts_up_to_its_end(case: dict[str, Any]) -> None:
+    """Past its end a cosine rises again there, and the warm-up of rex jumps to its floor; neither is ours."""
+    total, rate, given = OTHERS["max_train_steps"], OTHERS["base_lr"], dict(case["args"])
+    name, first = case["lr_scheduler"], 0
+    warmup = given.pop("lr_warmup_steps", 0)
+    warmup = int(warmup * total) if warmup < 1 else warmup
+    ratio = given.pop("lr_scheduler_min_lr_ratio", 0.01 if name == "rex" else 0.0)
+    shape = {ARGUMENTS[key]: value for key, value in given.items() if key in ARGUMENTS}
+    for text in given.get("lr_scheduler_args", []):
+        key, _, value = text.partition("=")
+        shape |= {"pieces": pieces_of(value.strip("'"))} if key == "step_rules" else {key: float(value)}
+    if name == "rex" and warmup:
+        first, warmup, total = total, 0, total
+    schedule = make_schedule(
+        BY_NAME[name],
+        lr=rate,
+        min_lr=ratio * rate,
+        warmup_steps=warmup,
+        warmup_type="linear",
+        total_steps=total,
+        **shape,
+    )
+    found = [rate * schedule(step) for step in range(first, total + 1)]
+    assert found == pytest.approx(case["lr"][first : total + 1], rel=1e-8, abs=1e-13)  # nine digits in the file

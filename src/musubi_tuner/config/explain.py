@@ -40,10 +40,10 @@ def explain(item: Any, spec: ModelSpec | None) -> Diagnostic:
     choices, given = [choice for choice in parameter.choices if isinstance(choice, str)], item["input"]
     hint = f".{did_you_mean(given, choices) if len(given) > 2 else ''}" if choices and isinstance(given, str) else ""
     code = "U04" if choices else "U02" if "type" in item["type"] or item["type"].endswith("parsing") else "U03"
-    expected = parameter.expected
-    if parameter.extra("path") and given == "":
-        expected = "a path"
-    elif item["type"] == "finite_number":
+    said, expected = item.get("ctx", {}).get("error"), parameter.expected
+    if isinstance(said, ValueError):  # of a validator of ours
+        return error("U03", key, f"is {value}, {said}")
+    if item["type"] == "finite_number":
         expected = expected.replace("a number", "a finite number") if "a number" in expected else "a finite number"
     return error(code, key, f"is {value}, expected {expected}{hint}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.config.when import is_on
+from musubi_tuner.schedules import BY_NAME as SCHEDULES_BY_NAME
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "auto": "auto",
 }  # fmt: skip
 OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adafactor": "Adafactor", "": "AdamW"}
-SCHEDULERS = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
 LOSSES = {"l2": "l2", "mse": "l2", "l1": "l1", "mae": "l1"} | {
     name: name for name in ("huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1")
 }
@@ -180,8 +180,6 @@ _TRACKERS: dict[str, tuple[str, Any]] = {
     "none": ("log.tensorboard", False), "tensorboard": ("log.tensorboard", True), "wandb": ("log.wandb", True), "all": ("log.wandb", True),
 }  # fmt: skip
 """TensorBoard is on by itself."""
-_RESTARTS = "is for cosine with restarts, which is not supported yet"
-_POLYNOMIAL = "is for a polynomial schedule, which is not supported yet"
 _LOKR = "is for LoKr, which is not supported yet"
 _OTHER_ADAPTERS = "is for another type of adapter, which is not supported yet"
 _WHOLE_MODEL = (
@@ -211,12 +209,6 @@ CONVERTED: dict[str, Foreign] = {
     "lr_scheduler_min_lr_ratio": Foreign(
         refused="is a fraction of the learning rate; scheduler.min_lr is the learning rate itself", off=(0,)
     ),
-    "lr_scheduler_number": Foreign(refused=_RESTARTS, off=(1,)),
-    "lr_scheduler_num_cycles": Foreign(refused=_RESTARTS, off=(1,)),
-    "scheduler.cycles": Foreign(refused=_RESTARTS, off=(1,)),
-    "lr_power": Foreign(refused=_POLYNOMIAL, off=(1,)),
-    "lr_scheduler_power": Foreign(refused=_POLYNOMIAL, off=(1,)),
-    "scheduler.power": Foreign(refused=_POLYNOMIAL, off=(1,)),
     "max_token_length": Foreign(refused=_POOLED, off=(75, 77)),
     "clip_max_tokens": Foreign(refused=_POOLED, off=(77,)),
     "factor": Foreign(refused=_LOKR, off=(-1,)),
@@ -249,7 +241,7 @@ CONVERTED: dict[str, Foreign] = {
         refused="is T5 in Kontext scripts; use model.t5_path for T5 and model.clip_path for CLIP-L"
     ),
     "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "renamed"),
-    "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULERS), "renamed"),
+    "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULES_BY_NAME), "renamed"),
     "vae_dtype": Foreign("model.vae_dtype", _one_of(DTYPES), "renamed"),
     "save_precision": Foreign("save.dtype", _one_of(DTYPES), "renamed"),
     "save.precision": Foreign("save.dtype", _one_of(DTYPES), "renamed"),
@@ -304,10 +296,6 @@ REFUSED: dict[str, str] = {
     "scale_v_as_eps": _NOISE_PREDICTION,
     "zero_terminal_snr": "has no meaning for a rectified flow, which already ends in pure noise",
     "beta_schedule": "is for diffusion with betas; this model is a rectified flow",
-    "lr_decay_steps": "is for warmup_stable_decay, which is not supported yet",
-    "decay_steps": "is for warmup_stable_decay, which is not supported yet",
-    "lr_scheduler_timescale": "is for an inverse square root schedule, which is not supported yet",
-    "timescale": "is for an inverse square root schedule, which is not supported yet",
     "lr_scheduler_type": "names a class; use scheduler.type",
     "lr_scheduler_args": "is for a scheduler class; use the settings of [scheduler]",
     "optimizer.class": "names a class; use optimizer.type",

@@ -9,61 +9,44 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from musubi_tuner.schedules import Curve, multiplier
+
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
-
-
-def warmup(step: int, warmup_steps: int, kind: str = "linear") -> float:
-    """Warm-up multiplier for step < warmup_steps: ``linear`` k / W, ``cosine`` (1 - cos(pi k / W)) / 2."""
-    share = step / warmup_steps
-    return 0.5 * (1 - math.cos(math.pi * share)) if kind == "cosine" else share
-
-
-def progress(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Share of the time after warm-up, clamped to [0, 1]: past the end the rate stays at its minimum."""
-    return min(max((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0), 1.0)
 
 
 def cosine_schedule(
     step: int, warmup_steps: int, total_steps: int, min_ratio: float = 0.0, warmup_type: str = "linear"
 ) -> float:
     """``r + (1 - r) (1 + cos(pi q)) / 2`` after warm-up, with r = min_ratio and q the share of time."""
-    if step < warmup_steps:
-        return warmup(step, warmup_steps, warmup_type)
-    share = progress(step, warmup_steps, total_steps)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    return multiplier("cosine", Curve(warmup_steps, total_steps, min_ratio), warmup_type)(step)
 
 
 def linear_schedule(
     step: int, warmup_steps: int, total_steps: int, min_ratio: float = 0.0, warmup_type: str = "linear"
 ) -> float:
     """``max(r, 1 - q (1 - r))``: a straight line from 1 to r."""
-    if step < warmup_steps:
-        return warmup(step, warmup_steps, warmup_type)
-    return max(min_ratio, 1 - progress(step, warmup_steps, total_steps) * (1 - min_ratio))
+    return multiplier("linear", Curve(warmup_steps, total_steps, min_ratio), warmup_type)(step)
 
 
 def constant_with_warmup(step: int, warmup_steps: int, warmup_type: str = "linear") -> float:
     """1 after warm-up."""
-    return warmup(step, warmup_steps, warmup_type) if step < warmup_steps else 1.0
+    return multiplier("constant", Curve(warmup_steps, warmup_steps), warmup_type)(step)
 
 
 def make_schedule(
-    kind: str, *, lr: float, min_lr: float, warmup_steps: int, warmup_type: str, total_steps: int
+    kind: str, *, lr: float, min_lr: float, warmup_steps: int, warmup_type: str, total_steps: int, **shape: Any
 ) -> Callable[[int], float]:
     """Multiplier by update number.
+
+    Args:
+        shape: of the curves that have more settings; see `schedules.Curve`.
 
     Raises:
         ValueError: for an unknown kind.
     """
-    ratio = min_lr / lr if lr else 0.0
-    if kind == "cosine":
-        return lambda step: cosine_schedule(step, warmup_steps, total_steps, ratio, warmup_type)
-    if kind == "linear":
-        return lambda step: linear_schedule(step, warmup_steps, total_steps, ratio, warmup_type)
-    if kind == "constant":
-        return lambda step: constant_with_warmup(step, warmup_steps, warmup_type)
-    raise ValueError(f"unknown schedule '{kind}'; known: cosine, linear, constant")
+    ratio, least = (min_lr / lr, 1e-7 / lr) if lr else (0.0, 0.0)
+    return multiplier(kind, Curve(warmup_steps, total_steps, ratio, least=least, **shape), warmup_type)
 
 
 def schedule_length(config: "RunConfig", total: int) -> int:
@@ -80,6 +63,7 @@ def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
         warmup_steps=config.scheduler.warmup_updates(schedule_length(config, total)),
         warmup_type=config.scheduler.warmup_type,
         total_steps=schedule_length(config, total),
+        **config.scheduler.shape(),
     )
 
 

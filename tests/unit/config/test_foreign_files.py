@@ -474,7 +474,7 @@ def test_the_plan_with_its_defaults_imports_for_flux(project: Path) -> None:
     code, report = imported("plan.json", json.dumps(PLAN))
     assert code == 0
     lost = [key for key, _ in report.dropped_changes_result]
-    assert sorted(lost) == ["clip_skip", "lr_scheduler_number", "max_token_length", "sample_sampler"]
+    assert sorted(lost) == ["clip_skip", "max_token_length", "sample_sampler"]
     assert sorted(report.keys()) == sorted(PLAN)
     config = load_config("run.toml")
     assert (config.train.max_epochs, config.datasets[0].num_repeats, config.scheduler.warmup_ratio) == (5, 10, 0.05)

@@ -351,6 +351,7 @@ def test_shift_of_flux_without_an_equivalent_names_the_key_only(problems: Proble
         ("optimizer", "lr = inf", "optimizer.lr: is inf, expected a finite number at least 0 and at most 10"),
         ("objective", "shift = 0", "objective.shift: is 0, expected a number above 0 and at most 100"),
         ("objective", "shift = nan", "objective.shift: is nan, expected a finite number above 0 and at most 100"),
+        ("scheduler", 'type = "piecewise_constant"\nrules = "1:20,0.1:10,0.01"', "scheduler.rules: is '1:20,0.1:10,0.01', expected updates that increase from piece to piece"),
         ("ema", "decay = 1.0", "ema.decay: is 1.0, expected a number at least 0 and below 1"),
         ("experts", "resolution = 500", "experts.resolution: is 500, expected a whole number at least 64 and at most "
                                         "2048 and a multiple of 64"),

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from musubi_tuner.config.foreign import DTYPES, OPTIMIZERS, SCHEDULERS
+from musubi_tuner.config.foreign import DTYPES, OPTIMIZERS
 from musubi_tuner.config.importers.builder import Builder, of_items
 from musubi_tuner.config.importers.options import VARIANTS
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.models.registry import MODELS, called, trained_elsewhere
+from musubi_tuner.schedules import BY_NAME
 
 SAME: dict[str, str] = {
     "network.dropout": "adapter.dropout",
@@ -75,7 +76,7 @@ LOSSES = {"mse": "l2", "mae": "l1"}
 WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "train.dtype": ("train.mixed_precision", PRECISIONS),
     "train.optimizer": ("optimizer.type", {**OPTIMIZERS, "adam8bit": "AdamW8bit"}),
-    "train.lr_scheduler": ("scheduler.type", SCHEDULERS),
+    "train.lr_scheduler": ("scheduler.type", BY_NAME),
     "train.timestep_type": ("objective.timestep_sampling", TIMES),
     "train.loss_type": ("objective.loss", LOSSES),
     "save.dtype": ("save.dtype", DTYPES),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from musubi_tuner.config.diagnostics import Diagnostic, error, warning
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.schedules import SCHEDULES
 
 MOVEMENT = Rules()
 rule = MOVEMENT.rule
@@ -32,13 +33,34 @@ def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
 
 @rule("V29", "scheduler.type scheduler.total_steps scheduler.warmup_steps")
 def _more_than_warmup(config: RunConfig) -> Iterator[Diagnostic]:
-    length = config.scheduler.total_steps
-    if length is not None and config.scheduler.type != "constant" and length <= config.scheduler.warmup_updates(length):
+    length, ends = config.scheduler.total_steps, SCHEDULES[config.scheduler.type].ends
+    if length is not None and ends and length <= config.scheduler.warmup_updates(length):
         yield error(
             "V29",
             "scheduler.total_steps",
             f"is {length}, not longer than scheduler.warmup_steps = {config.scheduler.warmup_steps}; make it longer",
             "scheduler.warmup_steps",
+        )
+
+
+@rule("V29", "scheduler.type scheduler.decay_steps scheduler.total_steps scheduler.warmup_steps train.max_steps")
+def _room_to_decay(config: RunConfig) -> Iterator[Diagnostic]:
+    scheduler, length = config.scheduler, config.scheduler.total_steps or config.train.max_steps
+    if scheduler.type == "warmup_stable_decay" and scheduler.decay_steps and length:
+        warmup, decay = scheduler.warmup_updates(length), scheduler.decay_steps
+        if warmup + (decay * length if decay < 1 else decay) > length:
+            text = f"is {decay:g}, but after {warmup} updates of warm-up only {length - warmup} of {length} are left"
+            yield error("V29", "scheduler.decay_steps", text, "scheduler.warmup_steps")
+
+
+@rule("U07", "scheduler.type scheduler.rules")
+def _pieces(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.scheduler.type == "piecewise_constant" and config.scheduler.rules is None:
+        yield error(
+            "U07",
+            "scheduler.rules",
+            'is required by type "piecewise_constant", such as "1:1000,0.1:2000,0.01"',
+            "scheduler.type",
         )
 
 

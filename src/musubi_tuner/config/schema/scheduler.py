@@ -1,9 +1,17 @@
 """[scheduler]."""
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from musubi_tuner.config.fields import MOST, Section, param
-from musubi_tuner.config.when import is_not, on
+from musubi_tuner.config.when import When, is_, is_not, on
+from musubi_tuner.schedules import SCHEDULES, Name, pieces_of, using
+
+
+def _acts(setting: str) -> When:
+    """Where a setting acts: on the curves that use it."""
+    return is_("scheduler.type", *using(setting))
 
 
 class SchedulerSection(Section):
@@ -11,10 +19,11 @@ class SchedulerSection(Section):
 
     tab = "learning rate"
 
-    type: Literal["cosine", "linear", "constant"] = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
+    type: Name = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
     warmup_steps: int = param(
-        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates"
-    )
+        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates",
+        when=is_not("scheduler.type", "piecewise_constant"), rule="V30"
+    )  # fmt: skip
     warmup_ratio: float | None = param(
         None,
         "Warm-up as a fraction of all updates (or of total_steps), instead of warmup_steps; 0 = use warmup_steps.",
@@ -22,26 +31,68 @@ class SchedulerSection(Section):
         ge=0,
         lt=1,
         step=0.01,
+        when=is_not("scheduler.type", "piecewise_constant"),
+        rule="V30",
     )
     warmup_type: Literal["linear", "cosine"] = param(
         "linear", "Shape of the warm-up.", when=on("scheduler.warmup_steps") | on("scheduler.warmup_ratio"), rule="V30"
     )
     min_lr: float = param(
-        0.0,
-        "Learning rate at the end of cosine and linear.",
-        ge=0,
-        le=10,
-        resume="free",
-        when=is_not("scheduler.type", "constant"),
-        rule="V30",
-        step=1e-5,
+        0.0, "Learning rate at the end.", ge=0, le=10, resume="free", when=_acts("min_lr"), rule="V30", step=1e-5
     )
     total_steps: int | None = param(
-        None, "Updates until cosine and linear reach their end, where they stay; absent = the length of the run, so an extended run "
-        "continues at a higher rate, unless its previous length is set here.", ge=1, le=MOST, resume="free", unit="updates", when=is_not("scheduler.type", "constant")
-        | on("scheduler.warmup_ratio"), rule="V30"
+        None, "Updates until the schedule reaches its end, where it stays; absent = the length of the run, so an extended run "
+        "continues at a higher rate, unless its previous length is set here.", ge=1, le=MOST, resume="free", unit="updates",
+        when=_acts("total_steps") | on("scheduler.warmup_ratio"), rule="V30"
     )  # fmt: skip
+    cycles: int = param(
+        1, "Cosines that cosine_with_restarts goes through.", flat=("lr_scheduler_num_cycles", "lr_scheduler_number"), ge=1, le=1000,
+        neutral=1, when=_acts("cycles"), rule="V30", unit="cycles"
+    )  # fmt: skip
+    power: float = param(
+        1.0, "Exponent of polynomial; 1 = a straight line.", flat=("lr_scheduler_power", "lr_power"), gt=0, le=100, neutral=1.0,
+        when=_acts("power"), rule="V30"
+    )  # fmt: skip
+    timescale: int | None = param(
+        None, "Updates after which inverse_sqrt has fallen to 1/sqrt(2) of its start; absent = as many as warm-up, or 10,000.",
+        flat=("lr_scheduler_timescale",), ge=1, le=MOST, when=_acts("timescale"), rule="V30", unit="updates"
+    )  # fmt: skip
+    decay_steps: float | None = param(
+        None, "Updates of the fall at the end of warmup_stable_decay (below 1: a share of all); absent = a tenth of all.",
+        flat=("lr_decay_steps",), ge=0, le=MOST, when=_acts("decay_steps"), rule="V30", unit="updates"
+    )  # fmt: skip
+    rex_alpha: float = param(
+        0.1, "Of rex, z / (alpha + beta z) with what is left of the time, z.", gt=0, le=1, expert=True, when=_acts("rex_alpha"), rule="V30"
+    )  # fmt: skip
+    rex_beta: float = param(
+        0.9, "See rex_alpha; both together are 1.", ge=0, lt=1, expert=True, when=_acts("rex_beta"), rule="V30"
+    )
+    rules: str | None = param(
+        None, "Multipliers of piecewise_constant: 1:1000,0.1:2000,0.01 = whole before update 1000, a tenth before 2000, then a hundredth.",
+        when=_acts("rules"), rule="V30"
+    )  # fmt: skip
+
+    @field_validator("rules")
+    @classmethod
+    def _pieces(cls, value: str | None) -> str | None:
+        if value is not None:
+            pieces_of(value)
+        return value
 
     def warmup_updates(self, total: int) -> int:
         """Updates of warm-up of a schedule that ends after so many."""
+        if not SCHEDULES[self.type].warms:
+            return 0
         return int(self.warmup_ratio * total) if self.warmup_ratio else self.warmup_steps
+
+    def shape(self) -> dict[str, Any]:
+        """What the curve is made from beside its length and its warm-up; see `schedules.Curve`."""
+        return {
+            "cycles": self.cycles,
+            "power": self.power,
+            "timescale": self.timescale,
+            "decay": self.decay_steps,
+            "rex_alpha": self.rex_alpha,
+            "rex_beta": self.rex_beta,
+            "pieces": pieces_of(self.rules) if self.rules is not None else (),
+        }
