@@ -15,7 +15,7 @@ from musubi_tuner.config.diagnostics import InvalidConfig, error
 from musubi_tuner.config.explain_key import explain_key
 from musubi_tuner.config.exporters import PROGRAMS, export
 from musubi_tuner.config.importers import TITLES, Imported
-from musubi_tuner.config.importers.read import read_foreign
+from musubi_tuner.config.importers.read import has_subsets, read_foreign
 from musubi_tuner.config.json_schema import json_schema
 from musubi_tuner.config.load import STEP, load_steps
 from musubi_tuner.config.pipeline import TABLE
@@ -135,6 +135,11 @@ def _import(options: argparse.Namespace) -> int:
             "--dataset copies the data sets into the run file, and --dataset_config refers to their file; give only one"
         )
     tool = {"auto": None, "seed-json": "plan"}.get(options.tool, options.tool)
+    if options.dataset_config and has_subsets(Path(options.dataset_config)):
+        options.dataset, options.dataset_config = (
+            options.dataset_config,
+            None,
+        )  # our run files cannot refer to that form
     imported = read_foreign(source, tool, Path(options.dataset) if options.dataset else None)
     report, errors = imported.report, 0
     if options.dataset_config:

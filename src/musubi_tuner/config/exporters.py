@@ -96,6 +96,13 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
         written["lr_scheduler"] = "constant_with_warmup"
     if config.scheduler.warmup_ratio:
         written["lr_warmup_steps"] = config.scheduler.warmup_ratio
+    if to == "kohya" and config.adapter.exclude is None and config.spec.adapters.exclude:
+        lost.append(
+            (
+                "adapter.exclude",
+                "the layers that are left out by default here are adapted there; network_args can give them rank 0",
+            )
+        )
     if to == "kohya":
         written |= {"model_prediction_type": "raw", "network_train_unet_only": True}
         if written.get("timestep_sampling") not in _DENSITIES:

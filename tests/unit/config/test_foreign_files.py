@@ -536,6 +536,27 @@ def test_data_sets_that_are_taken_in_replace_the_file_that_names_them(name: str,
         ("train: {min_denoising_steps: 200}", "objective.max_timestep", 800),
         ("train: {min_denoising_steps: 999}", "objective.max_timestep", 1),
         ("train: {min_denoising_steps: '200'}", "objective.max_timestep", 800),
+        ("train: {gradient_accumulation_steps: 4, steps: 2000}", "train.max_steps", 500),
+        ("train: {gradient_accumulation: 4, steps: 2000}", "train.max_steps", 2000),
+        ("train: {lr_scheduler: constant_with_warmup}", "scheduler.warmup_steps", 1000),
+        (
+            "train: {lr_scheduler: constant_with_warmup, lr_scheduler_params: {num_warmup_steps: 50}}",
+            "scheduler.warmup_steps",
+            50,
+        ),
+        ("train: {lr_scheduler: cosine, lr_scheduler_params: {eta_min: 0.00001}}", "scheduler.min_lr", 1e-5),
+        ("train: {lr_scheduler: cosine_with_restarts}", "scheduler.type", "cosine_with_restarts"),
+        ("train: {cfg_scale: 3.5}", "objective.guidance_scale", 3.5),
+        ("network: {type: lora}", "adapter.exclude", []),
+        ("sample: {prompts: [a]}", "sample.every_steps", 100),
+        ("sample: {prompts: [a]}", "sample.at_first", True),
+        ("sample: {prompts: [a, b --seed 3], seed: 7}", "sample.prompts", ["a --d 7", "b --d 3"]),
+        (
+            "sample: {prompts: [a --cfg 3 --steps 9 --ctrl_img x.png], walk_seed: true}",
+            "sample.prompts",
+            ["a --g 3 --s 9"],
+        ),
+        ("datasets: [{folder_path: images, mask_path: masks, mask_min_value: 0.1}]", "train.mask_background", 0.1),
         ("train: {max_denoising_steps: 600}", "objective.min_timestep", 400),
         ("train: {max_denoising_steps: 999}", "objective.min_timestep", 0),
         ('train: {lr: "1e-4"}', "optimizer.lr", 1e-4),
@@ -569,6 +590,11 @@ def test_keys_of_ai_toolkit_mean_what_they_say(process: str, key: str, value: An
         (JOB.format("{sample: {sample_every: 5}}"), "dropped_harmless", "sample.sample_every"),
         (JOB.format("{train: {ema_config: {ema_decay: 0.9}}}"), "dropped_harmless", "train.ema_config.ema_decay"),
         (JOB.format("{save: {push_to_hub: false, hf_repo_id: me/cats}}"), "dropped_harmless", "save.hf_repo_id"),
+        (JOB.format("{model: {is_xl: true}}"), "refused", "model.is_xl"),
+        (JOB.format("{train: {lr_scheduler: linear}}"), "dropped_changes_result", "train.lr_scheduler"),
+        (JOB.format("{train: {gradient_accumulation_steps: -1}}"), "refused", "train.gradient_accumulation_steps"),
+        ("optimizer_args: ''\ndynamo_backend: 'no'\nvae_batch_size: 0\nnetwork_module: networks.lora_flux\ndit: x", "dropped_harmless", "vae_batch_size"),
+        ("wandb_api_key: ''\nnetwork_module: networks.lora_flux\ndit: x", "dropped_harmless", "wandb_api_key"),
         (JOB.format("{train: {min_denoising_steps: null}}"), "dropped_harmless", "train.min_denoising_steps"),
         (JOB.format("{train: {force_first_sample: true, skip_first_sample: false}}"), "dropped_harmless", "train.force_first_sample"),
         ("reg_data_dir: ''\nnetwork_module: networks.lora_flux\ndit: x", "dropped_harmless", "reg_data_dir"),
@@ -683,6 +709,8 @@ def test_data_set_files_that_are_none(project: Path, capsys: pytest.CaptureFixtu
         ("a.json", '{"a": NaN}', "NaN is no number in JSON"),
         ("a.json", "[" * 3000, "not valid JSON: nested too deeply"),
         ("a.sh", 'python flux_train_network.py --output_name "cat', "a quote is not closed"),
+        ("a.toml", '[[datasets]]\nimage_directory = "x"', "is a data set file; import the file of the training, with --dataset"),
+        ("a.json", '{"LoRA_type": "Flux1", "epoch": 1}', "is a file of the bmaltais GUI"),
     ],
 )  # fmt: skip
 def test_what_no_file_of_a_trainer_holds_is_refused(name: str, content: str, message: str, project: Path) -> None:
@@ -736,3 +764,46 @@ def test_tables_of_a_data_set_stay_its_own_and_the_folder_of_the_output_is_looke
     assert main([*command, "nowhere/run.toml"]) == 2 and "there is no folder nowhere" in capsys.readouterr().err
     main([*command, "run.toml"])
     assert tomllib.loads(Path("run.toml").read_text(encoding="utf-8"))["datasets"][0]["experts"] == {"resolution": 512}
+
+
+def test_words_of_windows_commands() -> None:
+    text = (
+        "REM --seed 7\r\n"
+        'python sd-scripts\\flux_train_network.py --seed="42" --clip_l="C:\\my models\\x" --ae "%MODEL%\\ae" --name D:\\a ^\r\n'
+        "  --max_train_steps 5 > log.txt & echo done"
+    )
+    options, unfilled = shell_options(text, windows=True)
+    assert options == {
+        "script": "sd-scripts\\flux_train_network.py", "seed": 42, "clip_l": "C:\\my models\\x", "name": "D:\\a", "max_train_steps": 5
+    }  # fmt: skip
+    assert [key for key, _ in unfilled] == ["ae"]
+
+
+def test_words_of_a_variable_are_not_the_value_before_them() -> None:
+    options, unfilled = shell_options('python train.py --guidance_scale 1 "${ARGS[@]}" --seed ' + "9" * 5000)
+    assert options["guidance_scale"] == 1 and [key for key, _ in unfilled] == ["(${ARGS[@]})"]
+
+
+SUBSETS = """
+[general]
+shuffle_caption = true
+validation_seed = 3
+[[datasets]]
+resolution = 512
+[[datasets.subsets]]
+image_dir = "images"
+[[datasets]]
+resolution = 768
+[[datasets.subsets]]
+image_dir = "images"
+"""
+
+
+@pytest.mark.parametrize("option", ["--dataset", "--dataset_config", ""])
+def test_subsets_become_data_sets_however_their_file_is_named(option: str, project: Path) -> None:
+    _written("subsets.toml", SUBSETS)
+    text = KOHYA["low_memory.toml"] if option else KOHYA["low_memory.toml"] + '\ndataset_config = "subsets.toml"\n'
+    code, _ = imported("low.toml", text, *([option, "subsets.toml"] if option else []))
+    config = load_config("run.toml")
+    assert code == 0 and [dataset.resolution[0] for dataset in config.datasets] == [512, 768]
+    assert config.datasets[1].cache_directory == Path("images/cache_2") and config.cache.text_variants == 8

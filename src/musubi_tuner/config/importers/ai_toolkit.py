@@ -23,7 +23,7 @@ SAME: dict[str, str] = {
     "train.lr": "optimizer.lr",
     "train.unet_lr": "optimizer.lr",
     "train.gradient_accumulation": "train.grad_accum_steps",
-    "train.gradient_accumulation_steps": "train.grad_accum_steps",
+    "train.cfg_scale": "objective.guidance_scale",
     "train.gradient_checkpointing": "memory.gradient_checkpointing",
     "train.max_grad_norm": "train.max_grad_norm",
     "train.min_snr_gamma": "objective.min_snr_gamma",
@@ -76,7 +76,6 @@ LOSSES = {"mse": "l2", "mae": "l1"}
 WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "train.dtype": ("train.mixed_precision", PRECISIONS),
     "train.optimizer": ("optimizer.type", {**OPTIMIZERS, "adam8bit": "AdamW8bit"}),
-    "train.lr_scheduler": ("scheduler.type", BY_NAME),
     "train.timestep_type": ("objective.timestep_sampling", TIMES),
     "train.loss_type": ("objective.loss", LOSSES),
     "save.dtype": ("save.dtype", DTYPES),
@@ -96,7 +95,7 @@ HARMLESS: dict[str, str] = {
     "train.cache_text_embeddings": "encodings are always cached", "train.unload_text_encoder": "encoders are unloaded before training",
     "train.sdp": "it is the default", "train.xformers": "memory.attention selects the kernel", "network.transformer_only": "only the transformer is adapted",
     "save.save_format": "weights are always saved as safetensors",
-    "sample.walk_seed": "picture i is drawn from seed + i", "sample.format": "pictures are PNG",
+    "sample.walk_seed": "seeds of pictures are as it says", "sample.format": "pictures are PNG",
     "logging.verbose": "the plan shows what is trained", "logging.use_ui_logger": "metrics.jsonl is always written",
 
     "model.low_vram": "memory.blocks_to_swap sets what leaves the device", "model.dtype": "train.mixed_precision is used instead",
@@ -114,10 +113,17 @@ SOURCE_DEFAULTS: dict[str, Any] = {
     "train.max_steps": 1000, "optimizer.lr": 1e-6, "adapter.rank": 4, "adapter.alpha": 1.0, "optimizer.type": "AdamW",
     "scheduler.type": "constant", "objective.timestep_sampling": "sigmoid", "train.mixed_precision": "no", "ema.enabled": False,
     "save.every_steps": 1000, "save.keep_last_steps": 5, "save.dtype": "float16", "memory.gradient_checkpointing": True,
-    "log.every_steps": 100, "objective.guidance_scale": 1.0,
+    "log.every_steps": 100, "objective.guidance_scale": 1.0, "adapter.exclude": [], "ema.decay": 0.999, "optimizer.eps": 1e-6,
+    "sample.every_steps": 100, "sample.width": 512, "sample.height": 512, "sample.steps": 20, "sample.seed": 0, "sample.guidance": 7.0,
+    "sample.at_first": True,
 }  # fmt: skip
 """Defaults of ai-toolkit, by our key."""
-ITEM_DEFAULTS = {"missing_caption": "empty", "resolution": 512}
+ITEM_DEFAULTS = {"missing_caption": "empty"}
+RESOLUTION = 512
+WARMUP = 1000
+"""Updates of warm-up of constant_with_warmup."""
+COUNTED = ("train.steps", "save.save_every", "sample.sample_every")
+"""What is counted in micro-batches beside gradient_accumulation_steps."""
 
 
 def import_ai_toolkit(document: Mapping[str, Any]) -> Imported:
@@ -136,7 +142,7 @@ class _Job(Builder):
         self.spec = MODELS[self.code]
         self.general: dict[str, Any] = {}
         self.datasets: list[dict[str, Any]] = []
-        self.draws = True
+        self.draws, self.walks = True, False
 
     def run(self, document: Mapping[str, Any]) -> Imported:
         config = document.get("config")
@@ -175,7 +181,9 @@ class _Job(Builder):
             for path in [path for path in given if path.startswith("save.hf_")]:
                 del given[path]
                 self.report.dropped_harmless.append((path, "save.push_to_hub is off"))
-        self.draws = not given.get("train.disable_sampling")
+        self.draws, self.walks = not given.get("train.disable_sampling"), bool(given.get("sample.walk_seed"))
+        self._accumulation(given)
+        self._scheduler(given)
         for path in list(given):
             if path in given:
                 self._one(path, given.pop(path))
@@ -214,6 +222,14 @@ class _Job(Builder):
             self._refuse("model.arch", f"is {arch!r}, which is not supported; only {self.spec.title} is")
         elif arch is not None:
             self._convert("model.arch", arch, "model.arch", self.code, "renamed")
+        elif others := [
+            path for path in given if path.startswith("model.is_") and path != "model.is_flux" and given[path] is True
+        ]:
+            for key in others:
+                given.pop(key)
+                self._refuse(
+                    key, f"is true: another model, which this program does not train; {self.spec.title} is supported"
+                )
         elif not given.get("model.is_flux"):
             self.report.needs_you.append(
                 ("model.is_flux", f"is missing; only {self.spec.title} is supported: check that the job is for it")
@@ -229,6 +245,9 @@ class _Job(Builder):
                 ("model.name_or_path", "is a single file; add model.vae_path, clip_path and t5_path")
             )
             return
+        if "kontext" in text.lower():
+            reason = "is FLUX.1 Kontext, whose control images are not supported; it is trained as FLUX.1-dev"
+            self.report.dropped_changes_result.append(("(model.name_or_path)", reason))
         parts = {"model.vae_path": "vae", "model.clip_path": "text_encoder", "model.t5_path": "text_encoder_2",
                  "model.clip_tokenizer": "tokenizer", "model.t5_tokenizer": "tokenizer_2"}  # fmt: skip
         sign = "/" if text.startswith(("/", ".")) or text.count("/") != 1 else ":"
@@ -239,6 +258,45 @@ class _Job(Builder):
             self.values.setdefault(key, f"{text}{sign}{part}")
         if "schnell" in text.lower():
             self.values["model.allow_schnell"] = True
+
+    def _accumulation(self, given: dict[str, Any]) -> None:
+        """The older of two keys, with which every micro-batch counts as a step."""
+        path = "train.gradient_accumulation_steps"
+        count = given.pop(path, None)
+        if count is None:
+            return
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            self._refuse(path, f"is {count!r}; set train.grad_accum_steps to the micro-batches of an update")
+            return
+        self._carry(path, "train.grad_accum_steps", count)
+        for other in COUNTED if count > 1 else ():
+            steps = given.get(other)
+            if isinstance(steps, int) and steps > 0:
+                given.pop(other)
+                self._convert(other, steps, SAME[other], max(1, steps // count), f"{count} of its steps are an update")
+
+    def _scheduler(self, given: dict[str, Any]) -> None:
+        """The schedule, whose arguments are those of torch's classes."""
+        name, params = given.pop("train.lr_scheduler", None), given.pop("train.lr_scheduler_params", None)
+        params = dict(params) if isinstance(params, Mapping) else {}
+        path, word = "train.lr_scheduler", str(name).lower()
+        if word == "linear":
+            reason = "rises from a third of the learning rate to all of it there; the learning rate is constant here"
+            self.report.dropped_changes_result.append((path, reason))
+        elif word in BY_NAME:
+            self._convert(path, name, "scheduler.type", BY_NAME[word], "renamed")
+        elif name is not None:
+            self.report.dropped_changes_result.append((path, f"is {name!r}; known: {', '.join(BY_NAME)}"))
+        if word == "constant_with_warmup":
+            self._convert(path, name, "scheduler.warmup_steps", params.pop("num_warmup_steps", WARMUP), "its warm-up")
+        if word.startswith("cosine") and isinstance(least := params.get("eta_min"), int | float):
+            self._convert(
+                "train.lr_scheduler_params.eta_min", params.pop("eta_min"), "scheduler.min_lr", float(least), "renamed"
+            )
+        for key in params:
+            self.report.dropped_changes_result.append(
+                (f"train.lr_scheduler_params.{key}", "there is no such setting here")
+            )
 
     def _one(self, path: str, value: Any) -> None:
         """Translate one key, given by its path."""
@@ -251,7 +309,7 @@ class _Job(Builder):
             key, words = WORDS[path]
             word = str(value).lower()
             if word not in words:
-                known = ", ".join(words)
+                known = ", ".join(filter(None, words))
                 if path in ("network.type", "train.optimizer", "train.timestep_type", "train.loss_type"):
                     self._refuse(path, f"is {value!r}, which is not supported; known: {known}")
                 else:
@@ -370,11 +428,22 @@ class _Job(Builder):
                     reason = f"has {', '.join(others)}, which prompts do not support here"
                     self.report.dropped_changes_result.append((f"({path})", reason))
             else:
-                lines.append(str(entry))
+                lines.append(self._options_of(path, str(entry)))
         if not self.draws or not lines:
             self.report.dropped_harmless.append((path, "no samples are drawn"))
         else:
-            self._convert(path, f"{len(lines)} prompts", "sample.prompts", lines, "one prompt per line")
+            self._convert(path, f"prompts: {len(lines)}", "sample.prompts", lines, "one prompt per line")
+
+    def _options_of(self, path: str, text: str) -> str:
+        """A prompt with its options under our letters."""
+        for theirs, ours in (("seed", "d"), ("cfg", "g"), ("l", "g"), ("steps", "s")):
+            text = re.sub(rf"(?<=\s)--{theirs}(?=\s)", f"--{ours}", text)
+        for option in re.findall(r"(?<=\s)--(ctrl_img\w*|ctrl_idx|gr|p2|fps|num_frames)\s+\S+", text):
+            self.report.dropped_changes_result.append(
+                (f"({path})", f"has --{option}, and prompts have no such option here")
+            )
+            text = re.sub(rf"\s--{option}\s+\S+", "", text)
+        return text
 
     def _data_set(self, number: int, entry: Any) -> None:
         """Translate a data set: into one for each of its resolutions."""
@@ -383,7 +452,7 @@ class _Job(Builder):
             self._refuse(where, f"is {entry!r}, expected a table")
             return
         made: dict[str, Any] = {}
-        sides = entry.get("resolution", ITEM_DEFAULTS["resolution"])
+        sides = entry.get("resolution", RESOLUTION)
         sides = sides if isinstance(sides, list) else [sides]
         for name, value in entry.items():
             path = f"{where}.{name}"
@@ -395,6 +464,8 @@ class _Job(Builder):
                 text = "." + str(value).lstrip(".")
                 made["caption_extension"] = text
                 self.report.converted.append((path, value, "datasets.caption_extension", text, "with a dot"))
+            elif name == "mask_min_value" and isinstance(value, int | float) and entry.get("mask_path"):
+                self._convert(path, value, "train.mask_background", float(value), "weight of what is masked out")
             elif name in ITEMS and value not in (None, ""):
                 made[ITEMS[name]] = of_items(ITEMS[name], value)
                 self.report.carried.append((path, f"datasets.{ITEMS[name]}", value))
@@ -422,6 +493,10 @@ class _Job(Builder):
             if key not in self.values and value != ours:
                 self.values[key] = value
                 self.report.defaulted.append((key, value))
+        if self.values.get("sample.prompts") and not self.walks:
+            seed = self.values.get("sample.seed", SOURCE_DEFAULTS["sample.seed"])
+            lines = [line if " --d " in line else f"{line} --d {seed}" for line in self.values["sample.prompts"]]
+            self.values["sample.prompts"] = lines
         if not self.values.get("sample.prompts"):
             for key in [key for key in self.values if key.startswith("sample.")]:
                 self._drop(key, "no samples are drawn")
@@ -442,6 +517,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
         path = f"{before}{key}"
         if isinstance(value, Mapping) and path not in (
             "train.optimizer_params",
+            "train.lr_scheduler_params",
             "network.network_kwargs",
             "model.model_kwargs",
         ):

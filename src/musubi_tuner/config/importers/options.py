@@ -88,7 +88,11 @@ IGNORED_THERE = {
     "multires_noise_discount": "objective.multires_noise_discount",
 }  # fmt: skip
 """Options that sd-scripts accepts but does not use for flow models -> our settings."""
-CHANGING_CAPTIONS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step")
+CHANGING = {
+    "cache.text_variants": ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step"),
+    "cache.latent_variants": ("random_crop", "color_aug"),
+}
+"""Number of cached versions -> what changes at random and needs them."""
 VARIANTS = 8
 """Number of cached versions where captions or images change at random; other trainers make a new version each time."""
 ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
@@ -137,7 +141,7 @@ class _Importer(Builder):
                 options[key] = value
         for key in {key for key, _ in self.report.needs_you}:
             options.pop(key)
-        self.options = options
+        self.options, self.options_given = options, set(options)
         self._accelerate(own.get("accelerate", {}))
         self._cache(own.get("cache", {}))
         self._family(options)
@@ -150,6 +154,9 @@ class _Importer(Builder):
         self._defaults()
         self._leave_idle()
         general = {**GENERAL[self.tool], **self.general}
+        if "dataset_config" in self.values:
+            self.datasets = []
+            self.report.leave_out("datasets", "the data sets are those of dataset_config, there too")
         datasets = document.get("datasets", self.datasets)
         if not isinstance(datasets, list) or not all(isinstance(entry, dict) for entry in datasets):
             self._refuse("datasets", f"is {describe(datasets)}, expected [[datasets]]")
@@ -228,10 +235,13 @@ class _Importer(Builder):
         """The family of a script."""
         scripts = {MODELS[code].full_name: (code, "") for code in MODELS}
         scripts |= {start: (code, other) for code in MODELS for start, other in MODELS[code].scripts.items()}
-        base = Path(name).name
+        base = re.split(r"[\\/]", name)[-1]
         family, other = next((found for start, found in scripts.items() if base.startswith(start)), (None, ""))
         if family is None:
-            self._refuse("script", f"{name}: is not a script of a supported model family; known: {', '.join(scripts)}")
+            self._refuse(
+                "script",
+                f"{name}: is not a script of a supported model family; known: {', '.join(name for name, (_, other) in scripts.items() if not other)}",
+            )
         elif other:
             self.report.dropped_changes_result.append(("script", f"{name}: trains {other}"))
         elif "model.arch" in self.values:
@@ -276,9 +286,21 @@ class _Importer(Builder):
 
     def _special(self, options: dict[str, Any]) -> None:
         for key in SECRETS:
-            if key in options:
-                options.pop(key)
+            if key in options and options.pop(key):
                 self.report.secrets_removed.append(key)
+            elif key in self.options_given:
+                self.report.dropped_harmless.append((key, "it is empty"))
+        off = [
+            key
+            for key in options
+            if key.startswith("dynamo_") and (not options[key] or str(options[key]).lower() == "no")
+        ]
+        off += [
+            key for key in ("vae_batch_size", "optimizer_args", "network_args") if key in options and not options[key]
+        ]
+        for key in off:
+            options.pop(key)
+            self.report.dropped_harmless.append((key, "it is off"))
         for key in [key for key in options if key.startswith("dynamo_")]:
             self._refuse(
                 key, f"is {options.pop(key)!r}; use compile and compile_backend, compile_mode, compile_dynamic instead"
@@ -340,7 +362,7 @@ class _Importer(Builder):
         if "model_prediction_type" not in options:
             note = "is missing, which means sigma_scaled there, another loss weight; the velocity is predicted without it (raw)"
             self.report.dropped_changes_result.append(("(model_prediction_type)", note))
-        if not options.get("network_train_unet_only") and not options.get("cache_text_encoder_outputs"):
+        if not options.get("network_train_unet_only") and "network_module" in self.options_given:
             note = "is missing: there CLIP-L is trained too; here only the denoiser is trained"
             self.report.dropped_changes_result.append(("(network_train_unet_only)", note))
         if options.get("weighting_scheme") == "uniform":
@@ -372,15 +394,10 @@ class _Importer(Builder):
 
     def _captions(self) -> None:
         """Captions and images that change at random need cached versions, which other trainers do not have."""
-        changing = [key for key in CHANGING_CAPTIONS if self.general.get(key)]
-        if changing and "cache.text_variants" not in self.values:
-            self.values["cache.text_variants"] = VARIANTS
-            self.report.defaulted.append(("cache.text_variants", VARIANTS))
-        if (
-            self.general.get("random_crop") or self.general.get("color_aug")
-        ) and "cache.latent_variants" not in self.values:
-            self.values["cache.latent_variants"] = VARIANTS
-            self.report.defaulted.append(("cache.latent_variants", VARIANTS))
+        for setting, keys in CHANGING.items():
+            if any(self.general.get(key) for key in keys) and setting not in self.values:
+                self.values[setting] = VARIANTS
+                self.report.defaulted.append((setting, VARIANTS))
 
     def _storage(self, options: dict[str, Any]) -> None:
         """Two switches there, one choice here; fp8_scaled implies fp8_base."""
@@ -400,7 +417,7 @@ class _Importer(Builder):
 
     def _steps(self, options: dict[str, Any]) -> None:
         """Lengths: epochs take precedence over steps; warm-up as a fraction; there, kept checkpoints are counted in steps."""
-        for key in ("max_train_steps", "max_train_epochs"):
+        for key in ("max_train_steps", "max_train_epochs", "epochs"):
             if options.get(key) in (0, None) and key in options:
                 options.pop(key)
                 self.report.dropped_harmless.append((key, "it is off"))

@@ -9,26 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.importers import import_published
 from musubi_tuner.config.importers.ai_toolkit import import_ai_toolkit
 from musubi_tuner.config.importers.documents import read_document
-from musubi_tuner.config.importers.options import import_options
-from musubi_tuner.config.importers.report import Imported
+from musubi_tuner.config.importers.options import CHANGING, VARIANTS, import_options
+from musubi_tuner.config.importers.report import Imported, Report
 from musubi_tuner.config.importers.tools import TITLES, is_typed, recognise
 from musubi_tuner.config.paths import locate
+from musubi_tuner.config.schema.items import DatasetSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import read_text
 
 LARGEST = 1 << 20
 """Largest file in bytes; configs are small."""
 SHELL = (".sh", ".bat", ".ps1", ".cmd", ".txt")
-CACHE_SCRIPT = re.compile(r"(.*_)?(cache|encode)_.*\.py")
-"""Scripts of other trainers that encode before training, which this program does itself."""
+OTHER_SCRIPT = re.compile(r".*(cache|encode|generate|inference|gen_img).*\.py")
+"""Scripts of other trainers that encode before training, which this program does itself, or draw after it."""
 
 _END = "\0"
 _PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)#.*|(?:(?<!\S)\d)?&?[<>]+(?:&\d)?|[|;&]+""")
-_WINDOWS_PIECES = re.compile(r"""'[^']*'|"[^"]*"|(?<!\S)#.*|(?:(?<!\S)\d)?[<>]+(?:&\d)?|[|;&]+""")
-"""What is quoted, what is a comment, and what ends a command; the former two are kept from being the latter."""
+_OPERATOR = r"(?:\d?[<>]+(?:&\d)?|[|;&]+)"
+_WINDOWS_WORD = rf"""{_OPERATOR}(?=\s|$)|(?:"[^"]*"|'[^']*'|[^\s"'])+"""
+"""Of a shell text: what is quoted, what is a comment, and what ends a command; the former two are kept from being the latter."""
 
 
 def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = None) -> Imported:
@@ -42,7 +45,7 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
         ConfigError: if it cannot be read, or is not a file of a known trainer.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size > LARGEST:
         raise ConfigError(f"{path}: is {path.stat().st_size} bytes; a config has at most {LARGEST}")
     document, notes = _document(path, tool)
@@ -50,17 +53,32 @@ def read_foreign(path: Path, tool: str | None = None, dataset: Path | None = Non
     if found is None:
         found = _translated(path, document, tool)
         found.report.needs_you += notes
+    named = found.document.get("dataset_config")
+    if dataset is None and isinstance(named, str) and has_subsets(locate(named, path)):
+        dataset = locate(named, path)
     if dataset is not None:
-        tables = data_tables(dataset)
+        tables = data_tables(dataset, found.report)
         found.document.pop("dataset_config", None)
         for key in ("datasets", "dataset_config"):
             found.report.leave_out(key, f"the data sets are those of {dataset}")
         found.general, found.datasets = {**found.general, **tables.get("general", {})}, tables.get("datasets", [])
+        for setting, keys in CHANGING.items():
+            if any(table.get(key) for table in (found.general, *found.datasets) for key in keys):
+                section, _, name = setting.partition(".")
+                if name not in found.document.setdefault(section, {}):
+                    found.document[section][name] = VARIANTS
+                    found.report.defaulted.append((setting, VARIANTS))
     return found
 
 
 def _translated(path: Path, document: Mapping[str, Any], tool: str | None) -> Imported:
     """Translate a file of a general trainer."""
+    if document and set(document) <= {"general", "datasets"}:
+        raise ConfigError(f"{path}: is a data set file; import the file of the training, with --dataset {path}")
+    if isinstance(document.get("LoRA_type"), str):
+        raise ConfigError(
+            f"{path}: is a file of the bmaltais GUI. Let the GUI print its training command, put that into a .sh file, and import it"
+        )
     kind = {"shell": None}.get(tool or "", tool) or recognise(document)
     if is_typed(document) and tool is None:
         raise ConfigError(f"{path}: is already a run file; use it as it is")
@@ -110,7 +128,7 @@ def shell_options(text: str, *, windows: bool = False) -> tuple[dict[str, Any], 
                 commands.append((words, at))
     if not commands:
         raise ConfigError("no command with a .py script and --options was found in the text")
-    training = [each for each in commands if not CACHE_SCRIPT.fullmatch(_script(each))] or commands
+    training = [each for each in commands if not OTHER_SCRIPT.fullmatch(_script(each))] or commands
     found, unfilled = _options(*training[0])
     others = [
         ("(script)", f"{_script(each)} is a second training command; import it from a separate file")
@@ -125,22 +143,30 @@ def _commands(line: str, windows: bool) -> list[list[str]]:
     Raises:
         ConfigError: for a script with a quote that is not closed.
     """
-    pieces = _WINDOWS_PIECES if windows else _PIECES
-    marked = pieces.sub(
-        lambda match: match[0] if match[0][0] in "'\"\\" else "" if "#" in match[0] else f" {_END} ", line
-    )
-    try:
-        words = shlex.split(marked, posix=not windows)
-    except ValueError:
-        if ".py" not in line:
+    if windows:
+        if re.match(r"\s*(rem\b|::)", line, re.IGNORECASE):
             return []
-        raise ConfigError(f"{line.strip()[:80]!r}: a quote is not closed") from None
+        line = re.sub(r"(?<!\S)#.*", "", line)
+        words = [
+            _END if re.fullmatch(_OPERATOR, word) else re.sub("[\"']", "", word)
+            for word in re.findall(_WINDOWS_WORD, line)
+        ]
+    else:
+        marked = _PIECES.sub(
+            lambda match: match[0] if match[0][0] in "'\"\\" else "" if "#" in match[0] else f" {_END} ", line
+        )
+        try:
+            words = shlex.split(marked)
+        except ValueError:
+            if ".py" not in line:
+                return []
+            raise ConfigError(f"{line.strip()[:80]!r}: a quote is not closed") from None
     found: list[list[str]] = [[]]
     for word in words:
         if word == _END:
             found.append([])
         else:
-            found[-1].append(word.strip("\"'") if windows else word)
+            found[-1].append(word)
     return found
 
 
@@ -155,10 +181,14 @@ def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str,
     unfilled = []
     for name, value in _pairs(words[at + 1 :]):
         texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and ("$" in text or "`" in text or "%" in text[:1]) for text in texts):
+        open_texts = [text for text in texts if isinstance(text, str) and re.search(r"[$`]|%\w+%", text)]
+        rest = [text for text in texts if text not in open_texts]
+        if open_texts and not rest:
             unfilled.append((name, f"is {value!r}, which the shell would replace by a value; write that value"))
-        else:
-            found[name] = value
+            continue
+        # Words of a variable behind an option with its value are options of their own.
+        unfilled += [(f"({text})", "stands for options that only the shell knows; write them") for text in open_texts]
+        found[name] = rest if len(rest) > 1 else rest[0]
     if launch:
         found["accelerate"] = launch
     return found, unfilled
@@ -185,15 +215,18 @@ def _typed(text: str) -> Any:
     """A text as a number or boolean if it is one; names such as 2024-01-01 and 1_000 stay texts."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?\d{1,400}", text):
         return int(text)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)", text):
         return float(text)
     return text
 
 
-def data_tables(path: Path) -> dict[str, Any]:
+def data_tables(path: Path, report: Report) -> dict[str, Any]:
     """[general] and [[datasets]] of a data set file of musubi-tuner or sd-scripts; subsets of the latter become data sets.
+
+    Args:
+        report: takes keys that mean nothing here.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -209,10 +242,7 @@ def data_tables(path: Path) -> dict[str, Any]:
     ):
         raise ConfigError(f"{path}: expected a table [general] and a list of tables [[datasets]]")
     for entry in entries:
-        subsets = entry.get("subsets")
-        if subsets is None:
-            found.append(entry)
-            continue
+        subsets = entry.get("subsets", [{}])
         if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
             raise ConfigError(f"{path}: subsets is {subsets!r}, expected a list of tables")
         shared = {key: value for key, value in entry.items() if key != "subsets"}
@@ -220,4 +250,26 @@ def data_tables(path: Path) -> dict[str, Any]:
             own = {**shared, **subset}
             folder = own.pop("image_dir", None)
             found.append({**({"image_directory": folder} if folder is not None else {}), **own})
+    folders: dict[Any, int] = {}
+    for own in found:  # one folder at several resolutions has a cache for each
+        folder = str(own.get("image_directory"))
+        folders[folder] = folders.get(folder, 0) + 1
+        if folders[folder] > 1 and "cache_directory" not in own and "image_directory" in own:
+            own["cache_directory"] = f"{folder}/cache_{folders[folder]}"
+    own_names = set(DatasetSection.model_fields)
+    for table in (general, *found):
+        for key in [key for key in table if key not in own_names and key not in FOREIGN]:
+            report.dropped_changes_result.append(
+                (f"({path.name}: {key})", f"is {table.pop(key)!r}, and data sets have no such setting here")
+            )
     return {"general": general, "datasets": found}
+
+
+def has_subsets(path: Path) -> bool:
+    """Whether a file is a data set file in sd-scripts' form, which only `data_tables` reads."""
+    try:
+        document = read_document(path) if path.is_file() else {}
+    except ConfigError:
+        return False  # said where it is read
+    entries = document.get("datasets") if isinstance(document, dict) else None
+    return isinstance(entries, list) and any(isinstance(entry, dict) and "subsets" in entry for entry in entries)

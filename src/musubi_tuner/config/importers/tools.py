@@ -39,6 +39,7 @@ KOHYA: dict[str, Any] = {
         if key not in ("objective.timestep_offset", "sample.width", "sample.height")
     },
     "objective.discrete_flow_shift": 3.0,
+    "adapter.exclude": [],
     "objective.guidance_scale": 3.5,
     "sample.width": 512,
     "sample.height": 512,
