@@ -807,3 +807,10 @@ def test_subsets_become_data_sets_however_their_file_is_named(option: str, proje
     config = load_config("run.toml")
     assert code == 0 and [dataset.resolution[0] for dataset in config.datasets] == [512, 768]
     assert config.datasets[1].cache_directory == Path("images/cache_2") and config.cache.text_variants == 8
+
+
+def test_kinds_of_layers_of_sd_scripts_are_paths_here(project: Path) -> None:
+    text = KOHYA["low_memory.toml"].replace("train_blocks=all", 'train_blocks=single", "img_mod_dim=0", "single_dim=4')
+    found = read_foreign(_written("low.toml", text)).document["adapter"]
+    assert found["only"] == [r"single_blocks\..*"] and found["exclude"] == [r".*\.img_mod\..*"]
+    assert found["rank_patterns"] == {r"single_blocks\.\d+\.linear[12]": 4}

@@ -45,6 +45,8 @@ LEFT_TO_PEOPLE = frozenset(
         "debiased_estimation_loss",
         "scale_v_pred_loss_like_noise_pred",
         "max_token_length",
+        "apply_t5_attn_mask",
+        "max_validation_steps",
         "sample_sampler",
         "face_crop_aug_range",
         "text_encoder_lr",
@@ -61,6 +63,12 @@ LEFT_TO_PEOPLE = frozenset(
 NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adapter.include",
                 "rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout",
                 "loraplus_lr_ratio": "adapter.loraplus_lr_ratio"}  # fmt: skip
+DIMS = {
+    "img_attn_dim": r".*\.img_attn\..*", "txt_attn_dim": r".*\.txt_attn\..*", "img_mlp_dim": r".*\.img_mlp\..*", "txt_mlp_dim": r".*\.txt_mlp\..*",
+    "img_mod_dim": r".*\.img_mod\..*", "txt_mod_dim": r".*\.txt_mod\..*", "single_dim": r"single_blocks\.\d+\.linear[12]",
+    "single_mod_dim": r".*\.modulation\..*",
+}  # fmt: skip
+"""Ranks of kinds of layers in sd-scripts -> the paths of these layers; 0 = none."""
 OPTIMIZER_ARGS = {"betas": "optimizer.betas", "weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
 PLAIN = {"vae": "model.vae_path", "text_encoder": "model.clip_path", "text_encoder2": "model.t5_path"}
 """Source key -> ours; takes precedence over `config.foreign`."""
@@ -469,7 +477,7 @@ class _Importer(Builder):
                 self._refuse(source, f"is {entries!r}, expected a JSON object")
                 return
         texts = [entries] if isinstance(entries, str) else entries
-        found, problem = {}, None
+        found, problems = dict[str, Any](), list[str]()
         for text in texts if isinstance(texts, list) else [texts]:
             name, sign, value = str(text).partition("=")
             name = name.strip()
@@ -479,7 +487,14 @@ class _Importer(Builder):
                 self.report.dropped_harmless.append((f"optimizer_args {name}", "Adafactor always works this way here"))
                 continue
             if not sign:
-                problem = f"{text!r} is not of the form key=value"
+                problems.append(f"{text!r} is not of the form key=value")
+            elif source == "network_args" and name in DIMS and value.strip().isdecimal():
+                if int(value):
+                    found.setdefault("adapter.rank_patterns", {})[DIMS[name]] = int(value)
+                else:
+                    found.setdefault("adapter.exclude", []).append(DIMS[name])
+            elif source == "network_args" and name == "train_blocks" and value.strip() in ("single", "double"):
+                found["adapter.only"] = [rf"{value.strip()}_blocks\..*"]
             elif name == "verbose" or (source == "network_args" and value.strip() in ("0", "None", "False")):
                 continue
             elif name not in table and source == "network_args" and name in LAYERS:
@@ -489,14 +504,14 @@ class _Importer(Builder):
             elif name not in table and (entry := FOREIGN.get(name)) and entry.is_neutral(value.strip()):
                 continue
             elif name not in table:
-                problem = f"{name} is not supported; known: {', '.join(table)}.{did_you_mean(name, table)}"
+                problems.append(f"{name} is not supported; known: {', '.join(table)}.{did_you_mean(name, table)}")
             else:
                 found[table[name]] = self._typed(self.known[table[name]], value.strip())
-        if problem:
-            self._refuse(source, problem)
-            return
         for key, value in found.items():
             self._store(source, key, value)
+        if problems:
+            self._refuse(source, "; ".join(problems))
+            return
         shown = ", ".join(f"{key} = {value!r}" for key, value in found.items()) or "nothing"
         self.report.converted.append((source, entries, ", ".join(found) or "-", shown, "one key each"))
 
