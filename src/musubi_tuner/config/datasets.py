@@ -123,7 +123,7 @@ def _check_table(table: Any, where: str, section: type[GeneralSection], problems
     for key, value in table.items():
         place = f"{where}.{key}"
         if key in section.model_fields:
-            values[key] = value
+            values |= {key: value} if value is not None else {}  # null of a JSON document
         elif key in OWN_KEYS:
             problems.append(error("U01", place, "belongs in [[datasets]], not in [general]; move it there"))
         elif key in _IGNORED:

@@ -76,8 +76,9 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _named(cls, value: Any, info: ValidationInfo) -> Any:
-        """No path is empty; Path("") would be the current folder."""
-        if value == "" and cls.model_fields[info.field_name or ""].json_schema_extra["path"]:  # type: ignore[index]
+        """No path is empty, which would be the current folder, or has a NUL character, which no file system takes."""
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        if isinstance(value, str) and (not value or "\0" in value) and isinstance(extra, dict) and extra["path"]:
             raise ValueError("expected a path")
         return value
 

@@ -195,6 +195,7 @@ def test_adapters_are_float32_on_any_base(model: Model) -> None:
         assert model(X.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dropout", "rank_dropout", "module_dropout"])
 def test_dropouts_act_while_training_and_keep_the_mean(name: str) -> None:
     torch.manual_seed(0)

@@ -40,22 +40,22 @@ def mutated(source: random.Random) -> dict[str, Any]:
         if kind == 0 and table:
             table.pop(source.choice(list(table)))
         elif kind == 1 and table:
-            table[source.choice(list(table))] = source.choice(VALUES)
+            table[source.choice(list(table))] = copy.deepcopy(source.choice(VALUES))
         elif kind == 2 and table:
             name = source.choice(list(table))
             at = source.randrange(len(name))
             table[name[:at] + source.choice("abcxyz_") + name[at + 1 :]] = table.pop(name)
         elif kind == 3:
-            table[source.choice(NAMES)] = source.choice(VALUES)
+            table[source.choice(NAMES)] = copy.deepcopy(source.choice(VALUES))
         elif kind == 4:
-            document[source.choice([*document, *NAMES])] = source.choice(VALUES)
+            document[source.choice([*document, *NAMES])] = copy.deepcopy(source.choice(VALUES))
         else:
             own = (
                 document["datasets"][0]
                 if isinstance(document.get("datasets"), list) and document["datasets"]
                 else document
             )
-            own[source.choice(NAMES)] = source.choice(VALUES)
+            own[source.choice(NAMES)] = copy.deepcopy(source.choice(VALUES))
     return document
 
 
@@ -79,6 +79,8 @@ def check(document: dict[str, Any], known: set[str]) -> None:
         assert "is not a run file" in str(problem) or "has steps" in str(problem), problem
         return
     written = keys_of(document)
+    sets = document["datasets"] if isinstance(document.get("datasets"), list) else []
+    written |= {f"{entry['name']}." for entry in sets if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
     for found in findings:
         assert found.code and found.reason, found
         names = {key for key in found.keys if key}

@@ -268,6 +268,7 @@ def test_unknown_name_at_the_top(top: str, message: str, problems: Problems) -> 
     assert problems(top=top) == [message]
 
 
+@pytest.mark.long
 def test_letter_doubled_in_any_key_is_recognised(write: Write) -> None:
     unrecognised = []
     for parameter in parameters(MODELS["tf"]):

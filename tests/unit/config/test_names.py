@@ -34,6 +34,7 @@ def test_every_name_of_a_plan_has_an_answer(name: str) -> None:
     assert "Did you mean" not in explain_key(name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in PLAN if name not in LAST])
 @pytest.mark.parametrize("arch", ["tf", "fd"])
 def test_no_name_of_a_plan_is_answered_by_likeness_in_a_run_file(name: str, arch: str, write: Any) -> None:

@@ -16,6 +16,8 @@ from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPat
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.weights.sources import fits, on_meta
 
+pytestmark = pytest.mark.long
+
 FORMS = ("folder", "sharded", "json beside", "header", "bfl", "bfl header", "wrapped", "all in one")
 TOLERANCE = 1e-5
 """Float32 sums of a few thousand terms of size one, in another order."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from musubi_tuner.demo.pictures import combinations, draw
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 
+pytestmark = pytest.mark.long
+
 
 def pictures(count: int, seed: int, width: int = 64, height: int = 64) -> Tensor:
     """Pictures of the demo, [count, 3, height, width] in [-1, 1]."""

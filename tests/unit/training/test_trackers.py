@@ -30,6 +30,7 @@ def config_of(folder: Path, **log: Any) -> RunConfig:
     )
 
 
+@pytest.mark.long
 def test_wandb_without_a_network_holds_values_pictures_and_public_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

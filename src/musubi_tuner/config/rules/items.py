@@ -17,7 +17,7 @@ def _place(config: RunConfig, name: str, key: str) -> str:
     """Where a key of a data set is written."""
     own: dict[str, Any] = {}
     for number, entry in enumerate(config.dataset_tables.get("datasets", [])):
-        if isinstance(entry, dict) and entry.get("name", f"datasets[{number}]") == name:
+        if isinstance(entry, dict) and (entry.get("name") or f"datasets[{number}]") == name:
             own = entry
     return f"{name}.{key}" if key in own else f"general.{key}"
 

@@ -202,8 +202,9 @@ class DatasetSection(GeneralSection):
     """One source of pictures with its captions and caches."""
 
     name: str | None = param(
-        None, "Name used in messages and [[steps]]; absent = datasets[0], datasets[1] and so on.", min_length=1
-    )
+        None, "Name used in messages and [[steps]]; absent = datasets[0], datasets[1] and so on.",
+        pattern=r"^[^\x00-\x1f\x7f]+$", accepts="at least one letter, without line ends and control characters"
+    )  # fmt: skip
     image_directory: str | None = param(None, "Folder of pictures with caption files next to them.", path=True)
     image_jsonl_file: str | None = param(
         None,
