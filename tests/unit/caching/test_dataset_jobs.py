@@ -15,6 +15,8 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.headers import read_header
 
+pytestmark = pytest.mark.long
+
 Summary = Callable[[], list[str]]
 LUNE_ONLY = {"enable_sol": False, "time_buckets": 2, "seed": 5}
 

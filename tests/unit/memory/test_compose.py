@@ -19,6 +19,8 @@ from musubi_tuner.memory.transfer import HostTransfer, StagedTransfer
 from musubi_tuner.models.flux_dev import FluxConfig, build
 from musubi_tuner.models.registry import MODELS
 
+pytestmark = pytest.mark.long
+
 SPEC, CPU = MODELS["fd"], torch.device("cpu")
 GEOMETRY = FluxConfig(
     in_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=64, num_heads=2, depth=5, depth_single_blocks=6,

@@ -27,6 +27,8 @@ from musubi_tuner.models.flux_dev.state_dict import (
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.weights.stored import StoredWeight
 
+pytestmark = pytest.mark.long
+
 CONFIG = FluxConfig(
     vec_in_dim=24, context_in_dim=40, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3, axes_dim=(4, 6, 6)
 )

@@ -17,6 +17,8 @@ from musubi_tuner.models.tinyflux.model import latent_size, rotary_frequencies
 from musubi_tuner.models.tinyflux.state_dict import example_inputs
 from tiny import TINY
 
+pytestmark = pytest.mark.long
+
 
 def random_model(config: TinyFluxConfig = TINY, seed: int = 0) -> TinyFluxDeep:
     """A model in eval mode whose zero-initialised parts were filled too, so that every path acts."""

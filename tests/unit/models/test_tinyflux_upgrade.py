@@ -19,6 +19,8 @@ from musubi_tuner.models.tinyflux.state_dict import example_inputs
 from musubi_tuner.models.tinyflux.upgrade import remap, shapes, upgrade_weights, v3_geometry, v3_shapes
 from tiny import TINY
 
+pytestmark = pytest.mark.long
+
 NO_SOL = replace(TINY, use_sol_prior=False)
 Weights = dict[str, Tensor]
 
