@@ -6,7 +6,7 @@ resuming asks for the same k again. The formulas are those of diffusers and tran
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Name = Literal[
@@ -22,7 +22,7 @@ class Curve:
         warmup: updates of warm-up. total: update at which it ends. floor: its least value, a share of the learning rate.
         cycles: falls of a cosine with restarts. power: of a polynomial. timescale: of an inverse square root; None = the warm-up,
             or 10,000 without one. decay: updates of the fall at the end of a stable curve, or their share of all; None = a tenth.
-            rex_alpha, rex_beta: of rex, which is z / (alpha + beta z) of what is left of the time, z.
+            rex_alpha: of rex, which is z / (alpha + (1 - alpha) z) of what is left of the time, z.
         pieces: (update at which a piece ends, its multiplier), then the multiplier of the rest.
         least: floor of a polynomial without one: 1e-7, as a share of the learning rate.
     """
@@ -35,7 +35,6 @@ class Curve:
     timescale: int | None = None
     decay: float | None = None
     rex_alpha: float = 0.1
-    rex_beta: float = 0.9
     pieces: tuple[tuple[float, float], ...] = ()
     least: float = 0.0
 
@@ -61,7 +60,7 @@ class Schedule:
     warms: bool = True
     rises: bool = False
     ends: bool = True
-    elsewhere: tuple[str, ...] = field(default=())
+    elsewhere: tuple[str, ...] = ()
 
 
 def _cosine(share: float, floor: float) -> float:
@@ -92,7 +91,7 @@ def _stable(curve: Curve, step: int) -> float:
 
 def _rex(curve: Curve, step: int) -> float:
     left = 1 - curve.progress(step)
-    return curve.floor + (1 - curve.floor) * left / (curve.rex_alpha + curve.rex_beta * left)
+    return curve.floor + (1 - curve.floor) * left / (curve.rex_alpha + (1 - curve.rex_alpha) * left)
 
 
 def _pieces(curve: Curve, step: int) -> float:
@@ -110,7 +109,7 @@ SCHEDULES: dict[Name, Schedule] = {
     ),
     "constant": Schedule(lambda curve, step: 1.0, "as it is", ends=False, elsewhere=("constant_with_warmup",)),
     "cosine_with_restarts": Schedule(
-        _restarts, "cycles cosines from the whole rate to 0, one after the other", ("cycles", "total_steps"), elsewhere=("cosine_annealing",)
+        _restarts, "cycles cosines from the whole rate to 0, one after the other", ("cycles", "total_steps")
     ),
     "polynomial": Schedule(_polynomial, "a power of what is left of the time", ("power", "min_lr", "total_steps")),
     "inverse_sqrt": Schedule(_inverse_sqrt, "falls with the square root of the time", ("timescale",), ends=False),
@@ -118,7 +117,7 @@ SCHEDULES: dict[Name, Schedule] = {
         _stable, "constant, then a cosine over the last decay_steps", ("decay_steps", "min_lr", "total_steps"), rises=True,
         elsewhere=("wsd",),
     ),
-    "rex": Schedule(_rex, "slow at first, steep at the end", ("rex_alpha", "rex_beta", "min_lr", "total_steps")),
+    "rex": Schedule(_rex, "slow at first, steep at the end", ("rex_alpha", "min_lr", "total_steps")),
     "piecewise_constant": Schedule(_pieces, "multipliers by update, as in rules", ("rules",), warms=False, ends=False),
 }  # fmt: skip
 assert tuple(SCHEDULES) == get_args(Name)

@@ -31,8 +31,15 @@ class CachedDataset:
         CacheError: if files are missing or broken, or latents have another size than their bucket.
     """
 
-    def __init__(self, config: RunConfig, items: Sequence[Item], kinds: list[str], *, texts: Sequence[CaptionSettings] = (),
-                 dropping: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: RunConfig,
+        items: Sequence[Item],
+        kinds: list[str],
+        *,
+        texts: Sequence[CaptionSettings] = (),
+        dropping: bool = True,
+    ) -> None:
         roots = [dataset.cache_directory for dataset in config.datasets]
         wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
         self.items, self.seed = list(items), config.run.seed

@@ -4,6 +4,7 @@
 that it has no effect, what the form shows, and which settings the resolved config leaves out.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +13,24 @@ Get = Callable[[str], Any]
 """Dotted key -> its value; None if it is absent, or if the family has no such setting."""
 
 
-class When:
+class When(ABC):
     """A condition; ``&`` and ``|`` join two."""
 
+    @abstractmethod
     def holds(self, get: Get) -> bool:
         """Whether the condition holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reason(self, get: Get) -> str:
         """Why the condition does not hold, in words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def about(self) -> tuple[str, ...]:
         """The settings that it depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        raise NotImplementedError
 
     def __and__(self, other: "When") -> "When":
         return Every((*(self.parts if isinstance(self, Every) else (self,)), other))

@@ -63,9 +63,9 @@ def place(image: Size, bucket: Size) -> Placement:
 
 def filtered(placement: Placement, interpolation: str | None) -> Placement:
     """A placement with the filter that was asked for, if one was, and anything is resized."""
-    return (
-        placement if interpolation is None or placement.filter == "none" else replace(placement, filter=interpolation)
-    )
+    if interpolation is None or placement.filter == "none":
+        return placement
+    return replace(placement, filter=interpolation)
 
 
 def squash(image: Size, bucket: Size) -> Placement:

@@ -113,6 +113,8 @@ class Wandb:
             disable_git=True,
             disable_code=True,
             x_disable_meta=True,
+            x_disable_machine_info=True,
+            host="",
             x_save_requirements=False,
         )
         try:

@@ -709,6 +709,7 @@ def test_data_set_files_that_are_none(project: Path, capsys: pytest.CaptureFixtu
         ("a.json", '{"a": NaN}', "NaN is no number in JSON"),
         ("a.json", "[" * 3000, "not valid JSON: nested too deeply"),
         ("a.sh", 'python flux_train_network.py --output_name "cat', "a quote is not closed"),
+        ("a.bat", 'python flux_train_network.py --output_name "cat', "a quote is not closed"),
         ("a.toml", '[[datasets]]\nimage_directory = "x"', "is a data set file; import the file of the training, with --dataset"),
         ("a.json", '{"LoRA_type": "Flux1", "epoch": 1}', "is a file of the bmaltais GUI"),
     ],

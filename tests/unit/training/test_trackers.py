@@ -1,5 +1,6 @@
 """What leaves for TensorBoard and Weights & Biases, and what happens when they fail."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_wandb_without_a_network_holds_values_pictures_and_public_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(socket, "gethostname", lambda: "name-of-this-machine")
     config = config_of(tmp_path, tensorboard=False, wandb=True, config=True, wandb_api_key="a" * 40, dir=str(tmp_path / "all"),
                        prefix="x-", tracker={"tags": ["mine"]})  # fmt: skip
     folder = tmp_path / "all" / "x-cat"
@@ -49,7 +51,9 @@ def test_wandb_without_a_network_holds_values_pictures_and_public_settings(
     records = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
     assert all(part in records for part in (b"loss/total", b"0.625", b"mine", b"train.max_steps", b"musubi-tuner"))
     everything = records + b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-    assert not any(secret in everything for secret in (b"hf_abc", b"a" * 40, b"model.safetensors"))
+    assert not any(
+        secret in everything for secret in (b"hf_abc", b"a" * 40, b"model.safetensors", b"name-of-this-machine")
+    )
     assert len(list(folder.rglob("*.png"))) == 3
 
 

@@ -130,6 +130,7 @@ class _Importer(Builder):
         self.datasets: list[dict[str, Any]] = []
         self.flat = flat_names()
         self.options: dict[str, Any] = {}
+        self.options_given: set[str] = set()
 
     def run(self, document: dict[str, Any]) -> Imported:
         tables = {key: value for key, value in document.items() if isinstance(value, dict)}

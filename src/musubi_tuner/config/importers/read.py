@@ -147,6 +147,8 @@ def _commands(line: str, windows: bool) -> list[list[str]]:
         if re.match(r"\s*(rem\b|::)", line, re.IGNORECASE):
             return []
         line = re.sub(r"(?<!\S)#.*", "", line)
+        if line.count('"') % 2 and ".py" in line:
+            raise ConfigError(f"{line.strip()[:80]!r}: a quote is not closed")
         words = [
             _END if re.fullmatch(_OPERATOR, word) else re.sub("[\"']", "", word)
             for word in re.findall(_WINDOWS_WORD, line)

@@ -5,10 +5,11 @@ import netrc
 import os
 from collections.abc import Iterator
 
-from musubi_tuner.config.diagnostics import Diagnostic, error, info, warning
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, info, warning
 from musubi_tuner.config.paths import is_repository
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.schema.resume import is_changeable
 
 TRAINING = Rules()
@@ -35,10 +36,14 @@ def _length(config: RunConfig) -> Iterator[Diagnostic]:
         yield error("U07", "train.max_steps", "is missing, and so is max_epochs; set one of them", "train.max_epochs")
 
 
-@rule("U04", "resume.allow")
+@rule("U01 U04", "resume.allow")
 def _allowed(config: RunConfig) -> Iterator[Diagnostic]:
+    own = {parameter.key for parameter in parameters(config.spec)}
     for key in config.resume.allow:
-        if not is_changeable(key):
+        of_run = ".".join(key.split(".")[2:]) if key.startswith("roles.") else key
+        if of_run not in own and not key.endswith(".max_grad_norm"):
+            yield error("U01", "resume.allow", f"{key!r} is no setting.{did_you_mean(key, filter(is_changeable, own))}")
+        elif not is_changeable(key):
             text = f"{key!r} cannot change within a run; optimizer.lr, weight_decay, betas and eps, [scheduler], [objective], ema.decay, "
             yield error(
                 "U04",

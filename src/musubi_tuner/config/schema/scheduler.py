@@ -62,11 +62,8 @@ class SchedulerSection(Section):
         flat=("lr_decay_steps",), ge=0, le=MOST, when=_acts("decay_steps"), rule="V30", unit="updates"
     )  # fmt: skip
     rex_alpha: float = param(
-        0.1, "Of rex, z / (alpha + beta z) with what is left of the time, z.", gt=0, le=1, expert=True, when=_acts("rex_alpha"), rule="V30"
+        0.1, "Of rex, z / (alpha + (1 - alpha) z) with what is left of the time, z.", gt=0, le=1, expert=True, when=_acts("rex_alpha"), rule="V30"
     )  # fmt: skip
-    rex_beta: float = param(
-        0.9, "See rex_alpha; both together are 1.", ge=0, lt=1, expert=True, when=_acts("rex_beta"), rule="V30"
-    )
     rules: str | None = param(
         None, "Multipliers of piecewise_constant: 1:1000,0.1:2000,0.01 = whole before update 1000, a tenth before 2000, then a hundredth.",
         when=_acts("rules"), rule="V30"
@@ -93,6 +90,5 @@ class SchedulerSection(Section):
             "timescale": self.timescale,
             "decay": self.decay_steps,
             "rex_alpha": self.rex_alpha,
-            "rex_beta": self.rex_beta,
             "pieces": pieces_of(self.rules) if self.rules is not None else (),
         }
