@@ -209,6 +209,13 @@ class RunConfig(RunFile):
         """Where the run writes."""
         return expand(self.run.output_dir)
 
+    @property
+    def log_folder(self) -> Path:
+        """Where its events go."""
+        if self.log.dir is None:
+            return self.output_dir / "logs"
+        return expand(self.log.dir) / f"{self.log.prefix}{self.run.name}"
+
 
 @cache
 def config_class(code: str) -> type[RunConfig]:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.fields import Section
-from musubi_tuner.config.paths import expand
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.errors import ConfigError, mask_secrets
 from musubi_tuner.files import encodable, write_text
@@ -48,10 +47,7 @@ def open_trackers(config: RunConfig, step: int) -> list["Guarded"]:
     Raises:
         ConfigError: if W&B cannot be reached.
     """
-    log, found = config.log, list[Guarded]()
-    folder = config.output_dir / "logs"
-    if log.dir is not None:
-        folder = expand(log.dir) / f"{log.prefix}{config.run.name}"
+    log, folder, found = config.log, config.log_folder, list[Guarded]()
     if log.tensorboard and encodable(str(folder)) != str(folder):
         print(
             f"warning: {folder}: TensorBoard takes no folder whose name is no UTF-8; metrics.jsonl holds the same values"

@@ -91,7 +91,7 @@ class RunUploads:
         """Upload the event files and the metrics as they are when their turn comes."""
         if not self.settings.upload_logs:
             return
-        events = self.folder / "logs"
+        events = self.config.log_folder
         files = {f"logs/{path.relative_to(events).as_posix()}": path for path in sorted(events.rglob("*tfevents*"))}
         if (self.folder / FILE).exists():
             files[f"logs/{FILE}"] = self.folder / FILE

@@ -40,6 +40,7 @@ def test_wandb_without_a_network_holds_values_pictures_and_public_settings(
     config = config_of(tmp_path, tensorboard=False, wandb=True, config=True, wandb_api_key="a" * 40, dir=str(tmp_path / "all"),
                        prefix="x-", tracker={"tags": ["mine"]})  # fmt: skip
     folder = tmp_path / "all" / "x-cat"
+    assert config.log_folder == folder  # which uploads read too
     ids = []
     for step in (0, 2, 0):
         (tracker,) = open_trackers(config, step)
