@@ -226,7 +226,7 @@ def test_a_killed_loader_worker_ends_the_run_with_its_reason(setting: Setting, h
     while not (lines.exists() and lines.read_bytes().count(b"\n") > 2):
         assert run.poll() is None and time.monotonic() < limit
         time.sleep(0.02)
-    killed = 0
+    killed = list[str]()
     while not killed:  # an epoch has workers of its own
         children = [
             pid for path in Path(f"/proc/{run.pid}/task").glob("*/children") for pid in path.read_text().split()
@@ -235,11 +235,12 @@ def test_a_killed_loader_worker_ends_the_run_with_its_reason(setting: Setting, h
             with suppress(OSError):
                 if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
-                    killed = int(pid)
+                    killed.append(pid)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 1 and "Traceback" not in said
-    # Killed between two batches, or while one was handed over.
+    # Killed between two batches, or while one was handed over; the loader does not always see the signal.
+    who = "|".join(killed)
     assert re.search(
-        rf"a loader worker (\(process {killed}\)|ended while).* killed, as the system does when main memory is full",
+        rf"a loader worker (\(process .*\b({who})\b.*\)|ended while).* killed, as the system does when main memory is full",
         said,
     )

@@ -126,7 +126,11 @@ def _cause(error: BaseException) -> str | None:
             f"a loader worker (process {dead[1]}) was killed, as the system does when main memory is full (its log, dmesg, "
             "says so); lower train.loader_workers, or set it to 0"
         )
-    how = f"ended by a signal ({signal})" if signal else "ended without a message"
+    how = (
+        f"ended by a signal ({signal})"
+        if signal
+        else "ended without a message: it failed, or was killed, as the system does when main memory is full (its log, dmesg, says so)"
+    )
     return f"a loader worker (process {dead[1]}) {how}; train.loader_workers = 0 reads the batches without workers"
 
 

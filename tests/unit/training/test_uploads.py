@@ -37,7 +37,9 @@ def of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunUploads:
     checkpoints.write()
     monkeypatch.setattr(uploads, "HubUploader", Uploader)
     hub = SimpleNamespace(upload_state=True, upload_logs=True, upload_samples=True, release="none", run_name=None)
-    config: Any = SimpleNamespace(output_dir=tmp_path, hub=hub, run=SimpleNamespace(name="t"))
+    config: Any = SimpleNamespace(
+        output_dir=tmp_path, log_folder=tmp_path / "logs", hub=hub, run=SimpleNamespace(name="t")
+    )
     return RunUploads(config)
 
 

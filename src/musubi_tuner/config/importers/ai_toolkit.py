@@ -246,7 +246,7 @@ class _Job(Builder):
             )
             return
         if "kontext" in text.lower():
-            reason = "is FLUX.1 Kontext, whose control images are not supported; it is trained as FLUX.1-dev"
+            reason = f"is a Kontext model, whose control images are not supported; it is trained as {self.spec.title}"
             self.report.dropped_changes_result.append(("(model.name_or_path)", reason))
         parts = {"model.vae_path": "vae", "model.clip_path": "text_encoder", "model.t5_path": "text_encoder_2",
                  "model.clip_tokenizer": "tokenizer", "model.t5_tokenizer": "tokenizer_2"}  # fmt: skip
