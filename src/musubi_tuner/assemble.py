@@ -75,6 +75,10 @@ def fit_to_device(
         module, report = attach_adapters(model, config)
         lines += report
         model.eval()
+    if config.train.full_half:
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.float32:
+                parameter.data = parameter.data.to(torch.bfloat16)
     swap, report = compose_memory(model, config.memory, config.spec, device)
     lines += report
     if swap is not None:

@@ -160,6 +160,11 @@ class AdapterSet(nn.Module):
             name: self.rates.get(name.partition(".")[0], (1.0, None)) for name, parameter in self.named_parameters()
         }
 
+    def dotted_names(self) -> dict[str, str]:
+        """Parameter name -> the path of its layer with the rest of its name."""
+        parts = {name: name.partition(".") for name, _ in self.named_parameters()}
+        return {name: f"{self.paths[layer]}.{leaf}" for name, (layer, _, leaf) in parts.items()}
+
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of all changes: the factor of their alpha / rank; 0 turns them off."""
         self.multiplier = multiplier

@@ -7,6 +7,7 @@ import tomli_w
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.when import is_on
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.optimizers import OPTIMIZERS
 
 _SHARED: dict[str, str] = {
     "run.name": "output_name", "run.output_dir": "output_dir", "run.seed": "seed", "adapter.rank": "network_dim",
@@ -50,7 +51,7 @@ _LOSSES = {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": 
 _DECIDED_HERE = ("train.mixed_precision", "memory.blocks_to_swap")
 _COUNTS = ("_every_n_steps", "_every_n_epochs")
 _SAID_BELOW = ("model.arch", "adapter.type", "model.init", "scheduler.warmup_ratio", "adapter.alpha", "optimizer.weight_decay",
-               "optimizer.eps", "optimizer.betas")  # fmt: skip
+               "optimizer.eps", "optimizer.betas", "optimizer.args")  # fmt: skip
 """Settings that the network module implies, or that become part of another option."""
 _NOT_OF_THE_RESULT = ("cache.", "distributed.", "hub.", "log.", "resume.", "demo.", "run.", "schema_version")
 """Settings that are left out without a message: they do not change the result."""
@@ -113,10 +114,10 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
                 )
             )
     optimizer, arguments = config.optimizer, [f"weight_decay={config.optimizer.weight_decay}"]
-    if optimizer.type == "Adafactor":
-        arguments += ["relative_step=False", "scale_parameter=False", "warmup_init=False"]
-    else:
-        arguments += [f"eps={optimizer.eps}", "betas=" + ",".join(str(beta) for beta in optimizer.betas)]
+    record = OPTIMIZERS[optimizer.type]
+    arguments += [f"eps={optimizer.eps}"] if record.eps else []
+    arguments += ["betas=" + ",".join(str(beta) for beta in optimizer.betas)] if record.betas else []
+    arguments += [f"{name}={value}" for name, value in {**record.given, **optimizer.args}.items()]
     written["optimizer_args"] = arguments
     if "dataset_config" not in written:
         count = len(config.dataset_tables.get("datasets", []))

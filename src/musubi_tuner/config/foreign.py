@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.config.when import is_on
+from musubi_tuner.optimizers import OPTIMIZERS, named
 from musubi_tuner.schedules import BY_NAME as SCHEDULES_BY_NAME
 
 
@@ -93,7 +94,18 @@ DTYPES = {
     "float": "float32", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16",
     "bf16": "bfloat16", "bfloat16": "bfloat16", "auto": "auto",
 }  # fmt: skip
-OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "adafactor": "Adafactor", "": "AdamW"}
+
+
+def _optimizer(value: Any) -> Any:
+    """An optimizer in any spelling, or by the path of its class."""
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    name = named(value)
+    if name is None:
+        raise ValueError(f"one of {', '.join(OPTIMIZERS)}")
+    return name
+
+
 LOSSES = {"l2": "l2", "mse": "l2", "l1": "l1", "mae": "l1"} | {
     name: name for name in ("huber", "smooth_l1", "pseudo_huber", "pseudo_smooth_l1")
 }
@@ -240,7 +252,7 @@ CONVERTED: dict[str, Foreign] = {
     "text_encoder1": Foreign(
         refused="is T5 in Kontext scripts; use model.t5_path for T5 and model.clip_path for CLIP-L"
     ),
-    "optimizer_type": Foreign("optimizer.type", _one_of(OPTIMIZERS), "renamed"),
+    "optimizer_type": Foreign("optimizer.type", _optimizer, "renamed"),
     "lr_scheduler": Foreign("scheduler.type", _one_of(SCHEDULES_BY_NAME), "renamed"),
     "vae_dtype": Foreign("model.vae_dtype", _one_of(DTYPES), "renamed"),
     "save_precision": Foreign("save.dtype", _one_of(DTYPES), "renamed"),
@@ -276,6 +288,8 @@ CONVERTED: dict[str, Foreign] = {
     "fp8_scaled": Foreign(
         "memory.base_storage", _switch("fp8_scaled"), "how frozen weights are stored", always=True, wins=True
     ),
+    "optimizer.class": Foreign("optimizer.type", _optimizer, "the class by its name"),
+    "use_lion_optimizer": Foreign("optimizer.type", _switch("Lion"), "Lion", always=True),
     "use_8bit_adam": Foreign("optimizer.type", _switch("AdamW8bit"), "AdamW of bitsandbytes", always=True),
     "skip_cache_check": Foreign("cache.verify", _switch("quick"), "the quick check"),
     "log_with": Foreign("log.wandb", choices=_TRACKERS, always=True),
@@ -298,18 +312,14 @@ REFUSED: dict[str, str] = {
     "beta_schedule": "is for diffusion with betas; this model is a rectified flow",
     "lr_scheduler_type": "names a class; use scheduler.type",
     "lr_scheduler_args": "is for a scheduler class; use the settings of [scheduler]",
-    "optimizer.class": "names a class; use optimizer.type",
     "scheduler.class": "names a class; use scheduler.type",
     "scheduler.args": "is for a scheduler class; use the settings of [scheduler]",
-    "optimizer_args": "is written as keys of [optimizer]: weight_decay, betas, eps",
-    "optimizer.args": "is written as keys of [optimizer]",
+    "optimizer_args": "is written as optimizer.args, a table, and as optimizer.weight_decay, betas and eps",
     "network_args": "is written as keys of [adapter]",
     "network_module": "is written as adapter.type",
-    "self_attn_lr": "is written as [[adapter.targets]] with lr_scale",
-    "mlp_lr": "is written as [[adapter.targets]] with lr_scale",
-    "mod_lr": "is written as [[adapter.targets]] with lr_scale",
-    "group_lr": "is written as [[adapter.targets]] with lr_scale",
-    "use_lion_optimizer": "is not supported yet; optimizer.type lists the supported optimizers",
+    "self_attn_lr": "is written as optimizer.group_lr: pattern of parameter names -> learning rate",
+    "mlp_lr": "is written as optimizer.group_lr: pattern of parameter names -> learning rate",
+    "mod_lr": "is written as optimizer.group_lr: pattern of parameter names -> learning rate",
     "kahan_summation": "is not needed: trained weights are float32",
     "save_n_epoch_ratio": "is written as save.every_epochs: the number of epochs divided by the number of files",
     "min_files": "is written as save.every_epochs: the number of epochs divided by the number of files",
@@ -421,13 +431,10 @@ REFUSED: dict[str, str] = {
         _WHOLE_MODEL,
     ),
     **dict.fromkeys(
-        ("fused_backward", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers"),
-        "is not supported: gradients are clipped and checked together before the optimizer step",
+        ("fused_optimizer_groups", "blockwise_fused_optimizers"),
+        "is written as optimizer.fused_backward, which steps each parameter by itself",
     ),
-    **dict.fromkeys(
-        ("full_bf16", "full_fp16", "full_half", "stochastic_rounding"),
-        "is not supported: what trains is held in float32; train.mixed_precision sets the precision of the computation",
-    ),
+    "full_fp16": "is not supported: float16 weights lose small steps; train.full_half holds them in bfloat16",
     "sage_attn": 'has no backward pass and cannot train; use memory.attention = "sdpa" or "flash"',
     "flash3": 'is not supported; use memory.attention = "flash" or "sdpa"',
     "face_crop_aug_range": "is not supported: crops are at the centre, or random with random_crop",

@@ -40,6 +40,7 @@ from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.errors import ConfigError, keep_secret
 from musubi_tuner.models.registry import MODELS, foreign_family
 from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.optimizers import defaults_of
 
 if TYPE_CHECKING:
     from musubi_tuner.config.importers import Imported
@@ -470,7 +471,7 @@ def _find_family(values: dict[str, Any], problems: list[Diagnostic]) -> ModelSpe
 
 
 def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, str]) -> None:
-    """Fill in values of the preset, then defaults of the family."""
+    """Fill in values of the preset and of the optimizer, then defaults of the family."""
     adapter = values.get("adapter")
     preset = adapter.get("preset") if isinstance(adapter, dict) else None
     if isinstance(adapter, dict) and isinstance(preset, str):
@@ -478,12 +479,16 @@ def _apply_defaults(values: dict[str, Any], spec: ModelSpec, origins: dict[str, 
             if name not in adapter:
                 adapter[name] = value
                 origins[f"adapter.{name}"] = "preset"
-    for key, value in spec.defaults.items():
-        section, name = key.split(".")
-        table = values.setdefault(section, {})
-        if isinstance(table, dict) and name not in table:
-            table[name] = value
-            origins[key] = "arch"
+    optimizer = values.get("optimizer")
+    chosen = optimizer.get("type") if isinstance(optimizer, dict) else None
+    usual = defaults_of(chosen) if isinstance(chosen, str) else {}
+    for origin, defaults in (("preset", usual), ("arch", spec.defaults)):
+        for key, value in defaults.items():
+            section, name = key.split(".")
+            table = values.setdefault(section, {})
+            if isinstance(table, dict) and name not in table:
+                table[name] = value
+                origins[key] = origin
 
 
 PLACEHOLDER = "missing"

@@ -19,6 +19,7 @@ from musubi_tuner.config.schema.roles import RoleSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.optimizers import defaults_of
 
 ROLE_TABLES = ("optimizer", "scheduler", "ema")
 """Tables that a role may change for itself."""
@@ -144,7 +145,12 @@ class RunConfig(RunFile):
         own = self.role_section(name)
         if own is None:
             return self
-        tables: dict[str, Any] = {table: lay(getattr(self, table), getattr(own, table)) for table in ROLE_TABLES}
+        usual: dict[str, dict[str, Any]] = {table: {} for table in ROLE_TABLES}
+        for key, value in defaults_of(str(own.optimizer.get("type", ""))).items():
+            usual[key.split(".")[0]][key.split(".")[1]] = value
+        tables: dict[str, Any] = {
+            table: lay(getattr(self, table), {**usual[table], **getattr(own, table)}) for table in ROLE_TABLES
+        }
         if own.max_grad_norm is not None:
             tables["train"] = self.train.model_copy(update={"max_grad_norm": own.max_grad_norm})
         return self.model_copy(update=tables)

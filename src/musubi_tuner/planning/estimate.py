@@ -35,8 +35,8 @@ from musubi_tuner.memory.frozen_linear import BLOCK, Storage
 from musubi_tuner.memory.gradient_return import GRADIENT_BUFFERS
 from musubi_tuner.memory.transfer import STAGING_BYTES
 from musubi_tuner.models.family import ModelOutline
+from musubi_tuner.optimizers import state_bytes
 from musubi_tuner.planning.fake_step import Alive, StepNeeds, default_dtype, run_step
-from musubi_tuner.training.optimizers import state_bytes
 from musubi_tuner.training.sampling import sample_settings
 from musubi_tuner.units import Bytes, format_bytes
 from musubi_tuner.weights.stored import DEVICE_CHUNK
@@ -154,16 +154,18 @@ def _step(
 
 def _estimate(config: RunConfig, plan: ModelOutline, step: StepNeeds, weights: "_Weights") -> Estimate:
     """Where everything is that a step needs."""
-    frozen, kind, ema = config.adapter.type != "none", config.optimizer.type, config.ema
+    frozen, moves, ema = config.adapter.type != "none", config.optimizer, config.ema
+    width = 2 if config.train.full_half else 4
     values = _values(step.trained)
-    moments, host_moments = state_bytes(kind, step.trained), state_bytes(kind, weights.trained)
+    moments, host_moments = (state_bytes(moves.type, shapes, moves.args) for shapes in (step.trained, weights.trained))
     host_values = _values(weights.trained)
     on_device = values - host_values
+    held = max((shape.numel() for shape in step.trained), default=0) if moves.fused_backward else on_device
     return Estimate(
         weights=weights.resident,
         ring=weights.ring,
-        trained=4 * values if frozen else 0,
-        gradients=4 * on_device,
+        trained=width * values if frozen else 0,
+        gradients=width * held,
         optimizer=moments - host_moments,
         average=4 * on_device * (ema.enabled and not ema.on_cpu),
         averaged=4 * on_device * (ema.enabled and ema.on_cpu),
@@ -367,6 +369,7 @@ def _weights(config: RunConfig, plan: ModelOutline) -> _Weights:
     """Where the weights of a run are, with the blocks that it swaps."""
     spec, memory, model, dtype = config.spec, config.memory, plan.model, plan.dtype
     frozen = config.adapter.type != "none"
+    dtype = torch.bfloat16 if config.train.full_half and not frozen else dtype
     freeze = freeze_of(memory, spec) if frozen else None
     streamed: dict[str, list[Bytes]] = {}
     names: set[str] = set()

@@ -11,6 +11,7 @@ from musubi_tuner.run_record import STOPPED, recorder, tell
 from musubi_tuner.training.build import Run
 from musubi_tuner.training.checkpoint import EPOCH_METRIC
 from musubi_tuner.training.due import due_after
+from musubi_tuner.training.optimizers import found_rate
 from musubi_tuner.training.samples import DrawingLeft
 from musubi_tuner.training.update import Outcome
 from musubi_tuner.training.validation import METRIC
@@ -55,6 +56,11 @@ def _not_finite(run: Run, outcome: Outcome) -> None:
     several = f" of {outcome.not_finite}" if len(run.task.phases) > 1 else ""
     where = f"step {position.step + 1}: the gradient{several} is not finite (items {', '.join(outcome.items[:8])})"
     moved = " and ".join(outcome.moved)
+    if outcome.moved_anyway:
+        raise TrainingError(
+            f"{where}. With optimizer.fused_backward weights have moved by then, so nothing is saved; the same command continues from the "
+            "newest state. Lower optimizer.lr, look at these items, or set optimizer.fused_backward = false"
+        )
     if run.roles[0].scaler is None and train.on_nonfinite == "stop":
         raise TrainingError(
             f"{where}. {'It changed nothing' if not outcome.moved else f'It changed nothing, but {moved} had moved'}. Lower optimizer.lr, "
@@ -83,6 +89,9 @@ def log(run: Run) -> None:
     for role in [role for role in run.roles if not role.frozen]:
         suffix, lr = f"_{role.name}" if len(run.roles) > 1 else "", role.rate(position.step - 1)
         rates[f"train/lr{suffix}"] = lr
+        found = found_rate(role.optimizer)
+        if found is not None:
+            rates[f"train/d{suffix}"] = found
         scales = {group["lr_scale"] for group in role.optimizer.param_groups} - {1.0}
         of_groups |= {f"train/lr{suffix}_x{scale:g}": lr * scale for scale in sorted(scales)}
     values = {

@@ -1,9 +1,9 @@
 """A role: modules that are trained, and how they move.
 
-    begin an update    gradients start as None
+    begin              learning rate; gradients start as None
     backward           scale the loss (fp16), add gradients
     ready              average what data parallelism did not, unscale, clip, check
-    step               learning rate, optimizer, limits, moving average
+    step               optimizer, limits, moving average
 
 A model that trains alone, or the adapters on it, is one role. Where several roles share a phase, all of them are made ready
 before any of them moves; see `update`.
@@ -19,18 +19,24 @@ from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.config import RunConfig
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.optimizers import OPTIMIZERS
 from musubi_tuner.training.ema import EMA
 from musubi_tuner.training.optimizers import (
+    averaged_parameters,
     build_optimizer,
     clip_gradients,
     load_optimizer_state,
     optimizer_state,
+    rates_of_patterns,
+    relative_rate,
     set_learning_rate,
     trainable,
 )
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.training.stepping import FusedBackward, RoundedStep
 
 
 @dataclass
@@ -96,8 +102,24 @@ class Role:
         self.norm = torch.zeros(())
         self._ranks = ranks
         self._swap = swap
-        rates = module.parameter_rates() if isinstance(module, AdapterSet) else None
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates)
+        self._record = OPTIMIZERS[config.optimizer.type]
+        args = self._record.complete(config.optimizer.args)
+        self._own_rate = bool(args.get("relative_step"))
+        self._warmup_init = bool(args.get("warmup_init"))
+        self.optimizer = build_optimizer(
+            self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates_of(module, config)
+        )
+        self._fused: FusedBackward | None = None
+        self._rounded: RoundedStep | None = None
+        if config.train.full_half and config.train.stochastic_rounding:
+            self._rounded = RoundedStep(self.optimizer, config.run.seed)
+        if config.optimizer.fused_backward and not self.frozen:
+            if ranks.count > 1:
+                raise ConfigError(
+                    "optimizer.fused_backward: steps before the gradients of several processes are averaged; set it to false, or run one "
+                    "process"
+                )
+            self._fused = FusedBackward(self.optimizer, self._rounded)
         # DDP does not see parameters in main memory; their gradients are averaged block by block.
         streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
         self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
@@ -114,7 +136,20 @@ class Role:
 
     def rate(self, step: int) -> float:
         """Learning rate of an update, counted from 0; each parameter group multiplies it by its own factor."""
+        if self._own_rate:
+            return relative_rate(step, self._warmup_init)
         return self.lr * self.schedule(step)
+
+    def begin(self, step: int) -> None:
+        """Begin an update.
+
+        Args:
+            step: updates done before.
+        """
+        set_learning_rate(self.optimizer, self.rate(step))
+        for stepping in (self._fused, self._rounded):
+            if stepping is not None:
+                stepping.begin(step)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
@@ -122,6 +157,9 @@ class Role:
 
     def ready(self) -> Tensor:
         """Complete the gradients of an update and clip them; whether they are finite, as a boolean on the device."""
+        if self._fused is not None:
+            self.norm = self._fused.norm()
+            return torch.isfinite(self.norm).to(self._ranks.device)
         for group in self._by_hand:
             self._ranks.average_gradients(group)
         if self.scaler:
@@ -129,17 +167,18 @@ class Role:
         self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
 
-    def step(self, step: int) -> dict[str, Tensor]:
-        """Make a step with the gradients that `ready` completed, and forget them.
+    @property
+    def has_moved(self) -> bool:
+        """Whether it moves before its gradients are known to be finite."""
+        return self._fused is not None
 
-        Args:
-            step: updates done before.
-
-        Returns:
-            What was measured, by tag.
-        """
-        set_learning_rate(self.optimizer, self.rate(step))
-        if self.scaler is None:
+    def step(self) -> dict[str, Tensor]:
+        """Make a step with the gradients that `ready` completed, and forget them; what was measured, by tag."""
+        if self._fused is not None:
+            pass
+        elif self._rounded is not None:
+            self._rounded.step()
+        elif self.scaler is None:
             self.optimizer.step()
         elif any(parameter.grad is not None for _, parameter in self.parameters):
             self.scaler.step(self.optimizer)  # which takes no role that the losses of this update did not reach
@@ -155,6 +194,11 @@ class Role:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies."""
+        weights = self.module.state_dict()
+        return {**weights, **averaged_parameters(self.optimizer)} if self._record.averages else weights
+
     @contextmanager
     def averaged(self, wanted: bool = True) -> Iterator[None]:
         """The average in the place of the weights inside the block, if it is wanted; the trained weights after it."""
@@ -163,6 +207,14 @@ class Role:
                 with self.ema.applied(self.module):
                     self.refresh()
                     yield
+            elif self._record.averages:
+                trained = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+                try:
+                    self.module.load_state_dict(self.weights())
+                    self.refresh()
+                    yield
+                finally:
+                    self.module.load_state_dict(trained)
             else:
                 self.refresh()
                 yield
@@ -176,7 +228,7 @@ class Role:
 
     def state(self) -> RoleState:
         """What a state holds of it; tensors are not copied."""
-        tensors, scalars = optimizer_state(self.optimizer)
+        tensors, scalars = optimizer_state(self.optimizer, self._record.remembers)
         return RoleState(
             self.module.state_dict(),
             self.ema.shadow if self.ema else {},
@@ -204,6 +256,21 @@ class Role:
         return []
 
 
+def rates_of(module: nn.Module, config: RunConfig) -> dict[str, tuple[float, float | None]]:
+    """Parameter name -> factor of its learning rate, and its weight decay (None = the optimizer's).
+
+    Raises:
+        ConfigError: for a pattern of optimizer.group_lr that matches nothing.
+    """
+    names = {name: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    rates: dict[str, tuple[float, float | None]] = {}
+    if isinstance(module, AdapterSet):
+        rates, names = module.parameter_rates(), module.dotted_names()
+    for name, factor in rates_of_patterns(names, config.optimizer).items():
+        rates[name] = (factor, rates[name][1] if name in rates else None)
+    return rates
+
+
 def prefix_of(role: Role, roles: Sequence[Role]) -> str:
     """Prefix of the names of a role's tensors in files and states; empty if it is the only role."""
     return f"{role.name}." if len(roles) > 1 else ""
@@ -211,7 +278,7 @@ def prefix_of(role: Role, roles: Sequence[Role]) -> str:
 
 def weights_of(roles: Sequence[Role]) -> dict[str, Tensor]:
     """The weights of all roles by name; tensors are not copied."""
-    return {f"{prefix_of(role, roles)}{key}": t for role in roles for key, t in role.module.state_dict().items()}
+    return {f"{prefix_of(role, roles)}{key}": t for role in roles for key, t in role.weights().items()}
 
 
 def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
@@ -220,6 +287,6 @@ def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
         return {}
     found: dict[str, Tensor] = {}
     for role in roles:
-        tensors = role.ema.shadow if role.ema else role.module.state_dict()
+        tensors = role.ema.shadow if role.ema else role.weights()
         found |= {f"{prefix_of(role, roles)}{key}": tensor for key, tensor in tensors.items()}
     return found

@@ -43,6 +43,7 @@ class Outcome:
         items: ids of this rank's samples.
         moved: phases whose roles made a step.
         not_finite: phase whose gradients were not finite; it changed nothing, and those after it did not run.
+        moved_anyway: it did change weights, during the backward pass.
     """
 
     bins: Tensor
@@ -52,6 +53,7 @@ class Outcome:
     items: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
     not_finite: str | None = None
+    moved_anyway: bool = False
 
 
 def work_of(update: Update, ranks: Ranks) -> list[tuple[int | None, MicroBatch]]:
@@ -92,6 +94,8 @@ def run_update(
         taken = list(taken)
     for phase in phases:
         phase.begin(at)
+        for role in moving(task, phase):
+            role.begin(at.step)
         with only_trains(task, phase):
             for number, ((index, _), batch) in enumerate(zip(work, taken, strict=True)):
                 batch = batch.to(ranks.device)
@@ -157,11 +161,12 @@ def _move(task: Task, phase: Phase, at: Position, outcome: Outcome) -> bool:
     roles = moving(task, phase)
     ready = [role.ready() for role in roles]
     finite = bool(torch.stack(ready).all())
+    outcome.moved_anyway = not finite and any(role.has_moved for role in roles)
     for role in roles:
         several = len(task.roles) > 1
         outcome.measured[f"train/grad_norm_{role.name}" if several else "train/grad_norm"] = role.norm.detach()
         if finite:
-            outcome.measured |= role.step(at.step)
+            outcome.measured |= role.step()
         else:
             role.zero()
     if roles[0].scaler:

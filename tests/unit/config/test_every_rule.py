@@ -93,6 +93,30 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
             ({"scheduler": 'type = "warmup_stable_decay"\nwarmup_steps = 1000\ndecay_steps = 1001'},
              {"scheduler": 'type = "warmup_stable_decay"\nwarmup_steps = 1000\ndecay_steps = 0.5'}),
             ({"scheduler": "warmup_steps = 9\ntotal_steps = 9"}, {"scheduler": "warmup_steps = 9\ntotal_steps = 10"})],
+    "V19": [({"train": 'full_half = true\nmixed_precision = "no"'}, {"train": 'full_half = true\nmixed_precision = "bf16"'}),
+            ({"train": "full_half = true", "optimizer": 'type = "Prodigy"'},
+             {"train": "full_half = true\nstochastic_rounding = false", "optimizer": 'type = "Prodigy"'}),
+            ({"train": "full_half = true", "memory": "blocks_to_swap = 2"},
+             {"train": "full_half = true", "memory": "blocks_to_swap = 2", "adapter": LORA})],
+    "V31": [({"optimizer": 'type = "Adafactor"\nargs = {warmup_init = true}'},
+             {"optimizer": 'type = "Adafactor"\nargs = {warmup_init = true, relative_step = true}'})],
+    "V32": [({"optimizer": 'type = "Adafactor"\nlr = 1e-3\nargs = {relative_step = true}'},
+             {"optimizer": 'type = "Adafactor"\nlr = 1e-3\nargs = {relative_step = false}'})],
+    "V34": [({"optimizer": 'type = "Prodigy"\nlr = 0.1'}, {"optimizer": 'type = "Prodigy"\nlr = 0.2'})],
+    "V35": [({"optimizer": 'type = "Prodigy"\ngroup_lr = {"*" = 0.5}'}, {"optimizer": 'type = "Prodigy"\ngroup_lr = {"*" = 0}'}),
+            ({"optimizer": 'type = "DAdaptAdam"', "adapter": f"{LORA}\nloraplus_lr_ratio = 4"},
+             {"optimizer": 'type = "DAdaptAdam"', "adapter": f"{LORA}\nloraplus_lr_ratio = 1"}),
+            ({"optimizer": 'type = "DAdaptAdam"', "adapter": f"{LORA}\ntargets = [{{pattern = '**', lr_scale = 2}}]"},
+             {"optimizer": 'type = "AdamW"', "adapter": f"{LORA}\ntargets = [{{pattern = '**', lr_scale = 2}}]"})],
+    "V37": [({"optimizer": 'type = "AdamWScheduleFree"', "ema": "enabled = true"}, {"optimizer": 'type = "AdamWScheduleFree"'}),
+            ({"optimizer": 'type = "AdamWScheduleFree"', "adapter": f"{LORA}\nmax_norm = 1"},
+             {"adapter": f"{LORA}\nmax_norm = 1"})],
+    "V40": [({"optimizer": 'type = "Lion"\nlr = 2e-3'}, {"optimizer": 'type = "Lion"\nlr = 1e-3'})],
+    "V42": [({"optimizer": 'type = "Prodigy"\nargs = {d_coeff = 2}'}, {"optimizer": 'type = "Prodigy"\nargs = {d_coef = 2}'}),
+            ({"optimizer": 'type = "SGD"\nargs = {momentum = 1}'}, {"optimizer": 'type = "SGD"\nargs = {momentum = 0.99}'})],
+    "V93": [({"optimizer": "fused_backward = true"}, {"optimizer": "fused_backward = true", "train": "max_grad_norm = 0"}),
+            *[({"optimizer": "fused_backward = true", "train": f"max_grad_norm = 0\n{line}"}, {"train": line})
+              for line in ("grad_accum_steps = 2", 'on_nonfinite = "skip"', 'mixed_precision = "fp16"')]],
     "V33": [({"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 1.0"}, {"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 0"})],
     "V36": [({"optimizer": "lr = 0.5"}, {"optimizer": "lr = 0.09"})],
     "V43": [({"optimizer": "lr = 0"}, {"optimizer": "lr = 1e-9"}),
@@ -161,7 +185,15 @@ def test_a_rule_speaks_where_it_is_broken_and_nowhere_near(
 
 def test_every_rule_has_a_case() -> None:
     groups = [*GROUPS, *(rules for name in MODELS if (rules := MODELS[name].rules) is not None)]
-    assert {code for group in groups for rule in group.all for code in rule.codes} == set(RULES)
+    assert {code for group in groups for rule in group.all for code in rule.codes} == {*RULES, "V38"}
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(
+    codes: Callable[..., set[str]], write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(InvalidConfig, match=r'prodigyopt is not installed: pip install "\.\[optim\]"'):
+        load_config(write(optimizer='type = "Prodigy"'))
 
 
 def test_findings_carry_the_code_of_their_rule() -> None:

@@ -217,8 +217,8 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
         ({"timestep_smapling": "shift"}, "timestep_smapling: unknown key. Did you mean 'timestep_sampling'?"),
         ({"timestep_sampling": "flux_shfit"}, "objective.timestep_sampling: is 'flux_shfit', expected one of"),
         (
-            {"optimizer_type": "lion"},
-            'optimizer_type: is "lion", expected one of adamw, adamw8bit, adafactor',
+            {"optimizer_type": "sophia"},
+            'optimizer_type: is "sophia", expected one of AdamW, AdamW8bit, PagedAdamW',
         ),
         (
             {"network_module": "networks.loha"},
@@ -235,10 +235,10 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
         ),
         ({"fsdp": True}, "fsdp: is true, which is not supported: every process holds the whole model"),
         (
-            {"fused_backward_pass": True},
-            "fused_backward_pass: is true, which is not supported: gradients are clipped and checked together",
+            {"fused_optimizer_groups": 4},
+            "fused_optimizer_groups: is 4, which is written as optimizer.fused_backward",
         ),
-        ({"full_bf16": True}, "full_bf16: is true, which is not supported: what trains is held in float32"),
+        ({"full_fp16": True}, "full_fp16: is true, which is not supported: float16 weights lose small steps"),
         ({"log_with": "aim"}, 'log_with: is "aim", expected one of none, tensorboard, wandb, all'),
         ({"blocks_to_swap": 54}, "memory.blocks_to_swap: is 54, at most 53 of 19 double_blocks + 38 single_blocks"),
         ({"max_train_epochs": None, "max_train_steps": "10.5"}, "train.max_steps: is 10.5, expected a whole number"),
@@ -268,11 +268,48 @@ def test_kernels_and_compilation_carry_over(project: Path) -> None:
     )
 
 
-def test_fixed_arguments_of_adafactor_are_named(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], {"relative_step": True, "scale_parameter": True}),
+        (["relative_step=False", "scale_parameter=False"], {}),
+        (["relative_step=False", "clip_threshold=2.0"], {"scale_parameter": True, "clip_threshold": 2.0}),
+        (["relative_step=False", "warmup_init=True"], {"relative_step": True, "scale_parameter": True, "warmup_init": True}),
+    ],
+)  # fmt: skip
+def test_adafactor_has_the_rate_that_it_has_there(given: list[str], expected: dict[str, Any], project: Path) -> None:
     path = project / "flat.toml"
-    path.write_text(tomli_w.dumps(flat(optimizer_type="adafactor", optimizer_args=["relative_step=False"])))
-    told = "\n".join(str(finding) for finding in load_config(path, {}).findings)
-    assert "optimizer_args relative_step" in told
+    path.write_text(tomli_w.dumps(flat(optimizer_type="adafactor", optimizer_args=given)))
+    assert load_config(path, {}).optimizer.args == expected
+
+
+def test_arguments_of_optimizers_are_taken_over(project: Path) -> None:
+    path = project / "flat.toml"
+    args = ["d_coef=2", "betas=0.9,0.99", "safeguard_warmup=True", "decouple=True", "weight_decay=0.02"]
+    path.write_text(tomli_w.dumps(flat(optimizer_type="prodigy", learning_rate=1.0, optimizer_args=args)))
+    optimizer = load_config(path, {}).optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.weight_decay) == (
+        "Prodigy",
+        1.0,
+        [0.9, 0.99],
+        0.02,
+    )
+    assert optimizer.args == {"d_coef": 2, "safeguard_warmup": True, "decouple": True}
+
+
+def test_half_weights_and_fused_steps_are_taken_over(project: Path) -> None:
+    path = project / "flat.toml"
+    half = {"full_bf16": True, "mixed_precision": "bf16", "optimizer_type": "prodigy", "fused_backward_pass": True}
+    path.write_text(tomli_w.dumps(flat(**half)))
+    train = load_config(path, {}).train
+    assert (train.full_half, train.stochastic_rounding, train.max_grad_norm) == (True, False, 1.0)
+    path.write_text(tomli_w.dumps(flat(**half | {"optimizer_type": "AdamW8bit"})))
+    config = load_config(path, {})
+    assert (config.train.stochastic_rounding, config.optimizer.fused_backward, config.train.max_grad_norm) == (
+        True,
+        True,
+        0,
+    )
 
 
 def test_epochs_of_the_command_line_win_over_steps(project: Path) -> None:

@@ -145,7 +145,7 @@ def test_options_by_other_names(load: Any, problems: Any) -> None:
 
 def test_conversions_say_what_they_expect() -> None:
     assert answer("optimizer_type", "adamw8bit", None).value == "AdamW8bit"  # type: ignore[union-attr]
-    assert "expected one of" in answer("optimizer_type", "lion", None).refused  # type: ignore[union-attr]
+    assert "expected one of" in answer("optimizer_type", "sophia", None).refused  # type: ignore[union-attr]
     assert answer("nothing_like_it", 1, None) is None
 
 

@@ -395,9 +395,8 @@ def test_more_swapped_blocks_than_a_new_model_has(
 
 @pytest.mark.parametrize(
     ("section", "setting", "reason"),
-    [("optimizer", "fused_backward = true", "gradients are clipped and checked together before the optimizer step"),
-     ("distributed", "fsdp2 = true", "every process holds the whole model; memory.base_storage and memory.blocks_to_swap"),
-     ("train", "full_bf16 = true", "what trains is held in float32; train.mixed_precision sets the precision of the computation")],
+    [("distributed", "fsdp2 = true", "every process holds the whole model; memory.base_storage and memory.blocks_to_swap"),
+     ("train", "full_fp16 = true", "float16 weights lose small steps; train.full_half holds them in bfloat16")],
 )  # fmt: skip
 def test_settings_of_other_trainers_are_refused_by_name(
     section: str, setting: str, reason: str, problems: Problems

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
+from musubi_tuner.optimizers import OPTIMIZERS, state_bytes
 from musubi_tuner.training.checkpoint import TrainingState, read_tensors, read_values, write_state
 from musubi_tuner.training.optimizers import (
     build_optimizer,
@@ -19,7 +20,6 @@ from musubi_tuner.training.optimizers import (
     optimizer_state,
     parameter_groups,
     set_learning_rate,
-    state_bytes,
     trainable,
 )
 
@@ -47,8 +47,13 @@ class Net(nn.Module):
 MATRICES, REST = ["first", "second"], ["norm", "bias", "gate"]
 
 
-def settings(**values: Any) -> OptimizerSection:
-    return OptimizerSection(**values)
+def settings(type: str = "AdamW", **values: Any) -> OptimizerSection:
+    """With the defaults of the optimizer, as loading a run file gives them."""
+    usual = {key.removeprefix("optimizer."): value for key, value in OPTIMIZERS[type].defaults.items()
+             if key.startswith("optimizer.")}  # type: ignore[index]  # fmt: skip
+    if OPTIMIZERS[type].finds_rate:  # type: ignore[index]
+        usual["args"] = {"d0": 0.01}  # so that a few updates move everything
+    return OptimizerSection(type=type, **{**usual, **values})  # type: ignore[arg-type]
 
 
 def build(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -162,7 +167,7 @@ def test_learning_rate_is_set_for_all_groups() -> None:
 
 def save_and_load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, build: Build, kind: str) -> Any:
     """A new model and optimizer that know the old ones by their files only."""
-    tensors, values = optimizer_state(optimizer)
+    tensors, values = optimizer_state(optimizer, OPTIMIZERS[kind].remembers)  # type: ignore[index]
     write_state(folder, TrainingState(model.state_dict(), {}, tensors, {"step": 0, "optimizer": values}))
     restored = Net()
     restored.load_state_dict(read_tensors(folder, "model"))
@@ -171,7 +176,8 @@ def save_and_load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return restored, continued
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_stopped_and_continued_training_equals_an_unbroken_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
     unbroken = Net()
     train(unbroken, build(unbroken, settings(type=kind, lr=0.01)), 0, 7)
@@ -323,14 +329,15 @@ def test_own_rates_and_decays_form_groups_beside_lora_plus() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2, 5e-3, 4e-2, 4e-2, 2e-2]
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_planned_state_is_what_the_optimizer_keeps(kind: str) -> None:
     """Matrices, thin ones of adapters, vectors, a kernel and a scalar, below and above the size that is kept in 8 bits."""
     shapes = [(64, 96), (4, 300), (300, 4), (4, 3072), (33, 129), (50,), (5000,), (8, 4, 3, 3), ()]
     parameters = [
         (f"p{i}.{j}", nn.Parameter(torch.ones(shape))) for i, shape in enumerate(shapes) for j in range(1 + i % 2)
     ]
-    optimizer = build_optimizer(parameters, OptimizerSection(type=kind, lr=1e-3))  # type: ignore[arg-type]
+    optimizer = build_optimizer(parameters, settings(kind, lr=1e-3))
     for _, parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

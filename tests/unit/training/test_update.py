@@ -18,6 +18,7 @@ from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.schema.ema import EmaSection
 from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.config.schema.scheduler import SchedulerSection
+from musubi_tuner.config.schema.train import TrainSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
 from musubi_tuner.errors import CheckpointError
@@ -56,7 +57,7 @@ def make_task(model: nn.ModuleDict | None = None, frozen: Sequence[str] = ()) ->
         scheduler=SchedulerSection(type="constant", warmup_steps=0),
         adapter=AdapterSection(),
         ema=EmaSection(decay=0.5),
-        train=SimpleNamespace(max_grad_norm=1.0),
+        train=TrainSection(),
         warms_average=False,
         frozen=frozen,
     )

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from musubi_tuner.config.foreign import DTYPES, OPTIMIZERS
+from musubi_tuner.config.foreign import DTYPES
 from musubi_tuner.config.importers.builder import Builder, of_items
 from musubi_tuner.config.importers.options import VARIANTS
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.models.registry import MODELS, called, trained_elsewhere
+from musubi_tuner.optimizers import BY_NAME as OPTIMIZERS
+from musubi_tuner.optimizers import OPTIMIZERS as RECORDS
 from musubi_tuner.schedules import BY_NAME
 
 SAME: dict[str, str] = {
@@ -75,7 +77,7 @@ TIMES = {"sigmoid": "sigmoid", "linear": "uniform", "shift": "flux_shift", "flux
 LOSSES = {"mse": "l2", "mae": "l1"}
 WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "train.dtype": ("train.mixed_precision", PRECISIONS),
-    "train.optimizer": ("optimizer.type", {**OPTIMIZERS, "adam8bit": "AdamW8bit"}),
+    "train.optimizer": ("optimizer.type", OPTIMIZERS),
     "train.timestep_type": ("objective.timestep_sampling", TIMES),
     "train.loss_type": ("objective.loss", LOSSES),
     "save.dtype": ("save.dtype", DTYPES),
@@ -399,6 +401,13 @@ class _Job(Builder):
 
     def _optimizer(self, table: Mapping[str, Any]) -> None:
         for name, value in table.items():
+            record = RECORDS.get(self.values.get("optimizer.type", "AdamW"))
+            if record is not None and name in record.arguments:
+                self.values.setdefault("optimizer.args", {})[name] = value
+                self.report.converted.append(
+                    (f"train.optimizer_params.{name}", value, "optimizer.args", {name: value}, "an argument")
+                )
+                continue
             key = f"optimizer.{name}"
             if key in self.known and name != "type":
                 self._set(

@@ -11,7 +11,7 @@ which is written where ours differs. A value of the wrong type is an error, as i
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,6 +26,7 @@ from musubi_tuner.config.names import answer
 from musubi_tuner.config.schema import flat_names, parameters
 from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.models.registry import MODELS, called, foreign_family, trained_elsewhere
+from musubi_tuner.optimizers import OPTIMIZERS, Argument
 
 SECRETS = ("huggingface_token", "wandb_api_key", "wandb_key", "hub_token")
 OWN_TABLES = ("accelerate", "cache")
@@ -328,6 +329,16 @@ class _Importer(Builder):
         if "optimizer_type" in options:
             self._plain("optimizer_type", options.pop("optimizer_type"))
         self._arguments(options, "optimizer_args", OPTIMIZER_ARGS)
+        self._relative_step()
+        record = OPTIMIZERS.get(self.values.get("optimizer.type", "AdamW"))
+        if options.get("full_bf16") and record is not None and not record.alone:
+            self.values["train.stochastic_rounding"] = False
+            self.report.defaulted.append(("train.stochastic_rounding", False))
+        if options.get("fused_backward_pass") and record is not None and record.alone:
+            note = "clips each gradient by itself there; here train.max_grad_norm is 0 with it"
+            self.report.dropped_changes_result.append(("fused_backward_pass", note))
+            self.values["train.max_grad_norm"] = 0.0
+            options.pop("max_grad_norm", None)
         self._arguments(options, "network_args", NETWORK_ARGS)
         self._encoder1(options)
         for key in ("base_weights", "base_weights_multiplier"):
@@ -345,6 +356,19 @@ class _Importer(Builder):
             )
         if self.tool == "kohya":
             self._kohya(options)
+
+    def _relative_step(self) -> None:
+        """Adafactor has a rate of its own there, unless an argument turns that off."""
+        if self.values.get("optimizer.type") != "Adafactor" or self.tool not in ("musubi", "kohya"):
+            return
+        args = self.values.get("optimizer.args", {})
+        there = {name: True for name in ("relative_step", "scale_parameter") if name not in args}
+        if there:
+            self.report.defaulted.append(("optimizer.args", there))
+        wanted = {**there, **args}
+        if wanted.get("warmup_init"):
+            wanted["relative_step"] = True  # as there
+        self.values["optimizer.args"] = {name: value for name, value in wanted.items() if value is not False}
 
     def _kohya(self, options: dict[str, Any]) -> None:
         """Options whose meaning in sd-scripts differs from ours."""
@@ -482,11 +506,7 @@ class _Importer(Builder):
         for text in texts if isinstance(texts, list) else [texts]:
             name, sign, value = str(text).partition("=")
             name = name.strip()
-            fixed = ("relative_step", "scale_parameter", "warmup_init")
-            adafactor = source == "optimizer_args" and self.values.get("optimizer.type") == "Adafactor"
-            if adafactor and name in fixed and value.strip() == "False":
-                self.report.dropped_harmless.append((f"optimizer_args {name}", "Adafactor always works this way here"))
-                continue
+            own = self._own_arguments() if source == "optimizer_args" else {}
             if not sign:
                 problems.append(f"{text!r} is not of the form key=value")
             elif source == "network_args" and name in DIMS and value.strip().isdecimal():
@@ -496,6 +516,8 @@ class _Importer(Builder):
                     found.setdefault("adapter.exclude", []).append(DIMS[name])
             elif source == "network_args" and name == "train_blocks" and value.strip() in ("single", "double"):
                 found["adapter.only"] = [rf"{value.strip()}_blocks\..*"]
+            elif name in own:
+                found.setdefault("optimizer.args", {})[name] = _literal(value.strip())
             elif name == "verbose" or (source == "network_args" and value.strip() in ("0", "None", "False")):
                 continue
             elif name not in table and source == "network_args" and name in LAYERS:
@@ -505,7 +527,8 @@ class _Importer(Builder):
             elif name not in table and (entry := FOREIGN.get(name)) and entry.is_neutral(value.strip()):
                 continue
             elif name not in table:
-                problems.append(f"{name} is not supported; known: {', '.join(table)}.{did_you_mean(name, table)}")
+                known = [*table, *own]
+                problems.append(f"{name} is not supported; known: {', '.join(known)}.{did_you_mean(name, known)}")
             else:
                 found[table[name]] = self._typed(self.known[table[name]], value.strip())
         for key, value in found.items():
@@ -516,18 +539,14 @@ class _Importer(Builder):
         shown = ", ".join(f"{key} = {value!r}" for key, value in found.items()) or "nothing"
         self.report.converted.append((source, entries, ", ".join(found) or "-", shown, "one key each"))
 
+    def _own_arguments(self) -> Mapping[str, Argument]:
+        """Arguments of the optimizer that the file names."""
+        name = self.values.get("optimizer.type", "AdamW")
+        return OPTIMIZERS[name].arguments if name in OPTIMIZERS else {}
+
     def _typed(self, parameter: Parameter, text: str) -> Any:
         """A Python literal as the type of a setting."""
-        try:
-            value = ast.literal_eval(text.removeprefix("r"))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            try:
-                # Lists of raw strings, as the patterns are usually written.
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return text
-        if isinstance(value, tuple):
-            value = list(value)
+        value = _literal(text)
         if parameter.type_name.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         return value
@@ -652,3 +671,14 @@ class _Importer(Builder):
             if value != ours and (get_origin(kind) is not Literal or value in get_args(kind)):
                 self.values[key] = value
                 self.report.defaulted.append((key, value))
+
+
+def _literal(text: str) -> Any:
+    """A Python literal; a list for a tuple, the text itself for anything else."""
+    for form in (text.removeprefix("r"), text):  # lists of raw strings, as patterns are usually written
+        try:
+            value = ast.literal_eval(form)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(value) if isinstance(value, tuple) else value
+    return text

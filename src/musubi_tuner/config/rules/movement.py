@@ -1,11 +1,15 @@
 """Rules of how the weights of one role are updated: [optimizer], [scheduler], [ema]. Each is checked for every role."""
 
+import importlib.util
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, warning
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.config.when import describe
+from musubi_tuner.optimizers import OPTIMIZERS, Optimizer, having
 from musubi_tuner.schedules import SCHEDULES
 
 MOVEMENT = Rules()
@@ -89,11 +93,20 @@ def _least_rate(config: RunConfig) -> Iterator[Diagnostic]:
         )
 
 
-@rule("U03", "optimizer.betas")
+def _record(config: RunConfig) -> Optimizer:
+    return OPTIMIZERS[config.optimizer.type]
+
+
+@rule("U03", "optimizer.type optimizer.betas")
 def _betas(config: RunConfig) -> Iterator[Diagnostic]:
-    for index, beta in enumerate(config.optimizer.betas):
+    betas, wanted = config.optimizer.betas, _record(config).betas
+    for index, beta in enumerate(betas):
         if not 0 <= beta < 1:
             yield error("U03", "optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1")
+    if isinstance(wanted, int) and wanted and len(betas) != wanted:
+        text = f"has {len(betas)} values, {config.optimizer.type} has {wanted}"
+        usual = _record(config).defaults.get("optimizer.betas", [0.9, 0.999])
+        yield error("U03", "optimizer.betas", text, "optimizer.type", fix=[("optimizer.betas", usual)])
 
 
 @rule("V43", "optimizer.lr")
@@ -104,32 +117,158 @@ def _learns(config: RunConfig) -> Iterator[Diagnostic]:
         )
 
 
-@rule("V36", "optimizer.lr optimizer.type")
-def _large_rate(config: RunConfig) -> Iterator[Diagnostic]:
-    if config.optimizer.lr >= 0.1:
-        yield warning(
-            "V36",
-            "optimizer.lr",
-            f"is {config.optimizer.lr}, and {config.optimizer.type} would destroy the pretrained weights within a few updates; 1e-4 is usual",
-            "optimizer.type",
-            fix=[("optimizer.lr", 1e-4)],
-        )
+@rule("V36 V34 V40", "optimizer.lr optimizer.type optimizer.args")
+def _unusual_rate(config: RunConfig) -> Iterator[Diagnostic]:
+    lr, name, record = config.optimizer.lr, config.optimizer.type, _record(config)
+    usual = record.defaults.get("optimizer.lr", 1e-4)
+    if config.optimizer.args.get("relative_step") is True:
+        return
+    if record.finds_rate:
+        if 0 < lr <= 0.1:
+            text = f"is {lr}, but {name} finds the learning rate itself and multiplies it by this; 1 is usual"
+            yield warning("V34", "optimizer.lr", text, "optimizer.type", fix=[("optimizer.lr", 1.0)])
+    elif record.signs and lr > 1e-3:
+        text = f"is {lr}; the usual rate of {name} is a tenth to a third of AdamW's, such as 3e-5"
+        yield warning("V40", "optimizer.lr", text, "optimizer.type", fix=[("optimizer.lr", usual)])
+    elif lr >= 0.1 and usual < 0.1 and "SGD" not in name:
+        text = f"is {lr}, and {name} would destroy the pretrained weights within a few updates; {usual:g} is usual"
+        yield warning("V36", "optimizer.lr", text, "optimizer.type", fix=[("optimizer.lr", usual)])
 
 
-@rule("V33", "optimizer.type train.max_grad_norm")
+@rule("V35", "optimizer.type optimizer.group_lr adapter.loraplus_lr_ratio adapter.targets adapter.type")
+def _one_rate(config: RunConfig) -> Iterator[Diagnostic]:
+    if not _record(config).finds_rate:
+        return
+    rates = {rate for rate in config.optimizer.group_lr.values() if rate not in (0, config.optimizer.lr)}
+    own = [("optimizer.group_lr", bool(rates))]
+    if config.adapter.type != "none":
+        own.append(("adapter.loraplus_lr_ratio", config.adapter.loraplus_lr_ratio not in (None, 1)))
+        own.append(("adapter.targets", any(each.lr_scale not in (None, 0, 1) for each in config.adapter.targets)))
+    for key, differs in own:
+        if differs:
+            text = f"gives parameters different rates, but {config.optimizer.type} finds one for all; remove it, or use another optimizer"
+            yield error("V35", key, text, "optimizer.type")
+
+
+@rule("V38", "optimizer.type")
+def _installed(config: RunConfig) -> Iterator[Diagnostic]:
+    record = _record(config)
+    if importlib.util.find_spec(record.module) is None:
+        text = f'is "{config.optimizer.type}", whose package {record.package} is not installed: {record.way_out}'
+        yield error("V38", "optimizer.type", text, fix=[("optimizer.type", "AdamW")])
+
+
+@rule("V42", "optimizer.type optimizer.args")
+def _arguments(config: RunConfig) -> Iterator[Diagnostic]:
+    record, name = _record(config), config.optimizer.type
+    for key, value in config.optimizer.args.items():
+        where, argument = f"optimizer.args.{key}", record.arguments.get(key)
+        if argument is not None:
+            if not argument.accepts(value):
+                yield error("V42", where, f"is {describe(value)}, expected {argument.expected}", "optimizer.type")
+            continue
+        if key in type(config.optimizer).model_fields:
+            text = f"is a setting of its own: write optimizer.{key}"
+        elif key in record.given:
+            text = f"is always {describe(record.given[key])} with {name}"
+        else:
+            known = f"it has {', '.join(record.arguments)}" if record.arguments else "it has none"
+            text = f"{name} has no such argument; {known}.{did_you_mean(key, record.arguments)}"
+        yield error("V42", where, text, "optimizer.type")
+
+
+@rule("V31 V32", "optimizer.type optimizer.args optimizer.lr optimizer.group_lr scheduler.type")
+def _relative_step(config: RunConfig) -> Iterator[Diagnostic]:
+    args = config.optimizer.args
+    if config.optimizer.type != "Adafactor":
+        return
+    relative = args.get("relative_step") is True
+    if args.get("warmup_init") is True and not relative:
+        text = "is the start of relative_step, which is off; set optimizer.args.relative_step = true too"
+        yield error("V31", "optimizer.args.warmup_init", text, "optimizer.args")
+    if relative:
+        for key in ("optimizer.lr", "optimizer.group_lr"):
+            if key in config.set_keys():
+                yield warning(
+                    "V32",
+                    key,
+                    "has no effect because Adafactor with relative_step has a rate of its own",
+                    "optimizer.args",
+                )
+
+
+@rule("V33", "optimizer.type train.max_grad_norm optimizer.args")
 def _clipped_twice(config: RunConfig) -> Iterator[Diagnostic]:
     if (
-        config.optimizer.type == "Adafactor"
+        "clip_threshold" in _record(config).arguments
         and config.train.max_grad_norm > 0
         and "train.max_grad_norm" in config.set_keys()
     ):
         yield warning(
             "V33",
             "train.max_grad_norm",
-            f"is {config.train.max_grad_norm}, but Adafactor clips updates itself; 0 is usual with it",
+            f"is {config.train.max_grad_norm}, but {config.optimizer.type} clips updates itself; 0 is usual with it",
             "optimizer.type",
             fix=[("train.max_grad_norm", 0.0)],
         )
+
+
+@rule("V37", "optimizer.type ema.enabled adapter.max_norm adapter.type")
+def _averages_itself(config: RunConfig) -> Iterator[Diagnostic]:
+    if not _record(config).averages:
+        return
+    if config.ema.enabled:
+        text = f"is true, but {config.optimizer.type} keeps an average of its own, which is drawn, validated and saved"
+        yield error("V37", "ema.enabled", text, "optimizer.type", fix=[("ema.enabled", False)])
+    if config.adapter.type != "none" and config.adapter.max_norm is not None:
+        text = f"scales weights after a step, which {config.optimizer.type} does not see; remove it"
+        yield error("V37", "adapter.max_norm", text, "optimizer.type")
+
+
+@rule(
+    "V93",
+    "optimizer.fused_backward optimizer.type train.max_grad_norm train.grad_accum_steps train.on_nonfinite train.mixed_precision "
+    "memory.blocks_to_swap adapter.type",
+)
+def _fused_backward(config: RunConfig) -> Iterator[Diagnostic]:
+    train = config.train
+    if not config.optimizer.fused_backward or not _record(config).alone:
+        return
+    wanted: list[tuple[str, bool, Any, str]] = [
+        ("train.max_grad_norm", train.max_grad_norm > 0, 0.0, "needs all gradients at once"),
+        ("train.grad_accum_steps", train.grad_accum_steps > 1, 1, "adds up gradients"),
+        ("train.on_nonfinite", train.on_nonfinite == "skip", "stop", "cannot take back what has moved"),
+        ("train.mixed_precision", train.mixed_precision == "fp16", "bf16", "skips updates that overflow"),
+        ("memory.blocks_to_swap", config.adapter.type == "none" and bool(config.memory.blocks_to_swap), 0, "collects gradients by block"),
+    ]  # fmt: skip
+    for key, is_wrong, value, why in wanted:
+        if is_wrong:
+            text = f"{why}, but optimizer.fused_backward steps each parameter at once; set it to {describe(value)}"
+            yield error("V93", key, text, "optimizer.fused_backward", fix=[(key, value)])
+    if len(config.spec.task(config).roles) > 1:
+        yield error("V93", "optimizer.fused_backward", "is for models with one role; set it to false")
+
+
+@rule(
+    "V19",
+    "train.full_half train.stochastic_rounding train.mixed_precision optimizer.type memory.blocks_to_swap adapter.type",
+)
+def _half_weights(config: RunConfig) -> Iterator[Diagnostic]:
+    train = config.train
+    if not train.full_half:
+        return
+    if train.mixed_precision != "bf16":
+        text = f'needs train.mixed_precision = "bf16", which is "{train.mixed_precision}"; float16 weights would lose small steps'
+        yield error("V19", "train.full_half", text, "train.mixed_precision", fix=[("train.mixed_precision", "bf16")])
+    if train.stochastic_rounding and not _record(config).alone:
+        able = ", ".join(having(lambda record: record.alone))
+        text = f"is for optimizers that look at one parameter at a time ({able}), not {config.optimizer.type}; set it to false, or change that"
+        yield error(
+            "V19", "train.stochastic_rounding", text, "optimizer.type", fix=[("train.stochastic_rounding", False)]
+        )
+    if config.adapter.type == "none" and config.memory.blocks_to_swap:
+        text = "is not supported with blocks that train in main memory; set memory.blocks_to_swap = 0"
+        yield error("V19", "train.full_half", text, "memory.blocks_to_swap", fix=[("memory.blocks_to_swap", 0)])
 
 
 @rule("V81", "ema.enabled ema.init model.init adapter.type ema.warmup")

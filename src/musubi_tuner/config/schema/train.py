@@ -58,6 +58,14 @@ class TrainSection(Section):
         "bf16", "Precision of the computation; weights, losses and optimizer stay float32. auto = bf16 if the device has it, "
         "else no.",
     )  # fmt: skip
+    full_half: bool = param(
+        False, "Hold what trains and its gradients in bfloat16, which halves both; optimizer state stays float32.", flat=("full_bf16",)
+    )  # fmt: skip
+    stochastic_rounding: bool = param(
+        True,
+        "Round the steps of bfloat16 weights at random, so that small ones are not lost.",
+        when=on("train.full_half"),
+    )
     on_nonfinite: Literal["stop", "skip"] = param(
         "stop",
         "A loss or gradient that is not finite stops the run, or skips the update; fp16 always skips.",
