@@ -2,6 +2,9 @@
 
 A curve is a pure function of the update number k, from 0: the multiplier of the learning rate of that update. There is no state to save:
 resuming asks for the same k again. The formulas are those of diffusers and transformers where they have the curve.
+
+Two of them say less than the rate. That of plateau is multiplied by what the measurements have left of it (`training.plateau`), and
+adafactor leaves the rate to the optimizer.
 """
 
 import math
@@ -10,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Name = Literal[
-    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "rex", "piecewise_constant"
+    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "rex", "piecewise_constant",
+    "plateau", "adafactor",
 ]  # fmt: skip
 
 
@@ -119,10 +123,21 @@ SCHEDULES: dict[Name, Schedule] = {
     ),
     "rex": Schedule(_rex, "slow at first, steep at the end", ("rex_alpha", "min_lr", "total_steps")),
     "piecewise_constant": Schedule(_pieces, "multipliers by update, as in rules", ("rules",), warms=False, ends=False),
+    "plateau": Schedule(
+        lambda curve, step: 1.0, "falls by factor each time the loss has not improved for patience measurements",
+        ("factor", "patience", "threshold", "cooldown", "min_lr"), ends=False,
+        elsewhere=("reduce_lr_on_plateau", "ReduceLROnPlateau"),
+    ),
+    "adafactor": Schedule(
+        lambda curve, step: 1.0, "the rate is internal to Adafactor with relative_step", warms=False, ends=False
+    ),
 }  # fmt: skip
 assert tuple(SCHEDULES) == get_args(Name)
-BY_NAME: dict[str, Name] = {other: name for name, record in SCHEDULES.items() for other in (name, *record.elsewhere)}
-"""Names of all trainers -> ours."""
+BY_NAME: dict[str, Name] = {
+    other.lower(): name for name, record in SCHEDULES.items() for other in (name, *record.elsewhere)
+}
+"""Names of all trainers, in lower case -> ours."""
+WITHOUT_WARMUP: tuple[Name, ...] = tuple(name for name, record in SCHEDULES.items() if not record.warms)
 
 
 def using(setting: str) -> tuple[Name, ...]:

@@ -122,8 +122,8 @@ def test_warm_up_as_long_as_the_run_ends_at_the_full_rate() -> None:
 
 
 def test_unknown_schedule_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"unknown schedule 'plateau'; known: cosine, linear, constant"):
-        schedule_of(CASES[0] | {"lr_scheduler": "plateau"})
+    with pytest.raises(ValueError, match=r"unknown schedule 'cosin'; known: cosine, linear, constant"):
+        schedule_of(CASES[0] | {"lr_scheduler": "cosin"})
 
 
 OTHERS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "lr_schedules.json").read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Item, ScannedItems, scan
+from musubi_tuner.training.plateau import left_of, measurements
 from musubi_tuner.training.schedulers import rate_jump, start_left
 from musubi_tuner.weights.hub import local_only
 
@@ -151,8 +152,9 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
     from musubi_tuner.training.checkpoint import former_end
 
     end, step = former_end(config, plan.state), int(plan.state["step"])
-    jump = rate_jump(config, plan.steps.total_updates, plan.state["config"], end, step)
-    if not jump or config.role_section(config.spec.task(config).roles[0]):
+    first = config.spec.task(config).roles[0]
+    jump = rate_jump(config, plan.steps.total_updates, plan.state["config"], end, step, left_of(plan.state, first))
+    if not jump or config.role_section(first):
         return []
     warning = f"warning: the learning rate jumps: {jump}, because"
     if jump.end == jump.former_end:
@@ -164,6 +166,28 @@ def _jump_lines(config: RunConfig, plan: Plan) -> list[str]:
         f"           scheduler.total_steps = {jump.former_end} keeps the old curve, which stays at scheduler.min_lr = {floor:g} "
         f"from there{zero}",
     ]
+
+
+def _plateau_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """A rate that too few measurements follow for it ever to fall."""
+    lines = []
+    for role in [role for role in config.spec.task(config).roles if role not in config.frozen]:
+        own = config.for_role(role)
+        count, needed = (
+            measurements(own, plan.steps, bool(plan.held_out)),
+            own.scheduler.patience + 2,
+        )  # the first one is always an improvement
+        if own.scheduler.type != "plateau" or count >= needed:
+            continue
+        metric, way = "the mean loss of an epoch", "set validation.split and every_steps to measure more often"
+        if plan.held_out:
+            metric, way = "the validation loss", "lower validation.every_steps or every_epochs"
+        whose = f" of {role}" if config.role_section(role) else ""
+        lines.append(
+            f'warning: scheduler.type = "plateau" never lowers the learning rate{whose}: {metric} is measured {count} time(s) before '
+            f"the last update, and a fall takes scheduler.patience + 2 = {needed}; lower the patience, or {way}"
+        )
+    return lines
 
 
 def _role_lines(config: RunConfig) -> list[str]:
@@ -259,6 +283,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     ]
     lines += _role_lines(config)
     lines += _jump_lines(config, plan)
+    lines += _plateau_lines(config, plan)
     lines += _average_lines(config, plan)
     adapter = config.adapter
     if adapter.type != "none":

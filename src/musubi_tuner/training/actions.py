@@ -139,8 +139,22 @@ def end_epoch(run: Run) -> None:
         values = {EPOCH_METRIC: mean, "epoch/step": step}
         run.metrics.measured(step, values, 0.0, place=run.position.epoch + 1)
         _follow(run, values)
-    if run.best and run.validator is None and run.best.improve(mean):
-        _save_best(run)
+    if run.validator is None:
+        _lower_rates(run, EPOCH_METRIC, mean)
+        if run.best and run.best.improve(mean):
+            _save_best(run)
+
+
+def _lower_rates(run: Run, metric: str, value: float) -> None:
+    """Let the plateaus see a measurement, which all ranks have; the rates that fall do so from the next update on."""
+    step = run.position.step
+    for role in run.roles:
+        if role.plateau is not None and role.plateau.measure(value, step) and run.metrics:
+            whose = f" of {role.name}" if len(run.roles) > 1 else ""
+            run.metrics.say(
+                f"step {step}: the learning rate{whose} falls to {role.rate(step):.3g}, since {metric} has not improved on "
+                f"{role.plateau.lowest:.4g} in {role.plateau.patience + 1} measurement(s)"
+            )
 
 
 def validate(run: Run) -> None:
@@ -166,6 +180,7 @@ def validate(run: Run) -> None:
         )
         if not math.isfinite(value):
             run.metrics.say(f"warning: step {step}: the validation loss is not finite")
+    _lower_rates(run, METRIC, value)
     if better:
         _save_best(run)
 

@@ -46,6 +46,7 @@ from musubi_tuner.training.identity import (
     other_teachers,
 )
 from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.plateau import left_of
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import write_configs
 from musubi_tuner.training.role import Role
@@ -381,6 +382,7 @@ def _go_on(
             *[f"note: resume.allow: {text}" for text in changes],
             sep="\n",
         )
-        jump = rate_jump(config, total, values["config"], former_end(config, values), position.step)
+        left = left_of(values, snapshot.roles[0].name)
+        jump = rate_jump(config, total, values["config"], former_end(config, values), position.step, left)
         if jump:
             print(f"warning: the learning rate jumps: {jump}")

@@ -34,6 +34,7 @@ from musubi_tuner.training.optimizers import (
     set_learning_rate,
     trainable,
 )
+from musubi_tuner.training.plateau import plateau_of
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.schedulers import schedule_of
 from musubi_tuner.training.stepping import FusedBackward, RoundedStep
@@ -70,6 +71,7 @@ class Role:
     Attributes:
         parameters: by name, in the order of the optimizer's state.
         frozen: it stays as it is; no phase moves it.
+        plateau: what measurements have left of the rate; None where they do not act on it.
         norm: of its gradients in the last update, before they were clipped; a float32 scalar.
 
     Raises:
@@ -95,6 +97,7 @@ class Role:
         self.parameters = trainable(module)
         self.lr = config.optimizer.lr
         self.schedule = schedule_of(config, total)
+        self.plateau = None if self.frozen else plateau_of(config, total)
         self.max_grad_norm = config.train.max_grad_norm
         self.max_norm = config.adapter.max_norm
         self.scaler = scaler
@@ -135,10 +138,13 @@ class Role:
         return [parameter for group in self._by_hand for parameter in group]
 
     def rate(self, step: int) -> float:
-        """Learning rate of an update, counted from 0; each parameter group multiplies it by its own factor."""
+        """Learning rate of an update, counted from 0; each parameter group multiplies it by its own factor.
+
+        With a plateau, of an update since its last fall.
+        """
         if self._own_rate:
             return relative_rate(step, self._warmup_init)
-        return self.lr * self.schedule(step)
+        return self.lr * self.schedule(step) * (self.plateau.share if self.plateau else 1.0)
 
     def begin(self, step: int) -> None:
         """Begin an update.

@@ -1,7 +1,7 @@
 """Learning-rate multipliers, and decays of the averaged weights, as plain functions of the update number. Torch-free.
 
 The multiplier of update k (from 0) is applied before that update, so a linear warm-up begins at 0. There is no
-scheduler state to save: resuming asks for the same k again.
+scheduler state to save: resuming asks for the same k again. What measurements make of the rate is elsewhere: `plateau`.
 """
 
 import math
@@ -89,13 +89,14 @@ class RateJump:
 
 
 def rate_jump(
-    config: "RunConfig", total: int, began: Mapping[str, Any], former_end: int | None, step: int
+    config: "RunConfig", total: int, began: Mapping[str, Any], former_end: int | None, step: int, left: float = 1.0
 ) -> RateJump | None:
     """How the learning rate leaves the curve that it followed; None where it does not, by more than 1 %.
 
     Args:
         total: updates of the run. began: fixed settings of the state that it goes on from.
         former_end: update at which the schedule ended that the state was made with; None = it is not known. step: updates done.
+        left: share of the rate that a plateau had left.
     """
     if former_end is None or not 0 < step < total:
         return None
@@ -107,7 +108,10 @@ def rate_jump(
         "scheduler": config.scheduler.model_copy(update={**former, "total_steps": former_end}),
         "optimizer": config.optimizer.model_copy(update={"lr": before_lr}),
     }
-    old, new = schedule_of(config.model_copy(update=tables), total), schedule_of(config, total)
+    before = config.model_copy(update=tables)
+    old, new = schedule_of(before, total), schedule_of(config, total)
+    before_lr *= left if before.scheduler.type == "plateau" else 1.0
+    lr *= left if config.scheduler.type == "plateau" else 1.0
     if math.isclose(before_lr * old(step), lr * new(step), rel_tol=0.01):
         return None
     return RateJump(step, former_end, schedule_length(config, total), before_lr * old(step - 1), lr * new(step))

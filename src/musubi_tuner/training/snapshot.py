@@ -1,7 +1,7 @@
 """A state: everything that must survive a restart, taken from a run and given back to one.
 
 Randomness is keyed by what it is for, so nothing random has to be saved: a state holds weights, averages, optimizer tensors,
-sums of losses and a position, and what `identity` compares. All ranks take it together; the main one writes it.
+sums of losses, a position and what measurements have led to, and what `identity` compares. All ranks take it together; the main one writes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,6 +49,7 @@ class Snapshot:
         states = {prefix_of(role, self.roles): role.state() for role in self.roles}
         scaler = self.roles[0].scaler
         updates = {role.name: state.average_updates for role, state in zip(self.roles, states.values())}
+        plateaus = {role.name: role.plateau.state() for role in self.roles if role.plateau}
         tensors = {
             part: {
                 f"{prefix}{name}": tensor
@@ -74,6 +75,7 @@ class Snapshot:
                 **self.epoch_loss.state(),
                 "best": self.best.state() if self.best else None,
                 **({"until": self.until.state()} if self.until else {}),
+                **({"plateau": plateaus} if plateaus else {}),
                 "metrics_bytes": metrics.length,
                 **self.identity,
                 "code_version": __version__,
@@ -116,6 +118,9 @@ class Snapshot:
             self.best.load_state(values.get("best"))
         if self.until:
             self.until.load_state(values.get("until"))
+        for role in self.roles:
+            if role.plateau:
+                role.plateau.load_state((values.get("plateau") or {}).get(role.name))
 
 
 def _below(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

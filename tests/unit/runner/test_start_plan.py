@@ -174,3 +174,30 @@ def test_a_smallest_rate_that_was_changed_is_a_jump(load: Load) -> None:
     text = planned(config)
     assert "the learning rate jumps: 2.47e-07 at update 100, 0.0005 at update 101" in text
     assert "because scheduler.min_lr has changed" in text and "keeps the old curve" not in text
+
+
+def test_a_run_that_goes_on_at_the_rate_that_a_plateau_has_left_does_not_jump(load: Load) -> None:
+    plateau = {"plateau": {"model": {"share": 0.01, "lowest": 1.0, "bad": 0, "resting": 0}}}
+    config = load(scheduler={"type": "plateau", "min_lr": 1e-6, "patience": 1})
+    leave_state(config, 100, {"scheduler.type": "plateau"}, schedule_end=100, **plateau)
+    assert "jumps" not in planned(config)
+    config = load(scheduler={"type": "constant"}, resume={"allow": ["scheduler.type"]})
+    assert "the learning rate jumps: 1e-05 at update 100, 0.001 at update 101, 100 times as high" in planned(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "patience", "measured"),
+    [
+        ({"max_steps": 200}, 17, None),
+        ({"max_steps": 200}, 18, "the mean loss of an epoch is measured 19 time(s)"),
+        ({"max_steps": 9}, 0, "the mean loss of an epoch is measured 0 time(s)"),
+    ],
+)
+def test_the_plan_says_that_a_plateau_is_never_seen(
+    train: dict[str, Any], patience: int, measured: str | None, load: Load
+) -> None:
+    """An epoch has 10 updates; the first measurement always improves, and what follows the last one has no use."""
+    config = load(scheduler={"type": "plateau", "patience": patience}, train=train)
+    text = planned(config, train["max_steps"])
+    assert ("never lowers the learning rate" in text) == (measured is not None)
+    assert measured is None or (measured in text and f"scheduler.patience + 2 = {patience + 2}" in text)

@@ -619,6 +619,60 @@ def test_the_start_says_that_the_rate_jumps(start: Start, capsys: pytest.Capture
     assert "jumps" not in capsys.readouterr().out
 
 
+FALLING = {"type": "plateau", "patience": 0, "threshold": 0.99, "factor": 0.3, "min_lr": 1e-3}
+"""No loss of an epoch is a hundredth of the first one, so the rate falls after every epoch but the first."""
+
+
+def test_a_rate_that_follows_the_loss_falls_from_the_next_update_on(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = start("plateau", scheduler=FALLING, train={"max_steps": 16})
+    trainer.run()
+    expected = [rate for rate in (1e-2, 1e-2, 3e-3, 1e-3) for _ in range(4)]
+    assert [row["train/lr"] for row in updates(trainer)] == pytest.approx(expected, rel=1e-12)
+    said = [line for line in capsys.readouterr().out.splitlines() if "falls" in line]
+    first = next(row["epoch/loss"] for row in lines(trainer) if "epoch/loss" in row)
+    tail = f"since epoch/loss has not improved on {first:.4g} in 1 measurement(s)"
+    assert said == [
+        f"step 8: the learning rate falls to 0.003, {tail}",
+        f"step 12: the learning rate falls to 0.001, {tail}",
+    ]
+
+
+def test_a_rate_that_follows_the_loss_is_the_same_after_a_restart(start: Start) -> None:
+    changes: dict[str, Any] = {"scheduler": FALLING, "save": {"state": True}}
+    whole = start("plateau in one", train={"max_steps": 12}, **changes)
+    whole.run()
+    for stop in (6, 9):
+        start("plateau in two", train={"max_steps": stop}, **changes).run()
+    stored = read_values(whole.folder.parent.parent / "plateau in two" / "out" / "tiny-state")["plateau"]
+    assert stored == {"model": {"share": 0.3, "lowest": stored["model"]["lowest"], "bad": 0, "resting": 0}}
+    again = start("plateau in two", train={"max_steps": 12}, **changes)
+    assert again.position.step == 9
+    again.run()
+    assert [row["train/lr"] for row in updates(again)] == [row["train/lr"] for row in updates(whole)]
+    for name, tensor in whole.model.state_dict().items():
+        assert tensor.equal(again.model.state_dict()[name]), name
+
+
+def test_with_validation_the_rate_follows_its_loss(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(IMAGES):
+        make_item(number).path.write_text(f"picture {number}")
+    measured = iter([1.0, 0.5, 0.6, 0.4])
+    monkeypatch.setattr(build_module.Validator, "measure", lambda *_: {"loss/val": next(measured)})
+    trainer = start(
+        "plateau validation",
+        scheduler={**FALLING, "threshold": 0.1},
+        validation={"split": 0.25, "every_steps": 1, "every_epochs": 0},
+    )
+    trainer.run()
+    assert [row["train/lr"] for row in updates(trainer)] == pytest.approx([1e-2, 1e-2, 1e-2, 3e-3], rel=1e-12)
+    assert "step 3: the learning rate falls to 0.003, since loss/val has not improved on 0.5" in capsys.readouterr().out
+
+
 def test_the_two_newest_states_stay_and_the_weights_of_all(start: Start) -> None:
     save = {"every_steps": 1, "every_epochs": 1, "keep_last_steps": 0, "keep_last_epochs": 0, "state": True}
     trainer = start("states", train={"max_steps": 7}, save=save)

@@ -25,6 +25,8 @@ from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.family import LossTerm
 from musubi_tuner.training import snapshot as snapshot_module
 from musubi_tuner.training import update as update_module
+from musubi_tuner.training.checkpoint import TrainingState
+from musubi_tuner.training.plateau import Plateau
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.role import Role, averages_of, weights_of
 from musubi_tuner.training.snapshot import Snapshot
@@ -291,6 +293,30 @@ def test_a_role_that_no_loss_reaches_stays(precision: str) -> None:
     before = values(task)
     assert run(task, 2, 2).not_finite is None
     assert changed(before, values(task)) == {"vae"}
+
+
+def test_a_state_has_the_plateau_of_each_role(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def taken(task: gan.GanTask) -> tuple[Snapshot, TrainingState]:
+        roles = list(task.roles.values())
+        snapshot = Snapshot(roles, Position(), Window(RANKS, 0), EpochLoss(RANKS), None, None, None, {})
+        state = snapshot.take(SimpleNamespace(flush=lambda: None, length=0))  # type: ignore[arg-type]
+        assert state is not None
+        return snapshot, state
+
+    assert "plateau" not in taken(make_task())[1].values
+    task, again = make_task(frozen=["discriminator"]), make_task()
+    for role in (*task.roles.values(), *again.roles.values()):
+        role.plateau = None if role.frozen else Plateau(factor=0.5, patience=0, threshold=0.0)
+    plateau = task.roles["vae"].plateau
+    assert plateau is not None and [plateau.measure(1.0, step) for step in (1, 2)] == [False, True]
+    assert task.roles["vae"].rate(0) == 0.5e-2
+    state = taken(task)[1]
+    assert set(state.values["plateau"]) == {"vae"}
+    parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
+    monkeypatch.setattr(snapshot_module, "read_tensors", lambda path, part: parts[part])
+    snapshot = taken(again)[0]
+    snapshot.restore(tmp_path, state.values)
+    assert again.roles["vae"].rate(0) == 0.5e-2 and again.roles["discriminator"].rate(0) == 1e-2
 
 
 def test_gradients_that_all_ranks_lack_stay_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ LEFT_OF_THE_START = 1 / math.e
 """Share of the initial weights left in the average at the end, above which it has hardly moved."""
 
 
-@rule("V29", "scheduler.warmup_steps train.max_steps")
+@rule("V29", "scheduler.type scheduler.warmup_steps train.max_steps")
 def _warmup_ends(config: RunConfig) -> Iterator[Diagnostic]:
     scheduler = config.scheduler
     if (
         config.train.max_steps is not None
         and not scheduler.warmup_ratio
+        and SCHEDULES[scheduler.type].warms
         and scheduler.warmup_steps > config.train.max_steps
     ):
         yield error(
@@ -66,6 +67,13 @@ def _pieces(config: RunConfig) -> Iterator[Diagnostic]:
             'is required by type "piecewise_constant", such as "1:1000,0.1:2000,0.01"',
             "scheduler.type",
         )
+
+
+@rule("V31", "scheduler.type optimizer.type")
+def _rate_of_the_optimizer(config: RunConfig) -> Iterator[Diagnostic]:
+    if config.scheduler.type == "adafactor" and config.optimizer.type != "Adafactor":
+        text = f'is "adafactor", which leaves the rate to Adafactor; {config.optimizer.type} needs another type, such as "constant"'
+        yield error("V31", "scheduler.type", text, "optimizer.type", fix=[("scheduler.type", "constant")])
 
 
 @rule("V27", "scheduler.warmup_steps scheduler.warmup_ratio scheduler.total_steps train.max_steps")

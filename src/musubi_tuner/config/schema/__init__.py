@@ -77,7 +77,7 @@ AMBIGUOUS = {
     "resolution", "size", "width", "height", "steps", "warmup", "enabled", "run", "path", "weights", "unet", "release",
     "state", "private", "token", "folder", "pictures", "guidance", "loss", "workers", "geometry", "lune", "sol", "solver",
     "rank", "alpha", "include", "exclude", "split", "times", "best", "only", "merge", "comment", "shift", "dropout", "max_norm",
-    "preset", "kinds", "depth", "targets", "lr_scale",
+    "preset", "kinds", "depth", "targets", "lr_scale", "factor", "patience", "threshold", "cooldown",
 }  # fmt: skip
 """Last parts of keys that are not option names by themselves, because they would be unclear or ambiguous."""
 

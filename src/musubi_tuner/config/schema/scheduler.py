@@ -6,12 +6,15 @@ from pydantic import field_validator
 
 from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.when import When, is_, is_not, on
-from musubi_tuner.schedules import SCHEDULES, Name, pieces_of, using
+from musubi_tuner.schedules import SCHEDULES, WITHOUT_WARMUP, Name, pieces_of, using
 
 
 def _acts(setting: str) -> When:
     """Where a setting acts: on the curves that use it."""
     return is_("scheduler.type", *using(setting))
+
+
+_WARMS = is_not("scheduler.type", *WITHOUT_WARMUP)
 
 
 class SchedulerSection(Section):
@@ -21,8 +24,7 @@ class SchedulerSection(Section):
 
     type: Name = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
     warmup_steps: int = param(
-        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates",
-        when=is_not("scheduler.type", "piecewise_constant"), rule="V30"
+        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates", when=_WARMS, rule="V30"
     )  # fmt: skip
     warmup_ratio: float | None = param(
         None,
@@ -31,14 +33,21 @@ class SchedulerSection(Section):
         ge=0,
         lt=1,
         step=0.01,
-        when=is_not("scheduler.type", "piecewise_constant"),
+        when=_WARMS,
         rule="V30",
     )
     warmup_type: Literal["linear", "cosine"] = param(
         "linear", "Shape of the warm-up.", when=on("scheduler.warmup_steps") | on("scheduler.warmup_ratio"), rule="V30"
     )
     min_lr: float = param(
-        0.0, "Learning rate at the end.", ge=0, le=10, resume="free", when=_acts("min_lr"), rule="V30", step=1e-5
+        0.0,
+        "Learning rate at the end, or below which plateau does not go.",
+        ge=0,
+        le=10,
+        resume="free",
+        when=_acts("min_lr"),
+        rule="V30",
+        step=1e-5,
     )
     total_steps: int | None = param(
         None, "Updates until the schedule reaches its end, where it stays; absent = the length of the run, so an extended run "
@@ -67,6 +76,22 @@ class SchedulerSection(Section):
     rules: str | None = param(
         None, "Multipliers of piecewise_constant: 1:1000,0.1:2000,0.01 = whole before update 1000, a tenth before 2000, then a hundredth.",
         when=_acts("rules"), rule="V30"
+    )  # fmt: skip
+
+    factor: float = param(
+        0.1, "What plateau multiplies the learning rate by.", gt=0, lt=1, step=0.05, when=_acts("factor"), rule="V30"
+    )  # fmt: skip
+    patience: int = param(
+        10, "Measurements in a row without improvement that plateau lets pass; the next one lowers the rate.", ge=0, le=MOST,
+        when=_acts("patience"), rule="V30", unit="measurements"
+    )  # fmt: skip
+    threshold: float = param(
+        1e-4, "Share of the lowest loss by which another one must be lower to count as an improvement.", ge=0, lt=1, step=1e-4,
+        when=_acts("threshold"), rule="V30"
+    )  # fmt: skip
+    cooldown: int = param(
+        0, "Measurements after a fall of the rate that plateau does not count.", ge=0, le=MOST, when=_acts("cooldown"), rule="V30",
+        unit="measurements"
     )  # fmt: skip
 
     @field_validator("rules")
