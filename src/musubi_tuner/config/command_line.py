@@ -51,15 +51,15 @@ def type_and_default(parameter: Parameter, spec: ModelSpec | None = None) -> tup
     types, defaults = {}, {}
     for code in [spec.code] if spec else MODELS:
         if parameter.section in ("general", "datasets"):
-            types[code] = parameter.type_name
+            types[code] = parameter.written_as
             defaults[code] = format_value(MODELS[code].dataset_defaults.get(parameter.name))
         elif (own := parameter_of(MODELS[code], parameter.key)) is not None:
             value = MODELS[code].defaults.get(own.key)
-            types[code] = own.type_name
+            types[code] = own.written_as
             defaults[code] = format_default(own) if value is None else format_value(value)
     shared = len(set(defaults.values())) == 1 and len(defaults) == (1 if spec else len(MODELS))
     each = ["; ".join(f"{code}: {fact}" for code, fact in facts.items()) for facts in (types, defaults)]
-    kind = parameter.type_name if len(set(types.values())) == 1 else each[0]
+    kind = parameter.written_as if len(set(types.values())) == 1 else each[0]
     return kind, next(iter(defaults.values())) if shared else each[1]
 
 

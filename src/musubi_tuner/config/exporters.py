@@ -79,6 +79,9 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
             lost.append((key, 'is "auto", which only this program supports; add a value for it'))
         elif key == "sample.prompts" and isinstance(value, list):
             lost.append((key, f"are in the run file; write them to a file and set {name} to its path"))
+        elif key == "scheduler.type" and value == "plateau":
+            lost.append((key, 'is "plateau", and schedules there do not see the loss; the rate is constant'))
+            written[names[key]] = "constant"
         elif name is not None and value is not None and value != "auto" and not (name.endswith(_COUNTS) and value == 0):
             written[name] = value
         elif key == "memory.base_storage":
@@ -93,7 +96,9 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
             lost.append((key, f"is {value!r}, but there is no such option there"))
     rank = config.adapter.rank
     written["network_alpha"] = rank / 2 if config.adapter.alpha is None else config.adapter.alpha or float(rank)
-    if config.scheduler.type == "constant" and (config.scheduler.warmup_steps or config.scheduler.warmup_ratio):
+    if config.scheduler.type in ("constant", "plateau") and (
+        config.scheduler.warmup_steps or config.scheduler.warmup_ratio
+    ):
         written["lr_scheduler"] = "constant_with_warmup"
     if config.scheduler.warmup_ratio:
         written["lr_warmup_steps"] = config.scheduler.warmup_ratio

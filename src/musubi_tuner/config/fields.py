@@ -1,5 +1,6 @@
 """What a setting is made of: `param` declares one, `Section` is a table of them, `Parameter` is one as all readers see it."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -39,6 +40,7 @@ def param(
     when: When | None = None,
     rule: str = "",
     accepts: str = "",
+    as_share: str = "",
     **constraints: Any,
 ) -> Any:
     """One setting: its default (``...`` = required), its sentence, and pydantic constraints such as ge and le.
@@ -51,12 +53,26 @@ def param(
         neutral: value that means "off"; ``...`` = false, absent, or 0 where it may be 0.
         when: condition under which it has an effect. rule: code of the warning if it does not hold; "" = the usual one.
         accepts: what a pattern asks for, in words that follow "of".
+        as_share: a count may also be written as a share, 0.05 or "5%", which stands for this setting; see `share_of`.
     """
     extra: Any = {
         "flat": list(flat), "resume": resume, "secret": secret, "path": path, "unit": unit, "label": label, "tab": tab,
-        "expert": expert, "step": step, "neutral": neutral, "when": when, "rule": rule, "accepts": accepts,
+        "expert": expert, "step": step, "neutral": neutral, "when": when, "rule": rule, "accepts": accepts, "as_share": as_share,
     }  # fmt: skip
     return Field(default, description=help, json_schema_extra=extra, repr=not secret, **constraints)
+
+
+SHARE = r"^\s*(\d{1,2}(\.\d*)?|\.\d+)\s*%\s*$"
+"""A share as a text: a percentage below 100."""
+
+
+def share_of(value: Any) -> float | None:
+    """The share that a number below 1 or a text such as "5%" stands for; None if a value is something else."""
+    if isinstance(value, str) and re.match(SHARE, value, re.ASCII):
+        return float(f"{value.strip().rstrip('%').strip()}e-2")  # 7% is 0.07, and 7 / 100 may round to another number
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    return None
 
 
 class Section(BaseModel):
@@ -184,13 +200,19 @@ class Parameter:
         return _type_name(self.field.annotation)
 
     @property
+    def written_as(self) -> str:
+        """Its type with the other form that it may be written in."""
+        return self.type_name + (" or share" if self.extra("as_share") else "")
+
+    @property
     def expected(self) -> str:
         """What a value must be, in words, with its limits."""
         words = {"int": "a whole number", "float": "a number", "text": "a text"}.get(self.type_name, self.type_name)
         limits = [f"{text} {limit}" for name, text in LIMITS.items() if (limit := self.limit(name)) is not None]
         if words == "a text":
             limits = [f"of {self.extra('accepts')}"] if self.limit("pattern") is not None else []
-        return f"{words} {' and '.join(limits)}".strip()
+        share = ', or a share such as 0.05 or "5%"' if self.extra("as_share") else ""
+        return f"{words} {' and '.join(limits)}".strip() + share
 
 
 def _type_name(annotation: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
-from musubi_tuner.config.fields import Parameter, Section
+from musubi_tuner.config.fields import SHARE, Parameter, Section
 from musubi_tuner.config.schema import SECTION_ALIASES, item_parameters, parameters, section_classes
 from musubi_tuner.models.registry import MODELS
 
@@ -69,6 +69,14 @@ def field_schema(parameter: Parameter) -> dict[str, Any]:
         limit = parameter.limit(name)
         if limit is not None and not tables:
             found[word] = limit
+    if parameter.extra("as_share"):
+        found = {
+            "anyOf": [
+                found,
+                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": SHARE},
+            ]
+        }
     found["description"] = parameter.help
     if not parameter.required and parameter.default is not None and not tables:
         found["default"] = parameter.default

@@ -20,6 +20,7 @@ from musubi_tuner.config.explain import explain
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers import TITLES, import_options, is_typed, recognise
 from musubi_tuner.config.names import answer, shown, translate, why_not
+from musubi_tuner.config.other_words import plain_words
 from musubi_tuner.config.paths import locate
 from musubi_tuner.config.pipeline import (
     TABLE,
@@ -148,6 +149,7 @@ def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> 
         document.get("train", {}).pop("max_steps", None)  # there, epochs take precedence over steps
     values = _collect(document, overrides or {}, origins, problems)
     of_items = values.pop(OF_ITEMS, {})
+    plain_words(values, origins, problems)
     spec = _find_family(values, problems)
     if spec:
         _apply_defaults(values, spec, origins)

@@ -25,6 +25,12 @@ def resolved_toml(config: RunConfig) -> str:
             continue
         if parameter.key in at_rest and (config.origins.get(parameter.key, "default") in ("default", "arch")):
             continue  # given back, it would be a setting that a person wrote and that does nothing
+        if (
+            parameter.extra("as_share")
+            and config.get(parameter.extra("as_share"))
+            and parameter.key not in config.set_keys()
+        ):
+            continue  # the share holds instead of the family's count, and both of them written would be refused
         if value is None:
             if parameter.required or config.get(parameter.section) is None or default_of(config, parameter) is None:
                 continue

@@ -87,6 +87,7 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V24": [({"memory": "checkpoint_offload = true\ngradient_checkpointing = false"}, {"memory": "checkpoint_offload = true"})],
     "V25": [({"memory": 'attention = "flash"', "run": 'device = "cpu"'}, {"memory": 'attention = "flash"'})],
     "V27": [({"scheduler": "warmup_steps = 99\nwarmup_ratio = 0.05"}, {"scheduler": "warmup_steps = 100\nwarmup_ratio = 0.05"}),
+            ({"scheduler": 'warmup_steps = "4%"\nwarmup_ratio = 0.05'}, {"scheduler": 'warmup_steps = "5%"\nwarmup_ratio = 0.05'}),
             ({"scheduler": f"warmup_steps = 100\n{SHORTER}"}, {"scheduler": f"warmup_steps = 50\n{SHORTER}"}),
             ({**EPOCHS, "scheduler": "warmup_steps = 50\nwarmup_ratio = 0.05"}, {**EPOCHS, "scheduler": f"warmup_steps = 50\n{SHORTER}"})],
     "V29": [({"scheduler": "warmup_steps = 2001"}, {"scheduler": "warmup_steps = 2000"}),

@@ -681,6 +681,19 @@ def test_an_export_says_what_only_this_program_decides(project: Path, capsys: py
     assert options["save_every_n_epochs"] == 1
 
 
+def test_an_export_of_a_rate_that_follows_the_loss_is_constant(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_of("command.sh", KOHYA_COMMAND)
+    capsys.readouterr()
+    words = ["--set", "scheduler.type=plateau", "--set", "scheduler.patience=3", "--set", "scheduler.warmup_steps=5%"]
+    assert main(["export", "run.toml", "--to", "kohya", "-o", "kohya.toml", *words]) == 0
+    said, options = capsys.readouterr().out, tomllib.loads(Path("kohya.toml").read_text(encoding="utf-8"))
+    assert (options["lr_scheduler"], options["lr_warmup_steps"]) == ("constant_with_warmup", 0.05)
+    assert 'scheduler.type: is "plateau", and schedules there do not see the loss' in said
+    assert "scheduler.patience: is 3" in said
+
+
 def test_words_of_windows_and_names_like_dates(project: Path) -> None:
     text = "python flux_train_network.py --train_data_dir C:\\data\\img --output_name 2024-01-01 --seed 3\n"
     options, _ = shell_options(text, windows=True)

@@ -14,7 +14,10 @@ import tomli_w
 from pydantic import ValidationError
 
 from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.config.command_line import split_overrides
+from musubi_tuner.config.diagnostics import Diagnostic
 from musubi_tuner.config.load import parse_value
+from musubi_tuner.config.other_words import plain_words
 from musubi_tuner.config.paths import is_hub_id, locate
 from musubi_tuner.config.prompts import read_prompts
 from musubi_tuner.config.schema import flat_names, parameters, section_classes
@@ -801,3 +804,91 @@ def test_sizes_beside_those_of_a_file_are_warned_of(load: Callable[..., RunConfi
     reason = "has no effect because adapter.rank_from_weights is true"
     assert [str(finding.reason) for finding in config.findings] == [reason] * 3
     assert {finding.key for finding in config.findings} == {"adapter.kinds", "adapter.depth", "adapter.targets[0].rank"}
+
+
+# Values that may be written in another way
+
+
+@pytest.mark.parametrize(
+    ("written", "steps", "ratio"),
+    [
+        ("warmup_ratio = 0.05", 1000, 0.05),
+        ('warmup_steps = "5%"', 1000, 0.05),
+        ('warmup_steps = " 7 % "', 1000, 0.07),
+        ('warmup_steps = "0.5%"', 1000, 0.005),
+        ("warmup_steps = 0.05", 1000, 0.05),
+        ('warmup_steps = "5%"\nwarmup_ratio = 0.05', 1000, 0.05),
+        ('warmup_steps = "0%"', 0, None),
+        ("warmup_steps = 0.0\nwarmup_ratio = 0.1", 0, 0.1),
+        ("warmup_steps = 50", 50, None),
+    ],
+)
+def test_a_warm_up_may_be_written_as_a_share(written: str, steps: int, ratio: float | None, write: Write) -> None:
+    """It is the ratio, beside which the 1000 updates of the family have no effect."""
+    config = load_config(write(scheduler=written))
+    assert (config.scheduler.warmup_steps, config.scheduler.warmup_ratio) == (steps, ratio)
+    assert config.scheduler.warmup_updates(200) == (int(ratio * 200) if ratio else steps)
+    assert ratio is None or config.origins["scheduler.warmup_ratio"] == "file"
+    # The resolved file says what it means, and means the same; beside the ratio there is no count, which would be refused.
+    Path("again.toml").write_text(resolved_toml(config), encoding="utf-8")
+    assert load_config("again.toml").scheduler == config.scheduler
+
+
+@pytest.mark.parametrize("written", ['"100%"', '"5"', '"some"', "1.0", "-0.1", "1.5", '"-5%"', "true"])
+def test_a_warm_up_that_is_no_share_is_refused_with_what_is_expected(written: str, write: Write) -> None:
+    with pytest.raises(ConfigError, match=r'expected a whole number at least 0 .*, or a share such as 0\.05 or "5%"'):
+        load_config(write(scheduler=f"warmup_steps = {written}"))
+
+
+def test_a_share_of_an_option_replaces_the_count_of_the_file(write: Write) -> None:
+    path = write(scheduler="warmup_steps = 300")
+    for word in ("--lr_warmup_steps=5%", "--warmup_steps=0.05", "--set=scheduler.warmup_steps=5%"):
+        words = word.split("=", 1) if word.startswith("--set") else [word]
+        _, overrides = split_overrides(words, set())
+        config = load_config(path, overrides)
+        assert config.scheduler.warmup_ratio == 0.05
+        assert config.origins["scheduler.warmup_ratio"] == "cli"
+
+
+def test_tables_of_roles_may_be_written_in_the_same_ways() -> None:
+    values: dict[str, Any] = {
+        "roles": {"vae": {"scheduler": {"type": "wsd", "warmup_steps": "5%", "warmup_ratio": 0.1}}, "freeze": []}
+    }
+    problems: list[Diagnostic] = []
+    plain_words(values, {}, problems)
+    assert values["roles"]["vae"]["scheduler"] == {"type": "warmup_stable_decay", "warmup_ratio": 0.05}
+    assert [(each.code, each.keys) for each in problems] == [
+        ("NA04", ("roles.vae.scheduler.type",)),
+        ("V27", ("roles.vae.scheduler.warmup_steps", "roles.vae.scheduler.warmup_ratio")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("wsd", "warmup_stable_decay"),
+        ("ReduceLROnPlateau", "plateau"),
+        ("reduce_lr_on_plateau", "plateau"),
+        ("Cosine", "cosine"),
+    ],
+)
+def test_a_schedule_may_be_called_as_in_another_trainer(word: str, name: str, write: Write) -> None:
+    for config in (
+        load_config(write(scheduler=f'type = "{word}"')),
+        load_config(write(), split_overrides(["--lr_scheduler", word], set())[1]),
+    ):
+        assert config.scheduler.type == name
+        assert f'scheduler.type: is read as "{name}", which "{word}" is called here' in [
+            str(f) for f in config.findings
+        ]
+
+
+def test_a_type_without_warm_up_is_not_asked_for_room_for_it(write: Write) -> None:
+    """The family's 1000 updates of warm-up are longer than the run, and have no effect."""
+    with pytest.raises(ConfigError, match=r"scheduler\.warmup_steps: is 1000, longer than"):
+        load_config(write(train="max_steps = 100"))
+    for kind in ("piecewise_constant", "adafactor"):
+        more = {"optimizer": 'type = "Adafactor"'} if kind == "adafactor" else {}
+        rules = '\nrules = "1:10,0.1"' if kind == "piecewise_constant" else ""
+        found = load_config(write(train="max_steps = 100", scheduler=f'type = "{kind}"{rules}', **more)).findings
+        assert not [each for each in found if each.key.startswith("scheduler.")]

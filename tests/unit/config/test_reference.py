@@ -1,6 +1,7 @@
 """The generated pages say what the code says."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def test_reference_page_is_up_to_date() -> None:
 
 def test_help_names_every_setting_with_its_sentence() -> None:
     text = settings_help()
-    assert "  warmup_steps  (int; default tf: 1000; fd: 0)" in text
+    assert "  warmup_steps  (int or share; default tf: 1000; fd: 0)" in text
     assert "  text_dropout  (float; default tf: 0.1)" in text
-    assert "  warmup_steps  (int; default 0)" in settings_help(MODELS["fd"])
+    assert "  warmup_steps  (int or share; default 0)" in settings_help(MODELS["fd"])
     assert "text_dropout" not in settings_help(MODELS["fd"])
     for parameter in parameters():
         assert f"  {parameter.name}  (" in text
@@ -43,6 +44,16 @@ def test_schema_of_run_files_is_up_to_date_and_knows_all_their_keys() -> None:
         for name, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
             properties = written["properties"][name].get("properties", {})
             assert not isinstance(value, dict) or set(value) <= set(properties), (path.name, name)
+
+
+def test_schema_of_a_count_that_may_be_a_share_takes_all_three_forms() -> None:
+    field = json_schema()["properties"]["scheduler"]["properties"]["warmup_steps"]
+    whole, share, text = field["anyOf"]
+    assert (whole["type"], whole["minimum"], field["default"], field["x-unit"]) == ("integer", 0, 0, "updates")
+    assert (share["type"], share["minimum"], share["exclusiveMaximum"]) == ("number", 0, 1)
+    assert [bool(re.search(text["pattern"], word)) for word in ("5%", "99.9 %", ".5%", "100%", "5", "-5%")] == [
+        True
+    ] * 3 + [False] * 3
 
 
 def test_every_setting_has_what_a_form_needs() -> None:

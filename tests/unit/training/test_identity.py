@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from musubi_tuner.config import load_config
+from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.training import identity
 from musubi_tuner.training.identity import changed_settings, compare_config, fixed_settings
@@ -69,3 +69,30 @@ def test_a_state_made_when_all_families_had_the_same_tables_is_continued(tmp_pat
     assert changed_settings(config, {**stored, **before, "objective.sigmoid_scale": 2.0}, 1) == [
         "objective.sigmoid_scale was 2.0, now 1.0"
     ]
+
+
+def test_a_run_goes_on_if_its_warm_up_is_written_in_another_way(tmp_path: Path) -> None:
+    """Also from a state of before, which has none of the settings of a plateau."""
+    (tmp_path / "model.safetensors").touch()
+
+    def load(**scheduler: Any) -> RunConfig:
+        document = {
+            "schema_version": 1,
+            "run": {"name": "x", "output_dir": str(tmp_path / "out")},
+            "model": {"arch": "tf", "path": str(tmp_path / "model.safetensors")},
+            "experts": {"enable_lune": False, "enable_sol": False},
+            "cache": {"run": "never"},
+            "train": {"max_steps": 1000},
+            "scheduler": scheduler,
+            "datasets": [{"image_directory": str(tmp_path)}],
+        }
+        (tmp_path / "run.toml").write_text(tomli_w.dumps(document), encoding="utf-8")
+        return load_config(tmp_path / "run.toml")
+
+    younger = ("factor", "patience", "threshold", "cooldown")
+    began = fixed_settings(load(warmup_ratio=0.05), 1)
+    before = {key: value for key, value in began.items() if key.removeprefix("scheduler.") not in younger}
+    assert len(before) == len(began) - 4
+    for written in ("5%", 0.05):
+        assert changed_settings(load(warmup_steps=written), before, 1) == []
+    assert changed_settings(load(warmup_steps="6%"), before, 1) == ["scheduler.warmup_ratio was 0.05, now 0.06"]

@@ -19,7 +19,7 @@ from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.foreign import FOREIGN, wins
-from musubi_tuner.config.importers.builder import Builder, is_number
+from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.importers.tools import DEFAULTS, GENERAL
 from musubi_tuner.config.names import answer
@@ -449,7 +449,7 @@ class _Importer(Builder):
                 self.report.dropped_harmless.append((key, "it is off"))
 
     def _steps(self, options: dict[str, Any]) -> None:
-        """Lengths: epochs take precedence over steps; warm-up as a fraction; there, kept checkpoints are counted in steps."""
+        """Lengths: epochs take precedence over steps; there, kept checkpoints are counted in steps."""
         for key in ("max_train_steps", "max_train_epochs", "epochs"):
             if options.get(key) in (0, None) and key in options:
                 options.pop(key)
@@ -457,17 +457,6 @@ class _Importer(Builder):
         if "max_train_epochs" in options and "max_train_steps" in options:
             options.pop("max_train_steps")
             self.report.dropped_harmless.append(("max_train_steps", "max_train_epochs is used instead"))
-        warmup = options.get("lr_warmup_steps")
-        if isinstance(warmup, str) and warmup.endswith("%"):
-            warmup = float(warmup[:-1]) / 100 if is_number(warmup[:-1]) else warmup
-        if isinstance(warmup, float) and 0 < warmup < 1:
-            old, steps = options.pop("lr_warmup_steps"), options.get("max_train_steps")
-            if isinstance(steps, int):
-                self._convert(
-                    "lr_warmup_steps", old, "scheduler.warmup_steps", int(warmup * steps), "fraction of max_train_steps"
-                )
-            else:
-                self._convert("lr_warmup_steps", old, "scheduler.warmup_ratio", warmup, "fraction of the whole run")
         for key, ours in (
             ("save_last_n_steps", "save.keep_last_steps"),
             ("save_last_n_epochs", "save.keep_last_epochs"),

@@ -24,7 +24,8 @@ class SchedulerSection(Section):
 
     type: Name = param("cosine", "Shape after warm-up.", flat=("lr_scheduler",))
     warmup_steps: int = param(
-        0, "Updates of warm-up from zero.", flat=("lr_warmup_steps",), ge=0, le=MOST, unit="updates", when=_WARMS, rule="V30"
+        0, 'Updates of warm-up from zero. A share of the run, 0.05 or "5%", is warmup_ratio.', flat=("lr_warmup_steps",), ge=0, le=MOST,
+        unit="updates", when=_WARMS, rule="V30", as_share="scheduler.warmup_ratio"
     )  # fmt: skip
     warmup_ratio: float | None = param(
         None,
