@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from musubi_tuner.planning.plan import Plan
     from musubi_tuner.training.ranks import Ranks
 
+SCHEDULE_PLOT = ".schedule.png"
+"""Of the name of a plan's picture, after that of the run."""
 _DESCRIPTION = """Train a model from one TOML file: encode images, captions and teacher features once, then train.
 Run the same command again to continue."""
 
@@ -88,6 +90,7 @@ def _parser(spec: ModelSpec | None = None) -> Parser:
     )
     parser.add_argument("config", nargs="?", help="run file (TOML); without it the run files here are listed")
     parser.add_argument("--plan", "--dry_run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--plot", action="store_true", help="with --plan: draw the learning rate into run.output_dir")
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder beside run.output_dir")
     parser.add_argument("--cache_only", action="store_true", help="stop after the cache jobs")
     parser.add_argument("--skip_cache", action="store_true", help="use the caches without checking them")
@@ -96,13 +99,15 @@ def _parser(spec: ModelSpec | None = None) -> Parser:
 
 
 def _main(arguments: Sequence[str], architecture: str | None) -> int:
-    own = {"--plan", "--dry_run", "--fresh", "--cache_only", "--skip_cache", "--help"}
+    own = {"--plan", "--dry_run", "--plot", "--fresh", "--cache_only", "--skip_cache", "--help"}
     passed, overrides = split_overrides(arguments, own)
     parser = _parser(MODELS[architecture] if architecture else family_of(passed))
     options = parser.parse_args(passed)
     refuse_upstream()
     if options.config is None:
         return list_run_files()
+    if options.plot and not options.plan:
+        raise ConfigError("--plot: draws the learning rate of the plan; add --plan")
     join_parent()
     exit_on_terminate()
     if "TORCHELASTIC_RUN_ID" in os.environ and not has_parent_pipe():
@@ -126,9 +131,12 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
         config = _resolved(load_config(options.config, overrides))
         print(f"starting over in {folder}")
     runner = Runner(config, options, overrides)
-    return (
-        runner.run() if options.plan or options.cache_only else run_recorded(config.output_dir, config.path, runner.run)
-    )
+    if not options.plan and not options.cache_only:
+        return run_recorded(config.output_dir, config.path, runner.run)
+    code = runner.run()
+    if options.plot:
+        plot_schedule([runner], config.output_dir)
+    return code
 
 
 def _main_launched(
@@ -181,14 +189,43 @@ def _run_steps(
     # All steps are recorded in their root; one that is run alone, in its own folder.
     folder = steps[0].output_dir if is_single else root_of(steps[0])
 
+    runners: list[Runner] = []
+
     def run_step(config: RunConfig, given: dict[str, Any], can_write: bool) -> int:
         is_held = config.output_dir == folder or not can_write
+        runners.append(Runner(_resolved(config), options, given))
         with nullcontext() if is_held else _hold(config.output_dir):  # from a start with --step
-            return Runner(_resolved(config), options, given).run(can_write)
+            return runners[-1].run(can_write)
 
     if options.plan or options.cache_only:
-        return run_steps(steps, options, overrides, run_step, False)
+        code = run_steps(steps, options, overrides, run_step, False)
+        if options.plot:
+            plot_schedule(runners, folder)
+        return code
     return run_recorded(folder, steps[0].path, lambda can: run_steps(steps, options, overrides, run_step, can))
+
+
+def plot_schedule(runners: "Sequence[Runner]", folder: Path) -> None:
+    """Draw the planned learning rates into a folder, and print the path.
+
+    Args:
+        runners: of the run, or of the steps of a file, which have made their plans.
+    """
+    from musubi_tuner.planning.schedule_plot import Part, draw_schedule
+
+    parts = [
+        Part(
+            runner.config.step.name if runner.config.step else "",
+            runner.config,
+            runner.plan.steps.total_updates,
+            int(runner.plan.state["step"]) if runner.plan.state else 0,
+        )
+        for runner in runners
+        if runner.plan is not None
+    ]
+    if parts:
+        name = parts[0].config.run.name
+        print(f"  plot     {draw_schedule(parts, folder / f'{name}{SCHEDULE_PLOT}', name)}")
 
 
 def run_recorded(folder: Path, path: Path, body: Callable[[bool], int]) -> int:
@@ -284,16 +321,25 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def _is_used(folder: Path) -> bool:
-    """Whether something is there, other than the record of a start that came to nothing."""
+    """Whether something is there, other than the record of a start that came to nothing, and the picture of a plan."""
     record = {RUN_FILE, EXIT_FILE, CONSOLE.parts[0], CONTROL, ".lock"}
-    is_record = (folder / RUN_FILE).is_file() and all(path.name in record for path in folder.iterdir())
-    return folder.exists() and not is_record
+    if not folder.is_dir():
+        return folder.exists()
+    names = {path.name for path in folder.iterdir()}
+    plots = {name for name in names if name.endswith(SCHEDULE_PLOT)}
+    is_record = RUN_FILE in names or bool(plots)
+    return not (is_record and names - plots <= record)
 
 
 class Runner:
-    """Plan, stages, training of one start of `train.py` that is not under a launcher."""
+    """Plan, stages, training of one start of `train.py` that is not under a launcher.
+
+    Attributes:
+        plan: that was made last; None = there is none yet.
+    """
 
     def __init__(self, config: RunConfig, options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+        self.plan: Plan | None = None
         self.config, self.options, self.overrides = config, options, overrides
         self.processes = config.distributed.num_processes
 
@@ -313,7 +359,7 @@ class Runner:
         tell(phase="plan")
         encode = config.cache.run != "never" and not options.skip_cache
         download = encode and not options.plan
-        plan = make_plan(config, self.processes, download=download, only_look=options.plan)
+        plan = self.plan = make_plan(config, self.processes, download=download, only_look=options.plan)
         for note in plan.found.notes:
             print(f"note: {note}")
         show_plan(config, describe(config, plan, self.processes))

@@ -110,7 +110,7 @@ def _log_if_wide(axes: Any, *values: np.ndarray) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _finish(axes: Any, title: str, ylabel: str, xlabel: str = "update") -> None:
+def finish_axes(axes: Any, title: str, ylabel: str, xlabel: str = "update") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -119,12 +119,12 @@ def _finish(axes: Any, title: str, ylabel: str, xlabel: str = "update") -> None:
     axes.grid(alpha=0.3)
 
 
-def _legend(axes: Any, **options: Any) -> None:
+def add_legend(axes: Any, **options: Any) -> None:
     """Names of the curves, beside the axes so that they cover none."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, **options)
 
 
-def _figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
+def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +133,7 @@ def _figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
     return pyplot.subplots(rows, columns, layout="constrained", **options)
 
 
-def _save(figure: Any, target: Path) -> None:
+def save_figure(figure: Any, target: Path) -> None:
     from matplotlib import pyplot
 
     replace_file(target, lambda path: figure.savefig(path, format="png", dpi=120))
@@ -159,7 +159,7 @@ def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
     tags = loss_tags(rows)
     if not tags:
         return False
-    figure, axes = _figure(figsize=(9, 5))
+    figure, axes = new_figure(figsize=(9, 5))
     names = {"loss/val": "validation", "epoch/loss": "mean of the epoch"}
     for tag in tags:
         style: dict[str, Any] = {"color": "black"} if tag in names else {}
@@ -167,9 +167,9 @@ def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
             style["linestyle"] = "--"
         _curve(axes, points(rows, tag), names.get(tag, tag.removeprefix("loss/")), **style)
     _log_if_wide(axes, *(points(rows, tag)[1] for tag in tags))
-    _finish(axes, f"{title}: losses", "loss")
-    _legend(axes)
-    _save(figure, target)
+    finish_axes(axes, f"{title}: losses", "loss")
+    add_legend(axes)
+    save_figure(figure, target)
     return True
 
 
@@ -178,7 +178,7 @@ def _plot_one(rows: list[Row], target: Path, title: str, *, tags: dict[str, str]
     shown = {label: points(rows, tag) for tag, label in tags.items() if len(points(rows, tag)[0])}
     if not shown:
         return False
-    figure, axes = _figure(figsize=(8, 4))
+    figure, axes = new_figure(figsize=(8, 4))
     for label, found in shown.items():
         _curve(axes, found, label, smooth=wide)
     if wide:
@@ -186,10 +186,10 @@ def _plot_one(rows: list[Row], target: Path, title: str, *, tags: dict[str, str]
     else:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    _finish(axes, f"{title}: {ylabel}", ylabel)
+    finish_axes(axes, f"{title}: {ylabel}", ylabel)
     if len(shown) > 1:
-        _legend(axes)
-    _save(figure, target)
+        add_legend(axes)
+    save_figure(figure, target)
     return True
 
 
@@ -198,16 +198,16 @@ def plot_step_time(rows: list[Row], target: Path, title: str) -> bool:
     seconds, rate = points(rows, "clock/step_seconds"), points(rows, "clock/images_per_second")
     if not len(seconds[0]):
         return False
-    figure, (upper, lower) = _figure(2, figsize=(8, 6), sharex=True)
+    figure, (upper, lower) = new_figure(2, figsize=(8, 6), sharex=True)
     _curve(upper, seconds, "seconds")
     _curve(lower, rate, "images", color="tab:green")
     _log_if_wide(upper, seconds[1])
     if upper.get_yscale() == "linear":
         upper.set_ylim(bottom=0)
     lower.set_ylim(bottom=0)
-    _finish(upper, f"{title}: time of an update, mean since the last line", "seconds", "")
-    _finish(lower, "", "images per second")
-    _save(figure, target)
+    finish_axes(upper, f"{title}: time of an update, mean since the last line", "seconds", "")
+    finish_axes(lower, "", "images per second")
+    save_figure(figure, target)
     return True
 
 
@@ -225,7 +225,7 @@ def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str
         return False
     sigmas = [float(tag.removeprefix(prefix)) for tag in tags]
     measured = [row for row in rows if any(tag in row for tag in tags)]
-    figure, (left, right) = _figure(1, 2, figsize=(13, 5))
+    figure, (left, right) = new_figure(1, 2, figsize=(13, 5))
     colours = colormaps["viridis"]
     for tag, sigma in zip(tags, sigmas):
         _curve(left, points(measured, tag), f"{sigma:g}", color=colours(0.95 * sigma))
@@ -244,12 +244,12 @@ def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str
         right.plot(sigmas, means, marker="o", markersize=4, color=shade, label=label)
     for axes in (left, right):
         _log_if_wide(axes, *every)
-    _finish(left, f"{title}: {what} by noise level", "loss")
-    _finish(right, "the same over the noise level", "loss", "noise level (0 = image, 1 = noise)")
+    finish_axes(left, f"{title}: {what} by noise level", "loss")
+    finish_axes(right, "the same over the noise level", "loss", "noise level (0 = image, 1 = noise)")
     right.set_xlim(0, 1)
-    _legend(left, title="noise level", fontsize="small", ncols=-(-len(tags) // 20))
-    _legend(right, title="update", fontsize="small")
-    _save(figure, target)
+    add_legend(left, title="noise level", fontsize="small", ncols=-(-len(tags) // 20))
+    add_legend(right, title="update", fontsize="small")
+    save_figure(figure, target)
     return True
 
 
@@ -283,7 +283,7 @@ def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
     Raises:
         DataError: if a file cannot be read, or the folder of ``target`` cannot be written.
     """
-    figure, (upper, lower) = _figure(2, 1, figsize=(11, 7), sharex=True)
+    figure, (upper, lower) = new_figure(2, 1, figsize=(11, 7), sharex=True)
     begun, every = 0, []
     for number, (name, path) in enumerate(steps):
         try:
@@ -310,11 +310,11 @@ def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
     upper.margins(y=0.12)  # for the names
     _log_if_wide(upper, *every)
     lower.set_ylim(bottom=0)
-    _finish(upper, title, "loss", "")
-    _finish(lower, "", "learning rate", "update, over all steps")
-    _legend(upper, fontsize="small")
+    finish_axes(upper, title, "loss", "")
+    finish_axes(lower, "", "learning rate", "update, over all steps")
+    add_legend(upper, fontsize="small")
     _make(target.parent)
-    _save(figure, target)
+    save_figure(figure, target)
     return target
 
 

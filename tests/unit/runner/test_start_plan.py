@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import tomli_w
+from matplotlib import pyplot
 from PIL import Image
 
 from musubi_tuner.config import RunConfig, Steps, load_config
+from musubi_tuner.config.run_config import lay
 from musubi_tuner.data.sources import ScannedItems
 from musubi_tuner.errors import ConfigError
+from musubi_tuner.planning import schedule_plot
 from musubi_tuner.planning.plan import Plan, describe
-from musubi_tuner.runner.command import Runner
+from musubi_tuner.runner import command
+from musubi_tuner.runner.command import Runner, fresh_folder
 from musubi_tuner.training.checkpoint import CheckpointList, Entry, peek_state
 
 Load = Callable[..., RunConfig]
@@ -201,3 +205,88 @@ def test_the_plan_says_that_a_plateau_is_never_seen(
     text = planned(config, train["max_steps"])
     assert ("never lowers the learning rate" in text) == (measured is not None)
     assert measured is None or (measured in text and f"scheduler.patience + 2 = {patience + 2}" in text)
+
+
+# The picture of the plan
+
+
+def test_the_plan_draws_the_learning_rate_and_writes_nothing_else(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Runner, "_plan_memory", lambda runner, plan: None)  # which takes seconds
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a picture", encoding="utf-8")
+    load(model=SCRATCH, ema={"enabled": False})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"^--plot: .*add --plan"):
+        command._main([str(tmp_path / "run.toml"), "--plot"], None)
+    assert command._main([str(tmp_path / "run.toml"), "--plan", "--plot"], None) == 0
+    picture = tmp_path / "out" / "x.schedule.png"
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, picture.parent, picture])
+    assert capsys.readouterr().out.splitlines()[-1] == f"  plot     {picture}"
+    with Image.open(picture) as drawn:
+        assert drawn.width > 800
+    assert fresh_folder(picture.parent) == picture.parent
+    (picture.parent / "metrics.jsonl").touch()
+    assert fresh_folder(picture.parent) == tmp_path / "out-2"
+
+
+def test_steps_are_drawn_one_after_the_other_with_their_marks(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(schedule_plot, "save_figure", lambda figure, target: seen.append(figure))
+    parts = [
+        schedule_plot.Part("first", load(scheduler={"type": "linear", "warmup_steps": "10%"}), 100),
+        schedule_plot.Part(
+            "second", load(scheduler={"type": "plateau", "min_lr": 1e-5, "total_steps": None}), 300, done=30
+        ),
+        schedule_plot.Part("third", load(scheduler={"type": "cosine", "total_steps": 50}), 100),
+    ]
+    schedule_plot.draw_schedule(parts, tmp_path / "a.png", "cats")
+    (axes,) = seen[0].axes
+    first, second, _ = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert list(first.get_xdata()) == list(range(1, 101)) and list(second.get_xdata()) == list(range(101, 401))
+    assert first.get_ydata()[:11] == pytest.approx([k * 1e-4 for k in range(11)])
+    words = {note.get_text(): note.xy[0] for note in axes.texts}
+    assert words == {
+        "first: 100 updates": 0, "warm-up ends: 10": 10, "second: 300 updates": 100, "done: 30": 130, "third: 100 updates": 400,
+        "schedule ends: 50": 450,
+    }  # fmt: skip
+    assert axes.get_title() == "cats: planned learning rate" and axes.get_ylabel() == "learning rate"
+    labels = [text.get_text().splitlines()[0] for text in axes.get_legend().get_texts()]
+    assert labels == ["first: linear", "second: plateau", "min_lr = 1e-05", "third: cosine"]
+    pyplot.close(seen[0])
+
+
+def test_a_rate_that_the_optimizer_sets_has_no_curve(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(schedule_plot, "save_figure", lambda figure, target: seen.append(figure))
+    config = load(scheduler={"type": "adafactor"}, optimizer={"type": "Adafactor"})
+    schedule_plot.draw_schedule([schedule_plot.Part("", config, 200)], tmp_path / "a.png", "x")
+    assert {"end: 200", "Adafactor sets the rate"} == {note.get_text() for note in seen[0].axes[0].texts}
+    pyplot.close(seen[0])
+
+
+def test_roles_that_move_alike_share_a_curve(load: Load) -> None:
+    config = load()
+    roles = {"a": {}, "b": {"lr": 1e-5}, "c": {}, "d": {}}
+
+    class Roles(RunConfig):
+        """A run of several roles, one of them frozen."""
+
+        @property
+        def spec(self) -> Any:
+            return Namespace(task=lambda config: Namespace(roles=tuple(roles)))
+
+        @property
+        def frozen(self) -> list[str]:
+            return ["d"]
+
+        def for_role(self, name: str) -> RunConfig:
+            return self.model_copy(update={"optimizer": lay(self.optimizer, roles[name])})
+
+    found = schedule_plot.curves_of(Roles.model_construct(**dict(config)), 50)
+    assert [(curve.label, curve.rates.max()) for curve in found] == [("a, c: cosine", 1e-3), ("b: cosine", 1e-5)]
