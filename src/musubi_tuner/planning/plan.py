@@ -173,10 +173,8 @@ def _plateau_lines(config: RunConfig, plan: Plan) -> list[str]:
     lines = []
     for role in [role for role in config.spec.task(config).roles if role not in config.frozen]:
         own = config.for_role(role)
-        count, needed = (
-            measurements(own, plan.steps, bool(plan.held_out)),
-            own.scheduler.patience + 2,
-        )  # the first one is always an improvement
+        count = measurements(own, plan.steps, bool(plan.held_out))
+        needed = own.scheduler.patience + 2  # the first one always improves, and patience of the others pass
         if own.scheduler.type != "plateau" or count >= needed:
             continue
         metric, way = "the mean loss of an epoch", "set validation.split and every_steps to measure more often"

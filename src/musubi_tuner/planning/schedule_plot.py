@@ -55,7 +55,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """Words at an update, to its left if they are about an end of all."""
+    """Words at an update, to its left if it is the last one; a border is that of a step or of the run."""
 
     update: int
     words: str

@@ -1,4 +1,4 @@
-"""A learning rate that falls when the loss has stopped to improve. Torch-free.
+"""A learning rate that falls when the loss has stopped improving. Torch-free.
 
     a measurement improves                  if it is below (1 - threshold) times the lowest one so far
     more than patience in a row do not      share <- max(share * factor, floor), from the next update on
