@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from musubi_tuner.optimizers import OPTIMIZERS
 from musubi_tuner.schedules import Curve, multiplier
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def schedule_length(config: "RunConfig", total: int) -> int:
 
 
 def schedule_of(config: "RunConfig", total: int) -> Callable[[int], float]:
-    """The schedule of a run of so many updates."""
+    """The schedule of a run of so many updates; schedule-free optimizers have none."""
+    if OPTIMIZERS[config.optimizer.type].averages:
+        return lambda step: 1.0
     return make_schedule(
         config.scheduler.type,
         lr=config.optimizer.lr,

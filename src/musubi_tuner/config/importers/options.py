@@ -329,7 +329,7 @@ class _Importer(Builder):
         if "optimizer_type" in options:
             self._plain("optimizer_type", options.pop("optimizer_type"))
         self._arguments(options, "optimizer_args", OPTIMIZER_ARGS)
-        self._relative_step()
+        self._relative_step(options)
         record = OPTIMIZERS.get(self.values.get("optimizer.type", "AdamW"))
         if options.get("full_bf16") and record is not None and not record.alone:
             self.values["train.stochastic_rounding"] = False
@@ -357,8 +357,8 @@ class _Importer(Builder):
         if self.tool == "kohya":
             self._kohya(options)
 
-    def _relative_step(self) -> None:
-        """Adafactor has a rate of its own there, unless an argument turns that off."""
+    def _relative_step(self, options: dict[str, Any]) -> None:
+        """Adafactor has a rate of its own there, unless an argument turns that off, and no other schedule beside it."""
         if self.values.get("optimizer.type") != "Adafactor" or self.tool not in ("musubi", "kohya"):
             return
         args = self.values.get("optimizer.args", {})
@@ -369,6 +369,13 @@ class _Importer(Builder):
         if wanted.get("warmup_init"):
             wanted["relative_step"] = True  # as there
         self.values["optimizer.args"] = {name: value for name, value in wanted.items() if value is not False}
+        if wanted["relative_step"]:
+            for name in ("lr_scheduler", "lr_warmup_steps", "lr_warmup_ratio", "learning_rate", "unet_lr"):
+                if name in options and options.pop(name):
+                    self.report.dropped_harmless.append(
+                        (name, "Adafactor with relative_step has a rate of its own there too")
+                    )
+            self.values["scheduler.type"] = "adafactor"
 
     def _kohya(self, options: dict[str, Any]) -> None:
         """Options whose meaning in sd-scripts differs from ours."""

@@ -195,6 +195,9 @@ def _relative_step(config: RunConfig) -> Iterator[Diagnostic]:
         text = "is the start of relative_step, which is off; set optimizer.args.relative_step = true too"
         yield error("V31", "optimizer.args.warmup_init", text, "optimizer.args")
     if relative:
+        if "scheduler.type" in config.set_keys() and config.scheduler.type not in ("adafactor", "constant"):
+            text = f'is "{config.scheduler.type}", but Adafactor with relative_step has a rate of its own; write "adafactor"'
+            yield error("V31", "scheduler.type", text, "optimizer.args", fix=[("scheduler.type", "adafactor")])
         for key in ("optimizer.lr", "optimizer.group_lr"):
             if key in config.set_keys():
                 yield warning(
@@ -221,10 +224,21 @@ def _clipped_twice(config: RunConfig) -> Iterator[Diagnostic]:
         )
 
 
-@rule("V37", "optimizer.type ema.enabled adapter.max_norm adapter.type")
+@rule(
+    "V37",
+    "optimizer.type scheduler.type scheduler.warmup_steps scheduler.warmup_ratio ema.enabled adapter.max_norm adapter.type",
+)
 def _averages_itself(config: RunConfig) -> Iterator[Diagnostic]:
     if not _record(config).averages:
         return
+    for key, is_idle in (
+        ("scheduler.type", config.scheduler.type != "constant"),
+        ("scheduler.warmup_steps", config.scheduler.warmup_steps > 0),
+        ("scheduler.warmup_ratio", bool(config.scheduler.warmup_ratio)),
+    ):
+        if is_idle and key in config.set_keys():
+            text = f"has no effect because {config.optimizer.type} averages instead; optimizer.args.warmup_steps is its own warm-up"
+            yield warning("V37", key, text, "optimizer.type")
     if config.ema.enabled:
         text = f"is true, but {config.optimizer.type} keeps an average of its own, which is drawn, validated and saved"
         yield error("V37", "ema.enabled", text, "optimizer.type", fix=[("ema.enabled", False)])
