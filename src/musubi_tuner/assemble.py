@@ -11,18 +11,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.adapter_types import ADAPTERS, NORM
 from musubi_tuner.adapters.attach import (
     AdapterSet,
     Placement,
     attach,
     layer_settings,
     make_adapters,
-    place_adapters,
+    own_arguments,
+    placements_of,
     target_paths,
 )
-from musubi_tuner.adapters.files import fitting, load_adapter, placements_of_file, read_adapter
+from musubi_tuner.adapters.files import fitting, load_adapter, placements_of_file, read_adapter, type_of_parts
 from musubi_tuner.adapters.merging import RunMerges
+from musubi_tuner.adapters.oft import DiagOFT
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.errors import CheckpointError
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.compose import compose_memory, freeze_of
 from musubi_tuner.memory.storage import Storing
@@ -109,17 +114,66 @@ def attach_adapters(model: nn.Module, config: RunConfig) -> tuple[AdapterSet, li
     adapters, wanted, given, lines = _adapters_of(model, config)
     if given:
         load_adapter(adapters, given, f"adapter.init_from: {config.adapter.init_from}")
-        changed = [path for path, layer in adapters.items() if abs(float(layer.alpha) - wanted[path].alpha) > 1e-6]
+        changed = [
+            path
+            for path, layer in adapters.items()
+            if "alpha" in ADAPTERS[wanted[path].type].uses and abs(layer.scale * layer.rank - wanted[path].alpha) > 1e-6
+        ]
         if changed:
             lines.append(
                 f"note: alpha is that of the file, not of adapter.alpha, for {len(changed)} layers ({changed[0]}, ...)"
             )
     attach(model, adapters)
     count = sum(parameter.numel() for parameter in adapters.parameters())
-    ranks = sorted({placement.rank for placement in wanted.values()})
-    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    lines.append(f"adapter: LoRA of {text} on {len(wanted)} layers, {count:,} parameters; the model is frozen")
+    kind, norms = config.adapter.type, sum(placement.type == NORM for placement in wanted.values())
+    ranks = sorted({placement.rank for placement in wanted.values() if placement.type != NORM})
+    text = f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}"
+    name = "LoRA" if kind in ("lora", "locon") else kind
+    also = f" and {norms} norms" if norms else ""
+    lines.append(
+        f"adapter: {name}{text if 'rank' in ADAPTERS[kind].uses else ''} on {len(wanted) - norms} layers{also}, {count:,} parameters; "
+        "the model is frozen"
+    )
+    lines += [f"note: {text}" for text in _other_sizes(adapters)]
     return adapters, lines
+
+
+def _other_sizes(adapters: AdapterSet) -> list[str]:
+    """Sizes of blocks of outputs other than the one that was asked for, which does not divide every layer."""
+    sizes: dict[int, list[str]] = {}
+    for path, adapter in adapters.items():
+        if isinstance(adapter, DiagOFT) and adapter.oft_blocks.shape[-1] != adapter.rank:
+            sizes.setdefault(adapter.oft_blocks.shape[-1], []).append(path)
+    return [
+        f"blocks of {size} outputs on {len(paths)} layers ({paths[0]}, ...), the nearest that fits"
+        for size, paths in sizes.items()
+    ]
+
+
+def _type_of_run(found: str, wanted: str) -> str:
+    """The type of a layer of a file in a run; DyLoRA and LoCon have files of LoRA.
+
+    Raises:
+        CheckpointError: if the run is of another.
+    """
+    if found in (wanted, NORM):
+        return found
+    if ADAPTERS[wanted].written_as == found:
+        return wanted
+    raise CheckpointError(
+        f'adapter.init_from: is a file of type "{found}", adapter.type is "{wanted}"; write adapter.type = "{found}"'
+    )
+
+
+def _check_types(given: dict[str, Tensor], settings: AdapterSection) -> None:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in given.items():
+        module, _, leaf = key.partition(".")
+        layers.setdefault(module, {})[leaf] = tensor
+    for parts in layers.values():
+        kind = type_of_parts(parts)
+        if kind is not None:
+            _type_of_run(kind, settings.type)
 
 
 def check_adapter_file(config: RunConfig) -> None:
@@ -139,7 +193,6 @@ def _adapters_of(
     """The adapters of a run with fresh weights, where they lie by path, the tensors to load into them, and lines for the person."""
     settings, spec = config.adapter, config.spec
     lines = []
-    paths = target_paths(model, spec.adapters)
     given: dict[str, Tensor] = {}
     if settings.init_from is not None:
         file = read_adapter(config.locate(settings.init_from), spec)
@@ -148,11 +201,19 @@ def _adapters_of(
         lines.append(f"starting from {file.path.name}{file.remarks}")
     if settings.rank_from_weights:
         placements = [
-            replace(placement, lr_scale=own.lr_scale, dropout=own.dropout, weight_decay=own.weight_decay)
-            for placement in placements_of_file(given, paths, f"adapter.init_from: {settings.init_from}")
+            replace(
+                placement,
+                lr_scale=own.lr_scale,
+                dropout=own.dropout,
+                weight_decay=own.weight_decay,
+                type=_type_of_run(placement.type, settings.type),
+                own={**own_arguments(settings.type, settings), **placement.own},
+            )
+            for placement in placements_of_file(given, model, spec.adapters, f"adapter.init_from: {settings.init_from}")
             for own, _ in [layer_settings(placement.path, settings)]
         ]
     else:
-        placements = place_adapters(paths, spec.adapters, settings)
+        placements = placements_of(model, spec.adapters, settings)
+        _check_types(given, settings)
     adapters = make_adapters(model, placements, settings, config.run.seed)
     return adapters, {placement.path: placement for placement in placements}, given, lines

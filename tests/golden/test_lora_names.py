@@ -82,7 +82,7 @@ def test_training_step_with_adapters(golden: dict[str, Tensor]) -> None:
     model.load_state_dict({key[2:]: tensor for key, tensor in golden.items() if key.startswith("w.")})
     model.requires_grad_(False)
     tensors = {key[5:]: tensor for key, tensor in golden.items() if key.startswith("lora.")}
-    placements = placements_of_file(tensors, target_paths(model, TARGETS), "golden")
+    placements = placements_of_file(tensors, model, TARGETS, "golden")
     adapters = make_adapters(model, placements, AdapterSection(type="lora"))
     load_adapter(adapters, tensors)
     attach(model, adapters)

@@ -5,15 +5,18 @@ The adapters live in one `AdapterSet`, a module of its own, whose state dict has
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.lora import LoRALinear
+from musubi_tuner.adapter_types import ADAPTERS, NORM
+from musubi_tuner.adapters.base import Adapter
+from musubi_tuner.adapters.norm import NormScale, scale_name
 from musubi_tuner.config.patterns import LayerSettings, matches, resolve
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.errors import ConfigError
@@ -23,6 +26,7 @@ from musubi_tuner.randomness import generator
 
 FILE_PREFIX = "lora_unet_"
 ALWAYS_EXCLUDED = r".*norm.*"
+_NO_NUMBERS: Mapping[str, Any] = {}
 
 
 def file_name(path: str) -> str:
@@ -31,13 +35,20 @@ def file_name(path: str) -> str:
 
 
 def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
-    """Paths of all layers of a model that can be adapted, in order."""
+    """Paths of all layers of a model that can be adapted, in order; those outside of its blocks last."""
+    known = {path for path, _ in model.named_modules()}
     return [
         f"{blocks}.{index}.{layer}"
         for blocks, layers in targets.layers.items()
         for index in range(len(getattr(model, blocks)))
         for layer in layers
-    ]
+    ] + [path for path in targets.outside if path in known]
+
+
+def norm_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
+    """Paths of all norms in the blocks of a model whose scale can be changed, in order."""
+    blocks = tuple(f"{name}." for name in targets.layers)
+    return [path for path, norm in model.named_modules() if path.startswith(blocks) and scale_name(norm)]
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Placement:
 
     Attributes:
         lr_scale: factor of the learning rate. weight_decay: None = that of the optimizer.
+        type: of the adapter; "" = that of the settings. own: arguments of its class that only a file tells.
     """
 
     path: str
@@ -54,6 +66,8 @@ class Placement:
     lr_scale: float = 1.0
     dropout: float = 0.0
     weight_decay: float | None = None
+    type: str = ""
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterSection) -> list[Placement]:
@@ -90,16 +104,28 @@ def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterS
             )
     kinds = [targets.kinds[kind] for kind in (targets.usual if settings.kinds is None else settings.kinds)]
     placements = []
+    ranks, alphas = (by_block(key, getattr(settings, key), paths) for key in ("block_rank", "block_alpha"))
     for path in paths:
         of_kind = any(matches(kind, path) for kind in kinds)
-        unwanted = not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path))
+        unwanted = (
+            not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path)) or path in targets.outside
+        )
         excluded = (unwanted or _any_match(excludes, path)) and not _any_match(settings.include, path)
-        layer, asked = layer_settings(path, settings)
+        layer, asked = layer_settings(path, settings, ranks, alphas)
         if (excluded and not asked) or (settings.only and not _any_match(settings.only, path)):
             continue
         if layer.enabled and layer.rank:
             rank, alpha = layer.folded
-            placements.append(Placement(path, rank, alpha, layer.lr_scale, layer.dropout, layer.weight_decay))
+            if settings.rs_lora:  # alpha / sqrt(rank), in files whose readers divide by the rank
+                alpha = (alpha or rank) * rank**0.5
+            only_here: dict[str, Any] = {}
+            if settings.type == "ia3":
+                only_here["on_input"] = bool(re.fullmatch(targets.on_input, path))
+            placements.append(
+                Placement(
+                    path, rank, alpha, layer.lr_scale, layer.dropout, layer.weight_decay, settings.type, only_here
+                )
+            )
     if not placements:
         raise ConfigError(
             "adapter: no layer is left to adapt; look at adapter.kinds, exclude, only, rank_patterns and targets"
@@ -107,13 +133,74 @@ def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterS
     return placements
 
 
-def layer_settings(path: str, settings: AdapterSection) -> tuple[LayerSettings, bool]:
-    """What [adapter] says about a layer, and whether a target asks for it."""
+def placements_of(model: nn.Module, targets: AdapterTargets, settings: AdapterSection) -> list[Placement]:
+    """Which layers and norms of a model get an adapter; see `place_adapters`."""
+    placements = place_adapters(target_paths(model, targets), targets, settings)
+    if settings.train_norm:
+        norms = norm_paths(model, targets)
+        placements += [Placement(path, 1, 0.0, settings.lr_scale, type=NORM) for path in norms]
+    return placements
+
+
+def layer_settings(
+    path: str,
+    settings: AdapterSection,
+    ranks: Mapping[str, int] = _NO_NUMBERS,
+    alphas: Mapping[str, float] = _NO_NUMBERS,
+) -> tuple[LayerSettings, bool]:
+    """What [adapter] says about a layer, and whether a target asks for it.
+
+    Args:
+        ranks, alphas: of blocks that have their own; see `by_block`.
+    """
     rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), settings.rank)
     default_alpha = settings.alpha if settings.alpha is not None else settings.rank / 2
     alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), default_alpha)
+    rank, alpha = ranks.get(block_of(path), rank), alphas.get(block_of(path), alpha)
     base = LayerSettings(rank, alpha, settings.lr_scale, settings.depth, settings.dropout)
     return resolve(path, base, [(target.pattern, target.fields()) for target in settings.targets])
+
+
+Number = TypeVar("Number", int, float)
+
+
+def by_block(key: str, numbers: Mapping[str, Number] | Sequence[Number], paths: Sequence[str]) -> dict[str, Number]:
+    """Block -> its number of adapter.block_rank or block_alpha.
+
+    Args:
+        key: of [adapter]. numbers: one for each block, or a table with blocks such as ``single_blocks.3``, ``double.0-7``.
+        paths: of all layers that can be adapted, in order.
+
+    Raises:
+        ConfigError: for a list of another length (naming the right one), or a block that does not exist.
+    """
+    blocks = list(dict.fromkeys(block_of(path) for path in paths if re.fullmatch(r"\w+\.\d+\..*", path)))
+    counts = Counter(block.partition(".")[0] for block in blocks)
+    if not isinstance(numbers, Mapping):
+        if len(numbers) != len(blocks):
+            parts = " + ".join(f"{count} {name}" for name, count in counts.items())
+            raise ConfigError(f"adapter.{key}: has {len(numbers)} values, this model needs {len(blocks)} ({parts})")
+        return dict(zip(blocks, numbers, strict=True))
+    found: dict[str, Number] = {}
+    for name, number in numbers.items():
+        match = re.fullmatch(r"(\w+)\.(\d+)(?:-(\d+))?", name)
+        first, last = (int(match[2]), int(match[3] or match[2])) if match else (0, -1)
+        wanted = (
+            [f"{match[1].removesuffix('_blocks')}_blocks.{index}" for index in range(first, last + 1)] if match else []
+        )
+        if not wanted or not set(wanted) <= set(blocks):
+            raise ConfigError(f"adapter.{key}: {name!r} names no blocks of this model; they are {_ranges(counts)}")
+        found |= dict.fromkeys(wanted, number)
+    return found
+
+
+def _ranges(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}.0-{count - 1}" for name, count in counts.items())
+
+
+def block_of(path: str) -> str:
+    """Name of the block of a layer, as adapter.block_rank has it: ``single_blocks.3.linear1`` -> ``single_blocks.3``."""
+    return ".".join(path.split(".")[:2])
 
 
 def _any_match(expressions: list[str], path: str) -> bool:
@@ -123,17 +210,17 @@ def _any_match(expressions: list[str], path: str) -> bool:
 class AdapterSet(nn.Module):
     """The adapters of a model by file name, and the layers they are on.
 
-    The state dict has the keys of the file: ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+    The state dict has the keys of the file, such as ``lora_unet_<path>.lora_down.weight``; see `files.named_for_files`.
 
     Attached, the changes can be merged into the weights, which saves their time while drawing. The weights from before are kept
     beside and put back, so merging and unmerging leaves every bit as it was. While merged, nothing is trained.
 
     Attributes:
-        multiplier: strength of all changes.
+        multiplier: strength of all changes. strength: factor of it that this set alone has.
     """
 
     def __init__(
-        self, adapters: Mapping[str, LoRALinear], rates: Mapping[str, tuple[float, float | None]] | None = None
+        self, adapters: Mapping[str, Adapter], rates: Mapping[str, tuple[float, float | None]] | None = None
     ) -> None:
         """Collect adapters.
 
@@ -141,17 +228,17 @@ class AdapterSet(nn.Module):
             rates: path -> factor of the learning rate, and weight decay (None = the optimizer's); absent = 1 and None.
         """
         super().__init__()
-        self.multiplier = 1.0
+        self.strength = self.multiplier = 1.0
         self._kept: dict[str, _Merged] = {}
         self.paths = {file_name(path): path for path in adapters}
         self.rates = {file_name(path): rate for path, rate in (rates or {}).items()}
         for path, adapter in adapters.items():
             self.add_module(file_name(path), adapter)
 
-    def items(self) -> Iterator[tuple[str, LoRALinear]]:
+    def items(self) -> Iterator[tuple[str, Adapter]]:
         """Layer path and adapter."""
         for name, adapter in self.named_children():
-            assert isinstance(adapter, LoRALinear)
+            assert isinstance(adapter, Adapter)
             yield self.paths[name], adapter
 
     def parameter_rates(self) -> dict[str, tuple[float, float | None]]:
@@ -208,16 +295,15 @@ class AdapterSet(nn.Module):
     @torch.no_grad()
     def _apply_strength(self) -> None:
         for path, adapter in self.items():
-            adapter.multiplier, adapter.active = self.multiplier, not self.merged
+            adapter.multiplier, adapter.active = self.strength * self.multiplier, not self.merged
             if self.merged:
                 kept, weight = self._kept[path], self._kept[path].weight
-                changed = (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
-                kept.put(changed)
+                kept.put(adapter.changed(weight.float()).to(weight.dtype))
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> dict[str, Tensor]:
-        """Apply `LoRALinear.limit_norm` to all; number scaled, mean and maximum of the norms, on the device."""
-        found = [adapter.limit_norm(max_norm) for _, adapter in self.items()]
+        """Apply `Adapter.limit_norm` to all that can; number scaled, mean and maximum of the norms, on the device."""
+        found = [adapter.limit_norm(max_norm) for _, adapter in self.items() if adapter.factors()]
         norms = torch.stack([norm for norm, _ in found])
         return {
             "max_norm/keys_scaled": torch.stack([over for _, over in found]).sum(),
@@ -236,9 +322,9 @@ class _Merged:
             ConfigError: if it is streamed from main memory.
         """
         self.layer = layer
+        self.name = "weight" if isinstance(layer, nn.Linear) else scale_name(layer) or "weight"
         if not isinstance(layer, FrozenLinear):
-            assert isinstance(layer.weight, nn.Parameter)
-            self.weight = layer.weight.data
+            self.weight = layer._parameters[self.name].data  # type: ignore[union-attr]
             return
         if layer.residence is not None or layer.stored is None:
             raise ConfigError(
@@ -253,8 +339,7 @@ class _Merged:
         if isinstance(self.layer, FrozenLinear):
             self.layer.take_form((weight, None, "plain", "no"))
         else:
-            assert isinstance(self.layer.weight, nn.Parameter)
-            self.layer.weight.data = weight
+            self.layer._parameters[self.name].data = weight  # type: ignore[union-attr]
 
     def restore(self) -> None:
         """Put back what was there, bit for bit."""
@@ -265,66 +350,155 @@ class _Merged:
 
 
 def make_adapters(model: nn.Module, placements: list[Placement], settings: AdapterSection, seed: int = 0) -> AdapterSet:
-    """Untrained adapters at their placements; each layer's start depends on the seed and its path alone."""
+    """Untrained adapters at their placements; each layer's start depends on the seed and its path alone.
+
+    Raises:
+        ConfigError: naming a layer for which the type does not work.
+    """
     adapters = {}
     for placement in placements:
-        layer = model.get_submodule(placement.path)
-        adapter = LoRALinear(
-            *_features(layer, placement.path),
-            placement.rank,
-            placement.alpha,
-            dropout=placement.dropout,
-            rank_dropout=settings.rank_dropout,
-            module_dropout=settings.module_dropout,
-        )
+        layer, kind = model.get_submodule(placement.path), placement.type or settings.type
+        columns, rows = _features(layer, placement.path)
+        record = ADAPTERS[kind]
+        options: dict[str, Any] = {"dropout": placement.dropout, "rank_dropout": settings.rank_dropout}
+        options = {name: value for name, value in options.items() if name in record.uses}
+        own = placement.own or own_arguments(kind, settings)
+        try:
+            adapter = record.load()(
+                columns,
+                rows,
+                placement.rank,
+                placement.alpha,
+                **{**options, **own, "module_dropout": settings.module_dropout},
+            )
+        except ValueError as problem:
+            raise ConfigError(f"adapter: {placement.path}: {problem}") from problem
         adapter.initialize(generator(seed, "adapter", placement.path))
+        if adapter.starts:
+            adapter.begin_from(_weight_below(layer), fresh=True)
         adapters[placement.path] = adapter
     return AdapterSet(
         adapters, {placement.path: (placement.lr_scale, placement.weight_decay) for placement in placements}
     )
 
 
+def own_arguments(kind: str, settings: AdapterSection) -> dict[str, Any]:
+    """Arguments of a type's class that [adapter] has settings for."""
+    names = ADAPTERS[kind].uses
+    shared = {"rank", "alpha", "rs_lora", "dropout", "rank_dropout", "depth", "loraplus_lr_ratio", "max_norm"}
+    return {name.removeprefix("lokr_"): getattr(settings, name) for name in names if name not in shared}
+
+
 def _features(layer: nn.Module, path: str) -> tuple[int, int]:
-    if not isinstance(layer, nn.Linear | FrozenLinear):
-        raise ConfigError(f"adapter: {path} is a {type(layer).__name__}; only Linear layers can be adapted")
-    return layer.in_features, layer.out_features
+    """Columns and rows of a layer; twice the size of a norm."""
+    if isinstance(layer, nn.Linear | FrozenLinear):
+        return layer.in_features, layer.out_features
+    name = scale_name(layer)
+    if name is None:
+        raise ConfigError(
+            f"adapter: {path} is a {type(layer).__name__}; only Linear layers and scales of norms can be adapted"
+        )
+    size = layer._parameters[name].numel()  # type: ignore[union-attr]
+    return size, size
 
 
-def attach(model: nn.Module, adapters: AdapterSet) -> None:
-    """Let layers add their changes. The adapters become the submodule ``adapters`` of the model.
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of the weight of a layer [out, in], or of the scale of a norm [size].
+
+    Raises:
+        ConfigError: for a module that cannot be adapted.
+    """
+    columns, rows = _features(layer, type(layer).__name__)
+    return (rows, columns) if isinstance(layer, nn.Linear | FrozenLinear) else (rows,)
+
+
+@torch.no_grad()
+def _weight_below(layer: nn.Module) -> Tensor:
+    """The weight [out, in] of a layer in float32, with the changes that are attached already."""
+    weight: Any = layer.dense_weight(torch.float32) if isinstance(layer, FrozenLinear) else layer.weight
+    weight = weight.float()
+    for adapter in vars(layer).get("adapters", ()):
+        weight = adapter.changed(weight)
+    return weight
+
+
+def attach(model: nn.Module, *sets: AdapterSet) -> None:
+    """Let layers show their changes, those of later sets on top of earlier ones.
+
+    The first set becomes the submodule ``adapters`` of the model, the others the list ``more_adapters``.
 
     Raises:
         RuntimeError: if the model has adapters already.
     """
     if hasattr(model, "adapters"):
         raise RuntimeError("the model has adapters already; detach them first")
-    for path, adapter in adapters.items():
-        layer: Any = model.get_submodule(path)
-        layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]  # classes are hashable
-        vars(layer)["adapter"] = adapter  # not as a submodule: names in the state dict stay as they are
-    model.adapters = adapters
+    for adapters in sets:
+        for path, adapter in adapters.items():
+            layer: Any = model.get_submodule(path)
+            below = vars(layer).get("adapters", ())
+            if not below:
+                first = _Adapted if isinstance(layer, nn.Linear | FrozenLinear) else _AdaptedNorm
+                layer.__class__ = _adapted(first, type(layer))  # type: ignore[arg-type]  # classes are hashable
+            elif adapter.starts:
+                adapter.begin_from(_weight_below(layer), fresh=False)
+            vars(layer)["adapters"] = (*below, adapter)  # not as submodules: names in the state dict stay as they are
+    model.adapters = sets[0]
+    if len(sets) > 1:
+        model.more_adapters = nn.ModuleList(sets[1:])
 
 
 class _Adapted(nn.Module):
     """First base of the class of an adapted layer. Alike layers share their class, so compilers see them as alike."""
 
-    adapter: LoRALinear
+    adapters: tuple[Adapter, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = super().forward(x)
-        if not self.adapter.active:
-            return out
-        return (out + self.adapter(x)).to(out.dtype)
+        return self._through(x, len(self.adapters))
+
+    def _through(self, x: Tensor, count: int) -> Tensor:
+        """The layer below so many of its adapters."""
+        if not count:
+            return super().forward(x)
+        adapter = self.adapters[count - 1]
+        if not adapter.active:
+            return self._through(x, count - 1)
+        return adapter.apply_to(x, lambda y: self._through(y, count - 1), self._bias)
+
+    def _bias(self) -> Tensor | None:
+        return self.fetch("bias") if isinstance(self, FrozenLinear) else self.bias  # type: ignore[return-value]
+
+
+class _AdaptedNorm(nn.Module):
+    """First base of the class of a norm whose scale is changed: its scale is read with the changes."""
+
+    adapters: tuple[NormScale, ...]
+
+    def _shown(self, name: str) -> Tensor:
+        scale: Any = self._parameters[name]
+        for adapter in self.adapters:
+            if adapter.active:
+                scale = adapter.shown(scale)
+        return scale
+
+    @property
+    def weight(self) -> Tensor:
+        """The scale of norms that call it so."""
+        return self._shown("weight")
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of norms that call it so."""
+        return self._shown("scale")
 
 
 @cache
-def _adapted(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{base.__name__}", (_Adapted, base), {})
+def _adapted(first: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{base.__name__}", (first, base), {})
 
 
 def detach(model: nn.Module) -> AdapterSet:
-    """Take the adapters off, unmerging them first; the model is as before they were attached.
+    """Take all adapters off, unmerging them first; the model is as before they were attached, the first set is returned.
 
     Raises:
         RuntimeError: if there are none.
@@ -334,9 +508,12 @@ def detach(model: nn.Module) -> AdapterSet:
         raise RuntimeError("the model has no adapters")
     if adapters.merged:
         adapters.unmerge()
-    for path, _ in adapters.items():
-        layer: Any = model.get_submodule(path)
-        layer.__class__ = type(layer).__bases__[1]
-        del vars(layer)["adapter"]
+    for each in (adapters, *getattr(model, "more_adapters", ())):
+        for path, _ in each.items():
+            layer: Any = model.get_submodule(path)
+            if vars(layer).pop("adapters", None):
+                layer.__class__ = type(layer).__bases__[1]
     del model.adapters
+    if hasattr(model, "more_adapters"):
+        del model.more_adapters
     return adapters

@@ -11,10 +11,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import AdapterSet, Placement, file_name
+from musubi_tuner.adapter_types import ADAPTERS, NORM, type_of
+from musubi_tuner.adapters.attach import (
+    FILE_PREFIX,
+    AdapterSet,
+    Placement,
+    file_name,
+    norm_paths,
+    target_paths,
+    weight_shape,
+)
+from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.convert import (
     family_of,
     from_published,
+    from_xlabs,
     is_published,
     read_layers,
     split_unmatched,
@@ -26,7 +37,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.files import replace_file
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.models.spec import AdapterTargets, ModelSpec
 from musubi_tuner.tensors import save_tensors
 from musubi_tuner.weights.checkpoints import ADAPTER_FILES, find_weights, read_weights
 
@@ -35,14 +46,56 @@ NOT_OF_THE_MODEL = {
     "embedding": ("bundle_emb.", "emb_params"),
 }
 """Beginnings of keys that go with a LoRA and change something else, which is not trained here."""
-LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+LEAVES = {leaf for record in ADAPTERS.values() for leaf in record.leaves}
+
+
+def type_of_parts(parts: Mapping[str, Tensor]) -> str | None:
+    """The type of the change of a layer from its tensors by leaf; None if they are of none."""
+    return type_of({leaf: tensor.ndim for leaf, tensor in parts.items()})
+
+
+def adapter_of(parts: Mapping[str, Tensor], shape: Sequence[int], what: str) -> Adapter:
+    """The adapter of one layer of a file.
+
+    Args:
+        parts: its tensors by leaf. shape: of the layer's weight [out, in], or of the scale of a norm [size].
+
+    Raises:
+        CheckpointError: beginning with ``what``, if they are incomplete, damaged, or of another layer.
+    """
+    kind = type_of_parts(parts)
+    if kind is None:
+        raise CheckpointError(
+            f"{what}: has {', '.join(sorted(parts))}, which are of no type of adapter; the file is damaged"
+        )
+    missing = [leaf for leaf in ADAPTERS[kind].needed if leaf not in parts]
+    if missing:
+        raise CheckpointError(f"{what}: has {', '.join(sorted(parts))}; expected {', '.join(ADAPTERS[kind].needed)}")
+    try:
+        return ADAPTERS[kind].load().of_parts(parts, (int(shape[0]), int(shape[-1])))
+    except (ValueError, RuntimeError) as problem:
+        raise CheckpointError(f"{what}: {problem}") from problem
+
+
+def named_for_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under musubi names with the beginnings that their types have in files."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.partition(".")
+        layers.setdefault(module, {})[leaf] = tensor
+    found: dict[str, Tensor] = {}
+    for module, parts in layers.items():
+        kind = type_of_parts(parts)
+        begin = ADAPTERS[kind].prefix if kind else FILE_PREFIX
+        found |= {f"{begin}{module.removeprefix(FILE_PREFIX)}.{leaf}": tensor for leaf, tensor in parts.items()}
+    return found
 
 
 def group_by_layer(tensors: Mapping[str, Tensor], paths: list[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Layer path -> leaf -> tensor, and the keys that belong to no layer; musubi names.
 
     Raises:
-        CheckpointError: naming a key that changes a layer in another way than LoRA.
+        CheckpointError: naming a key that is of no type of adapter.
     """
     refuse_other_kinds(tensors)
     known = {file_name(path): path for path in paths}
@@ -55,7 +108,7 @@ def group_by_layer(tensors: Mapping[str, Tensor], paths: list[str]) -> tuple[dic
         elif leaf in LEAVES:
             layers.setdefault(known[module], {})[leaf] = tensor
         else:
-            raise CheckpointError(f"{key}: is an unknown part of this layer; only LoRA is supported")
+            raise CheckpointError(f"{key}: is an unknown part of this layer")
     return layers, strange
 
 
@@ -127,9 +180,10 @@ def read_adapter(
     try:
         if is_published(own):
             own = from_published(own, file.metadata, spec or stated)
+        own = from_xlabs(own)
         refuse_other_kinds(own)
         if not read_layers(own)[0]:
-            raise CheckpointError(f"is not a LoRA (first key: {next(iter(own))})")
+            raise CheckpointError(f"is not an adapter (first key: {next(iter(own))})")
         check_finite(own)
         alphas = stated_alphas(own, path, file.metadata)
         own |= alphas.tensors
@@ -172,36 +226,18 @@ def left_out(keys: Sequence[str]) -> str:
     return f"; not used: {len(keys)} keys ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
 
 
-def combine(files: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """One LoRA whose change is the sum of several, each at its strength; exact, its rank is the sum of theirs.
+def placements_of_file(
+    tensors: Mapping[str, Tensor], model: nn.Module, targets: AdapterTargets, what: str
+) -> list[Placement]:
+    """Layers, types and sizes of a file (musubi names).
 
     Args:
-        files: tensors under musubi names, and strengths.
-    """
-    downs: dict[str, list[Tensor]] = {}
-    ups: dict[str, list[Tensor]] = {}
-    for tensors, strength in files:
-        for key, down in tensors.items():
-            if not key.endswith(".lora_down.weight"):
-                continue
-            name = key.removesuffix(".lora_down.weight")
-            alpha = float(tensors[f"{name}.alpha"]) if f"{name}.alpha" in tensors else float(len(down))
-            downs.setdefault(name, []).append(down.float())
-            ups.setdefault(name, []).append(tensors[f"{name}.lora_up.weight"].float() * (strength * alpha / len(down)))
-    combined: dict[str, Tensor] = {}
-    for name, parts in downs.items():
-        combined[f"{name}.lora_down.weight"] = torch.cat(parts)
-        combined[f"{name}.lora_up.weight"] = torch.cat(ups[name], dim=1)
-        combined[f"{name}.alpha"] = torch.tensor(float(sum(len(part) for part in parts)))
-    return combined
-
-
-def placements_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: str) -> list[Placement]:
-    """Layers, ranks and alphas of a file.
+        model: on which they are to be placed; it may be without storage.
 
     Raises:
-        CheckpointError: listing keys that belong to no layer of the model.
+        CheckpointError: listing keys that belong to no layer of the model, or naming a layer that does not fit.
     """
+    paths = [*target_paths(model, targets), *norm_paths(model, targets)]
     layers, strange = group_by_layer(tensors, paths)
     if strange:
         raise CheckpointError(
@@ -210,11 +246,12 @@ def placements_of_file(tensors: Mapping[str, Tensor], paths: list[str], what: st
     placements = []
     for path in paths:
         if path in layers:
-            parts = layers[path]
-            if "lora_down.weight" not in parts or "lora_up.weight" not in parts:
-                raise CheckpointError(f"{what}: {path} has only {', '.join(parts)}; the file is damaged")
-            rank = len(parts["lora_down.weight"])
-            placements.append(Placement(path, rank, float(parts["alpha"]) if "alpha" in parts else float(rank)))
+            adapter = adapter_of(layers[path], weight_shape(model.get_submodule(path)), f"{what}: {path}")
+            kind = type_of_parts(layers[path])
+            assert kind is not None
+            sizes = type(adapter).sizes_of(layers[path], (adapter.out_features, adapter.in_features))
+            rank, alpha = sizes.pop("rank", 1), sizes.pop("alpha", 0.0)
+            placements.append(Placement(path, rank, alpha, type=kind, own=sizes))
     return placements
 
 
@@ -236,9 +273,15 @@ def fitting(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str) -> d
     """
     own = adapters.state_dict()
     given = dict(tensors)
-    for name in adapters.paths:
-        if f"{name}.lora_down.weight" in given:
-            given.setdefault(f"{name}.alpha", torch.tensor(float(len(given[f"{name}.lora_down.weight"]))))
+    for name, adapter in adapters.named_children():
+        assert isinstance(adapter, Adapter)
+        sized = "alpha" in ADAPTERS[type_of_parts(adapter.state_dict()) or NORM].uses
+        for leaf, value in (
+            ("alpha", torch.tensor(float(adapter.rank if sized else 0))),
+            ("on_input", own.get(f"{name}.on_input")),
+        ):
+            if f"{name}.{leaf}" in own and value is not None and any(key.startswith(f"{name}.") for key in given):
+                given.setdefault(f"{name}.{leaf}", value)
     problems = []
     missing, unexpected = [k for k in own if k not in given], [k for k in given if k not in own]
     shapes = [
@@ -254,7 +297,7 @@ def fitting(adapters: AdapterSet, tensors: Mapping[str, Tensor], what: str) -> d
             f"{what} does not fit these adapters: {'; '.join(problems)}. adapter.rank_from_weights = true takes layers, ranks and alpha "
             "from the file"
         )
-    return {key: given[key].float().view(own[key].shape) for key in own}
+    return {key: given[key].to(own[key].dtype).view(own[key].shape) for key in own}
 
 
 def save_adapter(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import target_paths
-from musubi_tuner.adapters.files import AdapterFile, group_by_layer, left_out, read_adapter
+from musubi_tuner.adapters.attach import norm_paths, target_paths
+from musubi_tuner.adapters.files import AdapterFile, adapter_of, group_by_layer, left_out, read_adapter
+from musubi_tuner.adapters.norm import scale_name
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.spec import AdapterTargets
@@ -59,18 +60,16 @@ class Merging:
         """The weight with its change; the very same tensor if it has none.
 
         Raises:
-            CheckpointError: if the change is of another shape.
+            CheckpointError: if the change is damaged, or of another shape.
         """
         if path not in self.layers:
             return weight
-        delta = delta_of(self.layers[path], f"{self.what}: {path}") * self.multiplier
-        if delta.shape != weight.shape:
-            raise CheckpointError(
-                f"{self.what}: {path} changes {list(delta.shape)}, the layer has {list(weight.shape)}"
-            )
-        self.changed += float(delta.square().sum())
+        adapter = adapter_of(self.layers[path], weight.shape, f"{self.what}: {path}").to(weight.device)
+        adapter.multiplier = self.multiplier
+        changed = adapter.changed(weight)
+        self.changed += float((changed - weight).square().sum())
         self.total += float(weight.square().sum())
-        return weight + delta.to(weight.device)
+        return changed
 
     @property
     def report(self) -> MergeReport:
@@ -97,28 +96,14 @@ def merge(
     Raises:
         CheckpointError: listing keys that belong to no layer, or layers of another shape.
     """
-    merging = Merging(tensors, target_paths(model, targets), multiplier, ignore_unmatched=ignore_unmatched, what=what)
+    paths = [*target_paths(model, targets), *norm_paths(model, targets)]
+    merging = Merging(tensors, paths, multiplier, ignore_unmatched=ignore_unmatched, what=what)
     for path in merging.layers:
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, nn.Parameter)
+        layer = model.get_submodule(path)
+        weight = layer._parameters[scale_name(layer) or "weight"]
+        assert weight is not None
         weight.copy_(merging(path, weight.float()).to(weight.dtype))
     return merging.report
-
-
-def delta_of(parts: Mapping[str, Tensor], what: str) -> Tensor:
-    """Weight change [out, in] float32 from the tensors of one layer of a file.
-
-    Raises:
-        CheckpointError: if a factor is missing.
-    """
-    if not {"lora_down.weight", "lora_up.weight"} <= set(parts):
-        raise CheckpointError(f"{what}: has {', '.join(parts)}; expected lora_down.weight and lora_up.weight")
-    down, up = parts["lora_down.weight"].float().flatten(1), parts["lora_up.weight"].float().flatten(1)
-    rank = len(down)
-    if up.shape[1] != rank:
-        raise CheckpointError(f"{what}: lora_down has rank {rank}, lora_up {up.shape[1]}; the file is damaged")
-    alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
-    return (up @ down) * (alpha / rank)
 
 
 class RunMerges:

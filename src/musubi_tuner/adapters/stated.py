@@ -125,18 +125,33 @@ class Stated:
                 return f"target_modules that do not match {path}"
         return ""
 
-    def check(self) -> None:
-        """Refuse what is no plain LoRA.
+    def check(self, *, has_norms: bool) -> None:
+        """Refuse what its tensors do not show.
+
+        Args:
+            has_norms: the file has the norms of DoRA.
 
         Raises:
             CheckpointError: naming it.
         """
         method, start = self.values["method"], self.values["start"]
-        kind = next((name for key, name in EXTRAS.items() if self.values.get(key) not in _UNSET), "")
+        kind = next(
+            (
+                name
+                for key, name in EXTRAS.items()
+                if self.values.get(key) not in _UNSET and not (key == "use_dora" and has_norms)
+            ),
+            "",
+        )
         if not kind and method is not None and str(method).rpartition(".")[2].upper() != "LORA":
             kind = str(method)
         if kind:
-            raise CheckpointError(f"{self.where} says that this is {kind}, which is not supported yet; only LoRA is")
+            missing = (
+                "whose norms (lora_magnitude_vector) are not in the file"
+                if kind == "DoRA"
+                else "which is not supported"
+            )
+            raise CheckpointError(f"{self.where} says that this is {kind}, {missing}")
         if isinstance(start, str) and start.lower().startswith(STARTS):
             raise CheckpointError(
                 f"{self.where} says init_lora_weights = {start}, which changes the model's own weights too; save it with peft's "
@@ -162,7 +177,7 @@ def stated_alphas(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         beside = _beside(path) if any(layer.is_peft for layer in without.values()) else None
         stated, note = _chosen(inside, beside, layers, path)
         if stated is not None:
-            stated.check()
+            stated.check(has_norms=any("dora_scale" in layer.pair for layer in layers.values()))
         found = _alphas(stated, without)
         if inside is not None and beside is not None and not note and _alphas(beside, without) != found:
             note = f"{beside.where} says otherwise and is not used"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from musubi_tuner.adapter_types import BY_NAME as ADAPTER_NAMES
 from musubi_tuner.config.when import is_on
 from musubi_tuner.optimizers import OPTIMIZERS, named
 from musubi_tuner.schedules import BY_NAME as SCHEDULES_BY_NAME
@@ -192,8 +193,7 @@ _TRACKERS: dict[str, tuple[str, Any]] = {
     "none": ("log.tensorboard", False), "tensorboard": ("log.tensorboard", True), "wandb": ("log.wandb", True), "all": ("log.wandb", True),
 }  # fmt: skip
 """TensorBoard is on by itself."""
-_LOKR = "is for LoKr, which is not supported yet"
-_OTHER_ADAPTERS = "is for another type of adapter, which is not supported yet"
+_OTHER_ADAPTERS = "is an option of LyCORIS that is not supported"
 _WHOLE_MODEL = (
     "is not supported: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
 )
@@ -213,19 +213,16 @@ CONVERTED: dict[str, Foreign] = {
     "save_last_n_steps_state": Foreign(refused="counts updates in sd-scripts; save.keep_last_states counts states"),
     "text_encoder_dtype": Foreign("model.text_dtype", _one_of(DTYPES), "renamed"),
     "lora_type": Foreign(
-        "adapter.type", _one_of({"lora": "lora", "locon": "lora", "native": "none", "none": "none"}), "renamed"
+        "adapter.type", _one_of({**ADAPTER_NAMES, "native": "none", "none": "none", "": "lora"}), "renamed"
     ),
     "reg_data_dir": Foreign(refused="is written as [[datasets]] with image_directory and is_reg = true"),
-    "algo": Foreign(refused=_OTHER_ADAPTERS, off=("lora", "locon")),
+    "algo": Foreign("adapter.type", _one_of(ADAPTER_NAMES), "type of adapter"),
     "multinoise": Foreign("objective.multires_noise_iterations", _switch(6), "six noise layers", always=True),
     "lr_scheduler_min_lr_ratio": Foreign(
         refused="is a fraction of the learning rate; scheduler.min_lr is the learning rate itself", off=(0,)
     ),
     "max_token_length": Foreign(refused=_POOLED, off=(75, 77)),
     "clip_max_tokens": Foreign(refused=_POOLED, off=(77,)),
-    "factor": Foreign(refused=_LOKR, off=(-1,)),
-    "lokr_factor": Foreign(refused=_LOKR, off=(-1,)),
-    "block_size": Foreign(refused=_OTHER_ADAPTERS, off=(1, 4)),
     "network_multiplier": Foreign(
         refused="is not supported: all data sets have the same weight; use num_repeats", off=(1,)
     ),
@@ -288,6 +285,7 @@ CONVERTED: dict[str, Foreign] = {
     "fp8_scaled": Foreign(
         "memory.base_storage", _switch("fp8_scaled"), "how frozen weights are stored", always=True, wins=True
     ),
+    "constrain": Foreign("adapter.constraint", lambda value: float(value), "renamed"),
     "optimizer.class": Foreign("optimizer.type", _optimizer, "the class by its name"),
     "use_lion_optimizer": Foreign("optimizer.type", _switch("Lion"), "Lion", always=True),
     "use_8bit_adam": Foreign("optimizer.type", _switch("AdamW8bit"), "AdamW of bitsandbytes", always=True),
@@ -323,10 +321,6 @@ REFUSED: dict[str, str] = {
     "kahan_summation": "is not needed: trained weights are float32",
     "save_n_epoch_ratio": "is written as save.every_epochs: the number of epochs divided by the number of files",
     "min_files": "is written as save.every_epochs: the number of epochs divided by the number of files",
-    "block_dims": "is written as [[adapter.targets]] with a pattern of blocks and a rank",
-    "block_rank": "is written as [[adapter.targets]]",
-    "block_alphas": "is written as [[adapter.targets]] with a pattern of blocks and an alpha",
-    "block_alpha": "is written as [[adapter.targets]]",
     "in_dims": "is written as [[adapter.targets]] with a rank",
     "train_double_block_indices": "is written as adapter.only",
     "train_single_block_indices": "is written as adapter.only",
@@ -347,18 +341,8 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "decompose_both",
-            "full_matrix",
-            "lokr_decompose_both",
-            "lokr_full",
             "use_tucker",
             "use_scalar",
-            "rs_lora",
-            "constraint",
-            "constrain",
-            "rescaled",
-            "dora_wd",
-            "weight_decompose",
             "bypass_mode",
             "unbalanced_factorization",
             "use_cp",
@@ -447,7 +431,8 @@ REFUSED: dict[str, str] = {
     "control_directory": "is for editing models; this architecture takes no control images",
     "conv_dim": "would change nothing: the denoiser has no convolutions",
     "conv_alpha": "would change nothing: the denoiser has no convolutions",
-    "train_norm": _LATER,
+    "dora_wd": 'is written as adapter.type = "dora"',
+    "weight_decompose": 'is written as adapter.type = "dora"',
 }
 """Names that are refused unless they are off -> why; in a message this follows "is VALUE, which"."""
 

@@ -25,7 +25,11 @@ class AdapterTargets:
 
     Attributes:
         layers: block list -> names of the Linear layers in one of its blocks, in file order.
+        blocks: block list -> number of blocks of the published model.
+        norms: block list -> names of the norms in one of its blocks whose scales adapter.train_norm changes.
+        outside: paths of Linear layers outside of the block lists, which get one only when asked for.
         exclude: regular expressions of whole module paths that get an adapter only when asked for.
+        on_input: regular expression of the layers whose inputs (IA)^3 scales, and not their outputs.
         kinds: name -> pattern (config/patterns.py) of the layers that adapter.kinds calls so; none = all are of one kind.
         usual: kinds that are adapted unless adapter.kinds says otherwise.
         presets: name -> key of [adapter] -> value.
@@ -33,7 +37,11 @@ class AdapterTargets:
     """
 
     layers: Mapping[str, tuple[str, ...]]
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    on_input: str = r"(?!)"
     kinds: Mapping[str, str] = field(default_factory=dict)
     usual: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from musubi_tuner.adapters.attach import Placement, attach, make_adapters, place_adapters, target_paths
+from musubi_tuner.adapters.attach import Placement, attach, make_adapters, placements_of
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.memory.activation_offload import leaves
@@ -155,8 +155,7 @@ Layers = Mapping[str, list[Placement]]
 def _adapted_layers(config: RunConfig, model: nn.Module) -> Layers:
     found: dict[str, list[Placement]] = {}
     if config.adapter.type != "none":
-        targets = config.spec.adapters
-        for plan in place_adapters(target_paths(model, targets), targets, config.adapter):
+        for plan in placements_of(model, config.spec.adapters, config.adapter):
             found.setdefault(_block(plan.path), []).append(plan)
     return found
 
@@ -180,9 +179,9 @@ def _kinds(config: RunConfig, model: nn.Module, layers: Layers) -> list[_Kind]:
     return list(found.values())
 
 
-def _adapters(plans: Iterable[Placement]) -> tuple[tuple[str, int, bool], ...]:
+def _adapters(plans: Iterable[Placement]) -> tuple[tuple[str, str, int, bool], ...]:
     """What the adapters of a block do to memory and time."""
-    return tuple((plan.path.removeprefix(_block(plan.path)), plan.rank, plan.dropout > 0) for plan in plans)
+    return tuple((plan.path.removeprefix(_block(plan.path)), plan.type, plan.rank, plan.dropout > 0) for plan in plans)
 
 
 def _give_weights(
@@ -215,7 +214,8 @@ def _give_weights(
     trained = Counter[torch.Size]()
     for path, adapter in adapters.items():
         for weight in adapter.parameters():
-            trained[weight.shape] += alike.get(_block(path), 0)
+            outside = _block(path).partition(".")[0] not in config.spec.block_lists
+            trained[weight.shape] += alike.get(_block(path), int(outside))
     return trained
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from musubi_tuner import __version__
-from musubi_tuner.adapters.attach import (
-    AdapterSet,
-)
+from musubi_tuner.adapter_types import ADAPTERS
+from musubi_tuner.adapters.attach import AdapterSet
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.config.write import resolved_toml
@@ -37,7 +36,8 @@ def adapter_metadata(
         kind: of the weights in the file, ``model`` or ``ema``. options: of the model below the adapter; see `Trainee`.
     """
     adapter, train, spec = config.adapter, config.train, config.spec
-    sizes = Counter((layer.rank, float(layer.alpha)) for _, layer in adapters.items())
+    record = ADAPTERS[adapter.type]
+    sizes = Counter((layer.rank, layer.scale * layer.rank) for _, layer in adapters.items())
     (rank, alpha), _ = sizes.most_common(1)[0]
     group = optimizer.param_groups[0]
     shown = ",".join(f"{key}={group[key]}" for key in ("betas", "eps", "weight_decay") if key in group)
@@ -49,6 +49,12 @@ def adapter_metadata(
         if (value := getattr(adapter, key))
     }  # fmt: skip
     arguments |= {key: value for key in ("depth", "lr_scale") if (value := getattr(adapter, key)) != 1}
+    lycoris = (record.written_as or adapter.type) != "lora"
+    if adapter.type != "lora":
+        arguments["algo"] = adapter.type
+    arguments |= {
+        key: value for key in ("train_norm", "rs_lora", "block_rank", "block_alpha") if (value := getattr(adapter, key))
+    }
     if adapter.targets:
         arguments["targets"] = [{"pattern": target.pattern, **target.fields()} for target in adapter.targets]
     config_hash = hashlib.sha256(resolved_toml(config).encode("utf-8", "surrogateescape")).hexdigest()
@@ -68,7 +74,7 @@ def adapter_metadata(
         "lr_warmup_steps": config.scheduler.warmup_updates(schedule_length(config, steps.total_updates)),
         "lr_scheduler": config.scheduler.type,
         "base_model_version": spec.full_name,
-        "network_module": spec.adapters.network_module,
+        "network_module": "lycoris.kohya" if lycoris else spec.adapters.network_module,
         "network_dim": rank,
         "network_alpha": alpha,
         "network_args": json.dumps(arguments) if arguments else None,
@@ -97,7 +103,7 @@ def adapter_metadata(
     return {
         **found,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{spec.modelspec_architecture}/lora",
+        "modelspec.architecture": f"{spec.modelspec_architecture}/{record.written_as or adapter.type}",
         **({"modelspec.implementation": spec.modelspec_implementation} if spec.modelspec_implementation else {}),
         **{
             f"modelspec.{name}": text

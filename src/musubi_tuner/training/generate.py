@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from musubi_tuner.adapters.attach import attach, make_adapters, target_paths
-from musubi_tuner.adapters.files import combine, load_adapter, placements_of_file, read_adapter
+from musubi_tuner.adapters.attach import attach, make_adapters
+from musubi_tuner.adapters.files import load_adapter, placements_of_file, read_adapter
 from musubi_tuner.assemble import storing_of
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.paths import is_checkpoint_name
@@ -59,8 +59,7 @@ class Generator:
             checkpoint: file, folder, ``folder:name``, name of a checkpoint of the run, or hub id; absent = the model of the
                 run: its output folder, or with an adapter its base.
             ema: take the averaged weights, where there are some and, for the run's own, sample.use_ema is on.
-            adapters: adapter files with their strengths. The first is attached, so that prompts can change its strength;
-                the others are merged.
+            adapters: adapter files with their strengths, which prompts can multiply.
 
         Raises:
             CheckpointError: if a file is missing or does not fit.
@@ -136,7 +135,7 @@ class Generator:
 def use_adapters(
     model: torch.nn.Module, spec: ModelSpec, adapters: Sequence[tuple[str, float]], *, ema: bool = False
 ) -> list["AdapterFile"]:
-    """Attach adapter files to a model; several become one whose change is the sum of theirs.
+    """Attach adapter files to a model, later ones on top of earlier ones.
 
     Args:
         ema: of run folders, take the averaged adapter.
@@ -144,16 +143,16 @@ def use_adapters(
     if not adapters:
         return []
     files = [read_adapter(source, spec, ema=ema and Path(source).is_dir()) for source, _ in adapters]
-    strengths = [strength for _, strength in adapters]
-    for file, strength in zip(files, strengths):
+    sets = []
+    for file, (_, strength) in zip(files, adapters, strict=True):
         print(f"{file.path}: at {strength:g}{file.remarks}")
-    tensors = combine([(file.tensors, strength) for file, strength in zip(files, strengths)])
-    what = ", ".join(str(file.path) for file in files)
-    made = make_adapters(
-        model, placements_of_file(tensors, target_paths(model, spec.adapters), what), AdapterSection(type="lora")
-    )
-    load_adapter(made, tensors, what)
-    attach(model, made)
+        placements = placements_of_file(file.tensors, model, spec.adapters, str(file.path))
+        made = make_adapters(model, placements, AdapterSection(type="lora"))
+        load_adapter(made, file.tensors, str(file.path))
+        made.strength = strength
+        made.set_multiplier(1.0)
+        sets.append(made)
+    attach(model, *sets)
     return files
 
 

@@ -145,7 +145,8 @@ def _set_strength(model: nn.Module, multiplier: float) -> None:
     """Strength of the model's adapters."""
     adapters = getattr(model, "adapters", None)
     if adapters is not None:
-        adapters.set_multiplier(multiplier)
+        for each in (adapters, *getattr(model, "more_adapters", ())):
+            each.set_multiplier(multiplier)
     elif multiplier != 1:
         raise ConfigError(f"--m {multiplier:g}: there is no adapter whose strength could be set")
 

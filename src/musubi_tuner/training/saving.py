@@ -12,7 +12,7 @@ from torch import Tensor
 
 from musubi_tuner import __version__
 from musubi_tuner.adapters.attach import AdapterSet
-from musubi_tuner.adapters.files import save_adapter
+from musubi_tuner.adapters.files import named_for_files, save_adapter
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.files import fault_point, link_file
 from musubi_tuner.training.adapting import adapter_metadata
@@ -139,7 +139,12 @@ class Saver:
             return
         dtype, module = self.config.save.dtype, self.roles[0].module
         if isinstance(module, AdapterSet):
-            save_adapter(self.folder / name, tensors, self._adapter_header(module, kind, at), getattr(torch, dtype))
+            save_adapter(
+                self.folder / name,
+                named_for_files(tensors),
+                self._adapter_header(module, kind, at),
+                getattr(torch, dtype),
+            )
             return
         # Buffers are constants of the model, which rounding would change.
         exact = {f"{prefix_of(role, self.roles)}{key}" for role in self.roles for key, _ in role.module.named_buffers()}

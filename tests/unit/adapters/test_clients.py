@@ -14,8 +14,7 @@ from torch import Tensor
 from musubi_tuner import convert_lora
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_adapter, save_adapter
 from musubi_tuner.adapters.attach import make_adapters, target_paths
-from musubi_tuner.adapters.files import placements_of_file
-from musubi_tuner.adapters.merging import delta_of
+from musubi_tuner.adapters.files import adapter_of, placements_of_file
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers
@@ -100,9 +99,7 @@ def lora(model: Flux, rank: int = 4, alpha: float = 2.0, **settings: Any) -> Ten
 
 
 def ours_with(model: Flux, tensors: Tensors) -> Tensor:
-    adapters = make_adapters(
-        model, placements_of_file(tensors, target_paths(model, TARGETS), "file"), AdapterSection(type="lora")
-    )
+    adapters = make_adapters(model, placements_of_file(tensors, model, TARGETS, "file"), AdapterSection(type="lora"))
     load_adapter(adapters, tensors)
     attach(model, adapters)
     try:
@@ -207,9 +204,14 @@ def test_lora_of_peft_loads_here(alpha: int, model: Flux, client: Any) -> None:
 def deltas_here(tensors: Tensors) -> Tensors:
     """Weight changes of a file under musubi names, by the path of the layer with underscores."""
     return {
-        key.removeprefix("lora_unet_").removesuffix(".alpha"): delta_of(
-            {leaf: tensors[key.replace("alpha", leaf)] for leaf in ("lora_down.weight", "lora_up.weight", "alpha")}, key
-        )
+        key.removeprefix("lora_unet_").removesuffix(".alpha"): adapter_of(
+            {leaf: tensors[key.replace("alpha", leaf)] for leaf in ("lora_down.weight", "lora_up.weight", "alpha")},
+            (
+                len(tensors[key.replace("alpha", "lora_up.weight")]),
+                tensors[key.replace("alpha", "lora_down.weight")].shape[1],
+            ),
+            key,
+        ).delta()
         for key in tensors
         if key.endswith(".alpha")
     }

@@ -292,9 +292,9 @@ def test_targets_set_sizes_rates_and_layers(model: Model) -> None:
     )
     placements = place_adapters(target_paths(model, TARGETS), TARGETS, own)
     assert placements == [
-        Placement("blocks.0.first", 4, 3.0),
-        Placement("blocks.1.second", 4, 4.0),
-        Placement("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0),
+        Placement("blocks.0.first", 4, 3.0, type="lora"),
+        Placement("blocks.1.second", 4, 4.0, type="lora"),
+        Placement("blocks.2.first", 6, 3.0, 0.5, 0.25, 0.0, "lora"),
     ]
     adapters = make_adapters(model, placements, own)
     assert {path: adapter.dropout for path, adapter in adapters.items()}["blocks.2.first"] == 0.25
@@ -435,7 +435,7 @@ def test_a_pair_that_is_not_complete(tmp_path: Path) -> None:
 
 def test_keys_outside_the_blocks_can_be_skipped(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    outside = {"lora_unet_final_layer_linear.lora_down.weight": torch.zeros(2, 2)}
+    outside = {"lora_unet_block_of_another_model.lora_down.weight": torch.zeros(2, 2)}
     save_file({**flux_lora(), **outside}, path)
     with pytest.raises(CheckpointError, match=r"1 keys belong to no layer of FLUX\.1-dev"):
         read_adapter(path, MODELS["fd"])

@@ -297,6 +297,28 @@ def test_arguments_of_optimizers_are_taken_over(project: Path) -> None:
     assert optimizer.args == {"d_coef": 2, "safeguard_warmup": True, "decouple": True}
 
 
+@pytest.mark.parametrize(
+    ("module", "args", "expected"),
+    [
+        ("lycoris.kohya", ["algo=lokr", "factor=8", "decompose_both=True", "dropout=0.0"],
+         {"type": "lokr", "lokr_factor": 8, "lokr_decompose_both": True}),
+        ("lycoris.kohya", ["algo=locon", "dora_wd=True"], {"type": "dora"}),
+        ("lycoris.kohya", ["algo=full"], {"type": "native"}),
+        ("lycoris.kohya", ["algo=diag-oft", "constraint=0.1", "rescaled=True"], {"type": "diag-oft", "constraint": 0.1, "rescaled": True}),
+        ("lycoris.kohya", ["algo=dylora", "block_size=4", "rs_lora=True"], {"type": "dylora", "block_size": 4, "rs_lora": True}),
+        ("networks.lora_tinyflux", [], {"type": "lora"}),
+        ("networks.lora_tinyflux", [f"block_dims={','.join(['4'] * 40)}"], {"block_rank": [4] * 40}),
+    ],
+)  # fmt: skip
+def test_types_of_adapters_are_taken_over(
+    module: str, args: list[str], expected: dict[str, Any], project: Path
+) -> None:
+    path = project / "flat.toml"
+    path.write_text(tomli_w.dumps(flat(network_module=module, network_args=args)))
+    adapter = load_config(path, {}).adapter
+    assert {name: getattr(adapter, name) for name in expected} == expected
+
+
 def test_half_weights_and_fused_steps_are_taken_over(project: Path) -> None:
     path = project / "flat.toml"
     half = {"full_bf16": True, "mixed_precision": "bf16", "optimizer_type": "prodigy", "fused_backward_pass": True}

@@ -771,7 +771,7 @@ def test_targets_survive_being_written_and_read(load: Callable[..., RunConfig], 
     ("lines", "message"),
     [
         ('preset = "caracter"', "adapter.preset: has 'caracter', expected one of minimal, standard, character, concept, "
-         "full, progressive. Did you mean 'character'?"),
+         "full, attn-mlp, attn-only, double-only, single-only, progressive. Did you mean 'character'?"),
         ('kinds = ["single_mpl"]', "adapter.kinds: has 'single_mpl', expected one of double_attn, single_attn, single_mlp, "
          "double_mlp, modulation. Did you mean 'single_mlp'?"),
         ("kinds = []", "adapter.kinds: is empty, so no layer would be adapted; name a kind, or remove the key"),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from musubi_tuner.adapter_types import BY_NAME as ADAPTERS
 from musubi_tuner.config.foreign import DTYPES
 from musubi_tuner.config.importers.builder import Builder, of_items
 from musubi_tuner.config.importers.options import VARIANTS
@@ -20,6 +21,8 @@ from musubi_tuner.schedules import BY_NAME
 
 SAME: dict[str, str] = {
     "network.dropout": "adapter.dropout",
+    "network.lokr_factor": "adapter.lokr_factor",
+    "network.lokr_full_rank": "adapter.lokr_full",
     "network.pretrained_lora_path": "adapter.init_from",
     "train.steps": "train.max_steps",
     "train.lr": "optimizer.lr",
@@ -82,7 +85,7 @@ WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "train.loss_type": ("objective.loss", LOSSES),
     "save.dtype": ("save.dtype", DTYPES),
     "sample.sampler": ("sample.solver", {"flowmatch": "euler", "euler": "euler", "heun": "heun"}),
-    "network.type": ("adapter.type", {"lora": "lora"}),
+    "network.type": ("adapter.type", ADAPTERS),
 }
 """Path there -> our key, and their words -> ours."""
 DENOISING = {

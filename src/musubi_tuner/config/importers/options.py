@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from musubi_tuner.adapter_types import BY_NAME
 from musubi_tuner.config.datasets import SHARED_KEYS
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.fields import Parameter
@@ -63,7 +64,11 @@ LEFT_TO_PEOPLE = frozenset(
 """Names that a run file must not have, but that files of other trainers often have: they are left out with a warning."""
 NETWORK_ARGS = {"exclude_patterns": "adapter.exclude", "include_patterns": "adapter.include",
                 "rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout",
-                "loraplus_lr_ratio": "adapter.loraplus_lr_ratio"}  # fmt: skip
+                "loraplus_lr_ratio": "adapter.loraplus_lr_ratio", "factor": "adapter.lokr_factor",
+                "decompose_both": "adapter.lokr_decompose_both", "full_matrix": "adapter.lokr_full", "block_size": "adapter.block_size",
+                "constraint": "adapter.constraint", "constrain": "adapter.constraint", "rescaled": "adapter.rescaled",
+                "rs_lora": "adapter.rs_lora", "train_norm": "adapter.train_norm", "block_dims": "adapter.block_rank",
+                "block_alphas": "adapter.block_alpha", "dropout": "adapter.dropout"}  # fmt: skip
 DIMS = {
     "img_attn_dim": r".*\.img_attn\..*", "txt_attn_dim": r".*\.txt_attn\..*", "img_mlp_dim": r".*\.img_mlp\..*", "txt_mlp_dim": r".*\.txt_mlp\..*",
     "img_mod_dim": r".*\.img_mod\..*", "txt_mod_dim": r".*\.txt_mod\..*", "single_dim": r"single_blocks\.\d+\.linear[12]",
@@ -104,7 +109,7 @@ CHANGING = {
 """Number of cached versions -> what changes at random and needs them."""
 VARIANTS = 8
 """Number of cached versions where captions or images change at random; other trainers make a new version each time."""
-ADAPTER_WORDS = {"lora": "lora", "locon": "lora", "native": "none", "none": "none", "full": "none"}
+ADAPTER_WORDS = {**BY_NAME, "native": "none", "none": "none", "full": "none"}
 FOLDERS = ("train_data_dir", "dataset_dir", "image_directory", "image_dir")
 """Options that name a folder of images."""
 _KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
@@ -232,7 +237,7 @@ class _Importer(Builder):
             name = str(options.pop("lora_type"))
             kind = ADAPTER_WORDS.get(name.lower())
             if kind is None:
-                self._refuse("lora_type", f"is {name!r}, which is not supported yet; known: LoRA, Native")
+                self._refuse("lora_type", f"is {name!r}, which is not supported; known: {', '.join(ADAPTER_WORDS)}")
             else:
                 self._convert("lora_type", name, "adapter.type", kind, "type of adapter")
         if "model.arch" not in self.values and self.tool != "musubi" and not self.report.refused:
@@ -270,11 +275,15 @@ class _Importer(Builder):
         family = networks.get(name)
         if name == "lycoris.kohya":
             algorithm = self._lycoris(options)
-            if algorithm not in ("lora", "locon"):
-                self._refuse(
-                    "network_module", f"{name} with algo={algorithm}: is not supported yet; known: lora, locon"
-                )
+            if algorithm not in ADAPTER_WORDS:
+                known = ", ".join(ADAPTER_WORDS)
+                self._refuse("network_module", f"{name} with algo={algorithm}: is not supported; known: {known}")
                 return None
+            kind = ADAPTER_WORDS[algorithm] if algorithm != "full" else "native"
+            if kind in ("lora", "locon") and self._takes(options, "dora_wd"):
+                kind = "dora"
+            self._convert("network_module", name, "adapter.type", kind, "type of adapter")
+            return kind
         elif family is None:
             self._refuse("network_module", f"{name}: is not supported; known: {', '.join(networks)}, lycoris.kohya")
             return None
@@ -282,6 +291,15 @@ class _Importer(Builder):
         if family is not None and not {"model.arch"} & set(self.values):
             self.values["model.arch"] = family
         return "lora"
+
+    def _takes(self, options: dict[str, Any], name: str) -> bool:
+        """Take a switch out of the network arguments, and say whether it is on."""
+        entries = options.get("network_args", [])
+        texts = entries if isinstance(entries, list) else [entries]
+        found = [text for text in texts if str(text).partition("=")[0].strip() == name]
+        if found:
+            options["network_args"] = [text for text in texts if text not in found]
+        return any(str(text).partition("=")[2].strip().lower() in ("true", "1") for text in found)
 
     def _lycoris(self, options: dict[str, Any]) -> str:
         """Take the algorithm out of the network arguments."""
@@ -330,6 +348,14 @@ class _Importer(Builder):
             self._plain("optimizer_type", options.pop("optimizer_type"))
         self._arguments(options, "optimizer_args", OPTIMIZER_ARGS)
         self._relative_step(options)
+        for key in ("block_dims", "block_alphas"):
+            if isinstance(options.get(key), str) and options[key].strip():
+                numbers = _literal(f"[{options[key].strip().strip('[]')}]")
+                options[key] = (
+                    [float(each) if key == "block_alphas" else each for each in numbers]
+                    if isinstance(numbers, list)
+                    else numbers
+                )
         record = OPTIMIZERS.get(self.values.get("optimizer.type", "AdamW"))
         if options.get("full_bf16") and record is not None and not record.alone:
             self.values["train.stochastic_rounding"] = False

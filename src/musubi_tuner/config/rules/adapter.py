@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
+from musubi_tuner.adapter_types import ADAPTERS
 from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, warning
 from musubi_tuner.config.patterns import compile_pattern
 from musubi_tuner.config.rules.effect import NO_EFFECT
@@ -46,6 +48,44 @@ def _preset_is_used(config: RunConfig) -> Iterator[Diagnostic]:
     ):
         text = f"has no effect because everything it sets is also set explicitly: {', '.join(given)}"
         yield warning(NO_EFFECT, "adapter.preset", text, *given)
+
+
+@rule("V47", "adapter.type adapter.dropout adapter.rank_dropout adapter.loraplus_lr_ratio")
+def _acts_on_type(config: RunConfig) -> Iterator[Diagnostic]:
+    adapter = config.adapter
+    if adapter.type == "none":
+        return
+    ways = {
+        "dropout": "which has no rank activations to drop; use adapter.module_dropout",
+        "rank_dropout": "which has no ranks to drop; use adapter.module_dropout",
+        "loraplus_lr_ratio": "which has no up matrix; use optimizer.group_lr",
+    }
+    for name, way in ways.items():
+        if getattr(adapter, name) and name not in ADAPTERS[adapter.type].uses:
+            off: Any = None if name == "loraplus_lr_ratio" else 0.0
+            text = f'does not act on type "{adapter.type}", {way}'
+            yield error("V47", f"adapter.{name}", text, "adapter.type", fix=[(f"adapter.{name}", off)])
+
+
+@rule("V46", "adapter.type adapter.rank adapter.block_size")
+def _blocks_of_ranks(config: RunConfig) -> Iterator[Diagnostic]:
+    adapter = config.adapter
+    if adapter.type == "dylora" and adapter.rank % adapter.block_size and not adapter.rank_from_weights:
+        text = f"is {adapter.rank}, which is not a multiple of adapter.block_size = {adapter.block_size}"
+        yield error("V46", "adapter.rank", text, "adapter.block_size", fix=[("adapter.block_size", 1)])
+
+
+@rule("V45", "adapter.type adapter.block_rank adapter.block_alpha model.geometry")
+def _numbers_of_blocks(config: RunConfig) -> Iterator[Diagnostic]:
+    adapter, counts = config.adapter, config.spec.adapters.blocks
+    if adapter.type == "none" or config.get("model.geometry") or not counts:
+        return
+    for name in ("block_rank", "block_alpha"):
+        numbers = getattr(adapter, name)
+        if isinstance(numbers, list) and len(numbers) != sum(counts.values()):
+            parts = " + ".join(f"{count} {blocks}" for blocks, count in counts.items())
+            text = f"has {len(numbers)} values, {config.spec.title} needs {sum(counts.values())} ({parts})"
+            yield error("V45", f"adapter.{name}", text)
 
 
 @rule("V86", "adapter.type adapter.merge adapter.merge_multipliers")

@@ -23,6 +23,15 @@ def _shift(value: Any) -> str:
 _NO_TEACHERS = "FLUX.1 has no teachers"
 _EMBEDDED = "the embedded guidance of FLUX.1 while training is objective.guidance_scale"
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "attn-mlp": {},
+    "attn-only": {"only": [r"double_blocks\.\d+\.(img|txt)_attn\..*"]},
+    "double-only": {"only": [r"double_blocks\..*"]},
+    "single-only": {"only": [r"single_blocks\..*"]},
+    "full": {"exclude": []},
+}
+"""Choices of layers. Those of attn-mlp are adapted anyway; a single block has attention and MLP in the same layers."""
+
 SPEC = ModelSpec(
     code="fd",
     full_name="flux_dev",
@@ -83,7 +92,26 @@ SPEC = ModelSpec(
     block_lists=("double_blocks", "single_blocks"),
     adapters=AdapterTargets(
         layers={"double_blocks": DOUBLE_LAYERS, "single_blocks": SINGLE_LAYERS},
+        blocks={"double_blocks": 19, "single_blocks": 38},
+        norms={
+            "double_blocks": tuple(f"{s}_attn.norm.{n}_norm" for s in ("img", "txt") for n in ("query", "key")),
+            "single_blocks": ("norm.query_norm", "norm.key_norm"),
+        },
+        outside=(
+            "img_in",
+            "txt_in",
+            "time_in.in_layer",
+            "time_in.out_layer",
+            "vector_in.in_layer",
+            "vector_in.out_layer",
+            "guidance_in.in_layer",
+            "guidance_in.out_layer",
+            "final_layer.linear",
+            "final_layer.adaLN_modulation.1",
+        ),
         exclude=(r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*",),
+        on_input=r"double_blocks\.\d+\.(img|txt)_mlp\.2",
+        presets=PRESETS,
         network_module="networks.lora_flux",
     ),
     quantizable=r"(double|single)_blocks\.\d+\.(?!.*(norm|mod)).*",
