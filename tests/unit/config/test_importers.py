@@ -307,7 +307,7 @@ def test_arguments_of_optimizers_are_taken_over(project: Path) -> None:
         ("lycoris.kohya", ["algo=diag-oft", "constraint=0.1", "rescaled=True"], {"type": "diag-oft", "constraint": 0.1, "rescaled": True}),
         ("lycoris.kohya", ["algo=dylora", "block_size=4", "rs_lora=True"], {"type": "dylora", "block_size": 4, "rs_lora": True}),
         ("networks.lora_tinyflux", [], {"type": "lora"}),
-        ("networks.lora_tinyflux", [f"block_dims={','.join(['4'] * 40)}"], {"block_rank": [4] * 40}),
+        ("networks.lora_tinyflux", [f"block_dims={','.join(['4'] * 57)}"], {"block_rank": [4] * 57}),
     ],
 )  # fmt: skip
 def test_types_of_adapters_are_taken_over(
