@@ -306,6 +306,44 @@ def test_training_starts_from_a_lora_and_merges_others(new_run: NewRun, trained:
     assert metrics(out(config))[0]["loss/total"] != metrics(out(other))[0]["loss/total"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("lokr", {"adapter": {"train_norm": True}, "optimizer": {"type": "AdamWScheduleFree", "lr": 0.01}}),
+        ("dora", {"memory": {"base_storage": "fp8_scaled"}, "optimizer": {"type": "Prodigy", "lr": 1.0}}),
+    ],
+)
+def test_other_types_train_go_on_after_a_kill_and_draw(
+    kind: str, changes: dict[str, Any], new_run: NewRun, trained: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    tables = {"sample": {**SAMPLES, "every_steps": 6}, "train": {"max_steps": 6}, "save": {"every_steps": 2}, **changes}
+    tables["adapter"] = {"type": kind, **changes.get("adapter", {})}
+    whole, broken = new_run("whole", **tables), new_run("broken", **tables)
+    said = server.run("train", [whole], whole.parent).expect(0).out
+    assert f"adapter: {kind} of rank 4 on 22 layers" in said and (" norms" in said) == (kind == "lokr")
+    assert server.run("train", [broken], broken.parent, MUSUBI_FAULT="train.update:5").code == -9
+    server.run("train", [broken], broken.parent).expect(0)
+    for part, tensors in final(whole).items():
+        assert_equal(final(broken)[part], tensors)
+    file = out(whole) / "photos.safetensors"
+    again = new_run("again", **{**tables, "optimizer": {"lr": 0.0}, "memory": {},
+                               "adapter": {**tables["adapter"], "init_from": str(file), "rank_from_weights": True, "rank": None,
+                                           "alpha": None}})  # fmt: skip
+    server.run("train", [again], again.parent).expect(0)
+    assert_equal(lora(again), lora(whole))
+    options = [
+        "--prompt",
+        "a tabby cat --d 43",
+        "--save_path",
+        tmp_path / "drawn",
+        "--lora_weight",
+        file,
+        out(trained) / "photos.safetensors",
+    ]
+    server.run("flux_generate", [whole, *options], tmp_path).expect(0)
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
+
+
 # Memory
 
 
