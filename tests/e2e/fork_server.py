@@ -4,21 +4,34 @@ A start of Python with torch, diffusers and transformers costs about eight secon
 starts. Here every command still gets a process, an environment and a working directory of its own, and dies alone when
 it is killed, but the imports are paid once. So is what torch works out at the first call of every operator with every shape when a
 plan runs a step on tensors without storage: the server does it for the run files that it is started with. It never computes
-anything, so a fork inherits no threads.
+anything, so a fork inherits no threads. And what such a step found is kept for later commands that plan the same step, since most
+runs of a test differ in where they are killed only; tests/unit/memory/test_estimate.py has the steps themselves.
 
 Protocol, one JSON object per line: {"command", "arguments", "cwd", "environment", "stdout", "stderr"} comes in,
 {"pid"} and later {"code", "faults_left"} go out; ``code`` is negative for a signal, as subprocess has it.
 """
 
+import hashlib
 import importlib
 import json
 import os
+import pickle
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 LEFT = ".faults_left"
+STEPS = "steps"
+"""Folder of what the steps found that were planned so far."""
+NOT_OF_A_STEP = {
+    **dict.fromkeys(
+        ("dataset_config", "run", "cache", "optimizer", "scheduler", "distributed", "ema", "validation", "save", "sample", "log",
+         "hub", "resume", "demo"), True),
+    "model": {"path", "revision"},
+    "train": {"max_steps", "max_epochs", "grad_accum_steps", "loader_workers", "on_nonfinite", "max_grad_norm"},
+}  # fmt: skip
+"""Settings that no single step depends on. The model behind its path is known by its outline."""
 
 
 def _import_everything() -> None:
@@ -35,17 +48,38 @@ def _import_everything() -> None:
         importlib.import_module(f"musubi_tuner.{name}")
 
 
+def _remember_steps(folder: Path) -> None:
+    """Let a plan take what the same step found before, in this command or an earlier one."""
+    from musubi_tuner.planning import estimate
+
+    run_step = estimate.run_step
+
+    def remembered(config: Any, plan: Any, *words: Any, **named: Any) -> Any:
+        outline = (plan.model, plan.model.config, plan.dtype, plan.shapes, plan.options)
+        asked = repr((config.model_dump(exclude=NOT_OF_A_STEP), outline, words, named))
+        path = folder / hashlib.sha256(asked.encode()).hexdigest()
+        if path.exists():
+            return pickle.loads(path.read_bytes())
+        found = run_step(config, plan, *words, **named)
+        half = path.with_suffix(f".{os.getpid()}")
+        half.write_bytes(pickle.dumps(found))
+        half.rename(path)
+        return found
+
+    estimate.run_step = remembered
+
+
 def _plan(run_file: str) -> None:
-    """Run the steps that the plan of a run on the photographs runs: those of the smallest and the largest bucket."""
+    """Plan a run on the photographs: the steps of its smallest and its largest bucket, of which only the latter's operations count."""
     from project import ENDS
 
     from musubi_tuner.config import load_config
-    from musubi_tuner.planning.fake_step import run_step
+    from musubi_tuner.planning.estimate import estimate
 
     config = load_config(run_file, {})
     plan = config.spec.family.outline_model(config)
     for bucket in ENDS:
-        run_step(config, plan, bucket, config.datasets[0].batch_size)
+        estimate(config, plan, bucket, config.datasets[0].batch_size, count=bucket == ENDS[-1])
 
 
 def _entry(command: str) -> Any:
@@ -107,7 +141,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints while it is imported is no answer
     _import_everything()
-    for run_file in sys.argv[1:]:
+    folder = Path(sys.argv[1], STEPS)
+    folder.mkdir()
+    _remember_steps(folder)
+    for run_file in sys.argv[2:]:
         _plan(run_file)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

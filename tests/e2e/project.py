@@ -309,7 +309,7 @@ class ForkServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "server.log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py")), *map(str, planned)],
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(self.folder), *map(str, planned)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
