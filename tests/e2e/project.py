@@ -299,11 +299,11 @@ def run_command(arguments: Sequence[str | Path], cwd: Path, home: Path, **enviro
 class ForkServer:
     """Client of fork_server.py: commands that start in a tenth of a second. See there for what it is and is not."""
 
-    def __init__(self, folder: Path, home: Path, planned: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, home: Path, planned: Sequence[Path] = (), **environment: str) -> None:
         """Start the server.
 
         Args:
-            planned: run files like those to come, see fork_server.py.
+            planned: run files like those to come, see fork_server.py. environment: of all commands, too.
         """
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,7 @@ class ForkServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 # Without GPUs, whose driver does not survive a fork. What runs on one is started with `run_command`.
-                env={**clean_environment(home), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+                env={**clean_environment(home), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", **environment},
                 text=True,
             )
 
@@ -360,32 +360,17 @@ class ForkServer:
         self.process.stdout.close()
 
 
-def stop_group(
-    config: Path, server: ForkServer, home: Path, number: signal.Signals, ready: Callable[[], bool]
-) -> Result:
+def stop_group(config: Path, server: ForkServer, number: signal.Signals, ready: Callable[[], bool]) -> Result:
     """Train, and signal the whole process group at some moment, as Ctrl-C in a terminal and service managers do.
 
     Args:
-        config: of one process, which is forked by the server, or of several.
-        ready: whether the moment has come.
+        config: of one process or of several, which the command starts. ready: whether the moment has come.
 
     Raises:
         AssertionError: if the moment does not come within two minutes. A run that does not end within two minutes after it is
             killed, which its exit code then says.
     """
-    several = "num_processes" in config.read_text(encoding="utf-8")
-    if several:
-        process = subprocess.Popen(
-            [sys.executable, REPOSITORY / "train.py", config],
-            cwd=config.parent,
-            env=clean_environment(home),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    pid = process.pid if several else server.start("train", [config], config.parent)
+    pid = server.start("train", [config], config.parent)
 
     def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -395,10 +380,7 @@ def stop_group(
         limit = threading.Timer(120, kill)
         limit.start()
         try:
-            if not several:
-                return server.finish()
-            out, err = process.communicate()
-            return Result(process.returncode, out, err)
+            return server.finish()
         finally:
             limit.cancel()
 
@@ -406,7 +388,6 @@ def stop_group(
         end = time.monotonic() + 120
         while not ready():
             assert time.monotonic() < end, "the moment did not come"
-            assert not several or process.poll() is None, process.communicate()
             time.sleep(0.001)
     except BaseException:
         kill()

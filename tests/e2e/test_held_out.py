@@ -2,14 +2,12 @@
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from project import (
     GEOMETRY,
-    REPOSITORY,
     Place,
     all_lines,
     content,
@@ -142,13 +140,10 @@ def test_another_split_is_refused(setting: Setting) -> None:
     assert "validation.split was 0.5, now 0.4" in again.err
 
 
-def test_two_processes_measure_what_one_measures(
-    setting: Setting, python: Callable[..., Any], validated: tuple[str, Path]
-) -> None:
+def test_two_processes_measure_what_one_measures(setting: Setting) -> None:
     alone = setting.train(setting.new("alone", train={"grad_accum_steps": 2, "max_steps": 4}))
     config = setting.new("together", train={"max_steps": 4}, distributed={"num_processes": 2})
-    python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
-    together = config.parent / "out"
+    together = setting.train(config)
     assert [row["step"] for row in measured(together)] == [3, 4]
     for row, expected in zip(measured(together), measured(alone), strict=True):
         # The weights differ by the rounding of sums of gradients.

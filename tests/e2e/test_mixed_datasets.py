@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import JOBS, REPOSITORY, ForkServer, Result, copy_tree, metrics, write_run
+from project import JOBS, ForkServer, Result, copy_tree, metrics, write_run
 from safetensors.torch import load_file
 
 SETS = (("astronaut",), ("moon", "coffee", "chelsea"), ("camera",))
@@ -97,13 +97,13 @@ def test_other_teachers_since_the_run_began_are_refused(
 
 
 def test_two_processes_whose_batches_have_different_teachers_train_the_model_of_one(
-    alone: tuple[Path, Result], new: Callable[..., Path], python: Callable[..., Result]
+    alone: tuple[Path, Result], new: Callable[..., Path], server: ForkServer
 ) -> None:
     root, _ = alone
     config = new("two")
     for number in range(3):
         copy_tree(root / f"cache{number}", config.parent / f"cache{number}")
-    python(REPOSITORY / "train.py", config, "--set", "distributed.num_processes=2", cwd=config.parent).expect(0)
+    server.run("train", [config, "--set", "distributed.num_processes=2"], config.parent).expect(0)
     for row, expected in zip(metrics(config.parent / "out"), metrics(root / "out"), strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-7)
     found, expected = (load_file(path / "out" / "photos.safetensors") for path in (config.parent, root))

@@ -22,7 +22,7 @@ ENDLESS = {"prompts": ["a cat", "a cup"], "every_steps": 3, "steps": 1000, "widt
 
 
 def stop_at(
-    moment: str, place: Place, home: Path, number: signal.Signals, repetition: int = 0, **settings: Any
+    moment: str, place: Place, number: signal.Signals, repetition: int = 0, **settings: Any
 ) -> tuple[Result, Path]:
     """Stop a run at some moment; returns its outcome and its run file.
 
@@ -51,7 +51,7 @@ def stop_at(
             time.sleep(0.3)
         return moment != "saving" or any(out.glob(".tmp-*-state"))
 
-    result = stop_group(config, place.server, home, number, ready)
+    result = stop_group(config, place.server, number, ready)
     return result, config
 
 
@@ -80,13 +80,13 @@ def assert_saved(result: Result, config: Path, number: signal.Signals) -> None:
     ],
 )
 def test_a_signal_to_the_group_saves_a_state(
-    moment: str, number: signal.Signals, settings: dict[str, Any], place: Place, home: Path
+    moment: str, number: signal.Signals, settings: dict[str, Any], place: Place
 ) -> None:
-    result, config = stop_at(moment, place, home, number, **settings)
+    result, config = stop_at(moment, place, number, **settings)
     assert_saved(result, config, number)
 
 
-def test_samples_that_a_signal_cut_off_are_drawn_when_the_run_continues(place: Place, home: Path) -> None:
+def test_samples_that_a_signal_cut_off_are_drawn_when_the_run_continues(place: Place) -> None:
     """Those on the way and those of the last update; the run ends in the files and pictures of one that nothing disturbed."""
     train = {"max_steps": 6, "mixed_precision": "no", "loader_workers": 1}
     sample = {**ENDLESS, "steps": 60}
@@ -100,7 +100,7 @@ def test_samples_that_a_signal_cut_off_are_drawn_when_the_run_continues(place: P
         def begun(step: int = step) -> bool:
             return lines.exists() and lines.read_bytes().count(b"\n") >= step
 
-        stopped = stop_group(cut, place.server, home, signal.SIGINT, begun).expect(130)
+        stopped = stop_group(cut, place.server, signal.SIGINT, begun).expect(130)
         assert f"step {step}: samples are drawn when the run continues" in stopped.out
         assert f"stopped after step {step};" in stopped.err
         assert not list(ends[0].glob(f"sample/*_{step:08d}_*.png"))

@@ -8,9 +8,7 @@ import pytest
 import torch
 from project import (
     GEOMETRY,
-    REPOSITORY,
     ForkServer,
-    Result,
     copy_tree,
     differing,
     final_files,
@@ -66,16 +64,14 @@ def test_killed_with_swap_continued_without(new: NewRun, plain: Path, server: Fo
     assert differing(final_files(config.parent / "out"), final_files(plain)) == []
 
 
-def test_two_processes_reduce_what_lies_in_main_memory(
-    new: NewRun, server: ForkServer, python: Callable[..., Result]
-) -> None:
+def test_two_processes_reduce_what_lies_in_main_memory(new: NewRun, server: ForkServer) -> None:
     common: dict[str, Any] = {"sample": None, "save": {"every_steps": 0}, "general": {"num_repeats": 3}}
     alone = new("alone", **common, train={"grad_accum_steps": 2, "max_steps": 10})
     server.run("train", [alone], alone.parent).expect(0)
     both = new(
         "both", **common, train={"max_steps": 10}, distributed={"num_processes": 2}, memory={"blocks_to_swap": 3}
     )
-    result = python(REPOSITORY / "train.py", both).expect(0)
+    result = server.run("train", [both], both.parent).expect(0)
     # The command plans the memory of its processes, and they know that it did.
     assert result.out.count("  memory   about ") == 1 and "in each of 2 processes" in result.out
     expected, found = (load_file(run.parent / "out" / "photos.safetensors") for run in (alone, both))

@@ -39,7 +39,7 @@ def test_a_signal_to_the_group_saves_a_state(
     often = number == signal.SIGINT and workers and moment != "saving" and (accumulation, processes) == (1, 1)
     for repetition in range(OFTEN if often else REPETITIONS):
         result, config = stop_at(
-            moment, place, place.folder / "home", number, repetition,
+            moment, place, number, repetition,
             loader_workers=workers, grad_accum_steps=accumulation, num_processes=processes,
         )  # fmt: skip
         assert_saved(result, config, number)
