@@ -33,6 +33,8 @@ DATA = {"resolution": 128, "batch_size": 2, "num_repeats": 3}
 """27 presentations of 9 photographs in four buckets: 15 micro-batches, so that the eighth update of an epoch is short."""
 STEPS = 12
 """One and a half epochs."""
+MEANS = ("loss/total", "loss/main", "loss/lune", "loss/sol", "train/grad_norm")
+"""Numbers of a line that are means over the updates since the last one."""
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
@@ -59,8 +61,8 @@ def alone(setting: Setting, server: ForkServer) -> Path:
     return config.parent / "out"
 
 
-def assert_same_model(ours: Path, alone: Path) -> None:
-    """Compare weights, averages and metrics of two runs.
+def assert_same_weights(ours: Path, alone: Path) -> None:
+    """Compare weights and averages of two runs.
 
     Sums over samples are formed in another order, so float32 rounding differs: by 1e-7 of a gradient, which twelve
     updates of AdamW, dividing by the gradient's own size, let grow to at most 1e-5 of what training moved.
@@ -72,10 +74,36 @@ def assert_same_model(ours: Path, alone: Path) -> None:
         gap = max(float((found[key] - expected[key]).abs().max()) for key in expected)
         assert moved > 1e-3
         assert gap <= 1e-5 * moved, name
+
+
+def assert_same_model(ours: Path, alone: Path) -> None:
+    """Compare weights, averages and metrics of two runs."""
+    assert_same_weights(ours, alone)
     rows, expected_rows = metrics(ours), metrics(alone)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert row == pytest.approx(expected_row, rel=1e-5, abs=1e-7)
+
+
+def assert_same_lines(ours: Path, alone: Path) -> None:
+    """Compare lines of three updates each, with one slice of the noise level, with those of the updates."""
+    single = {row["step"]: row for row in metrics(alone)}
+    images = {
+        step: row["train/images"] - single.get(step - 1, {"train/images": 0})["train/images"]
+        for step, row in single.items()
+    }
+    rows = metrics(ours)
+    assert [row["step"] for row in rows] == list(range(3, STEPS + 1, 3))
+    for row in rows:
+        steps = [row["step"] - back for back in range(3)]
+        for tag, last in single[row["step"]].items():
+            if tag in MEANS:
+                assert row[tag] == pytest.approx(sum(single[step][tag] for step in steps) / 3, rel=1e-4), tag
+            elif not tag.startswith("loss/sigma_"):
+                assert row[tag] == pytest.approx(last, rel=1e-5), tag
+        # With one slice of the noise level, its loss is the mean over all images since the last line.
+        total = sum(single[step]["loss/main"] * images[step] for step in steps)
+        assert row["loss/sigma_0.500"] == pytest.approx(total / sum(images[step] for step in steps), rel=1e-4)
 
 
 def load_start(alone: Path) -> dict[str, torch.Tensor]:
@@ -87,10 +115,10 @@ def load_start(alone: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_of_the_runner_train_the_model_of_one_with_accumulation(
-    setting: Setting, alone: Path, python: Callable[..., Result]
+    setting: Setting, alone: Path, server: ForkServer
 ) -> None:
     config = setting.new("runner", distributed={"num_processes": 2})
-    result = python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
+    result = server.run("train", [config], config.parent).expect(0)
     assert "update = 2 process(es) x 1 micro-batch(es)" in result.out
     assert_same_model(config.parent / "out", alone)
 
@@ -107,10 +135,15 @@ def test_two_processes_of_accelerate_launch_train_the_model_of_one_with_accumula
 
 @pytest.fixture(scope="module")
 def begun_by_two(setting: Setting, python: Callable[..., Result]) -> Path:
-    """A run that was killed in its second half, while `accelerate launch` trained it in two processes. Read only."""
-    config = setting.new("begun by two", save={"every_steps": 5})
+    """A run that was killed in its second half, while `accelerate launch` trained it in two processes. Read only.
+
+    Saved after update 5, between the lines of updates 3 and 6. Without ACCELERATE_USE_CPU the launcher starts two processes that
+    accelerate itself would let train apart.
+    """
+    log = {"every_steps": 3, "noise_bins": 1, "tensorboard": False}
+    config = setting.new("begun by two", save={"every_steps": 5}, log=log)
     command = [*LAUNCH, REPOSITORY / "train.py", config]
-    killed = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true", MUSUBI_FAULT="train.update:7")
+    killed = python(*command, cwd=config.parent, MUSUBI_FAULT="train.update:7")
     assert killed.code != 0
     assert (config.parent / "out" / "photos-step00000005-state" / "manifest.json").is_file(), killed.err
     assert not (config.parent / "out" / "photos-state").exists()
@@ -120,38 +153,25 @@ def begun_by_two(setting: Setting, python: Callable[..., Result]) -> Path:
 def test_a_run_of_two_processes_continues_in_one_that_accumulates(
     begun_by_two: Path, alone: Path, server: ForkServer, tmp_path: Path
 ) -> None:
+    """With the weights of both, so they were synchronised, and with the losses of both in the line over the interruption."""
     out = copy_tree(begun_by_two.parent / "out", tmp_path / "out")
     changes = ["--set", f"run.output_dir={out}", "--grad_accum_steps", "2"]
     again = server.run("train", [begun_by_two, *changes], tmp_path).expect(0)
     assert "continuing from photos-step00000005-state: step 5 of 12" in again.out
     assert "warning: this run continues under other conditions" in again.out and "processes was 2, now 1" in again.out
-    assert_same_model(out, alone)
+    assert_same_weights(out, alone)
+    assert_same_lines(out, alone)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_log_line_over_an_interruption_holds_the_losses_of_all_processes(
-    processes: int, setting: Setting, alone: Path, python: Callable[..., Result]
+@pytest.mark.slow
+def test_a_run_of_two_processes_continues_in_two(
+    begun_by_two: Path, alone: Path, python: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """Saved after update 5, between the lines of updates 3 and 6."""
-    log = {"every_steps": 3, "noise_bins": 1, "tensorboard": False}
-    config = setting.new(f"lines {processes}", save={"every_steps": 5}, log=log)
-    command = [*LAUNCH, REPOSITORY / "train.py", config]
-    killed = python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true", MUSUBI_FAULT="train.update:5")
-    assert killed.code != 0
-    if processes == 1:
-        command = [REPOSITORY / "train.py", config, "--grad_accum_steps", "2"]
-    python(*command, cwd=config.parent, ACCELERATE_USE_CPU="true").expect(0)
-    single = {row["step"]: row for row in metrics(alone)}
-    images = {
-        step: row["train/images"] - single.get(step - 1, {"train/images": 0})["train/images"]
-        for step, row in single.items()
-    }
-    for row in metrics(config.parent / "out"):
-        steps = [row["step"] - back for back in range(3)]
-        assert row["loss/total"] == pytest.approx(sum(single[step]["loss/total"] for step in steps) / 3, rel=1e-4)
-        # With one slice of the noise level, its loss is the mean over all images since the last line.
-        total = sum(single[step]["loss/main"] * images[step] for step in steps)
-        assert row["loss/sigma_0.500"] == pytest.approx(total / sum(images[step] for step in steps), rel=1e-4)
+    out = copy_tree(begun_by_two.parent / "out", tmp_path / "out")
+    command = [*LAUNCH, REPOSITORY / "train.py", begun_by_two, "--set", f"run.output_dir={out}"]
+    python(*command, cwd=tmp_path, ACCELERATE_USE_CPU="true").expect(0)
+    assert_same_weights(out, alone)
+    assert_same_lines(out, alone)
 
 
 def test_continuing_with_fewer_micro_batches_per_update_is_refused(
@@ -162,15 +182,6 @@ def test_continuing_with_fewer_micro_batches_per_update_is_refused(
     again = server.run("train", [begun_by_two, "--set", f"run.output_dir={out}"], tmp_path)
     again.expect(2)
     assert "was made with another config" in again.err
-
-
-def test_two_processes_synchronise_even_where_accelerate_was_not_told_of_the_cpu(
-    setting: Setting, alone: Path, python: Callable[..., Result]
-) -> None:
-    """Without ACCELERATE_USE_CPU the launcher starts two processes that accelerate itself would let train apart."""
-    config = setting.new("not told")
-    python(*LAUNCH, REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
-    assert_same_model(config.parent / "out", alone)
 
 
 def test_a_launcher_that_starts_fewer_processes_than_the_run_file_says_is_an_error(
@@ -201,14 +212,11 @@ def test_due_caches_under_a_launcher_are_an_error_that_names_the_commands(settin
     assert cache_paths(config.parent / "cache") == before
 
 
-def test_loader_workers_change_nothing(setting: Setting, server: ForkServer, python: Callable[..., Result]) -> None:
+def test_loader_workers_change_nothing(setting: Setting, server: ForkServer) -> None:
     outputs = []
     for workers in (0, 2):
         config = setting.new(f"{workers} workers", train={"loader_workers": workers, "max_steps": 6})
-        if workers:
-            python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0)
-        else:
-            server.run("train", [config], config.parent).expect(0)
+        server.run("train", [config], config.parent).expect(0)
         outputs.append(config.parent / "out")
     assert differing(final_files(outputs[0]), final_files(outputs[1])) == []
     assert metrics(outputs[0]) == metrics(outputs[1])
