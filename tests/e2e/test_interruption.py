@@ -4,8 +4,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +16,9 @@ from project import (
     CacheRehearsal,
     ForkServer,
     Rehearsal,
-    Result,
     all_lines,
     cache_files,
     cache_paths,
-    clean_environment,
     copy_tree,
     differing,
     final_files,
@@ -33,16 +29,15 @@ LONGER: dict[str, Any] = {"train": {"max_steps": 150}, "save": {"every_steps": 0
 """Long enough that a signal finds the run at work."""
 
 
-def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
+def wait_for(happened: Callable[[], bool]) -> None:
     """Poll until something has happened.
 
     Raises:
-        AssertionError: after a minute, or when the process has ended before.
+        AssertionError: after a minute.
     """
     end = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < end, "nothing happened"
-        assert process is None or process.poll() is None, process
         time.sleep(0.002)
 
 
@@ -77,16 +72,16 @@ def test_a_killed_cache_job_continues_to_the_same_files(job: str, point: str, le
 
 
 def test_train_py_passes_on_that_a_cache_job_was_killed_and_continues_it(
-    new_run: Callable[..., Path], python: Callable[..., Result], caches: Path
+    new_run: Callable[..., Path], server: ForkServer, caches: Path
 ) -> None:
     config = new_run()
     cache = copy_tree(caches, config.parent / "cache")
     for path in sorted(cache.glob("*_experts.safetensors"))[:5]:
         path.unlink()
-    train = [REPOSITORY / "train.py", config, "--cache_only"]
-    python(*train, cwd=config.parent, MUSUBI_FAULT="cache.experts.batch:2").expect(128 + signal.SIGKILL)
+    train = ("train", [config, "--cache_only"], config.parent)
+    server.run(*train, MUSUBI_FAULT="cache.experts.batch:2").expect(128 + signal.SIGKILL)
     assert len(cache_paths(cache)) < len(cache_paths(caches))
-    again = python(*train, cwd=config.parent).expect(0)
+    again = server.run(*train).expect(0)
     assert "experts: encoded" in again.out
     assert "latents: encoded" not in again.out and "text: encoded" not in again.out
     assert differing(cache_files(cache), cache_files(caches)) == []
@@ -94,23 +89,15 @@ def test_train_py_passes_on_that_a_cache_job_was_killed_and_continues_it(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_caching_ends_everything_with_its_exit_code(
-    number: signal.Signals, code: int, new_run: Callable[..., Path], home: Path
+    number: signal.Signals, code: int, new_run: Callable[..., Path], server: ForkServer
 ) -> None:
     """It comes while the job imports its libraries, the longest part of a short job."""
     config = new_run()
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "train.py", config],
-        cwd=config.parent,
-        env=clean_environment(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: any((config.parent / "cache").glob(".lock_latents*")), process)
+    pid = server.start("train", [config], config.parent)
+    wait_for(lambda: any((config.parent / "cache").glob(".lock_latents*")))
     time.sleep(0.5)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    Result(process.returncode, out, err).expect(code)
+    os.kill(pid, number)
+    server.finish().expect(code)
     assert not list((config.parent / "cache").glob(".tmp-*"))
 
 

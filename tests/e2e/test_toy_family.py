@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import REPOSITORY, Result, differing, final_files, metrics, run_tables
+from project import REPOSITORY, ForkServer, Result, differing, final_files, metrics, run_tables
 from safetensors.torch import load_file
 
 SOURCE = REPOSITORY / "src" / "musubi_tuner"
@@ -36,8 +36,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def toy(package: Path, workshop: Path, home: Path) -> Iterator[ForkServer]:
+    """Starts commands of that package."""
+    server = ForkServer(workshop / "toy", home, PYTHONPATH=str(package))
+    yield server
+    server.close()
+
+
 def test_the_trainer_trains_a_family_it_has_never_seen(
-    package: Path, photographs: Path, encoders: Path, tmp_path: Path, python: Callable[..., Result]
+    toy: ForkServer, photographs: Path, encoders: Path, tmp_path: Path
 ) -> None:
     import tomli_w
 
@@ -50,7 +58,7 @@ def test_the_trainer_trains_a_family_it_has_never_seen(
     tables["sample"] = {"prompts": ["a cat"], "every_steps": 20, "steps": 2}
     run = tmp_path / "run.toml"
     run.write_text(tomli_w.dumps(tables), encoding="utf-8")
-    python(REPOSITORY / "train.py", run, PYTHONPATH=str(package)).expect(0)
+    toy.run("train", [run], tmp_path).expect(0)
     rows = metrics(tmp_path / "out")
     assert len(rows) == 20
     assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
@@ -65,7 +73,7 @@ def test_the_trainer_trains_a_family_it_has_never_seen(
     tables["run"] = {**tables["run"], "output_dir": str(tmp_path / "lora")}
     tables["adapter"] = {"type": "lora", "rank": 2}
     run.write_text(tomli_w.dumps(tables), encoding="utf-8")
-    python(REPOSITORY / "train.py", run, PYTHONPATH=str(package)).expect(0)
+    toy.run("train", [run], tmp_path).expect(0)
     assert "lora_unet_blocks_1_inner.lora_up.weight" in load_file(tmp_path / "lora" / "photos.safetensors")
 
 
@@ -134,13 +142,13 @@ def gan_run(root: Path, photographs: Path, **changes: dict[str, Any]) -> Path:
 
 
 def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
-    package: Path, photographs: Path, tmp_path: Path, python: Callable[..., Result]
+    toy: ForkServer, photographs: Path, tmp_path: Path
 ) -> None:
     """And two processes train what one trains with twice the accumulation."""
     own = {"optimizer": {"lr": 5e-3}, "ema": {"enabled": False}, "max_grad_norm": 0.5}
     roles = {"discriminator": own}
     whole = gan_run(tmp_path / "whole", photographs, roles=roles)
-    python(REPOSITORY / "train.py", whole, PYTHONPATH=str(package)).expect(0)
+    toy.run("train", [whole], tmp_path).expect(0)
     rows = metrics(whole.parent / "out")
     assert rows[-1]["loss/recon"] < rows[0]["loss/recon"]
     assert {"train/lr_vae", "train/lr_discriminator", "train/grad_norm_vae"} <= set(rows[0])
@@ -150,18 +158,18 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
     resolved = tomllib.loads((whole.parent / "out" / "photos.config.toml").read_text(encoding="utf-8"))
     assert resolved["roles"] == {"freeze": [], "discriminator": own} and "objective" not in resolved
     killed = gan_run(tmp_path / "killed", photographs, roles=roles)
-    python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package), MUSUBI_FAULT="train.phase:4").expect(-9)
-    again = python(REPOSITORY / "train.py", killed, PYTHONPATH=str(package)).expect(0)
+    toy.run("train", [killed], tmp_path, MUSUBI_FAULT="train.phase:4").expect(-9)
+    again = toy.run("train", [killed], tmp_path).expect(0)
     assert "continuing from photos-step00000002-state: step 2 of 6" in again.out
     assert differing(final_files(killed.parent / "out"), final_files(whole.parent / "out")) == []
 
-    changed = python(REPOSITORY / "train.py", killed, "--set", "roles.vae.optimizer.lr=0.1", PYTHONPATH=str(package))
+    changed = toy.run("train", [killed, "--set", "roles.vae.optimizer.lr=0.1"], tmp_path)
     assert "roles.vae.optimizer.lr was 0.01, now 0.1" in changed.expect(2).err
 
     two = gan_run(
         tmp_path / "two", photographs, roles=roles, train={"grad_accum_steps": 1}, distributed={"num_processes": 2}
     )
-    python(REPOSITORY / "train.py", two, PYTHONPATH=str(package)).expect(0)
+    toy.run("train", [two], tmp_path).expect(0)
     ours, theirs = (load_file(path.parent / "out" / "photos.safetensors") for path in (two, whole))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
@@ -169,13 +177,13 @@ def test_a_task_of_two_roles_trains_and_goes_on_after_a_kill_between_its_phases(
 
 
 def test_settings_of_roles_are_checked_like_those_of_the_run(
-    package: Path, photographs: Path, tmp_path: Path, python: Callable[..., Result]
+    toy: ForkServer, photographs: Path, tmp_path: Path
 ) -> None:
     def refused(*words: str, **roles: Any) -> str:
         path = gan_run(
             tmp_path / str(len(list(tmp_path.iterdir()))), photographs, roles=roles, validation={"split": 0.2}
         )
-        return python(REPOSITORY / "train.py", path, "--plan", *words, PYTHONPATH=str(package)).expect(2).err
+        return toy.run("train", [path, "--plan", *words], tmp_path).expect(2).err
 
     text = refused(vae={"lr": 1.0, "optimizer": 3}, discriminator={"max_grad_norm": -1.0})
     assert "roles.vae.lr: unknown key. It is written [roles.vae.optimizer] lr." in text
