@@ -1,6 +1,7 @@
 """Every form of a source on the hub leads to the right file, with its config, and says which; what fails is explained.
 
-Sources are resolved in a child process: huggingface_hub reads its environment when it is imported.
+Sources are resolved in child processes: huggingface_hub reads its environment when it is imported. They are forks of one process
+that has imported everything else.
 """
 
 import json
@@ -17,20 +18,42 @@ from hub_server import Hub, environment, serving
 
 pytestmark = pytest.mark.long
 
-CHILD = """
-import json, logging, sys
-logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+SERVER = """
+import json, logging, os, sys, traceback
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.weights.checkpoints import locate_weights
 from musubi_tuner.models.tinyflux.options import HUB_ID, OTHER_HUB_ID
-for source, options in json.loads(sys.argv[1]):
-    try:
-        found = locate_weights(source, published=(HUB_ID, OTHER_HUB_ID), **options)
-        config = found.config.read_text() if found.config else None
-        print(json.dumps([found.path.read_text(), found.origin, config]))
-    except CheckpointError as error:
-        print(json.dumps(str(error)))
+
+def answer(asked):
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for source, options in asked:
+        try:
+            found = locate_weights(source, published=(HUB_ID, OTHER_HUB_ID), **options)
+            config = found.config.read_text() if found.config else None
+            print(json.dumps([found.path.read_text(), found.origin, config]))
+        except CheckpointError as error:
+            print(json.dumps(str(error)))
+
+assert "huggingface_hub" not in sys.modules
+for line in sys.stdin:
+    asked, folder, variables = json.loads(line)
+    child = os.fork()
+    if not child:
+        code = 1
+        os.chdir(folder)
+        os.environ.update(variables)
+        for number, name in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        try:
+            answer(asked)
+            sys.stdout.flush()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 Resolve = Callable[..., Any]
 PUBLISHED = "AbstractPhil/tinyflux-deep"
@@ -42,24 +65,29 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator["subprocess.Popen[str]"]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=kept, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
 @pytest.fixture
-def resolve(hub: Hub, tmp_path: Path) -> Resolve:
+def resolve(hub: Hub, tmp_path: Path, server: "subprocess.Popen[str]") -> Resolve:
     """Resolve sources, each a text or a text with options; returns [content, origin, config] or the error of each."""
 
     def run(*sources: str | tuple[str, dict[str, Any]], **variables: str) -> list[Any]:
         asked = [(source, {}) if isinstance(source, str) else source for source in sources]
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, json.dumps(asked)],
-            env={**kept, **environment(hub.url, str(tmp_path / "hub home")), **variables},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        run.err = done.stderr  # type: ignore[attr-defined]
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        own = {**environment(hub.url, str(tmp_path / "hub home")), **variables}
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps([asked, str(tmp_path), own]) + "\n")
+        server.stdin.flush()
+        code = server.stdout.readline()
+        out, err = ((tmp_path / name).read_text(encoding="utf-8") for name in (".out", ".err"))
+        assert code == "0\n", err
+        run.err = err  # type: ignore[attr-defined]
+        return [json.loads(line) for line in out.splitlines()]
 
     return run
 
