@@ -24,14 +24,15 @@ def base(workshop: Path, photographs: Path, encoders: Path, caches: Path, server
     return root / "out" / "release"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(
-    tmp_path: Path, photographs: Path, encoders: Path, caches: Path, base: Path, server: ForkServer
-) -> Callable[..., Any]:
+    tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, caches: Path, base: Path,
+    server: ForkServer,
+) -> Callable[..., Any]:  # fmt: skip
     """Train a LoRA in a new folder and return its output, or with another exit code what was printed."""
 
     def run(name: str, code: int = 0, **changes: Any) -> Any:
-        root = tmp_path / name
+        root = tmp_path_factory.mktemp(name)
         copy_tree(caches, root / "cache")
         tables: dict[str, Any] = {
             "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(base)},
@@ -47,30 +48,35 @@ def train(
     return run
 
 
+@pytest.fixture(scope="module")
+def plain(train: Callable[..., Any]) -> Path:
+    """Output of a LoRA on an ordinary base. Read only."""
+    out: Path = train("plain")
+    return out
+
+
 def lora(out: Path) -> dict[str, Tensor]:
     return load_file(out / "photos.safetensors")
 
 
-def test_lora_learns_and_its_base_stays(train: Callable[..., Any], base: Path) -> None:
-    before = load_file(base / "model.safetensors")
-    out = train("plain")
-    tensors = lora(out)
+def test_lora_learns_and_its_base_stays(plain: Path, base: Path) -> None:
+    tensors = lora(plain)
     assert len(tensors) == 3 * (4 * 3 + 4 * 4)
     assert "lora_unet_double_blocks_2_attn_img_qkv.lora_up.weight" in tensors
     assert any(bool((t != 0).any()) for key, t in tensors.items() if key.endswith("lora_up.weight"))
-    rows = metrics(out)
+    rows = metrics(plain)
     assert sum(row["loss/main"] for row in rows[-5:]) < sum(row["loss/main"] for row in rows[:5])
     # Teachers are fed, and the frozen predictors learn nothing from them.
     assert all(row["loss/total"] == row["loss/main"] and "loss/lune" not in row for row in rows)
-    after = load_file(base / "model.safetensors")
+    before, after = load_file(base.parent / "photos.safetensors"), load_file(base / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_streamed_blocks_train_the_same(checkpointing: bool, train: Callable[..., Any]) -> None:
-    plain = lora(train("plain"))
+def test_streamed_blocks_train_the_same(checkpointing: bool, plain: Path, train: Callable[..., Any]) -> None:
+    expected = lora(plain)
     swapped = lora(train("swapped", memory={"blocks_to_swap": 3, "gradient_checkpointing": checkpointing}))
-    assert all(torch.equal(plain[key], swapped[key]) for key in plain)
+    assert all(torch.equal(expected[key], swapped[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -92,18 +98,17 @@ def test_options_of_prompts_that_cannot_act_are_refused_at_the_start(
 
 
 def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapter(
-    train: Callable[..., Any], server: ForkServer, tmp_path: Path
+    plain: Path, train: Callable[..., Any], server: ForkServer, tmp_path: Path
 ) -> None:
-    out = train("plain")
     marked = tmp_path / "marked.safetensors"
-    save_file(lora(out), marked, metadata={"options_json": json.dumps({"t5_attn_mask": True})})
+    save_file(lora(plain), marked, metadata={"options_json": json.dumps({"t5_attn_mask": True})})
     drawn = {}
     for name, extra in {
         "plain": [],
         "marked": ["--lora_weight", str(marked)],
         "hidden": ["--set", "model.t5_attn_mask=true"],
     }.items():
-        arguments = [out.parent / "run.toml", "--prompt", "a cat", "--set", "sample.steps=2", *extra]
+        arguments = [plain.parent / "run.toml", "--prompt", "a cat", "--set", "sample.steps=2", *extra]
         arguments += ["--save_path", str(tmp_path / name)]
         printed = server.run("generate", arguments, tmp_path).expect(0).out
         said = f"note: padding is hidden (model.t5_attn_mask = true), as in the training of {marked}"
@@ -119,10 +124,10 @@ def test_padding_is_hidden_in_pictures_where_it_was_in_the_training_of_the_adapt
 
 
 @pytest.mark.parametrize("storage", ["fp8_scaled", "nf4"])
-def test_quantised_base(storage: str, train: Callable[..., Any]) -> None:
-    plain, quantised = metrics(train("plain")), metrics(train("small", memory={"base_storage": storage}))
-    assert plain[0]["loss/main"] != quantised[0]["loss/main"]
-    assert max(abs(a["loss/main"] / b["loss/main"] - 1) for a, b in zip(plain, quantised)) < 0.1
+def test_quantised_base(storage: str, plain: Path, train: Callable[..., Any]) -> None:
+    rows, quantised = metrics(plain), metrics(train("small", memory={"base_storage": storage}))
+    assert rows[0]["loss/main"] != quantised[0]["loss/main"]
+    assert max(abs(a["loss/main"] / b["loss/main"] - 1) for a, b in zip(rows, quantised)) < 0.1
 
 
 def test_own_settings_by_layer_on_a_quantised_and_streamed_base(train: Callable[..., Any]) -> None:
