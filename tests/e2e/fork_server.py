@@ -30,6 +30,7 @@ NOT_OF_A_STEP = {
          "hub", "resume", "demo"), True),
     "model": {"path", "revision"},
     "train": {"max_steps", "max_epochs", "grad_accum_steps", "loader_workers", "on_nonfinite", "max_grad_norm"},
+    "memory": {"blocks_to_swap", "swap_policy", "swap_ring", "swap_pinned", "base_storage"},
 }  # fmt: skip
 """Settings that no single step depends on. The model behind its path is known by its outline."""
 
