@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from project import REPOSITORY, Result, metrics
+from project import REPOSITORY, ForkServer, Result, metrics
 
 from musubi_tuner.config import load_config
 from musubi_tuner.config.load import load_steps
@@ -96,21 +96,19 @@ def test_the_loss_of_the_demo_falls(demo: Demo) -> None:
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_a_finished_demo_says_so(demo: Demo, python: Callable[..., Result]) -> None:
+def test_a_finished_demo_says_so(demo: Demo, server: ForkServer) -> None:
     before = (demo.out / "accuracy.json").stat().st_mtime_ns
-    again = python(REPOSITORY / "train.py", "toml/demo.toml", *demo.options, cwd=demo.folder).expect(0)
+    again = server.run("train", ["toml/demo.toml", *demo.options], demo.folder).expect(0)
     assert "this run is finished:" in again.out and "--fresh" in again.out
     assert "encoded" not in again.out and "drawing" not in again.out
     assert (demo.out / "accuracy.json").stat().st_mtime_ns == before
 
 
-def test_a_demo_that_was_stopped_before_its_score_is_scored_by_the_same_command(
-    demo: Demo, python: Callable[..., Result]
-) -> None:
+def test_a_demo_that_was_stopped_before_its_score_is_scored_by_the_same_command(demo: Demo, server: ForkServer) -> None:
     expected = json.loads((demo.out / "accuracy.json").read_text(encoding="utf-8"))
     for name in ("accuracy.json", "contact_sheet.png", "loss.png"):
         (demo.out / name).unlink()
-    again = python(REPOSITORY / "train.py", "toml/demo.toml", *demo.options, cwd=demo.folder).expect(0)
+    again = server.run("train", ["toml/demo.toml", *demo.options], demo.folder).expect(0)
     assert (demo.out / "accuracy.json").is_file(), again.out
     found = json.loads((demo.out / "accuracy.json").read_text(encoding="utf-8"))
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}

@@ -126,11 +126,11 @@ def test_config_errors_come_before_torch_is_imported(
 
 
 def test_images_without_captions_are_counted(
-    new_run: Callable[..., Path], images: Path, python: Callable[..., Result]
+    new_run: Callable[..., Path], images: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     for path in images.glob("*.txt"):
         path.unlink()
-    result = python(REPOSITORY / "train.py", new_run(images=images)).expect(2)
+    result = server.run("train", [new_run(images=images)], tmp_path).expect(2)
     assert (
         f"datasets[0]: 9 of 9 images in {images} have no .txt file (astronaut.png, camera.png, chelsea.png, ...)"
         in (result.err)
@@ -138,38 +138,36 @@ def test_images_without_captions_are_counted(
     assert 'write the captions, or set missing_caption = "skip", "empty" or "stem"' in result.err
 
 
-def test_a_folder_without_images_is_an_error(
-    new_run: Callable[..., Path], tmp_path: Path, python: Callable[..., Result]
-) -> None:
+def test_a_folder_without_images_is_an_error(new_run: Callable[..., Path], tmp_path: Path, server: ForkServer) -> None:
     (tmp_path / "empty").mkdir()
-    result = python(REPOSITORY / "train.py", new_run(images=tmp_path / "empty")).expect(2)
+    result = server.run("train", [new_run(images=tmp_path / "empty")], tmp_path).expect(2)
     assert f"datasets[0]: {tmp_path / 'empty'} holds no images (.png, .jpg" in result.err
 
 
 def test_two_images_with_one_stem_are_both_named(
-    new_run: Callable[..., Path], images: Path, python: Callable[..., Result]
+    new_run: Callable[..., Path], images: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     shutil.copy(images / "coffee.jpg", images / "moon.jpg")
-    result = python(REPOSITORY / "train.py", new_run(images=images)).expect(2)
+    result = server.run("train", [new_run(images=images)], tmp_path).expect(2)
     assert f"{images / 'moon.jpg'} and {images / 'moon.webp'} have the same name without extension" in result.err
     assert "rename one" in result.err
 
 
 def test_a_file_that_is_no_image_is_named(
-    new_run: Callable[..., Path], images: Path, python: Callable[..., Result]
+    new_run: Callable[..., Path], images: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     (images / "coins.bmp").write_bytes(b"this is no picture")
-    result = python(REPOSITORY / "train.py", new_run(images=images)).expect(2)
+    result = server.run("train", [new_run(images=images)], tmp_path).expect(2)
     assert f"{images / 'coins.bmp'}: not a readable image (unknown format)" in result.err
 
 
 def test_a_broken_image_fails_the_job_after_the_others_were_cached_and_can_be_mended(
-    new_run: Callable[..., Path], images: Path, photographs: Path, python: Callable[..., Result], server: ForkServer
+    new_run: Callable[..., Path], images: Path, photographs: Path, server: ForkServer
 ) -> None:
     whole = (images / "coffee.jpg").read_bytes()
     (images / "coffee.jpg").write_bytes(whole[: len(whole) // 2])
     config = new_run(images=images)
-    result = python(REPOSITORY / "train.py", config, cwd=config.parent).expect(1)
+    result = server.run("train", [config], config.parent).expect(1)
     assert f"failed: {images / 'coffee.jpg'}: broken image (" in result.err
     assert "replace or remove it" in result.err
     assert "latents: encoded 8, up to date 0, failed 1" in result.out

@@ -20,7 +20,6 @@ from project import (
     CAPTIONS,
     JOBS,
     ORIENTATION,
-    REPOSITORY,
     TEACHER_WIDTH,
     ForkServer,
     Result,
@@ -75,11 +74,11 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(workshop: Path, photographs: Path, encoders: Path, python: Callable[..., Result]) -> Trained:
-    """One command from photographs to a trained model, as a user gives it, with the threads of the machine."""
+def trained(workshop: Path, photographs: Path, encoders: Path, server: ForkServer) -> Trained:
+    """One command from photographs to a trained model, with the threads of the machine."""
     sample = {"prompts": ["a cat on the moon"], "every_steps": 20, "width": 64, "height": 96, "steps": 2}
     config = write_run(workshop / "trained", photographs, encoders, run={"threads": None}, sample=sample)
-    return Trained(config, python(REPOSITORY / "train.py", config, cwd=config.parent).expect(0))
+    return Trained(config, server.run("train", [config], config.parent).expect(0))
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -554,12 +553,10 @@ def test_a_file_without_an_average_is_drawn_with_as_it_is(trained: Trained, serv
     assert drawn[0] == drawn[1] and len(drawn[0]) == 1
 
 
-def test_drawing_from_a_file_of_prompts_as_a_user_does(
-    trained: Trained, python: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_drawing_from_a_file_of_prompts(trained: Trained, server: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# three prompts\na cat\n\nthe moon\na cup of coffee\n", encoding="utf-8")
-    command = ["-m", "musubi_tuner.tinyflux_generate_image", trained.config, "--from_file", "prompts.txt"]
-    result = python(*command, "--set", "sample.steps=1", cwd=tmp_path).expect(0)
+    command = [trained.config, "--from_file", "prompts.txt", "--set", "sample.steps=1", "--set", "run.threads=1"]
+    result = server.run("generate", command, tmp_path).expect(0)
     pictures = sorted((tmp_path / "samples").glob("photos_*.png"))
     assert [path.name for path in pictures] == [f"photos_{42 + i:010d}_{i:02d}.png" for i in range(3)]
     assert (tmp_path / "samples" / "contact_sheet.png").is_file()
