@@ -1,4 +1,4 @@
-"""Average the LoRA files of one run after the training (post-hoc EMA).
+"""Average the adapter files of one run after the training (post-hoc EMA).
 
     python -m musubi_tuner.lora_post_hoc_ema cat-000001.safetensors cat-000002.safetensors cat.safetensors --output_file cat_ema.safetensors
     python -m musubi_tuner.lora_post_hoc_ema run/cat-*.safetensors --output_file cat_ema.safetensors --sigma_rel 0.2
@@ -51,7 +51,7 @@ def betas(count: int, beta: float, beta2: float | None, sigma_rel: float | None)
 
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="lora_post_hoc_ema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="LoRA files of one run")
+    parser.add_argument("files", nargs="+", help="adapter files of one run")
     parser.add_argument("--output_file", required=True, help="file to write")
     parser.add_argument("--beta", type=float, default=0.95, help="share of the old average (default 0.95)")
     parser.add_argument("--beta2", type=float, help="share at the last file; between, evenly")
@@ -99,7 +99,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _alphas(file: Any) -> Any:
-    """Alphas that are no tensors of a file; what is no sound LoRA is refused."""
+    """Alphas that are no tensors of a file; what is no sound adapter is refused."""
     from musubi_tuner.adapters.files import check_finite, why_skipped
     from musubi_tuner.adapters.kinds import refuse_other_kinds
     from musubi_tuner.adapters.stated import stated_alphas

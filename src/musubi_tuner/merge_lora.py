@@ -1,4 +1,4 @@
-"""Fold LoRA files into a model and write it as one file.
+"""Fold adapter files into a model and write it as one file.
 
     python -m musubi_tuner.merge_lora --arch fd --dit flux1-dev.safetensors --lora_weight a.safetensors b.safetensors \\
         --lora_multiplier 0.8 0.5 --save_merged_model merged.safetensors
@@ -36,7 +36,7 @@ def _main(arguments: Sequence[str]) -> int:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="LoRA files of any naming, or folders of peft and diffusers",
+        help="adapter files of any naming and type, or folders of peft and diffusers",
     )
     parser.add_argument(
         "--lora_multiplier", nargs="+", type=float, default=[], metavar="X", help="strength of each (default 1)"
@@ -92,7 +92,7 @@ def _main(arguments: Sequence[str]) -> int:
         kept["options_json"] = json.dumps(stated)
     metadata = {**kept, "modelspec.merged_from": ", ".join(Path(file).name for file in files)}
     replace_file(output, partial(save_tensors, tensors, metadata=metadata))
-    print(f"{output}: {spec.title} with {len(files)} LoRA merged, {len(tensors)} tensors")
+    print(f"{output}: {spec.title} with {len(files)} adapter(s) merged, {len(tensors)} tensors")
     return EXIT_OK
 
 

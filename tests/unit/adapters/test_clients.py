@@ -4,6 +4,7 @@ Outputs of the denoiser agree to 1e-5 in float32; the LoRA moves them by far mor
 blocks by numbers fixed for a hidden size of 3072 when it reads sd-scripts' names, so for that path they are replaced here.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from musubi_tuner.adapters import attach, convert, detach, load_adapter, read_ad
 from musubi_tuner.adapters.attach import make_adapters, target_paths
 from musubi_tuner.adapters.files import adapter_of, placements_of_file
 from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.flux_dev import Flux, FluxConfig
 from musubi_tuner.models.flux_dev.state_dict import diffusers_config, diffusers_modules, to_diffusers
 from musubi_tuner.models.registry import MODELS
@@ -118,6 +120,53 @@ def test_diffusers_loads_our_export(model: Flux, client: Any) -> None:
     client.load_lora_adapter(convert(tensors, to="diffusers"), prefix="transformer")
     assert difference(theirs(client), expected) < TOLERANCE
     assert difference(expected, ours(model)) > 1000 * TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # proj_out is the end of other names too
+def test_layers_outside_the_blocks_mean_the_same_there(model: Flux, client: Any) -> None:
+    """diffusers exchanges the halves of the last modulation; the names of OneTrainer are its, with underscores."""
+    outside = [path for path in TARGETS.outside if "guidance" not in path or CONFIG.guidance_embed]
+    tensors = lora(model, include=[re.escape(path) for path in outside], only=[re.escape(path) for path in outside])
+    expected = ours_with(model, tensors)
+    there = convert(tensors, to="diffusers")
+    client.load_lora_adapter(there, prefix="transformer")
+    assert difference(theirs(client), expected) < TOLERANCE
+    assert difference(expected, ours(model)) > 1000 * TOLERANCE
+    names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    trainer = {
+        f"lora_transformer_{path.replace('.', '_')}.{names[leaf]}.weight": tensor
+        for key, tensor in there.items()
+        for path, leaf in [key.removeprefix("transformer.").removesuffix(".weight").rsplit(".", 1)]
+    }
+    assert difference(ours_with(model, convert(trainer, to="musubi", arch="fd")), expected) < TOLERANCE
+
+
+def test_processors_of_xlabs(model: Flux) -> None:
+    """Of single blocks they change q, k and v, the first rows of linear1."""
+    from musubi_tuner.adapters.convert import from_xlabs
+
+    tensors = {key: tensor for key, tensor in lora(model).items() if not key.endswith(".alpha")}
+    width = CONFIG.hidden_size
+    for key in [key for key in tensors if "linear1.lora_up" in key]:
+        tensors[key] = torch.cat([tensors[key][: 3 * width], torch.zeros_like(tensors[key][3 * width :])])
+    expected = ours_with(
+        model, {key: tensor for key, tensor in tensors.items() if "mlp_" not in key and "mod" not in key}
+    )
+    layers = {"img_attn_qkv": "qkv_lora1", "txt_attn_qkv": "qkv_lora2", "img_attn_proj": "proj_lora1", "txt_attn_proj": "proj_lora2",
+              "linear1": "qkv_lora", "linear2": "proj_lora"}  # fmt: skip
+    theirs_of: Tensors = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"lora_unet_(double|single)_blocks_(\d+)_(.+)\.lora_(down|up)\.weight", key)
+        assert found
+        if found[3] in layers:
+            rows = tensor[: 3 * width] if found[3] == "linear1" and found[4] == "up" else tensor
+            theirs_of[f"{found[1]}_blocks.{found[2]}.processor.{layers[found[3]]}.{found[4]}.weight"] = rows
+    assert difference(ours_with(model, convert(from_xlabs(theirs_of), to="musubi", arch="fd")), expected) < TOLERANCE
+
+
+def test_one_foreign_key_is_named_alone(model: Flux) -> None:
+    with pytest.raises(CheckpointError, match=r"^1 keys belong to no layer of FLUX\.1-dev \(lora_unet_other\.alpha\)$"):
+        convert({**lora(model), "lora_unet_other.alpha": torch.ones(())}, to="comfyui")
 
 
 def test_diffusers_loads_our_own_names(model: Flux, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_text_encoder_keys_are_listed_and_left_out(capsys: pytest.CaptureFixture
     tensors = lora("a.safetensors") | {"lora_te1_x.lora_down.weight": torch.zeros(1, 1)}
     save_file(tensors, "a.safetensors")
     assert convert_lora.main(["--input", "a.safetensors", "--output", "b.safetensors", "--target", "comfyui"]) == 0
-    assert "left out: lora_te1_x.lora_down.weight (text encoder)" in capsys.readouterr().out
+    assert "left out: 1 keys of text encoders (lora_te1_x.lora_down.weight)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
