@@ -4,6 +4,7 @@ from typing import Any
 
 import tomli_w
 
+from musubi_tuner.adapter_types import ADAPTERS
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.when import is_on
 from musubi_tuner.errors import ConfigError
@@ -51,7 +52,8 @@ _LOSSES = {"l2": "l2", "l1": "l1", "pseudo_huber": "huber", "pseudo_smooth_l1": 
 _DECIDED_HERE = ("train.mixed_precision", "memory.blocks_to_swap")
 _COUNTS = ("_every_n_steps", "_every_n_epochs")
 _SAID_BELOW = ("model.arch", "adapter.type", "model.init", "scheduler.warmup_ratio", "adapter.alpha", "optimizer.weight_decay",
-               "optimizer.eps", "optimizer.betas", "optimizer.args")  # fmt: skip
+               "optimizer.eps", "optimizer.betas", "optimizer.args",
+               *(f"adapter.{name}" for name in ("lokr_factor", "lokr_decompose_both", "lokr_full", "block_size", "constraint", "rescaled", "rs_lora")))  # fmt: skip
 """Settings that the network module implies, or that become part of another option."""
 _NOT_OF_THE_RESULT = ("cache.", "distributed.", "hub.", "log.", "resume.", "demo.", "run.", "schema_version")
 """Settings that are left out without a message: they do not change the result."""
@@ -71,7 +73,7 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     if config.adapter.type == "none":
         raise ConfigError(f"{config.path}: trains the model itself, but only LoRA runs can be exported")
     names = {**_SHARED, **_OWN[to]}
-    written: dict[str, Any] = {"network_module": "networks.lora_flux"}
+    written: dict[str, Any] = {"network_module": "networks.lora_flux", **_lycoris(config)}
     lost: list[tuple[str, str]] = []
     for key in config.origins:
         value, name = config.get(key), names.get(key)
@@ -124,6 +126,10 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     arguments += ["betas=" + ",".join(str(beta) for beta in optimizer.betas)] if record.betas else []
     arguments += [f"{name}={value}" for name, value in {**record.given, **optimizer.args}.items()]
     written["optimizer_args"] = arguments
+    if record.source.startswith("musubi_tuner"):
+        lost.append(("optimizer.type", f'is "{written.pop("optimizer_type")}", which is put together here'))
+    elif optimizer.type not in _OPTIMIZERS:
+        written["optimizer_type"] = record.source.replace(":", ".")
     if "dataset_config" not in written:
         count = len(config.dataset_tables.get("datasets", []))
         written["dataset_config"] = "dataset.toml"
@@ -131,6 +137,29 @@ def export(config: RunConfig, to: str) -> tuple[str, list[tuple[str, str]]]:
     return tomli_w.dumps(written), lost
 
 
+_OPTIMIZERS = ("AdamW", "AdamW8bit", "Adafactor")
+"""Optimizers that both programs know by these names; of others they take the class."""
+
+
+def _lycoris(config: RunConfig) -> dict[str, Any]:
+    """Options of a type of adapter that is no LoRA: that of LyCORIS and its arguments."""
+    adapter, record = config.adapter, ADAPTERS[config.adapter.type]
+    if (record.written_as or adapter.type) == "lora" and adapter.type != "dylora":
+        return {}
+    arguments = [f"algo={_ALGORITHMS.get(adapter.type, adapter.type)}"] + (
+        ["dora_wd=True"] if adapter.type == "dora" else []
+    )
+    for name, option in _ADAPTER_ARGUMENTS.items():
+        if name in record.uses and is_on(getattr(adapter, name)):
+            arguments.append(f"{option}={getattr(adapter, name)}")
+    return {"network_module": "lycoris.kohya", "network_args": arguments}
+
+
+_ALGORITHMS = {"dora": "locon", "native": "full"}
+_ADAPTER_ARGUMENTS = {
+    "lokr_factor": "factor", "lokr_decompose_both": "decompose_both", "lokr_full": "full_matrix", "block_size": "block_size",
+    "constraint": "constraint", "rescaled": "rescaled", "rs_lora": "rs_lora",
+}  # fmt: skip
 _DENSITIES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 
 

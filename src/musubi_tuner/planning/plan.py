@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from musubi_tuner.adapter_types import ADAPTERS
 from musubi_tuner.caching.black_masks import black_masks
 from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
@@ -289,7 +290,11 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         size = (
             f"sizes of {adapter.init_from}"
             if adapter.rank_from_weights
-            else f"rank {adapter.rank}, alpha {alpha or adapter.rank:g}"
+            else ", ".join(
+                text
+                for name, text in (("rank", f"rank {adapter.rank}"), ("alpha", f"alpha {alpha or adapter.rank:g}"))
+                if name in ADAPTERS[adapter.type].uses
+            )
         )
         if not adapter.rank_from_weights:
             size += f", preset {adapter.preset}" if adapter.preset else ""
@@ -297,7 +302,8 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             kinds = config.spec.adapters.usual if adapter.kinds is None else adapter.kinds
             size += f" on {', '.join(kinds)}" if kinds else ""
         merged = f", on top of {len(adapter.merge)} merged file(s)" if adapter.merge else ""
-        lines.append(f"  adapter  {adapter.type}, {size}{merged}; the model stays frozen")
+        size = size.removeprefix(", ").removeprefix(" ")
+        lines.append(f"  adapter  {', '.join(filter(None, [adapter.type, size]))}{merged}; the model stays frozen")
     saves = []
     if config.save.every_steps:
         saves.append(f"every {config.save.every_steps} updates (newest {config.save.keep_last_steps or 'all'} kept)")

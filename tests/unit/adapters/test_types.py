@@ -16,12 +16,14 @@ from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.files import named_for_files, placements_of_file
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.schema.memory import MemorySection
+from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, build
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.randomness import generator
+from musubi_tuner.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state, trainable
 
 TYPES = [name for name in ADAPTERS if name != NORM]
 SPEC = MODELS["fd"]
@@ -243,6 +245,39 @@ def test_streamed_blocks_of_any_storage_train_as_resident_ones(kind: str, storag
     assert torch.equal(loss, other) and gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         assert gradient is not None and torch.equal(gradient, others[name]), name
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_training_goes_on_from_a_state_to_the_same_bits(kind: str, model: Flux) -> None:
+    own = section(kind, module_dropout=0.2)
+
+    def fresh(seed: int) -> tuple[AdapterSet, torch.optim.Optimizer]:
+        adapters = make_adapters(model, placements_of(model, SPEC.adapters, own), own, seed)
+        return adapters, build_optimizer(trainable(adapters), OptimizerSection(lr=1e-2))
+
+    def train(adapters: AdapterSet, optimizer: torch.optim.Optimizer, updates: range) -> float:
+        attach(model, adapters.train())
+        loss = torch.zeros(())
+        for update in updates:
+            torch.manual_seed(update)
+            loss = (predict(model) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        detach(model)
+        return loss.item()
+
+    whole, moves = fresh(1)
+    first, last = train(whole, moves, range(1)), train(whole, moves, range(1, 6))
+    assert last < first
+    begun, moves = fresh(1)
+    train(begun, moves, range(3))
+    again, other = fresh(2)
+    again.load_state_dict(begun.state_dict())
+    load_optimizer_state(other, *optimizer_state(moves))
+    train(again, other, range(3, 6))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "glora", "diag-oft", "boft", "native"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.__main__ import main
@@ -680,6 +681,35 @@ def test_an_export_says_what_only_this_program_decides(project: Path, capsys: py
     assert 'train.mixed_precision: is "auto"' in said and 'memory.blocks_to_swap: is "auto"' in said
     assert "sample.prompts: are in the run file" in said and "save.every_steps" not in said
     assert options["save_every_n_epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimizer", "shown"),
+    [
+        ({"type": "lokr", "lokr_factor": 8, "rs_lora": True}, {"type": "Prodigy", "lr": 1.0, "args": {"d_coef": 2.0}}, "prodigyopt.Prodigy"),
+        ({"type": "dora"}, {"type": "Lion", "lr": 1e-5}, "lion_pytorch.Lion"),
+        ({"type": "native"}, {"type": "Adafactor", "args": {"clip_threshold": 2.0}}, "Adafactor"),
+        ({"type": "diag-oft", "constraint": 0.5}, {"type": "CAME"}, "came_pytorch.CAME"),
+    ],
+    ids=lambda value: value.get("type") if isinstance(value, dict) else value,
+)  # fmt: skip
+def test_types_of_adapters_and_optimizers_are_exported_and_read_again(
+    adapter: dict[str, Any], optimizer: dict[str, Any], shown: str, project: Path
+) -> None:
+    run_of("command.sh", KOHYA_COMMAND)
+    document = tomllib.loads(Path("run.toml").read_text(encoding="utf-8"))
+    document["adapter"] |= adapter
+    document["optimizer"] = optimizer
+    Path("run.toml").write_text(tomli_w.dumps(document), encoding="utf-8")
+    first = load_config("run.toml")
+    assert main(["export", "run.toml", "--to", "kohya", "-o", "kohya.toml"]) == 0
+    options = tomllib.loads(Path("kohya.toml").read_text(encoding="utf-8"))
+    assert options["optimizer_type"] == shown and options["network_module"] == "lycoris.kohya"
+    assert main(["import", "kohya.toml", "-o", "again.toml", "--dataset_config", "data.toml"]) == 0
+    again = load_config("again.toml")
+    for key in ("adapter.type", *(f"adapter.{name}" for name in adapter), "optimizer.type", "optimizer.lr", "optimizer.betas", "optimizer.weight_decay"):  # fmt: skip
+        assert again.get(key) == first.get(key), key
+    assert again.optimizer.args.items() >= first.optimizer.args.items()
 
 
 def test_an_export_of_a_rate_that_follows_the_loss_is_constant(
