@@ -147,6 +147,10 @@ def _rows_and_columns(shape: Shape) -> Bytes:
     return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
 
 
+def _adam(shape: Shape, args: Mapping[str, Any]) -> Bytes:
+    return 4 * math.prod(shape) * (3 if args["amsgrad"] else 2)
+
+
 def _adafactor(shape: Shape, args: Mapping[str, Any]) -> Bytes:
     second = _rows_and_columns(shape) if len(shape) >= 2 else 4 * math.prod(shape)
     return second + (0 if args["beta1"] is None else 4 * math.prod(shape))
@@ -194,13 +198,9 @@ def _ademamix(shape: Shape, args: Mapping[str, Any]) -> Bytes:
     return _eight_bit(3)(shape, args)
 
 
-def _adagrad(shape: Shape, args: Mapping[str, Any]) -> Bytes:
-    return 4 * math.prod(shape) * (4 if args["momentum"] else 3)
-
-
 OPTIMIZERS: dict[Name, Optimizer] = {
     "AdamW": Optimizer(
-        "torch.optim:AdamW", "Adam with decoupled weight decay", _moments(2), arguments=_AMSGRAD, alone=True,
+        "torch.optim:AdamW", "Adam with decoupled weight decay", _adam, arguments=_AMSGRAD, alone=True,
         elsewhere=("adamw_torch", ""),
     ),
     "AdamW8bit": Optimizer(
@@ -225,7 +225,7 @@ OPTIMIZERS: dict[Name, Optimizer] = {
         alone=True,
     ),
     "Adam": Optimizer(
-        "torch.optim:Adam", "Adam, whose weight decay is part of the gradient", _moments(2), arguments=_AMSGRAD,
+        "torch.optim:Adam", "Adam, whose weight decay is part of the gradient", _adam, arguments=_AMSGRAD,
         defaults={"optimizer.weight_decay": 0.0}, alone=True,
     ),
     "Lion": Optimizer(
@@ -273,8 +273,9 @@ OPTIMIZERS: dict[Name, Optimizer] = {
     ),
     "Muon": Optimizer(
         "musubi_tuner.training.muon:MuonWithAdamW", "orthogonalised momentum for matrices, AdamW for the rest", _muon,
-        arguments={"momentum": Argument(0.95, ge=0, lt=1), "nesterov": Argument(True), "ns_steps": Argument(5, ge=1, le=100),
+        arguments={"momentum": Argument(0.95, ge=0, lt=1), "nesterov": Argument(True), "ns_steps": Argument(5, ge=1, lt=100),
                    "adjust_lr_fn": Argument("match_rms_adamw", choices=("match_rms_adamw", "original"))},
+        given={"adjust_lr_fn": "match_rms_adamw"},
     ),
     "Prodigy": Optimizer(
         "prodigyopt:Prodigy", "Adam that estimates its learning rate", _prodigy, "prodigyopt",
@@ -293,7 +294,7 @@ OPTIMIZERS: dict[Name, Optimizer] = {
         remembers=("d", "k", "numerator_weighted"), finds_rate=True, elsewhere=("dadapt_adam",),
     ),
     "DAdaptAdaGrad": Optimizer(
-        "dadaptation:DAdaptAdaGrad", "AdaGrad that estimates its learning rate", _adagrad, "dadaptation",
+        "dadaptation:DAdaptAdaGrad", "AdaGrad that estimates its learning rate", _moments(3), "dadaptation",
         {**_GROWS, "momentum": Argument(0.0, ge=0, lt=1)}, betas=0, defaults={**_FACTOR, "optimizer.eps": 1e-6},
         remembers=("d", "k", "gsq_weighted", "sksq_weighted", "skl1"), finds_rate=True, elsewhere=("dadapt_ada_grad",),
     ),
