@@ -41,15 +41,16 @@ def parameter_groups(
     plus_ratio: float | None = None,
     rates: Rates | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of one learning rate and one weight decay, in the order in which they first occur, LoRA+ last.
+    """Groups of one learning rate and one weight decay, in the order in which they first occur, LoRA+ last, and a rate of 0 after that.
 
-    Of the same rate, those with weight decay come first. ``names`` goes along for the state, ``name`` shows the rate.
+    Of the same rate, those with weight decay come first. ``names`` goes along for the state, ``name`` shows the rate. Some optimizers
+    take the rate of the first group for all.
 
     Args:
         plus_ratio: LoRA+ (Hayou et al. 2024, arXiv:2402.12354): up matrices form groups that learn so many times faster.
         rates: of parameters that have their own; the factor multiplies that of LoRA+.
     """
-    groups: dict[tuple[bool, float, bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, float, bool, float], dict[str, Any]] = {}
     order: dict[float, int] = {}
     for name, parameter in parameters:
         factor, own_decay = (rates or {}).get(name, (1.0, None))
@@ -59,13 +60,13 @@ def parameter_groups(
         decay = (settings.weight_decay if own_decay is None else own_decay) if matrix else 0.0
         order.setdefault(factor, len(order))
         group = groups.setdefault(
-            (plus, order[factor], not matrix, decay),
+            (not scale, plus, order[factor], not matrix, decay),
             {"params": [], "names": [], "name": f"lr_{settings.lr * scale:.2e}", "weight_decay": decay,
              "lr": settings.lr * scale, "lr_scale": scale},
         )  # fmt: skip
         group["params"].append(parameter)
         group["names"].append(name)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[:3])]
+    return [groups[key] for key in sorted(groups, key=lambda key: key[:4])]
 
 
 def build_optimizer(

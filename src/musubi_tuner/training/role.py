@@ -112,6 +112,8 @@ class Role:
         self.optimizer = build_optimizer(
             self.parameters, config.optimizer, config.adapter.loraplus_lr_ratio, rates_of(module, config)
         )
+        # Without a gradient they stay; several optimizers shrink, or even move, what has a rate of 0.
+        self._kept = [p for group in self.optimizer.param_groups if not group["lr_scale"] for p in group["params"]]
         self._fused: FusedBackward | None = None
         self._rounded: RoundedStep | None = None
         if config.train.full_half and config.train.stochastic_rounding:
@@ -166,6 +168,8 @@ class Role:
         if self._fused is not None:
             self.norm = self._fused.norm()
             return torch.isfinite(self.norm).to(self._ranks.device)
+        for parameter in self._kept:
+            parameter.grad = None
         for group in self._by_hand:
             self._ranks.average_gradients(group)
         if self.scaler:

@@ -71,7 +71,7 @@ class RoundedStep:
 
 
 class FusedBackward:
-    """Steps a parameter in the backward pass, when its gradient is complete, and frees that at once.
+    """Steps a parameter in the backward pass, when its gradient is complete, and frees that at once. A rate of 0 keeps it as it is.
 
     Args:
         rounded: how, for bfloat16 weights; None = plainly.
@@ -96,11 +96,12 @@ class FusedBackward:
     def _step(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         group, name = self._places[parameter]
-        self._squares.append(parameter.grad.float().square().sum())
-        if self.rounded is not None:
-            self.rounded.step_one(group, name, parameter)
-        else:
-            step_alone(self.optimizer, group, name, parameter)
+        if group["lr_scale"]:
+            self._squares.append(parameter.grad.float().square().sum())
+            if self.rounded is not None:
+                self.rounded.step_one(group, name, parameter)
+            else:
+                step_alone(self.optimizer, group, name, parameter)
         parameter.grad = None
 
     def norm(self) -> Tensor:
