@@ -21,8 +21,9 @@ from musubi_tuner.config.schema.scheduler import SchedulerSection
 from musubi_tuner.config.schema.train import TrainSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.plan import MicroBatch, Update
-from musubi_tuner.errors import CheckpointError
+from musubi_tuner.errors import CheckpointError, TrainingError
 from musubi_tuner.models.family import LossTerm
+from musubi_tuner.training import actions
 from musubi_tuner.training import snapshot as snapshot_module
 from musubi_tuner.training import update as update_module
 from musubi_tuner.training.checkpoint import TrainingState
@@ -50,12 +51,14 @@ RANKS: Any = SimpleNamespace(
 )
 
 
-def make_task(model: nn.ModuleDict | None = None, frozen: Sequence[str] = ()) -> gan.GanTask:
+def make_task(
+    model: nn.ModuleDict | None = None, frozen: Sequence[str] = (), fused_backward: bool = False
+) -> gan.GanTask:
     """The GAN of the toy family, each role with an optimizer and an average."""
     torch.manual_seed(0)
     model = model or nn.ModuleDict({"vae": gan.autoencoder(6), "discriminator": gan.discriminator(6)})
     config: Any = SimpleNamespace(
-        optimizer=OptimizerSection(lr=1e-2),
+        optimizer=OptimizerSection(lr=1e-2, fused_backward=fused_backward),
         scheduler=SchedulerSection(type="constant", warmup_steps=0),
         adapter=AdapterSection(),
         ema=EmaSection(decay=0.5),
@@ -259,6 +262,24 @@ def test_a_phase_that_is_not_finite_ends_the_update(monkeypatch: pytest.MonkeyPa
     assert outcome.not_finite == "discriminator"
     assert changed(before, values(task)) == set()
     assert outcome.items == [f"picture {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_run_ends_with_a_gradient_that_is_not_finite_and_says_whether_weights_moved(fused: bool) -> None:
+    task = make_task(fused_backward=fused)
+    task.phases = [Both(task, "vae")]  # type: ignore[list-item]
+    before = values(task)
+    outcome = run(task, 4)
+    assert outcome.not_finite == "both" and outcome.moved_anyway is fused is bool(changed(before, values(task)))
+    position, config = Position(step=6), SimpleNamespace(train=TrainSection())
+    ended: Any = SimpleNamespace(position=position, config=config, task=task, roles=list(task.roles.values()))
+    said = (
+        "With optimizer.fused_backward weights have moved by then, so nothing is saved"
+        if fused
+        else "It changed nothing"
+    )
+    with pytest.raises(TrainingError, match=rf"^step 7: the gradient is not finite \(items picture 0, .*\)\. {said}"):
+        actions._not_finite(ended, outcome)
 
 
 def test_an_update_without_a_phase_takes_its_batches_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
