@@ -65,7 +65,8 @@ class RoundedStep:
         if parameter in state:
             state[exact] = state.pop(parameter)
         step_alone(self.optimizer, group, name, exact)
-        state[parameter] = state.pop(exact)
+        if exact in state:  # SGD without momentum remembers nothing
+            state[parameter] = state.pop(exact)
         draws = torch.Generator(parameter.device).manual_seed(keyed_seed(self.seed, "rounding", self._update, name))
         parameter.copy_(round_stochastically(exact.detach(), draws))
 
