@@ -129,6 +129,40 @@ def test_weights_are_bfloat16_and_the_state_that_was_float32_stays_that(kind: st
     assert set(optimizer.state) == set(model.parameters())  # the copies have left nothing behind
 
 
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_rounded_step_is_the_step_of_float32_weights_but_for_the_last_bit(kind: str) -> None:
+    model, exact = Net(BF16), Net(BF16).float()
+    optimizer, other = built(model, kind), built(exact, kind)
+    loss(model, 0).backward()
+    for parameter, copy in zip(model.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        copy.grad = parameter.grad.float()
+    RoundedStep(optimizer, seed=1).step()
+    other.step()
+    for parameter, copy in zip(model.parameters(), exact.parameters(), strict=True):
+        spacing = 2.0 ** (copy.detach().abs().log2().floor() - 7)
+        assert ((parameter.detach().float() - copy.detach()).abs() < spacing).all()
+    (tensors, _), (expected, _) = optimizer_state(optimizer), optimizer_state(other)
+    assert tensors.keys() == expected.keys()
+    # Fused kernels of one tensor and of several may sum in another order.
+    assert all(torch.allclose(tensor.float(), expected[key].float(), rtol=1e-6) for key, tensor in tensors.items())
+
+
+def test_parameters_and_updates_and_seeds_are_rounded_by_draws_of_their_own() -> None:
+    def rounded(name: str = "a", update: int = 0, seed: int = 1) -> Tensor:
+        weight = nn.Parameter(torch.ones(500, dtype=BF16))
+        optimizer = build_optimizer([(name, weight)], OptimizerSection(type="SGD", lr=0.001))
+        stepping = RoundedStep(optimizer, seed)
+        weight.grad = torch.ones_like(weight)
+        stepping.begin(update)
+        stepping.step()
+        return weight.detach()
+
+    assert torch.equal(rounded(), rounded())
+    for other in (rounded(name="b"), rounded(update=1), rounded(seed=2)):
+        assert not torch.equal(rounded(), other)
+
+
 def test_float32_weights_are_stepped_as_they_are() -> None:
     model, other = Net(), Net()
     optimizer, plain = built(model), built(other)
