@@ -688,6 +688,13 @@ def test_verification_has_no_effect_where_names_are_enough(warnings_of: Warnings
     assert warnings_of(cache='verify = "full"') == []
 
 
+def test_rates_of_patterns_need_a_rate_that_they_follow(problems: Problems) -> None:
+    (said,) = problems(optimizer='lr = 0\ngroup_lr = {"single_blocks.*" = 1e-4}')
+    assert said.startswith(
+        "optimizer.group_lr: gives rates that follow optimizer.lr, which is 0; set that, and end with"
+    )
+
+
 def test_masks_that_leave_nothing_to_learn_are_refused(problems: Problems) -> None:
     assert problems(train="masked_loss = true\nmask_foreground = 0.0\nmask_background = 0.0") == [
         "train.mask_foreground: and mask_background are both 0, so masked images would not be trained; set one of them"

@@ -111,6 +111,9 @@ def _betas(config: RunConfig) -> Iterator[Diagnostic]:
     for index, beta in enumerate(betas):
         if not 0 <= beta < 1:
             yield error("U03", "optimizer.betas", f"value {index} is {beta}, expected at least 0 and below 1")
+    if _record(config).averages and betas[0] == 0:
+        text = f"value 0 is 0, expected above 0, since {config.optimizer.type} divides by it; 0.9 is usual"
+        yield error("U03", "optimizer.betas", text, "optimizer.type")
     if isinstance(wanted, int) and wanted and len(betas) != wanted:
         text = f"has {len(betas)} values, {config.optimizer.type} has {wanted}"
         usual = _record(config).defaults.get("optimizer.betas", [0.9, 0.999])
@@ -123,6 +126,18 @@ def _learns(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(
             "V43", "optimizer.lr", "is 0, so nothing would be learned; 1e-4 is usual", fix=[("optimizer.lr", 1e-4)]
         )
+
+
+@rule("U03 V43", "optimizer.lr optimizer.group_lr")
+def _rates_of_patterns(config: RunConfig) -> Iterator[Diagnostic]:
+    rates = config.optimizer.group_lr
+    for pattern, rate in rates.items():
+        if not 0 <= rate <= 10:
+            text = f"{describe(pattern)} is {rate}, expected a number at least 0 and at most 10"
+            yield error("U03", "optimizer.group_lr", text)
+    if rates and config.optimizer.lr == 0:
+        text = 'gives rates that follow optimizer.lr, which is 0; set that, and end with the pattern "*" = 0 to keep all others'
+        yield error("V43", "optimizer.group_lr", text, "optimizer.lr")
 
 
 @rule("V36 V34 V40", "optimizer.lr optimizer.type optimizer.args")
@@ -183,6 +198,10 @@ def _arguments(config: RunConfig) -> Iterator[Diagnostic]:
             known = f"it has {', '.join(record.arguments)}" if record.arguments else "it has none"
             text = f"{name} has no such argument; {known}.{did_you_mean(key, record.arguments)}"
         yield error("V42", where, text, "optimizer.type")
+    args = record.complete(config.optimizer.args)
+    if name == "SGD" and args["nesterov"] is True and (args["momentum"] == 0 or args["dampening"] != 0):
+        text = "is true, which needs a momentum above 0 and a dampening of 0"
+        yield error("V42", "optimizer.args.nesterov", text, "optimizer.args")
 
 
 @rule("V31 V32", "optimizer.type optimizer.args optimizer.lr optimizer.group_lr scheduler.type")
@@ -198,8 +217,8 @@ def _relative_step(config: RunConfig) -> Iterator[Diagnostic]:
         if "scheduler.type" in config.set_keys() and config.scheduler.type not in ("adafactor", "constant"):
             text = f'is "{config.scheduler.type}", but Adafactor with relative_step has a rate of its own; write "adafactor"'
             yield error("V31", "scheduler.type", text, "optimizer.args", fix=[("scheduler.type", "adafactor")])
-        for key in ("optimizer.lr", "optimizer.group_lr"):
-            if key in config.set_keys():
+        for key, is_idle in (("optimizer.lr", True), ("optimizer.group_lr", any(config.optimizer.group_lr.values()))):
+            if is_idle and key in config.set_keys():
                 yield warning(
                     "V32",
                     key,
