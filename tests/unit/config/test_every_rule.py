@@ -163,7 +163,8 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V87": [({"memory": "compile = true\nblocks_to_swap = 2"}, {"memory": "compile = true"}),
             ({"memory": 'compile = true\ncompile_backend = "eager"\ncompile_mode = "max-autotune-no-cudagraphs"'},
              {"memory": 'compile = true\ncompile_mode = "max-autotune-no-cudagraphs"'})],
-    "V88": [({"memory": "blocks_to_swap = 2", "optimizer": 'type = "AdamW8bit"'}, {"memory": "blocks_to_swap = 2"})],
+    "V88": [({"memory": "blocks_to_swap = 2", "optimizer": f'type = "{name}"'}, {"memory": "blocks_to_swap = 2"})
+            for name in ("AdamW8bit", "PagedAdamW", "Lion8bit")],
     "V92": [(images("is_reg = true"), images("is_reg = true", MORE))],
 }  # fmt: skip
 """Code -> pairs of changes of a good file: those that break the rule, and the nearest that do not."""

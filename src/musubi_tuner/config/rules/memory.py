@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from musubi_tuner.config.diagnostics import Diagnostic, error, warning
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
+from musubi_tuner.optimizers import OPTIMIZERS
 
 MEMORY = Rules()
 rule = MEMORY.rule
@@ -127,10 +128,10 @@ def _offload(config: RunConfig) -> Iterator[Diagnostic]:
 def _swapped_blocks(config: RunConfig) -> Iterator[Diagnostic]:
     if not config.memory.blocks_to_swap:
         return
-    if config.adapter.type == "none" and config.optimizer.type == "AdamW8bit":
+    if config.adapter.type == "none" and OPTIMIZERS[config.optimizer.type].on_device:
         text = (
-            '"AdamW8bit" runs on the device only, but memory.blocks_to_swap keeps trained blocks and their optimizer state in main '
-            'memory; use "AdamW"'
+            f'"{config.optimizer.type}" runs on the device only, but memory.blocks_to_swap keeps trained blocks and their optimizer state '
+            'in main memory; use "AdamW"'
         )
         yield error("V88", "optimizer.type", text, "memory.blocks_to_swap", fix=[("optimizer.type", "AdamW")])
     if config.adapter.type == "none" and config.train.mixed_precision == "fp16":
