@@ -59,7 +59,7 @@ class TrainSection(Section):
         "else no.",
     )  # fmt: skip
     full_half: bool = param(
-        False, "Hold what trains and its gradients in bfloat16, which halves both; optimizer state stays float32.", flat=("full_bf16",)
+        False, "Hold what trains and its gradients in bfloat16, which halves both; rounded at random, optimizer state stays float32.", flat=("full_bf16",)
     )  # fmt: skip
     stochastic_rounding: bool = param(
         True,
