@@ -213,9 +213,13 @@ def test_settings_of_roles_are_checked_like_those_of_the_run(
     assert "cannot be absent for a role" in refused("--set", "roles.vae.scheduler.total_steps=none")
 
 
-def test_the_document_quotes_the_family_that_is_tested() -> None:
+def test_the_document_quotes_the_family_that_is_tested_and_a_record_of_an_optimizer() -> None:
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     quoted = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    files = [path.read_text(encoding="utf-8") for path in Path(__file__).with_name("toy_family").glob("*.py")]
-    assert len(quoted) == 9
+    paths = [
+        *Path(__file__).with_name("toy_family").glob("*.py"),
+        REPOSITORY / "src" / "musubi_tuner" / "optimizers.py",
+    ]
+    files = [path.read_text(encoding="utf-8") for path in paths]
+    assert len(quoted) == 11
     assert [block for block in quoted if not any(block in file for file in files)] == []
