@@ -175,7 +175,7 @@ def validate(run: Run) -> None:
         _follow(run, values)
         run.metrics.say(
             f"step {step}: validation loss {value:.4f}{', the lowest so far' if better else ''} "
-            f"({'averaged' if averaged else 'trained'} weights, {len(run.validator.dataset)} image(s) at "
+            f"({'averaged' if averaged or run.role.averages_itself else 'trained'} weights, {len(run.validator.dataset)} image(s) at "
             f"{len(run.validator.times)} noise levels, {format_seconds(seconds)})"
         )
         if not math.isfinite(value):

@@ -204,6 +204,11 @@ class Role:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def averages_itself(self) -> bool:
+        """Whether its optimizer keeps the average that `averaged` shows."""
+        return self._record.averages
+
     def weights(self) -> dict[str, Tensor]:
         """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies."""
         weights = self.module.state_dict()

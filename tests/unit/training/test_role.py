@@ -18,7 +18,9 @@ from musubi_tuner.config.schema.scheduler import SchedulerSection
 from musubi_tuner.config.schema.train import TrainSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.optimizers import OPTIMIZERS, having
+from musubi_tuner.training import actions
 from musubi_tuner.training.role import Role, averages_of, weights_of
+from musubi_tuner.training.validation import METRIC
 
 RANKS: Any = SimpleNamespace(
     count=1, device=torch.device("cpu"), average_gradients=lambda parameters: None
@@ -202,6 +204,30 @@ def test_they_are_in_the_module_inside_the_block_and_every_bit_comes_back(kind: 
         assert all(torch.equal(value, shown[key]) for key, value in role.module.state_dict().items())
         raise KeyError  # as when drawing fails
     assert changed(trained, role.module) == set()
+
+
+@pytest.mark.parametrize(("kind", "which"), [("AdamWScheduleFree", "averaged"), ("AdamW", "trained")])
+def test_validation_measures_the_weights_that_its_line_names(kind: str, which: str) -> None:
+    role = train(make_role(Net(), kind, lr=0.05), 12)
+    expected, said = role.weights(), list[str]()
+
+    def measure(module: nn.Module, step: int) -> dict[str, float]:
+        assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+        return {METRIC: 0.5}
+
+    run: Any = SimpleNamespace(
+        position=SimpleNamespace(step=3),
+        config=SimpleNamespace(validation=SimpleNamespace(weights="ema")),
+        role=role,
+        roles=[role],
+        model=role.module,
+        best=None,
+        snapshot=SimpleNamespace(until=None),
+        validator=SimpleNamespace(measure=measure, dataset=[1], times=[0.5]),
+        metrics=SimpleNamespace(measured=lambda *_: None, say=said.append),
+    )
+    actions.validate(run)
+    assert f"({which} weights, 1 image(s)" in said[0]
 
 
 @pytest.mark.parametrize("kind", FREE)
