@@ -87,7 +87,7 @@ def _main(arguments: Sequence[str]) -> int:
         if alphas[file.path].tensors != alphas[first.path].tensors:
             raise CheckpointError(f"{file.path}: other alphas are stated for it than for {first.path.name}")
         for key, tensor in file.tensors.items():
-            if not key.endswith(".alpha"):
+            if not key.endswith(".alpha") and tensor.is_floating_point():
                 average[key].mul_(beta).add_(tensor.float(), alpha=1 - beta)
         print(f"{file.path}: share {1 - beta:.4g}")
     tensors = {key: tensor.to(first.tensors[key].dtype) for key, tensor in average.items()}

@@ -212,6 +212,24 @@ def test_average_goes_by_training_steps() -> None:
         assert file.metadata()["ss_output_name"] == "late"
 
 
+def test_files_of_every_type_are_averaged() -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        parts = {"oft_blocks": torch.full((4, 2, 2), value), "weight": torch.full((3,), value), "lokr_w1": torch.full((2, 2), value),
+                 "hada_w1_a": torch.full((2, 2), value), "diff": torch.full((2, 2), value), "on_input": torch.tensor(1)}  # fmt: skip
+        save_file(
+            {
+                f"lycoris_single_blocks_{index}_linear2.{leaf}": tensor
+                for index, (leaf, tensor) in enumerate(parts.items())
+            },
+            f"{name}.safetensors",
+        )
+    files = ["a.safetensors", "b.safetensors", "--no_sort", "--beta", "0.95", "--output_file", "ema.safetensors"]
+    assert lora_post_hoc_ema.main(files) == 0
+    for key, tensor in load_file("ema.safetensors").items():
+        expected = torch.ones_like(tensor) if key.endswith("on_input") else torch.full_like(tensor, 1.05)
+        torch.testing.assert_close(tensor, expected)
+
+
 def test_shares_of_the_average() -> None:
     assert betas(3, 0.9, None, None) == [0.9, 0.9, 0.9]
     assert betas(3, 0.8, 0.9, None) == pytest.approx([0.8, 0.85, 0.9])
