@@ -146,8 +146,14 @@ class RunConfig(RunFile):
         if own is None:
             return self
         usual: dict[str, dict[str, Any]] = {table: {} for table in ROLE_TABLES}
-        for key, value in defaults_of(str(own.optimizer.get("type", ""))).items():
-            usual[key.split(".")[0]][key.split(".")[1]] = value
+        if own.optimizer.get("type", self.optimizer.type) != self.optimizer.type:
+            # What the run's optimizer brings along is nothing for another one.
+            plain = type(self.optimizer)()
+            for key in (key for key in defaults_of(self.optimizer.type) if key.startswith("optimizer.")):
+                usual["optimizer"][key.split(".")[1]] = getattr(plain, key.split(".")[1])
+            usual["optimizer"]["args"] = {}
+            for key, value in defaults_of(str(own.optimizer["type"])).items():
+                usual[key.split(".")[0]][key.split(".")[1]] = value
         tables: dict[str, Any] = {
             table: lay(getattr(self, table), {**usual[table], **getattr(own, table)}) for table in ROLE_TABLES
         }

@@ -209,6 +209,8 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         )
     metrics = saver = None
     if ranks.main:
+        for remark in (remark for role in roles for remark in role.remarks()):
+            print(remark)
         if config.adapter.type == "none":
             write_configs(config.output_dir, trainee.geometry.to_json(), trainee.options)
         write_text(config.output_dir / f"{config.run.name}.config.toml", resolved_toml(config))

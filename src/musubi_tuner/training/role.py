@@ -106,7 +106,8 @@ class Role:
         self._ranks = ranks
         self._swap = swap
         self._record = OPTIMIZERS[config.optimizer.type]
-        args = self._record.complete(config.optimizer.args)
+        self.optimizer_args = config.optimizer.args
+        args = self._record.complete(self.optimizer_args)
         self._own_rate = bool(args.get("relative_step"))
         self._warmup_init = bool(args.get("warmup_init"))
         self.optimizer = build_optimizer(
@@ -133,6 +134,15 @@ class Role:
         if config.ema.enabled and not self.frozen:
             where = "cpu" if config.ema.on_cpu else None
             self.ema = EMA(module, config.ema.decay, warmup=config.warms_average, device=where)
+
+    def remarks(self) -> list[str]:
+        """What a person should know of its optimizer."""
+        least = self._record.complete(self.optimizer_args).get("min_8bit_size")
+        if least is None or any(parameter.numel() >= least for _, parameter in self.parameters):
+            return []
+        return [
+            f"warning: optimizer.type: all {len(self.parameters)} trained tensors have fewer than {least} values, which stay in 32 bits: it saves nothing"
+        ]
 
     @property
     def by_hand(self) -> list[nn.Parameter]:

@@ -259,3 +259,29 @@ def test_the_relative_rate_is_the_one_that_adafactor_uses(warmup_init: bool) -> 
         used = role.optimizer._get_lr(group, role.optimizer.state[parameter])  # type: ignore[attr-defined]
         assert role.rate(number) == used, number
     assert role.rate(0) == (1e-6 if warmup_init else 1e-2) and role.rate(20_000) < 1e-2
+
+
+def test_an_8_bit_optimizer_that_saves_nothing_says_so() -> None:
+    (said,) = make_role(Net(), "AdamW8bit").remarks()
+    assert said.startswith("warning: optimizer.type: all 6 trained tensors have fewer than 4096 values")
+    assert make_role(Net(), "AdamW8bit", args={"min_8bit_size": 256}).remarks() == []
+    assert make_role(Net(), "AdamW").remarks() == []
+
+
+def test_a_role_with_another_optimizer_takes_none_of_what_that_of_the_run_brings_along() -> None:
+    from musubi_tuner.config import RunConfig
+    from musubi_tuner.config.schema.roles import RoleSection, roles_section
+
+    def of_role(**own: Any) -> OptimizerSection:
+        config = RunConfig.model_construct(
+            optimizer=OptimizerSection(type="Prodigy", lr=1.0, weight_decay=0.3, args={"d_coef": 2.0}),
+            scheduler=SchedulerSection(),
+            ema=EmaSection(),
+            roles=roles_section("a")(a=RoleSection(optimizer=own)),
+        )
+        return config.for_role("a").optimizer
+
+    assert (of_role(weight_decay=0.0).lr, of_role().args) == (1.0, {"d_coef": 2.0})
+    other = of_role(type="AdamW")
+    assert (other.lr, other.args, other.weight_decay) == (1e-4, {}, 0.3)
+    assert (of_role(type="Lion").lr, of_role(type="Lion").betas) == (3e-5, [0.9, 0.99])
