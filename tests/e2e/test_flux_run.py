@@ -707,7 +707,7 @@ def test_adapters_that_do_not_fit(new_run: NewRun, trained: Path, tmp_path: Path
     assert "values (lora_unet_single_blocks_0_linear1.lora_up.weight); the training that made it failed" in start(
         broken, "g"
     )
-    assert "is not a LoRA (first key: x)" in start({"x": torch.zeros(1)}, "d")
+    assert "is not an adapter (first key: x)" in start({"x": torch.zeros(1)}, "d")
     only_text = {"lora_te1_x.lora_down.weight": torch.zeros(2, 2), "lora_te1_x.lora_up.weight": torch.zeros(2, 2)}
     assert "holds only text encoder keys" in start(only_text, "e")
     save_file({**good, **only_text}, file)

@@ -374,8 +374,8 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
         except ValueError as problem:
             raise ConfigError(f"adapter: {placement.path}: {problem}") from problem
         adapter.initialize(generator(seed, "adapter", placement.path))
-        if adapter.starts:
-            adapter.begin_from(_weight_below(layer), fresh=True)
+        if adapter.starts and not (weight := _weight_below(layer)).is_meta:
+            adapter.begin_from(weight, fresh=True)
         adapters[placement.path] = adapter
     return AdapterSet(
         adapters, {placement.path: (placement.lr_scale, placement.weight_decay) for placement in placements}
