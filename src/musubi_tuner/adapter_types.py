@@ -61,8 +61,8 @@ ADAPTERS: dict[str, AdapterType] = {
         "lora_unet_", ("standard", "loraxs", "networks.lora"),
     ),
     "locon": AdapterType(
-        _of("lora:LoRALinear"), "LoRA, convolutions included; on Linear layers it is LoRA", "W + s B A", _LORA, _LORA[:2], (), _FACTORS,
-        "lora_unet_", written_as="lora",
+        _of("locon:LoCon"), "LoRA, convolutions included; on Linear layers it is LoRA", "W + s B A", _LORA, _LORA[:2], (),
+        (*_FACTORS, "conv_rank", "conv_alpha"), "lora_unet_", written_as="lora",
     ),
     "dora": AdapterType(
         _of("dora:DoRA"), "LoRA with trained norms of rows (Liu et al. 2024)", "m V / |V| by rows, V = W + s B A",

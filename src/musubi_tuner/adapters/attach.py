@@ -45,6 +45,21 @@ def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
     ] + [path for path in targets.outside if path in known]
 
 
+def convolution_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
+    """Paths of all convolutions of a model that can be adapted, in order."""
+    return [
+        f"{blocks}.{index}.{layer}"
+        for blocks, layers in targets.convolutions.items()
+        for index in range(len(getattr(model, blocks)))
+        for layer in layers
+    ]
+
+
+def adaptable_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
+    """Paths of everything in a model that an adapter file may change."""
+    return [*target_paths(model, targets), *convolution_paths(model, targets), *norm_paths(model, targets)]
+
+
 def norm_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
     """Paths of all norms in the blocks of a model whose scale can be changed, in order."""
     blocks = tuple(f"{name}." for name in targets.layers)
@@ -136,6 +151,13 @@ def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterS
 def placements_of(model: nn.Module, targets: AdapterTargets, settings: AdapterSection) -> list[Placement]:
     """Which layers and norms of a model get an adapter; see `place_adapters`."""
     placements = place_adapters(target_paths(model, targets), targets, settings)
+    if settings.conv_rank and settings.type == "locon":
+        alpha = settings.conv_rank / 2 if settings.conv_alpha is None else settings.conv_alpha
+        paths = convolution_paths(model, targets)
+        placements += [
+            Placement(path, settings.conv_rank, alpha, settings.lr_scale, settings.dropout, type="locon")
+            for path in paths
+        ]
     if settings.train_norm:
         norms = norm_paths(model, targets)
         placements += [Placement(path, 1, 0.0, settings.lr_scale, type=NORM) for path in norms]
@@ -322,7 +344,7 @@ class _Merged:
             ConfigError: if it is streamed from main memory.
         """
         self.layer = layer
-        self.name = "weight" if isinstance(layer, nn.Linear) else scale_name(layer) or "weight"
+        self.name = scale_name(layer) or "weight"
         if not isinstance(layer, FrozenLinear):
             self.weight = layer._parameters[self.name].data  # type: ignore[union-attr]
             return
@@ -362,7 +384,9 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
         record = ADAPTERS[kind]
         options: dict[str, Any] = {"dropout": placement.dropout, "rank_dropout": settings.rank_dropout}
         options = {name: value for name, value in options.items() if name in record.uses}
-        own = placement.own or own_arguments(kind, settings)
+        own = {**(placement.own or own_arguments(kind, settings)), **_way_of(layer)}
+        if own.get("kernel") and kind == "lora":
+            record = ADAPTERS["locon"]
         try:
             adapter = record.load()(
                 columns,
@@ -385,18 +409,39 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
 def own_arguments(kind: str, settings: AdapterSection) -> dict[str, Any]:
     """Arguments of a type's class that [adapter] has settings for."""
     names = ADAPTERS[kind].uses
-    shared = {"rank", "alpha", "rs_lora", "dropout", "rank_dropout", "depth", "loraplus_lr_ratio", "max_norm"}
+    shared = {
+        "conv_rank",
+        "conv_alpha",
+        "rank",
+        "alpha",
+        "rs_lora",
+        "dropout",
+        "rank_dropout",
+        "depth",
+        "loraplus_lr_ratio",
+        "max_norm",
+    }
     return {name.removeprefix("lokr_"): getattr(settings, name) for name in names if name not in shared}
+
+
+def _way_of(layer: nn.Module) -> dict[str, Any]:
+    """How a convolution goes over its input; empty for other layers."""
+    if not isinstance(layer, nn.Conv2d):
+        return {}
+    way = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    return {"kernel": tuple(layer.kernel_size), "way": way}
 
 
 def _features(layer: nn.Module, path: str) -> tuple[int, int]:
     """Columns and rows of a layer; twice the size of a norm."""
     if isinstance(layer, nn.Linear | FrozenLinear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        return layer.in_channels, layer.out_channels
     name = scale_name(layer)
     if name is None:
         raise ConfigError(
-            f"adapter: {path} is a {type(layer).__name__}; only Linear layers and scales of norms can be adapted"
+            f"adapter: {path} is a {type(layer).__name__}; only Linear layers, convolutions without groups, and scales of norms can be adapted"
         )
     size = layer._parameters[name].numel()  # type: ignore[union-attr]
     return size, size
@@ -409,6 +454,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
         ConfigError: for a module that cannot be adapted.
     """
     columns, rows = _features(layer, type(layer).__name__)
+    if isinstance(layer, nn.Conv2d):
+        return tuple(layer.weight.shape)
     return (rows, columns) if isinstance(layer, nn.Linear | FrozenLinear) else (rows,)
 
 
@@ -437,7 +484,7 @@ def attach(model: nn.Module, *sets: AdapterSet) -> None:
             layer: Any = model.get_submodule(path)
             below = vars(layer).get("adapters", ())
             if not below:
-                first = _Adapted if isinstance(layer, nn.Linear | FrozenLinear) else _AdaptedNorm
+                first = _AdaptedNorm if scale_name(layer) else _Adapted
                 layer.__class__ = _adapted(first, type(layer))  # type: ignore[arg-type]  # classes are hashable
             elif adapter.starts:
                 adapter.begin_from(_weight_below(layer), fresh=False)

@@ -292,6 +292,8 @@ def to_published(tensors: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[s
     """
     if spec.published is None:
         raise CheckpointError(f"{spec.title} has no published trainer with names of its own")
+    others = tuple(name for name in ADAPTERS if name != "lora")
+    _refuse_types(_pairs(tensors, layer_paths(tensors, spec)), "the published trainer", others)
     return spec.published.write_lora(tensors)
 
 
@@ -340,7 +342,7 @@ def layer_path(underscored: str, spec: ModelSpec) -> str | None:
     """Path of a layer or norm from its name without dots; None if the family has none such."""
     for blocks, layers in spec.adapters.layers.items():
         match = re.fullmatch(rf"{blocks}_(\d+)_(.+)", underscored)
-        named = (*layers, *spec.adapters.norms.get(blocks, ()))
+        named = (*layers, *spec.adapters.convolutions.get(blocks, ()), *spec.adapters.norms.get(blocks, ()))
         layer = match and next((layer for layer in named if layer.replace(".", "_") == match[2]), None)
         if match and layer:
             return f"{blocks}.{match[1]}.{layer}"

@@ -12,15 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from musubi_tuner.adapter_types import ADAPTERS, NORM, type_of
-from musubi_tuner.adapters.attach import (
-    FILE_PREFIX,
-    AdapterSet,
-    Placement,
-    file_name,
-    norm_paths,
-    target_paths,
-    weight_shape,
-)
+from musubi_tuner.adapters.attach import FILE_PREFIX, AdapterSet, Placement, adaptable_paths, file_name, weight_shape
 from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.convert import (
     family_of,
@@ -72,7 +64,8 @@ def adapter_of(parts: Mapping[str, Tensor], shape: Sequence[int], what: str) -> 
     if missing:
         raise CheckpointError(f"{what}: has {', '.join(sorted(parts))}; expected {', '.join(ADAPTERS[kind].needed)}")
     try:
-        return ADAPTERS[kind].load().of_parts(parts, (int(shape[0]), int(shape[-1])))
+        known = ADAPTERS["locon" if kind == "lora" and len(shape) > 2 else kind].load()
+        return known.of_parts(parts, (int(shape[0]), int(shape[1] if len(shape) > 1 else shape[0])))
     except (ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{what}: {problem}") from problem
 
@@ -237,7 +230,7 @@ def placements_of_file(
     Raises:
         CheckpointError: listing keys that belong to no layer of the model, or naming a layer that does not fit.
     """
-    paths = [*target_paths(model, targets), *norm_paths(model, targets)]
+    paths = adaptable_paths(model, targets)
     layers, strange = group_by_layer(tensors, paths)
     if strange:
         raise CheckpointError(

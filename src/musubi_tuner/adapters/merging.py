@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import norm_paths, target_paths
+from musubi_tuner.adapters.attach import adaptable_paths
 from musubi_tuner.adapters.files import AdapterFile, adapter_of, group_by_layer, left_out, read_adapter
 from musubi_tuner.adapters.norm import scale_name
 from musubi_tuner.config import RunConfig
@@ -96,7 +96,7 @@ def merge(
     Raises:
         CheckpointError: listing keys that belong to no layer, or layers of another shape.
     """
-    paths = [*target_paths(model, targets), *norm_paths(model, targets)]
+    paths = adaptable_paths(model, targets)
     merging = Merging(tensors, paths, multiplier, ignore_unmatched=ignore_unmatched, what=what)
     for path in merging.layers:
         layer = model.get_submodule(path)

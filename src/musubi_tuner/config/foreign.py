@@ -347,7 +347,6 @@ REFUSED: dict[str, str] = {
             "unbalanced_factorization",
             "use_cp",
             "use_conv_cp",
-            "conv_rank",
         ),
         _OTHER_ADAPTERS,
     ),
@@ -429,8 +428,6 @@ REFUSED: dict[str, str] = {
     "resume_from_huggingface": "is not supported; set resume.from to a local state folder",
     "conditioning_data_dir": "is for ControlNet or masks; for masks set mask_directory in [[datasets]]",
     "control_directory": "is for editing models; this architecture takes no control images",
-    "conv_dim": "would change nothing: the denoiser has no convolutions",
-    "conv_alpha": "would change nothing: the denoiser has no convolutions",
     "dora_wd": 'is written as adapter.type = "dora"',
     "weight_decompose": 'is written as adapter.type = "dora"',
 }

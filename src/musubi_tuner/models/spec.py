@@ -27,6 +27,7 @@ class AdapterTargets:
         layers: block list -> names of the Linear layers in one of its blocks, in file order.
         blocks: block list -> number of blocks of the published model.
         norms: block list -> names of the norms in one of its blocks whose scales adapter.train_norm changes.
+        convolutions: block list -> names of the convolutions in one of its blocks, which adapter.conv_rank adapts.
         outside: paths of Linear layers outside of the block lists, which get one only when asked for.
         exclude: regular expressions of whole module paths that get an adapter only when asked for.
         on_input: regular expression of the layers whose inputs (IA)^3 scales, and not their outputs.
@@ -39,6 +40,7 @@ class AdapterTargets:
     layers: Mapping[str, tuple[str, ...]]
     blocks: Mapping[str, int] = field(default_factory=dict)
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    convolutions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     outside: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     on_input: str = r"(?!)"

@@ -22,6 +22,7 @@ from musubi_tuner.memory.compose import compose_memory
 from musubi_tuner.memory.storage import Freeze, freeze_layers
 from musubi_tuner.models.flux_dev import Flux, FluxConfig, build
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.randomness import generator
 from musubi_tuner.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state, trainable
 
@@ -314,6 +315,64 @@ def test_dora_of_diffusers_and_back(model: Flux) -> None:
 def test_types_that_a_program_does_not_read_are_refused_by_name(kind: str, to: Any, program: str, model: Flux) -> None:
     with pytest.raises(CheckpointError, match=f"is of type {kind}, which {program} does not read"):
         convert(moved_set(model, kind).state_dict(), to, arch="fd")
+
+
+# Convolutions
+
+
+class Convolutions(nn.Module):
+    """Blocks of a convolution and a Linear layer, on [B, 6, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for stride in (1, 2):
+            self.blocks.append(
+                nn.ModuleDict({"conv": nn.Conv2d(6, 6, 3, stride, 1, dilation=1), "inner": nn.Linear(6, 6)})
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["conv"](x))  # type: ignore[index, operator]
+            x = block["inner"](x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[index, operator]
+        return x
+
+
+CONVOLUTIONS = AdapterTargets(layers={"blocks": ("inner",)}, convolutions={"blocks": ("conv",)}, network_module="none")
+
+
+def test_locon_takes_convolutions_where_a_rank_for_them_is_given() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Convolutions().requires_grad_(False)
+    x = torch.randn(2, 6, 9, 9, generator=generator(6, "x"))
+    own = section("locon", conv_rank=3, conv_alpha=1.5, dropout=0.2)
+    placements = placements_of(model, CONVOLUTIONS, own)
+    assert {p.path: (p.rank, p.alpha) for p in placements if "conv" in p.path} == {
+        "blocks.0.conv": (3, 1.5), "blocks.1.conv": (3, 1.5),
+    }  # fmt: skip
+    assert not any("conv" in p.path for p in placements_of(model, CONVOLUTIONS, section("locon")))
+    adapters = make_adapters(model, placements, own)
+    plain = model(x)
+    attach(model, adapters.eval())
+    assert torch.equal(model(x), plain)
+    for parameter in adapters.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator(7, str(parameter.shape))) * 0.2)
+    expected = model(x)
+    adapters.train()
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapters.parameters())
+    detach(model)
+    tensors = adapters.state_dict()
+    again = make_adapters(model, placements_of_file(tensors, model, CONVOLUTIONS, "file"), AdapterSection(type="lora"))
+    load_adapter(again, tensors)
+    attach(model, again.eval())
+    assert torch.equal(model(x), expected)
+    again.merge(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    detach(model)
+    merge(model, tensors, CONVOLUTIONS)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
 # Sizes

@@ -136,6 +136,8 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V47": [({"adapter": 'type = "lokr"\ndropout = 0.1'}, {"adapter": 'type = "lokr"\nmodule_dropout = 0.1'}),
             ({"adapter": 'type = "ia3"\nrank_dropout = 0.1'}, {"adapter": 'type = "loha"\nrank_dropout = 0.1'}),
             ({"adapter": 'type = "boft"\nloraplus_lr_ratio = 4'}, {"adapter": 'type = "dora"\nloraplus_lr_ratio = 4'})],
+    "V49": [({"adapter": 'type = "locon"\nconv_rank = 8'}, {"adapter": 'type = "locon"'}),
+            ({"adapter": 'type = "locon"\nconv_alpha = 8'}, {"adapter": 'type = "locon"\nconv_alpha = 0'})],
     "V50": [({"adapter": f"{LORA}\nrank = 4\nalpha = 17"}, {"adapter": f"{LORA}\nrank = 4\nalpha = 16"})],
     "V56": [({"train": "max_epochs = 3"}, {})],
     "V58": [(images("keep_tokens = 1"), {**images("keep_tokens = 1\nshuffle_caption = true"), "cache": "text_variants = 2"}),

@@ -75,6 +75,19 @@ def _blocks_of_ranks(config: RunConfig) -> Iterator[Diagnostic]:
         yield error("V46", "adapter.rank", text, "adapter.block_size", fix=[("adapter.block_size", 1)])
 
 
+@rule("V49", "adapter.type adapter.conv_rank adapter.conv_alpha")
+def _convolutions(config: RunConfig) -> Iterator[Diagnostic]:
+    adapter = config.adapter
+    if adapter.type == "none":
+        return
+    if adapter.conv_rank and not config.spec.adapters.convolutions and "conv_rank" in ADAPTERS[adapter.type].uses:
+        text = f"is {adapter.conv_rank}, but {config.spec.title} has no convolutions; no layer is adapted by it"
+        yield warning("V49", "adapter.conv_rank", text, fix=[("adapter.conv_rank", None)])
+    if adapter.conv_alpha and not adapter.conv_rank:
+        text = "has no effect because adapter.conv_rank is absent"
+        yield warning("V49", "adapter.conv_alpha", text, "adapter.conv_rank")
+
+
 @rule("V45", "adapter.type adapter.block_rank adapter.block_alpha model.geometry")
 def _numbers_of_blocks(config: RunConfig) -> Iterator[Diagnostic]:
     adapter, counts = config.adapter, config.spec.adapters.blocks

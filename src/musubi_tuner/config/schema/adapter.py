@@ -69,6 +69,13 @@ class AdapterSection(Section):
         ge=0,
         when=_RANKS & _acts("alpha"),
     )
+    conv_rank: int | None = param(
+        None, "Rank of locon on convolutions, where a family has some; absent = they are left alone.", ge=1, le=1024, flat=("conv_dim",),
+        when=_RANKS & _acts("conv_rank")
+    )  # fmt: skip
+    conv_alpha: float | None = param(
+        None, "Alpha of locon on convolutions; absent = half of conv_rank.", ge=0, when=_RANKS & _acts("conv_alpha")
+    )
     rs_lora: bool = param(
         False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023); files hold the alpha that gives the same.",
         when=_RANKS & _acts("rs_lora"),
