@@ -406,22 +406,13 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
     )
 
 
+OWN = ("lokr_factor", "lokr_decompose_both", "lokr_full", "block_size", "constraint", "rescaled")
+"""Settings of [adapter] that are arguments of some classes, there without the name of the type."""
+
+
 def own_arguments(kind: str, settings: AdapterSection) -> dict[str, Any]:
     """Arguments of a type's class that [adapter] has settings for."""
-    names = ADAPTERS[kind].uses
-    shared = {
-        "conv_rank",
-        "conv_alpha",
-        "rank",
-        "alpha",
-        "rs_lora",
-        "dropout",
-        "rank_dropout",
-        "depth",
-        "loraplus_lr_ratio",
-        "max_norm",
-    }
-    return {name.removeprefix("lokr_"): getattr(settings, name) for name in names if name not in shared}
+    return {name.removeprefix("lokr_"): getattr(settings, name) for name in OWN if name in ADAPTERS[kind].uses}
 
 
 def _way_of(layer: nn.Module) -> dict[str, Any]:
