@@ -170,17 +170,27 @@ def layer_settings(
     ranks: Mapping[str, int] = _NO_NUMBERS,
     alphas: Mapping[str, float] = _NO_NUMBERS,
 ) -> tuple[LayerSettings, bool]:
-    """What [adapter] says about a layer, and whether a target asks for it.
+    """What [adapter] says about a layer, and whether a target asks for it; what does not act on the type is left out.
 
     Args:
         ranks, alphas: of blocks that have their own; see `by_block`.
     """
-    rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), settings.rank)
-    default_alpha = settings.alpha if settings.alpha is not None else settings.rank / 2
-    alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), default_alpha)
-    rank, alpha = ranks.get(block_of(path), rank), alphas.get(block_of(path), alpha)
-    base = LayerSettings(rank, alpha, settings.lr_scale, settings.depth, settings.dropout)
-    return resolve(path, base, [(target.pattern, target.fields()) for target in settings.targets])
+    uses = ADAPTERS[settings.type].uses
+    rank, alpha = settings.rank, settings.alpha if settings.alpha is not None else settings.rank / 2
+    if "rank" in uses:
+        rank = next((r for p, r in settings.rank_patterns.items() if re.fullmatch(p, path)), rank)
+        rank = ranks.get(block_of(path), rank)
+    if "alpha" in uses:
+        alpha = next((a for p, a in settings.alpha_patterns.items() if re.fullmatch(p, path)), alpha)
+        alpha = alphas.get(block_of(path), alpha)
+    depth = settings.depth if "depth" in uses else 1
+    base = LayerSettings(rank, alpha, settings.lr_scale, depth, settings.dropout if "dropout" in uses else 0.0)
+    idle = {"rank", "alpha", "depth", "dropout"}.difference(uses)
+    targets = [
+        (target.pattern, {name: value for name, value in target.fields().items() if name not in idle})
+        for target in settings.targets
+    ]
+    return resolve(path, base, targets)
 
 
 Number = TypeVar("Number", int, float)

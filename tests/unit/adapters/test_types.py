@@ -400,6 +400,15 @@ def test_numbers_by_block(model: Flux) -> None:
         ranks(block_rank={"double.9": 1})
 
 
+def test_what_does_not_act_on_a_type_leaves_its_layers_as_they_are(model: Flux) -> None:
+    targets = [{"pattern": "single_blocks.*.linear2", "rank": 2, "depth": 3}]
+    own = section("loha", depth=4, targets=targets)
+    ranks = {each.path: (each.rank, each.alpha) for each in placements_of(model, SPEC.adapters, own)}
+    assert ranks["double_blocks.0.img_attn.qkv"] == (6, 3.0) and ranks["single_blocks.0.linear2"] == (2, 3.0)
+    own = section("ia3", block_rank=[0] * 6, rank_patterns={r"single_blocks\..*": 0})
+    assert len(placements_of(model, SPEC.adapters, own)) == len(ranks)
+
+
 def test_rs_lora_is_in_the_alpha_of_the_file(model: Flux) -> None:
     own = section("lora", rank=16, alpha=2.0, rs_lora=True)
     adapters = make_adapters(model, placements_of(model, SPEC.adapters, own), own)

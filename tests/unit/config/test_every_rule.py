@@ -135,6 +135,8 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V46": [({"adapter": 'type = "dylora"\nrank = 10\nblock_size = 4'}, {"adapter": 'type = "dylora"\nrank = 12\nblock_size = 4'})],
     "V47": [({"adapter": 'type = "lokr"\ndropout = 0.1'}, {"adapter": 'type = "lokr"\nmodule_dropout = 0.1'}),
             ({"adapter": 'type = "ia3"\nrank_dropout = 0.1'}, {"adapter": 'type = "loha"\nrank_dropout = 0.1'}),
+            *(({"adapter": f'type = "lokr"\ntargets = [{{pattern = "**.qkv", {on} = 0.1}}]'},
+               {"adapter": f'type = "lokr"\ntargets = [{{pattern = "**.qkv", {off} = 0.1}}]'}) for on, off in [("dropout", "lr_scale")]),
             ({"adapter": 'type = "boft"\nloraplus_lr_ratio = 4'}, {"adapter": 'type = "dora"\nloraplus_lr_ratio = 4'})],
     "V49": [({"adapter": 'type = "locon"\nconv_rank = 8'}, {"adapter": 'type = "locon"'}),
             ({"adapter": 'type = "locon"\nconv_alpha = 8'}, {"adapter": 'type = "locon"\nconv_alpha = 0'})],

@@ -50,7 +50,7 @@ def _preset_is_used(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning(NO_EFFECT, "adapter.preset", text, *given)
 
 
-@rule("V47", "adapter.type adapter.dropout adapter.rank_dropout adapter.loraplus_lr_ratio")
+@rule("V47 NA03", "adapter.type adapter.dropout adapter.rank_dropout adapter.loraplus_lr_ratio adapter.targets")
 def _acts_on_type(config: RunConfig) -> Iterator[Diagnostic]:
     adapter = config.adapter
     if adapter.type == "none":
@@ -65,6 +65,15 @@ def _acts_on_type(config: RunConfig) -> Iterator[Diagnostic]:
             off: Any = None if name == "loraplus_lr_ratio" else 0.0
             text = f'does not act on type "{adapter.type}", {way}'
             yield error("V47", f"adapter.{name}", text, "adapter.type", fix=[(f"adapter.{name}", off)])
+    for index, target in enumerate(adapter.targets if "adapter.targets" in config.set_keys() else []):
+        for name in ("dropout", "rank", "alpha", "depth"):
+            if name not in target.fields() or name in ADAPTERS[adapter.type].uses:
+                continue
+            key = f"adapter.targets[{index}].{name}"
+            if name == "dropout" and target.dropout:
+                yield error("V47", key, f'does not act on type "{adapter.type}", {ways[name]}', "adapter.type")
+            else:
+                yield warning(NO_EFFECT, key, f'has no effect because adapter.type is "{adapter.type}"', "adapter.type")
 
 
 @rule("V46", "adapter.type adapter.rank adapter.block_size")
