@@ -207,6 +207,23 @@ def test_diffusers_loads_our_own_names(model: Flux, client: Any, monkeypatch: py
     assert difference(theirs(client), expected) < TOLERANCE
 
 
+def test_diffusers_computes_dora_of_our_export(model: Flux, client: Any) -> None:
+    """Whole layers only: in a fused one the rows of q, k and v have the norms of their own rows, which is the same."""
+    from musubi_tuner.adapters.attach import place_adapters
+
+    section = AdapterSection(type="dora", rank=4, alpha=2.0)
+    adapters = make_adapters(model, place_adapters(target_paths(model, TARGETS), TARGETS, section), section)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tensors = dict(adapters.state_dict())
+    expected = ours_with(model, tensors)
+    client.load_lora_adapter(convert(tensors, to="diffusers"), prefix="transformer")
+    assert difference(theirs(client), expected) < TOLERANCE
+    assert difference(expected, ours(model)) > 1000 * TOLERANCE
+
+
 def test_comfyui_rule_applied_to_our_export(model: Flux) -> None:
     """ComfyUI adds ``B @ A`` to the layer that follows the prefix; alpha absent counts as the rank."""
     tensors = lora(model)
