@@ -208,7 +208,7 @@ def test_diffusers_loads_our_own_names(model: Flux, client: Any, monkeypatch: py
 
 
 def test_diffusers_computes_dora_of_our_export(model: Flux, client: Any) -> None:
-    """Whole layers only: in a fused one the rows of q, k and v have the norms of their own rows, which is the same."""
+    """Norms are those of rows, so that fused layers may be split."""
     from musubi_tuner.adapters.attach import place_adapters
 
     section = AdapterSection(type="dora", rank=4, alpha=2.0)
