@@ -1,5 +1,6 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [distillation | flops | full_size | memory | precision] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [adapter_types | distillation | flops | full_size | memory | precision] [options]
 
+    adapter_types each type of adapter teaches a FLUX.1-shaped model a new colour: accuracy, sizes, time of an update
     distillation the demo with teachers and without: validation loss and the checker's score
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
     memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
@@ -11,6 +12,7 @@ Results that were measured are kept in benchmarks/RESULTS.md, with their conditi
 
 import sys
 
+import adapter_types
 import distillation
 import full_size
 import memory
@@ -44,6 +46,7 @@ def flops() -> int:
 def main() -> int:
     """Run the benchmark named on the command line."""
     commands = {
+        "adapter_types": lambda: adapter_types.main(sys.argv[2:]),
         "distillation": lambda: distillation.main(sys.argv[2:]),
         "flops": flops,
         "full_size": lambda: full_size.main(sys.argv[2:]),
