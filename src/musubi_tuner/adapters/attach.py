@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from musubi_tuner.adapter_types import ADAPTERS, NORM
 from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.norm import NormScale, scale_name
-from musubi_tuner.config.patterns import LayerSettings, matches, resolve
+from musubi_tuner.config.patterns import LayerSettings, compile_pattern, matches, resolve
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.frozen_linear import FrozenLinear
@@ -120,11 +120,12 @@ def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterS
     kinds = [targets.kinds[kind] for kind in (targets.usual if settings.kinds is None else settings.kinds)]
     placements = []
     ranks, alphas = (by_block(key, getattr(settings, key), paths) for key in ("block_rank", "block_alpha"))
+    named = _named_outside(paths, targets, settings)
     for path in paths:
+        if path in targets.outside and path not in named:
+            continue
         of_kind = any(matches(kind, path) for kind in kinds)
-        unwanted = (
-            not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path)) or path in targets.outside
-        )
+        unwanted = not of_kind if targets.kinds else bool(re.fullmatch(ALWAYS_EXCLUDED, path))
         excluded = (unwanted or _any_match(excludes, path)) and not _any_match(settings.include, path)
         layer, asked = layer_settings(path, settings, ranks, alphas)
         if (excluded and not asked) or (settings.only and not _any_match(settings.only, path)):
@@ -146,6 +147,15 @@ def place_adapters(paths: list[str], targets: AdapterTargets, settings: AdapterS
             "adapter: no layer is left to adapt; look at adapter.kinds, exclude, only, rank_patterns and targets"
         )
     return placements
+
+
+def _named_outside(paths: Sequence[str], targets: AdapterTargets, settings: AdapterSection) -> set[str]:
+    """Layers outside of the blocks that include or an enabling target means by a pattern of their own: one that matches none in a block."""
+    inside = [path for path in paths if path not in targets.outside]
+    tests = [re.compile(pattern).fullmatch for pattern in settings.include]
+    tests += [compile_pattern(target.pattern).fullmatch for target in settings.targets if target.enabled]
+    own = [test for test in tests if not any(map(test, inside))]
+    return {path for path in paths if path in targets.outside and any(test(path) for test in own)}
 
 
 def placements_of(model: nn.Module, targets: AdapterTargets, settings: AdapterSection) -> list[Placement]:

@@ -14,7 +14,7 @@ from musubi_tuner.adapters import attach, convert, detach, load_adapter, merge, 
 from musubi_tuner.adapters.attach import AdapterSet, make_adapters, placements_of
 from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.files import named_for_files, placements_of_file
-from musubi_tuner.config.schema.adapter import AdapterSection
+from musubi_tuner.config.schema.adapter import AdapterSection, AdapterTarget
 from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.config.schema.optimizer import OptimizerSection
 from musubi_tuner.errors import CheckpointError, ConfigError
@@ -407,6 +407,20 @@ def test_what_does_not_act_on_a_type_leaves_its_layers_as_they_are(model: Flux) 
     assert ranks["double_blocks.0.img_attn.qkv"] == (6, 3.0) and ranks["single_blocks.0.linear2"] == (2, 3.0)
     own = section("ia3", block_rank=[0] * 6, rank_patterns={r"single_blocks\..*": 0})
     assert len(placements_of(model, SPEC.adapters, own)) == len(ranks)
+
+
+def test_layers_outside_the_blocks_are_adapted_where_a_pattern_of_their_own_names_them(model: Flux) -> None:
+    def outside(**settings: Any) -> list[str]:
+        own = section("lora", **settings)
+        return [
+            placement.path for placement in placements_of(model, SPEC.adapters, own) if "blocks" not in placement.path
+        ]
+
+    assert outside(include=[".*"], exclude=[]) == outside() == []
+    assert outside(include=["(img|txt)_in"]) == ["img_in", "txt_in"]
+    assert outside(targets=[AdapterTarget(pattern="final_layer.**", enabled=True)]) == [
+        "final_layer.linear", "final_layer.adaLN_modulation.1",
+    ]  # fmt: skip
 
 
 def test_rs_lora_is_in_the_alpha_of_the_file(model: Flux) -> None:
