@@ -55,17 +55,18 @@ def learned(root: Path, name: str, rate: float, steps: int) -> dict[str, Any]:
     """Train one type, draw with its file, and say what was found."""
     from new_colour import measure, prompts, train_py, write_run
 
+    label = f"{name}-{rate:g}-{steps}"
     run = write_run(
-        root, name, steps, {"new": 1, "mixed": 1}, adapter=settings(name), optimizer={"lr": rate}, run={"threads": 1}
+        root, label, steps, {"new": 1, "mixed": 1}, adapter=settings(name), optimizer={"lr": rate}, run={"threads": 1}
     )  # fmt: skip
     train_py(run)
     config = load_config(run)
     new, others = prompts()
     trained = [(str(config.output_dir), 1.0)]
     scores = [
-        measure(config, trained, wanted, root / f"{name}-{index}.png") for index, wanted in enumerate((new, others))
+        measure(config, trained, wanted, root / f"{label}-{index}.png") for index, wanted in enumerate((new, others))
     ]
-    file = config.output_dir / f"{name}.safetensors"
+    file = config.output_dir / f"{label}.safetensors"
     with safe_open(str(file), "pt") as tensors:
         sizes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118  # no mapping
     trained_numbers = sum(math.prod(shape) for key, shape in sizes.items() if not key.endswith((".alpha", ".on_input")))
@@ -181,14 +182,16 @@ def main(arguments: list[str]) -> int:
     if not before.exists():
         if not (root / "mixed").exists():
             make_project(work)
-        make_base(root, options.base_steps)
-        run = write_run(root, "start", 1, {"new": 1, "mixed": 1})
+        if not (results / "base.txt").exists():
+            make_base(root, options.base_steps)
+            results.mkdir()
+            (results / "base.txt").write_text(f"{options.base_steps} updates\n", encoding="utf-8")
+        run = write_run(root, "start", 100, {"new": 1, "mixed": 1})
         train_py(run, "--cache_only")
         config = load_config(run)
         new, others = (
             measure(config, [], wanted, root / f"before-{index}.png") for index, wanted in enumerate(prompts())
         )
-        results.mkdir()
         write_json(before, {"updates": options.base_steps, "new": new["colour"], "others": others["all"]})
     print(before.read_text(encoding="utf-8"), flush=True)
     rows = {}
