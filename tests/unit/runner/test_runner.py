@@ -403,7 +403,7 @@ def train(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.Completed
 
 
 def is_at_once(*arguments: str) -> bool:
-    """Whether a start takes little time, in one of three tries: others share the machine."""
+    """Whether a start takes little time, in one of five tries: others share the machine."""
 
     def seconds(begin: Callable[[], Any]) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -414,7 +414,7 @@ def is_at_once(*arguments: str) -> bool:
     def allowed() -> float:
         return SHARE * seconds(lambda: subprocess.run([sys.executable, "-c", "import argparse, pydantic"], check=True))
 
-    return any(seconds(lambda: train(*arguments)) < max(CPU_SECONDS, allowed()) for _ in range(3))
+    return any(seconds(lambda: train(*arguments)) < max(CPU_SECONDS, allowed()) for _ in range(5))
 
 
 def imported(*arguments: str) -> set[str]:
