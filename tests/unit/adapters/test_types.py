@@ -26,6 +26,8 @@ from musubi_tuner.models.spec import AdapterTargets
 from musubi_tuner.randomness import generator
 from musubi_tuner.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state, trainable
 
+pytestmark = pytest.mark.long
+
 TYPES = [name for name in ADAPTERS if name != NORM]
 SPEC = MODELS["fd"]
 GEOMETRY = FluxConfig(

@@ -27,6 +27,8 @@ from musubi_tuner.training.optimizers import (
 )
 from musubi_tuner.training.stepping import RoundedStep
 
+pytestmark = pytest.mark.long
+
 Build = Callable[[nn.Module, OptimizerSection], torch.optim.Optimizer]
 
 
