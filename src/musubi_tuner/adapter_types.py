@@ -5,7 +5,6 @@ kohya's scripts and of LyCORIS, which ComfyUI reads too.
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -120,12 +119,7 @@ def using(setting: str) -> tuple[str, ...]:
     return tuple(name for name, record in ADAPTERS.items() if setting in record.uses)
 
 
-def having(test: Callable[[AdapterType], bool]) -> tuple[str, ...]:
-    """The types whose record passes a test."""
-    return tuple(name for name, record in ADAPTERS.items() if test(record))
-
-
-def type_of(leaves: "dict[str, int]") -> str | None:
+def type_of(leaves: dict[str, int]) -> str | None:
     """The type of the change of a layer from the ends of its keys; None if they are of no type.
 
     Args:

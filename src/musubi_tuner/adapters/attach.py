@@ -35,23 +35,23 @@ def file_name(path: str) -> str:
 
 
 def target_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
-    """Paths of all layers of a model that can be adapted, in order; those outside of its blocks last."""
+    """Paths of all Linear layers of a model that can be adapted, in order; those outside of its blocks last."""
     known = {path for path, _ in model.named_modules()}
-    return [
-        f"{blocks}.{index}.{layer}"
-        for blocks, layers in targets.layers.items()
-        for index in range(len(getattr(model, blocks)))
-        for layer in layers
-    ] + [path for path in targets.outside if path in known]
+    return _in_blocks(model, targets.layers) + [path for path in targets.outside if path in known]
 
 
 def convolution_paths(model: nn.Module, targets: AdapterTargets) -> list[str]:
     """Paths of all convolutions of a model that can be adapted, in order."""
+    return _in_blocks(model, targets.convolutions)
+
+
+def _in_blocks(model: nn.Module, layers: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Paths of layers in all blocks of a model, from block list -> their names in a block."""
     return [
         f"{blocks}.{index}.{layer}"
-        for blocks, layers in targets.convolutions.items()
+        for blocks, names in layers.items()
         for index in range(len(getattr(model, blocks)))
-        for layer in layers
+        for layer in names
     ]
 
 
@@ -405,7 +405,11 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
         options: dict[str, Any] = {"dropout": placement.dropout, "rank_dropout": settings.rank_dropout}
         options = {name: value for name, value in options.items() if name in record.uses}
         own = {**(placement.own or own_arguments(kind, settings)), **_way_of(layer)}
-        if own.get("kernel") and kind == "lora":
+        if "kernel" in own:
+            if (record.written_as or kind) != "lora" or kind == "dylora":
+                raise ConfigError(
+                    f"adapter: {placement.path} is a convolution, which type {kind} does not take; locon does"
+                )
             record = ADAPTERS["locon"]
         try:
             adapter = record.load()(

@@ -6,6 +6,7 @@ input is brought to float32; the sum with the layer's output is rounded once.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -17,10 +18,10 @@ Base = Callable[[Tensor], Tensor]
 Bias = Callable[[], Tensor | None]
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The change of one Linear layer [out, in].
 
-    Subclasses have `product`, if they add to the output, or `apply`; and `changed`, or `whole`.
+    Subclasses have `product` and `delta`, if they add to the output, or else `apply_to` and `changed`.
 
     Args:
         rank: 1 or more. alpha: 0 counts as the rank.
@@ -60,13 +61,13 @@ class Adapter(nn.Module):
         self.scale = float(alpha or self.rank) / self.rank
 
     @classmethod
+    @abstractmethod
     def sizes_of(cls, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
         """Arguments with which a layer of a file was made.
 
         Args:
             parts: tensors by leaf. shape: [out, in] of the layer.
         """
-        raise NotImplementedError
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
@@ -103,9 +104,9 @@ class Adapter(nn.Module):
         if "alpha" in self._buffers:
             self.scale = float(self.alpha) / self.rank
 
+    @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Values of the beginning, at which nothing is changed."""
-        raise NotImplementedError
 
     def begin_from(self, weight: Tensor, *, fresh: bool) -> None:
         """See the weight [out, in] of the layer, float32, as earlier adapters on it leave it.
@@ -133,8 +134,8 @@ class Adapter(nn.Module):
         return self.product(self.cast(x))
 
     def product(self, x: Tensor) -> Tensor:
-        """The same without dropping the whole of it."""
-        raise NotImplementedError
+        """The same without dropping the whole of it; of classes that add to the output."""
+        raise NotImplementedError(f"{type(self).__name__} does not add to the output")
 
     def apply_to(self, x: Tensor, base: Base, bias: Bias) -> Tensor:
         """Output of the layer with the change, [..., in] -> [..., out], in the dtype of the layer's output.
@@ -147,8 +148,8 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """What is added to the weight [out, in], float32, at the present multiplier."""
-        raise NotImplementedError
+        """What is added to the weight [out, in], float32, at the present multiplier; of classes that add to it."""
+        raise NotImplementedError(f"{type(self).__name__} does not add to the weight")
 
     @torch.no_grad()
     def changed(self, weight: Tensor) -> Tensor:

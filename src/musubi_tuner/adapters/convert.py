@@ -138,7 +138,7 @@ def read_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], li
 
 
 _XLABS = re.compile(
-    r"(?P<block>(?:double|single)_blocks\.\d+)\.processor\.(?P<layer>\w+_lora\d?)\.(?P<half>down|up)\.weight"
+    r"(?P<block>(?:double|single)_blocks\.\d+)\.processor\.(?P<layer>(?:qkv|proj)_lora[12]?)\.(?P<half>down|up)\.weight"
 )
 _XLABS_LAYERS = {
     "qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv", "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj",

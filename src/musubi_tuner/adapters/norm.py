@@ -22,7 +22,7 @@ class NormScale(Adapter):
     """What is added to the scale of a norm; [out] with in = out."""
 
     def __init__(self, in_features: int, out_features: int, rank: int = 1, alpha: float = 0.0, **options: Any) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, **options)
         self.w_norm = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
 
     @classmethod
@@ -35,7 +35,8 @@ class NormScale(Adapter):
 
     def shown(self, scale: Tensor) -> Tensor:
         """The scale [out] with its change, in its own dtype."""
-        return (scale + self.w_norm * self.multiplier).to(scale.dtype)
+        change = self.nothing() if self.skips() else self.w_norm * self.multiplier
+        return (scale + change).to(scale.dtype)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -194,13 +194,11 @@ class Role:
 
     def step(self) -> dict[str, Tensor]:
         """Make a step with the gradients that `ready` completed, and forget them; what was measured, by tag."""
-        if self._fused is not None:
-            pass
-        elif self._rounded is not None:
+        if self._rounded is not None and self._fused is None:
             self._rounded.step()
-        elif self.scaler is None:
+        elif self.scaler is None and self._fused is None:
             self.optimizer.step()
-        elif any(parameter.grad is not None for _, parameter in self.parameters):
+        elif self.scaler is not None and any(parameter.grad is not None for _, parameter in self.parameters):
             self.scaler.step(self.optimizer)  # which takes no role that the losses of this update did not reach
         self.zero()
         measured = {}

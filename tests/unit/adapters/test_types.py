@@ -1,5 +1,6 @@
 """Every type of adapter: identity at the start, gradients, activations = weights, files, dropouts, storages, streaming, other programs."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.adapter_types import ADAPTERS, NORM, type_of
 from musubi_tuner.adapters import attach, convert, detach, load_adapter, merge, read_adapter, save_adapter
-from musubi_tuner.adapters.attach import AdapterSet, make_adapters, placements_of
+from musubi_tuner.adapters.attach import AdapterSet, Placement, make_adapters, placements_of
 from musubi_tuner.adapters.base import Adapter
 from musubi_tuner.adapters.files import named_for_files, placements_of_file
 from musubi_tuner.config.schema.adapter import AdapterSection, AdapterTarget
@@ -105,13 +106,18 @@ def test_a_layer_is_rebuilt_from_its_file_alone(kind: str) -> None:
     assert type_of(leaves) == (ADAPTERS[kind].written_as or kind)
 
 
-@pytest.mark.parametrize("setting", ["dropout", "rank_dropout", "module_dropout"])
-@pytest.mark.parametrize("kind", TYPES)
-def test_dropout_acts_while_training_or_does_not_exist(kind: str, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (kind, setting)
+        for kind in TYPES
+        for setting in ("dropout", "rank_dropout", "module_dropout")
+        if setting in (*ADAPTERS[kind].uses, "module_dropout")  # rule V47 refuses the others
+    ],
+)
+def test_dropout_acts_while_training_and_only_then(kind: str, setting: str) -> None:
     """LyCORIS 4.1 takes network_dropout for LoRA, LoHa, LoKr and DoRA, and does nothing with it."""
     linear = layer()
-    if setting not in (*ADAPTERS[kind].uses, "module_dropout"):
-        return  # rule V47 refuses it
     made = adapter(kind, linear, **{setting: 0.5})
     plain = adapter(kind, linear)
     assert torch.equal(shown(made, linear, X), shown(plain, linear, X))
@@ -377,6 +383,20 @@ def test_locon_takes_convolutions_where_a_rank_for_them_is_given() -> None:
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_types_that_take_no_convolutions_are_refused_by_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"blocks\.0\.conv is a convolution, which type loha does not take; locon does"
+    ):
+        make_adapters(Convolutions(), [Placement("blocks.0.conv", 2, 1.0, type="loha")], section("loha"))
+
+
+def test_scales_of_norms_are_dropped_as_other_changes() -> None:
+    made = ADAPTERS[NORM].load()(4, 4, module_dropout=1.0)
+    made.w_norm.data.fill_(1.0)  # type: ignore[operator, union-attr]
+    assert made.eval().shown(torch.ones(4)).tolist() == [2.0] * 4  # type: ignore[operator]
+    assert made.train().shown(torch.ones(4)).tolist() == [1.0] * 4  # type: ignore[operator]
+
+
 # Sizes
 
 
@@ -459,7 +479,7 @@ def test_dylora_trains_one_block_and_is_a_lora_of_any_smaller_rank() -> None:
 
 @pytest.fixture(scope="module")
 def lycoris() -> Any:
-    return pytest.importorskip("lycoris.modules")
+    return importlib.import_module("lycoris.modules")
 
 
 WRAPPERS = {
@@ -472,8 +492,6 @@ WRAPPERS = {
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_lycoris_computes_the_same_from_our_file(kind: str, lycoris: Any) -> None:
     """Its forward pass; its merging and its rebuilding are wrong for some (fixed scale, on_input), which the tests above cover."""
-    import importlib
-
     linear = layer(96)
     made = adapter(kind, linear, **({"alpha": 0.0} if kind in ("diag-oft", "boft") else {}))
     module, name = WRAPPERS[kind]
@@ -497,7 +515,8 @@ def test_lycoris_computes_the_same_from_our_file(kind: str, lycoris: Any) -> Non
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_peft_computes_the_same(kind: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     linear = layer()
     made = adapter(kind, linear)
     holder = nn.Sequential(linear)
