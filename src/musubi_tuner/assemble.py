@@ -22,7 +22,14 @@ from musubi_tuner.adapters.attach import (
     placements_of,
     target_paths,
 )
-from musubi_tuner.adapters.files import fitting, load_adapter, placements_of_file, read_adapter, type_of_parts
+from musubi_tuner.adapters.files import (
+    fitting,
+    load_adapter,
+    parts_by_module,
+    placements_of_file,
+    read_adapter,
+    type_of_parts,
+)
 from musubi_tuner.adapters.merging import RunMerges
 from musubi_tuner.adapters.oft import DiagOFT
 from musubi_tuner.config import RunConfig
@@ -166,11 +173,8 @@ def _type_of_run(found: str, wanted: str) -> str:
 
 
 def _check_types(given: dict[str, Tensor], settings: AdapterSection) -> None:
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in given.items():
-        module, _, leaf = key.partition(".")
-        layers.setdefault(module, {})[leaf] = tensor
-    for parts in layers.values():
+    """Refuse a file of another type than the run's; see `_type_of_run`."""
+    for parts in parts_by_module(given).values():
         kind = type_of_parts(parts)
         if kind is not None:
             _type_of_run(kind, settings.type)

@@ -70,14 +70,19 @@ def adapter_of(parts: Mapping[str, Tensor], shape: Sequence[int], what: str) -> 
         raise CheckpointError(f"{what}: {problem}") from problem
 
 
-def named_for_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under musubi names with the beginnings that their types have in files."""
+def parts_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name -> leaf -> tensor, of musubi names."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
         layers.setdefault(module, {})[leaf] = tensor
+    return layers
+
+
+def named_for_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under musubi names with the beginnings that their types have in files."""
     found: dict[str, Tensor] = {}
-    for module, parts in layers.items():
+    for module, parts in parts_by_module(tensors).items():
         kind = type_of_parts(parts)
         begin = ADAPTERS[kind].prefix if kind else FILE_PREFIX
         found |= {f"{begin}{module.removeprefix(FILE_PREFIX)}.{leaf}": tensor for leaf, tensor in parts.items()}
