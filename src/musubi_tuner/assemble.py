@@ -210,11 +210,12 @@ def _adapters_of(
                 lr_scale=own.lr_scale,
                 dropout=own.dropout,
                 weight_decay=own.weight_decay,
-                type=_type_of_run(placement.type, settings.type),
-                own={**own_arguments(settings.type, settings), **placement.own},
+                type=kind,
+                own={**own_arguments(kind, settings), **placement.own},
             )
             for placement in placements_of_file(given, model, spec.adapters, f"adapter.init_from: {settings.init_from}")
             for own, _ in [layer_settings(placement.path, settings)]
+            for kind in [_type_of_run(placement.type, settings.type)]
         ]
     else:
         placements = placements_of(model, spec.adapters, settings)
