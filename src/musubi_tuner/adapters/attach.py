@@ -406,7 +406,7 @@ def make_adapters(model: nn.Module, placements: list[Placement], settings: Adapt
         options = {name: value for name, value in options.items() if name in record.uses}
         own = {**(placement.own or own_arguments(kind, settings)), **_way_of(layer)}
         if "kernel" in own:
-            if (record.written_as or kind) != "lora" or kind == "dylora":
+            if kind not in ("lora", "locon"):
                 raise ConfigError(
                     f"adapter: {placement.path} is a convolution, which type {kind} does not take; locon does"
                 )
