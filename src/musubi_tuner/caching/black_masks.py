@@ -63,4 +63,4 @@ def _file_is_black(config: RunConfig, item: Item) -> bool:
         grey = read_mask(item.mask, item.path, item.background)
     except DataError:
         return False
-    return bool(to_latent(grey, item.placement, config.spec.vae_factor).max() == 0)
+    return bool(to_latent(grey, item.placement, config.latents.factor).max() == 0)

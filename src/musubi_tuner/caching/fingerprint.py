@@ -133,7 +133,11 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
     if kind == "experts" and own.get("expert_input") != "noised_image":
         paths.pop("expert_vae", None)
     full = config.cache.verify == "full"
-    shared.update({role: identity(path, full=full) for role, path in paths.items() if path is not None})
+    here = {role: path for role, path in paths.items() if path is not None}
+    if kind == "experts":
+        shared.update({role: identity(path, full=full) for role, path in here.items()})
+    else:
+        shared.update(config.spec.encoders.identities(config, kind, here, full))
     shared.update(_tokenizers(config, paths))
     cache = config.cache
     shared["storage"] = cache.dtype
@@ -141,18 +145,12 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
         shared |= {
             "latent_mode": cache.latent_mode,
             "seed": cache.seed if cache.latent_mode == "sample" else None,
-            "latent_shift": config.spec.latent_shift,
             "precision": config.model.vae_dtype,
             "tiling": cache.vae_tiling,
+            **config.spec.encoders.settings(config, kind),
         }
     elif kind == "text":
-        shared |= {
-            "t5_max_tokens": config.model.t5_max_tokens,
-            "t5_masked": config.spec.t5_attention_mask,
-            "precision": config.model.text_dtype,
-            "fp8_t5": config.model.fp8_t5,
-            "clip_act": config.model.clip_act,
-        }
+        shared |= {"precision": config.model.text_dtype, **config.spec.encoders.settings(config, kind)}
     else:
         experts = config.sd15
         shared |= {
@@ -176,7 +174,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
 
 def _tokenizers(config: RunConfig, paths: dict[str, Path | None]) -> Fingerprint:
     """What the text encoders use as tokenizers, wherever they find them."""
-    fallbacks = {"t5": config.spec.t5_tokenizer, "clip": config.spec.clip_tokenizer}
+    fallbacks = config.spec.encoders.tokenizers(config)
     full = config.cache.verify == "full"
     found: Fingerprint = {}
     for role, fallback in fallbacks.items():

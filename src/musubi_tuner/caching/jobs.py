@@ -16,9 +16,7 @@ from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.views import View
-from musubi_tuner.device import choose_device, encoder_dtype
-from musubi_tuner.encoders.autoencoder import load_autoencoder
-from musubi_tuner.encoders.for_run import TextEncoders
+from musubi_tuner.device import choose_device
 from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.randomness import normal
@@ -36,7 +34,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         grey, masks = read_mask(item.mask, item.path, item.background), {}
         for number, view in enumerate(chosen):
             placement = item.placement if view is None else view.place(item.placement)
-            found = to_latent(grey, placement, config.spec.vae_factor)
+            found = to_latent(grey, placement, config.latents.factor)
             mask = torch.from_numpy((found if view is None else view.mirror(found)).copy())
             masks[mask_key(tuple(mask.shape), number)] = mask
         return pixels, masks
@@ -44,12 +42,9 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
     def open_encoder() -> Encoder:
         spec, device = config.spec, choose_device(config.run.device)
         path = encoder_sources(config, "latents").paths(download=True)["vae"]
-        assert path is not None
-        dtype = encoder_dtype(config.model.vae_dtype, device, gpu="float32")
-        vae = load_autoencoder(path, channels=spec.latent_channels, factor=spec.vae_factor, dtype=dtype, device=device)
-        vae.set_tiling(config.cache.vae_tiling)
+        vae = spec.encoders.open_autoencoder(config, device)
         stored = storage_dtype(config, "float32")
-        print(f"latents: {path} in {dtype} on {device}")
+        print(f"latents: {path} in {vae.dtype} on {device}")
 
         def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
             found: list[Encoded] = [dict(masks) for _, masks in inputs]
@@ -88,29 +83,30 @@ def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
 
 
 def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -> int:
-    """Encode captions with T5 and CLIP."""
+    """Encode captions with the text encoders of the family."""
 
     def report(items: list[Item]) -> list[str]:
         return caption_lines(token_limits(config, download=True), items)
 
     def open_encoder() -> Encoder:
         device = choose_device(config.run.device)
-        encoders = TextEncoders(config, device)
+        encoders = config.spec.encoders.open_text(config, device)
         stored = storage_dtype(config, "bfloat16")
         suffix = str(stored).removeprefix("torch.")
-        print(f"text: T5 and CLIP in {encoders.dtype} on {device}")
+        print(f"text: {encoders.title} in {encoders.dtype} on {device}")
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
             encoded = encoders.encode([caption for item in items for caption in item.captions])
-            rows = iter(range(len(encoded["t5_vec"])))
+            rows = iter(range(len(next(iter(encoded.values())))))
             found: list[Encoded] = []
             for item in items:
                 tensors: Encoded = {}
                 for number, row in zip(range(len(item.captions)), rows, strict=False):
-                    for name in ("t5_vec", "clip_l_pooler"):
-                        tensors[f"{caption_name(name, number)}_{suffix}"] = store(encoded[name][row], stored)
-                    if config.spec.t5_attention_mask:
-                        tensors[caption_name("t5_mask", number)] = encoded["t5_mask"][row]
+                    for name, values in encoded.items():
+                        if values.is_floating_point():
+                            tensors[f"{caption_name(name, number)}_{suffix}"] = store(values[row], stored)
+                        elif name != "t5_mask" or config.spec.t5_attention_mask:
+                            tensors[caption_name(name, number)] = values[row]
                 found.append(tensors)
             return found
 

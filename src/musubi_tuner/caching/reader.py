@@ -14,6 +14,7 @@ from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.pixels import first_of_largest
 from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
 from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError
@@ -50,7 +51,7 @@ class CachedDataset:
         self.substitutes: dict[str, Tensor] = {}
         self._leave_out_teachers(config)
         self._check_times(config.spec.expert_keys)
-        self._check_sizes(config.spec.vae_factor, config.spec.latent_channels, masked=config.train.masked_loss)
+        self._check_sizes(config.latents.factor, config.latents.channels, masked=config.train.masked_loss)
         self._check_captions()
         if config.get("objective.missing_teacher") == "zeros":
             self._fill_in_zeros()
@@ -134,6 +135,10 @@ class CachedDataset:
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know."""
         return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
+
+    def first(self, count: int) -> list[Tensor]:
+        """See `Source`."""
+        return [self._read(number, 0, 0)["latents"].float() for number in first_of_largest(self.items, count)]
 
     def __getitem__(self, batch: MicroBatch) -> Batch:
         return self.read(batch, epoch=0)

@@ -6,11 +6,11 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt
 from musubi_tuner.data.sources import Item
 from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer
-from musubi_tuner.encoders.tokens import TokenLimit, clip_limit, open_tokenizer
+from musubi_tuner.encoders.tokens import TokenLimit, open_tokenizer
 
 
 def token_limits(config: RunConfig, *, download: bool) -> list[TokenLimit]:
-    """T5 and CLIP of a run, with their tokenizers where these are at hand.
+    """The text encoders of a run, with their tokenizers where these are at hand.
 
     Args:
         download: what is on the hub.
@@ -18,17 +18,13 @@ def token_limits(config: RunConfig, *, download: bool) -> list[TokenLimit]:
     sources = encoder_sources(config, "text")
     paths = sources.paths(download=download)
     found = []
-    for role, fallback in (("t5", config.spec.t5_tokenizer), ("clip", config.spec.clip_tokenizer)):
+    networks = config.spec.encoders
+    for role, fallback in networks.tokenizers(config).items():
         encoder, given = paths.get(role), paths.get(f"{role}_tokenizer")
         tokenizer = None
         if encoder is not None and (given is not None or f"{role}_tokenizer" not in sources.sources):
             tokenizer = open_tokenizer(find_tokenizer(encoder, given, fallback), download=download)
-        if role == "t5":
-            limit, advice = config.model.t5_max_tokens, "shorten them, or raise model.t5_max_tokens"
-            found.append(TokenLimit("T5", limit, advice, tokenizer))
-        else:
-            advice = "it never sees the rest, so begin with what matters"
-            found.append(TokenLimit("CLIP", clip_limit(encoder) if encoder else 0, advice, tokenizer))
+        found.append(networks.token_limit(config, role, encoder, tokenizer))
     return found
 
 

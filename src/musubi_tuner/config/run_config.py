@@ -15,10 +15,11 @@ from musubi_tuner.config.paths import expand, locate
 from musubi_tuner.config.pipeline import Step, unfinished_step
 from musubi_tuner.config.schema import RunFile
 from musubi_tuner.config.schema.experts import ExpertsSection, Sd15Teachers
+from musubi_tuner.config.schema.model import ClipAndT5
 from musubi_tuner.config.schema.roles import RoleSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
-from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.models.spec import Latents, ModelSpec
 from musubi_tuner.optimizers import defaults_of
 
 ROLE_TABLES = ("optimizer", "scheduler", "ema")
@@ -79,6 +80,12 @@ class RunConfig(RunFile):
     def spec(self) -> ModelSpec:
         """The model family."""
         return self._spec
+
+    @property
+    def latents(self) -> Latents:
+        """Size of the run's latents."""
+        spec = self._spec
+        return spec.latents(self) if spec.latents else Latents(spec.latent_channels, spec.vae_factor)
 
     @property
     def datasets(self) -> list[DatasetConfig]:
@@ -200,6 +207,12 @@ class RunConfig(RunFile):
         """[experts] of a family that has teachers."""
         assert isinstance(self.experts, Sd15Teachers)
         return self.experts
+
+    @property
+    def clip_and_t5(self) -> ClipAndT5:
+        """[model] of a family with these text encoders."""
+        assert isinstance(self.model, ClipAndT5)
+        return self.model
 
     def require(self, architecture: str | None) -> None:
         """Refuse a run of another family; None accepts all.

@@ -54,6 +54,9 @@ class Source(Protocol):
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know of them."""
 
+    def first(self, count: int) -> list[Tensor]:
+        """Pictures [3, H, W] or latents [C, h, w] of up to so many items of the largest bucket; always the same."""
+
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """A micro-batch of tensors in memory of their own; the same whenever and wherever it is read.
 

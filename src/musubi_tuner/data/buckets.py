@@ -10,7 +10,7 @@ Source: musubi-tuner's rules, in specs of this project; files made there have th
 from dataclasses import dataclass, replace
 
 from musubi_tuner.errors import ConfigError, DataError
-from musubi_tuner.models.registry import MODELS, RESERVED_STEPS
+from musubi_tuner.models.registry import MODELS
 
 Size = tuple[int, int]
 
@@ -28,8 +28,6 @@ def default_step(architecture: str) -> int:
     """
     if architecture in MODELS:
         return MODELS[architecture].pixel_step
-    if architecture in RESERVED_STEPS:
-        return RESERVED_STEPS[architecture]
     raise ConfigError(f"unknown architecture code '{architecture}'; known: {', '.join(MODELS)}")
 
 

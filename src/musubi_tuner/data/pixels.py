@@ -1,5 +1,6 @@
 """Live pictures as micro-batches: through the same buckets, crops and captions as cached ones."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,6 +34,13 @@ def read_pixels(item: Item, view: View | None = None) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def first_of_largest(items: Sequence[Item], count: int) -> list[int]:
+    """Positions of the first items, by their keys, of the bucket that has most."""
+    buckets = Counter(item.bucket for item in items)
+    largest = max(sorted(buckets), key=lambda bucket: buckets[bucket])
+    return sorted((n for n, item in enumerate(items) if item.bucket == largest), key=lambda n: items[n].key)[:count]
+
+
 def view_of(views: Sequence[View], seed: int, epoch: int, presentation: int) -> View | None:
     """Which version of its picture a presentation takes; None = the picture as it is."""
     return views[number_of_view(len(views), seed, epoch, presentation)] if views else None
@@ -55,6 +63,10 @@ class PixelSource:
     def plan_items(self) -> list[PlanItem]:
         """See `Source`."""
         return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
+
+    def first(self, count: int) -> list[Tensor]:
+        """See `Source`."""
+        return [read_pixels(self.items[number]) for number in first_of_largest(self.items, count)]
 
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
         """See `Source`."""

@@ -149,7 +149,7 @@ def _make_t5(config: RunConfig, path: Path, key: str) -> None:
 
     _seed(config, key)
     width = _width(config, "joint_attention_dim")
-    tokenizer = word_tokenizer(vocabulary(), None, "</s>", "<pad>", config.model.t5_max_tokens)
+    tokenizer = word_tokenizer(vocabulary(), None, "</s>", "<pad>", config.clip_and_t5.t5_max_tokens)
     model = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -172,7 +172,7 @@ def _make_clip(config: RunConfig, path: Path, key: str) -> None:
 
     _seed(config, key)
     width = _width(config, "pooled_projection_dim")
-    length = config.model.t5_max_tokens + 2
+    length = config.clip_and_t5.t5_max_tokens + 2
     tokenizer = word_tokenizer(vocabulary(), "<|startoftext|>", "<|endoftext|>", "<pad>", length)
     model = CLIPTextModel(
         CLIPTextConfig(

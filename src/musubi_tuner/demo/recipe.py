@@ -75,7 +75,7 @@ def expected_manifest(config: RunConfig) -> dict[str, Any]:
         "size": config.demo.size,
         "held_out": config.demo.held_out,
         "seed": config.demo.seed,
-        "t5_max_tokens": config.model.t5_max_tokens,
+        "t5_max_tokens": config.clip_and_t5.t5_max_tokens,
         "widths": {name: geometry.get(name) for name in names},
         "paths": {key: str(path) for key, path in made_paths(config).items()},
     }

@@ -1,13 +1,11 @@
 """The frozen networks of a run, opened as its settings say: for cache jobs, and for drawing."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.device import encoder_dtype
-from musubi_tuner.encoders.autoencoder import load_autoencoder
+from musubi_tuner.encoders.autoencoder import Autoencoder, load_autoencoder
 from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.encoders.text import load_clip, load_t5
 from musubi_tuner.errors import ConfigError
@@ -15,6 +13,8 @@ from musubi_tuner.errors import ConfigError
 
 class TextEncoders:
     """T5 and CLIP of a run, loaded once."""
+
+    title = "T5 and CLIP"
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         paths = encoder_sources(config, "text").paths(download=True)
@@ -26,12 +26,12 @@ class TextEncoders:
             t5,
             paths.get("t5_tokenizer"),
             config.spec.t5_tokenizer,
-            max_tokens=config.model.t5_max_tokens,
+            max_tokens=config.clip_and_t5.t5_max_tokens,
             dtype=self.dtype,
             device=device,
             preset=config.spec.t5_preset,
             masked=config.spec.t5_attention_mask,
-            fp8=config.model.fp8_t5,
+            fp8=config.clip_and_t5.fp8_t5,
         )
         self.clip = load_clip(
             clip,
@@ -39,7 +39,7 @@ class TextEncoders:
             config.spec.clip_tokenizer,
             dtype=self.dtype,
             device=device,
-            activation=config.model.clip_act,
+            activation=config.clip_and_t5.clip_act,
         )
         self.batch_size = config.cache.text_batch_size
 
@@ -54,7 +54,7 @@ class TextEncoders:
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def load_vae(config: RunConfig, device: torch.device, storage_device: torch.device | None = None) -> Any:
+def load_vae(config: RunConfig, device: torch.device, storage_device: torch.device | None = None) -> Autoencoder:
     """The run's autoencoder, for decoding.
 
     Args:

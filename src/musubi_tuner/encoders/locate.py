@@ -79,13 +79,10 @@ class EncoderSources:
 
 def encoder_sources(config: RunConfig, kind: str) -> EncoderSources:
     """The encoders of one kind of cache."""
+    if kind != "experts":
+        return EncoderSources(config.spec.encoders.sources(config, kind))
     roles: dict[str, str] = {}
-    if kind == "latents":
-        roles = {"vae": "model.vae_path"}
-    elif kind == "text":
-        roles = {"t5": "model.t5_path", "clip": "model.clip_path", "t5_tokenizer": "model.t5_tokenizer",
-                 "clip_tokenizer": "model.clip_tokenizer"}  # fmt: skip
-    elif kind == "experts" and config.experts.extracted:
+    if config.experts.extracted:
         roles = {"clip": "model.clip_path", "clip_tokenizer": "model.clip_tokenizer", "unet": "experts.unet"}
         roles |= {name: f"experts.{name}" for name in config.experts.extracted}
         if config.sd15.vae is not None:

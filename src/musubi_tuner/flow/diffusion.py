@@ -16,13 +16,19 @@ Predict = Callable[[Tensor, int], Tensor]
 """v of noisy latents at a time."""
 
 
-def linear_alphas(first: float = 1e-4, last: float = 0.02, zero_terminal: bool = False) -> Tensor:
-    """Signal power of linear betas.
+def linear_alphas(
+    first: float = 1e-4, last: float = 0.02, *, scaled: bool = False, zero_terminal: bool = False
+) -> Tensor:
+    """Signal power of betas that rise linearly.
 
     Args:
+        scaled: their roots rise linearly instead.
         zero_terminal: rescale so that nothing of the image is left at the last time (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
     """
-    alphas = (1 - torch.linspace(first, last, NUM_TIMES)).cumprod(dim=0)
+    betas = (
+        torch.linspace(first**0.5, last**0.5, NUM_TIMES).square() if scaled else torch.linspace(first, last, NUM_TIMES)
+    )
+    alphas = (1 - betas).cumprod(dim=0)
     if not zero_terminal:
         return alphas
     roots = alphas.sqrt()

@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from torch import Tensor, nn
 
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.importers.report import Imported
     from musubi_tuner.data.batch import Batch
+    from musubi_tuner.encoders.locate import Source
+    from musubi_tuner.encoders.tokens import TokenLimit
     from musubi_tuner.memory.storage import Storing
     from musubi_tuner.models.foreign_caches import ForeignCaches
     from musubi_tuner.training.role import Role
     from musubi_tuner.training.task import Task
     from musubi_tuner.weights.checkpoints import WeightFile
+
+
+First = Callable[[int], "list[Tensor]"]
+"""Gives up to so many pictures [3, H, W] or latents [C, h, w] of the data, of one size, always the same."""
 
 
 class Geometry(Protocol):
@@ -45,6 +53,8 @@ class Trainee:
         notes: lines for the person, about what was merged into it.
         base: identity of the weights that stay frozen; a run that continues must find the same.
         average: weights that the moving average begins with, where it does not begin with the model.
+        prepare: called at every start of a run, on the device, before anything is made of the model or its options; gets what
+            gives up to so many pictures or latents of the data, and whether the run begins. Lines for the person.
     """
 
     model: "nn.Module"
@@ -53,6 +63,7 @@ class Trainee:
     notes: list[str] = field(default_factory=list)
     base: str | None = None
     average: "dict[str, Tensor] | None" = None
+    prepare: "Callable[[First, bool], list[str]] | None" = None
 
 
 @dataclass
@@ -161,6 +172,15 @@ class Process(Protocol):
     ) -> "dict[str, LossTerm]":
         """Named loss terms; ``main`` is always among them."""
 
+    def solve(
+        self, name: str, predict: "Callable[[Tensor, float], Tensor]", noise: "Tensor", times: Sequence[float]
+    ) -> "Tensor":
+        """Latents from noise, by the solver of that name.
+
+        Args:
+            predict: the model's prediction at a time. times: of `sampling_times`.
+        """
+
     def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """Times from noise to image, steps + 1 values in the family's direction.
 
@@ -247,6 +267,96 @@ class Family(Protocol):
 
     def concatenate(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         """Inputs of two branches in one batch."""
+
+
+class TextNetworks(Protocol):
+    """Text encoders that are open.
+
+    Attributes:
+        title: for messages. dtype: of their weights.
+    """
+
+    title: str
+    dtype: "torch.dtype"
+
+    def encode(self, texts: list[str]) -> "dict[str, Tensor]":
+        """One row per text; floating point tensors are stored in the precision of the cache, others as they are."""
+
+
+class AutoencoderNetwork(Protocol):
+    """An autoencoder that is open.
+
+    Attributes:
+        channels: of its latents. factor: pixels per latent cell and axis.
+    """
+
+    channels: int
+    factor: int
+
+    @property
+    def device(self) -> "torch.device":
+        """Where its weights are."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of its weights."""
+
+    def on(self, device: "torch.device") -> "AbstractContextManager[None]":
+        """Its weights on a device inside the block."""
+
+    @property
+    def module(self) -> "nn.Module":
+        """All of its weights."""
+
+    def encode(self, pixels: "Tensor", noise: "Tensor | None", use_shift: bool) -> "Tensor":
+        """Latents [B, C, h, w] float32 of pixels [B, 3, H, W] in [-1, 1]; ``noise`` samples them, None takes their mean."""
+
+    def decode(self, latents: "Tensor", use_shift: bool) -> "Tensor":
+        """Pixels in [-1, 1] of latents."""
+
+
+class FrozenNetworks(Protocol):
+    """The networks around a family's model, which cache jobs and drawing use."""
+
+    of_checkpoint: tuple[str, ...]
+    """Kinds of cache that are made by networks in the checkpoint that is trained."""
+
+    def needed(self, config: "RunConfig") -> dict[str, tuple[str, ...]]:
+        """Kind of cache -> keys that must be set to make it."""
+
+    def sources(self, config: "RunConfig", kind: str) -> "dict[str, Source]":
+        """Where the files of a kind's networks are, by role."""
+
+    def settings(self, config: "RunConfig", kind: str) -> dict[str, Any]:
+        """What else decides what they compute: part of the fingerprint."""
+
+    def identities(self, config: "RunConfig", kind: str, paths: Mapping[str, Path], full: bool) -> dict[str, str]:
+        """What changes when weights do, by role, for the fingerprint.
+
+        Args:
+            paths: of `sources`, those that are here. full: read the files, even where their hashes are remembered.
+        """
+
+    def tokenizers(self, config: "RunConfig") -> dict[str, str]:
+        """Role of a text encoder -> hub id of its published tokenizer."""
+
+    def token_limit(self, config: "RunConfig", role: str, encoder: Path | None, tokenizer: Any) -> "TokenLimit":
+        """What a text encoder takes of a text."""
+
+    def open_text(self, config: "RunConfig", device: "torch.device") -> TextNetworks:
+        """The text encoders."""
+
+    def open_autoencoder(
+        self, config: "RunConfig", device: "torch.device", storage_device: "torch.device | None" = None
+    ) -> AutoencoderNetwork:
+        """The autoencoder.
+
+        Args:
+            device: where it computes. storage_device: where its weights lie; None = there too.
+        """
+
+    def outline_autoencoder(self, config: "RunConfig") -> "Callable[[], AutoencoderNetwork] | None":
+        """What builds the autoencoder without its weights, to be measured; None if it is not here."""
 
 
 class TaskFamily(Family, Protocol):

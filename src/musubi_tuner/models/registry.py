@@ -10,14 +10,9 @@ from musubi_tuner.models.spec import ModelSpec, resolve
 FAMILIES: dict[str, str] = {
     "tf": "musubi_tuner.models.tinyflux.options:SPEC",
     "fd": "musubi_tuner.models.flux_dev.options:SPEC",
+    "ff": "musubi_tuner.models.fluxflow.options:SPEC",
 }
 """Architecture code -> dotted name of the family's `ModelSpec`."""
-
-RESERVED: dict[str, str] = {
-    "ff": "FluxFlow is planned but not supported yet",
-    "fluxflow": "FluxFlow is planned but not supported yet",
-}
-"""Codes and names that a user may reasonably ask for, and why they are refused."""
 
 _OTHER_MODELS = {
     "U-Net models": ("sd1", "sd15", "sd1.5", "sd2", "sd21", "sd2.1", "sdxl", "sdxl1", "stable-diffusion", "pony", "illustrious"),
@@ -33,8 +28,6 @@ _SCHNELL = ("schnell", "flux-schnell", "flux1-schnell", "flux_schnell")
 
 def foreign_family(name: str) -> str | None:
     """What a name is that is no family here; None if nothing is known of it."""
-    if name in RESERVED:
-        return f"{RESERVED[name]}."
     word = name.lower()
     for kind, names in _OTHER_MODELS.items():
         if word in names:
@@ -45,10 +38,6 @@ def foreign_family(name: str) -> str | None:
     if word in _SCHNELL:
         return 'is FLUX.1 without guidance: write "fd" and model.allow_schnell = true.'
     return None
-
-
-RESERVED_STEPS: dict[str, int] = {"ff": 16}
-"""Pixel steps of the reserved codes, whose bucket lists are already fixed."""
 
 
 class Registry(Mapping[str, ModelSpec]):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
     from musubi_tuner.config.fields import Section
     from musubi_tuner.config.rules.rule import Rules
-    from musubi_tuner.models.family import Family, PublishedTrainer, TaskFamily
+    from musubi_tuner.models.family import Family, FrozenNetworks, PublishedTrainer, TaskFamily
 
 
 def resolve(dotted: str) -> Any:
@@ -50,6 +50,22 @@ class AdapterTargets:
     network_module: str
 
 
+@dataclass(frozen=True)
+class Latents:
+    """Size of a run's latents.
+
+    Attributes:
+        channels: of one. factor: pixels per latent cell and axis.
+    """
+
+    channels: int
+    factor: int
+
+    def shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Of a picture."""
+        return self.channels, height // self.factor, width // self.factor
+
+
 OF_DENOISERS = ("objective.*", "experts.*", "adapter.*", "memory.*", "validation.*", "sample.*", "train.masked_loss",
                 "train.prior_loss_weight")  # fmt: skip
 """Patterns of keys that only act on denoisers."""
@@ -60,23 +76,27 @@ class TaskFacts:
     """What is known of a run's task without torch.
 
     Attributes:
-        roles: names of the modules that move on their own; a denoiser has one.
+        roles: names of the modules that move on their own; that of a denoiser is ``model``.
         caches: kinds of cache that it reads, as far as the data sets want them.
         pixels: it reads the pictures themselves.
+        own: patterns of keys that act on it although they usually belong to denoisers.
     """
 
     roles: tuple[str, ...] = ("model",)
     caches: tuple[str, ...] = ("latents", "text", "experts")
     pixels: bool = False
+    own: tuple[str, ...] = ()
 
     @property
     def denoises(self) -> bool:
         """Whether it is the task of a denoiser on cached latents, which the framework makes itself."""
-        return len(self.roles) == 1 and not self.pixels
+        return self.roles == ("model",) and not self.pixels
 
     def has(self, key: str) -> bool:
         """Whether a dotted key of a run file has an effect on this task."""
-        return self.denoises or not any(fnmatchcase(key, pattern) for pattern in OF_DENOISERS)
+        if self.denoises or any(fnmatchcase(key, pattern) for pattern in self.own):
+            return True
+        return not any(fnmatchcase(key, pattern) for pattern in OF_DENOISERS)
 
 
 def _denoiser(config: "RunConfig") -> TaskFacts:
@@ -90,7 +110,7 @@ class ModelSpec:
     Attributes:
         code: short name in cache file names; full_name: in cache metadata and configs.
         pixel_step: image sides are multiples of this; finest_step: or of this, where a data set asks for it; None = the same. vae_factor: pixels per latent cell.
-        latent_channels: of the autoencoder. latent_shift: whether the autoencoder's shift is subtracted.
+        latent_channels: of the autoencoder; where runs differ in it or in vae_factor, ``latents`` says so. latent_shift: whether the autoencoder's shift is subtracted.
         other_names: words by which other trainers name it; a family with some is trained by them too.
         scripts: beginning of the name of another trainer's script -> what it trains, if that is another model; "" = this one.
         hub_id: published repository of the family, for which ``hub`` stands; None if it has none.
@@ -110,6 +130,7 @@ class ModelSpec:
         task: facts of the task of a run. Where they are not those of a denoiser, the family makes it (see `TaskFamily`).
         package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
             `PublishedTrainer`).
+        frozen_networks: module with what `FrozenNetworks` names.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
         quantizable: regular expression of the Linear layers that may be quantised; modulation: of those that only
@@ -126,9 +147,10 @@ class ModelSpec:
     vae_factor: int
     latent_channels: int
     latent_shift: bool
+    latents: "Callable[[RunConfig], Latents] | None" = None
     sample_size: int
-    t5_tokenizer: str
-    clip_tokenizer: str
+    t5_tokenizer: str = ""
+    clip_tokenizer: str = ""
     hub_id: str | None = None
     other_names: tuple[str, ...] = ()
     scripts: Mapping[str, str] = field(default_factory=dict)
@@ -146,6 +168,7 @@ class ModelSpec:
     task: "Callable[[RunConfig], TaskFacts]" = _denoiser
     package: str
     has_published_trainer: bool = False
+    frozen_networks: str = "musubi_tuner.encoders.clip_and_t5"
     block_lists: tuple[str, ...]
     adapters: AdapterTargets
     quantizable: str = r"(?!)"
@@ -160,6 +183,11 @@ class ModelSpec:
     def task_family(self) -> "TaskFamily":
         """The same for a family that makes tasks of its own."""
         return cast("TaskFamily", self.family)
+
+    @property
+    def encoders(self) -> "FrozenNetworks":
+        """The networks around the model. Torch-free until one is opened."""
+        return cast("FrozenNetworks", importlib.import_module(self.frozen_networks))
 
     @property
     def published(self) -> "PublishedTrainer | None":

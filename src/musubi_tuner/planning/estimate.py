@@ -25,8 +25,6 @@ from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.swap import most_swapped, swapped_counts
 from musubi_tuner.data.sources import Item
 from musubi_tuner.device import choose_device, encoder_dtype
-from musubi_tuner.encoders.autoencoder import plan_autoencoder
-from musubi_tuner.encoders.locate import encoder_sources
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices
 from musubi_tuner.memory.compose import block_counts, freeze_of, ways_to_save
@@ -271,20 +269,17 @@ def decoding_bytes(config: RunConfig) -> Bytes:
 
     spec, shared = config.spec, sample_settings(config)
     own = [shared.of(prompt, index, spec.pixel_step) for index, prompt in enumerate(sample_prompts(config))]
-    path = encoder_sources(config, "latents").paths(download=False).get("vae") if own else None
-    if path is None:
+    build = spec.encoders.outline_autoencoder(config) if own else None
+    if build is None:
         return 0
     largest = max(own, key=lambda one: one.width * one.height)
     dtype = encoder_dtype(config.model.vae_dtype, choose_device(config.run.device), gpu="float32")
-    build = plan_autoencoder(path)
     with FakeTensorMode():
         with default_dtype(dtype):
             vae = build()
         vae.module.eval()
-        vae.set_tiling(config.cache.vae_tiling)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in vae.module.state_dict().values())
-        size = (1, spec.latent_channels, largest.height // spec.vae_factor, largest.width // spec.vae_factor)
-        latents = torch.zeros(size)
+        latents = torch.zeros(1, *config.latents.shape(largest.width, largest.height))
         with Alive() as alive:
             vae.decode(latents, spec.latent_shift)
     return weights + alive.peak

@@ -222,8 +222,7 @@ def _give_weights(
 def _empty_batch(
     config: RunConfig, process: Process, shapes: Mapping[str, tuple[int, ...]], bucket: tuple[int, int], batch_size: int
 ) -> tuple[Batch, Draws]:
-    spec = config.spec
-    size = (batch_size, spec.latent_channels, bucket[1] // spec.vae_factor, bucket[0] // spec.vae_factor)
+    size = (batch_size, *config.latents.shape(*bucket))
     tensors = {
         "latents": torch.zeros(size),
         **{name: torch.zeros(batch_size, *shape) for name, shape in shapes.items()},

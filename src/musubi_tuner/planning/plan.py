@@ -82,7 +82,8 @@ def make_plan(
         max_epochs=config.train.max_epochs,
     )
     options: dict[str, Any] = {}
-    kinds = [kind for kind in needed_kinds(config) if kind != "experts" or not config.waits_for]
+    late = _late_kinds(config)
+    kinds = [kind for kind in needed_kinds(config) if kind not in late]
     if "experts" in kinds:
         with local_only() if only_look else nullcontext():
             options = config.spec.family.checkpoint_options(config)
@@ -96,6 +97,11 @@ def make_plan(
     losses = _losses(config, found.items, status["text"], download) if "text" in status else []
     black = black_masks(config, found.items, status["latents"]) if "latents" in status else []
     return Plan(found, trained, held_out, status, steps, black, difference, losses, _state_to_continue(config))
+
+
+def _late_kinds(config: RunConfig) -> tuple[str, ...]:
+    """Kinds of cache that depend on a checkpoint which the step before still has to make."""
+    return ("experts", *config.spec.encoders.of_checkpoint) if config.waits_for else ()
 
 
 def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
@@ -268,8 +274,12 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             lines.append(f"warning: {status.mixture}")
         if status.orphans:
             lines.append(f"           {len(status.orphans)} files belong to no item; caching gc removes them")
-    if config.waits_for and "experts" in needed_kinds(config):
-        lines.append(f"  experts  are planned and cached when step {config.waits_for.name} is finished")
+    if config.waits_for:
+        lines += [
+            f"  {kind:<8} are planned and cached when step {config.waits_for.name} is finished"
+            for kind in needed_kinds(config)
+            if kind in _late_kinds(config)
+        ]
     lines += plan.losses
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [

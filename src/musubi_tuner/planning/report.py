@@ -168,8 +168,9 @@ def cache_bytes(
         for kind in of:
             captions[kind][item.dataset] += len(item.captions)
         if "latents" in of:
-            cells = item.bucket[0] * item.bucket[1] // spec.vae_factor**2
-            found[item.dataset] += cells * spec.latent_channels * widths["latents"] * max(1, len(item.views))
+            found[item.dataset] += (
+                math.prod(config.latents.shape(*item.bucket)) * widths["latents"] * max(1, len(item.views))
+            )
     groups = config.dataset_groups()
     for group in groups:
         own = plan if len(groups) == 1 else spec.family.outline_model(config.limited_to(group))

@@ -148,6 +148,8 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     caches = [dataset for dataset in (source, measured) if isinstance(dataset, CachedDataset)]
     check_caches(config, trainee.geometry, caches)
     module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
+    if trainee.prepare is not None:
+        lines += trainee.prepare(source.first, found is None)
     if ranks.main and lines:
         print("\n".join(lines))
     scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None

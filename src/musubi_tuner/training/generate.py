@@ -17,12 +17,10 @@ from musubi_tuner.config.prompts import Prompt, SampleSettings
 from musubi_tuner.config.schema.adapter import AdapterSection
 from musubi_tuner.config.swap import most_swapped
 from musubi_tuner.device import apply_backend_flags, choose_device, set_threads, with_precision
-from musubi_tuner.encoders.autoencoder import Autoencoder
-from musubi_tuner.encoders.for_run import TextEncoders, load_vae
 from musubi_tuner.errors import NoAverageError
 from musubi_tuner.memory.compose import block_counts, check_machine, compose_memory, freeze_of
 from musubi_tuner.memory.storage import freeze_layers
-from musubi_tuner.models.family import Process
+from musubi_tuner.models.family import AutoencoderNetwork, Process, TextNetworks
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.training.sampling import decode_images, draw, encode_prompts, sample_settings
@@ -39,8 +37,8 @@ class Generator:
     config: RunConfig
     model: torch.nn.Module
     process: Process
-    encoders: TextEncoders
-    vae: Autoencoder
+    encoders: TextNetworks
+    vae: AutoencoderNetwork
     device: torch.device
     use_mask: bool
 
@@ -99,7 +97,7 @@ class Generator:
         if hiding or (config.adapter.type != "none" and checkpoint is None):
             options |= masked  # as the adapter was trained, whatever the model below it was
         process = spec.family.make_process(config, options)
-        encoders, vae = TextEncoders(config, device), load_vae(config, device)
+        encoders, vae = spec.encoders.open_text(config, device), spec.encoders.open_autoencoder(config, device)
         return cls(config, model, process, encoders, vae, device, bool(options["t5_attn_mask"]))
 
     def settings(self, **changes: Any) -> SampleSettings:
@@ -123,6 +121,7 @@ class Generator:
             spec,
             encoded,
             settings,
+            size=self.config.latents,
             use_mask=self.use_mask,
             device=self.device,
             compute_dtype=COMPUTE_DTYPES[self.config.train.mixed_precision],

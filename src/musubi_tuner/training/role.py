@@ -294,14 +294,14 @@ def rates_of(module: nn.Module, config: RunConfig) -> dict[str, tuple[float, flo
     return rates
 
 
-def prefix_of(role: Role, roles: Sequence[Role]) -> str:
-    """Prefix of the names of a role's tensors in files and states; empty if it is the only role."""
-    return f"{role.name}." if len(roles) > 1 else ""
+def prefix_of(role: Role) -> str:
+    """Prefix of the names of a role's tensors in files and states; a denoiser has none."""
+    return "" if role.name == "model" else f"{role.name}."
 
 
 def weights_of(roles: Sequence[Role]) -> dict[str, Tensor]:
     """The weights of all roles by name; tensors are not copied."""
-    return {f"{prefix_of(role, roles)}{key}": t for role in roles for key, t in role.weights().items()}
+    return {f"{prefix_of(role)}{key}": t for role in roles for key, t in role.weights().items()}
 
 
 def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
@@ -311,5 +311,5 @@ def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for role in roles:
         tensors = role.ema.shadow if role.ema else role.weights()
-        found |= {f"{prefix_of(role, roles)}{key}": tensor for key, tensor in tensors.items()}
+        found |= {f"{prefix_of(role)}{key}": tensor for key, tensor in tensors.items()}
     return found

@@ -13,7 +13,6 @@ from torch import nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
-from musubi_tuner.encoders.for_run import TextEncoders, load_vae
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.family import Process
 from musubi_tuner.precision import COMPUTE_DTYPES
@@ -53,12 +52,13 @@ def prepare_prompts(config: RunConfig, ranks: Ranks) -> PreparedPrompts | None:
     texts = sample_prompts(config)
     if not texts:
         raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
-    encoders = TextEncoders(config, ranks.device)
+    networks = config.spec.encoders
+    encoders = networks.open_text(config, ranks.device)
     encoded = encode_prompts(encoders.encode, texts, config.sample.negative_prompt)
     del encoders
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what T5 had goes back to the device
-    return PreparedPrompts(encoded, load_vae(config, ranks.device, torch.device("cpu")))
+    return PreparedPrompts(encoded, networks.open_autoencoder(config, ranks.device, torch.device("cpu")))
 
 
 class Samples:
@@ -107,6 +107,7 @@ class Samples:
                 spec,
                 self.prompts.encoded,
                 settings,
+                size=config.latents,
                 use_mask=self.use_mask,
                 device=device,
                 compute_dtype=COMPUTE_DTYPES[config.train.mixed_precision],

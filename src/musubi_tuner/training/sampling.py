@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
-from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import json_text, replace_file, write_new_file, write_text
-from musubi_tuner.flow import guide, solve
-from musubi_tuner.models.family import Process
-from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.flow import guide
+from musubi_tuner.models.family import AutoencoderNetwork, Process
+from musubi_tuner.models.spec import Latents, ModelSpec
 from musubi_tuner.precision import autocast
 
 
@@ -78,6 +77,7 @@ def draw(
     prompts: EncodedPrompts,
     settings: SampleSettings,
     *,
+    size: Latents,
     use_mask: bool,
     device: torch.device,
     compute_dtype: torch.dtype | None,
@@ -88,7 +88,7 @@ def draw(
     """Draw one latent per prompt; prompts that differ only in text and seed go through the model together.
 
     Args:
-        use_mask: hide text padding, for models trained so.
+        size: of the run's latents. use_mask: hide text padding, for models trained so.
         compute_dtype: of the model's products; None = that of its weights.
         progress: called with the number of pictures finished.
         check: called before every evaluation of the model; what it raises ends the drawing.
@@ -110,19 +110,20 @@ def draw(
                 for start in range(0, len(members), batch_size):
                     batch = members[start : start + batch_size]
                     texts = [prompts.prompts[index].text for index in batch]
-                    latents = _draw_batch(
+                    found = _draw_batch(
                         model,
                         process,
                         spec,
                         prompts,
                         texts,
                         [own[i] for i in batch],
+                        size,
                         use_mask,
                         device,
                         compute_dtype,
                         check,
                     )
-                    drawn.update(zip(batch, latents))
+                    drawn.update(zip(batch, found))
                     progress(len(batch))
         finally:
             _set_strength(model, 1.0)
@@ -158,13 +159,13 @@ def _draw_batch(
     prompts: EncodedPrompts,
     texts: list[str],
     own: list[SampleSettings],
+    latents: Latents,
     use_mask: bool,
     device: torch.device,
     compute_dtype: torch.dtype | None,
     check: Callable[[], None],
 ) -> Tensor:
     family, shared, count = spec.family, own[0], len(texts)
-    size = (shared.height // spec.vae_factor, shared.width // spec.vae_factor)
     # Where the model embeds its guidance, classifier-free guidance is a second, separate number.
     scale = shared.cfg_scale if spec.guidance_embedded else shared.guidance
     inputs: dict[str, Any] = family.text_inputs(prompts.of(texts, device), use_mask)
@@ -176,7 +177,7 @@ def _draw_batch(
         inputs = family.concatenate(inputs, negative)
     if spec.guidance_embedded:
         inputs["guidance"] = torch.full((len(next(iter(inputs.values()))),), shared.guidance, device=device)
-    shape = (spec.latent_channels, *size)
+    shape = latents.shape(shared.width, shared.height)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one.seed)) for one in own])
 
     def velocity(x: Tensor, now: float) -> Tensor:
@@ -189,11 +190,11 @@ def _draw_batch(
         return guide(prediction[:count], prediction[count:], scale) if scale > 1 else prediction
 
     times = process.sampling_times(shared.steps, process.size(noise), shared.shift)
-    return solve(shared.solver, velocity, noise.to(device), times).cpu()
+    return process.solve(shared.solver, velocity, noise.to(device), times).cpu()
 
 
 def decode_images(
-    vae: Autoencoder,
+    vae: AutoencoderNetwork,
     latents: Sequence[Tensor] | Tensor,
     use_shift: bool,
     device: torch.device | None = None,

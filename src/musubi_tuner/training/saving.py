@@ -147,7 +147,7 @@ class Saver:
             )
             return
         # Buffers are constants of the model, which rounding would change.
-        exact = {f"{prefix_of(role, self.roles)}{key}" for role in self.roles for key, _ in role.module.named_buffers()}
+        exact = {f"{prefix_of(role)}{key}" for role in self.roles for key, _ in role.module.named_buffers()}
         save_weights(self.folder / name, tensors, dtype, self._header(kind, at), exact)
 
     def _adapter_header(self, adapters: AdapterSet, kind: str, at: Position) -> dict[str, str]:

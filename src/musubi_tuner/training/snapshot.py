@@ -46,7 +46,7 @@ class Snapshot:
         if metrics is None:
             return None
         metrics.flush()
-        states = {prefix_of(role, self.roles): role.state() for role in self.roles}
+        states = {prefix_of(role): role.state() for role in self.roles}
         scaler = self.roles[0].scaler
         updates = {role.name: state.average_updates for role, state in zip(self.roles, states.values())}
         plateaus = {role.name: role.plateau.state() for role in self.roles if role.plateau}
@@ -92,12 +92,12 @@ class Snapshot:
             CheckpointError: if it belongs to another model or optimizer.
         """
         tensors = {part: read_tensors(path, part) for part in PARTS}
-        known = tuple(prefix_of(role, self.roles) for role in self.roles)
+        known = tuple(prefix_of(role) for role in self.roles)
         for name in (name for named in (*tensors.values(), values["optimizer"]) for name in named):
             if not name.startswith(known):
                 raise CheckpointError(f"{path}: belongs to another model ({name})")
         for role in self.roles:
-            prefix, updates = prefix_of(role, self.roles), values["ema_updates"]
+            prefix, updates = prefix_of(role), values["ema_updates"]
             own = {part: _below(prefix, named) for part, named in tensors.items()}
             count = updates[role.name] if isinstance(updates, dict) else updates
             other = role.load_state(

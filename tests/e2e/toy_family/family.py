@@ -1,6 +1,7 @@
 """A denoiser of two Linear blocks over latent pixels, and everything the framework asks of a family."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from musubi_tuner.models.toy.gan import GanTask, autoencoder, discriminator
 from torch import Tensor, nn
 
-from musubi_tuner.flow import interpolate, sampling_schedule, squared_error
+from musubi_tuner.flow import interpolate, sampling_schedule, solve, squared_error
 from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
 from musubi_tuner.models.family import LossTerm, ModelOutline, Trainee
 from musubi_tuner.weights.checkpoints import copy_weights, find_weights, read_weights
@@ -81,6 +82,12 @@ class ToyProcess:
 
     def losses(self, prediction: Tensor, target: Tensor, *rest: Any) -> dict[str, LossTerm]:
         return {"main": LossTerm(squared_error(prediction, target).flatten(1).mean(1), 1.0)}
+
+    def solve(
+        self, name: str, predict: Callable[[Tensor, float], Tensor], noise: Tensor, times: Sequence[float]
+    ) -> Tensor:
+        """Integrate the velocity; see `flow.solve`."""
+        return solve(name, predict, noise, times)
 
     def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         return sampling_schedule(steps, shift=shift)

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from musubi_tuner.config.schema.model import ModelSection, NewModel
+from musubi_tuner.config.schema.model import ClipAndT5, ModelSection, NewModel
 from musubi_tuner.config.schema.roles import roles_section
 from musubi_tuner.models.spec import AdapterTargets, ModelSpec, TaskFacts
 
 
-class ToyModel(NewModel, ModelSection):
+class ToyModel(NewModel, ClipAndT5, ModelSection):
     """Which model is trained, and the frozen networks around it."""
 
 

@@ -31,6 +31,17 @@ def new(**changes: Any) -> Changes:
     return {**NEW, "model": 'init = "scratch"', **changes}
 
 
+def ff(objective: str = "train_vae = true", model: str = "", **changes: Any) -> Changes:
+    """A run of FluxFlow, which starts from random weights unless its model says otherwise."""
+    keys = ("clip_path", "t5_path", "vae_path", *(("path",) if "path" not in model else ()))
+    start = "" if "path" in model else '\ninit = "scratch"'
+    return {"model": f'arch = "ff"{start}\n{model}', "objective": objective, "ema": "enabled = false", **changes,
+            "without": ("experts.unet", *(f"model.{key}" for key in keys))}  # fmt: skip
+
+
+FLOW = {"objective": "train_diff = true", "model": 'path = "model.safetensors"'}
+
+
 def images(lines: str, more: str = "") -> Changes:
     return {"data": f'[[datasets]]\nimage_directory = "images"\n{lines}\n{more}'}
 
@@ -40,6 +51,17 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "D02": [({**FD, "adapter": 'type = "none"'}, {**FD, "adapter": LORA})],
     "D03": [({**FD, "objective": 'timestep_sampling = "uniform"\npreserve_distribution_shape = true'},
              {**FD, "objective": 'timestep_sampling = "sigmoid"\npreserve_distribution_shape = true'})],
+    "F01": [(ff("train_vae = false"), ff()), (ff("train_vae = true\ntrain_diff = true"), ff())],
+    "F02": [(ff("train_vae = true\ntrain_reconstruction = false"),
+             ff("train_vae = true\ntrain_reconstruction = false\ngan_training = true"))],
+    "F03": [(ff(**FLOW, adapter=LORA), ff(**FLOW))],
+    "F04": [(ff("train_diff = true"), ff(**FLOW))],
+    "F05": [(ff("train_vae = true\nuse_lpips = true"), ff("train_vae = true\nuse_lpips = true", 'vgg_path = "me/vgg"'))],
+    "F06": [(ff("train_diff = true\nbeta_end = 1e-5", FLOW["model"]), ff("train_diff = true\nbeta_end = 1e-2", FLOW["model"]))],
+    "F07": [(ff(**FLOW, memory="blocks_to_swap = 2"), ff(**FLOW, memory="blocks_to_swap = 0"))],
+    "F08": [(ff(**FLOW, cache="vae_tiling = true"), ff(**FLOW, cache="vae_tiling = false"))],
+    "V16b": [(ff('train_diff = true\nzero_terminal_snr = true\ntimestep_sampling = "cosine_weighted"', FLOW["model"]),
+              ff("train_diff = true\nzero_terminal_snr = true", FLOW["model"]))],
     "NA02": [({"sample": 'prompts = ["a cat --l 3"]\nevery_steps = 5'}, {"sample": 'prompts = ["a cat --g 3"]\nevery_steps = 5'})],
     "NA03": [({"model": 'revision = "v2"'}, {"model": 'path = "me/model"\nrevision = "v2"'}),
              ({"optimizer": 'type = "Adafactor"\neps = 1e-6'}, {"optimizer": "eps = 1e-6"}),

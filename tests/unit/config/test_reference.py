@@ -22,8 +22,8 @@ def test_reference_page_is_up_to_date() -> None:
 
 def test_help_names_every_setting_with_its_sentence() -> None:
     text = settings_help()
-    assert "  warmup_steps  (int or share; default tf: 1000; fd: 0)" in text
-    assert "  text_dropout  (float; default tf: 0.1)" in text
+    assert "  warmup_steps  (int or share; default tf: 1000; fd: 0; ff: 0)" in text
+    assert "  text_dropout  (float; default tf: 0.1; ff: 0.1)" in text
     assert "  warmup_steps  (int or share; default 0)" in settings_help(MODELS["fd"])
     assert "text_dropout" not in settings_help(MODELS["fd"])
     for parameter in parameters():

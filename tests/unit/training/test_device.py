@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from musubi_tuner.config.schema.cache import CacheSection
-from musubi_tuner.config.schema.model import ModelSection
+from musubi_tuner.config.schema.model import ClipAndT5, ModelSection
 from musubi_tuner.config.schema.run import RunSection
 from musubi_tuner.device import apply_backend_flags, encoder_dtype, with_precision
 from musubi_tuner.encoders.for_run import TextEncoders
@@ -92,7 +92,7 @@ def test_text_is_encoded_in_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, t
     for name in ("load_t5", "load_clip"):
         monkeypatch.setattr(f"musubi_tuner.encoders.for_run.{name}", lambda *files, dtype, **rest: loaded.append(dtype))
     config: Any = SimpleNamespace(
-        model=ModelSection(arch="tf", t5_path="t5", clip_path="clip"), spec=MODELS["tf"], cache=CacheSection()
+        model=ModelSection(arch="tf"), clip_and_t5=ClipAndT5(), spec=MODELS["tf"], cache=CacheSection()
     )
     sources = SimpleNamespace(paths=lambda download: {"t5": tmp_path, "clip": tmp_path})
     monkeypatch.setattr("musubi_tuner.encoders.for_run.encoder_sources", lambda *arguments: sources)

@@ -1019,8 +1019,8 @@ def test_prompts_of_a_file_are_drawn(folder: Path, start: Start, monkeypatch: py
         def encode(self, texts: list[str]) -> dict[str, Tensor]:
             return {"t5_vec": torch.zeros(len(texts), 5, 12)}
 
-    monkeypatch.setattr(samples, "TextEncoders", Encoders)
-    monkeypatch.setattr(samples, "load_vae", lambda *arguments: None)
+    monkeypatch.setattr("musubi_tuner.encoders.for_run.TextEncoders", Encoders)
+    monkeypatch.setattr("musubi_tuner.encoders.for_run.load_vae", lambda *arguments: None)
     path = folder / "prompts.txt"
     path.write_text("a cat --s 3\n\n# a dog\na bird\n", encoding="utf-8")
     trainer = start("prompts of a file", sample={"prompts": str(path)})
@@ -1064,7 +1064,8 @@ def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypat
         return SimpleNamespace(set_tiling=lambda enabled: None)
 
     monkeypatch.setattr("musubi_tuner.encoders.for_run.load_autoencoder", load)
-    monkeypatch.setattr(samples, "TextEncoders", lambda *_: SimpleNamespace(encode=lambda texts: {}))
+    encoders = SimpleNamespace(encode=lambda texts: {})
+    monkeypatch.setattr("musubi_tuner.encoders.for_run.TextEncoders", lambda *_: encoders)
     model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
     config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))
     ranks: Any = SimpleNamespace(main=True, device=torch.device("cuda"))

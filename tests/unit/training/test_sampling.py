@@ -19,6 +19,7 @@ from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import Latents
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess, initialize
 from musubi_tuner.models.tinyflux.process import TeacherSettings
 from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
@@ -87,7 +88,7 @@ def drawn(
         SPEC,
         encode_prompts(encoder, prompts or PROMPTS, settings.negative),
         settings,
-        **{"use_mask": False, "device": torch.device("cpu"), "compute_dtype": None, **options},
+        **{"size": Latents(16, 8), "use_mask": False, "device": torch.device("cpu"), "compute_dtype": None, **options},
     )
     return torch.stack(latents)
 
@@ -532,7 +533,7 @@ def test_pictures_of_different_options_come_back_in_order(model: TinyFluxDeep) -
     lines = ["a red circle --w 48", "a blue square", "a red circle --w 48 --d 7", "a red circle --h 37"]
     latents = draw(
         model, PROCESS, SPEC, encode_prompts(encode, lines, None), SETTINGS,
-        use_mask=False, device=torch.device("cpu"), compute_dtype=None,
+        size=Latents(16, 8), use_mask=False, device=torch.device("cpu"), compute_dtype=None,
     )  # fmt: skip
     assert [tuple(latent.shape) for latent in latents] == [(16, 6, 6), (16, 6, 4), (16, 6, 6), (16, 4, 4)]
     assert torch.equal(latents[0], latents[2])  # the first picture's seed is 7 too

@@ -42,10 +42,12 @@ def validate(config: RunConfig, wrong: Collection[str] = ()) -> list[Diagnostic]
 
 
 def _denoiser(config: RunConfig) -> Iterator[Diagnostic]:
-    """Settings of denoisers, in a run that trains none."""
-    facts = config.spec.task(config)
+    """Settings of denoisers, in a run that trains none; those of a file of steps may be for another step."""
+    facts, step = config.spec.task(config), config.step
     for key in config.set_keys():
-        if not facts.has(key):
+        table, _, name = key.partition(".")
+        elsewhere = step is not None and name.partition(".")[0] not in (step.own.get(table) or {})
+        if not facts.has(key) and not elsewhere:
             yield error(
                 "NA01", key, f"applies to denoisers, and this run of {config.spec.title} trains none; remove it"
             )

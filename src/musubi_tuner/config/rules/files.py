@@ -97,14 +97,11 @@ def _state(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("P01", "model.vae_path model.clip_path model.t5_path cache.run")
 def _encoders(config: RunConfig) -> Iterator[Diagnostic]:
     caches = config.spec.task(config).caches
-    needed = [
-        ("latents", "model.vae_path", "images"),
-        ("text", "model.clip_path", "captions"),
-        ("text", "model.t5_path", "captions"),
-    ]
-    for kind, key, what in needed:
-        if kind in caches and config.get(key) is None and config.cache.run != "never":
-            yield error("P01", key, f"is needed to encode {what}", "cache.run")
+    for kind, keys in config.spec.encoders.needed(config).items():
+        for key in keys:
+            if kind in caches and config.get(key) is None and config.cache.run != "never":
+                what = {"latents": "images", "text": "captions"}[kind]
+                yield error("P01", key, f"is needed to encode {what}", "cache.run")
 
 
 @rule("P01 NA02", "sample.prompts adapter.type")

@@ -26,6 +26,15 @@ class ModelSection(Section):
         None, "Branch, tag or commit of a hub id in model.path; absent = main.", when=is_("model.init", "checkpoint")
     )
     vae_path: str | None = param(None, "Autoencoder: a file, a folder or a hub id.", flat=("vae", "ae"), path=True)
+    vae_dtype: AutoDtype = param("auto", "Precision of the autoencoder; auto = float32.")
+    text_dtype: AutoDtype = param(
+        "auto", "Precision of the text encoders; auto = bfloat16 on a GPU, float32 on a CPU.", expert=True
+    )
+
+
+class ClipAndT5(Section):
+    """Text encoders of the FLUX kind."""
+
     clip_path: str | None = param(
         None,
         "CLIP-L text model: a file, a folder or a hub id.",
@@ -52,10 +61,6 @@ class ModelSection(Section):
     fp8_t5: bool = param(False, "Hold the Linear weights of T5 in float8 while encoding: half the memory, small error.")
     clip_act: Literal["quick_gelu", "gelu"] = param(
         "quick_gelu", "Activation of a CLIP-L file without config; gelu reproduces caches of musubi-tuner.", expert=True
-    )
-    vae_dtype: AutoDtype = param("auto", "Precision of the autoencoder; auto = float32.")
-    text_dtype: AutoDtype = param(
-        "auto", "Precision of the text encoders; auto = bfloat16 on a GPU, float32 on a CPU.", expert=True
     )
 
 

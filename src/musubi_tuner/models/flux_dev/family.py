@@ -88,7 +88,7 @@ def outline_model(config: RunConfig) -> ModelOutline:
     geometry, weights = to_bfl(open_base(config), allow_schnell=model_of(config).allow_schnell)
     largest = max(weights.values(), key=lambda weight: weight.numel())
     shapes = {
-        "t5_vec": (config.model.t5_max_tokens, geometry.context_in_dim),
+        "t5_vec": (config.clip_and_t5.t5_max_tokens, geometry.context_in_dim),
         "clip_l_pooler": (geometry.vec_in_dim,),
     }
     # A float8 file with model.keep_dtype is refused when it is loaded.

@@ -6,6 +6,7 @@ Time is the noise fraction itself. musubi-tuner gives the model sigma + 0.001; `
 Latents are packed 2 x 2 right before the model and unpacked right after it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from musubi_tuner.flow import (
     pack_patches,
     sample_noise_levels,
     sampling_schedule,
+    solve,
     unpack_patches,
 )
 from musubi_tuner.models.family import LossTerm
@@ -125,6 +127,12 @@ class FluxProcess:
         if settings.min_snr_gamma:
             main = main * min_snr_weight(1 - time_B, settings.min_snr_gamma, settings.min_snr_form)
         return {"main": LossTerm(main, 1.0)}
+
+    def solve(
+        self, name: str, predict: Callable[[Tensor, float], Tensor], noise: Tensor, times: Sequence[float]
+    ) -> Tensor:
+        """Integrate the velocity; see `flow.solve`."""
+        return solve(name, predict, noise, times)
 
     def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """Noise levels from 1 to 0; without a shift, the one that follows from the number of tokens."""

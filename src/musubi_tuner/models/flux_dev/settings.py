@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal, cast
 
 from musubi_tuner.config.fields import Section, param
-from musubi_tuner.config.schema.model import ModelSection
+from musubi_tuner.config.schema.model import ClipAndT5, ModelSection
 from musubi_tuner.config.schema.objective import (
     ElementLoss,
     LogitNormal,
@@ -28,7 +28,7 @@ SIGMOID_DENSITIES = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shif
 """Densities based on a sigmoid, whose spread is `sigmoid_scale`."""
 
 
-class FluxModel(ModelSection):
+class FluxModel(ClipAndT5, ModelSection):
     """Which model is trained, and the frozen networks around it."""
 
     keep_dtype: bool = param(

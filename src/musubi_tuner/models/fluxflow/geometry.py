@@ -33,8 +33,9 @@ class FluxFlowConfig:
         rotary: ``raster`` positions with the published pairing, or ``axial``: rows and columns, and true rotations.
         controls: how a flow block's parts meet: ``part`` after part, or ``interleaved`` channel by channel, beside a residual.
         flow_head: the convolutions after the blocks change the ``first`` tokens, or ``all``.
+        latent_space: what the flow makes: ``tokens`` behind the compressor's attention, as published, or ``mu`` before it, normalised.
         text_mode: ``pooled``, or ``sequence``: the blocks also see the states of all text tokens.
-        text_width: of these states.
+        text_width, text_layers, text_heads, text_ff, text_vocab, text_positions: of the language model, a DistilBERT.
 
     Raises:
         ValueError: naming the numbers, if they do not fit together.
@@ -68,8 +69,14 @@ class FluxFlowConfig:
     rotary: Literal["raster", "axial"] = "raster"
     controls: Literal["part", "interleaved"] = "part"
     flow_head: Literal["first", "all"] = "first"
+    latent_space: Literal["tokens", "mu"] = "tokens"
     text_mode: Literal["pooled", "sequence"] = "pooled"
     text_width: int = 768
+    text_layers: int = 6
+    text_heads: int = 12
+    text_ff: int = 3072
+    text_vocab: int = 30522
+    text_positions: int = 512
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -77,7 +84,7 @@ class FluxFlowConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} is {list(getattr(self, name))}, it must be {count} numbers")
-        least = {"attn_layers": 0, "disc_depth": 0}
+        least = {"attn_layers": 0, "disc_depth": 0, "text_layers": 0}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 1):
@@ -94,6 +101,10 @@ class FluxFlowConfig:
             raise ValueError(
                 f'feature_maps_dim / flow_heads is {self.feature_maps_dim // self.flow_heads}: rotary = "axial" needs a multiple of 4'
             )
+        if self.latent_space == "mu" and self.latent_skip:
+            raise ValueError('latent_space is "mu", from which tokens can be made only with latent_skip = false')
+        if self.text_width % self.text_heads:
+            raise ValueError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
         for name in ("down_kernel", "up_kernel"):
             if getattr(self, name) % 2:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be even")
@@ -106,7 +117,7 @@ class FluxFlowConfig:
 
     def _check_types(self) -> None:
         choices = {"compat": ("fixed", "reference"), "p_pre": ("none", "sigmoid", "tanh", "silu"), "rgb_norm": ("group", "none"),
-                   "rotary": ("raster", "axial"), "controls": ("part", "interleaved"), "flow_head": ("first", "all"),
+                   "rotary": ("raster", "axial"), "controls": ("part", "interleaved"), "flow_head": ("first", "all"), "latent_space": ("tokens", "mu"),
                    "text_mode": ("pooled", "sequence")}  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
@@ -156,6 +167,7 @@ V2: dict[str, Any] = {
     "rotary": "axial",
     "controls": "interleaved",
     "flow_head": "all",
+    "latent_space": "mu",
     "text_mode": "sequence",
 }
 """What new models should have (`ff-v2`); off for weights of the published program."""

@@ -72,12 +72,20 @@ def color_stats(pred_BCHW: Tensor, target_BCHW: Tensor, over: Over = "sample") -
     return (means + (pred.std(dim=-1) - target.std(dim=-1)).square()).mean(dim=-1)
 
 
+FLAT = 0.1
+"""Spread below which a channel of one image counts as flat."""
+
+
 def contrast(pred_BCHW: Tensor, target_BCHW: Tensor, over: Over = "sample") -> Tensor:
-    """Squared relative differences of the channels' standard deviations, and the squared difference of those of whole images."""
+    """Squared relative differences of the channels' standard deviations, and the squared difference of those of whole images.
+
+    One image may have a channel of one value, by whose spread nothing can be divided: per sample it is at least `FLAT`.
+    """
     pred, target = _by_channel(pred_BCHW, over), _by_channel(target_BCHW, over)
-    relative = (pred.std(dim=-1) / (target.std(dim=-1) + 1e-8) - 1).square().sum(dim=-1)
+    spread, wanted = pred.std(dim=-1), target.std(dim=-1)
+    relative = (spread - wanted) / wanted.clamp(min=FLAT) if over == "sample" else spread / (wanted + 1e-8) - 1
     whole = (pred_BCHW.float().flatten(1).std(dim=1) - target_BCHW.float().flatten(1).std(dim=1)).square()
-    return (relative + (whole if over == "sample" else whole.mean())) / 4
+    return (relative.square().sum(dim=-1) + (whole if over == "sample" else whole.mean())) / 4
 
 
 def histogram(pred_BCHW: Tensor, target_BCHW: Tensor, over: Over = "sample", soft: bool = True) -> Tensor:

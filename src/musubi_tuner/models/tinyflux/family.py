@@ -230,7 +230,7 @@ def outline_model(config: RunConfig) -> ModelOutline:
     """The model of a run without storage."""
     geometry, experts = geometry_of(config), config.sd15
     times = max(teachers_of(config, dataset).time_buckets for dataset in config.datasets)
-    length, side = config.model.t5_max_tokens, geometry.sol_spatial_size
+    length, side = config.clip_and_t5.t5_max_tokens, geometry.sol_spatial_size
     shapes: dict[str, tuple[int, ...]] = {
         "t5_vec": (length, geometry.joint_attention_dim),
         "t5_mask": (length,),

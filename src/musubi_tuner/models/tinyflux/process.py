@@ -12,6 +12,7 @@ teacher, such as those of a dataset that has none, take the model's own guess an
 `objective.missing_teacher` gives them zeros). The features of a sample are looked up on its own grid of times.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from musubi_tuner.flow import (
     pack_pixels,
     ramp,
     sample_timesteps,
+    solve,
     spatial_weight,
     squared_error,
     unpack_pixels,
@@ -266,6 +268,12 @@ class TinyFluxProcess:
                 loss = torch.where(sol["distil"], loss, nothing)
             terms["sol"] = LossTerm(self._rounded(loss), ramp(update, settings.sol_warmup_steps, settings.sol_weight))
         return terms
+
+    def solve(
+        self, name: str, predict: Callable[[Tensor, float], Tensor], noise: Tensor, times: Sequence[float]
+    ) -> Tensor:
+        """Integrate the velocity; see `flow.solve`."""
+        return solve(name, predict, noise, times)
 
     def sampling_times(self, steps: int, size: tuple[int, ...], shift: float | None = None) -> list[float]:
         """``shift(k / steps)`` for k = 0 .. steps: from noise (0) to the image (1).

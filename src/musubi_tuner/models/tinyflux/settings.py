@@ -8,7 +8,7 @@ from musubi_tuner.config.diagnostics import Diagnostic, warning
 from musubi_tuner.config.fields import MOST, Section, param
 from musubi_tuner.config.schema.cache import CacheSection
 from musubi_tuner.config.schema.experts import Sd15Teachers
-from musubi_tuner.config.schema.model import AveragedCheckpoint, HiddenPadding, ModelSection, NewModel
+from musubi_tuner.config.schema.model import AveragedCheckpoint, ClipAndT5, HiddenPadding, ModelSection, NewModel
 from musubi_tuner.config.schema.objective import (
     HUBER,
     ElementLoss,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
 
 
-class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ModelSection):
+class TinyFluxModel(HiddenPadding, AveragedCheckpoint, NewModel, ClipAndT5, ModelSection):
     """Which model is trained, and the frozen networks around it."""
 
     init_scheme: Literal["reference", "adaln_zero"] = param(

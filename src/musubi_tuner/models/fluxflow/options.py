@@ -1,0 +1,76 @@
+"""Facts and defaults of the FluxFlow family. Torch-free."""
+
+from typing import TYPE_CHECKING
+
+from musubi_tuner.models.fluxflow.rules import FLUXFLOW
+from musubi_tuner.models.fluxflow.settings import SECTIONS, objective_of
+from musubi_tuner.models.spec import AdapterTargets, Latents, ModelSpec, TaskFacts
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
+
+_NO_ENCODERS = "FluxFlow has a text encoder of its own, in its checkpoint or at model.bert_path"
+
+
+def task(config: "RunConfig") -> TaskFacts:
+    """Facts of a run's task: what its objective trains."""
+    objective = objective_of(config)
+    if not objective.train_vae:
+        return TaskFacts(caches=("latents", "text"))
+    roles = ("vae", "discriminator") if objective.gan_training else ("vae",)
+    return TaskFacts(roles=roles, caches=(), pixels=True, own=("objective.*",))
+
+
+def latents(config: "RunConfig") -> Latents:
+    """Size of the latents: of the checkpoint, once it is there, or of a new model."""
+    if config.waits_for:
+        return Latents(SPEC.latent_channels, SPEC.vae_factor)
+    from musubi_tuner.models.fluxflow.checkpoint import geometry_of
+
+    geometry = geometry_of(config)
+    return Latents(geometry.vae_dim, geometry.factor)
+
+
+SPEC = ModelSpec(
+    code="ff",
+    full_name="fluxflow",
+    title="FluxFlow",
+    modelspec_architecture="fluxflow",
+    pixel_step=16,
+    vae_factor=16,
+    latent_channels=128,
+    latent_shift=False,
+    latents=latents,
+    sample_size=512,
+    drops_text=True,
+    defaults={
+        "sample.steps": 20,
+        "optimizer.betas": [0.9, 0.95],
+        "ema.decay": 0.999,
+        "save.every_epochs": 1,
+    },
+    dataset_defaults={
+        "resolution": 1024,
+        "enable_bucket": True,
+        "bucket_no_upscale": False,
+        "caption_extension": ".txt",
+        "batch_size": 2,
+        "num_repeats": 1,
+        "missing_caption": "error",
+        "recursive": False,
+    },
+    sections=SECTIONS,
+    foreign_keys={
+        **dict.fromkeys(
+            ("clip_path", "t5_path", "clip_tokenizer", "t5_tokenizer", "t5_max_tokens", "fp8_t5"), _NO_ENCODERS
+        ),
+        "experts": "FluxFlow has no teachers",
+    },
+    rules=FLUXFLOW,
+    geometry="musubi_tuner.models.fluxflow.geometry:FluxFlowConfig",
+    task=task,
+    package="musubi_tuner.models.fluxflow",
+    frozen_networks="musubi_tuner.models.fluxflow.networks",
+    block_lists=(),
+    adapters=AdapterTargets(layers={}, network_module="networks.lora_fluxflow"),
+)

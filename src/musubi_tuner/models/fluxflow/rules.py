@@ -1,0 +1,97 @@
+"""Static rules of the FluxFlow family. Torch-free."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.models.fluxflow.settings import model_of, objective_of
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
+
+FLUXFLOW = Rules()
+rule = FLUXFLOW.rule
+
+
+@rule("F01", "objective.train_vae objective.train_diff")
+def _mode(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if not objective.train_vae and not objective.train_diff:
+        text = "is false and so is objective.train_diff, so nothing would be trained; set one of them"
+        yield error("F01", "objective.train_vae", text, "objective.train_diff")
+    if objective.train_vae and objective.train_diff:
+        text = "is true beside objective.train_vae; train the autoencoder first and the flow on it in a second step ([[steps]])"
+        yield error("F01", "objective.train_diff", text, "objective.train_vae")
+
+
+@rule("F04", "objective.train_diff model.init model.path model.vae_path")
+def _autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
+    if objective_of(config).train_diff and config.model.path is None and config.model.vae_path is None:
+        yield error(
+            "F04", "model.path", "is absent, but a flow is trained on latents of an autoencoder; name its checkpoint"
+        )
+
+
+@rule("F05", "objective.train_vae objective.use_lpips model.vgg_path")
+def _lpips(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if (
+        objective.train_vae
+        and objective.use_lpips
+        and objective.train_reconstruction
+        and model_of(config).vgg_path is None
+    ):
+        text = "is needed for objective.use_lpips; give VGG16 weights: a file, a folder, or a hub id such as timm/vgg16.tv_in1k"
+        yield error("F05", "model.vgg_path", text, "objective.use_lpips")
+
+
+@rule("V16b", "objective.zero_terminal_snr objective.timestep_sampling")
+def _last_times(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if objective.train_diff and objective.zero_terminal_snr and objective.timestep_sampling == "cosine_weighted":
+        text = 'is "cosine_weighted", which hardly ever draws the last times, from which drawing starts; use "uniform"'
+        yield warning("V16b", "objective.timestep_sampling", text, "objective.zero_terminal_snr")
+
+
+@rule("F06", "objective.beta_start objective.beta_end")
+def _betas(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if objective.beta_end <= objective.beta_start:
+        yield error(
+            "F06",
+            "objective.beta_end",
+            f"is {objective.beta_end:g}, it must be above objective.beta_start = {objective.beta_start:g}",
+            "objective.beta_start",
+        )
+
+
+@rule("F02", "objective.train_vae objective.train_reconstruction objective.gan_training")
+def _aim(config: "RunConfig") -> Iterator[Diagnostic]:
+    objective = objective_of(config)
+    if objective.train_vae and not (objective.train_reconstruction or objective.gan_training):
+        text = (
+            "is false without objective.gan_training, so the autoencoder would learn its KL term alone; set one of them"
+        )
+        yield error("F02", "objective.train_reconstruction", text, "objective.gan_training")
+
+
+@rule("F03", "adapter.type")
+def _adapters(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.adapter.type != "none":
+        text = f'is "{config.adapter.type}", but FluxFlow has no adapters here: its flow processor is small and trains itself; set "none"'
+        yield error("F03", "adapter.type", text, fix=[("adapter.type", "none")])
+
+
+@rule("F07", "memory.blocks_to_swap memory.base_storage")
+def _streaming(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.memory.blocks_to_swap not in (0, "auto"):
+        text = "is for families whose blocks are streamed; FluxFlow's are not; set it to 0"
+        yield error("F07", "memory.blocks_to_swap", text, fix=[("memory.blocks_to_swap", 0)])
+
+
+@rule("F08", "cache.vae_tiling")
+def _tiling(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.cache.vae_tiling:
+        text = "is true, but FluxFlow's autoencoder works on whole pictures; set it to false"
+        yield error("F08", "cache.vae_tiling", text, fix=[("cache.vae_tiling", False)])

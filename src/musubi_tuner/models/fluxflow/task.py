@@ -1,0 +1,211 @@
+"""What FluxFlow trains: phases over live pictures.
+
+    discriminator   hinge loss on pictures and reconstructions, R1 every so many updates
+    vae             reconstruction, KL, colour statistics, LPIPS, and to be taken for a picture
+
+Within an update the discriminator goes first. Its gradients reach the expander alone: the reconstruction for the adversarial
+loss is decoded from latents without a history. Without the losses of the reconstruction the compressor feels it too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.flow import unpack_pixels
+from musubi_tuner.models.family import LossTerm
+from musubi_tuner.models.fluxflow import losses
+from musubi_tuner.models.fluxflow.autoencoder import Compressor, Expander, sample_latents
+from musubi_tuner.models.fluxflow.discriminator import PatchDiscriminator
+from musubi_tuner.models.fluxflow.settings import FluxFlowObjective
+from musubi_tuner.randomness import normal
+
+if TYPE_CHECKING:
+    from musubi_tuner.data.batch import Batch
+    from musubi_tuner.data.plan import Update
+    from musubi_tuner.training.role import Role
+    from musubi_tuner.training.task import Position
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""Distance of reconstructions and pictures, [B]."""
+
+
+@dataclass
+class Draws:
+    """Random numbers of a micro-batch.
+
+    Attributes:
+        latents: standard normal in the shape of the latents. pictures: noise on what the discriminator sees, for pictures and for
+            reconstructions, [2, B, 3, H, W]; None = none.
+    """
+
+    latents: Tensor
+    pictures: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on a device."""
+        pictures = None if self.pictures is None else self.pictures.to(device, non_blocking=True)
+        return Draws(self.latents.to(device, non_blocking=True), pictures)
+
+
+class Autoencoder:
+    """Compressor and expander as the phases use them.
+
+    Args:
+        use_context: the expander sees its latents at every scale.
+    """
+
+    def __init__(self, vae: nn.ModuleDict, use_context: bool) -> None:
+        self.compressor: Compressor = vae["compressor"]  # type: ignore[assignment]
+        self.expander: Expander = vae["expander"]  # type: ignore[assignment]
+        self.use_context = use_context
+
+    def encode(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens as a map [B, D, h, w], mu and logvar."""
+        mu, logvar, latent = self.compressor.encode(pixels)
+        tokens = self.compressor.tokens(sample_latents(mu, logvar, eps), latent)
+        return unpack_pixels(tokens, mu.shape[-2], mu.shape[-1]), mu, logvar
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pictures of a map of tokens."""
+        return self.expander.decode(tokens, self.use_context)
+
+
+def context_of(tokens_BDhw: Tensor) -> Tensor:
+    """What the discriminator knows of a picture: the mean of its tokens."""
+    return tokens_BDhw.mean(dim=(2, 3))
+
+
+class DiscriminatorPhase:
+    """Tells pictures from reconstructions."""
+
+    name, roles = "discriminator", ("discriminator",)
+    exchange = None
+
+    def __init__(self, vae: Autoencoder, judge: PatchDiscriminator, objective: FluxFlowObjective) -> None:
+        self.vae, self.judge, self.objective = vae, judge, objective
+
+    def due(self, at: "Position") -> bool:
+        return at.step >= self.objective.gan_start
+
+    def begin(self, at: "Position") -> None:
+        self.judge.advance()
+
+    def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
+        objective, real = self.objective, batch.tensors["pixels"]
+        with torch.no_grad():
+            tokens, _, _ = self.vae.encode(real, draws.latents)
+            fake, context = self.vae.decode(tokens), context_of(tokens)
+        if draws.pictures is not None:
+            noise = objective.instance_noise_std * objective.instance_noise_decay**at.step * draws.pictures
+            real, fake = real + noise[0], fake + noise[1]
+        penalised = objective.r1_gamma > 0 and at.step % objective.r1_interval == 0
+        if not penalised:
+            return {
+                "disc": LossTerm(losses.hinge_loss(self.judge(real, context)[0], self.judge(fake, context)[0]), 1.0)
+            }
+        # A gradient of a gradient loses too much in half precision.
+        with torch.autocast(real.device.type, enabled=False):
+            real, context = real.float().requires_grad_(), context.float()
+            seen = self.judge(real, context)[0]
+            penalty = losses.r1_penalty(seen, real)
+        hinge = losses.hinge_loss(seen, self.judge(fake, context)[0])
+        return {"disc": LossTerm(hinge, 1.0), "r1": LossTerm(penalty, objective.r1_gamma / 2)}
+
+
+class VaePhase:
+    """Trains the autoencoder.
+
+    Args:
+        judge: None without a discriminator. perceptual: LPIPS; None without.
+    """
+
+    name, roles = "vae", ("vae",)
+    exchange = None
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        judge: PatchDiscriminator | None,
+        objective: FluxFlowObjective,
+        perceptual: Perceptual | None = None,
+    ) -> None:
+        self.vae, self.judge, self.objective, self.perceptual = vae, judge, objective, perceptual
+
+    def due(self, at: "Position") -> bool:
+        return True
+
+    def begin(self, at: "Position") -> None:
+        pass
+
+    def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
+        objective, pixels = self.objective, batch.tensors["pixels"]
+        tokens, mu, logvar = self.vae.encode(pixels, draws.latents)
+        beta = losses.kl_beta(at.step, objective.kl_warmup_steps, objective.kl_beta)
+        terms = {"kl": LossTerm(losses.kl(mu, logvar, objective.kl_free_bits, objective.kl_normalize), beta)}
+        if objective.train_reconstruction:
+            terms |= self._reconstruction(self.vae.decode(tokens), pixels)
+        if self.judge is not None and at.step >= objective.gan_start:
+            # Beside a reconstruction only the expander learns from the discriminator.
+            seen = self.vae.decode(tokens.detach() if objective.train_reconstruction else tokens)
+            logits, _ = self.judge(seen, context_of(tokens).detach())
+            terms["gen"] = LossTerm(losses.generator_loss(logits), objective.lambda_adv)
+        return terms
+
+    def _reconstruction(self, image: Tensor, pixels: Tensor) -> dict[str, LossTerm]:
+        """The losses of a reconstruction, without those of weight 0."""
+        objective = self.objective
+        fine = losses.reconstruction(image, pixels, alpha=objective.frequency_alpha, mse_weight=objective.mse_weight)
+        found = {"recon": LossTerm(fine, 1.0)}
+        for name, loss, weight in (
+            ("color", losses.color_stats, objective.color_weight),
+            ("hist", losses.histogram, objective.histogram_weight),
+            ("contrast", losses.contrast, objective.contrast_weight),
+        ):
+            if weight:
+                found[name] = LossTerm(loss(image, pixels), weight)
+        if self.perceptual is not None:
+            found["lpips"] = LossTerm(self.perceptual(image, pixels), objective.lambda_lpips)
+        return found
+
+
+class FluxFlowTask:
+    """The task of a run.
+
+    Args:
+        parts: modules by role. factor: pixels per latent and axis; channels: of the latents.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        make_role: "Callable[[str, nn.Module], Role]",
+        objective: FluxFlowObjective,
+        seed: int,
+        *,
+        factor: int,
+        channels: int,
+        perceptual: Perceptual | None = None,
+    ) -> None:
+        self.seed, self.objective, self.factor, self.channels = seed, objective, factor, channels
+        self.roles = {name: make_role(name, part) for name, part in parts.items()}
+        vae = Autoencoder(parts["vae"], objective.train_spade)  # type: ignore[arg-type]
+        judge: Any = parts.get("discriminator") if objective.gan_training else None
+        critic = [] if judge is None else [DiscriminatorPhase(vae, judge, objective)]
+        self.phases = [*critic, VaePhase(vae, judge, objective, perceptual)]
+
+    def draws(self, batch: "Batch", update: "Update", index: int, at: "Position") -> Draws:
+        """See `Task`."""
+        height, width = batch.tensors["pixels"].shape[-2:]
+        keys = update.micro_batches[index].presentations
+        shape = (self.channels, height // self.factor, width // self.factor)
+
+        def of(purpose: str, shape: tuple[int, ...]) -> Tensor:
+            return torch.stack([normal(shape, self.seed, purpose, at.epoch, key) for key in keys])
+
+        pictures = None
+        if self.objective.gan_training and self.objective.instance_noise_std and at.step >= self.objective.gan_start:
+            pictures = torch.stack([of(f"{kind} pictures", (3, height, width)) for kind in ("real", "decoded")])
+        return Draws(of("latents", shape), pictures)

@@ -1,0 +1,164 @@
+"""FluxFlow from pictures to pictures: an autoencoder, then against a discriminator, then a flow on its latents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from project import ForkServer, differing, final_files, metrics, words
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+GEOMETRY = {
+    "vae_dim": 8, "downscales": 2, "attn_layers": 1, "attn_heads": 4, "down_kernel": 4, "up_kernel": 4, "mix_kernel": 3,
+    "head_widths": [16, 8], "feature_maps_dim": 16, "flow_layers": 1, "flow_heads": 2, "text_embedding_dim": 12,
+    "feature_maps_dim_disc": 4, "disc_depth": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "text_ff": 16,
+    "text_vocab": 256, "text_positions": 16,
+}  # fmt: skip
+STEPS: list[dict[str, Any]] = [
+    {"name": "vae", "objective": {"train_vae": True}},
+    {"name": "gan", "start": "previous", "objective": {"train_vae": True, "gan_training": True, "train_spade": True}},
+    {"name": "flow", "start": "previous", "objective": {"train_diff": True}, "sample": {"prompts": ["a cat"]}},
+]
+FOLDERS = ["01-vae", "02-gan", "03-flow"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of whole words with the marks of BERT."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    ids = {word: number for number, word in enumerate(dict.fromkeys([*marks, *words()]))}
+    made = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write(root: Path, photographs: Path, tokenizer: Path, steps: list[dict[str, Any]] = STEPS, **changes: Any) -> Path:
+    """A run file in a new folder."""
+    tables: dict[str, Any] = {
+        "schema_version": 1,
+        "run": {"name": "photos", "output_dir": str(root / "out"), "seed": 7, "threads": 1, "device": "cpu"},
+        "model": {
+            "arch": "ff", "init": "scratch", "geometry": GEOMETRY, "bert_tokenizer": str(tokenizer), "text_max_tokens": 12,
+        },
+        "general": {"resolution": 64, "batch_size": 2},
+        "datasets": [{"image_directory": str(photographs), "cache_directory": str(root / "cache")}],
+        "train": {"max_steps": 3, "mixed_precision": "no", "grad_accum_steps": 2},
+        "optimizer": {"lr": 1e-3},
+        "scheduler": {"type": "constant", "warmup_steps": 0},
+        "sample": {"width": 64, "height": 64, "steps": 2, "every_steps": 3},
+        "ema": {"decay": 0.5},
+        "save": {"every_steps": 2, "every_epochs": 0, "release": False},
+        "log": {"every_steps": 1, "tensorboard": False},
+        "steps": steps,
+    }  # fmt: skip
+    for table, values in changes.items():
+        tables[table] = {**tables.get(table, {}), **values}
+    root.mkdir(parents=True)
+    path = root / "run.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, photographs: Path, tokenizer: Path
+) -> tuple[Path, str]:
+    """Three steps, and what they printed."""
+    config = write(tmp_path_factory.mktemp("fluxflow") / "whole", photographs, tokenizer)
+    return config, server.run("train", [config], config.parent).expect(0).out
+
+
+def ends(config: Path) -> dict[str, Any]:
+    return {
+        f"{folder}/{name}": content
+        for folder in FOLDERS
+        for name, content in final_files(config.parent / "out" / folder).items()
+    }
+
+
+def test_three_steps_train_what_they_say_and_nothing_else(whole: tuple[Path, str]) -> None:
+    config, said = whole
+    out = config.parent / "out"
+    vae, gan, flow = (load_file(out / folder / "photos.safetensors") for folder in FOLDERS)
+    assert {key.split(".")[0] for key in vae} == {"vae"}
+    assert {key.split(".")[0] for key in gan} == {"vae", "discriminator"}
+    assert {key.split(".")[0] for key in flow} == {"vae", "discriminator", "flow", "text_encoder"}
+    moved = [key for key, tensor in gan.items() if key in vae and not tensor.equal(vae[key])]
+    assert len(moved) > 0.9 * len([key for key in vae if "context_mixer" not in key])
+    assert all(flow[key].equal(tensor) for key, tensor in gan.items())
+    rows = [metrics(out / folder) for folder in FOLDERS]
+    assert {"loss/recon", "loss/kl", "loss/color", "loss/hist", "loss/contrast"} <= set(rows[0][0])
+    assert {"loss/gen", "loss/disc", "loss/r1"} <= set(rows[1][0]) and "loss/r1" not in rows[1][1]
+    assert set(rows[2][0]) >= {"loss/main", "train/lr"}
+    assert "calibrated" in said and "mu varies by" in said
+    assert "warning: Auto-created D_img with feature_maps_dim_disc=4" in said
+    assert "warning: Auto-created flow_processor with feature_maps_dim=16" in said
+    assert [line for line in said.splitlines() if line.startswith("Freezing ")] == [
+        "Freezing compressor", "Freezing expander", "Freezing text_encoder", "Freezing D_img",
+    ]  # fmt: skip
+    assert (out / "03-flow" / "sample" / "samples_step_3.png").is_file()
+    options = json.loads((out / "03-flow" / "options.json").read_text(encoding="utf-8"))
+    assert options["spade"] is True and len(options["latent_mean"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("step", "where"), [("vae", "checkpoint.listed:1"), ("gan", "train.phase:3"), ("flow", "state.renamed:1")]
+)
+def test_a_killed_pipeline_ends_in_the_same_bits(
+    step: str,
+    where: str,
+    whole: tuple[Path, str],
+    server: ForkServer,
+    photographs: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    config = write(tmp_path / "killed", photographs, tokenizer)
+    before = [each["name"] for each in STEPS].index(step)
+    for earlier in STEPS[:before]:
+        server.run("train", [config, "--step", earlier["name"]], tmp_path).expect(0)
+    server.run("train", [config, "--step", step], tmp_path, MUSUBI_FAULT=where).expect(-9)
+    server.run("train", [config], tmp_path).expect(0)
+    assert differing(ends(config), ends(whole[0])) == []
+
+
+def test_latents_are_made_anew_for_another_autoencoder_only(
+    whole: tuple[Path, str], server: ForkServer, photographs: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    first = whole[0].parent / "out"
+
+    def plan(path: Path, **model: Any) -> str:
+        data = {"cache_directory": str(whole[0].parent / "cache"), "image_directory": str(photographs)}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        own = {"init": "checkpoint", "path": str(path), "geometry": {}, **model}
+        config = write(folder, photographs, tokenizer, [], model=own, objective={"train_diff": True})
+        tables = config.read_text(encoding="utf-8").replace(str(folder / "cache"), data["cache_directory"])
+        config.write_text(tables, encoding="utf-8")
+        return server.run("train", [config, "--plan"], tmp_path).expect(0).out
+
+    # The flow was trained on, the autoencoder and the language model are the same.
+    same = plan(first / "03-flow")
+    assert "latents  9 up to date" in same and "text     9 up to date" in same
+    other = plan(first / "01-vae")
+    assert "latents  0 up to date, 9 to make (9 x the autoencoder was" in other
+
+
+def test_two_processes_train_what_one_trains(
+    whole: tuple[Path, str], server: ForkServer, photographs: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    config = write(
+        tmp_path / "two", photographs, tokenizer, train={"grad_accum_steps": 1}, distributed={"num_processes": 2}
+    )
+    server.run("train", [config], tmp_path).expect(0)
+    for folder in FOLDERS:
+        ours, theirs = (load_file(path.parent / "out" / folder / "photos.safetensors") for path in (config, whole[0]))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert (ours[key] - tensor).abs().max() <= 2e-4 * max(1.0, float(tensor.abs().max())), (folder, key)
