@@ -103,14 +103,13 @@ def test_three_steps_train_what_they_say_and_nothing_else(whole: tuple[Path, str
     assert [line for line in said.splitlines() if line.startswith("Freezing ")] == [
         "Freezing compressor", "Freezing expander", "Freezing text_encoder", "Freezing D_img",
     ]  # fmt: skip
-    assert (out / "03-flow" / "sample" / "samples_step_3.png").is_file()
+    assert all((out / folder / "sample" / "samples_step_3.png").is_file() for folder in FOLDERS)
+    assert "step 3: drew 4 samples" in said
     options = json.loads((out / "03-flow" / "options.json").read_text(encoding="utf-8"))
     assert options["spade"] is True and len(options["latent_mean"]) == 8
 
 
-@pytest.mark.parametrize(
-    ("step", "where"), [("vae", "checkpoint.listed:1"), ("gan", "train.phase:3"), ("flow", "state.renamed:1")]
-)
+@pytest.mark.parametrize(("step", "where"), [("gan", "train.phase:3"), ("flow", "state.renamed:1")])
 def test_a_killed_pipeline_ends_in_the_same_bits(
     step: str,
     where: str,
@@ -148,6 +147,41 @@ def test_latents_are_made_anew_for_another_autoencoder_only(
     assert "latents  9 up to date" in same and "text     9 up to date" in same
     other = plan(first / "01-vae")
     assert "latents  0 up to date, 9 to make (9 x the autoencoder was" in other
+
+
+def test_text_encoder_and_all_parts_together(
+    whole: tuple[Path, str], server: ForkServer, photographs: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """Each step moves its own roles; what takes no part is carried along to the bit."""
+    full = {"train_diff_full": True, "min_snr_gamma": 5.0}
+    steps: list[dict[str, Any]] = [
+        {"name": "head", "objective": full, "sample": {"prompts": ["a cat"]}},
+        {"name": "language", "start": "previous", "objective": {**full, "train_language": True}},
+        {
+            "name": "joint",
+            "start": "previous",
+            "objective": {"train_vae": True, "train_diff": True, "text_dropout": 0.5},
+        },
+    ]
+    start = str(whole[0].parent / "out" / "03-flow")
+    model = {"init": "checkpoint", "path": start, "geometry": {}}
+    config = write(tmp_path / "more", photographs, tokenizer, steps, model=model)
+    said = server.run("train", [config], tmp_path).expect(0).out
+    assert "text     0 up to date, 9 to make" in said
+    ends = [Path(start), *(tmp_path / "more" / "out" / name for name in ("01-head", "02-language", "03-joint"))]
+    files = [load_file(folder / "photos.safetensors") for folder in ends]
+    expected = [
+        {"flow", "text_encoder.ouput_layer"},
+        {"flow", "text_encoder.ouput_layer", "text_encoder.language_model"},
+        {"flow", "vae.compressor", "vae.expander"},
+    ]
+    for before, after, trained in zip(files, files[1:], expected, strict=False):
+        assert before.keys() == after.keys()
+        moved = {key for key, tensor in after.items() if not tensor.equal(before[key])}
+        parts = {key.split(".")[0] if key.startswith("flow") else ".".join(key.split(".")[:2]) for key in moved}
+        assert parts == trained
+    assert (ends[1] / "sample" / "samples_step_3.png").is_file()
+    assert {"loss/flow", "loss/recon", "train/lr_flow"} <= set(metrics(ends[3])[0])
 
 
 def test_two_processes_train_what_one_trains(

@@ -53,6 +53,7 @@ class Trainee:
         notes: lines for the person, about what was merged into it.
         base: identity of the weights that stay frozen; a run that continues must find the same.
         average: weights that the moving average begins with, where it does not begin with the model.
+        carried: tensors of a checkpoint that take no part in the task, saved with its weights.
         prepare: called at every start of a run, on the device, before anything is made of the model or its options; gets what
             gives up to so many pictures or latents of the data, and whether the run begins. Lines for the person.
     """
@@ -63,6 +64,7 @@ class Trainee:
     notes: list[str] = field(default_factory=list)
     base: str | None = None
     average: "dict[str, Tensor] | None" = None
+    carried: "dict[str, Tensor]" = field(default_factory=dict)
     prepare: "Callable[[First, bool], list[str]] | None" = None
 
 

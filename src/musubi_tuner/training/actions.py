@@ -12,7 +12,7 @@ from musubi_tuner.training.build import Run
 from musubi_tuner.training.checkpoint import EPOCH_METRIC
 from musubi_tuner.training.due import due_after
 from musubi_tuner.training.optimizers import found_rate
-from musubi_tuner.training.samples import DrawingLeft
+from musubi_tuner.training.samples import DrawingLeft, Samples
 from musubi_tuner.training.update import Outcome
 from musubi_tuner.training.validation import METRIC
 from musubi_tuner.units import format_seconds
@@ -197,12 +197,11 @@ def _save_best(run: Run) -> None:
 def draw_samples(run: Run) -> None:
     """Draw the sample prompts; a request to stop leaves them to the next start."""
     samples, step = run.samples, run.position.step
-    if samples is None or run.config.sample.prompts is None:
+    if samples is None or (isinstance(samples, Samples) and run.config.sample.prompts is None):
         return
     samples.due = True
     if run.metrics:
-        assert samples.prompts is not None
-        tell(phase="sample", message=f"drawing {len(samples.prompts.encoded.prompts)} pictures")
+        tell(phase="sample", message=samples.message)
     try:
         drawn = samples.draw(step, run.metrics)
         samples.due = False

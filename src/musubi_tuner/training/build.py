@@ -50,7 +50,7 @@ from musubi_tuner.training.plateau import left_of
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.release import write_configs
 from musubi_tuner.training.role import Role
-from musubi_tuner.training.samples import Samples, prepare_prompts
+from musubi_tuner.training.samples import PreparedPrompts, Reconstructions, Samples, prepare_prompts
 from musubi_tuner.training.saving import Saver
 from musubi_tuner.training.schedulers import rate_jump, schedule_length
 from musubi_tuner.training.snapshot import Snapshot
@@ -85,7 +85,7 @@ class Run:
     model: nn.Module
     swap: BlockSwap | None
     snapshot: Snapshot
-    samples: Samples | None
+    samples: Samples | Reconstructions | None
     validator: Validator | None
     metrics: Metrics | None
     saver: Saver | None
@@ -142,7 +142,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     config = as_begun(config, found[1]["config"] if found else None)
     _check_machine(config, ranks, kernels)
     config = settle(config, steps, ranks) if settle else config
-    prompts = prepare_prompts(config, ranks) if facts.denoises else None
+    prompts = prepare_prompts(config, ranks) if facts.has("sample.prompts") else None
     ranks.wait()
     trainee = load_trainee(config, ranks.device)
     caches = [dataset for dataset in (source, measured) if isinstance(dataset, CachedDataset)]
@@ -160,7 +160,8 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         return Role(name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped)
 
     task: Task | None = None
-    validator = samples = None
+    validator: Validator | None = None
+    samples: Samples | Reconstructions | None = None
     if facts.denoises:
         process = config.spec.family.make_process(config, trainee.options)
         roles = [_denoising_role(make_role, module, trainee, ranks)]
@@ -170,7 +171,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
             ranks,
             prompts,
             model=trainee.model,
-            role=roles[0],
+            roles=roles,
             process=process,
             use_mask=trainee.options.get("t5_attn_mask", False),
             batch_size=max(item.batch_size for item in trained),
@@ -182,6 +183,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
                 f"{config.spec.code}: the task has the roles {set(task.roles)}, its facts name {facts.roles}"
             )
         roles = [task.roles[name] for name in facts.roles]
+        samples = _samples_of_task(config, ranks, task, roles, source, trainee, prompts, trained)
     identity = {
         "schedule_end": schedule_length(config, steps.total_updates),
         "config": fixed_settings(config, ranks.count),
@@ -228,6 +230,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
             roles,
             geometry=trainee.geometry,
             options=trainee.options,
+            carried=trainee.carried,
             steps=steps,
             started=started,
             say=metrics.say,
@@ -249,6 +252,28 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         uploads=RunUploads(config) if ranks.main and config.hub.repo_id is not None else None,
         begun=begun,
     )
+
+
+def _samples_of_task(
+    config: RunConfig,
+    ranks: Ranks,
+    task: Task,
+    roles: Sequence[Role],
+    source: Source,
+    trainee: Trainee,
+    prompts: PreparedPrompts | None,
+    trained: Sequence[Item],
+) -> Samples | Reconstructions | None:
+    """What a task of several roles shows: what it reconstructs, or drawings; None if neither."""
+    reconstruct = getattr(task, "reconstruct", None)
+    if reconstruct is not None:
+        return Reconstructions(config, ranks, roles, reconstruct, source.first(config.get("sample.reconstructions")))
+    if not config.spec.task(config).has("sample.prompts"):
+        return None
+    process = config.spec.family.make_process(config, trainee.options)
+    size = max(item.batch_size for item in trained)
+    model = trainee.model
+    return Samples(config, ranks, prompts, model=model, roles=roles, process=process, use_mask=False, batch_size=size)
 
 
 def _make_validator(

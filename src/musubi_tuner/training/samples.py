@@ -4,28 +4,34 @@ A request to stop ends the drawing between two evaluations of the model; the sta
 next start draws them first.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.family import Process
-from musubi_tuner.precision import COMPUTE_DTYPES
+from musubi_tuner.precision import COMPUTE_DTYPES, autocast
 from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.role import Role
 from musubi_tuner.training.sampling import (
     EncodedPrompts,
+    contact_sheet,
     decode_images,
     draw,
     encode_prompts,
+    evaluating,
     sample_settings,
+    save_png,
     save_samples,
+    to_picture,
 )
 
 
@@ -61,11 +67,21 @@ def prepare_prompts(config: RunConfig, ranks: Ranks) -> PreparedPrompts | None:
     return PreparedPrompts(encoded, networks.open_autoencoder(config, ranks.device, torch.device("cpu")))
 
 
+@contextmanager
+def averages_in_place(config: RunConfig, roles: Sequence[Role]) -> Iterator[None]:
+    """The averages of roles in the place of their weights, if sample.use_ema wants them and they have begun."""
+    with ExitStack() as stack:
+        for role in roles:
+            begun = role.ema is not None and (role.ema.updates > 0 or config.ema.init == "checkpoint")
+            stack.enter_context(role.averaged(config.sample.use_ema and begun))
+        yield
+
+
 class Samples:
     """Draws the prompts of a run.
 
     Args:
-        prompts: see `prepare_prompts`. model: that draws, without wrappers of data parallelism. role: with its average.
+        prompts: see `prepare_prompts`. model: that draws, without wrappers of data parallelism. roles: with their averages.
         use_mask: hide text padding, for models trained so. batch_size: pictures that go through the model together.
 
     Attributes:
@@ -79,13 +95,13 @@ class Samples:
         prompts: PreparedPrompts | None,
         *,
         model: nn.Module,
-        role: Role,
+        roles: Sequence[Role],
         process: Process,
         use_mask: bool,
         batch_size: int,
     ) -> None:
         self.config, self.ranks, self.prompts = config, ranks, prompts
-        self.model, self.role, self.process = model, role, process
+        self.model, self.roles, self.process = model, roles, process
         self.use_mask, self.batch_size = use_mask, batch_size
         self.due = config.sample.at_first and config.sample.prompts is not None
 
@@ -98,9 +114,8 @@ class Samples:
         if self.prompts is None or metrics is None:
             return 0
         config, spec, device = self.config, self.config.spec, self.ranks.device
-        settings, ema = sample_settings(config), self.role.ema
-        begun = ema is not None and (ema.updates > 0 or config.ema.init == "checkpoint")
-        with self.role.averaged(config.sample.use_ema and begun):
+        settings = sample_settings(config)
+        with averages_in_place(config, self.roles):
             latents = draw(
                 self.model,
                 self.process,
@@ -125,6 +140,61 @@ class Samples:
         """Where the pictures lie."""
         return self.config.output_dir / "sample"
 
+    @property
+    def message(self) -> str:
+        """What it is about to do."""
+        count = len(self.prompts.encoded.prompts) if self.prompts else 0
+        return f"drawing {count} pictures"
+
     def _leave(self) -> None:
         if self.ranks.stop.signum:
             raise DrawingLeft
+
+
+class Reconstructions:
+    """Shows pictures of the data beside what a task makes of them.
+
+    Args:
+        roles: with their averages. reconstruct: pictures [B, 3, H, W] in [-1, 1] -> the same. pictures: [3, H, W] each.
+
+    Attributes:
+        due: see `Samples`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        roles: Sequence[Role],
+        reconstruct: Callable[[Tensor], Tensor],
+        pictures: Sequence[Tensor],
+    ) -> None:
+        self.config, self.ranks, self.roles = config, ranks, roles
+        self.reconstruct, self.pictures = reconstruct, pictures
+        self.due = config.sample.at_first
+
+    def draw(self, step: int, metrics: Metrics | None) -> int:
+        """Write pairs of original and reconstruction, each pair a row; returns the number of pairs."""
+        if metrics is None:
+            return 0
+        with averages_in_place(self.config, self.roles), ExitStack() as stack:
+            for role in self.roles:
+                stack.enter_context(evaluating(role.module))
+            with autocast(self.ranks.device, COMPUTE_DTYPES[self.config.train.mixed_precision]):
+                made = [self.reconstruct(picture[None].to(self.ranks.device))[0] for picture in self.pictures]
+        pairs = [to_picture(each) for pair in zip(self.pictures, made, strict=True) for each in pair]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(pairs)
+        save_png(self.folder / f"samples_step_{step}.png", sheet)
+        metrics.image("samples", sheet, step)
+        return len(self.pictures)
+
+    @property
+    def folder(self) -> Path:
+        """Where the pictures lie."""
+        return self.config.output_dir / "sample"
+
+    @property
+    def message(self) -> str:
+        """What it is about to do."""
+        return f"reconstructing {len(self.pictures)} pictures"

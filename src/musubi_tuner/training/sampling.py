@@ -210,9 +210,14 @@ def decode_images(
     with vae.on(device or vae.device):
         for latent in latents:
             check()
-            pixels = vae.decode(latent[None], use_shift)[0]
-            pictures.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+            pictures.append(to_picture(vae.decode(latent[None], use_shift)[0]))
     return pictures
+
+
+def to_picture(pixels: Tensor) -> np.ndarray:
+    """Pixels [3, H, W] in [-1, 1] as a uint8 picture [H, W, 3]."""
+    picture: np.ndarray = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return picture
 
 
 def save_png(path: Path, picture: np.ndarray, text: dict[str, Any] | None = None) -> None:

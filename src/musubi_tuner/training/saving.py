@@ -37,6 +37,7 @@ class Saver:
 
     Args:
         roles: whose weights are saved. geometry, options: of its model, recorded with the weights.
+        carried: tensors that do not train, saved with them.
         started: time of the start, in seconds since 1970. say: prints a line.
     """
 
@@ -47,11 +48,13 @@ class Saver:
         *,
         geometry: Any,
         options: dict[str, Any],
+        carried: dict[str, Tensor],
         steps: Steps,
         started: float,
         say: Said,
     ) -> None:
         self.config, self.roles, self.geometry, self.options = config, roles, geometry, options
+        self.carried = carried
         self.steps, self.started, self.say = steps, started, say
         self.folder, self.name = config.output_dir, config.run.name
         self.best_step = 0
@@ -127,12 +130,16 @@ class Saver:
             same_as: stem of files that hold them already.
         """
         self._write_file(
-            f"{stem}.safetensors", weights_of(self.roles), "model", at, same_as and f"{same_as}.safetensors"
+            f"{stem}.safetensors",
+            self.carried | weights_of(self.roles),
+            "model",
+            at,
+            same_as and f"{same_as}.safetensors",
         )
         averages = averages_of(self.roles)
         if averages:
             entry.ema = f"{stem}_ema.safetensors"
-            self._write_file(entry.ema, averages, "ema", at, same_as and f"{same_as}_ema.safetensors")
+            self._write_file(entry.ema, self.carried | averages, "ema", at, same_as and f"{same_as}_ema.safetensors")
 
     def _write_file(self, name: str, tensors: dict[str, Tensor], kind: str, at: Position, same_as: str) -> None:
         if same_as and link_file(self.folder / same_as, self.folder / name):

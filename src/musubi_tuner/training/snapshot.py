@@ -14,7 +14,7 @@ from musubi_tuner.errors import CheckpointError
 from musubi_tuner.training.checkpoint import Best, TrainingState, read_tensors
 from musubi_tuner.training.metrics import Metrics
 from musubi_tuner.training.role import Role, RoleState, prefix_of
-from musubi_tuner.training.samples import Samples
+from musubi_tuner.training.samples import Reconstructions, Samples
 from musubi_tuner.training.task import Position
 from musubi_tuner.training.until import UntilMetric
 from musubi_tuner.training.window import EpochLoss, Window
@@ -35,7 +35,7 @@ class Snapshot:
     position: Position
     window: Window
     epoch_loss: EpochLoss
-    samples: Samples | None
+    samples: Samples | Reconstructions | None
     best: Best | None
     until: UntilMetric | None
     identity: Mapping[str, Any]

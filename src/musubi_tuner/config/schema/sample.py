@@ -1,16 +1,16 @@
 """[sample]."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from musubi_tuner.config.fields import MOST, Section, param
-from musubi_tuner.config.when import on
+from musubi_tuner.config.when import When, on
 
 
 class SampleSection(Section):
     """Pictures drawn while training."""
 
     tab = "saving"
-    acts_when = on("sample.prompts")
+    acts_when: ClassVar[When | None] = on("sample.prompts")
 
     prompts: list[str] | str | None = param(
         None,

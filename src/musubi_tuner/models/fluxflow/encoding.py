@@ -16,7 +16,7 @@ from musubi_tuner.flow import unpack_pixels
 from musubi_tuner.models.fluxflow.autoencoder import Compressor, Expander, sample_latents
 from musubi_tuner.models.fluxflow.checkpoint import geometry_of, make_part, open_system
 from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
-from musubi_tuner.models.fluxflow.settings import TOKENIZER, model_of, objective_of
+from musubi_tuner.models.fluxflow.settings import TOKENIZER, model_of, objective_of, trains_language
 from musubi_tuner.models.fluxflow.state_dict import System, build_part
 from musubi_tuner.models.fluxflow.system import VAE_PARTS
 from musubi_tuner.models.fluxflow.text_encoder import TextEncoder
@@ -109,8 +109,33 @@ def outline_autoencoder(config: RunConfig) -> Callable[[], FluxFlowAutoencoder]:
     )
 
 
+class BertTokens:
+    """Captions as ids and a mask of what is no padding; picklable, for loader workers.
+
+    Raises:
+        ConfigError: if there is no tokenizer, or it is another text encoder's.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        geometry, self.tokenizer = geometry_of(config), tokenizer_of(config)
+        known = self.tokenizer.get_vocab_size()
+        if known > geometry.text_vocab:
+            raise ConfigError(
+                f"model.bert_tokenizer: knows {known} tokens, the text encoder {geometry.text_vocab}; give its own tokenizer"
+            )
+        limit = min(model_of(config).text_max_tokens, geometry.text_positions)
+        self.tokenizer.enable_truncation(limit)
+        self.tokenizer.enable_padding(length=limit, pad_token=PAD, pad_id=self.tokenizer.token_to_id(PAD) or 0)
+
+    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+        """``bert_ids`` int64 and ``bert_mask`` bool, [B, L]."""
+        found = self.tokenizer.encode_batch(texts)
+        mask = torch.tensor([each.attention_mask for each in found], dtype=torch.bool)
+        return {"bert_ids": torch.tensor([each.ids for each in found]), "bert_mask": mask}
+
+
 class FluxFlowText:
-    """The language model of a run, with its tokenizer.
+    """The language model of a run, with its tokenizer; where the language model trains, the tokenizer alone.
 
     Raises:
         ConfigError: if the tokenizer is not at hand.
@@ -119,42 +144,35 @@ class FluxFlowText:
     title = "DistilBERT"
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        system, _ = open_system(config)
-        self.geometry = geometry_of(config)
-        encoder: TextEncoder = make_part("text_encoder", system, config, self.geometry)  # type: ignore[assignment]
+        self.geometry, self.tokens = geometry_of(config), BertTokens(config)
         self.dtype = encoder_dtype(config.model.text_dtype, device, gpu="bfloat16")
-        self.encoder = encoder.to(device, self.dtype).eval().requires_grad_(False)
-        self.device = device
-        self.batch_size = config.cache.text_batch_size
-        self.tokenizer = tokenizer_of(config)
-        known = self.tokenizer.get_vocab_size()
-        if known > self.geometry.text_vocab:
-            raise ConfigError(
-                f"model.bert_tokenizer: knows {known} tokens, the text encoder {self.geometry.text_vocab}; give its own tokenizer"
-            )
-        self.limit = min(model_of(config).text_max_tokens, self.geometry.text_positions)
-        self.tokenizer.enable_truncation(self.limit)
-        self.tokenizer.enable_padding(length=self.limit, pad_token=PAD, pad_id=self.tokenizer.token_to_id(PAD) or 0)
+        self.batch_size, self.device = config.cache.text_batch_size, device
+        self.encoder: TextEncoder | None = None
+        if not trains_language(config):
+            encoder: TextEncoder = make_part("text_encoder", open_system(config)[0], config, self.geometry)  # type: ignore[assignment]
+            self.encoder = encoder.to(device, self.dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """``bert_mean`` [B, W] of the states, or ``bert_states`` [B, L, W] and ``bert_mask`` [B, L] where the flow sees all."""
+        """``bert_mean`` [B, W] of the states, or ``bert_states`` [B, L, W] and ``bert_mask`` [B, L] where the flow sees all; ``bert_ids``
+        [B, L] in the place of states where the language model trains."""
         parts = [
             self._encode(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        found = self.tokenizer.encode_batch(texts)
-        ids = torch.tensor([each.ids for each in found], device=self.device)
-        mask = torch.tensor([each.attention_mask for each in found], device=self.device)
-        states = self.encoder.states(ids, mask)
+        tokens = self.tokens(texts)
+        if self.encoder is None:
+            return tokens
+        mask = tokens["bert_mask"]
+        states = self.encoder.states(tokens["bert_ids"].to(self.device), mask.to(self.device)).float().cpu()
         if self.geometry.text_mode == "sequence":
-            return {"bert_states": states.float().cpu(), "bert_mask": mask.bool().cpu()}
+            return {"bert_states": states, "bert_mask": mask}
         if self.geometry.compat == "reference":
-            return {"bert_mean": states.float().mean(dim=1).cpu()}
+            return {"bert_mean": states.mean(dim=1)}
         weights = mask[..., None].float()
-        return {"bert_mean": ((states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)).cpu()}
+        return {"bert_mean": (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)}
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:

@@ -12,11 +12,12 @@ from musubi_tuner.memory.storage import Storing
 from musubi_tuner.models.family import First, ModelOutline, Trainee
 from musubi_tuner.models.fluxflow.calibration import LEAST_SPREAD, calibrate, check
 from musubi_tuner.models.fluxflow.checkpoint import geometry_of, load_checkpoint, make_part, open_system
+from musubi_tuner.models.fluxflow.encoding import BertTokens
 from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
 from musubi_tuner.models.fluxflow.lpips import load_lpips
 from musubi_tuner.models.fluxflow.process import TEXTS, FluxFlowProcess
-from musubi_tuner.models.fluxflow.settings import model_of, objective_of
-from musubi_tuner.models.fluxflow.state_dict import PARTS, System, read_system
+from musubi_tuner.models.fluxflow.settings import model_of, objective_of, trains_language
+from musubi_tuner.models.fluxflow.state_dict import OUR_PREFIX, PARTS, System, read_system
 from musubi_tuner.models.fluxflow.system import VAE_PARTS, FluxFlowSystem, build_system, freeze_all_but_flow, no_text
 from musubi_tuner.models.fluxflow.task import FluxFlowTask
 from musubi_tuner.weights.checkpoints import WeightFile, copy_weights, sample_identity
@@ -56,10 +57,11 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     system, file = open_system(config)
     geometry = system.geometry or geometry_of(config)
     facts = config.spec.task(config)
-    wanted = ("compressor", "expander", "flow", "text_encoder") if facts.denoises else _parts_of_roles(facts.roles)
-    kept = [part for part in PARTS if part in system.parts or part in wanted]
-    parts = {part: make_part(part, system, config, geometry) for part in kept}
-    made = [part for part in kept if part not in system.parts]
+    wanted = ("compressor", "expander", "flow", "text_encoder") if facts.denoises else _parts_of(config, facts.roles)
+    # A denoiser is one module and keeps all parts in it; elsewhere those without a role are carried along.
+    used = [part for part in PARTS if part in wanted or (facts.denoises and part in system.parts)]
+    parts = {part: make_part(part, system, config, geometry) for part in used}
+    made = [part for part in used if part not in system.parts]
     notes = []
     if system.parts:
         notes = [f"warning: Auto-created {NAMES.get(part, part)} with {_size(part, geometry)}" for part in made]
@@ -68,19 +70,55 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     model = FluxFlowSystem(geometry, parts)
     vae: Any = getattr(model, "vae", None)
     calibrates = {"compressor", "expander"} <= set(made) and model_of(config).calibrate
-    use_context = objective_of(config).train_spade
+    objective = objective_of(config)
+    use_context = objective.train_spade
+    if "text_encoder" in parts and not trains_language(config):
+        parts["text_encoder"].language_model.requires_grad_(False)  # type: ignore[operator]
+    roles = {part: "vae" if part in VAE_PARTS else part for part in used}
+    notes += [f"Freezing {NAMES.get(part, part)}" for part, role in roles.items() if role not in facts.roles]
+    for part, role in roles.items():
+        if role not in facts.roles:
+            parts[part].requires_grad_(False)
+    options = {**system.options, **({"spade": use_context} if objective.train_vae else {})}
+    carried = {
+        f"{OUR_PREFIX[part]}{key}": tensor
+        for part, tensors in system.parts.items()
+        if roles.get(part) not in facts.roles
+        for key, tensor in tensors.items()
+    }
+    carried |= {
+        f"{OUR_PREFIX[part]}{key}": tensor
+        for part in made
+        if roles[part] not in facts.roles
+        for key, tensor in parts[part].state_dict().items()
+    }
 
     def prepare(first: First, begins: bool) -> list[str]:
+        if not objective.train_vae:
+            return _measure(geometry, options, first)
         if not begins:
             return []
         pixels = torch.stack(first(PREPARED_ON)).to(next(model.parameters()).device)
         return _start(vae, pixels, calibrates, geometry.down_shortcut, use_context)
 
-    return Trainee(model, geometry, {**system.options, "spade": use_context}, notes, prepare=prepare)
+    return Trainee(model, geometry, options, notes, prepare=prepare, carried=carried)
 
 
-def _parts_of_roles(roles: Sequence[str]) -> tuple[str, ...]:
-    return tuple(part for role in roles for part in (VAE_PARTS if role == "vae" else (role,)))
+def _parts_of(config: RunConfig, roles: Sequence[str]) -> tuple[str, ...]:
+    """Parts that a task computes with: those of its roles, and the text encoder below a flow."""
+    text = ("text_encoder",) if "flow" in roles else ()
+    return (*(part for role in roles for part in (VAE_PARTS if role == "vae" else (role,))), *text)
+
+
+def _measure(geometry: FluxFlowConfig, options: dict[str, Any], first: First) -> list[str]:
+    """Normalise latents by their own statistics, unless the checkpoint records some."""
+    if geometry.latent_space != "mu" or "latent_mean" in options:
+        return []
+    mean, spread = statistics(first(MEASURED))
+    options["latent_mean"], options["latent_spread"] = mean.tolist(), spread.tolist()
+    return [
+        f"latents: {len(mean)} channels, of spread {spread.min():.3g} to {spread.max():.3g}; normalised per channel"
+    ]
 
 
 def _denoiser(
@@ -98,13 +136,7 @@ def _denoiser(
     notes += [f"Freezing {NAMES.get(part, part)}" for part in parts if part != "flow"]
 
     def prepare(first: First, begins: bool) -> list[str]:
-        if geometry.latent_space != "mu" or "latent_mean" in options:
-            return []
-        mean, spread = statistics(first(MEASURED))
-        options["latent_mean"], options["latent_spread"] = mean.tolist(), spread.tolist()
-        return [
-            f"latents: {len(mean)} channels, of spread {spread.min():.3g} to {spread.max():.3g}; normalised per channel"
-        ]
+        return _measure(geometry, options, first)
 
     base = sample_identity(file) if file is not None else None
     return Trainee(model, geometry, options, notes, base, prepare=prepare)
@@ -155,16 +187,16 @@ def _start(vae: Any, pixels: Tensor, calibrates: bool, per_channel: bool, use_co
 
 def make_task(config: RunConfig, trainee: Trainee, make_role: "Callable[[str, nn.Module], Role]") -> FluxFlowTask:
     """The task of a run; see `TaskFamily`."""
-    geometry: Any = trainee.geometry
-    parts = {name: getattr(trainee.model, name) for name in config.spec.task(config).roles}
+    model: Any = trainee.model
+    device = next(model.parameters()).device
     return FluxFlowTask(
-        parts,
+        model,
+        config.spec.task(config).roles,
         make_role,
         objective_of(config),
+        make_process(config, trainee.options),
         config.run.seed,
-        factor=geometry.factor,
-        channels=geometry.vae_dim,
-        perceptual=load_lpips(config, next(trainee.model.parameters()).device) if _perceives(config) else None,
+        load_lpips(config, device) if _perceives(config) else None,
     )
 
 
@@ -173,9 +205,9 @@ def _perceives(config: RunConfig) -> bool:
     return objective.use_lpips and objective.train_reconstruction
 
 
-def make_tokenizer(config: RunConfig) -> None:
-    """Captions are not used by the autoencoder."""
-    return
+def make_tokenizer(config: RunConfig) -> BertTokens | None:
+    """Captions as tokens where a flow trains on live pictures; the autoencoder alone uses none."""
+    return BertTokens(config) if "flow" in config.spec.task(config).roles else None
 
 
 def checkpoint_options(config: RunConfig) -> dict[str, Any]:
@@ -192,6 +224,8 @@ def check_caches(config: RunConfig, geometry: FluxFlowConfig, shapes: dict[str, 
     name = "bert_states" if geometry.text_mode == "sequence" else "bert_mean"
     if "latents" in shapes and shapes["latents"][0] != geometry.vae_dim:
         raise ConfigError(f"latents have {shapes['latents'][0]} channels, the model takes vae_dim = {geometry.vae_dim}")
+    if trains_language(config):
+        return
     if name not in shapes:
         raise ConfigError(
             f'the text cache holds no {name}, which text_mode = "{geometry.text_mode}" needs; run the text job again'

@@ -12,7 +12,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.encoders import locate
 from musubi_tuner.encoders.locate import Source, source
 from musubi_tuner.encoders.tokens import TokenLimit
-from musubi_tuner.models.fluxflow.settings import TOKENIZER, model_of
+from musubi_tuner.models.fluxflow.settings import TOKENIZER, model_of, trains_language
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,12 @@ def settings(config: RunConfig, kind: str) -> dict[str, Any]:
     geometry, model = geometry_of(config), model_of(config)
     if kind == "latents":
         return {"latent_space": geometry.latent_space}
-    return {"text_max_tokens": model.text_max_tokens, "text_mode": geometry.text_mode, "compat": geometry.compat}
+    return {
+        "text_max_tokens": model.text_max_tokens,
+        "text_mode": geometry.text_mode,
+        "compat": geometry.compat,
+        "tokens": trains_language(config),
+    }
 
 
 def identities(config: RunConfig, kind: str, paths: Mapping[str, Path], full: bool) -> dict[str, str]:
@@ -73,6 +78,8 @@ def identities(config: RunConfig, kind: str, paths: Mapping[str, Path], full: bo
 
     if "bert" in paths and model_of(config).bert_path is not None:
         return {"bert": locate.identity(paths["bert"], full=full)}
+    if kind == "text" and trains_language(config):
+        return {}  # tokens, which no weights make
     part, begin = ("compressor", "") if kind == "latents" else ("text_encoder", "language_model.")
     digest = hashlib.sha256()
     for key, value in sorted(checkpoint.weights_of_part(config, part).items()):

@@ -9,16 +9,21 @@ from musubi_tuner.models.spec import AdapterTargets, Latents, ModelSpec, TaskFac
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
 
+SHOWN = tuple(f"sample.{key}" for key in ("reconstructions", "every_steps", "every_epochs", "at_first", "use_ema"))
+"""Keys of [sample] that act where reconstructions are shown."""
 _NO_ENCODERS = "FluxFlow has a text encoder of its own, in its checkpoint or at model.bert_path"
 
 
 def task(config: "RunConfig") -> TaskFacts:
     """Facts of a run's task: what its objective trains."""
     objective = objective_of(config)
+    flow = ("flow", "text_encoder") if objective.train_diff_full else ("flow",) if objective.train_diff else ()
     if not objective.train_vae:
-        return TaskFacts(caches=("latents", "text"))
-    roles = ("vae", "discriminator") if objective.gan_training else ("vae",)
-    return TaskFacts(roles=roles, caches=(), pixels=True, own=("objective.*",))
+        if not objective.train_diff_full:
+            return TaskFacts(caches=("latents", "text"))
+        return TaskFacts(roles=flow, caches=("latents", "text"), own=("objective.*", "sample.*"))
+    judge = ("discriminator",) if objective.gan_training else ()
+    return TaskFacts(roles=("vae", *judge, *flow), caches=(), pixels=True, own=("objective.*", *SHOWN))
 
 
 def latents(config: "RunConfig") -> Latents:

@@ -22,7 +22,8 @@ from musubi_tuner.models.fluxflow.settings import FluxFlowObjective
 if TYPE_CHECKING:
     from musubi_tuner.data.batch import Batch
 
-TEXTS = ("bert_mean", "bert_states", "bert_mask")
+TEXTS = ("bert_mean", "bert_states", "bert_ids", "bert_mask")
+"""Names of cached texts: what the language model makes of them, or their tokens where it trains."""
 
 
 class FluxFlowProcess:

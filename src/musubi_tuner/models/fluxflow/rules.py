@@ -14,20 +14,19 @@ FLUXFLOW = Rules()
 rule = FLUXFLOW.rule
 
 
-@rule("F01", "objective.train_vae objective.train_diff")
+@rule("F01", "objective.train_vae objective.train_diff objective.train_diff_full")
 def _mode(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
-    if not objective.train_vae and not objective.train_diff:
-        text = "is false and so is objective.train_diff, so nothing would be trained; set one of them"
+    if not (objective.train_vae or objective.train_diff or objective.train_diff_full):
+        text = (
+            "is false and so are objective.train_diff and train_diff_full, so nothing would be trained; set one of them"
+        )
         yield error("F01", "objective.train_vae", text, "objective.train_diff")
-    if objective.train_vae and objective.train_diff:
-        text = "is true beside objective.train_vae; train the autoencoder first and the flow on it in a second step ([[steps]])"
-        yield error("F01", "objective.train_diff", text, "objective.train_vae")
 
 
-@rule("F04", "objective.train_diff model.init model.path model.vae_path")
+@rule("F04", "objective.train_vae objective.train_diff objective.train_diff_full model.init model.path model.vae_path")
 def _autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
-    if objective_of(config).train_diff and config.model.path is None and config.model.vae_path is None:
+    if not objective_of(config).train_vae and config.model.path is None and config.model.vae_path is None:
         yield error(
             "F04", "model.path", "is absent, but a flow is trained on latents of an autoencoder; name its checkpoint"
         )
@@ -46,10 +45,23 @@ def _lpips(config: "RunConfig") -> Iterator[Diagnostic]:
         yield error("F05", "model.vgg_path", text, "objective.use_lpips")
 
 
-@rule("V16b", "objective.zero_terminal_snr objective.timestep_sampling")
+@rule("F09", "sample.prompts objective.train_vae")
+def _drawings(config: "RunConfig") -> Iterator[Diagnostic]:
+    if objective_of(config).train_vae and config.sample.prompts is not None and "sample.prompts" in config.set_keys():
+        step = config.step
+        if step is None or "prompts" in (step.own.get("sample") or {}):
+            text = "needs an autoencoder that is finished; while it trains its reconstructions are shown; remove it"
+            yield error("F09", "sample.prompts", text, "objective.train_vae")
+
+
+@rule("V16b", "objective.train_diff objective.train_diff_full objective.zero_terminal_snr objective.timestep_sampling")
 def _last_times(config: "RunConfig") -> Iterator[Diagnostic]:
     objective = objective_of(config)
-    if objective.train_diff and objective.zero_terminal_snr and objective.timestep_sampling == "cosine_weighted":
+    if (
+        (objective.train_diff or objective.train_diff_full)
+        and objective.zero_terminal_snr
+        and objective.timestep_sampling == "cosine_weighted"
+    ):
         text = 'is "cosine_weighted", which hardly ever draws the last times, from which drawing starts; use "uniform"'
         yield warning("V16b", "objective.timestep_sampling", text, "objective.zero_terminal_snr")
 

@@ -7,7 +7,7 @@ from musubi_tuner.config.schema.model import ModelSection, NewModel
 from musubi_tuner.config.schema.objective import ObjectiveSection
 from musubi_tuner.config.schema.roles import roles_section
 from musubi_tuner.config.schema.sample import SampleSection
-from musubi_tuner.config.when import is_, on
+from musubi_tuner.config.when import is_, off, on
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -21,7 +21,9 @@ _SCRATCH = is_("model.init", "scratch")
 _VAE = on("objective.train_vae")
 _GAN = _VAE & on("objective.gan_training")
 _RECONSTRUCTS = _VAE & on("objective.train_reconstruction")
-_FLOW = on("objective.train_diff")
+_FLOW = on("objective.train_diff") | on("objective.train_diff_full")
+_ALONE = on("objective.train_diff") & off("objective.train_vae") & off("objective.train_diff_full")
+"""The flow processor trains alone."""
 
 
 class FluxFlowModel(NewModel, ModelSection):
@@ -67,7 +69,13 @@ class FluxFlowObjective(ObjectiveSection):
     """What is trained, and its losses."""
 
     train_vae: bool = param(False, "Train the autoencoder: compressor and expander.")
-    train_diff: bool = param(False, "Train the flow processor on cached latents of the autoencoder.")
+    train_diff: bool = param(
+        False, "Train the flow processor: on cached latents, or with train_vae on those of the autoencoder that trains."
+    )
+    train_diff_full: bool = param(False, "Train the head of the text encoder with the flow processor.")
+    train_language: bool = param(
+        False, "Train the language model below that head too.", when=on("objective.train_diff_full")
+    )
     train_reconstruction: bool = param(
         True, "With the losses of the reconstruction; false = against the discriminator alone.", when=_VAE
     )
@@ -134,11 +142,11 @@ class FluxFlowObjective(ObjectiveSection):
     )
 
     timestep_stratified: bool = param(
-        False, "Stratified sampling: one time from each equal-probability slice per update.", when=_FLOW
+        False, "Stratified sampling: one time from each equal-probability slice per update.", when=_ALONE
     )
     ip_noise_gamma: float | None = param(
         None, "Input perturbation: extra noise of this strength that the model sees but does not predict; 0 = off.",
-        ge=0, le=10, step=0.01, when=_FLOW,
+        ge=0, le=10, step=0.01, when=_ALONE,
     )  # fmt: skip
     timestep_sampling: Literal["uniform", "cosine_weighted"] = param(
         "uniform", "Density of the training times; cosine_weighted, as published, favours low noise.", when=_FLOW
@@ -168,6 +176,17 @@ class FluxFlowObjective(ObjectiveSection):
 class FluxFlowSample(SampleSection):
     """Pictures drawn while training."""
 
+    acts_when = on("sample.prompts") | on("objective.train_vae")
+
+    reconstructions: int = param(
+        4,
+        "Pictures of the data that are shown beside what the autoencoder makes of them.",
+        ge=1,
+        le=64,
+        when=on("objective.train_vae"),
+        resume="free",
+        unit="pictures",
+    )
     solver: Literal["dpm++", "ddim"] = param(  # type: ignore[assignment]  # other solvers than those of flows
         "dpm++", "Solver of the sampling equation.", resume="free"
     )
@@ -189,3 +208,9 @@ def model_of(config: "RunConfig") -> FluxFlowModel:
 def objective_of(config: "RunConfig") -> FluxFlowObjective:
     """[objective] of a run of this family."""
     return cast(FluxFlowObjective, config.objective)
+
+
+def trains_language(config: "RunConfig") -> bool:
+    """Whether the language model trains, so that texts reach the model as tokens."""
+    objective = objective_of(config)
+    return objective.train_diff_full and objective.train_language

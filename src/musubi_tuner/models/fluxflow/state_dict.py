@@ -53,6 +53,13 @@ BARE = {
 """Beginnings of the keys of a file of one part without a prefix."""
 LATER = {"final_norm.": "0.6", "context_proj.": "0.7", "film_p0": "0.8"}
 """In keys of later versions -> the first that has it."""
+OUR_PREFIX = {
+    "compressor": "vae.compressor.",
+    "expander": "vae.expander.",
+    "flow": "flow.",
+    "text_encoder": "text_encoder.",
+    "discriminator": "discriminator.",
+}
 PUBLISHED_PREFIX = {
     "compressor": "diffuser.compressor.",
     "flow": "diffuser.flow_processor.",

@@ -53,9 +53,13 @@ class FluxFlowSystem(nn.Module):
         if "bert_mean" in inputs:
             pooled = encoder.ouput_layer(inputs["bert_mean"])
             return pooled * keep[:, None].to(pooled.dtype), None, None
-        states, mask = inputs["bert_states"], inputs["bert_mask"].bool()
+        mask = inputs["bert_mask"].bool()
+        states = inputs["bert_states"] if "bert_states" in inputs else encoder.states(inputs["bert_ids"], mask)
         pooled = encoder.pool(states, mask)
-        return pooled * keep[:, None].to(pooled.dtype), states, mask & keep[:, None].bool()
+        pooled = pooled * keep[:, None].to(pooled.dtype)
+        if self.config.text_mode == "pooled":
+            return pooled, None, None
+        return pooled, states, mask & keep[:, None].bool()
 
 
 def build_system(config: FluxFlowConfig, parts: tuple[str, ...]) -> FluxFlowSystem:

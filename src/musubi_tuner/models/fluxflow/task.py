@@ -1,7 +1,8 @@
-"""What FluxFlow trains: phases over live pictures.
+"""What FluxFlow trains, but for a flow alone: phases over live pictures or caches.
 
     discriminator   hinge loss on pictures and reconstructions, R1 every so many updates
     vae             reconstruction, KL, colour statistics, LPIPS, and to be taken for a picture
+    flow            v of noisy latents: cached ones, or those of the autoencoder as it is now
 
 Within an update the discriminator goes first. Its gradients reach the expander alone: the reconstruction for the adversarial
 loss is decoded from latents without a history. Without the losses of the reconstruction the compressor feels it too.
@@ -19,8 +20,10 @@ from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.fluxflow import losses
 from musubi_tuner.models.fluxflow.autoencoder import Compressor, Expander, sample_latents
 from musubi_tuner.models.fluxflow.discriminator import PatchDiscriminator
+from musubi_tuner.models.fluxflow.process import FluxFlowProcess
 from musubi_tuner.models.fluxflow.settings import FluxFlowObjective
-from musubi_tuner.randomness import normal
+from musubi_tuner.models.fluxflow.system import FluxFlowSystem
+from musubi_tuner.randomness import normal, uniform
 
 if TYPE_CHECKING:
     from musubi_tuner.data.batch import Batch
@@ -39,15 +42,19 @@ class Draws:
     Attributes:
         latents: standard normal in the shape of the latents. pictures: noise on what the discriminator sees, for pictures and for
             reconstructions, [2, B, 3, H, W]; None = none.
+        noise: standard normal in the shape of the latents; time, dropout: uniform, [B]; for the flow.
     """
 
     latents: Tensor
-    pictures: Tensor | None = None
+    pictures: Tensor | None
+    noise: Tensor
+    time: Tensor
+    dropout: Tensor
 
     def to(self, device: torch.device) -> "Draws":
         """The same on a device."""
-        pictures = None if self.pictures is None else self.pictures.to(device, non_blocking=True)
-        return Draws(self.latents.to(device, non_blocking=True), pictures)
+        moved = [None if part is None else part.to(device, non_blocking=True) for part in vars(self).values()]
+        return Draws(*moved)  # type: ignore[arg-type]  # None stays None
 
 
 class Autoencoder:
@@ -171,41 +178,106 @@ class VaePhase:
         return found
 
 
-class FluxFlowTask:
-    """The task of a run.
+class FlowPhase:
+    """Trains the flow processor, and with it the text encoder where that is one of the roles.
 
     Args:
-        parts: modules by role. factor: pixels per latent and axis; channels: of the latents.
+        model: the whole system. vae: whose latents are learned, where pictures are read; None = cached latents.
+    """
+
+    name, exchange = "flow", None
+
+    def __init__(
+        self, model: FluxFlowSystem, process: FluxFlowProcess, roles: tuple[str, ...], vae: Autoencoder | None
+    ) -> None:
+        self.model, self.process, self.roles, self.vae = model, process, roles, vae
+
+    def due(self, at: "Position") -> bool:
+        return True
+
+    def begin(self, at: "Position") -> None:
+        pass
+
+    def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
+        x0 = self._latents(batch)
+        time = self.process.time(draws.time, (), {})
+        noisy, target = self.process.add_noise(x0, draws.noise, time), self.process.target(x0, draws.noise, time)
+        inputs = self.process.conditioning(batch, time, {"text_dropout": draws.dropout})
+        prediction, extra = self.process.predict(self.model, noisy, time, inputs)
+        with torch.autocast(x0.device.type, enabled=False):
+            term = self.process.losses(prediction.float(), target, time, inputs, extra, at.step)["main"]
+        return {"flow": LossTerm(term.per_sample_B, 1.0, self.process.sigma(time).detach())}
+
+    def _latents(self, batch: "Batch") -> Tensor:
+        if self.vae is None:
+            return batch.tensors["latents"]
+        with torch.no_grad():
+            mu, _, latent = self.vae.compressor.encode(batch.tensors["pixels"])
+            if self.model.config.latent_space == "mu":
+                return mu.float()
+            return unpack_pixels(self.vae.compressor.tokens(mu, latent), mu.shape[-2], mu.shape[-1]).float()
+
+
+class FluxFlowTask:
+    """The task of a run that trains more than the flow processor.
+
+    Args:
+        model: with the parts of all roles. roles: that move. perceptual: LPIPS; None without.
     """
 
     def __init__(
         self,
-        parts: dict[str, nn.Module],
+        model: FluxFlowSystem,
+        roles: tuple[str, ...],
         make_role: "Callable[[str, nn.Module], Role]",
         objective: FluxFlowObjective,
+        process: FluxFlowProcess,
         seed: int,
-        *,
-        factor: int,
-        channels: int,
         perceptual: Perceptual | None = None,
     ) -> None:
-        self.seed, self.objective, self.factor, self.channels = seed, objective, factor, channels
-        self.roles = {name: make_role(name, part) for name, part in parts.items()}
-        vae = Autoencoder(parts["vae"], objective.train_spade)  # type: ignore[arg-type]
-        judge: Any = parts.get("discriminator") if objective.gan_training else None
-        critic = [] if judge is None else [DiscriminatorPhase(vae, judge, objective)]
-        self.phases = [*critic, VaePhase(vae, judge, objective, perceptual)]
+        self.seed, self.objective, self.config = seed, objective, model.config
+        self.roles = {name: make_role(name, getattr(model, name)) for name in roles}
+        self.vae = Autoencoder(model.vae, objective.train_spade) if objective.train_vae else None
+        self.phases: list[DiscriminatorPhase | VaePhase | FlowPhase] = []
+        if self.vae is not None:
+            judge: Any = model.discriminator if "discriminator" in roles else None
+            critic = [] if judge is None else [DiscriminatorPhase(self.vae, judge, objective)]
+            self.phases = [*critic, VaePhase(self.vae, judge, objective, perceptual)]
+        flow = tuple(name for name in ("flow", "text_encoder") if name in roles)
+        if flow:
+            self.phases.append(FlowPhase(model, process, flow, self.vae))
 
     def draws(self, batch: "Batch", update: "Update", index: int, at: "Position") -> Draws:
         """See `Task`."""
-        height, width = batch.tensors["pixels"].shape[-2:]
         keys = update.micro_batches[index].presentations
-        shape = (self.channels, height // self.factor, width // self.factor)
+        height = width = 0
+        if "pixels" in batch.tensors:
+            height, width = batch.tensors["pixels"].shape[-2:]
+            shape: tuple[int, ...] = (self.config.vae_dim, height // self.config.factor, width // self.config.factor)
+        else:
+            shape = tuple(batch.tensors["latents"].shape[1:])
 
         def of(purpose: str, shape: tuple[int, ...]) -> Tensor:
             return torch.stack([normal(shape, self.seed, purpose, at.epoch, key) for key in keys])
 
+        def chance(purpose: str) -> Tensor:
+            return torch.tensor([uniform(self.seed, purpose, at.epoch, key) for key in keys])
+
         pictures = None
         if self.objective.gan_training and self.objective.instance_noise_std and at.step >= self.objective.gan_start:
             pictures = torch.stack([of(f"{kind} pictures", (3, height, width)) for kind in ("real", "decoded")])
-        return Draws(of("latents", shape), pictures)
+        return Draws(of("latents", shape), pictures, of("noise", shape), chance("time"), chance("text_dropout"))
+
+    @property
+    def reconstruct(self) -> Callable[[Tensor], Tensor] | None:
+        """Pictures [B, 3, H, W] as the autoencoder gives them back, without noise; None where none trains."""
+        vae = self.vae
+        if vae is None:
+            return None
+
+        @torch.no_grad()
+        def through(pixels: Tensor) -> Tensor:
+            mu, _, latent = vae.compressor.encode(pixels)
+            return vae.decode(unpack_pixels(vae.compressor.tokens(mu, latent), mu.shape[-2], mu.shape[-1]))
+
+        return through

@@ -6,6 +6,7 @@ The head's name is misspelt in the published files, and so here.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertModel
 
@@ -41,7 +42,9 @@ class TextEncoder(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """States of the language model [B, L, dim] for ids [B, L] and a mask [B, L] of what is no padding."""
-        found: Tensor = self.language_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        trains = any(parameter.requires_grad for parameter in self.language_model.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            found: Tensor = self.language_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return found
 
     def pool(self, states: Tensor, attention_mask: Tensor, compat: str | None = None) -> Tensor:
