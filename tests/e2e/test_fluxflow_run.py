@@ -1,6 +1,7 @@
 """FluxFlow from pictures to pictures: an autoencoder, then against a discriminator, then a flow on its latents."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,27 @@ GEOMETRY = {
 STEPS: list[dict[str, Any]] = [
     {"name": "vae", "objective": {"train_vae": True}},
     {"name": "gan", "start": "previous", "objective": {"train_vae": True, "gan_training": True, "train_spade": True}},
-    {"name": "flow", "start": "previous", "objective": {"train_diff": True}, "sample": {"prompts": ["a cat"]}},
+    {"name": "flow", "start": "previous_ema", "objective": {"train_diff": True}, "sample": {"prompts": ["a cat"]}},
 ]
 FOLDERS = ["01-vae", "02-gan", "03-flow"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of whole words with the marks of BERT."""
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    ids = {word: number for number, word in enumerate(dict.fromkeys([*marks, *words()]))}
+def tokenizer_of(folder: Path, known: Iterable[str]) -> Path:
+    """A tokenizer of whole words with the marks of BERT; returns its folder."""
+    ids = {word: number for number, word in enumerate(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *known]))}
     made = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder.mkdir(parents=True)
     made.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_of(tmp_path_factory.mktemp("words") / "tokenizer", words())
 
 
 def write(root: Path, photographs: Path, tokenizer: Path, steps: list[dict[str, Any]] = STEPS, **changes: Any) -> Path:
@@ -87,12 +91,13 @@ def test_three_steps_train_what_they_say_and_nothing_else(whole: tuple[Path, str
     config, said = whole
     out = config.parent / "out"
     vae, gan, flow = (load_file(out / folder / "photos.safetensors") for folder in FOLDERS)
+    averaged = load_file(out / "02-gan" / "photos_ema.safetensors")
     assert {key.split(".")[0] for key in vae} == {"vae"}
     assert {key.split(".")[0] for key in gan} == {"vae", "discriminator"}
     assert {key.split(".")[0] for key in flow} == {"vae", "discriminator", "flow", "text_encoder"}
     moved = [key for key, tensor in gan.items() if key in vae and not tensor.equal(vae[key])]
     assert len(moved) > 0.9 * len([key for key in vae if "context_mixer" not in key])
-    assert all(flow[key].equal(tensor) for key, tensor in gan.items())
+    assert all(flow[key].equal(tensor) for key, tensor in averaged.items())
     rows = [metrics(out / folder) for folder in FOLDERS]
     assert {"loss/recon", "loss/kl", "loss/color", "loss/hist", "loss/contrast"} <= set(rows[0][0])
     assert {"loss/gen", "loss/disc", "loss/r1"} <= set(rows[1][0]) and "loss/r1" not in rows[1][1]

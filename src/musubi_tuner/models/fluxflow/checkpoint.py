@@ -15,28 +15,39 @@ from musubi_tuner.models.fluxflow.geometry import V2, FluxFlowConfig
 from musubi_tuner.models.fluxflow.settings import model_of
 from musubi_tuner.models.fluxflow.state_dict import PUBLISHED_FILES, System, build_part, read_system
 from musubi_tuner.randomness import keyed_seed
-from musubi_tuner.weights.checkpoints import WeightFile, copy_weights, locate_weights, read_weights
+from musubi_tuner.weights.checkpoints import FoundWeights, WeightFile, copy_weights, locate_weights, read_weights
 from musubi_tuner.weights.sources import read_source
 
 
-def load_checkpoint(source: str | Path, *, ema: bool = False, revision: str | None = None) -> WeightFile:
+def load_checkpoint(
+    source: str | Path, *, ema: bool = False, ema_file: str | None = None, revision: str | None = None
+) -> WeightFile:
     """A checkpoint: a run folder, a release, a file, a hub id, or a folder of the published program."""
-    found = locate_weights(source, ema=ema, revision=revision, first=() if ema else tuple(PUBLISHED_FILES)[:1])
+    found = _locate(source, ema, ema_file, revision)
     return read_weights(found.path, found.config, found.origin)
 
 
-def find_file(config: RunConfig, text: str) -> Path:
-    """The file of a checkpoint that a run names."""
-    return locate_weights(
-        str(config.locate(text)), revision=config.model.revision, first=tuple(PUBLISHED_FILES)[:1]
-    ).path
+def _locate(source: str | Path, ema: bool, ema_file: str | None, revision: str | None) -> FoundWeights:
+    first = () if ema or ema_file else tuple(PUBLISHED_FILES)[:1]
+    return locate_weights(source, ema=ema, ema_file=ema_file, revision=revision, first=first)
+
+
+def find_file(config: RunConfig, key: str) -> Path:
+    """The file that model.path or model.vae_path leads to."""
+    text, model = config.get(key), model_of(config)
+    if key != "model.path":
+        return _locate(str(config.locate(text)), False, None, None).path
+    return _locate(str(config.locate(text)), model.weights == "ema", model.ema_file, model.revision).path
 
 
 def open_system(config: RunConfig) -> tuple[System, WeightFile | None]:
     """The parts of the run's checkpoint, with the autoencoder of model.vae_path; empty for a new model."""
-    system, file = System(), None
-    if config.model.init == "checkpoint" and config.model.path is not None:
-        file = load_checkpoint(str(config.locate(config.model.path)), revision=config.model.revision)
+    system, file, model = System(), None, model_of(config)
+    if model.init == "checkpoint" and model.path is not None:
+        ema = model.weights == "ema"
+        file = load_checkpoint(
+            str(config.locate(model.path)), ema=ema, ema_file=model.ema_file, revision=model.revision
+        )
         system = read_system(file)
     if config.model.vae_path is not None:
         vae = read_system(load_checkpoint(str(config.locate(config.model.vae_path))))
@@ -60,9 +71,9 @@ def geometry_of(config: RunConfig) -> FluxFlowConfig:
     Raises:
         ConfigError: if the numbers do not fit together. CheckpointError: if the checkpoint cannot be read.
     """
-    text = config.model.path if config.model.init == "checkpoint" else config.model.vae_path
-    if text is not None:
-        path = find_file(config, text)
+    key = "model.path" if config.model.init == "checkpoint" else "model.vae_path"
+    if config.get(key) is not None:
+        path = find_file(config, key)
         found = _geometry(path, path.stat().st_mtime_ns)
         assert found is not None
         return found

@@ -36,25 +36,25 @@ def sources(config: RunConfig, kind: str) -> dict[str, Source]:
     """Where the files of a kind's networks are, by role."""
     model, found = model_of(config), dict[str, Source]()
     if kind == "latents":
-        key, text = ("model.vae_path", model.vae_path) if model.vae_path is not None else ("model.path", model.path)
-        if text is not None:
-            found["vae"] = Source(key, text, checkpoint_file(config, text))
+        key = "model.vae_path" if model.vae_path is not None else "model.path"
+        if config.get(key) is not None:
+            found["vae"] = _checkpoint(config, key)
         return found
     if model.bert_path is not None:
         found["bert"] = source("model.bert_path", model.bert_path, config.locate(model.bert_path))
     elif model.path is not None:
-        found["bert"] = Source("model.path", model.path, checkpoint_file(config, model.path))
+        found["bert"] = _checkpoint(config, "model.path")
     if model.bert_tokenizer is not None:
         key = "model.bert_tokenizer"
         found["bert_tokenizer"] = source(key, model.bert_tokenizer, config.locate(model.bert_tokenizer))
     return found
 
 
-def checkpoint_file(config: RunConfig, text: str) -> Path:
-    """The file that a checkpoint's name leads to."""
+def _checkpoint(config: RunConfig, key: str) -> Source:
+    """The file that the name of a checkpoint leads to."""
     from musubi_tuner.models.fluxflow.checkpoint import find_file
 
-    return find_file(config, text)
+    return Source(key, config.get(key), find_file(config, key))
 
 
 def settings(config: RunConfig, kind: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from musubi_tuner.config.diagnostics import Diagnostic, error, warning
 from musubi_tuner.config.rules.rule import Rules
+from musubi_tuner.config.when import describe
 from musubi_tuner.models.fluxflow.settings import model_of, objective_of
 
 if TYPE_CHECKING:
@@ -95,11 +96,17 @@ def _adapters(config: "RunConfig") -> Iterator[Diagnostic]:
         yield error("F03", "adapter.type", text, fix=[("adapter.type", "none")])
 
 
-@rule("F07", "memory.blocks_to_swap memory.base_storage")
-def _streaming(config: "RunConfig") -> Iterator[Diagnostic]:
-    if config.memory.blocks_to_swap not in (0, "auto"):
-        text = "is for families whose blocks are streamed; FluxFlow's are not; set it to 0"
-        yield error("F07", "memory.blocks_to_swap", text, fix=[("memory.blocks_to_swap", 0)])
+IDLE = ("blocks_to_swap", "base_storage", "gradient_checkpointing", "compile")
+"""Keys of [memory] that act on lists of blocks, which FluxFlow does not have."""
+
+
+@rule("F07", " ".join(f"memory.{name}" for name in IDLE))
+def _blocks(config: "RunConfig") -> Iterator[Diagnostic]:
+    for name in IDLE:
+        if config.get(f"memory.{name}") not in (0, "auto", "none", False):
+            off = type(config.memory).model_fields[name].default
+            text = f"does nothing for FluxFlow, whose blocks are not streamed; leave it at {describe(off)}"
+            yield error("F07", f"memory.{name}", text, fix=[(f"memory.{name}", off)])
 
 
 @rule("F08", "cache.vae_tiling")
@@ -107,3 +114,10 @@ def _tiling(config: "RunConfig") -> Iterator[Diagnostic]:
     if config.cache.vae_tiling:
         text = "is true, but FluxFlow's autoencoder works on whole pictures; set it to false"
         yield error("F08", "cache.vae_tiling", text, fix=[("cache.vae_tiling", False)])
+
+
+@rule("F10", "ema.init")
+def _average(config: "RunConfig") -> Iterator[Diagnostic]:
+    if config.ema.init == "checkpoint":
+        text = 'is "checkpoint", but the average of FluxFlow begins with the weights that train; set "model", and model.weights = "ema" to start from the average'
+        yield error("F10", "ema.init", text, "model.weights", fix=[("ema.init", "model")])

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal, cast
 
 from musubi_tuner.config.fields import MOST, Section, param
-from musubi_tuner.config.schema.model import ModelSection, NewModel
+from musubi_tuner.config.schema.model import AveragedCheckpoint, ModelSection, NewModel
 from musubi_tuner.config.schema.objective import ObjectiveSection
 from musubi_tuner.config.schema.roles import roles_section
 from musubi_tuner.config.schema.sample import SampleSection
@@ -26,7 +26,7 @@ _ALONE = on("objective.train_diff") & off("objective.train_vae") & off("objectiv
 """The flow processor trains alone."""
 
 
-class FluxFlowModel(NewModel, ModelSection):
+class FluxFlowModel(AveragedCheckpoint, NewModel, ModelSection):
     """Which model is trained, and the frozen networks around it."""
 
     layout: Literal["ff-v2", "published"] = param(
