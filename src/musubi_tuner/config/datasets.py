@@ -67,6 +67,7 @@ class DatasetConfig:
     Attributes:
         name: as given, or "datasets[0]"; used in messages and steps.
         image_directory, image_jsonl_file: exactly one is set.
+        captions_file: list of the captions of a folder; None = a caption file beside each image.
         cache_directory: where cache files go; the image directory if not given.
         resolution: (width, height) in pixels; the area when buckets are on.
         caption_extension: with its dot.
@@ -97,6 +98,7 @@ class DatasetConfig:
     num_repeats: int
     missing_caption: MissingCaption
     recursive: bool
+    captions_file: Path | None = None
     resize: Resize = "crop"
     interpolation: str | None = None
     mask_source: MaskSource = "none"
@@ -246,6 +248,9 @@ def _resolve_one(
         problems.append(error("U07", where, "has no images; set image_directory or image_jsonl_file"))
     elif len(sources) == 2:
         problems.append(error("V90", where, "has both image_directory and image_jsonl_file; keep one"))
+    if "image_jsonl_file" in own and "captions_file" in own:
+        text = "lists captions of a folder, but image_jsonl_file has its own; remove the key"
+        problems.append(error("V90", f"{where}.captions_file", text))
     if "image_jsonl_file" in own and "cache_directory" not in own:
         problems.append(
             error(
@@ -343,6 +348,7 @@ def _resolve_one(
         name=own.get("name", where),
         image_directory=directory,
         image_jsonl_file=locate(own["image_jsonl_file"]) if "image_jsonl_file" in own else None,
+        captions_file=locate(own["captions_file"]) if "captions_file" in own else None,
         cache_directory=cache,
         resolution=(width, height),
         enable_bucket=values["enable_bucket"],

@@ -1,4 +1,4 @@
-"""Captions of the images in a folder: a text file beside each image, or the lines of ``prompts.txt``. Torch-free.
+"""Captions of the images in a folder: a text file beside each image, a list, or the lines of ``prompts.txt``. Torch-free.
 
 A file without visible text is no caption. If no file has exactly the right name, the only file whose name differs from it in
 case or Unicode form is used (``p07.TXT`` for ``p07.png``), as on Windows and macOS.
@@ -7,6 +7,7 @@ case or Unicode form is used (``p07.TXT`` for ``p07.png``), as on Windows and ma
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.images import EXTENSIONS
@@ -26,6 +27,8 @@ def folder_captions(
     dataset: DatasetConfig, root: Path, images: Sequence[Path], problems: list[str], notes: list[str]
 ) -> dict[Path, str | None]:
     """The caption of every image; None if it has none, which is a problem with ``missing_caption = "error"``, else a note."""
+    if dataset.captions_file is not None:
+        return _listed(dataset, dataset.captions_file, root, images, problems, notes)
     names = Names()
     files = _own_files(dataset.caption_extension, images, names)
     prompts = root / PROMPTS
@@ -54,6 +57,51 @@ def folder_captions(
             f"{dataset.name}: captions of {len(renamed)} images are read from files whose names differ in case or Unicode form ({shown})"
         )
     _say_missing(dataset, root, images, absent, empty, names, problems, notes)
+    return found
+
+
+def _listed(
+    dataset: DatasetConfig, path: Path, root: Path, images: Sequence[Path], problems: list[str], notes: list[str]
+) -> dict[Path, str | None]:
+    """Captions of the images from a list: picture, tab, caption; pictures are relative to the folder."""
+    known = {normalize("NFC", image.relative_to(root).as_posix()): image for image in images}
+    found: dict[Path, str | None] = dict.fromkeys(images)
+    bad, absent, twice = [], [], []
+    try:
+        lines = read_text(path).split("\n")
+    except DataError as error:
+        problems.append(str(error))
+        return dict.fromkeys(images, "")
+    for number, line in enumerate(lines, start=1):
+        if is_blank(line) or line.startswith("#"):
+            continue
+        name, tab, caption = line.partition("\t")
+        image = known.get(normalize("NFC", name.strip()))
+        if not tab:
+            bad.append(f"line {number}")
+        elif image is None:
+            absent.append(name.strip())
+        elif found[image] is not None:
+            twice.append(name.strip())
+        else:
+            found[image] = None if is_blank(caption) else caption.strip()
+    if bad:
+        problems.append(f"{path}: {len(bad)} lines have no tab between picture and caption ({first_names(bad)})")
+    if twice:
+        problems.append(
+            f"{path}: {len(twice)} pictures have two captions ({first_names(twice)}); keep one line of each"
+        )
+    if absent:
+        notes.append(f"{dataset.name}: {len(absent)} pictures of {path} are not in {root} ({first_names(absent)})")
+    without = [image for image, caption in found.items() if caption is None]
+    if without:
+        text = f"{dataset.name}: {len(without)} of {len(images)} images in {root} have no caption in {path} ({first_names([i.name for i in without])})"
+        if dataset.text.class_tokens:
+            notes.append(f"{text}; class_tokens is used instead: {dataset.text.class_tokens!r}")
+        elif dataset.missing_caption == "error":
+            problems.append(f"{text}; write the captions, or {WAY_OUT}")
+        else:
+            notes.append(f'{text}; missing_caption = "{dataset.missing_caption}"')
     return found
 
 

@@ -179,9 +179,9 @@ def _script(command: tuple[list[str], int]) -> str:
 
 def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     found: dict[str, Any] = {"script": words[at]}
-    launch = dict(_pairs(words[:at]))
+    launch = dict(pairs(words[:at]))
     unfilled = []
-    for name, value in _pairs(words[at + 1 :]):
+    for name, value in pairs(words[at + 1 :]):
         texts = value if isinstance(value, list) else [value]
         open_texts = [text for text in texts if isinstance(text, str) and re.search(r"[$`]|%\w+%", text)]
         rest = [text for text in texts if text not in open_texts]
@@ -196,7 +196,7 @@ def _options(words: list[str], at: int) -> tuple[dict[str, Any], list[tuple[str,
     return found, unfilled
 
 
-def _pairs(words: list[str]) -> list[tuple[str, Any]]:
+def pairs(words: list[str]) -> list[tuple[str, Any]]:
     """Options and their values: true without a value, a list for several."""
     found: list[tuple[str, Any]] = []
     for word in words:

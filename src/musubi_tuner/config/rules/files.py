@@ -145,6 +145,8 @@ def _data(config: RunConfig) -> Iterator[Diagnostic]:
             yield error("P01", f"{dataset.name}.image_directory", f"{folder}: no such folder")
         if listing is not None and not listing.is_file():
             yield error("P01", f"{dataset.name}.image_jsonl_file", f"{listing}: no such file")
+        if dataset.captions_file is not None and not dataset.captions_file.is_file():
+            yield error("P01", f"{dataset.name}.captions_file", f"{dataset.captions_file}: no such file")
         if masks is not None and not masks.is_dir():
             yield error("P01", f"{dataset.name}.mask_directory", f"{masks}: no such folder")
 

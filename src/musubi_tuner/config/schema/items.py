@@ -211,6 +211,12 @@ class DatasetSection(GeneralSection):
         'File with one {"image_path": ..., "caption": ...} per line, instead of a folder.',
         path=True,
     )
+    captions_file: str | None = param(
+        None,
+        "File with one picture and its caption per line, a tab between them, instead of caption files; blank lines and lines with # are "
+        "skipped.",
+        path=True,
+    )
     cache_directory: str | None = param(None, "Folder for cache files; absent = image_directory.", path=True)
     mask_directory: str | None = param(
         None, "Folder of masks with the names of the pictures.", path=True,

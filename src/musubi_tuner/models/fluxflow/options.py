@@ -75,6 +75,7 @@ SPEC = ModelSpec(
     geometry="musubi_tuner.models.fluxflow.geometry:FluxFlowConfig",
     task=task,
     package="musubi_tuner.models.fluxflow",
+    has_published_trainer=True,
     frozen_networks="musubi_tuner.models.fluxflow.networks",
     block_lists=(),
     adapters=AdapterTargets(layers={}, network_module="networks.lora_fluxflow"),

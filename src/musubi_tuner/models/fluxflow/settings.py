@@ -12,7 +12,7 @@ from musubi_tuner.config.when import is_, off, on
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
 
-TOKENIZER = "distilbert-base-uncased"
+TOKENIZER = "distilbert/distilbert-base-uncased"
 """Hub id of the published tokenizer."""
 ROLES = ("vae", "flow", "text_encoder", "discriminator")
 """In the order of files and reports."""
@@ -47,7 +47,7 @@ class FluxFlowModel(AveragedCheckpoint, NewModel, ModelSection):
         path=True,
     )
     bert_tokenizer: str | None = param(
-        None, "Its tokenizer: a folder or a hub id; absent = next to it, else distilbert-base-uncased.",
+        None, "Its tokenizer: a folder or a hub id; absent = next to it, else that of distilbert-base-uncased.",
         flat=("tokenizer_name",), path=True,
     )  # fmt: skip
     text_max_tokens: int = param(128, "Text is padded or cut to this many tokens.", ge=2, le=512, unit="tokens")

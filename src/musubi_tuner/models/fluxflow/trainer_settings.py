@@ -1,0 +1,563 @@
+"""Settings of the published FluxFlow trainer (YAML files and command lines of 0.4.0 to 0.5.1) as a run file. Torch-free.
+
+Keys may stand in their sections (data, model, training, optimization, output) or alone, as its command line has them. The steps of
+training.pipeline become [[steps]]. Every key of the source is in one list of the report.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config.diagnostics import did_you_mean
+from musubi_tuner.config.importers.builder import is_number
+from musubi_tuner.config.importers.report import Imported, Report
+
+SECTIONS = ("data", "model", "training", "optimization", "output")
+MODES = ("train_vae", "gan_training", "use_lpips", "train_spade", "train_diff", "train_diff_full")
+GEOMETRY = ("vae_dim", "text_embedding_dim", "feature_maps_dim", "feature_maps_dim_disc")
+SAME: dict[str, str] = {
+    **{name: f"objective.{name}" for name in (*MODES, "train_reconstruction", "kl_beta", "kl_warmup_steps", "kl_free_bits", "lambda_adv",
+       "lambda_lpips", "mse_weight", "r1_interval", "r1_gamma", "instance_noise_std", "instance_noise_decay")},
+    "train_flow": "objective.train_diff",
+    "cfg_dropout_prob": "objective.text_dropout",
+    **{name: f"model.geometry.{name}" for name in GEOMETRY},
+    "model_checkpoint": "model.path",
+    "n_epochs": "train.max_epochs",
+    "duration_epochs": "train.max_epochs",
+    "max_steps": "train.max_steps",
+    "training_steps": "train.grad_accum_steps",
+    "workers": "train.loader_workers",
+    "initial_clipping_norm": "train.max_grad_norm",
+    "use_ema": "ema.enabled",
+    "seed": "run.seed",
+    "output_path": "run.output_dir",
+    "log_interval": "log.every_steps",
+    "checkpoint_save_interval": "save.every_steps",
+    "sample_captions": "sample.prompts",
+    "img_size": "general.resolution",
+    "batch_size": "general.batch_size",
+}  # fmt: skip
+"""Key there -> ours; the value is the same."""
+HARMLESS = {
+    "channels": "pictures have three channels", "preserve_lr": "a run that continues takes its rates from its state",
+    "generate_diagrams": "python -m musubi_tuner.plot_metrics draws them", "log_level": "everything is printed",
+    "log_file": "logs/console.log has what is printed", "mode": "steps run one after the other", "description": "is for people",
+    "dataloader_max_retries": "there are no streams", "dataloader_retry_delay": "there are no streams",
+    "model_type": "the Bezier model is the only one", "webdataset_image_key": "there are no streams",
+    "webdataset_label_key": "there are no streams", "webdataset_caption_key": "there are no streams",
+    "webdataset_size": "there are no streams", "webdataset_samples_per_shard": "there are no streams",
+    "config": "is this file", "script": "is the program", "validate_pipeline": "write --plan", "freeze": "only the roles of a step move",
+    "unfreeze": "only the roles of a step move", "freeze_vae": "only the roles of a step move", "freeze_flow": "only the roles of a step move",
+    "freeze_text_encoder": "only the roles of a step move", "freeze_modules": "only the roles of a step move",
+}  # fmt: skip
+CHANGING = {
+    "adaptive_weights": "it makes lambda_adv act hardly at all and can turn the sign of the adversarial loss; weights are fixed here",
+    "test_image_address": "reconstructions are those of pictures of the data (sample.reconstructions)",
+    "use_gradient_checkpointing": "is not there for FluxFlow; a smaller batch with accumulation saves memory too",
+    "lr_min": "is the factor of a cosine's end; write scheduler.min_lr",
+}  # fmt: skip
+REFUSED = {
+    "use_webdataset": "WebDataset streams are not supported yet; unpack the shards into a folder",
+    "webdataset_url": "WebDataset streams are not supported yet; unpack the shards into a folder",
+    "use_tt2m": "WebDataset streams are not supported yet; unpack the shards into a folder",
+    "reduced_min_sizes": "several sizes of one folder are several [[datasets]] with a resolution and a cache_directory each",
+}
+OFF: tuple[Any, ...] = (False, None, [], "")
+"""Values of refused and left-out keys that ask for nothing."""
+SECRETS = ("webdataset_token", "tt2m_token")
+ROLE_OF = {"vae": "vae", "vae_encoder": "vae", "flow": "flow", "flow_processor": "flow", "text_encoder": "text_encoder",
+           "discriminator": "discriminator", "D_img": "discriminator"}  # fmt: skip
+OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD", "RMSprop")
+METRICS = {"loss/recon": ("loss_recon", "recon", "vae", "vae_loss", "recon_loss"), "loss/kl": ("loss_kl", "kl", "kl_loss"),
+           "loss/gen": ("loss_gen", "generator", "g_loss", "generator_loss"), "loss/disc": ("loss_disc", "discriminator", "d_loss"),
+           "loss/flow": ("loss_flow", "flow", "flow_loss"), "loss/lpips": ("lpips", "lpips_loss")}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"type": "Lion", "lr": 5e-7, "betas": [0.9, 0.95], "weight_decay": 0.01},
+    "vae": {"type": "AdamW", "lr": 5e-7, "betas": [0.9, 0.95], "weight_decay": 0.01},
+    "text_encoder": {"type": "AdamW", "lr": 5e-8, "betas": [0.9, 0.99], "weight_decay": 0.01},
+    "discriminator": {
+        "type": "AdamW",
+        "lr": 5e-7,
+        "betas": [0.0, 0.9],
+        "weight_decay": 0.001,
+        "args": {"amsgrad": True},
+    },
+}
+"""Optimizers of the source by role."""
+PIECES = 10
+"""Falls of a StepLR that are written out."""
+
+
+def read_settings(document: dict[str, Any]) -> Imported | None:
+    """Translate the settings of the published trainer; None if the document is something else."""
+    training = document.get("training")
+    inside = isinstance(training, dict) and any(key in training for key in (*MODES, "pipeline"))
+    alone = any(key in document for key in MODES) and any(
+        key in document for key in ("data_path", "vae_dim", "output_path", "use_webdataset")
+    )
+    if "schema_version" in document or not (inside or alone):
+        return None
+    return _Importer().run(document)
+
+
+class _Importer:
+    """One file.
+
+    Attributes:
+        tables: of our run file. data: its data sets.
+    """
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.tables: dict[str, Any] = {"schema_version": 1, "run": {"name": "fluxflow"}, "model": {"arch": "ff"}}
+        self.general: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+        self.prefix: str | None = None
+
+    def run(self, document: dict[str, Any]) -> Imported:
+        flat = dict(_flattened(document))
+        pipeline = flat.pop("training.pipeline", None)
+        components = self._components(flat)
+        data = {
+            name: flat.pop(key)
+            for key in list(flat)
+            if (name := key.rpartition(".")[2]) in ("data_path", "captions_file", "fixed_prompt_prefix")
+        }
+        rate = next((number(flat.pop(key)) for key in list(flat) if key.rpartition(".")[2] == "lr"), 5e-7)
+        whole = pipeline is None
+        for key, value in flat.items():
+            if not whole and key.rpartition(".")[2] in (*MODES, "train_flow", "train_reconstruction", "n_epochs"):
+                self.report.dropped_harmless.append((key, "the steps of the pipeline say what is trained"))
+            else:
+                self._key(key, key.rpartition(".")[2], value, self.tables)
+        self._model(document)
+        datasets = self._data(data)
+        if whole:
+            self._roles("", self.tables, components, rate, given=bool(components))
+        else:
+            datasets = self._pipeline(pipeline, rate, components, datasets)
+        self.tables["run"].setdefault("output_dir", "outputs")
+        if "sample" in self.tables and "every_steps" in self.tables.get("save", {}):
+            self.tables["sample"].setdefault("every_steps", self.tables["save"]["every_steps"])
+        return Imported(self.tables, self.general, self.report, self.names, datasets)
+
+    def _key(self, source: str, name: str, value: Any, tables: dict[str, Any], step: bool = False) -> None:
+        """One key that stands for itself."""
+        report = self.report
+        if name in SAME:
+            ours = SAME[name]
+            if step and ours.startswith(("general.", "run.", "model.")):
+                report.needs_you.append(
+                    (source, f"is a setting of the whole file or of a data set here ({ours}), not of a step")
+                )
+            elif value is None:
+                report.dropped_harmless.append((source, "holds nothing"))
+            else:
+                self._set(source, ours, number(value), tables)
+        elif name in ("pretrained_bert_model", "tokenizer_name"):
+            if value in (None, "none"):
+                report.dropped_harmless.append((source, "names nothing"))
+            else:
+                # The hub knows models of the first days by names without an owner too.
+                text = f"distilbert/{value}" if str(value).startswith("distilbert-") else value
+                ours = "model.bert_path" if name == "pretrained_bert_model" else "model.bert_tokenizer"
+                self._set(source, ours, text, self.tables, value)
+        elif name == "use_fp16":
+            self._set(source, "train.mixed_precision", "fp16" if value else "no", tables, value)
+        elif name == "sample_sizes":
+            sizes = value if isinstance(value, list) else [value]
+            width, _, height = str(sizes[0]).partition("x") if sizes and sizes[0] is not None else ("", "", "")
+            if width.isdigit():
+                self._set(source, "sample.width", int(width), tables, value)
+                self._set(source, "sample.height", int(height or width), tables, value)
+            if len(sizes) > 1:
+                report.dropped_changes_result.append(
+                    (f"({source})", "only the first size is drawn; write --w and --h behind prompts")
+                )
+        elif name == "no_samples":
+            self.names.pop("sample.prompts", None)
+            report.dropped_harmless.append((source, "samples are drawn where sample.prompts has some"))
+        elif name == "samples_per_checkpoint":
+            report.dropped_harmless.append((source, "sample.every_steps says when"))
+        elif name in SECRETS:
+            if value:
+                report.secrets_removed.append(source)
+        elif name in HARMLESS:
+            report.dropped_harmless.append((source, HARMLESS[name]))
+        elif name in REFUSED and value not in OFF:
+            report.refused.append((source, REFUSED[name]))
+        elif name in REFUSED or (name in CHANGING and value in OFF):
+            report.dropped_harmless.append((source, "is off"))
+        elif name in CHANGING:
+            report.dropped_changes_result.append((source, CHANGING[name]))
+        else:
+            known = (
+                *SAME,
+                *HARMLESS,
+                *CHANGING,
+                *REFUSED,
+                "use_fp16",
+                "sample_sizes",
+                "no_samples",
+                "optimizers",
+                "schedulers",
+                "dataset",
+            )
+            report.unknown.append((source, did_you_mean(name, known)))
+
+    def _set(self, source: str, ours: str, value: Any, tables: dict[str, Any], old: Any = ...) -> None:
+        """Put a value into a table of ours."""
+        table, _, name = ours.partition(".")
+        if table == "general":
+            self.general[name] = value
+        else:
+            inner = tables.setdefault(table, {})
+            if "." in name:
+                outer, _, name = name.partition(".")
+                inner = inner.setdefault(outer, {})
+            inner[name] = value
+        self.names[ours] = source
+        if old is ... or old == value:
+            self.report.carried.append((source, ours, value))
+        else:
+            self.report.converted.append((source, old, ours, value, "as this program says it"))
+
+    def _model(self, document: Mapping[str, Any]) -> None:
+        """A new model in the published layout, unless a checkpoint is named."""
+        model = self.tables["model"]
+        if "path" in model:
+            model.pop("geometry", None)
+            return
+        model |= {"init": "scratch", "layout": "published"}
+        model.setdefault("geometry", {})
+        for name, value in {"vae_dim": 128, "feature_maps_dim": 128, "text_embedding_dim": 1024}.items():
+            if name not in model["geometry"]:
+                model["geometry"][name] = value
+                self.report.defaulted.append((f"model.geometry.{name}", value))
+
+    def _data(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The data set of a file without named ones."""
+        prefix = data.get("fixed_prompt_prefix")
+        if prefix:
+            self.general["caption_prefix"] = f"{prefix}."
+            self.report.converted.append(
+                ("fixed_prompt_prefix", prefix, "general.caption_prefix", f"{prefix}.", "prefix, point, caption")
+            )
+        if data.get("data_path") is None:
+            return []
+        return [self._folder("data_path", "captions_file", data["data_path"], data.get("captions_file"))]
+
+    def _folder(self, key: str, list_key: str, folder: Any, captions: Any) -> dict[str, Any]:
+        self.report.carried.append((key, "datasets.image_directory", folder))
+        entry = {"image_directory": folder}
+        if captions is not None:
+            self.report.carried.append((list_key, "datasets.captions_file", captions))
+            entry["captions_file"] = captions
+        return entry
+
+    def _components(self, flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Optimizers and schedulers by role, from a JSON file or tables of the whole file."""
+        found: dict[str, dict[str, Any]] = {}
+        for key in [key for key in flat if key.rpartition(".")[2] == "optim_sched_config"]:
+            named = flat.pop(key)
+            if named in OFF:
+                continue
+            try:
+                own = json.loads(Path(str(named)).expanduser().read_text(encoding="utf-8"))
+            except (OSError, ValueError) as problem:
+                self.report.needs_you.append(
+                    (key, f"{named}: cannot be read ({problem}); import from the folder where it is found")
+                )
+                continue
+            self.report.converted.append((key, named, "roles", "...", "optimizers and schedules by role"))
+            self._collect(key, own, found)
+        for key in [
+            key
+            for key in flat
+            if key.rpartition(".")[2] in ("optimizer_config", "scheduler_config", "optimizers", "schedulers")
+        ]:
+            kind = "optimizers" if "optimizer" in key.rpartition(".")[2] else "schedulers"
+            self._collect(key, {kind: flat.pop(key)}, found)
+        return found
+
+    def _collect(self, where: str, tables: Any, found: dict[str, dict[str, Any]]) -> None:
+        for kind, other in (("optimizers", "optimizer"), ("schedulers", "scheduler")):
+            entries = tables.get(kind) if isinstance(tables, dict) else None
+            for name, own in entries.items() if isinstance(entries, dict) else ():
+                if name not in ROLE_OF:
+                    self.report.unknown.append((f"{where}.{kind}.{name}", did_you_mean(name, ROLE_OF)))
+                elif isinstance(own, dict):
+                    found.setdefault(ROLE_OF[name], {})[other] = (f"{where}.{kind}.{name}", own)
+
+    def _roles(
+        self, where: str, tables: dict[str, Any], components: Mapping[str, Any], rate: Any, *, given: bool
+    ) -> None:
+        """Optimizers and schedules of the roles that a run or step trains."""
+        objective = tables.get("objective", {})
+        vae = objective.get("train_vae") or objective.get("gan_training")
+        if objective.get("gan_training") and not objective.get("train_vae"):
+            objective |= {"train_vae": True, "train_reconstruction": False}
+            self.report.converted.append(
+                (f"({where}gan_training)", True, "objective.train_reconstruction", False, "a GAN alone")
+            )
+        roles = [
+            *(["vae"] if vae else []),
+            *(["discriminator"] if objective.get("gan_training") else []),
+            *(["flow"] if objective.get("train_diff") or objective.get("train_diff_full") else []),
+            *(["text_encoder"] if objective.get("train_diff_full") else []),
+        ]
+        alone = roles == ["flow"]
+        for role in roles:
+            own = components.get(role) or (components.get("vae") if role == "discriminator" and given else None) or {}
+            optimizer = self._optimizer(*own["optimizer"]) if "optimizer" in own else self._default(role, rate, given)
+            scheduler = self._scheduler(own["scheduler"], optimizer.get("lr", rate)) if "scheduler" in own else {}
+            if alone:
+                tables["optimizer"], schedule = optimizer, scheduler
+                if schedule:
+                    tables["scheduler"] = schedule
+            else:
+                table = {"optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
+                tables.setdefault("roles", {})[role] = table
+        for role in [role for role in components if role not in roles]:
+            for source, _ in components[role].values():
+                self.report.dropped_harmless.append((source, "this role does not train"))
+
+    def _default(self, role: str, rate: Any, given: bool) -> dict[str, Any]:
+        """The source's optimizer of a role without one of its own."""
+        found = {"type": "AdamW", "weight_decay": 0.01} if given else dict(DEFAULTS[role])
+        found["lr"] = rate / 10 if role == "text_encoder" and not given else rate
+        self.report.defaulted.append((f"roles.{role}.optimizer", found["type"]))
+        return found
+
+    def _optimizer(self, source: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        values = {key: number(value) for key, value in own.items()}
+        kind = values.pop("type", values.pop("optimizer_type", "AdamW"))
+        if kind not in OPTIMIZERS:
+            self.report.refused.append((f"{source}.type", f"is {kind!r}; the source builds {', '.join(OPTIMIZERS)}"))
+            return {}
+        found: dict[str, Any] = {
+            "type": kind,
+            "lr": values.pop("lr", 1e-5),
+            "weight_decay": values.pop("weight_decay", 0.0),
+        }
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == "betas" and kind in ("Lion", "AdamW", "Adam"):
+                found["betas"] = [float(each) for each in value]
+            elif key == "eps" and kind in ("AdamW", "Adam", "RMSprop"):
+                found["eps"] = value
+            elif key == "decoupled_weight_decay" and kind == "Lion":
+                if not value:
+                    self.report.dropped_changes_result.append(
+                        (f"{source}.{key}", "weight decay of Lion is decoupled here")
+                    )
+            elif key in {"amsgrad": ("AdamW", "Adam")}.get(key, ()) or (
+                key in ("momentum", "alpha", "centered", "nesterov", "dampening", "amsgrad")
+            ):
+                if value not in (False, None):
+                    arguments[key] = value
+            elif key not in ("betas", "eps", "decoupled_weight_decay"):
+                self.report.unknown.append(
+                    (f"{source}.{key}", did_you_mean(key, ("lr", "betas", "weight_decay", "momentum", "alpha")))
+                )
+        if arguments:
+            found["args"] = arguments
+        self.report.carried.append((source, "optimizer", found))
+        return found
+
+    def _scheduler(self, entry: tuple[str, Mapping[str, Any]], rate: Any) -> dict[str, Any]:
+        source, own = entry
+        values = {key: number(value) for key, value in own.items()}
+        kind = values.pop("type", values.pop("scheduler_type", "CosineAnnealingLR"))
+        length = values.get("total_iters")
+        found: dict[str, Any] | None = None
+        if kind == "CosineAnnealingLR":
+            found = {"type": "cosine", "min_lr": _short(rate * values.get("eta_min_factor", 0.1))}
+            if values.get("T_max"):
+                found["total_steps"] = int(values["T_max"])
+        elif kind == "LinearLR":
+            start, end = values.get("start_factor", 1.0), values.get("end_factor", 0.1)
+            if start < end:
+                found = {"type": "constant", "warmup_steps": int(length or 5)}
+            else:
+                found = {
+                    "type": "linear",
+                    "min_lr": _short(rate * end),
+                    **({"total_steps": int(length)} if length else {}),
+                }
+        elif kind == "ConstantLR":
+            factor = values.get("factor", 1.0)
+            found = (
+                {"type": "constant"}
+                if factor == 1
+                else {"type": "piecewise_constant", "rules": f"{factor:g}:{int(length or 5)},1"}
+            )
+        elif kind == "StepLR":
+            step, gamma = values.get("step_size"), values.get("gamma", 0.1)
+            if step:
+                pieces = [f"{gamma**n:g}:{int(step) * (n + 1)}" for n in range(PIECES)]
+                found = {"type": "piecewise_constant", "rules": ",".join([*pieces, f"{gamma**PIECES:g}"])}
+        elif kind == "ReduceLROnPlateau":
+            found = {
+                "type": "plateau",
+                "factor": values.get("factor", 0.1),
+                "patience": int(values.get("patience", 10)),
+            }
+        if found is None:
+            way = (
+                "use CosineAnnealingLR or StepLR with step_size"
+                if kind in ("ExponentialLR", "StepLR")
+                else "use one that the source builds"
+            )
+            self.report.refused.append((source, f"{kind} is not supported; {way}"))
+            return {}
+        self.report.converted.append((source, kind, "scheduler.type", found["type"], "the same curve"))
+        return found
+
+    def _pipeline(
+        self, pipeline: Any, rate: Any, components: Mapping[str, Any], datasets: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Steps, and their data sets."""
+        own = dict(pipeline) if isinstance(pipeline, dict) else {}
+        steps, defaults = own.pop("steps", None), own.pop("defaults", None) or {}
+        named, usual = own.pop("datasets", None) or {}, own.pop("default_dataset", None)
+        for key in own:
+            self._key(f"pipeline.{key}", key, own[key], {})
+        if not isinstance(steps, list) or not steps:
+            self.report.refused.append(("training.pipeline.steps", "No pipeline steps defined"))
+            return datasets
+        found = list(datasets)
+        for name, table in named.items():
+            entry = self._named(name, table)
+            if entry is not None:
+                found.append(entry)
+        self.tables["steps"] = []
+        for index, step in enumerate(steps):
+            self.tables["steps"].append(self._step(index, {**defaults, **step}, rate, components, usual, set(named)))
+        return found
+
+    def _named(self, name: str, table: Any) -> dict[str, Any] | None:
+        where = f"pipeline.datasets.{name}"
+        if not isinstance(table, dict) or table.get("type", "local") != "local":
+            self.report.refused.append((where, REFUSED["use_webdataset"]))
+            return None
+        rest = dict(table)
+        rest.pop("type", None)
+        folder, captions = rest.pop("image_folder", None), rest.pop("captions_file", None)
+        if folder is None:
+            self.report.refused.append((where, "has no image_folder"))
+            return None
+        entry = {"name": name, **self._folder(f"{where}.image_folder", f"{where}.captions_file", folder, captions)}
+        for key, value in rest.items():
+            if key == "batch_size":
+                entry["batch_size"] = int(number(value))
+                self.report.carried.append((f"{where}.{key}", "datasets.batch_size", value))
+            else:
+                self._key(f"{where}.{key}", key, value, {}, step=True)
+        return entry
+
+    def _step(
+        self, index: int, step: dict[str, Any], rate: Any, components: Mapping[str, Any], usual: Any, named: set[str]
+    ) -> dict[str, Any]:
+        name = str(step.pop("name", f"step{index + 1}"))
+        where = f"steps.{name}"
+        found: dict[str, Any] = {"name": name, **({"start": "previous"} if index else {})}
+        own: dict[str, dict[str, Any]] = {}
+        for key in ("optimizers", "schedulers"):
+            self._collect(where, {key: step.pop(key, None)}, own)
+        optimization = step.pop("optimization", None)
+        self._collect(f"{where}.optimization", optimization, own)
+        data = step.pop("dataset", usual)
+        if data is not None:
+            found["use"] = [data]
+            if data not in named:
+                self.report.refused.append(
+                    (f"{where}.dataset", f"{data!r} is no data set.{did_you_mean(str(data), named)}")
+                )
+        own_rate = number(step.pop("lr", rate))
+        for key in ("stop_condition", "transition_on", "transition_criteria"):
+            if key in step:
+                self._until(f"{where}.{key}", step.pop(key), step, found)
+        for key, value in step.items():
+            self._key(f"{where}.{key}", key, value, found, step=True)
+        objective = found.setdefault("objective", {})
+        if not any(objective.get(mode) for mode in MODES):
+            self.report.refused.append((where, f"has no mode; set one of {', '.join(MODES)}"))
+        self._frozen(where, step, objective)
+        self._roles(f"{where}.", found, own or components, own_rate, given=True)
+        if (objective.get("train_diff") or objective.get("train_diff_full")) and not objective.get("train_vae"):
+            for key in [
+                key
+                for key in objective
+                if key in ("kl_beta", "kl_warmup_steps", "kl_free_bits", "lambda_adv", "lambda_lpips", "mse_weight")
+            ]:
+                del objective[key]
+        return found
+
+    def _frozen(self, where: str, step: Mapping[str, Any], objective: Mapping[str, Any]) -> None:
+        """Conflicts of what is frozen with what is trained."""
+        frozen = {
+            ROLE_OF.get(str(part), "vae" if part in ("compressor", "expander") else str(part))
+            for part in step.get("freeze") or []
+        }
+        frozen |= {
+            name
+            for name, key in (("vae", "freeze_vae"), ("flow", "freeze_flow"), ("text_encoder", "freeze_text_encoder"))
+            if step.get(key)
+        }
+        trained = {"vae"} if objective.get("train_vae") else set()
+        trained |= {"flow"} if objective.get("train_diff") or objective.get("train_diff_full") else set()
+        trained |= {"text_encoder"} if objective.get("train_diff_full") else set()
+        for role in sorted(frozen & trained):
+            self.report.refused.append((f"{where}.freeze", f"freezes {role}, which the step trains"))
+
+    def _until(self, source: str, rule: Any, step: dict[str, Any], found: dict[str, Any]) -> None:
+        """An early end by a metric."""
+        values = dict(rule) if isinstance(rule, dict) else {}
+        if values.pop("mode", "loss_threshold") == "epoch":
+            self.report.dropped_harmless.append((source, "the step ends with its epochs"))
+            return
+        metric = values.get("metric") or values.get("loss_name") or values.get("metric_name")
+        limit = values.get("threshold", values.get("loss_threshold"))
+        tag = next((tag for tag, names in METRICS.items() if metric in names), None)
+        if tag is None or limit is None:
+            known = ", ".join(name for names in METRICS.values() for name in names[:1])
+            self.report.refused.append(
+                (source, f"names the metric {metric!r} and the threshold {limit!r}; known metrics: {known}")
+            )
+            return
+        alone = not any(step.get(mode) for mode in ("train_vae", "gan_training", "train_diff_full"))
+        until = {"metric": "loss/main" if tag == "loss/flow" and alone else tag, "below": float(number(limit))}
+        for key in ("min_epochs", "patience"):
+            if values.get(key) is not None:
+                until[key] = int(values[key])
+        if values.get("max_epochs") is not None:
+            step["n_epochs"] = min(int(values["max_epochs"]), int(step.get("n_epochs", values["max_epochs"])))
+        found["until"] = until
+        self.report.converted.append(
+            (source, metric, "until.metric", until["metric"], "mean of the last 20 logged values")
+        )
+
+
+def _flattened(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys of sections with the name of the section in front, and those that stand alone."""
+    for key, value in document.items():
+        if key in SECTIONS and isinstance(value, dict):
+            for name, own in value.items():
+                yield f"{key}.{name}", own
+        else:
+            yield key, value
+
+
+def _short(value: float) -> float:
+    """A product without the last digits, which rounding made."""
+    return float(f"{value:.6g}")
+
+
+def number(value: Any) -> Any:
+    """A number that YAML reads as a text, such as 1e-5, as the number."""
+    if isinstance(value, str) and is_number(value):
+        found = float(value)
+        return int(found) if found.is_integer() and "e" not in value.lower() and "." not in value else found
+    return value

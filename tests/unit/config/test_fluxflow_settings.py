@@ -1,0 +1,186 @@
+"""YAML files and command lines of the published FluxFlow trainer say here what they say there."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from musubi_tuner import fluxflow_train
+from musubi_tuner.config.__main__ import main
+from musubi_tuner.config.load import load_steps
+
+PIPELINE = """
+data:
+  data_path: images
+  captions_file: captions.txt
+  fixed_prompt_prefix: style anime
+  img_size: 512
+model:
+  vae_dim: 64
+  feature_maps_dim: 128
+  text_embedding_dim: 1024
+  pretrained_bert_model: distilbert-base-uncased
+training:
+  batch_size: 4
+  workers: 8
+  training_steps: 2
+  pipeline:
+    defaults:
+      use_ema: true
+    steps:
+      - name: vae_warmup
+        n_epochs: 10
+        train_vae: true
+        kl_beta: 0.001
+        stop_condition: {loss_name: loss_recon, threshold: 0.02}
+        optimizers:
+          vae: {optimizer_type: AdamW, lr: 2e-5, weight_decay: 0.01}
+        schedulers:
+          vae: {scheduler_type: CosineAnnealingLR, eta_min_factor: 0.1}
+      - name: vae_gan
+        n_epochs: 40
+        train_vae: true
+        gan_training: true
+        train_spade: true
+        lambda_adv: 0.5
+        optimization:
+          optimizers:
+            vae: {type: RMSprop, lr: 1e-5, alpha: 0.95, momentum: 0.9, centered: true}
+            discriminator: {type: AdamW, lr: 5e-6, betas: [0.0, 0.9], amsgrad: true}
+          schedulers:
+            vae: {type: LinearLR, start_factor: 0.1, end_factor: 1.0, total_iters: 5000}
+      - name: flow
+        n_epochs: 100
+        train_diff: true
+        freeze_vae: true
+        cfg_dropout_prob: 0.1
+        transition_on: {mode: loss_threshold, metric: flow_loss, threshold: 0.1, max_epochs: 80}
+        optimizers:
+          flow: {type: Lion, lr: 5e-7, betas: [0.9, 0.95]}
+output:
+  output_path: outputs/full
+  checkpoint_save_interval: 100
+  sample_captions: ["a photo of a cat"]
+  generate_diagrams: true
+"""
+
+Convert = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Write a file, import it, and return the run file as tables; ``code`` is the expected exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions.txt").write_text("a.png\ta cat\n", encoding="utf-8")
+
+    def run(text: str, name: str = "guide.yaml", code: int = 0) -> dict[str, Any]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert main(["import", name, "-o", "run.toml"]) == code
+        run.said = capsys.readouterr().out  # type: ignore[attr-defined]
+        return tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_a_pipeline_becomes_steps(convert: Convert, tmp_path: Path) -> None:
+    found = convert(PIPELINE)
+    assert found["model"] == {
+        "arch": "ff", "init": "scratch", "layout": "published", "bert_path": "distilbert/distilbert-base-uncased",
+        "geometry": {"vae_dim": 64, "feature_maps_dim": 128, "text_embedding_dim": 1024},
+    }  # fmt: skip
+    assert found["general"] == {"resolution": 512, "batch_size": 4, "caption_prefix": "style anime."}
+    assert found["datasets"] == [{"image_directory": "images", "captions_file": "captions.txt"}]
+    assert found["train"] == {"loader_workers": 8, "grad_accum_steps": 2}
+    warm, gan, flow = found["steps"]
+    assert warm["until"] == {"metric": "loss/recon", "below": 0.02}
+    assert warm["train"] == {"max_epochs": 10} and warm["objective"] == {"train_vae": True, "kl_beta": 0.001}
+    assert warm["roles"]["vae"]["optimizer"] == {"type": "AdamW", "lr": 2e-5, "weight_decay": 0.01}
+    assert warm["roles"]["vae"]["scheduler"] == {"type": "cosine", "min_lr": 2e-6}
+    assert gan["start"] == "previous"
+    assert gan["roles"]["vae"]["optimizer"]["args"] == {"alpha": 0.95, "momentum": 0.9, "centered": True}
+    assert gan["roles"]["vae"]["scheduler"] == {"type": "constant", "warmup_steps": 5000}
+    assert gan["roles"]["discriminator"]["optimizer"] == {
+        "type": "AdamW", "lr": 5e-6, "weight_decay": 0.0, "betas": [0.0, 0.9], "args": {"amsgrad": True},
+    }  # fmt: skip
+    assert flow["optimizer"] == {"type": "Lion", "lr": 5e-7, "weight_decay": 0.0, "betas": [0.9, 0.95]}
+    assert flow["objective"] == {"train_diff": True, "text_dropout": 0.1} and "roles" not in flow
+    assert flow["until"] == {"metric": "loss/main", "below": 0.1} and flow["train"] == {"max_epochs": 80}
+    configs = load_steps(tmp_path / "run.toml", {})
+    assert [config.spec.task(config).roles for config in configs] == [("vae",), ("vae", "discriminator"), ("model",)]
+    assert configs[1].for_role("discriminator").optimizer.betas == [0.0, 0.9]
+
+
+def test_a_flat_file_has_the_optimizers_of_the_source(convert: Convert) -> None:
+    found = convert(
+        "data: {data_path: images}\ntraining: {train_vae: true, train_diff_full: true, lr: 1e-5, n_epochs: 2, gan_training: true}\n"
+        "output: {output_path: out, sample_sizes: [256, 512x384]}\n"
+    )
+    roles = found["roles"]
+    assert {role: table["optimizer"]["type"] for role, table in roles.items()} == {
+        "vae": "AdamW", "discriminator": "AdamW", "flow": "Lion", "text_encoder": "AdamW",
+    }  # fmt: skip
+    assert (roles["vae"]["optimizer"]["lr"], roles["text_encoder"]["optimizer"]["lr"]) == (1e-5, pytest.approx(1e-6))
+    assert found["sample"] == {"width": 256, "height": 256}
+
+
+def test_a_gan_alone_is_one_without_the_losses_of_the_reconstruction(convert: Convert) -> None:
+    found = convert("data: {data_path: images}\ntraining: {gan_training: true, n_epochs: 1}\n")
+    assert found["objective"] == {"gan_training": True, "train_vae": True, "train_reconstruction": False}
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("{name: a, n_epochs: 1, train_vae: true, freeze: [compressor]}", "freezes vae, which the step trains"),
+        ("{name: a, n_epochs: 1}", "has no mode"),
+        ("{name: a, n_epochs: 1, train_vae: true, kl_betta: 1}", "Did you mean 'kl_beta'"),
+        ("{name: a, n_epochs: 1, train_vae: true, dataset: gone}", "is no data set"),
+        ("{name: a, n_epochs: 1, train_vae: true, optimizers: {vaee: {lr: 1}}}", "Did you mean 'vae'"),
+        ("{name: a, n_epochs: 1, train_vae: true, optimizers: {vae: {type: Adagrad}}}", "Adagrad"),
+        (
+            "{name: a, n_epochs: 1, train_vae: true, schedulers: {vae: {type: ExponentialLR}}}",
+            "ExponentialLR is not supported",
+        ),
+        ("{name: a, n_epochs: 1, train_vae: true, stop_condition: {loss_name: fid, threshold: 1}}", "known metrics"),
+    ],
+)
+def test_mistakes_of_a_step_are_named(step: str, message: str, convert: Convert) -> None:
+    convert(f"data: {{data_path: images}}\ntraining: {{pipeline: {{steps: [{step}]}}}}\n", code=1)
+    assert message in convert.said  # type: ignore[attr-defined]
+
+
+def test_an_empty_list_of_steps_and_streams(convert: Convert) -> None:
+    convert("data: {use_webdataset: true, webdataset_token: secret}\ntraining: {pipeline: {steps: []}}\n", code=1)
+    said = convert.said  # type: ignore[attr-defined]
+    assert "No pipeline steps defined" in said and "WebDataset streams are not supported yet" in said
+    assert "is a secret and is not imported" in said and "secret:" not in said
+
+
+def test_the_command_takes_the_file_and_flags(
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags lay over the file, and what is planned is the run file beside the output."""
+    (tmp_path / "guide.yaml").write_text(PIPELINE.replace("outputs/full", str(tmp_path / "out")), encoding="utf-8")
+    from PIL import Image
+
+    Image.new("RGB", (512, 512)).save(tmp_path / "images" / "a.png")
+    assert (
+        fluxflow_train.main(["--config", "guide.yaml", "--batch_size", "1", "--workers", "0", "--validate-pipeline"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "01-vae_warmup" in said and "03-flow" in said
+    written = tomllib.loads((tmp_path / "out" / "fluxflow.toml").read_text(encoding="utf-8"))
+    assert written["general"]["batch_size"] == 1 and written["datasets"][0]["image_directory"] == str(
+        tmp_path / "images"
+    )
+
+
+def test_the_command_names_mistakes(tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fluxflow_train.main(["--data_path", "images", "--train_vae", "--kl_betta", "1", "--output_path", "out"]) == 2
+    assert "Did you mean 'kl_beta'" in capsys.readouterr().err
+    assert fluxflow_train.main(["--lr", "1"]) == 2
+    assert fluxflow_train.main([]) == 0
