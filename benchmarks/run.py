@@ -1,8 +1,9 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [adapter_types | distillation | flops | full_size | memory | precision] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [adapter_types | distillation | flops | fluxflow | full_size | memory | precision] [options]
 
     adapter_types each type of adapter teaches a FLUX.1-shaped model a new colour: accuracy, sizes, time of an update
     distillation the demo with teachers and without: validation loss and the checker's score
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
+    fluxflow     one update of FluxFlow's autoencoder and flow, beside the published package: time and peak memory
     memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
     precision    what fp8, int8 and nf4 weights cost in precision, on a FLUX.1-shaped model
     full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
@@ -14,6 +15,7 @@ import sys
 
 import adapter_types
 import distillation
+import fluxflow_updates
 import full_size
 import memory
 import precision
@@ -49,6 +51,7 @@ def main() -> int:
         "adapter_types": lambda: adapter_types.main(sys.argv[2:]),
         "distillation": lambda: distillation.main(sys.argv[2:]),
         "flops": flops,
+        "fluxflow": lambda: fluxflow_updates.main(sys.argv[2:]),
         "full_size": lambda: full_size.main(sys.argv[2:]),
         "memory": lambda: memory.main(sys.argv[2:]),
         "precision": lambda: precision.main(sys.argv[2:]),

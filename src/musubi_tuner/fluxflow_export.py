@@ -16,6 +16,8 @@ from pathlib import Path
 
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, NoAverageError, run_command
+from musubi_tuner.files import replace_file
+from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +39,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     options = parser.parse_args(arguments)
 
-    from musubi_tuner.files import replace_file
     from musubi_tuner.models.fluxflow.checkpoint import load_checkpoint
-    from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
     from musubi_tuner.models.fluxflow.state_dict import published_tensors, read_system
     from musubi_tuner.tensors import save_tensors
 

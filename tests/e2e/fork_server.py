@@ -11,6 +11,7 @@ Protocol, one JSON object per line: {"command", "arguments", "cwd", "environment
 {"pid"} and later {"code", "faults_left"} go out; ``code`` is negative for a signal, as subprocess has it.
 """
 
+import atexit
 import hashlib
 import importlib
 import json
@@ -127,6 +128,7 @@ def _fork(request: dict[str, Any], answers: Any) -> None:
         code = 1
         try:
             code = _become(request)
+            atexit._run_exitfuncs()  # what an interpreter does as it ends, such as removing semaphores
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -79,7 +79,7 @@ def test_the_trainer_trains_a_family_it_has_never_seen(
 
 def test_other_families_are_still_there(package: Path, python: Callable[..., Result]) -> None:
     code = "from musubi_tuner.models.registry import MODELS; print(*MODELS)"
-    assert python("-c", code, PYTHONPATH=str(package)).expect(0).out.split() == ["ty", "tf", "fd"]
+    assert python("-c", code, PYTHONPATH=str(package)).expect(0).out.split() == ["ty", "tf", "fd", "ff"]
 
 
 def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -80,7 +80,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 27
+    assert len(fields(DatasetConfig)) == 28
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 

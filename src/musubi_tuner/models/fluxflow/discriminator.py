@@ -43,9 +43,10 @@ class SpectralNorm(nn.Module):
         self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=EPS))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Buffers are copied, because they may move between this pass and its backward.
-        sigma = torch.dot(self.weight_u.clone(), torch.mv(self._matrix(), self.weight_v.clone()))
-        weight = self.weight_orig / sigma
+        with torch.autocast(x.device.type, enabled=False):
+            # Buffers are copied, because they may move between this pass and its backward.
+            sigma = torch.dot(self.weight_u.clone(), torch.mv(self._matrix(), self.weight_v.clone()))
+            weight = self.weight_orig / sigma
         if self.padding is None:
             return F.linear(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.padding)
