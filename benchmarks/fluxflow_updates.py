@@ -102,6 +102,7 @@ def main(arguments):
         "--published", metavar="PYTHON", help="interpreter of an environment with fluxflow==0.5.0; absent = ours alone"
     )
     parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
+    parser.add_argument("--parts", nargs="+", default=("vae", "flow"), choices=("vae", "flow"))
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="D of the latents, and width of the flow")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--batch", type=int, default=1)
@@ -117,7 +118,7 @@ def main(arguments):
         return 0
     print(f"{'case':<22} {'ours s':>8} {'MiB':>7} {'published s':>12} {'MiB':>7} {'time':>6} {'memory':>7}")
     for case in [
-        (part, width, dtype) for part in ("vae", "flow") for width in options.widths for dtype in options.dtypes
+        (part, width, dtype) for part in options.parts for width in options.widths for dtype in options.dtypes
     ]:
         found = {"ours": [], "published": []}
         for _ in range(options.rounds):
