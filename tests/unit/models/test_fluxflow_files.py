@@ -1,6 +1,8 @@
 """Files of FluxFlow: the published names, geometry from shapes, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch import Tensor
 from musubi_tuner import fluxflow_export
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.fluxflow import FluxFlowConfig
-from musubi_tuner.models.fluxflow.checkpoint import load_checkpoint
+from musubi_tuner.models.fluxflow.checkpoint import load_checkpoint, make_part
 from musubi_tuner.models.fluxflow.geometry import V2
+from musubi_tuner.models.fluxflow.settings import FluxFlowModel
 from musubi_tuner.models.fluxflow.state_dict import (
     PARTS,
     PUBLISHED_FILES,
+    System,
     build_part,
     published_tensors,
     read_system,
@@ -104,3 +108,23 @@ def test_flags_travel_with_the_weights(tmp_path: Path) -> None:
     )
     system = read_system(load_checkpoint(tmp_path))
     assert system.geometry == config and system.options == {"spade": True}
+
+
+def test_a_pretrained_language_model_stays_as_it_is(tmp_path: Path) -> None:
+    """The published program initialises its layers again after loading."""
+    encoder: Any = build_part("text_encoder", SMALL)
+    encoder.language_model.save_pretrained(tmp_path / "bert")
+    settings = FluxFlowModel(arch="ff", bert_path=str(tmp_path / "bert"))
+    config: Any = SimpleNamespace(model=settings, run=SimpleNamespace(seed=3), locate=Path)
+    made: Any = make_part("text_encoder", System(), config, SMALL)
+    for key, tensor in encoder.language_model.state_dict().items():
+        assert made.language_model.state_dict()[key].equal(tensor)
+    assert not made.ouput_layer[0].weight.equal(encoder.ouput_layer[0].weight)
+    other: Any = SimpleNamespace(model=settings, run=SimpleNamespace(seed=4), locate=Path)
+    assert (
+        not make_part("text_encoder", System(), other, SMALL)
+        .state_dict()["ouput_layer.0.weight"]
+        .equal(made.ouput_layer[0].weight)
+    )
+    with pytest.raises(CheckpointError, match="is no DistilBERT"):
+        make_part("text_encoder", System(), config, FluxFlowConfig.from_dict({**SMALL.to_dict(), "text_layers": 2}))
