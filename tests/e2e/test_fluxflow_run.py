@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import tomli_w
+from PIL import Image
 from project import ForkServer, differing, final_files, metrics, words
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from musubi_tuner import fluxflow_generate
 
 GEOMETRY = {
     "vae_dim": 8, "downscales": 2, "attn_layers": 1, "attn_heads": 4, "down_kernel": 4, "up_kernel": 4, "mix_kernel": 3,
@@ -152,6 +155,27 @@ def test_latents_are_made_anew_for_another_autoencoder_only(
     assert "latents  9 up to date" in same and "text     9 up to date" in same
     other = plan(first / "01-vae")
     assert "latents  0 up to date, 9 to make (9 x the autoencoder was" in other
+
+
+def test_the_flags_of_the_published_program_draw(
+    whole: tuple[Path, str], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "cat.txt").write_text("a cat", encoding="utf-8")
+    words = ["--model_checkpoint", str(whole[0].parent / "out" / "03-flow"), "--text_prompts_path", str(prompts), "--output_path",
+             str(tmp_path / "drawn"), "--img_size", "64", "--ddim_steps", "2", "--tokenizer_name", str(tokenizer)]  # fmt: skip
+    assert fluxflow_generate.main(words) == 0
+    with Image.open(tmp_path / "drawn" / "cat_gen.webp") as picture:
+        assert picture.size == (64, 64)
+    plain = (tmp_path / "drawn" / "cat_gen.webp").read_bytes()
+    assert fluxflow_generate.main(words) == 2
+    assert (
+        fluxflow_generate.main([*words, "--overwrite", "--use_cfg", "--guidance_scale", "5", "--solver", "ddim"]) == 0
+    )
+    assert (tmp_path / "drawn" / "cat_gen.webp").read_bytes() != plain
+    assert fluxflow_generate.main([*words, "--overwrite", "--vae_dim", "32"]) == 2
+    assert "--vae_dim is 32, but the checkpoint has 8" in capsys.readouterr().err
 
 
 def test_text_encoder_and_all_parts_together(
