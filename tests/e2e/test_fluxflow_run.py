@@ -1,6 +1,7 @@
 """FluxFlow from pictures to pictures: an autoencoder, then against a discriminator, then a flow on its latents."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def test_three_steps_train_what_they_say_and_nothing_else(whole: tuple[Path, str
     assert {"loss/recon", "loss/kl", "loss/color", "loss/hist", "loss/contrast"} <= set(rows[0][0])
     assert {"loss/gen", "loss/disc", "loss/r1"} <= set(rows[1][0]) and "loss/r1" not in rows[1][1]
     assert set(rows[2][0]) >= {"loss/main", "train/lr"}
+    line = r"\[\d\d:\d\d:\d\d\] Step vae \(1/3\) \| Epoch 1/1 \| Batch 1/3 \| VAE: [\d.]+ \| KL: [\d.]+ \| Bezier: 0.0000 \| ColorStats: "
+    assert re.search(line, said) and re.search(r"Step flow \(3/3\).* \| Flow: [\d.]+ \| [\d.]+s/batch", said)
     assert "calibrated" in said and "mu varies by" in said
     assert "warning: Auto-created D_img with feature_maps_dim_disc=4" in said
     assert "warning: Auto-created flow_processor with feature_maps_dim=16" in said

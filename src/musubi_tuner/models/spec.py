@@ -131,6 +131,7 @@ class ModelSpec:
         package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
             `PublishedTrainer`).
         frozen_networks: module with what `FrozenNetworks` names.
+        log_line: what users of the family's own trainer look for in its log, from the logged values by tag.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
         quantizable: regular expression of the Linear layers that may be quantised; modulation: of those that only
@@ -168,6 +169,7 @@ class ModelSpec:
     task: "Callable[[RunConfig], TaskFacts]" = _denoiser
     package: str
     has_published_trainer: bool = False
+    log_line: "Callable[[Mapping[str, float]], str] | None" = None
     frozen_networks: str = "musubi_tuner.encoders.clip_and_t5"
     block_lists: tuple[str, ...]
     adapters: AdapterTargets

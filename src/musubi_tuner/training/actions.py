@@ -108,7 +108,19 @@ def log(run: Run) -> None:
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     run.metrics.log(position.step, values, peak_gib=peak)
+    if run.config.spec.log_line is not None:
+        run.metrics.say(_published_line(run, run.config.spec.log_line(values)))
     _follow(run, values)
+
+
+def _published_line(run: Run, text: str) -> str:
+    """A line of the family's own trainer: time, step of the file, epoch and batch before it, time of a batch behind it."""
+    assert run.metrics is not None
+    position, steps, step = run.position, run.steps, run.config.step
+    epochs = -(-steps.total_updates // steps.updates_per_epoch)
+    where = [time.strftime("[%H:%M:%S]") + (f" Step {step.name} ({step.number}/{step.of})" if step else "")]
+    where += [f"Epoch {position.epoch + 1}/{epochs}", f"Batch {position.update}/{steps.updates_per_epoch}"]
+    return " | ".join([*where, text, f"{run.metrics.step_seconds:.1f}s/batch"])
 
 
 def _follow(run: Run, values: dict[str, float]) -> None:

@@ -48,6 +48,7 @@ class Metrics:
         self._mark = time.perf_counter()
         self._images = 0
         self._step = step
+        self.step_seconds = 0.0
 
     def advance(self, images: int) -> None:
         """Count an update of so many images."""
@@ -71,6 +72,7 @@ class Metrics:
         step_seconds = seconds / max(step - self._step, 1)
         left = (self.total - step) * step_seconds
         self._mark, self._images, self._step = now, 0, step
+        self.step_seconds = step_seconds
         clock = {
             "images_per_second": round(rate, 3),
             "step_seconds": round(step_seconds, 4),

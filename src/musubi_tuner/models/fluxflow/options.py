@@ -7,6 +7,8 @@ from musubi_tuner.models.fluxflow.settings import SECTIONS, objective_of
 from musubi_tuner.models.spec import AdapterTargets, Latents, ModelSpec, TaskFacts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from musubi_tuner.config import RunConfig
 
 SHOWN = tuple(f"sample.{key}" for key in ("reconstructions", "every_steps", "every_epochs", "at_first", "use_ema"))
@@ -24,6 +26,21 @@ def task(config: "RunConfig") -> TaskFacts:
         return TaskFacts(roles=flow, caches=("latents", "text"), own=("objective.*", "sample.*"))
     judge = ("discriminator",) if objective.gan_training else ()
     return TaskFacts(roles=("vae", *judge, *flow), caches=(), pixels=True, own=("objective.*", *SHOWN))
+
+
+LINE = {"VAE": "recon", "LPIPS": "lpips", "KL": "kl", "Bezier": "", "ColorStats": "color", "Hist": "hist", "Contrast": "contrast",
+        "G": "gen", "D": "disc", "Flow": "flow"}  # fmt: skip
+"""Words of the published trainer's log -> loss. Its Bezier regulariser is gone, and the word is still there."""
+
+
+def log_line(values: "Mapping[str, float]") -> str:
+    """Losses as the published trainer prints them."""
+    found = {word: values.get(f"loss/{loss}") if loss else 0.0 for word, loss in LINE.items()}
+    if "loss/kl" not in values:
+        del found["Bezier"]
+    if "loss/main" in values:
+        found["Flow"] = values["loss/main"]
+    return " | ".join(f"{word}: {value:.4f}" for word, value in found.items() if value is not None)
 
 
 def latents(config: "RunConfig") -> Latents:
@@ -76,6 +93,7 @@ SPEC = ModelSpec(
     task=task,
     package="musubi_tuner.models.fluxflow",
     has_published_trainer=True,
+    log_line=log_line,
     frozen_networks="musubi_tuner.models.fluxflow.networks",
     block_lists=(),
     adapters=AdapterTargets(layers={}, network_module="networks.lora_fluxflow"),
