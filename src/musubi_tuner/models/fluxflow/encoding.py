@@ -1,7 +1,6 @@
 """The parts of a checkpoint that make latents and texts, opened for cache jobs and for drawing."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from tokenizers import Tokenizer
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.device import encoder_dtype
+from musubi_tuner.encoders.autoencoder import Autoencoder
 from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer
 from musubi_tuner.encoders.tokens import open_tokenizer
 from musubi_tuner.errors import ConfigError
@@ -24,7 +24,7 @@ from musubi_tuner.models.fluxflow.text_encoder import TextEncoder
 PAD = "[PAD]"
 
 
-class FluxFlowAutoencoder:
+class FluxFlowAutoencoder(Autoencoder):
     """Compressor and expander with the interface of an autoencoder.
 
     Latents are what the flow makes: mu, or tokens behind the compressor's attention; see ``latent_space``.
@@ -34,27 +34,8 @@ class FluxFlowAutoencoder:
         self.module, self.geometry, self.use_context = module.eval().requires_grad_(False), geometry, use_context
         self.compressor: Compressor = module["compressor"]  # type: ignore[assignment]
         self.expander: Expander = module["expander"]  # type: ignore[assignment]
-        self.channels, self.factor = geometry.vae_dim, geometry.factor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.module.parameters()).dtype
-
-    @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        """The weights on a device inside the block, and back where they were after it."""
-        before = self.device
-        self.module.to(device)
-        try:
-            yield
-        finally:
-            self.module.to(before)
+        self.channels, self.factor, self.scale, self.shift = geometry.vae_dim, geometry.factor, 1.0, 0.0
+        self.linear = True  # it has no tiles
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None, use_shift: bool) -> Tensor:
