@@ -265,9 +265,10 @@ def _samples_of_task(
     trained: Sequence[Item],
 ) -> Samples | Reconstructions | None:
     """What a task of several roles shows: what it reconstructs, or drawings; None if neither."""
-    reconstruct = getattr(task, "reconstruct", None)
-    if reconstruct is not None:
-        return Reconstructions(config, ranks, roles, reconstruct, source.first(config.get("sample.reconstructions")))
+    if task.reconstruct is not None:
+        return Reconstructions(
+            config, ranks, roles, task.reconstruct, source.first(config.get("sample.reconstructions"))
+        )
     if not config.spec.task(config).has("sample.prompts"):
         return None
     process = config.spec.family.make_process(config, trainee.options)

@@ -8,7 +8,7 @@
 draw, a mask, a weight); everything that differs between families sits in `process`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -84,6 +84,10 @@ class Task(Protocol):
     @property
     def phases(self) -> Sequence[Phase]:
         """In the order of the algorithm."""
+
+    @property
+    def reconstruct(self) -> Callable[[Tensor], Tensor] | None:
+        """Gives pictures [B, 3, H, W] in [-1, 1] back as an autoencoder that trains makes them; None if none does."""
 
     def draws(self, batch: Batch, update: Update, index: int, at: Position) -> Any:
         """Random numbers of a micro-batch, keyed by what they are for.
@@ -331,6 +335,7 @@ class FlowTask:
         datasets: Sequence[DatasetConfig] = (), prior_loss_weight: float = 1.0,
     ) -> None:  # fmt: skip
         self.process, self.objective, self.seed = process, objective, seed
+        self.reconstruct: Callable[[Tensor], Tensor] | None = None
         self._strata: tuple[Update | None, list[Tensor]] = (None, [])
         self.roles = {role.name: role}
         self.phases = [FlowPhase(model, process, role.name, datasets, prior_loss_weight)]

@@ -99,6 +99,8 @@ def advance(module: nn.Module) -> None:
 class GanTask:
     """Discriminator first, then the autoencoder against it."""
 
+    reconstruct = None
+
     def __init__(self, model: nn.ModuleDict, make_role: Callable[[str, nn.Module], Role], seed: int) -> None:
         self.seed = seed
         self.roles = {name: make_role(name, model[name]) for name in ("vae", "discriminator")}
