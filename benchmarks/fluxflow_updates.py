@@ -1,7 +1,7 @@
 """One update of FluxFlow's autoencoder and of its flow: this program and the published package, in one run.
 
-    python -m venv /tmp/published && /tmp/published/bin/pip install "torch==2.13.0" "fluxflow==0.5.0" && /tmp/published/bin/pip uninstall -y torchvision
-    python benchmarks/run.py fluxflow --published /tmp/published/bin/python
+    python -m venv published && published/bin/pip install "torch==2.13.0" "fluxflow==0.5.0" && published/bin/pip uninstall -y torchvision
+    python benchmarks/run.py fluxflow --published published/bin/python
 
 Each case is a process of its own: the published layout, AdamW, the losses of the reconstruction and of KL or v, two threads. Time is the median
 of the updates after the first, memory the largest resident size less that before the model is made.

@@ -22,6 +22,8 @@ from musubi_tuner.files import read_text, replace_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+TOKENS = 128
+"""Of the published trainer."""
 WIDTHS = {"vae_dim": "vae_dim", "feature_maps_dim": "feature_maps_dim", "text_embedding_dim": "text_embedding_dim"}
 """Flag -> field of the geometry that it must agree with."""
 
@@ -58,6 +60,12 @@ def _parser() -> Parser:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size is {options.batch_size}, expected at least 1")
+    if options.workers is not None:
+        print("note: --workers is not needed: prompts are read at once")
+    if options.guidance_scale != 1 and not options.use_cfg:
+        print("note: --guidance_scale acts only with --use_cfg")
     folder, target = Path(options.text_prompts_path), Path(options.output_path)
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
     if not files:
@@ -73,21 +81,28 @@ def _main(arguments: Sequence[str] | None) -> int:
         )
     name = options.tokenizer_name
     tokenizer = f"distilbert/{name}" if name and name.startswith("distilbert-") else name
-    config = load_document(
-        {
-            "schema_version": 1,
-            "run": {"name": "generate", "output_dir": str(target)},
-            "model": {"arch": "ff", "path": options.model_checkpoint, **({"bert_tokenizer": tokenizer} if tokenizer else {})},
-            "objective": {"train_diff": True},
-            "train": {"max_steps": 1},
-            "cache": {"run": "never"},
-            "sample": {
-                "width": options.img_size, "height": options.img_size, "steps": options.ddim_steps, "solver": options.solver,
-                "seed": options.seed, "guidance": options.guidance_scale if options.use_cfg else 1.0,
-            },
-            "datasets": [{"image_directory": str(folder)}],
-        }
-    )  # fmt: skip
+    document = {
+        "schema_version": 1,
+        "run": {"name": "generate", "output_dir": str(target)},
+        "model": {
+            "arch": "ff",
+            "path": options.model_checkpoint,
+            **({"bert_tokenizer": tokenizer} if tokenizer else {}),
+        },
+        "objective": {"train_diff": True},
+        "train": {"max_steps": 1},
+        "cache": {"run": "never"},
+        "sample": {
+            "width": options.img_size,
+            "height": options.img_size,
+            "steps": options.ddim_steps,
+            "solver": options.solver,
+            "seed": options.seed,
+            "guidance": options.guidance_scale if options.use_cfg else 1.0,
+        },
+        "datasets": [{"image_directory": str(folder)}],
+    }
+    config = load_document(document)
     prompts = [Prompt(read_text(path, ConfigError).strip()) for path in files]
 
     from PIL.Image import fromarray
@@ -100,6 +115,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         wanted, found = getattr(options, flag), getattr(geometry, field)
         if wanted not in (None, found):
             raise ConfigError(f"--{flag} is {wanted}, but the checkpoint has {found}; leave the flag out")
+    # The checkpoint may take fewer tokens than the published one.
+    config = load_document(document, {"model.text_max_tokens": min(TOKENS, geometry.text_positions)})
     generator = Generator.from_run(config, options.model_checkpoint)
     pictures = generator.draw(prompts, generator.settings(), batch_size=options.batch_size)
     target.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,8 @@ def _write(words: Sequence[str], made: list[str]) -> int:
     config = options.pop("config", None)
     document: dict[str, Any] = {}
     if config is not None:
+        if not Path(str(config)).is_file():
+            raise ConfigError(f"--config {config}: no such file")
         found = read_document(Path(str(config)))
         if not isinstance(found, dict):
             raise ConfigError(f"--config {config}: holds no table of keys and values")
@@ -70,12 +72,11 @@ def _write(words: Sequence[str], made: list[str]) -> int:
     tables = dict(imported.document)
     if imported.general:
         tables["general"] = imported.general
-    text = "\n".join(
-        [
-            f"# Made by fluxflow-train from {config or 'its flags'}.\n\n{tomli_w.dumps(tables)}",
-            *map(dataset_toml, imported.datasets),
-        ]
-    )
+    header = f"# Made by fluxflow-train from {config or 'its flags'}.\n\n"
+    try:
+        text = "\n".join([header + tomli_w.dumps(tables), *map(dataset_toml, imported.datasets)])
+    except TypeError as problem:
+        raise ConfigError(f"{config or 'fluxflow-train'}: holds a value that a run file cannot ({problem})") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     print(f"run file: {path}")
@@ -88,13 +89,24 @@ def _place(imported: Imported) -> Path:
     for entry in imported.datasets:
         for key in ("image_directory", "captions_file"):
             if key in entry:
-                entry[key] = str(Path(entry[key]).expanduser().absolute())
-    output = Path(imported.document["run"]["output_dir"]).expanduser().absolute()
+                entry[key] = str(_path(key, entry[key]))
+    output = _path("output_path", imported.document["run"]["output_dir"])
     imported.document["run"]["output_dir"] = str(output)
-    path = imported.document["model"].get("path")
-    if path is not None and Path(path).exists():
-        imported.document["model"]["path"] = str(Path(path).absolute())
+    given = imported.document["model"].get("path")
+    if given is not None and _path("model_checkpoint", given).exists():
+        imported.document["model"]["path"] = str(_path("model_checkpoint", given))
     return output / "fluxflow.toml"
+
+
+def _path(key: str, value: Any) -> Path:
+    """A path as seen from here.
+
+    Raises:
+        ConfigError: for what is no path.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key}: is {value!r}, expected a path")
+    return Path(value).expanduser().absolute()
 
 
 if __name__ == "__main__":

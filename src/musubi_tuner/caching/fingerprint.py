@@ -46,6 +46,8 @@ _WORDS = {
     "text_mode": "what the model sees of a text",
     "tokens": "holding tokens and no states",
     "latent_space": "the kind of latents",
+    "layout": "the layout of the autoencoder",
+    "text_heads": "the heads of the language model",
     "storage": "cache.dtype",
     "precision": "the encoder's precision",
     "mask": "the source of the mask",

@@ -153,9 +153,9 @@ class Saver:
                 getattr(torch, dtype),
             )
             return
-        # Buffers are constants of the model, which rounding would change.
+        # Buffers are constants of the model, which rounding would change; what is carried along stays as it was.
         exact = {f"{prefix_of(role)}{key}" for role in self.roles for key, _ in role.module.named_buffers()}
-        save_weights(self.folder / name, tensors, dtype, self._header(kind, at), exact)
+        save_weights(self.folder / name, tensors, dtype, self._header(kind, at), {*exact, *self.carried})
 
     def _adapter_header(self, adapters: AdapterSet, kind: str, at: Position) -> dict[str, str]:
         return adapter_metadata(

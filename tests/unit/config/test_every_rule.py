@@ -58,6 +58,8 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "F04": [(ff("train_diff = true"), ff(**FLOW))],
     "F05": [(ff("train_vae = true\nuse_lpips = true"), ff("train_vae = true\nuse_lpips = true", 'vgg_path = "me/vgg"'))],
     "F06": [(ff("train_diff = true\nbeta_end = 1e-5", FLOW["model"]), ff("train_diff = true\nbeta_end = 1e-2", FLOW["model"]))],
+    "F11": [(ff(model="geometry = {vae_dim = 48}"), ff(model="geometry = {vae_dim = 64}")),
+            (ff(model="geometry = {downscales = 5}"), ff(model="geometry = {downscales = 4}"))],
     "F07": [(ff(**FLOW, memory="blocks_to_swap = 2"), ff(**FLOW, memory="blocks_to_swap = 0"))],
     "F09": [(ff(sample=DRAWN), ff(**FLOW, sample=DRAWN))],
     "F10": [(ff(**{**FLOW, "ema": 'init = "checkpoint"'}), ff(**FLOW))],

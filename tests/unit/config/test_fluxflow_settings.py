@@ -1,15 +1,18 @@
 """YAML files and command lines of the published FluxFlow trainer say here what they say there."""
 
+import copy
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from musubi_tuner import fluxflow_train
 from musubi_tuner.config.__main__ import main
 from musubi_tuner.config.load import load_steps
+from musubi_tuner.models.fluxflow.trainer_settings import read_settings
 
 PIPELINE = """
 data:
@@ -107,6 +110,7 @@ def test_a_pipeline_becomes_steps(convert: Convert, tmp_path: Path) -> None:
     }  # fmt: skip
     assert flow["optimizer"] == {"type": "Lion", "lr": 5e-7, "weight_decay": 0.0, "betas": [0.9, 0.95]}
     assert flow["objective"] == {"train_diff": True, "text_dropout": 0.1} and "roles" not in flow
+    assert flow["scheduler"] == {"type": "cosine", "min_lr": 5e-8} and flow["ema"] == {"enabled": True, "decay": 0.9999}
     assert flow["until"] == {"metric": "loss/main", "below": 0.1} and flow["train"] == {"max_epochs": 80}
     configs = load_steps(tmp_path / "run.toml", {})
     assert [config.spec.task(config).roles for config in configs] == [("vae",), ("vae", "discriminator"), ("model",)]
@@ -124,6 +128,14 @@ def test_a_flat_file_has_the_optimizers_of_the_source(convert: Convert) -> None:
     }  # fmt: skip
     assert (roles["vae"]["optimizer"]["lr"], roles["text_encoder"]["optimizer"]["lr"]) == (1e-5, pytest.approx(1e-6))
     assert found["sample"] == {"width": 256, "height": 256}
+    assert roles["vae"]["scheduler"] == {"type": "cosine", "min_lr": 1e-6} and roles["flow"]["ema"] == {"decay": 0.9999}
+
+
+def test_pictures_are_drawn_with_checkpoints_unless_they_are_not_wanted(convert: Convert) -> None:
+    text = "data: {{data_path: images}}\ntraining: {{train_diff: true, n_epochs: 1, model_checkpoint: x}}\noutput: {{checkpoint_save_interval: 50, sample_captions: [a cat], {}}}\n"
+    found = convert(text.format("samples_per_checkpoint: 2"))
+    assert found["sample"] == {"prompts": ["a cat"], "every_steps": 100}
+    assert "prompts" not in read_settings(yaml.safe_load(text.format("no_samples: true"))).document.get("sample", {})  # type: ignore[union-attr]
 
 
 def test_a_gan_alone_is_one_without_the_losses_of_the_reconstruction(convert: Convert) -> None:
@@ -183,4 +195,60 @@ def test_the_command_names_mistakes(tmp_path: Path, convert: Convert, capsys: py
     assert fluxflow_train.main(["--data_path", "images", "--train_vae", "--kl_betta", "1", "--output_path", "out"]) == 2
     assert "Did you mean 'kl_beta'" in capsys.readouterr().err
     assert fluxflow_train.main(["--lr", "1"]) == 2
+    assert fluxflow_train.main(["--data_path", "images", "--train_vae", "--output_path", "3"]) == 2
+    assert "output_path: is 3, expected a path" in capsys.readouterr().err
+    assert fluxflow_train.main(["--config", "gone.yaml"]) == 2
     assert fluxflow_train.main([]) == 0
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a document."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield from leaves(inner, (*path, key))
+
+
+def test_no_wrong_value_anywhere_gives_a_traceback() -> None:
+    """Each value in turn is something else; reading reports, and the result can be written."""
+    whole = yaml.safe_load(PIPELINE)
+    for path in leaves(whole):
+        for wrong in ("x", [], ["x"], {}, {"x": 1}, None, True, -1, float("nan")):
+            document = copy.deepcopy(whole)
+            inner = document
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = wrong
+            imported = read_settings(document)
+            if imported is not None:
+                list(imported.report.diagnostics())
+
+
+def test_keys_that_would_do_nothing_are_reported(convert: Convert) -> None:
+    step = (
+        "{name: a, n_epochs: 1, train_diff: true, kl_beta: 1, optimizers: {flow: {type: Lion, lr: 1e-5, momentum: 0.9}}, "
+        "schedulers: {flow: {type: StepLR, step_size: 5, gama: 1}}}"
+    )
+    convert(f"data: {{data_path: images}}\ntraining: {{model_checkpoint: x, pipeline: {{steps: [{step}]}}}}\n", code=1)
+    said = convert.said  # type: ignore[attr-defined]
+    for text in (
+        "kl_beta: is not needed: acts on the autoencoder",
+        "Lion has no such argument",
+        "Did you mean 'gamma'",
+    ):
+        assert text in said
+    convert_again = "{name: a, n_epochs: 1, gan_training: true, freeze: [compressor]}"
+    found = read_settings(yaml.safe_load(f"training: {{pipeline: {{steps: [{convert_again}]}}}}"))
+    assert found is not None and any("freezes vae" in reason for _, reason in found.report.refused)
+
+
+def test_steps_without_a_data_set_have_that_of_the_whole_file() -> None:
+    found = read_settings(
+        yaml.safe_load(
+            "data: {data_path: images}\ntraining:\n  pipeline:\n    datasets: {more: {image_folder: more}}\n    steps:\n"
+            "      - {name: a, n_epochs: 1, train_vae: true}\n      - {name: b, n_epochs: 1, train_vae: true, dataset: more}\n"
+        )
+    )
+    assert found is not None and [step["use"] for step in found.document["steps"]] == [["data"], ["more"]]
+    assert [entry["name"] for entry in found.datasets] == ["data", "more"]

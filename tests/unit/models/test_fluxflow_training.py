@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.flow import diffusion
+from musubi_tuner.flow import MaskSettings, diffusion
 from musubi_tuner.models.fluxflow import FluxFlowConfig
 from musubi_tuner.models.fluxflow.calibration import calibrate, check, initialize
 from musubi_tuner.models.fluxflow.geometry import V2
@@ -96,6 +96,9 @@ def test_the_discriminator_sees_noise_and_r1_comes_every_so_often() -> None:
     seen: list[Tensor] = []
     model.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     assert set(critic.losses(batch, draws_of(task, batch), AT)) == {"disc", "r1"}
+    before = model.discriminator.backbone[0][0].weight_u.clone()
+    critic.begin(AT)
+    assert not torch.equal(before, model.discriminator.backbone[0][0].weight_u)
     assert 0.4 < float((seen[0] - batch.tensors["pixels"]).std()) < 0.6
     later: Any = SimpleNamespace(step=1, epoch=0)
     assert set(critic.losses(batch, draws_of(task, batch, 1), later)) == {"disc"}
@@ -165,6 +168,18 @@ def test_latents_are_normalised_on_the_way_in_and_back_on_the_way_out() -> None:
         drawn = process.solve(solver, perfect, torch.randn_like(x0), process.sampling_times(8, ()))
         torch.testing.assert_close(drawn, x0, atol=1e-3, rtol=1e-3)
     assert process.sigma(time).diff().min() > 0
+
+
+def test_masks_weigh_the_loss() -> None:
+    process = FluxFlowProcess(FluxFlowObjective(), masks=MaskSettings(1.0, 0.0))
+    weights = torch.zeros(2, 3, 4)
+    weights[:, 0] = 1
+    tensors = {"mask_weights": weights, "bert_mean": torch.zeros(2, 3)}
+    batch: Any = SimpleNamespace(tensors=tensors, valid={"mask_weights": torch.ones(2, dtype=torch.bool)})
+    inputs = process.conditioning(batch, torch.rand(2), {"text_dropout": torch.ones(2)})
+    error = torch.randn(2, 5, 3, 4)
+    loss = process.losses(error, torch.zeros_like(error), torch.rand(2), inputs, {}, 0)["main"].per_sample_B
+    torch.testing.assert_close(loss, error[:, :, 0].square().flatten(1).mean(dim=1) / 3)
 
 
 def test_lpips_is_its_definition() -> None:

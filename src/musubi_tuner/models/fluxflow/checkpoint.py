@@ -11,7 +11,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.encoders.locate import source
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.models.fluxflow.calibration import initialize
-from musubi_tuner.models.fluxflow.geometry import V2, FluxFlowConfig
+from musubi_tuner.models.fluxflow.geometry import LAYOUTS, FluxFlowConfig
 from musubi_tuner.models.fluxflow.settings import model_of
 from musubi_tuner.models.fluxflow.state_dict import PUBLISHED_FILES, System, build_part, read_system
 from musubi_tuner.randomness import keyed_seed
@@ -77,9 +77,8 @@ def geometry_of(config: RunConfig) -> FluxFlowConfig:
         found = _geometry(path, path.stat().st_mtime_ns)
         assert found is not None
         return found
-    layout = V2 if model_of(config).layout == "ff-v2" else {}
     try:
-        return FluxFlowConfig(**{**layout, **model_of(config).geometry})
+        return FluxFlowConfig(**{**LAYOUTS[model_of(config).layout], **model_of(config).geometry})
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"model.geometry: {problem}") from problem
 

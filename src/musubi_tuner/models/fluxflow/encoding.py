@@ -104,7 +104,11 @@ class BertTokens:
             raise ConfigError(
                 f"model.bert_tokenizer: knows {known} tokens, the text encoder {geometry.text_vocab}; give its own tokenizer"
             )
-        limit = min(model_of(config).text_max_tokens, geometry.text_positions)
+        limit = model_of(config).text_max_tokens
+        if limit > geometry.text_positions:
+            raise ConfigError(
+                f"model.text_max_tokens: is {limit}, but the text encoder has {geometry.text_positions} positions; lower it"
+            )
         self.tokenizer.enable_truncation(limit)
         self.tokenizer.enable_padding(length=limit, pad_token=PAD, pad_id=self.tokenizer.token_to_id(PAD) or 0)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError, TrainingError
+from musubi_tuner.flow import MaskSettings
 from musubi_tuner.memory.storage import Storing
 from musubi_tuner.models.family import First, ModelOutline, Trainee
 from musubi_tuner.models.fluxflow.calibration import LEAST_SPREAD, calibrate, check
@@ -57,7 +58,7 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     system, file = open_system(config)
     geometry = system.geometry or geometry_of(config)
     facts = config.spec.task(config)
-    wanted = ("compressor", "expander", "flow", "text_encoder") if facts.denoises else _parts_of(config, facts.roles)
+    wanted = ("compressor", "expander", "flow", "text_encoder") if facts.denoises else _parts_of(facts.roles)
     # A denoiser is one module and keeps all parts in it; elsewhere those without a role are carried along.
     used = [part for part in PARTS if part in wanted or (facts.denoises and part in system.parts)]
     parts = {part: make_part(part, system, config, geometry) for part in used}
@@ -104,7 +105,7 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     return Trainee(model, geometry, options, notes, prepare=prepare, carried=carried)
 
 
-def _parts_of(config: RunConfig, roles: Sequence[str]) -> tuple[str, ...]:
+def _parts_of(roles: Sequence[str]) -> tuple[str, ...]:
     """Parts that a task computes with: those of its roles, and the text encoder below a flow."""
     text = ("text_encoder",) if "flow" in roles else ()
     return (*(part for role in roles for part in (VAE_PARTS if role == "vae" else (role,))), *text)
@@ -172,10 +173,9 @@ def _start(vae: Any, pixels: Tensor, calibrates: bool, per_channel: bool, use_co
         count = calibrate(vae["compressor"], vae["expander"], pixels, per_channel)
         lines.append(f"calibrated {count} layers of the autoencoder on {len(pixels)} pictures")
     health = check(vae["compressor"], vae["expander"], pixels[:8], use_context)
-    lines.append(
-        f"start: mu varies by {health.spread:.3g} between pictures, the first layer's gradient is up to {health.gradient:.3g}"
-    )
-    if health.spread < LEAST_SPREAD:
+    varies = f"mu varies by {health.spread:.3g} between pictures" if len(pixels) > 1 else "there is one picture"
+    lines.append(f"start: {varies}, the first layer's gradient is up to {health.gradient:.3g}")
+    if len(pixels) > 1 and health.spread < LEAST_SPREAD:
         advice = "set model.calibrate = true" if not calibrates else "check that the pictures differ"
         lines.append(
             f"warning: the latents hardly depend on the pictures (below {LEAST_SPREAD:g}), so the reconstruction will not use them; {advice}"
@@ -236,7 +236,10 @@ def check_caches(config: RunConfig, geometry: FluxFlowConfig, shapes: dict[str, 
 
 def make_process(config: RunConfig, options: dict[str, Any]) -> FluxFlowProcess:
     """The process of a run; latents are normalised as the options say."""
-    return FluxFlowProcess(objective_of(config), options.get("latent_mean"), options.get("latent_spread"))
+    train = config.train
+    masks = MaskSettings(train.mask_foreground, train.mask_background, train.mask_normalize)
+    mean, spread = options.get("latent_mean"), options.get("latent_spread")
+    return FluxFlowProcess(objective_of(config), mean, spread, masks if train.masked_loss else None)
 
 
 def options_of(file: WeightFile) -> dict[str, Any]:
@@ -282,7 +285,7 @@ def outline_model(config: RunConfig) -> ModelOutline:
     with torch.device("meta"):
         model = build_system(geometry, ("compressor", "expander", "flow", "text_encoder"))
     freeze_all_but_flow(model)
-    limit = min(model_of(config).text_max_tokens, geometry.text_positions)
+    limit = model_of(config).text_max_tokens
     shapes: dict[str, tuple[int, ...]] = {"bert_mean": (geometry.text_width,)}
     if geometry.text_mode == "sequence":
         shapes = {"bert_states": (limit, geometry.text_width), "bert_mask": (limit,)}

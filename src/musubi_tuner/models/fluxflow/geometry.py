@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
+MOST_HALVINGS = 4
+"""Of a picture whose sides are multiples of 16."""
 POINTS_OF_LOGVAR = (-3.0, -1.0, 1.0, 3.0)
 
 
@@ -89,6 +91,11 @@ class FluxFlowConfig:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 1):
                 raise ValueError(f"{field.name} is {value}, it must be at least {least.get(field.name, 1)}")
+        for name in ("downscales", "disc_depth"):
+            if getattr(self, name) > MOST_HALVINGS:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, at most {MOST_HALVINGS}: sides of pictures are multiples of 16"
+                )
         if self.vae_dim % self.attn_heads:
             raise ValueError(f"vae_dim {self.vae_dim} is not a multiple of attn_heads {self.attn_heads}")
         if self.vae_dim > 32 and self.vae_dim % 32:
@@ -171,3 +178,5 @@ V2: dict[str, Any] = {
     "text_mode": "sequence",
 }
 """What new models should have (`ff-v2`); off for weights of the published program."""
+LAYOUTS: dict[str, dict[str, Any]] = {"ff-v2": V2, "published": {}}
+"""Value of model.layout -> the fields that it changes."""

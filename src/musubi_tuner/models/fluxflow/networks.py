@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from musubi_tuner.models.fluxflow.encoding import FluxFlowAutoencoder, FluxFlowText
 
+ACTING = ("attn_heads", "latent_skip", "pair_residual", "p_pre")
+"""Fields of the geometry that change the latents, and not the shapes of weights."""
 of_checkpoint: tuple[str, ...] = ("latents", "text")
 """Kinds of cache that are made by networks in the checkpoint that is trained."""
 
@@ -63,11 +65,12 @@ def settings(config: RunConfig, kind: str) -> dict[str, Any]:
 
     geometry, model = geometry_of(config), model_of(config)
     if kind == "latents":
-        return {"latent_space": geometry.latent_space}
+        return {"latent_space": geometry.latent_space, "layout": [getattr(geometry, name) for name in ACTING]}
     return {
         "text_max_tokens": model.text_max_tokens,
         "text_mode": geometry.text_mode,
         "compat": geometry.compat,
+        "text_heads": geometry.text_heads,
         "tokens": trains_language(config),
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.device import to_model
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.flow import diffusion, min_snr_weight, squared_error, v_target, vp_interpolate
+from musubi_tuner.flow import MaskSettings, diffusion, min_snr_weight, squared_error, v_target, vp_interpolate
 from musubi_tuner.models.family import LossTerm
 from musubi_tuner.models.fluxflow.settings import FluxFlowObjective
 
@@ -31,15 +31,20 @@ class FluxFlowProcess:
 
     Args:
         objective: times, weights and dropout. mean, spread: of the latents per channel; None = they are taken as they are.
+        masks: how loss masks weigh; None = they do not.
     """
 
     uniforms: tuple[str, ...] = ("text_dropout",)
     time_draw = "uniform"
 
     def __init__(
-        self, objective: FluxFlowObjective, mean: Sequence[float] | None = None, spread: Sequence[float] | None = None
+        self,
+        objective: FluxFlowObjective,
+        mean: Sequence[float] | None = None,
+        spread: Sequence[float] | None = None,
+        masks: MaskSettings | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.masks = objective, masks
         betas = (objective.beta_start, objective.beta_end)
         self.alphas = diffusion.linear_alphas(
             *betas, scaled=objective.beta_schedule == "scaled_linear", zero_terminal=objective.zero_terminal_snr
@@ -88,7 +93,10 @@ class FluxFlowProcess:
     def conditioning(self, batch: "Batch", time_B: Tensor, uniforms: dict[str, Tensor]) -> dict[str, Any]:
         """Texts, of which some are dropped."""
         keep = uniforms["text_dropout"] >= self.objective.text_dropout
-        return {**{name: batch.tensors[name] for name in TEXTS if name in batch.tensors}, "keep": keep}
+        inputs = {**{name: batch.tensors[name] for name in TEXTS if name in batch.tensors}, "keep": keep}
+        if self.masks is not None and "mask_weights" in batch.tensors:
+            inputs["mask_weights"] = self.masks.weights(batch.tensors["mask_weights"], batch.valid["mask_weights"])
+        return inputs
 
     def predict(
         self, model: nn.Module, noisy: Tensor, time_B: Tensor, inputs: dict[str, Any]
@@ -108,7 +116,10 @@ class FluxFlowProcess:
         update: int,
     ) -> dict[str, LossTerm]:
         """Mean squared error over all latent values, weighted by min-SNR if asked for."""
-        loss = squared_error(prediction, target).flatten(1).mean(dim=1)
+        error = squared_error(prediction, target)
+        if "mask_weights" in inputs:
+            error = error * inputs["mask_weights"][:, None]
+        loss = error.flatten(1).mean(dim=1)
         if self.objective.min_snr_gamma:
             loss = loss * min_snr_weight(1 - self.sigma(time_B), self.objective.min_snr_gamma, "vpred")
         return {"main": LossTerm(loss, 1.0)}

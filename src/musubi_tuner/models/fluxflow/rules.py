@@ -1,11 +1,13 @@
 """Static rules of the FluxFlow family. Torch-free."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from musubi_tuner.config.diagnostics import Diagnostic, error, warning
+from musubi_tuner.config.diagnostics import Diagnostic, did_you_mean, error, warning
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.when import describe
+from musubi_tuner.models.fluxflow.geometry import LAYOUTS, FluxFlowConfig
 from musubi_tuner.models.fluxflow.settings import model_of, objective_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,31 @@ def _mode(config: "RunConfig") -> Iterator[Diagnostic]:
             "is false and so are objective.train_diff and train_diff_full, so nothing would be trained; set one of them"
         )
         yield error("F01", "objective.train_vae", text, "objective.train_diff")
+
+
+@rule("F11 U01 NA03", "model.init model.geometry model.layout model.text_max_tokens")
+def _shape_of_a_new_model(config: "RunConfig") -> Iterator[Diagnostic]:
+    model, step = model_of(config), config.step
+    if model.init != "scratch":
+        if model.geometry and (step is None or "geometry" in (step.own.get("model") or {})):
+            text = 'has no effect because model.init is "checkpoint", whose shape is that of its file'
+            yield warning("NA03", "model.geometry", text, "model.init")
+        return
+    known = [field.name for field in fields(FluxFlowConfig)]
+    unknown = [key for key in model.geometry if key not in known]
+    for key in unknown:
+        yield error("U01", f"model.geometry.{key}", f"unknown key.{did_you_mean(key, known)}")
+    if unknown:
+        return
+    try:
+        geometry = FluxFlowConfig(**{**LAYOUTS[model.layout], **model.geometry})
+    except (TypeError, ValueError) as problem:
+        yield error("F11", "model.geometry", str(problem))
+        return
+    trains_text = objective_of(config).train_diff or objective_of(config).train_diff_full
+    if trains_text and model.bert_path is None and model.text_max_tokens > geometry.text_positions:
+        text = f"is {model.text_max_tokens}, but the text encoder has {geometry.text_positions} positions; lower it"
+        yield error("F11", "model.text_max_tokens", text, "model.geometry")
 
 
 @rule("F04", "objective.train_vae objective.train_diff objective.train_diff_full model.init model.path model.vae_path")

@@ -213,47 +213,26 @@ def read_system(file: WeightFile) -> System:
 
 def build_part(part: str, config: FluxFlowConfig) -> nn.Module:
     """One part with fresh weights, or on the meta device inside ``torch.device("meta")``."""
+
+    def same(*names: str) -> dict[str, Any]:
+        """Arguments that have the names of fields."""
+        return {name: getattr(config, name) for name in names}
+
     if part == "compressor":
-        return Compressor(
-            d_model=config.vae_dim,
-            downscales=config.downscales,
-            max_hw=config.max_hw,
-            attn_layers=config.attn_layers,
-            attn_heads=config.attn_heads,
-            attn_ff_mult=config.attn_ff_mult,
-            down_kernel=config.down_kernel,
-            p_pre=config.p_pre,
-            latent_skip=config.latent_skip,
-            down_shortcut=config.down_shortcut,
-            pair_residual=config.pair_residual,
-            logvar_points=config.logvar_points,
-        )
+        own = same("downscales", "max_hw", "attn_layers", "attn_heads", "attn_ff_mult", "down_kernel", "p_pre", "latent_skip",
+                   "down_shortcut", "pair_residual", "logvar_points")  # fmt: skip
+        return Compressor(d_model=config.vae_dim, **own)
     if part == "expander":
-        return Expander(
-            config.vae_dim,
-            config.downscales,
-            config.max_hw,
-            up_kernel=config.up_kernel,
-            mix_kernel=config.mix_kernel,
-            up_skip=config.up_skip,
-            p_pre=config.p_pre,
-            head_widths=config.head_widths,
-            rgb_norm=config.rgb_norm,
-        )
+        own = same("max_hw", "up_kernel", "mix_kernel", "up_skip", "p_pre", "head_widths", "rgb_norm")
+        return Expander(config.vae_dim, config.downscales, **own)
     if part == "flow":
         return FlowProcessor(
             config.feature_maps_dim,
-            config.vae_dim,
-            config.text_embedding_dim,
-            config.flow_heads,
-            config.flow_layers,
-            config.max_hw,
-            config.ctx_tokens,
-            compat=config.compat,
-            rotary=config.rotary,
-            controls=config.controls,
-            flow_head=config.flow_head,
+            embedding_size=config.text_embedding_dim,
+            n_head=config.flow_heads,
+            n_layers=config.flow_layers,
             text_width=config.text_width if config.text_mode == "sequence" else 0,
+            **same("vae_dim", "max_hw", "ctx_tokens", "compat", "rotary", "controls", "flow_head"),
         )
     if part == "text_encoder":
         geometry = {

@@ -145,7 +145,7 @@ class VaePhase:
         return True
 
     def begin(self, at: "Position") -> None:
-        pass
+        """Nothing: no buffers of it move."""
 
     def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
         objective, pixels = self.objective, batch.tensors["pixels"]
@@ -196,7 +196,7 @@ class FlowPhase:
         return True
 
     def begin(self, at: "Position") -> None:
-        pass
+        """Nothing: no buffers of it move."""
 
     def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
         x0 = self._latents(batch)

@@ -5,6 +5,7 @@ training.pipeline become [[steps]]. Every key of the source is in one list of th
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ HARMLESS = {
     "model_type": "the Bezier model is the only one", "webdataset_image_key": "there are no streams",
     "webdataset_label_key": "there are no streams", "webdataset_caption_key": "there are no streams",
     "webdataset_size": "there are no streams", "webdataset_samples_per_shard": "there are no streams",
-    "config": "is this file", "script": "is the program", "validate_pipeline": "write --plan", "freeze": "only the roles of a step move",
+    "optimizer_type": "is read with its table", "config": "is this file", "script": "is the program", "validate_pipeline": "write --plan", "freeze": "only the roles of a step move",
     "unfreeze": "only the roles of a step move", "freeze_vae": "only the roles of a step move", "freeze_flow": "only the roles of a step move",
     "freeze_text_encoder": "only the roles of a step move", "freeze_modules": "only the roles of a step move",
 }  # fmt: skip
@@ -55,7 +56,6 @@ CHANGING = {
     "adaptive_weights": "it makes lambda_adv act hardly at all and can turn the sign of the adversarial loss; weights are fixed here",
     "test_image_address": "reconstructions are those of pictures of the data (sample.reconstructions)",
     "use_gradient_checkpointing": "is not there for FluxFlow; a smaller batch with accumulation saves memory too",
-    "lr_min": "is the factor of a cosine's end; write scheduler.min_lr",
 }  # fmt: skip
 REFUSED = {
     "use_webdataset": "WebDataset streams are not supported yet; unpack the shards into a folder",
@@ -85,6 +85,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Optimizers of the source by role."""
+ARGUMENTS = {"betas": ("Lion", "AdamW", "Adam"), "eps": ("AdamW", "Adam", "RMSprop"), "decoupled_weight_decay": ("Lion",),
+             "amsgrad": ("AdamW", "Adam"), "momentum": ("SGD", "RMSprop"), "dampening": ("SGD",), "nesterov": ("SGD",),
+             "alpha": ("RMSprop",), "centered": ("RMSprop",)}  # fmt: skip
+"""Argument of the source's optimizers -> those that it builds with it."""
+CURVES = {"CosineAnnealingLR": ("eta_min_factor", "T_max"), "LinearLR": ("start_factor", "end_factor", "total_iters"),
+          "ConstantLR": ("factor", "total_iters"), "StepLR": ("step_size", "gamma"), "ExponentialLR": ("gamma",),
+          "ReduceLROnPlateau": ("factor", "patience", "threshold", "mode")}  # fmt: skip
+"""Its schedulers -> their keys."""
+OF_VAE = ("kl_beta", "kl_warmup_steps", "kl_free_bits", "lambda_adv", "lambda_lpips", "mse_weight", "r1_interval", "r1_gamma",
+          "instance_noise_std", "instance_noise_decay", "train_reconstruction", "use_lpips", "train_spade")  # fmt: skip
+"""Keys of a step that act on its autoencoder."""
+SLOW = 0.9999
+"""Decay of the source's average of flow and text encoder."""
+WHOLE = "data"
+"""Name of the data set of the whole file, where steps have others."""
 PIECES = 10
 """Falls of a StepLR that are written out."""
 
@@ -105,7 +120,7 @@ class _Importer:
     """One file.
 
     Attributes:
-        tables: of our run file. data: its data sets.
+        tables: of our run file. lr_min: end of a cosine as a share of the rate. drawings: checkpoints between two drawings.
     """
 
     def __init__(self) -> None:
@@ -113,33 +128,42 @@ class _Importer:
         self.tables: dict[str, Any] = {"schema_version": 1, "run": {"name": "fluxflow"}, "model": {"arch": "ff"}}
         self.general: dict[str, Any] = {}
         self.names: dict[str, str] = {}
-        self.prefix: str | None = None
+        self.lr_min, self.drawings = 0.1, 1
 
     def run(self, document: dict[str, Any]) -> Imported:
         flat = dict(_flattened(document))
+        self.lr_min = next((self._number(key, flat.pop(key), 0.1) for key in list(flat) if _leaf(key) == "lr_min"), 0.1)
+        self.drawings = next(
+            (self._number(key, flat.pop(key), 1) for key in list(flat) if _leaf(key) == "samples_per_checkpoint"), 1
+        )
+        silent = True in [flat.pop(key) for key in list(flat) if _leaf(key) == "no_samples"]
         pipeline = flat.pop("training.pipeline", None)
         components = self._components(flat)
         data = {
             name: flat.pop(key)
             for key in list(flat)
-            if (name := key.rpartition(".")[2]) in ("data_path", "captions_file", "fixed_prompt_prefix")
+            if (name := _leaf(key)) in ("data_path", "captions_file", "fixed_prompt_prefix")
         }
-        rate = next((number(flat.pop(key)) for key in list(flat) if key.rpartition(".")[2] == "lr"), 5e-7)
+        rate = next((self._number(key, flat.pop(key), 5e-7) for key in list(flat) if _leaf(key) == "lr"), 5e-7)
         whole = pipeline is None
         for key, value in flat.items():
-            if not whole and key.rpartition(".")[2] in (*MODES, "train_flow", "train_reconstruction", "n_epochs"):
+            if not whole and _leaf(key) in (*MODES, "train_flow", "train_reconstruction", "n_epochs"):
                 self.report.dropped_harmless.append((key, "the steps of the pipeline say what is trained"))
             else:
-                self._key(key, key.rpartition(".")[2], value, self.tables)
+                self._key(key, _leaf(key), value, self.tables)
         self._model(document)
         datasets = self._data(data)
+        if silent and self.tables.get("sample", {}).pop("prompts", None) is not None:
+            self.report.leave_out("sample.prompts", "no_samples is set")
         if whole:
             self._roles("", self.tables, components, rate, given=bool(components))
         else:
             datasets = self._pipeline(pipeline, rate, components, datasets)
         self.tables["run"].setdefault("output_dir", "outputs")
-        if "sample" in self.tables and "every_steps" in self.tables.get("save", {}):
-            self.tables["sample"].setdefault("every_steps", self.tables["save"]["every_steps"])
+        every = self.tables.get("save", {}).get("every_steps")
+        if not silent and isinstance(every, int):
+            self.tables.setdefault("sample", {})["every_steps"] = every * max(1, int(self.drawings))
+            self.report.defaulted.append(("sample.every_steps", every * max(1, int(self.drawings))))
         return Imported(self.tables, self.general, self.report, self.names, datasets)
 
     def _key(self, source: str, name: str, value: Any, tables: dict[str, Any], step: bool = False) -> None:
@@ -175,11 +199,6 @@ class _Importer:
                 report.dropped_changes_result.append(
                     (f"({source})", "only the first size is drawn; write --w and --h behind prompts")
                 )
-        elif name == "no_samples":
-            self.names.pop("sample.prompts", None)
-            report.dropped_harmless.append((source, "samples are drawn where sample.prompts has some"))
-        elif name == "samples_per_checkpoint":
-            report.dropped_harmless.append((source, "sample.every_steps says when"))
         elif name in SECRETS:
             if value:
                 report.secrets_removed.append(source)
@@ -199,7 +218,6 @@ class _Importer:
                 *REFUSED,
                 "use_fp16",
                 "sample_sizes",
-                "no_samples",
                 "optimizers",
                 "schedulers",
                 "dataset",
@@ -245,6 +263,10 @@ class _Importer:
                 ("fixed_prompt_prefix", prefix, "general.caption_prefix", f"{prefix}.", "prefix, point, caption")
             )
         if data.get("data_path") is None:
+            if data.get("captions_file") is not None:
+                self.report.needs_you.append(
+                    ("captions_file", "lists captions of data_path, which is not there; name the folder")
+                )
             return []
         return [self._folder("data_path", "captions_file", data["data_path"], data.get("captions_file"))]
 
@@ -259,7 +281,7 @@ class _Importer:
     def _components(self, flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Optimizers and schedulers by role, from a JSON file or tables of the whole file."""
         found: dict[str, dict[str, Any]] = {}
-        for key in [key for key in flat if key.rpartition(".")[2] == "optim_sched_config"]:
+        for key in [key for key in flat if _leaf(key) == "optim_sched_config"]:
             named = flat.pop(key)
             if named in OFF:
                 continue
@@ -273,11 +295,9 @@ class _Importer:
             self.report.converted.append((key, named, "roles", "...", "optimizers and schedules by role"))
             self._collect(key, own, found)
         for key in [
-            key
-            for key in flat
-            if key.rpartition(".")[2] in ("optimizer_config", "scheduler_config", "optimizers", "schedulers")
+            key for key in flat if _leaf(key) in ("optimizer_config", "scheduler_config", "optimizers", "schedulers")
         ]:
-            kind = "optimizers" if "optimizer" in key.rpartition(".")[2] else "schedulers"
+            kind = "optimizers" if "optimizer" in _leaf(key) else "schedulers"
             self._collect(key, {kind: flat.pop(key)}, found)
         return found
 
@@ -287,7 +307,9 @@ class _Importer:
             for name, own in entries.items() if isinstance(entries, dict) else ():
                 if name not in ROLE_OF:
                     self.report.unknown.append((f"{where}.{kind}.{name}", did_you_mean(name, ROLE_OF)))
-                elif isinstance(own, dict):
+                elif not isinstance(own, dict):
+                    self.report.refused.append((f"{where}.{kind}.{name}", f"is {own!r}, expected a table"))
+                else:
                     found.setdefault(ROLE_OF[name], {})[other] = (f"{where}.{kind}.{name}", own)
 
     def _roles(
@@ -311,14 +333,19 @@ class _Importer:
         for role in roles:
             own = components.get(role) or (components.get("vae") if role == "discriminator" and given else None) or {}
             optimizer = self._optimizer(*own["optimizer"]) if "optimizer" in own else self._default(role, rate, given)
-            scheduler = self._scheduler(own["scheduler"], optimizer.get("lr", rate)) if "scheduler" in own else {}
-            if alone:
-                tables["optimizer"], schedule = optimizer, scheduler
-                if schedule:
-                    tables["scheduler"] = schedule
+            own_rate = optimizer.get("lr", rate)
+            if "scheduler" in own:
+                scheduler = self._scheduler(own["scheduler"], own_rate)
             else:
-                table = {"optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
-                tables.setdefault("roles", {})[role] = table
+                factor = 0.001 if role == "text_encoder" else self.lr_min
+                scheduler = {"type": "cosine", "min_lr": _short(own_rate * factor)}
+                self.report.defaulted.append((f"{where}{role} scheduler", "cosine"))
+            if alone:
+                tables["optimizer"], tables["scheduler"] = optimizer, scheduler
+                tables.setdefault("ema", {}).setdefault("decay", SLOW)
+            else:
+                slow = {"ema": {"decay": SLOW}} if role in ("flow", "text_encoder") else {}
+                tables.setdefault("roles", {})[role] = {"optimizer": optimizer, "scheduler": scheduler, **slow}
         for role in [role for role in components if role not in roles]:
             for source, _ in components[role].values():
                 self.report.dropped_harmless.append((source, "this role does not train"))
@@ -338,29 +365,29 @@ class _Importer:
             return {}
         found: dict[str, Any] = {
             "type": kind,
-            "lr": values.pop("lr", 1e-5),
-            "weight_decay": values.pop("weight_decay", 0.0),
+            "lr": self._number(f"{source}.lr", values.pop("lr", 1e-5), 1e-5),
+            "weight_decay": self._number(f"{source}.weight_decay", values.pop("weight_decay", 0.0), 0.0),
         }
         arguments: dict[str, Any] = {}
         for key, value in values.items():
-            if key == "betas" and kind in ("Lion", "AdamW", "Adam"):
-                found["betas"] = [float(each) for each in value]
-            elif key == "eps" and kind in ("AdamW", "Adam", "RMSprop"):
-                found["eps"] = value
-            elif key == "decoupled_weight_decay" and kind == "Lion":
-                if not value:
-                    self.report.dropped_changes_result.append(
-                        (f"{source}.{key}", "weight decay of Lion is decoupled here")
-                    )
-            elif key in {"amsgrad": ("AdamW", "Adam")}.get(key, ()) or (
-                key in ("momentum", "alpha", "centered", "nesterov", "dampening", "amsgrad")
-            ):
-                if value not in (False, None):
-                    arguments[key] = value
-            elif key not in ("betas", "eps", "decoupled_weight_decay"):
-                self.report.unknown.append(
-                    (f"{source}.{key}", did_you_mean(key, ("lr", "betas", "weight_decay", "momentum", "alpha")))
+            where = f"{source}.{key}"
+            if key not in ARGUMENTS:
+                self.report.unknown.append((where, did_you_mean(key, (*ARGUMENTS, "lr", "weight_decay"))))
+            elif kind not in ARGUMENTS[key] or value is None:
+                self.report.dropped_harmless.append(
+                    (where, f"{kind} has no such argument" if value is not None else "holds nothing")
                 )
+            elif key == "betas":
+                if not isinstance(value, list) or len(value) != 2 or not all(_is_real(number(each)) for each in value):
+                    self.report.refused.append((where, f"is {value!r}, expected two numbers"))
+                else:
+                    found["betas"] = [float(number(each)) for each in value]
+            elif key == "eps":
+                found["eps"] = self._number(where, value, 1e-8)
+            elif key != "decoupled_weight_decay":
+                arguments[key] = value
+            elif not value:
+                self.report.dropped_changes_result.append((where, "weight decay of Lion is decoupled here"))
         if arguments:
             found["args"] = arguments
         self.report.carried.append((source, "optimizer", found))
@@ -370,49 +397,57 @@ class _Importer:
         source, own = entry
         values = {key: number(value) for key, value in own.items()}
         kind = values.pop("type", values.pop("scheduler_type", "CosineAnnealingLR"))
-        length = values.get("total_iters")
-        found: dict[str, Any] | None = None
+        if not isinstance(kind, str) or kind not in CURVES:
+            self.report.refused.append(
+                (source, f"{kind!r} is no scheduler of the source, which has {', '.join(CURVES)}")
+            )
+            return {}
+        known = CURVES[kind]
+        for key in [key for key in values if key not in known]:
+            others = any(key in keys for keys in CURVES.values())
+            if others:
+                self.report.dropped_harmless.append((f"{source}.{key}", f"{kind} has no such key"))
+            else:
+                self.report.unknown.append((f"{source}.{key}", did_you_mean(key, known)))
+        values = {
+            key: self._number(f"{source}.{key}", values[key], None) for key in known if key in values and key != "mode"
+        }
+        values = {key: value for key, value in values.items() if value is not None}
+        length, rule = int(values.get("total_iters", 0)), "the same curve"
+        found: dict[str, Any]
         if kind == "CosineAnnealingLR":
             found = {"type": "cosine", "min_lr": _short(rate * values.get("eta_min_factor", 0.1))}
             if values.get("T_max"):
                 found["total_steps"] = int(values["T_max"])
+        elif kind == "LinearLR" and values.get("start_factor", 1.0) < values.get("end_factor", 0.1):
+            found, rule = (
+                {"type": "constant", "warmup_steps": length or 5},
+                "a warm-up that begins at 0, not at start_factor",
+            )
         elif kind == "LinearLR":
-            start, end = values.get("start_factor", 1.0), values.get("end_factor", 0.1)
-            if start < end:
-                found = {"type": "constant", "warmup_steps": int(length or 5)}
-            else:
-                found = {
-                    "type": "linear",
-                    "min_lr": _short(rate * end),
-                    **({"total_steps": int(length)} if length else {}),
-                }
+            found = {"type": "linear", "min_lr": _short(rate * values.get("end_factor", 0.1))}
+            if length:
+                found["total_steps"] = length
         elif kind == "ConstantLR":
             factor = values.get("factor", 1.0)
-            found = (
-                {"type": "constant"}
-                if factor == 1
-                else {"type": "piecewise_constant", "rules": f"{factor:g}:{int(length or 5)},1"}
+            found = {"type": "constant"}
+            if factor != 1:
+                found = {"type": "piecewise_constant", "rules": f"{factor:g}:{length or 5},1"}
+        elif kind == "StepLR" and values.get("step_size"):
+            step, gamma = int(values["step_size"]), values.get("gamma", 0.1)
+            pieces = [f"{gamma**n:g}:{step * (n + 1)}" for n in range(PIECES)]
+            found, rule = (
+                {"type": "piecewise_constant", "rules": ",".join([*pieces, f"{gamma**PIECES:g}"])},
+                f"its first {PIECES} falls",
             )
-        elif kind == "StepLR":
-            step, gamma = values.get("step_size"), values.get("gamma", 0.1)
-            if step:
-                pieces = [f"{gamma**n:g}:{int(step) * (n + 1)}" for n in range(PIECES)]
-                found = {"type": "piecewise_constant", "rules": ",".join([*pieces, f"{gamma**PIECES:g}"])}
         elif kind == "ReduceLROnPlateau":
-            found = {
-                "type": "plateau",
-                "factor": values.get("factor", 0.1),
-                "patience": int(values.get("patience", 10)),
-            }
-        if found is None:
-            way = (
-                "use CosineAnnealingLR or StepLR with step_size"
-                if kind in ("ExponentialLR", "StepLR")
-                else "use one that the source builds"
-            )
-            self.report.refused.append((source, f"{kind} is not supported; {way}"))
+            found, rule = {"type": "plateau"}, "measured by epochs and not by updates"
+            found |= {key: int(value) if key == "patience" else value for key, value in values.items()}
+        else:
+            way = "StepLR with step_size" if kind == "StepLR" else "CosineAnnealingLR, or StepLR with step_size"
+            self.report.refused.append((source, f"{kind} is not supported like that; use {way}"))
             return {}
-        self.report.converted.append((source, kind, "scheduler.type", found["type"], "the same curve"))
+        self.report.converted.append((source, kind, "scheduler.type", found["type"], rule))
         return found
 
     def _pipeline(
@@ -420,21 +455,26 @@ class _Importer:
     ) -> list[dict[str, Any]]:
         """Steps, and their data sets."""
         own = dict(pipeline) if isinstance(pipeline, dict) else {}
-        steps, defaults = own.pop("steps", None), own.pop("defaults", None) or {}
-        named, usual = own.pop("datasets", None) or {}, own.pop("default_dataset", None)
+        steps, defaults = own.pop("steps", None), self._table("pipeline.defaults", own.pop("defaults", None))
+        named, usual = self._table("pipeline.datasets", own.pop("datasets", None)), own.pop("default_dataset", None)
         for key in own:
             self._key(f"pipeline.{key}", key, own[key], {})
         if not isinstance(steps, list) or not steps:
             self.report.refused.append(("training.pipeline.steps", "No pipeline steps defined"))
             return datasets
         found = list(datasets)
+        if datasets and named:  # steps that name no data set have that of the whole file
+            datasets[0]["name"] = WHOLE
+            usual = WHOLE if usual is None else usual
         for name, table in named.items():
             entry = self._named(name, table)
             if entry is not None:
                 found.append(entry)
         self.tables["steps"] = []
+        known = {*named, *(entry["name"] for entry in datasets if "name" in entry)}
         for index, step in enumerate(steps):
-            self.tables["steps"].append(self._step(index, {**defaults, **step}, rate, components, usual, set(named)))
+            own_keys = self._table(f"pipeline.steps[{index}]", step)
+            self.tables["steps"].append(self._step(index, {**defaults, **own_keys}, rate, components, usual, known))
         return found
 
     def _named(self, name: str, table: Any) -> dict[str, Any] | None:
@@ -451,7 +491,7 @@ class _Importer:
         entry = {"name": name, **self._folder(f"{where}.image_folder", f"{where}.captions_file", folder, captions)}
         for key, value in rest.items():
             if key == "batch_size":
-                entry["batch_size"] = int(number(value))
+                entry["batch_size"] = int(self._number(f"{where}.{key}", value, 1))
                 self.report.carried.append((f"{where}.{key}", "datasets.batch_size", value))
             else:
                 self._key(f"{where}.{key}", key, value, {}, step=True)
@@ -471,46 +511,65 @@ class _Importer:
         data = step.pop("dataset", usual)
         if data is not None:
             found["use"] = [data]
-            if data not in named:
+            if not isinstance(data, str) or data not in named:
                 self.report.refused.append(
                     (f"{where}.dataset", f"{data!r} is no data set.{did_you_mean(str(data), named)}")
                 )
-        own_rate = number(step.pop("lr", rate))
+        own_rate = self._number(f"{where}.lr", step.pop("lr", rate), rate)
         for key in ("stop_condition", "transition_on", "transition_criteria"):
             if key in step:
                 self._until(f"{where}.{key}", step.pop(key), step, found)
+        trains = any(step.get(mode) for mode in ("train_vae", "gan_training"))
         for key, value in step.items():
-            self._key(f"{where}.{key}", key, value, found, step=True)
+            if (
+                key in OF_VAE
+                and not trains
+                and any(step.get(mode) for mode in ("train_diff", "train_diff_full", "train_flow"))
+            ):
+                self.report.dropped_harmless.append(
+                    (f"{where}.{key}", "acts on the autoencoder, which this step does not train")
+                )
+            else:
+                self._key(f"{where}.{key}", key, value, found, step=True)
         objective = found.setdefault("objective", {})
         if not any(objective.get(mode) for mode in MODES):
             self.report.refused.append((where, f"has no mode; set one of {', '.join(MODES)}"))
-        self._frozen(where, step, objective)
         self._roles(f"{where}.", found, own or components, own_rate, given=True)
-        if (objective.get("train_diff") or objective.get("train_diff_full")) and not objective.get("train_vae"):
-            for key in [
-                key
-                for key in objective
-                if key in ("kl_beta", "kl_warmup_steps", "kl_free_bits", "lambda_adv", "lambda_lpips", "mse_weight")
-            ]:
-                del objective[key]
+        self._frozen(where, step, objective)
         return found
 
     def _frozen(self, where: str, step: Mapping[str, Any], objective: Mapping[str, Any]) -> None:
         """Conflicts of what is frozen with what is trained."""
-        frozen = {
-            ROLE_OF.get(str(part), "vae" if part in ("compressor", "expander") else str(part))
-            for part in step.get("freeze") or []
-        }
-        frozen |= {
-            name
-            for name, key in (("vae", "freeze_vae"), ("flow", "freeze_flow"), ("text_encoder", "freeze_text_encoder"))
-            if step.get(key)
-        }
+        listed = step.get("freeze") or []
+        if not isinstance(listed, list):
+            self.report.refused.append((f"{where}.freeze", f"is {listed!r}, expected a list of parts"))
+            return
+        frozen = {ROLE_OF.get(str(part), "vae" if part in ("compressor", "expander") else str(part)) for part in listed}
+        for part in sorted(frozen - {*ROLE_OF.values()}):
+            self.report.unknown.append((f"{where}.freeze", f" {part!r} is no part.{did_you_mean(part, ROLE_OF)}"))
+        own = (("vae", "freeze_vae"), ("flow", "freeze_flow"), ("text_encoder", "freeze_text_encoder"))
+        frozen |= {name for name, key in own if step.get(key)}
         trained = {"vae"} if objective.get("train_vae") else set()
         trained |= {"flow"} if objective.get("train_diff") or objective.get("train_diff_full") else set()
         trained |= {"text_encoder"} if objective.get("train_diff_full") else set()
+        trained |= {"discriminator"} if objective.get("gan_training") else set()
         for role in sorted(frozen & trained):
             self.report.refused.append((f"{where}.freeze", f"freezes {role}, which the step trains"))
+
+    def _number(self, source: str, value: Any, otherwise: Any) -> Any:
+        """A value that must be a number; what is none is refused."""
+        found = number(value)
+        if _is_real(found):
+            return found
+        self.report.refused.append((source, f"is {value!r}, expected a number"))
+        return otherwise
+
+    def _table(self, source: str, value: Any) -> dict[str, Any]:
+        """A value that must be a table; what is none is refused."""
+        if value is None or isinstance(value, dict):
+            return dict(value or {})
+        self.report.refused.append((source, f"is {value!r}, expected a table"))
+        return {}
 
     def _until(self, source: str, rule: Any, step: dict[str, Any], found: dict[str, Any]) -> None:
         """An early end by a metric."""
@@ -521,7 +580,7 @@ class _Importer:
         metric = values.get("metric") or values.get("loss_name") or values.get("metric_name")
         limit = values.get("threshold", values.get("loss_threshold"))
         tag = next((tag for tag, names in METRICS.items() if metric in names), None)
-        if tag is None or limit is None:
+        if tag is None or not _is_real(number(limit)):
             known = ", ".join(name for names in METRICS.values() for name in names[:1])
             self.report.refused.append(
                 (source, f"names the metric {metric!r} and the threshold {limit!r}; known metrics: {known}")
@@ -531,9 +590,10 @@ class _Importer:
         until = {"metric": "loss/main" if tag == "loss/flow" and alone else tag, "below": float(number(limit))}
         for key in ("min_epochs", "patience"):
             if values.get(key) is not None:
-                until[key] = int(values[key])
+                until[key] = int(self._number(f"{source}.{key}", values[key], 1))
         if values.get("max_epochs") is not None:
-            step["n_epochs"] = min(int(values["max_epochs"]), int(step.get("n_epochs", values["max_epochs"])))
+            most = int(self._number(f"{source}.max_epochs", values["max_epochs"], 1))
+            step["n_epochs"] = min(most, int(self._number(f"{source}.n_epochs", step.get("n_epochs", most), most)))
         found["until"] = until
         self.report.converted.append(
             (source, metric, "until.metric", until["metric"], "mean of the last 20 logged values")
@@ -548,6 +608,15 @@ def _flattened(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{key}.{name}", own
         else:
             yield key, value
+
+
+def _leaf(key: str) -> str:
+    """A key without its section."""
+    return key.rpartition(".")[2]
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: float) -> float:
