@@ -192,6 +192,7 @@ def test_text_encoder_and_all_parts_together(
         {"name": "language", "start": "previous", "objective": {**full, "train_language": True}},
         {
             "name": "joint",
+            "save": {"dtype": "bfloat16"},  # of what trains; the text encoder keeps its bits
             "start": "previous",
             "objective": {"train_vae": True, "train_diff": True, "text_dropout": 0.5},
         },
