@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Name = Literal[
-    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "rex", "piecewise_constant",
-    "plateau", "adafactor",
+    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "rex", "exponential",
+    "piecewise_constant", "plateau", "adafactor",
 ]  # fmt: skip
 
 
@@ -27,6 +27,7 @@ class Curve:
         cycles: falls of a cosine with restarts. power: of a polynomial. timescale: of an inverse square root; None = the warm-up,
             or 10,000 without one. decay: updates of the fall at the end of a stable curve, or their share of all; None = a tenth.
             rex_alpha: of rex, which is z / (alpha + (1 - alpha) z) of what is left of the time, z.
+        gamma: of an exponential, whose rate is multiplied by it at every update.
         pieces: (update at which a piece ends, its multiplier), then the multiplier of the rest.
         least: floor of a polynomial without one: 1e-7, as a share of the learning rate.
     """
@@ -39,6 +40,7 @@ class Curve:
     timescale: int | None = None
     decay: float | None = None
     rex_alpha: float = 0.1
+    gamma: float = 0.999
     pieces: tuple[tuple[float, float], ...] = ()
     least: float = 0.0
 
@@ -122,6 +124,10 @@ SCHEDULES: dict[Name, Schedule] = {
         elsewhere=("wsd",),
     ),
     "rex": Schedule(_rex, "slow at first, steep at the end", ("rex_alpha", "min_lr", "total_steps")),
+    "exponential": Schedule(
+        lambda curve, step: max(curve.floor, curve.gamma ** (step - curve.warmup)), "multiplied by gamma at every update",
+        ("gamma", "min_lr"), ends=False, elsewhere=("ExponentialLR",),
+    ),
     "piecewise_constant": Schedule(_pieces, "multipliers by update, as in rules", ("rules",), warms=False, ends=False),
     "plateau": Schedule(
         lambda curve, step: 1.0, "falls by factor each time the loss has not improved for patience measurements",

@@ -73,6 +73,13 @@ class Phase(Protocol):
     def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
         """Named loss terms of a micro-batch, one float32 value per sample each."""
 
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        """Called once per update, after its last backward pass and identically on all ranks: takes in what it measured.
+
+        Args:
+            add_up: replaces a tensor by its sum over all ranks.
+        """
+
 
 class Task(Protocol):
     """What a run trains."""
@@ -84,6 +91,10 @@ class Task(Protocol):
     @property
     def phases(self) -> Sequence[Phase]:
         """In the order of the algorithm."""
+
+    @property
+    def remembered(self) -> dict[str, float]:
+        """What updates have measured and later ones use; part of the state, which restores it in place."""
 
     @property
     def reconstruct(self) -> Callable[[Tensor], Tensor] | None:
@@ -291,6 +302,9 @@ class FlowPhase:
     def begin(self, at: Position) -> None:
         """Nothing: a denoiser has no buffers that move."""
 
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        """Nothing: its losses do not depend on earlier updates."""
+
     def losses(self, batch: Batch, draws: Draws, at: Position) -> dict[str, LossTerm]:
         """The terms of the family; ``main`` with the noise level of every sample."""
         draws = self._dropped(draws, batch, at.epoch)
@@ -336,6 +350,7 @@ class FlowTask:
     ) -> None:  # fmt: skip
         self.process, self.objective, self.seed = process, objective, seed
         self.reconstruct: Callable[[Tensor], Tensor] | None = None
+        self.remembered: dict[str, float] = {}
         self._strata: tuple[Update | None, list[Tensor]] = (None, [])
         self.roles = {role.name: role}
         self.phases = [FlowPhase(model, process, role.name, datasets, prior_loss_weight)]

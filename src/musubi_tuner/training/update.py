@@ -111,6 +111,7 @@ def run_update(
                 _count(outcome, terms, loss.detach(), is_own=index is not None)
                 if index is not None and phase is phases[0]:
                     outcome.items += batch.items
+        phase.end(ranks.add_up)
         if not _move(task, phase, at, outcome):
             outcome.not_finite = phase.name
             break

@@ -55,6 +55,9 @@ class GanPhase:
     def begin(self, at: Position) -> None:
         advance(self.judge)
 
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        pass
+
 
 class Critic(GanPhase):
     """The discriminator tells pictures from decoded ones."""
@@ -102,6 +105,7 @@ class GanTask:
     reconstruct = None
 
     def __init__(self, model: nn.ModuleDict, make_role: Callable[[str, nn.Module], Role], seed: int) -> None:
+        self.remembered: dict[str, float] = {}
         self.seed = seed
         self.roles = {name: make_role(name, model[name]) for name in ("vae", "discriminator")}
         parts: Any = (model["vae"], model["discriminator"])

@@ -18,6 +18,7 @@ from musubi_tuner.models.fluxflow.settings import FluxFlowObjective
 from musubi_tuner.models.fluxflow.state_dict import PARTS, build_part
 from musubi_tuner.models.fluxflow.system import FluxFlowSystem, no_text
 from musubi_tuner.models.fluxflow.task import Draws, FluxFlowTask
+from musubi_tuner.training.task import weighted_sum
 
 SHAPE: dict[str, Any] = {
     "vae_dim": 8, "downscales": 2, "attn_layers": 1, "attn_heads": 4, "down_kernel": 4, "up_kernel": 4, "mix_kernel": 3,
@@ -111,6 +112,28 @@ def test_a_gan_that_starts_later_begins_without() -> None:
     batch = batch_of()
     assert not task.phases[0].due(AT)
     assert "gen" not in task.phases[1].losses(batch, draws_of(task, batch), AT)
+
+
+def test_the_weight_of_the_adversarial_loss_is_a_ratio_of_gradients() -> None:
+    task, model = make_task(("vae", "discriminator"), FluxFlowObjective(**GAN, gan_balance="gradient"))
+    phase, last, batches = task.phases[1], model.vae["expander"].to_rgb_conv[-1].weight, [batch_of(2), batch_of(3)]
+    assert task.remembered == {"gan_weight": 1.0}
+    wanted = {"gen": torch.zeros_like(last), "rest": torch.zeros_like(last)}
+    for batch in batches:
+        terms = phase.losses(batch, draws_of(task, batch), AT)
+        for name, term in terms.items():
+            if name == "kl":
+                continue
+            loss = term.per_sample_B.sum() * (1.0 if name == "gen" else term.weight)
+            wanted["gen" if name == "gen" else "rest"] += torch.autograd.grad(loss, last, retain_graph=True)[0]
+        phase.end(lambda values: None)  # forgets what these gradients have left
+        task.remembered["gan_weight"] = 1.0
+    for batch in batches:
+        weighted_sum(phase.losses(batch, draws_of(task, batch), AT)).backward()
+    phase.end(lambda values: None)
+    ratio = float(wanted["rest"].norm() / wanted["gen"].norm())
+    assert task.remembered["gan_weight"] == pytest.approx(ratio, rel=1e-4) and ratio != pytest.approx(1.0, rel=0.1)
+    assert phase.losses(batches[0], draws_of(task, batches[0]), AT)["gen"].weight == pytest.approx(0.5 * ratio)
 
 
 def test_a_new_autoencoder_is_dead_until_it_is_calibrated() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +48,7 @@ RANKS: Any = SimpleNamespace(
     sum_device=torch.device("cpu"),
     accumulating=lambda model, is_last: contextlib.nullcontext(),
     average_gradients=lambda parameters: None,
+    add_up=lambda values: None,
 )
 
 
@@ -221,6 +222,9 @@ class Both:
     def begin(self, at: Position) -> None:
         gan.advance(self.judge)
 
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        pass
+
     def losses(self, batch: Batch, draws: Any, at: Position) -> dict[str, LossTerm]:
         real = batch.tensors["pixels"]
         terms = {
@@ -319,7 +323,9 @@ def test_a_role_that_no_loss_reaches_stays(precision: str) -> None:
 def test_a_state_has_the_plateau_of_each_role(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def taken(task: gan.GanTask) -> tuple[Snapshot, TrainingState]:
         roles = list(task.roles.values())
-        snapshot = Snapshot(roles, Position(), Window(RANKS, 0), EpochLoss(RANKS), None, None, None, {})
+        snapshot = Snapshot(
+            roles, Position(), Window(RANKS, 0), EpochLoss(RANKS), None, None, None, {}, None, RANKS, {}
+        )
         state = snapshot.take(SimpleNamespace(flush=lambda: None, length=0))  # type: ignore[arg-type]
         assert state is not None
         return snapshot, state
@@ -359,7 +365,7 @@ def test_gradients_that_all_ranks_lack_stay_absent(monkeypatch: pytest.MonkeyPat
 def test_a_state_with_more_roles_than_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     roles = list(make_task().roles.values())
     window = Window(RANKS, 0)
-    snapshot = Snapshot(roles, Position(), window, EpochLoss(RANKS), None, None, None, {})
+    snapshot = Snapshot(roles, Position(), window, EpochLoss(RANKS), None, None, None, {}, None, RANKS, {})
     state = snapshot.take(SimpleNamespace(flush=lambda: None, length=0))  # type: ignore[arg-type]
     assert state is not None
     parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}

@@ -74,6 +74,10 @@ class SchedulerSection(Section):
     rex_alpha: float = param(
         0.1, "Of rex, z / (alpha + (1 - alpha) z) with what is left of the time, z.", gt=0, le=1, expert=True, when=_acts("rex_alpha"), rule="V30"
     )  # fmt: skip
+    gamma: float = param(
+        0.999, "What exponential multiplies the learning rate by at every update; 0.999 halves it every 693.", gt=0, le=1, step=0.001,
+        when=_acts("gamma"), rule="V30"
+    )  # fmt: skip
     rules: str | None = param(
         None, "Multipliers of piecewise_constant: 1:1000,0.1:2000,0.01 = whole before update 1000, a tenth before 2000, then a hundredth.",
         when=_acts("rules"), rule="V30"
@@ -116,5 +120,6 @@ class SchedulerSection(Section):
             "timescale": self.timescale,
             "decay": self.decay_steps,
             "rex_alpha": self.rex_alpha,
+            "gamma": self.gamma,
             "pieces": pieces_of(self.rules) if self.rules is not None else (),
         }

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from musubi_tuner.flow import pack_pixels, unpack_pixels
 from musubi_tuner.models.fluxflow.bezier import BezierActivation, TrainableBezier
@@ -321,10 +322,15 @@ class Expander(nn.Module):
         )
         self.rgb_activation = TrainableBezier(3, (-1.0, 0.25, 0.75, 1.0), channel_only=True)
 
-    def decode(self, map_BDhw: Tensor, use_context: bool = True) -> Tensor:
-        """Image [B, 3, H, W] of a map of tokens; not clamped."""
-        x = self.upscale(map_BDhw, map_BDhw if use_context else None)
-        return self.rgb_activation(self.to_rgb_conv(x))
+    def decode(self, map_BDhw: Tensor, use_context: bool = True, last: Tensor | None = None) -> Tensor:
+        """Image [B, 3, H, W] of a map of tokens; not clamped.
+
+        Args:
+            last: takes the place of the last convolution's weight, for its gradient in this pass alone.
+        """
+        x = self.to_rgb_conv[:-1](self.upscale(map_BDhw, map_BDhw if use_context else None))
+        conv = self.to_rgb_conv[-1]
+        return self.rgb_activation(conv(x) if last is None else functional_call(conv, {"weight": last}, (x,)))
 
     def forward(self, packed: Tensor, use_context: bool = True) -> Tensor:
         """Image [B, 3, H, W] of packed tokens [B, T + 1, D].

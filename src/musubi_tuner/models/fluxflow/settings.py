@@ -118,6 +118,11 @@ class FluxFlowObjective(ObjectiveSection):
         0.1, "Weight of the differences of contrast.", ge=0, le=100, when=_RECONSTRUCTS, expert=True
     )
     lambda_adv: float = param(0.5, "Weight of the adversarial loss.", ge=0, le=100, when=_GAN)
+    gan_balance: Literal["fixed", "gradient"] = param(
+        "fixed",
+        "gradient multiplies lambda_adv by the ratio of the gradients of reconstruction and adversarial loss at the last layer.",
+        when=_GAN & on("objective.train_reconstruction") & on("objective.lambda_adv"),
+    )
     gan_start: int = param(
         0, "Updates before the discriminator and the adversarial loss begin.", ge=0, le=MOST, unit="updates", when=_GAN
     )

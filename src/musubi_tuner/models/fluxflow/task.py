@@ -8,6 +8,7 @@ Within an update the discriminator goes first. Its gradients reach the expander 
 loss is decoded from latents without a history. Without the losses of the reconstruction the compressor feels it too.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,14 +76,72 @@ class Autoencoder:
         tokens = self.compressor.tokens(sample_latents(mu, logvar, eps), latent)
         return unpack_pixels(tokens, mu.shape[-2], mu.shape[-1]), mu, logvar
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures of a map of tokens."""
-        return self.expander.decode(tokens, self.use_context)
+    def decode(self, tokens: Tensor, watch: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Pictures of a map of tokens.
+
+        Args:
+            watch: gets the gradient of the last layer's weight in this pass.
+        """
+        last = None
+        if watch is not None:
+            weight: Tensor = self.expander.to_rgb_conv[-1].weight  # type: ignore[assignment]  # of a convolution
+            last = weight.view_as(weight)
+            last.register_hook(watch)
+        return self.expander.decode(tokens, self.use_context, last)
 
 
 def context_of(tokens_BDhw: Tensor) -> Tensor:
     """What the discriminator knows of a picture: the mean of its tokens."""
     return tokens_BDhw.mean(dim=(2, 3))
+
+
+class GradientBalance:
+    """Weight of the adversarial loss by the gradients at the expander's last layer, |reconstruction| / |adversarial|, in the
+    update before; 1 in the first.
+
+    Gradients are those of the backward pass, summed over an update and all ranks; the norms are of these sums.
+
+    Args:
+        remembered: holds the weight, as `KEY`; see `Task`.
+    """
+
+    KEY = "gan_weight"
+    MOST = 1e4
+
+    def __init__(self, remembered: dict[str, float]) -> None:
+        self.remembered = remembered
+        remembered[self.KEY] = 1.0
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def weight(self) -> float:
+        """In this update."""
+        return self.remembered[self.KEY]
+
+    def watch(self, loss: str) -> Callable[[Tensor], None]:
+        """Adds gradients to the sum of a loss."""
+
+        def add(gradient: Tensor) -> None:
+            self._sums[loss] = self._sums[loss] + gradient if loss in self._sums else gradient.clone()
+
+        return add
+
+    def end(self, add_up: Callable[[Tensor], None], scale: float) -> None:
+        """Find the weight of the next update.
+
+        Args:
+            scale: by which the adversarial loss was multiplied.
+        """
+        sums, self._sums = self._sums, {}
+        if len(sums) < 2 or not scale:
+            return
+        norms = []
+        for total in (sums["reconstruction"], sums["adversarial"]):
+            total = total.float()
+            add_up(total)
+            norms.append(float(total.norm()))
+        if all(math.isfinite(norm) for norm in norms):  # otherwise the update changes nothing
+            self.remembered[self.KEY] = min(norms[0] * scale / norms[1], self.MOST) if norms[1] else self.MOST
 
 
 class DiscriminatorPhase:
@@ -99,6 +158,9 @@ class DiscriminatorPhase:
 
     def begin(self, at: "Position") -> None:
         self.judge.advance()
+
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        """Nothing is measured."""
 
     def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
         objective, real = self.objective, batch.tensors["pixels"]
@@ -126,7 +188,7 @@ class VaePhase:
     """Trains the autoencoder.
 
     Args:
-        judge: None without a discriminator. perceptual: LPIPS; None without.
+        judge: None without a discriminator. perceptual: LPIPS; None without. balance: None = lambda_adv is the weight.
     """
 
     name, roles = "vae", ("vae",)
@@ -138,8 +200,10 @@ class VaePhase:
         judge: PatchDiscriminator | None,
         objective: FluxFlowObjective,
         perceptual: Perceptual | None = None,
+        balance: GradientBalance | None = None,
     ) -> None:
         self.vae, self.judge, self.objective, self.perceptual = vae, judge, objective, perceptual
+        self.balance = balance
 
     def due(self, at: "Position") -> bool:
         return True
@@ -153,13 +217,23 @@ class VaePhase:
         beta = losses.kl_beta(at.step, objective.kl_warmup_steps, objective.kl_beta)
         terms = {"kl": LossTerm(losses.kl(mu, logvar, objective.kl_free_bits, objective.kl_normalize), beta)}
         if objective.train_reconstruction:
-            terms |= self._reconstruction(self.vae.decode(tokens), pixels)
+            watch = self.balance.watch("reconstruction") if self.balance else None
+            terms |= self._reconstruction(self.vae.decode(tokens, watch), pixels)
         if self.judge is not None and at.step >= objective.gan_start:
             # Beside a reconstruction only the expander learns from the discriminator.
-            seen = self.vae.decode(tokens.detach() if objective.train_reconstruction else tokens)
+            watch = self.balance.watch("adversarial") if self.balance else None
+            seen = self.vae.decode(tokens.detach() if objective.train_reconstruction else tokens, watch)
             logits, _ = self.judge(seen, context_of(tokens).detach())
-            terms["gen"] = LossTerm(losses.generator_loss(logits), objective.lambda_adv)
+            terms["gen"] = LossTerm(losses.generator_loss(logits), self._adversarial())
         return terms
+
+    def _adversarial(self) -> float:
+        """Weight of the adversarial loss in this update."""
+        return self.objective.lambda_adv * (self.balance.weight if self.balance else 1.0)
+
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        if self.balance:
+            self.balance.end(add_up, self._adversarial())
 
     def _reconstruction(self, image: Tensor, pixels: Tensor) -> dict[str, LossTerm]:
         """The losses of a reconstruction, without those of weight 0."""
@@ -197,6 +271,9 @@ class FlowPhase:
 
     def begin(self, at: "Position") -> None:
         """Nothing: no buffers of it move."""
+
+    def end(self, add_up: Callable[[Tensor], None]) -> None:
+        """Nothing is measured."""
 
     def losses(self, batch: "Batch", draws: Draws, at: "Position") -> dict[str, LossTerm]:
         x0 = self._latents(batch)
@@ -236,13 +313,17 @@ class FluxFlowTask:
         perceptual: Perceptual | None = None,
     ) -> None:
         self.seed, self.objective, self.config = seed, objective, model.config
+        self.remembered: dict[str, float] = {}
         self.roles = {name: make_role(name, getattr(model, name)) for name in roles}
         self.vae = Autoencoder(model.vae, objective.train_spade) if objective.train_vae else None
         self.phases: list[DiscriminatorPhase | VaePhase | FlowPhase] = []
         if self.vae is not None:
             judge: Any = model.discriminator if "discriminator" in roles else None
             critic = [] if judge is None else [DiscriminatorPhase(self.vae, judge, objective)]
-            self.phases = [*critic, VaePhase(self.vae, judge, objective, perceptual)]
+            balance = None
+            if objective.gan_balance == "gradient" and judge is not None and objective.train_reconstruction:
+                balance = GradientBalance(self.remembered)
+            self.phases = [*critic, VaePhase(self.vae, judge, objective, perceptual, balance)]
         flow = tuple(name for name in ("flow", "text_encoder") if name in roles)
         if flow:
             self.phases.append(FlowPhase(model, process, flow, self.vae))
