@@ -8,15 +8,13 @@ Flags of ff-v2 change what is computed: the published program reads such files o
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, NoAverageError, run_command
-from musubi_tuner.files import replace_file
+from musubi_tuner.fluxflow_output import write_weights
 from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
 
 
@@ -41,7 +39,6 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     from musubi_tuner.models.fluxflow.checkpoint import load_checkpoint
     from musubi_tuner.models.fluxflow.state_dict import published_tensors, read_system
-    from musubi_tuner.tensors import save_tensors
 
     try:
         file = load_checkpoint(options.checkpoint, ema=not options.raw_weights)
@@ -56,18 +53,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         raise ConfigError(
             f"--output {folder}: {', '.join(there)} exists already; choose another folder, or add --overwrite"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {
-        "format": "pt",
-        "modelspec.architecture": "fluxflow",
-        "ff.compat": system.geometry.compat,
-        "config_json": json.dumps(system.geometry.to_dict()),
-        "options_json": json.dumps(system.options),
-    }
-    for name, tensors in files.items():
-        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        replace_file(folder / name, partial(save_tensors, whole, metadata=header))
-        print(f"{folder / name}: {len(tensors)} tensors")
+    for name, count in write_weights(system, folder).items():
+        print(f"{folder / name}: {count} tensors")
     differing = [
         key
         for key, value in system.geometry.to_dict().items()

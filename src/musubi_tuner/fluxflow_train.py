@@ -2,6 +2,8 @@
 
 The settings become a run file, <output_path>/fluxflow.toml, which is trained as train.py trains it; run the command again to continue. Flags
 lay over the file. --validate-pipeline and --plan show the plan and end. What the file says that this program does otherwise is printed.
+At the end the files of the published trainer are laid out in <output_path>, with --generate_diagrams the diagrams too, and with
+--training_states its training_states.pt.
 """
 
 import sys
@@ -18,11 +20,14 @@ from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.config.write import dataset_toml
 from musubi_tuner.errors import ConfigError, run_command
 from musubi_tuner.files import write_text
+from musubi_tuner.fluxflow_output import GRAPH, lay_out
 from musubi_tuner.models.fluxflow.trainer_settings import SECTIONS, read_settings
 from musubi_tuner.runner import command
 
 PLAN = ("validate_pipeline", "plan", "dry_run")
 HELP = ("-h", "--help")
+EXTRAS = ("generate_diagrams", "training_states")
+"""Settings of what is made at the end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,12 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     made: list[str] = []
-    code = run_command(lambda: _write(words, made))
-    return code or command.main(made, architecture="ff")
+    extras: dict[str, bool] = {}
+    code = run_command(lambda: _write(words, made, extras))
+    if code or "--plan" in made:
+        return code or command.main(made, architecture="ff")
+    return command.main(made, architecture="ff") or run_command(lambda: _lay_out(Path(made[0]).parent, extras))
 
 
-def _write(words: Sequence[str], made: list[str]) -> int:
-    """Write the run file, and say what the runner is called with.
+def _lay_out(folder: Path, extras: dict[str, bool]) -> int:
+    """Write the files of the published trainer, and draw."""
+    lay_out(folder, folder, states=extras["training_states"])
+    if extras["generate_diagrams"]:
+        from musubi_tuner.fluxflow_graphs import draw_all
+
+        for path in draw_all(folder / GRAPH, folder / GRAPH):
+            print(path)
+    return 0
+
+
+def _write(words: Sequence[str], made: list[str], extras: dict[str, bool]) -> int:
+    """Write the run file, and say what the runner is called with, and what is made at the end.
 
     Raises:
         ConfigError: if the settings cannot be translated.
@@ -57,6 +76,10 @@ def _write(words: Sequence[str], made: list[str]) -> int:
         table = document.get(section)
         if isinstance(table, dict):
             document[section] = {key: value for key, value in table.items() if key not in options}
+    sections = [table for name in SECTIONS if isinstance(table := document.get(name), dict)]
+    for name in EXTRAS:
+        extras[name] = any(bool(table.get(name)) for table in (options, document, *sections))
+        options.pop(name, None)
     imported = read_settings({**document, **options})
     if imported is None:
         raise ConfigError(

@@ -2,18 +2,21 @@
 
 import json
 import re
+import tarfile
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from PIL import Image
 from project import ForkServer, differing, final_files, metrics, words
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from musubi_tuner import fluxflow_generate
+from musubi_tuner import fluxflow_generate, fluxflow_graphs, fluxflow_output, import_checkpoint
 
 GEOMETRY = {
     "vae_dim": 8, "downscales": 2, "attn_layers": 1, "attn_heads": 4, "down_kernel": 4, "up_kernel": 4, "mix_kernel": 3,
@@ -23,7 +26,11 @@ GEOMETRY = {
 }  # fmt: skip
 STEPS: list[dict[str, Any]] = [
     {"name": "vae", "objective": {"train_vae": True}},
-    {"name": "gan", "start": "previous", "objective": {"train_vae": True, "gan_training": True, "train_spade": True}},
+    {
+        "name": "gan",
+        "start": "previous",
+        "objective": {"train_vae": True, "gan_training": True, "train_spade": True, "gan_balance": "gradient"},
+    },
     {"name": "flow", "start": "previous_ema", "objective": {"train_diff": True}, "sample": {"prompts": ["a cat"]}},
 ]
 FOLDERS = ["01-vae", "02-gan", "03-flow"]
@@ -67,7 +74,7 @@ def write(root: Path, photographs: Path, tokenizer: Path, steps: list[dict[str, 
         "steps": steps,
     }  # fmt: skip
     for table, values in changes.items():
-        tables[table] = {**tables.get(table, {}), **values}
+        tables[table] = {**tables.get(table, {}), **values} if isinstance(values, dict) else values
     root.mkdir(parents=True)
     path = root / "run.toml"
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
@@ -216,6 +223,104 @@ def test_text_encoder_and_all_parts_together(
         assert parts == trained
     assert (ends[1] / "sample" / "samples_step_3.png").is_file()
     assert {"loss/flow", "loss/recon", "train/lr_flow"} <= set(metrics(ends[3])[0])
+
+
+def test_the_output_of_the_published_trainer_is_laid_out_and_drawn(whole: tuple[Path, str], tmp_path: Path) -> None:
+    run, tree = whole[0].parent / "out", tmp_path / "tree"
+    before = sorted(path for path in run.rglob("*"))
+    assert fluxflow_graphs.main([str(run), "-o", str(tree), "--training_states"]) == 0
+    assert sorted(path for path in run.rglob("*")) == before
+    steps = [each["name"] for each in STEPS]
+    weights = {f"flxflow_step_{name}_final.safetensors" for name in steps} | {
+        "flxflow_final.safetensors",
+        "text_encoder.safetensors",
+    }
+    assert weights | {"D_img.safetensors", "training_state.json", "lr_sav.json", "training_states.pt"} <= {
+        path.name for path in tree.iterdir()
+    }
+    drawn = {f"{name}_{step}.png" for step in steps for name in fluxflow_graphs.DIAGRAMS} - {"kl_loss_flow.png"}
+    texts = {
+        f"{name}_{step}{end}"
+        for step in steps
+        for name, end in (("training_metrics", ".jsonl"), ("session", ".json"), ("training_summary", ".txt"))
+    }
+    assert {path.name for path in (tree / "graph").iterdir()} == drawn | texts
+    final, own = load_file(tree / "flxflow_final.safetensors"), load_file(run / "03-flow" / "photos_ema.safetensors")
+    for key, tensor in final.items():
+        ours = key.replace("diffuser.flow_processor.", "flow.").replace("diffuser.", "vae.")
+        assert torch.equal(tensor, own[ours]), key
+    rows = [json.loads(line) for line in (tree / "graph" / "training_metrics_gan.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [4, 5, 6] and set(fluxflow_output.TAGS) <= set(rows[0]["metrics"])
+    logged = metrics(run / "02-gan")[0]
+    assert rows[0]["metrics"]["generator_loss"] == logged["loss/gen"] and rows[0]["metrics"]["lpips_loss"] is None
+    assert rows[0]["learning_rates"] == {"vae_lr": 1e-3, "discriminator_lr": 1e-3} and rows[0]["epoch"] == 1
+    kept = json.loads((tree / "training_state.json").read_text())
+    assert (
+        kept["pipeline"]["steps_completed"] == ["vae", "gan"]
+        and kept["global_step"] == 9
+        and kept["mode"] == "pipeline"
+    )
+    assert (tree / "samples" / "sample_vae_epoch_1_batch_3.png").is_file()
+    picture = Image.open(tree / "graph" / "training_overview_gan.png")
+    assert picture.width > 1500 and len(picture.convert("L").getcolors(256) or []) > 20
+    assert fluxflow_graphs.main([str(tree), "-o", str(tmp_path / "again")]) == 0  # a folder of the published trainer
+    assert (tmp_path / "again" / "graph" / "training_losses_vae.png").is_file()
+
+
+def test_states_of_the_published_trainer_are_written_and_read(
+    whole: tuple[Path, str], server: ForkServer, photographs: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    source = whole[0].parent / "out" / "01-vae"
+    assert fluxflow_graphs.main([str(source), "-o", str(tmp_path / "tree"), "--training_states"]) == 0
+    held = torch.load(tmp_path / "tree" / "training_states.pt", weights_only=True)
+    assert set(held) == {"optimizers", "schedulers", "ema"} and held["schedulers"]["vae"]["last_epoch"] == 3
+    config = write(tmp_path / "run", photographs, tokenizer, [{**STEPS[0]}], model={"init": "checkpoint", "path": str(tmp_path / "tree")},
+                   train={"max_steps": 5, "mixed_precision": "no"})  # fmt: skip
+    tables = tomllib.loads(config.read_text(encoding="utf-8"))
+    tables["objective"] = tables.pop("steps")[0]["objective"]
+    tables["model"] = {
+        key: tables["model"][key] for key in ("arch", "init", "path", "bert_tokenizer", "text_max_tokens")
+    }
+    tables["sample"] = {"every_steps": 3}
+    config.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    assert import_checkpoint.main([str(tmp_path / "tree"), str(config)]) == 0
+    for part in ("ema", "optimizer"):
+        ours, theirs = (load_file(folder / f"{part}.safetensors") for folder in
+                        (tmp_path / "run" / "out" / "photos-step00000003-state", source / "photos-state"))  # fmt: skip
+        assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items()), (
+            part
+        )
+    assert (
+        "continuing from photos-step00000003-state: step 3 of 5"
+        in server.run("train", [config], tmp_path).expect(0).out
+    )
+    (tmp_path / "tree" / "training_state.json").write_text("{}")
+    assert (
+        import_checkpoint.main([str(tmp_path / "tree"), str(config), "--run.output_dir", str(tmp_path / "other")]) == 2
+    )
+
+
+def test_an_autoencoder_trains_from_shards_and_goes_on_behind_what_was_read(
+    server: ForkServer, photographs: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, picture in enumerate(sorted(photographs.glob("*.png"))[:4]):
+        with tarfile.open(shards / f"{number}.tar", "w") as archive:
+            archive.add(picture, f"{picture.stem}.png")
+    config = write(
+        tmp_path / "run", photographs, tokenizer, STEPS[:1], datasets=[{"shards": str(shards / "{0..3}.tar"), "epoch_samples": 6}],
+        distributed={"num_processes": 2}, train={"max_steps": 3, "mixed_precision": "no", "grad_accum_steps": 1}, save={"every_steps": 1},
+    )  # fmt: skip
+    out = tmp_path / "run" / "out" / "01-vae"
+    assert server.run("train", [config, "--step", "vae"], tmp_path, MUSUBI_FAULT="state.renamed:2").code == 137
+    states = sorted(out.glob("*-state/state.json"))
+    kept = json.loads(states[-1].read_text(encoding="utf-8"))
+    assert kept["resume_exact"] is False and set(kept["places"]) == {"0/2", "1/2"}
+    said = server.run("train", [config, "--step", "vae"], tmp_path).expect(0).out
+    assert "a stream of 4 shards" in said and "a stream, 6 images per epoch" in said
+    assert "not bit for bit" in said and "resume_exact = false" in said
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3]
 
 
 def test_two_processes_train_what_one_trains(

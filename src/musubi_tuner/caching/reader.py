@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class CachedDataset:
         roots = [dataset.cache_directory for dataset in config.datasets]
         wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
         self.items, self.seed = list(items), config.run.seed
+        self.places: dict[str, Any] | None = None
         self.texts, self.dropping = texts or [dataset.text for dataset in config.datasets], dropping
         self.of_epoch = sum(item.num_repeats for item in items)
         self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)

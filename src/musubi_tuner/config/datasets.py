@@ -25,6 +25,7 @@ from musubi_tuner.config.schema.items import (
     Resize,
     hex_colour,
 )
+from musubi_tuner.config.streams import StreamSettings
 from musubi_tuner.config.views import ViewSettings
 from musubi_tuner.config.when import describe, is_on
 from musubi_tuner.errors import keep_secret
@@ -48,6 +49,9 @@ _REFUSED = {
     "mask_path": "it is a column of image_jsonl_file; for a folder of masks use mask_directory",
 }
 """Keys of musubi-tuner for other architectures."""
+_NOT_OF_A_STREAM = ("captions_file", "cache_directory", "mask_directory", "mask_source", "alpha_mask", "recursive", "experts",
+                    "caption_columns", "caption_transform", "caption_extension", "num_repeats", "is_reg")  # fmt: skip
+"""Keys that act on files beside pictures."""
 _VIDEO = {
     "video_directory",
     "video_jsonl_file",
@@ -66,7 +70,7 @@ class DatasetConfig:
 
     Attributes:
         name: as given, or "datasets[0]"; used in messages and steps.
-        image_directory, image_jsonl_file: exactly one is set.
+        image_directory, image_jsonl_file: one is set, or ``stream``.
         captions_file: list of the captions of a folder; None = a caption file beside each image.
         cache_directory: where cache files go; the image directory if not given.
         resolution: (width, height) in pixels; the area when buckets are on.
@@ -82,6 +86,7 @@ class DatasetConfig:
             alpha channel is the loss mask, unless a colour is given.
         bucket_step: step of the sides of its buckets; None = the family's. bucket_sides: shortest and longest side; None = any.
         text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
+        stream: shards that its pictures come from, instead of a folder or list.
         beside: folder of the run file, in which functions of the user may lie.
         apart: folders that may lie below the image directory but hold none of its images: output_dir, masks of other data sets.
     """
@@ -110,6 +115,7 @@ class DatasetConfig:
     apart: tuple[Path, ...] = ()
     beside: Path = field(default=Path(), compare=False)
     text: CaptionSettings = field(default_factory=CaptionSettings)
+    stream: StreamSettings | None = None
     is_reg: bool = False
     views: ViewSettings = field(default_factory=ViewSettings)
     bucket_step: int | None = None
@@ -212,7 +218,11 @@ def resolve_datasets(
         entries = []
     elif not isinstance(entries, list) or not entries:
         problems.append(
-            error("U07", "datasets", "no data set given; add [[datasets]] with image_directory or image_jsonl_file")
+            error(
+                "U07",
+                "datasets",
+                "no data set given; add [[datasets]] with image_directory, image_jsonl_file or shards",
+            )
         )
         entries = []
     datasets: list[DatasetConfig] = []
@@ -242,12 +252,17 @@ def _resolve_one(
     locate: Any,
     problems: list[Diagnostic],
 ) -> DatasetConfig | None:
-    sources = [key for key in ("image_directory", "image_jsonl_file") if key in own]
+    sources = [key for key in ("image_directory", "image_jsonl_file", "shards") if key in own]
     before = sum(problem.level == "error" for problem in problems)
     if not sources:
-        problems.append(error("U07", where, "has no images; set image_directory or image_jsonl_file"))
-    elif len(sources) == 2:
-        problems.append(error("V90", where, "has both image_directory and image_jsonl_file; keep one"))
+        problems.append(error("U07", where, "has no images; set image_directory, image_jsonl_file or shards"))
+    elif len(sources) > 1:
+        problems.append(error("V90", where, f"has both {sources[0]} and {sources[1]}; keep one"))
+    if "shards" in own:
+        for key in [key for key in _NOT_OF_A_STREAM if is_on(own.get(key))]:
+            problems.append(
+                error("V90", f"{where}.{key}", "is for pictures in a folder or list, not in shards; remove the key")
+            )
     if "image_jsonl_file" in own and "captions_file" in own:
         text = "lists captions of a folder, but image_jsonl_file has its own; remove the key"
         problems.append(error("V90", f"{where}.captions_file", text))
@@ -343,6 +358,9 @@ def _resolve_one(
         return None
     directory: Path | None = locate(own["image_directory"]) if "image_directory" in own else None
     cache: Path | None = locate(own["cache_directory"]) if "cache_directory" in own else directory
+    stream = _stream(own, locate) if "shards" in own else None
+    if stream is not None:
+        cache = locate(".")  # nothing is cached
     assert cache is not None  # a JSONL source without cache_directory was refused above
     return DatasetConfig(
         name=own.get("name", where),
@@ -367,11 +385,21 @@ def _resolve_one(
         experts=NO_TEACHERS if own.get("experts") is False else own.get("experts", {}),
         alpha_background=_background(values.get("alpha_background"), mask_source),
         text=caption_settings(values),
+        stream=stream,
         is_reg=bool(values.get("is_reg")),
         views=ViewSettings(*(bool(values.get(key)) for key in ("flip_aug", "random_crop", "color_aug"))),
         bucket_step=values.get("bucket_reso_steps") if values["enable_bucket"] else None,
         bucket_sides=_bucket_sides(values, step),
     )
+
+
+def _stream(own: Mapping[str, Any], locate: Any) -> StreamSettings:
+    """Where shards are, and how they are read."""
+    given = own["shards"]
+    texts = [given] if isinstance(given, str) else given
+    shards = tuple(text if "://" in text else str(locate(text)) for text in texts)
+    keys = [name for name in StreamSettings.__dataclass_fields__ if name != "shards" and own.get(name) is not None]
+    return StreamSettings(shards, **{key: own[key] for key in keys})
 
 
 def _background(given: str | None, mask_source: MaskSource) -> str:
@@ -427,6 +455,8 @@ def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:
     problems = []
     for dataset in datasets:
         folder = dataset.cache_directory.resolve()
+        if dataset.stream is not None:
+            continue
         if folder in seen:
             problems.append(
                 error(

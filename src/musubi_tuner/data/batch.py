@@ -24,6 +24,7 @@ class Batch:
         items: ids, for messages.
         presentations: running numbers in the epoch, the key of random draws.
         dataset_ids: number of the dataset that each item is from, [B] int64.
+        place: of a stream, who read it and how far that is; see `Source`.
     """
 
     tensors: dict[str, Tensor]
@@ -31,6 +32,7 @@ class Batch:
     items: list[str]
     presentations: tuple[int, ...]
     dataset_ids: Tensor
+    place: tuple[str, Any] | None = None
 
     def all_tensors(self) -> list[Tensor]:
         """Every tensor in it."""
@@ -45,11 +47,16 @@ class Batch:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
         ids = self.dataset_ids.to(device, non_blocking=True)
-        return Batch(move(self.tensors), move(self.valid), self.items, self.presentations, ids)
+        return Batch(move(self.tensors), move(self.valid), self.items, self.presentations, ids, self.place)
 
 
 class Source(Protocol):
-    """Where the micro-batches of a run come from: caches, or live pictures."""
+    """Where the micro-batches of a run come from: caches, live pictures, or a stream."""
+
+    @property
+    def places(self) -> dict[str, Any] | None:
+        """How far a stream is read, by reader, in plain values: part of the state, and set again when a run continues. None for
+        what is not a stream."""
 
     def plan_items(self) -> list[PlanItem]:
         """What `plan_epoch` needs to know of them."""
@@ -105,7 +112,7 @@ def load_batches(source: Source, batches: Sequence[MicroBatch], epoch: int, work
     """
     planned = PlannedBatches(source, batches, epoch)
     if workers == 0:
-        return raise_errors(planned[position] for position in range(len(planned)))
+        return _noted(source, raise_errors(planned[position] for position in range(len(planned))))
     loader: DataLoader[Batch | UserError] = DataLoader(
         planned,
         batch_size=None,
@@ -115,4 +122,12 @@ def load_batches(source: Source, batches: Sequence[MicroBatch], epoch: int, work
         collate_fn=to_shared_memory,  # type: ignore[arg-type]  # of one batch, because batch_size is None
     )
     with signals_blocked():
-        return raise_errors(iter(loader))
+        return _noted(source, raise_errors(iter(loader)))
+
+
+def _noted(source: Source, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; how far their readers were is noted in the source of this process."""
+    for batch in batches:
+        if batch.place is not None and source.places is not None:
+            source.places[batch.place[0]] = batch.place[1]
+        yield batch

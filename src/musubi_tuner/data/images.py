@@ -39,6 +39,31 @@ MAX_PIXELS = 1_000_000_000
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 256 << 20
 PngImagePlugin.MAX_TEXT_MEMORY = 512 << 20
+
+
+class Memory(io.BytesIO):
+    """The bytes of a picture where a path is expected.
+
+    Args:
+        name: for messages.
+    """
+
+    suffix = ""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        """A reader of its own."""
+        return io.BytesIO(self.getvalue())
+
+
+Picture = Path | Memory
+"""Where a picture is."""
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 
@@ -76,7 +101,7 @@ def _registered(module: str) -> bool:
     return True
 
 
-def _open_file(path: Path) -> ImageFile.ImageFile:
+def _open_file(path: Picture) -> ImageFile.ImageFile:
     """Read the header of a picture.
 
     Raises:
@@ -95,7 +120,7 @@ def _open_file(path: Path) -> ImageFile.ImageFile:
     return image
 
 
-def _orientation(image: ImageFile.ImageFile, path: Path) -> int:
+def _orientation(image: ImageFile.ImageFile, path: Picture) -> int:
     """EXIF orientation, 1 to 8; 1 where EXIF data is broken or says something else, as viewers do."""
     if image.format == "TIFF":  # Pillow turns these by itself
         return 1
@@ -108,7 +133,7 @@ def _orientation(image: ImageFile.ImageFile, path: Path) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _png_exif(path: Path) -> Image.Exif:
+def _png_exif(path: Picture) -> Image.Exif:
     """The eXIf chunk of a PNG, wherever it lies; empty if there is none or the file is cut short."""
     exif = Image.Exif()
     with path.open("rb") as file:
@@ -141,7 +166,7 @@ _SEVERAL = ("GIF", "PNG", "WEBP", "AVIF", "TIFF", "HEIF")
 """Formats of animations and pages; a second picture in a phone's JPEG is a preview or a depth map."""
 
 
-def read_picture_header(path: Path) -> Header:
+def read_picture_header(path: Picture) -> Header:
     """What the header of a picture says.
 
     Raises:
@@ -180,7 +205,7 @@ def _is_srgb(profile: bytes | None) -> bool:
         return True
 
 
-def image_size(path: Path) -> Size:
+def image_size(path: Picture) -> Size:
     """Width and height as a viewer shows the picture, from the header alone.
 
     Raises:
@@ -189,7 +214,7 @@ def image_size(path: Path) -> Size:
     return read_picture_header(path).size
 
 
-def open_image(path: Path, background: str = WHITE) -> Image.Image:
+def open_image(path: Picture, background: str = WHITE) -> Image.Image:
     """Decode a picture upright, as RGB.
 
     Args:
@@ -210,7 +235,7 @@ def open_image(path: Path, background: str = WHITE) -> Image.Image:
     return _open(path, convert)
 
 
-def open_upright(path: Path) -> Image.Image:
+def open_upright(path: Picture) -> Image.Image:
     """Decode a picture upright, grey (mode L) if it is stored grey, else as RGB; an alpha channel is dropped.
 
     Raises:
@@ -225,7 +250,7 @@ def open_upright(path: Path) -> Image.Image:
     return _open(path, convert)
 
 
-def open_alpha(path: Path) -> Image.Image:
+def open_alpha(path: Picture) -> Image.Image:
     """The alpha channel of a picture, upright; white where it has none.
 
     Raises:
@@ -253,7 +278,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _open(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _open(path: Picture, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Decode, convert and turn upright."""
     try:
         with _open_file(path) as file:
@@ -264,7 +289,7 @@ def _open(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Im
         raise DataError(f"{path}: broken image ({_reason(error, path)}); replace or remove it") from error
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Picture) -> str:
     if isinstance(error, UnidentifiedImageError):
         package = PLUGINS.get(path.suffix.lower(), ("", ""))[1]
         return f"unknown format; convert it, or pip install {package}" if package else "unknown format"

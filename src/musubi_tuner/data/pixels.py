@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.buckets import Placement
 from musubi_tuner.data.images import open_image, resize_crop, to_array
 from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
 from musubi_tuner.data.sources import Item
@@ -26,11 +29,15 @@ def read_pixels(item: Item, view: View | None = None) -> Tensor:
     Raises:
         DataError: if it cannot be read.
     """
-    image = open_image(item.path, item.background)
+    return to_pixels(open_image(item.path, item.background), item.placement, view)
+
+
+def to_pixels(image: Image, placement: Placement, view: View | None = None) -> Tensor:
+    """A picture at its bucket, [3, H, W] float32 in [-1, 1]."""
     if view is None:
-        array = to_array(resize_crop(image, item.placement))
+        array = to_array(resize_crop(image, placement))
     else:
-        array = view.mirror(view.colour(to_array(resize_crop(image, view.place(item.placement)))))
+        array = view.mirror(view.colour(to_array(resize_crop(image, view.place(placement)))))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -59,6 +66,7 @@ class PixelSource:
     ) -> None:
         self.items, self.seed, self.tokenize, self.texts = list(items), seed, tokenize, texts
         self.of_epoch = sum(item.num_repeats for item in items)
+        self.places: dict[str, Any] | None = None
 
     def plan_items(self) -> list[PlanItem]:
         """See `Source`."""
@@ -72,22 +80,33 @@ class PixelSource:
         """See `Source`."""
         items = [self.items[index] for index in batch.items]
         chosen = [view_of(item.views, self.seed, epoch, n) for item, n in zip(items, batch.presentations, strict=True)]
-        tensors = {"pixels": torch.stack([read_pixels(item, view) for item, view in zip(items, chosen, strict=True)])}
+        pixels = [read_pixels(item, view) for item, view in zip(items, chosen, strict=True)]
+        return self._batch(pixels, [(item.id, item.dataset, item.captions) for item in items], batch, epoch)
+
+    def _batch(
+        self, pixels: list[Tensor], named: Sequence[tuple[str, int, Sequence[str]]], batch: MicroBatch, epoch: int
+    ) -> Batch:
+        """A micro-batch of pictures.
+
+        Args:
+            named: id, number of the data set and captions of each.
+        """
+        tensors = {"pixels": torch.stack(pixels)}
         if self.tokenize is not None:
             captions = [
-                item.captions[
+                own[
                     caption_of(
-                        len(item.captions),
+                        len(own),
                         self.seed,
                         epoch,
                         presentation,
-                        self.texts[item.dataset] if self.texts else None,
+                        self.texts[number] if self.texts else None,
                         of_epoch=self.of_epoch,
                     )
                 ]
-                for item, presentation in zip(items, batch.presentations, strict=True)
+                for (_, number, own), presentation in zip(named, batch.presentations, strict=True)
             ]
             tensors |= self.tokenize(captions)
-        valid = {name: torch.ones(len(items), dtype=torch.bool) for name in tensors}
-        ids = torch.tensor([item.dataset for item in items])
-        return Batch(tensors, valid, [item.id for item in items], batch.presentations, ids)
+        valid = {name: torch.ones(len(named), dtype=torch.bool) for name in tensors}
+        ids = torch.tensor([number for _, number, _ in named])
+        return Batch(tensors, valid, [name for name, _, _ in named], batch.presentations, ids)

@@ -24,6 +24,7 @@ from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.roots import Root, find_root
+from musubi_tuner.data.shards import list_shards
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.data.views import View, views
 from musubi_tuner.errors import ConfigError, DataError
@@ -113,6 +114,9 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     items: list[Item] = []
     roots: list[Root] = []
     for index, dataset in enumerate(datasets):
+        if dataset.stream is not None:
+            items.append(stream_item(index, dataset, architecture, notes))
+            continue
         before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes, roots))
         if not entries and len(problems) == before and dataset.missing_caption == "skip" and len(notes) > noted:
@@ -126,6 +130,58 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     if problems:
         raise DataError(_join(problems))
     return ScannedItems(items, notes, roots)
+
+
+def stream_item(index: int, dataset: DatasetConfig, architecture: str, notes: list[str]) -> Item:
+    """What stands for all pictures of a stream where they are counted: it repeats as often as an epoch has pictures.
+
+    Raises:
+        DataError: if there are no shards. ConfigError: if there is no bucket.
+    """
+    settings = dataset.stream
+    assert settings is not None
+    shards = list_shards(settings)
+    length = settings.epoch_samples or len(shards) * settings.shard_samples
+    counted = "epoch_samples" if settings.epoch_samples else f"shards x {settings.shard_samples}, shard_samples"
+    notes.append(
+        f"{dataset.name}: a stream of {len(shards)} shards, read in an order of its own and not kept; {length:,} pictures count as an epoch ({counted})"
+    )
+    bucket = selector_of(dataset, architecture).select(dataset.resolution)
+    name = " ".join(settings.shards)
+    return Item(
+        id=name,
+        key=f"{index}:{name}",
+        path=Path(name),
+        caption="",
+        cache_directory=dataset.cache_directory,
+        size=bucket,
+        placement=place(bucket, bucket),
+        num_repeats=length,
+        batch_size=dataset.batch_size,
+    )
+
+
+def selector_of(dataset: DatasetConfig, architecture: str) -> BucketSelector:
+    """The buckets of a data set.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    low, high = dataset.bucket_sides
+    return BucketSelector(
+        dataset.resolution, architecture, dataset.enable_bucket, dataset.bucket_no_upscale, step=dataset.bucket_step,
+        min_side=low, max_side=high,
+    )  # fmt: skip
+
+
+def placement_of(size: Size, dataset: DatasetConfig, selector: BucketSelector) -> Placement:
+    """How a picture of this size becomes its bucket.
+
+    Raises:
+        DataError: if it is too small.
+    """
+    put = squash if dataset.resize == "squash" else place
+    return filtered(put(size, selector.select(size)), dataset.interpolation)
 
 
 def _balanced(items: list[Item], is_reg: Sequence[bool]) -> list[Item]:
@@ -456,12 +512,8 @@ def _items(
 ) -> Iterator[Item]:
     by_id: dict[str, Path] = {}
     remarks: dict[str, list[str]] = {}
-    low, high = dataset.bucket_sides
     try:
-        selector = BucketSelector(
-            dataset.resolution, architecture, dataset.enable_bucket, dataset.bucket_no_upscale, step=dataset.bucket_step,
-            min_side=low, max_side=high,
-        )  # fmt: skip
+        selector = selector_of(dataset, architecture)
     except ConfigError as error:
         problems.append(f"{dataset.name}: {error}")
         return
@@ -481,7 +533,7 @@ def _items(
         try:
             header = read_picture_header(entry.path)
             size = header.size
-            bucket = selector.select(size)
+            placement = placement_of(size, dataset, selector)
             mask = _mask(dataset, entry, header)
         except DataError as error:
             text = str(error)
@@ -495,8 +547,6 @@ def _items(
         if dataset.text.enable_wildcard:
             for remark in {found for text in entry.captions if (found := unread_wildcard(text))}:
                 remarks.setdefault(f"have captions with {remark}", []).append(entry.path.name)
-        put = squash if dataset.resize == "squash" else place
-        placement = filtered(put(size, bucket), dataset.interpolation)
         own = views(entry.id, placement, dataset.views)
         yield Item(
             id=entry.id,

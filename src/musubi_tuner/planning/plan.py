@@ -247,10 +247,10 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     shown = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(buckets.items())[:6])
     more = f", and {len(buckets) - 6} more" if len(buckets) > 6 else ""
     start = f"from {config.model.path}" if config.model.init == "checkpoint" else "from random weights"
-    lines = [
-        f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}",
-        f"  data     {len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}",
-    ]
+    counted = f"{len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}"
+    if any(dataset.stream for dataset in config.datasets):
+        counted = f"a stream, {steps.images_per_epoch} images per epoch; buckets around {shown.partition(':')[0]}"
+    lines = [f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}", f"  data     {counted}"]
     if plan.held_out:
         count = min(len(plan.held_out), config.validation.max_images or len(plan.held_out))
         measured = "" if count == len(plan.held_out) else f", {count} of them measured"

@@ -18,6 +18,7 @@ from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.batch import Source
 from musubi_tuner.data.pixels import PixelSource
 from musubi_tuner.data.sources import Item
+from musubi_tuner.data.streams import StreamSource
 from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import write_text
@@ -137,7 +138,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     refuse_second_branch(config)
     facts = config.spec.task(config)
     steps = count_steps(config, trained, ranks.count)
-    source, measured = _open_source(config, facts, trained, held_out, steps)
+    source, measured = _open_source(config, facts, trained, held_out, steps, ranks)
     found = _find_state(config)
     config = as_begun(config, found[1]["config"] if found else None)
     _check_machine(config, ranks, kernels)
@@ -200,6 +201,9 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
         samples=samples,
         best=Best(METRIC if validator else EPOCH_METRIC) if config.keeps_best else None,
         until=UntilMetric(config.step.until) if config.step and config.step.until else None,
+        remembered=task.remembered if task else {},
+        places=source.places,
+        ranks=ranks,
         identity=identity,
     )
     if found is not None:
@@ -324,12 +328,19 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
 
 
 def _open_source(
-    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item], steps: Steps
+    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item], steps: Steps, ranks: Ranks
 ) -> tuple[Source, CachedDataset | None]:
     """What is trained, and what is measured."""
     texts = [dataset.text.timed(steps.updates_per_epoch, steps.total_updates) for dataset in config.datasets]
     if facts.pixels:
-        return PixelSource(trained, config.run.seed, config.spec.task_family.make_tokenizer(config), texts), None
+        tokenize = config.spec.task_family.make_tokenizer(config)
+        streams = [item for item in trained if config.datasets[item.dataset].stream is not None]
+        if not streams:
+            return PixelSource(trained, config.run.seed, tokenize, texts), None
+        stream, workers = streams[0], config.train.loader_workers
+        dataset, code = config.datasets[stream.dataset], config.spec.code
+        return StreamSource(stream, dataset, config.run.seed, tokenize, texts, architecture=code, rank=ranks.rank, ranks=ranks.count,
+                            workers=workers), None  # fmt: skip
     kinds = needed_kinds(config)
     shown = held_out[: config.validation.max_images]
     measured = CachedDataset(config, shown, kinds, dropping=False) if shown else None
@@ -406,6 +417,10 @@ def _go_on(
     if position.update >= steps.updates_per_epoch and not over:
         position.epoch, position.update = position.epoch + 1, 0
     if ranks.main:
+        if not values.get("resume_exact", True):
+            print(
+                "note: goes on where the stream was read to, but not bit for bit: pictures that waited in it are left out (resume_exact = false)"
+            )
         print(
             *([warning] if warning else []),
             f"continuing from {path.name}: step {position.step} of {total}",

@@ -85,7 +85,7 @@ def mean_of(values: np.ndarray) -> float:
     return float(good.mean()) if len(good) else float("nan")
 
 
-def _curve(axes: Any, found: Points, label: str, smooth: bool = True, **style: Any) -> None:
+def draw_curve(axes: Any, found: Points, label: str, smooth: bool = True, **style: Any) -> None:
     """One curve, smoothed if it is long."""
     steps, values = found
     if len(steps) < MANY or not smooth:
@@ -96,7 +96,7 @@ def _curve(axes: Any, found: Points, label: str, smooth: bool = True, **style: A
     axes.plot(steps, running_mean(values, max(3, len(steps) // 40)), label=label, color=pale.get_color())
 
 
-def _log_if_wide(axes: Any, *values: np.ndarray) -> None:
+def log_if_wide(axes: Any, *values: np.ndarray) -> None:
     """A log scale where positive values differ more than fivefold."""
     every = np.concatenate([value[np.isfinite(value)] for value in values])
     if len(every) and every.min() > 0 and every.max() > 5 * every.min():
@@ -133,10 +133,10 @@ def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
     return pyplot.subplots(rows, columns, layout="constrained", **options)
 
 
-def save_figure(figure: Any, target: Path) -> None:
+def save_figure(figure: Any, target: Path, dpi: int = 120) -> None:
     from matplotlib import pyplot
 
-    replace_file(target, lambda path: figure.savefig(path, format="png", dpi=120))
+    replace_file(target, lambda path: figure.savefig(path, format="png", dpi=dpi))
     pyplot.close(figure)
 
 
@@ -165,8 +165,8 @@ def plot_losses(rows: list[Row], target: Path, title: str) -> bool:
         style: dict[str, Any] = {"color": "black"} if tag in names else {}
         if tag == "epoch/loss":
             style["linestyle"] = "--"
-        _curve(axes, points(rows, tag), names.get(tag, tag.removeprefix("loss/")), **style)
-    _log_if_wide(axes, *(points(rows, tag)[1] for tag in tags))
+        draw_curve(axes, points(rows, tag), names.get(tag, tag.removeprefix("loss/")), **style)
+    log_if_wide(axes, *(points(rows, tag)[1] for tag in tags))
     finish_axes(axes, f"{title}: losses", "loss")
     add_legend(axes)
     save_figure(figure, target)
@@ -180,9 +180,9 @@ def _plot_one(rows: list[Row], target: Path, title: str, *, tags: dict[str, str]
         return False
     figure, axes = new_figure(figsize=(8, 4))
     for label, found in shown.items():
-        _curve(axes, found, label, smooth=wide)
+        draw_curve(axes, found, label, smooth=wide)
     if wide:
-        _log_if_wide(axes, *(values for _, values in shown.values()))
+        log_if_wide(axes, *(values for _, values in shown.values()))
     else:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
@@ -199,9 +199,9 @@ def plot_step_time(rows: list[Row], target: Path, title: str) -> bool:
     if not len(seconds[0]):
         return False
     figure, (upper, lower) = new_figure(2, figsize=(8, 6), sharex=True)
-    _curve(upper, seconds, "seconds")
-    _curve(lower, rate, "images", color="tab:green")
-    _log_if_wide(upper, seconds[1])
+    draw_curve(upper, seconds, "seconds")
+    draw_curve(lower, rate, "images", color="tab:green")
+    log_if_wide(upper, seconds[1])
     if upper.get_yscale() == "linear":
         upper.set_ylim(bottom=0)
     lower.set_ylim(bottom=0)
@@ -228,7 +228,7 @@ def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str
     figure, (left, right) = new_figure(1, 2, figsize=(13, 5))
     colours = colormaps["viridis"]
     for tag, sigma in zip(tags, sigmas):
-        _curve(left, points(measured, tag), f"{sigma:g}", color=colours(0.95 * sigma))
+        draw_curve(left, points(measured, tag), f"{sigma:g}", color=colours(0.95 * sigma))
     every = [points(measured, tag)[1] for tag in tags]
     shown = min(SHOWN_STEPS, len(measured))
     if parts:
@@ -243,7 +243,7 @@ def plot_loss_by_noise(rows: list[Row], target: Path, title: str, *, prefix: str
         label = f"{last:,}" if first == last else f"{first:,} to {last:,}"
         right.plot(sigmas, means, marker="o", markersize=4, color=shade, label=label)
     for axes in (left, right):
-        _log_if_wide(axes, *every)
+        log_if_wide(axes, *every)
     finish_axes(left, f"{title}: {what} by noise level", "loss")
     finish_axes(right, "the same over the noise level", "loss", "noise level (0 = image, 1 = noise)")
     right.set_xlim(0, 1)
@@ -308,7 +308,7 @@ def plot_steps(steps: list[tuple[str, Path]], target: Path, title: str) -> Path:
         raise DataError(f"{title}: no step has a loss to draw")
     upper.set_xlim(0, begun)
     upper.margins(y=0.12)  # for the names
-    _log_if_wide(upper, *every)
+    log_if_wide(upper, *every)
     lower.set_ylim(bottom=0)
     finish_axes(upper, title, "loss", "")
     finish_axes(lower, "", "learning rate", "update, over all steps")

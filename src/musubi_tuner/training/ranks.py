@@ -87,6 +87,14 @@ class Ranks:
         if self.count > 1:
             torch.distributed.all_reduce(values)
 
+    def joined(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all ranks."""
+        if self.count == 1:
+            return dict(values)
+        found: list[dict[str, Any]] = [{} for _ in range(self.count)]
+        torch.distributed.all_gather_object(found, values, group=self._patient)
+        return {key: value for own in found for key, value in own.items()}
+
     def least(self, value: int) -> int:
         """The smallest value that a rank has."""
         return self._agreed([value], torch.distributed.ReduceOp.MIN)[0] if self.count > 1 else value

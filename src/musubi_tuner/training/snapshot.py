@@ -13,6 +13,7 @@ from musubi_tuner import __version__
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.training.checkpoint import Best, TrainingState, read_tensors
 from musubi_tuner.training.metrics import Metrics
+from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.role import Role, RoleState, prefix_of
 from musubi_tuner.training.samples import Reconstructions, Samples
 from musubi_tuner.training.task import Position
@@ -28,6 +29,7 @@ class Snapshot:
 
     Attributes:
         roles: what trains. If there are several, every name in a state is prefixed with its role's name.
+        remembered: see `Task`. places: see `Source`. ranks: that take it.
         identity: values of a state that are the same in all states of a start.
     """
 
@@ -38,11 +40,15 @@ class Snapshot:
     samples: Samples | Reconstructions | None
     best: Best | None
     until: UntilMetric | None
+    remembered: dict[str, float]
+    places: dict[str, Any] | None
+    ranks: Ranks
     identity: Mapping[str, Any]
 
     def take(self, metrics: Metrics | None) -> TrainingState | None:
         """The state, on the main rank; None on the others. All ranks call this together."""
         self.window.gather()
+        places = None if self.places is None else self.ranks.joined(self.places)
         if metrics is None:
             return None
         metrics.flush()
@@ -76,6 +82,8 @@ class Snapshot:
                 "best": self.best.state() if self.best else None,
                 **({"until": self.until.state()} if self.until else {}),
                 **({"plateau": plateaus} if plateaus else {}),
+                **({"remembered": self.remembered} if self.remembered else {}),
+                **({"places": places, "resume_exact": False} if places is not None else {}),
                 "metrics_bytes": metrics.length,
                 **self.identity,
                 "code_version": __version__,
@@ -118,6 +126,9 @@ class Snapshot:
             self.best.load_state(values.get("best"))
         if self.until:
             self.until.load_state(values.get("until"))
+        self.remembered |= values.get("remembered") or {}
+        if self.places is not None:
+            self.places |= {reader: tuple(place) for reader, place in (values.get("places") or {}).items()}
         for role in self.roles:
             if role.plateau:
                 role.plateau.load_state((values.get("plateau") or {}).get(role.name))

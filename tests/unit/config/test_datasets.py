@@ -80,7 +80,7 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
 
 
 def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 28
+    assert len(fields(DatasetConfig)) == 29
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
 
 
@@ -206,7 +206,7 @@ def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warning
 
 def test_dataset_without_a_source(problems: Problems) -> None:
     assert problems(data="[[datasets]]\nresolution = 512\n") == [
-        "datasets[0]: has no images; set image_directory or image_jsonl_file"
+        "datasets[0]: has no images; set image_directory, image_jsonl_file or shards"
     ]
 
 
@@ -226,7 +226,7 @@ def test_no_dataset_at_all(data: str, problems: Problems) -> None:
     # The last case is written above all tables, where a bare key belongs to the top.
     changes = {"top": data, "data": ""} if data.startswith("datasets") else {"data": data}
     assert problems(**changes) == [
-        "datasets: no data set given; add [[datasets]] with image_directory or image_jsonl_file"
+        "datasets: no data set given; add [[datasets]] with image_directory, image_jsonl_file or shards"
     ]
 
 

@@ -40,6 +40,7 @@ def ff(objective: str = "train_vae = true", model: str = "", **changes: Any) -> 
 
 
 FLOW = {"objective": "train_diff = true", "model": 'path = "model.safetensors"'}
+STREAM: Changes = {"data": '[[datasets]]\nshards = "a.tar"'}
 
 
 def images(lines: str, more: str = "") -> Changes:
@@ -195,6 +196,7 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
              {"memory": 'compile = true\ncompile_mode = "max-autotune-no-cudagraphs"'})],
     "V88": [({"memory": "blocks_to_swap = 2", "optimizer": f'type = "{name}"'}, {"memory": "blocks_to_swap = 2"})
             for name in ("AdamW8bit", "PagedAdamW", "Lion8bit")],
+    "V94": [({**ff(), **STREAM, "data": f'{STREAM["data"]}\n{MORE}'}, {**ff(), **STREAM}), ({**ff(**FLOW), **STREAM}, {**ff(), **STREAM})],
     "V92": [(images("is_reg = true"), images("is_reg = true", MORE))],
 }  # fmt: skip
 """Code -> pairs of changes of a good file: those that break the rule, and the nearest that do not."""

@@ -1,6 +1,11 @@
 """YAML files and command lines of the published FluxFlow trainer say here what they say there."""
 
 import copy
+import json
+import os
+import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,11 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from musubi_tuner import fluxflow_train
+from musubi_tuner.config import load_config
 from musubi_tuner.config.__main__ import main
 from musubi_tuner.config.load import load_steps
-from musubi_tuner.models.fluxflow.trainer_settings import read_settings
+from musubi_tuner.models.fluxflow.trainer_settings import URL, VGG, read_settings
 
 PIPELINE = """
 data:
@@ -92,7 +99,7 @@ def test_a_pipeline_becomes_steps(convert: Convert, tmp_path: Path) -> None:
     found = convert(PIPELINE)
     assert found["model"] == {
         "arch": "ff", "init": "scratch", "layout": "published", "bert_path": "distilbert/distilbert-base-uncased",
-        "geometry": {"vae_dim": 64, "feature_maps_dim": 128, "text_embedding_dim": 1024},
+        "geometry": {"vae_dim": 64, "feature_maps_dim": 128, "text_embedding_dim": 1024, "feature_maps_dim_disc": 8},
     }  # fmt: skip
     assert found["general"] == {"resolution": 512, "batch_size": 4, "caption_prefix": "style anime."}
     assert found["datasets"] == [{"image_directory": "images", "captions_file": "captions.txt"}]
@@ -127,7 +134,8 @@ def test_a_flat_file_has_the_optimizers_of_the_source(convert: Convert) -> None:
         "vae": "AdamW", "discriminator": "AdamW", "flow": "Lion", "text_encoder": "AdamW",
     }  # fmt: skip
     assert (roles["vae"]["optimizer"]["lr"], roles["text_encoder"]["optimizer"]["lr"]) == (1e-5, pytest.approx(1e-6))
-    assert found["sample"] == {"width": 256, "height": 256}
+    assert found["sample"] == {"every_steps": 50}  # while an autoencoder trains, nothing is drawn from texts
+    assert found["train"]["max_epochs"] == 2 and found["general"] == {"batch_size": 2, "resolution": 1024}
     assert roles["vae"]["scheduler"] == {"type": "cosine", "min_lr": 1e-6} and roles["flow"]["ema"] == {"decay": 0.9999}
 
 
@@ -152,10 +160,7 @@ def test_a_gan_alone_is_one_without_the_losses_of_the_reconstruction(convert: Co
         ("{name: a, n_epochs: 1, train_vae: true, dataset: gone}", "is no data set"),
         ("{name: a, n_epochs: 1, train_vae: true, optimizers: {vaee: {lr: 1}}}", "Did you mean 'vae'"),
         ("{name: a, n_epochs: 1, train_vae: true, optimizers: {vae: {type: Adagrad}}}", "Adagrad"),
-        (
-            "{name: a, n_epochs: 1, train_vae: true, schedulers: {vae: {type: ExponentialLR}}}",
-            "ExponentialLR is not supported",
-        ),
+        ("{name: a, n_epochs: 1, train_vae: true, schedulers: {vae: {type: StepLR}}}", "StepLR has no step_size"),
         ("{name: a, n_epochs: 1, train_vae: true, stop_condition: {loss_name: fid, threshold: 1}}", "known metrics"),
     ],
 )
@@ -164,11 +169,122 @@ def test_mistakes_of_a_step_are_named(step: str, message: str, convert: Convert)
     assert message in convert.said  # type: ignore[attr-defined]
 
 
-def test_an_empty_list_of_steps_and_streams(convert: Convert) -> None:
-    convert("data: {use_webdataset: true, webdataset_token: secret}\ntraining: {pipeline: {steps: []}}\n", code=1)
+def test_streams_and_an_empty_list_of_steps(convert: Convert, tmp_path: Path) -> None:
+    found = convert(
+        "data: {use_webdataset: true, webdataset_token: hf_planted}\ntraining: {pipeline: {steps: []}}\n", code=1
+    )
     said = convert.said  # type: ignore[attr-defined]
-    assert "No pipeline steps defined" in said and "WebDataset streams are not supported yet" in said
-    assert "is a secret and is not imported" in said and "secret:" not in said
+    assert "No pipeline steps defined" in said and "is a secret and is not imported" in said
+    assert found["datasets"] == [{"shards": URL, "shard_image_key": "png", "shard_samples": 10_000}]
+    assert "hf_planted" not in said and not any("hf_planted" in path.read_text() for path in tmp_path.glob("run*"))
+
+
+def test_the_data_set_of_a_step_is_a_stream_or_a_folder_with_its_own_batch_size(
+    convert: Convert, tmp_path: Path
+) -> None:
+    (tmp_path / "lion.json").write_text(json.dumps({"optimizers": {"vae": {"type": "Lion", "lr": 2e-6}},
+                                                    "schedulers": {"vae": {"type": "ExponentialLR", "gamma": 0.99}}}))  # fmt: skip
+    found = convert(
+        "training:\n  batch_size: 3\n  pipeline:\n    default_dataset: near\n    defaults: {workers: 5}\n    datasets:\n"
+        "      near: {type: local, image_folder: images, captions_file: captions.txt, batch_size: 8, workers: 2}\n"
+        "      far: {type: webdataset, webdataset_url: 'hf://datasets/me/pictures/*.tar', webdataset_token: t, webdataset_size: 500,\n"
+        "            webdataset_image_key: jpg, webdataset_caption_key: text}\n    steps:\n"
+        "      - {name: a, n_epochs: 1, train_vae: true, optim_sched_config: lion.json}\n"
+        "      - {name: b, n_epochs: 1, train_vae: true, dataset: far}\n      - {name: c, n_epochs: 1, train_vae: true, batch_size: 1}\n"
+    )
+    near, far = found["datasets"]
+    assert near == {"name": "near", "image_directory": "images", "captions_file": "captions.txt"}
+    assert far == {"name": "far", "shards": "hf://datasets/me/pictures/*.tar", "shard_image_key": "jpg", "shard_caption_key": "text",
+                   "epoch_samples": 500, "shard_samples": 1000}  # fmt: skip
+    a, b, c = found["steps"]
+    assert [step["use"] for step in (a, b, c)] == [["near"], ["far"], ["near"]]
+    assert [step["train"]["loader_workers"] for step in (a, b, c)] == [2, 5, 2]
+    assert [step.get("general") for step in (a, b, c)] == [{"batch_size": 8}, None, {"batch_size": 1}]
+    assert a["roles"]["vae"]["optimizer"] == {"type": "Lion", "lr": 2e-6, "weight_decay": 0.0}
+    assert a["roles"]["vae"]["scheduler"] == {"type": "exponential", "gamma": 0.99}
+    configs = load_steps(tmp_path / "run.toml", {})
+    assert [(c.datasets[0].batch_size, bool(c.datasets[0].stream)) for c in configs] == [
+        (8, False),
+        (3, True),
+        (1, False),
+    ]
+
+
+GUIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "first run": ("--data_path images --captions_file captions.txt --train_vae --n_epochs 50 --batch_size 2 --lr 1e-5", ("vae",)),
+    "with GAN and SPADE": (
+        "--data_path images --captions_file captions.txt --output_path out --train_vae --train_spade --n_epochs 50 --batch_size 2 --lr 1e-5 "
+        "--lr_min 0.1 --vae_dim 128 --feature_maps_dim 128 --feature_maps_dim_disc 8 --lambda_adv 0.9 --kl_beta 0.0001 "
+        "--kl_warmup_steps 5000 --checkpoint_save_interval 50 --gan_training --workers 8", ("vae", "discriminator"),
+    ),
+    "flow": (
+        "--data_path images --captions_file captions.txt --output_path out --model_checkpoint vae.safetensors --train_diff_full "
+        "--n_epochs 100 --batch_size 2 --lr 5e-7 --sample_captions 'a cat on a couch' 'mountains at sunset' --checkpoint_save_interval 100",
+        ("flow", "text_encoder"),
+    ),
+    "all together": (
+        "--data_path images --captions_file captions.txt --output_path out --model_checkpoint vae.safetensors --train_vae --train_spade "
+        "--train_diff_full --n_epochs 20 --lr 1e-6 --lambda_adv 0.5 --kl_beta 0.001 --sample_captions 'a cat' --gan_training",
+        ("vae", "flow", "text_encoder", "discriminator"),
+    ),
+    "little memory": (
+        "--data_path images --captions_file captions.txt --output_path out --train_vae --train_spade --n_epochs 100 --batch_size 1 "
+        "--training_steps 4 --lr 1e-5 --vae_dim 32 --feature_maps_dim 32 --feature_maps_dim_disc 32 --img_size 512 --use_fp16 --workers 4",
+        ("vae",),
+    ),
+    "stream": (
+        "--use_webdataset --webdataset_token hf_planted --webdataset_url hf://datasets/me/pictures/dataset_*.tar --webdataset_image_key "
+        "png --webdataset_caption_key caption --output_path out --train_vae --n_epochs 10 --batch_size 2", ("vae",),
+    ),
+    "style": (
+        "--data_path images --captions_file captions.txt --fixed_prompt_prefix 'style anime' --train_vae --gan_training --use_lpips "
+        "--initial_clipping_norm 0.5 --no_samples --preserve_lr --test_image_address a.png b.png --kl_free_bits 0.5", ("vae", "discriminator"),
+    ),
+}  # fmt: skip
+"""Command lines as in the guide of 0.5.1, and the roles that they train."""
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_command_lines_of_the_guide_train_what_they_say(name: str, tmp_path: Path, convert: Convert) -> None:
+    line, roles = GUIDE[name]
+    (tmp_path / "vae.safetensors").touch()
+    made: list[str] = []
+    assert fluxflow_train._write(shlex.split(line), made, {}) == 0
+    config = load_config(made[0])
+    assert set(config.spec.task(config).roles) == set(roles)
+    assert "hf_planted" not in Path(made[0]).read_text(encoding="utf-8")
+    if name == "little memory":
+        assert config.train.grad_accum_steps == 4 and config.datasets[0].resolution == (512, 512)
+    if name == "style":
+        assert (
+            config.get("general.caption_prefix") == "style anime."
+            or config.datasets[0].text.caption_prefix == "style anime."
+        )
+        assert config.get("model.vgg_path") == VGG and config.train.max_grad_norm == 0.5
+
+
+def test_the_shell_example_plans(tmp_path: Path, convert: Convert) -> None:
+    Image.new("RGB", (512, 512)).save(tmp_path / "images" / "a.png")
+    program = tmp_path / "bin" / "fluxflow-train"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m musubi_tuner.fluxflow_train "$@"\n')
+    program.chmod(0o755)
+    example = Path(__file__).resolve().parents[3] / "docs" / "fluxflow_example.sh"
+    places = {
+        "DATA_PATH": "images",
+        "CAPTIONS_FILE": "captions.txt",
+        "OUTPUT_PATH": "out",
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+    }
+    ended = subprocess.run(
+        ["sh", str(example), "--validate-pipeline"],
+        cwd=tmp_path,
+        env={**os.environ, **places},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "vae: AdamW at 1e-05" in ended.stdout and "discriminator: AdamW" in ended.stdout
 
 
 def test_the_command_takes_the_file_and_flags(
@@ -176,8 +292,6 @@ def test_the_command_takes_the_file_and_flags(
 ) -> None:
     """Flags lay over the file, and what is planned is the run file beside the output."""
     (tmp_path / "guide.yaml").write_text(PIPELINE.replace("outputs/full", str(tmp_path / "out")), encoding="utf-8")
-    from PIL import Image
-
     Image.new("RGB", (512, 512)).save(tmp_path / "images" / "a.png")
     assert (
         fluxflow_train.main(["--config", "guide.yaml", "--batch_size", "1", "--workers", "0", "--validate-pipeline"])

@@ -74,6 +74,7 @@ class Pictures:
         self, config: Any, items: list[Item], kinds: list[str], texts: Any = (), dropping: bool = True
     ) -> None:
         self.items = list(items)
+        self.places = None
 
     def __len__(self) -> int:
         return len(self.items)

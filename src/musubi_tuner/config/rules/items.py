@@ -131,6 +131,23 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
         yield warning("NA03", key, "has no effect because every data set has its own caption_dropout_rate")
 
 
+@rule("V94")
+def _streams(config: RunConfig) -> Iterator[Diagnostic]:
+    streams = [dataset for dataset in config.datasets if dataset.stream is not None]
+    if not streams:
+        return
+    place = f"{streams[0].name}.shards"
+    if len(config.datasets) > 1:
+        text = "is a stream, beside which a run reads nothing else; give it a run or a step of its own (use = [...])"
+        yield error("V94", place, text)
+    if not config.spec.task(config).pixels:
+        text = (
+            f"is a stream of pictures, and this run of {config.spec.title} trains from cached latents; unpack the shards into a folder "
+            "and name that in image_directory"
+        )
+        yield error("V94", place, text)
+
+
 @rule("V92", "train.prior_loss_weight")
 def _regularisation(config: RunConfig) -> Iterator[Diagnostic]:
     regular = [dataset.is_reg for dataset in config.datasets]

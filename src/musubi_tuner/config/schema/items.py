@@ -21,6 +21,7 @@ CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 
 
 _BUCKETS = on("general.enable_bucket")
+_STREAM = on("datasets.shards")
 
 
 class GeneralSection(Section):
@@ -222,6 +223,38 @@ class DatasetSection(GeneralSection):
         None, "Folder of masks with the names of the pictures.", path=True,
         when=is_not("datasets.mask_source", "alpha", "none", "imported", "product"),
     )  # fmt: skip
+    shards: str | list[str] | None = param(
+        None,
+        "WebDataset shards instead of a folder: tar files, http addresses or hf://datasets/owner/name/*.tar; {000..010} counts.",
+    )
+    shard_image_key: str | None = param(
+        None, "Ending of the pictures in a shard; absent = the first that is a picture's.", when=_STREAM
+    )
+    shard_label_key: str = param("json", "Ending of the captions in a shard.", when=_STREAM)
+    shard_caption_key: str = param("prompt", "Field with the caption, where that ending is json.", when=_STREAM)
+    shard_samples: int = param(
+        1000, "Pictures that a shard is taken to hold.", ge=1, le=10**9, unit="pictures", when=_STREAM
+    )
+    epoch_samples: int | None = param(
+        None,
+        "Pictures that count as an epoch; absent = shards times shard_samples.",
+        ge=1,
+        le=10**12,
+        unit="pictures",
+        when=_STREAM,
+    )
+    shard_retries: int = param(
+        5, "Times that a shard is opened again after a connection broke.", ge=0, le=1000, when=_STREAM, expert=True
+    )
+    shard_retry_delay: float = param(
+        5.0,
+        "Wait before the first of them; each further one is twice as long.",
+        ge=0,
+        le=3600,
+        unit="seconds",
+        when=_STREAM,
+        expert=True,
+    )
     experts: dict[str, Any] | Literal[False] | None = param(
         None, "Keys of [experts] that differ for these pictures; false = no teachers.", expert=True
     )

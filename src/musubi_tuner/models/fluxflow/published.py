@@ -1,4 +1,4 @@
-"""Files of the published FluxFlow trainer: its settings; what else it has is refused by name. Torch-free."""
+"""Files of the published FluxFlow trainer: its settings and states; it has no others. Torch-free."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ __all__ = ["open_caches", "read_lora", "read_settings", "read_state", "write_lor
 
 
 def read_state(path: Path, config: "RunConfig", *, moments: bool = True) -> "PublishedState":
-    """Its states are not read."""
-    raise ConfigError(
-        f"{path}: states of the published FluxFlow trainer are not read; start from its weights: model.path = the folder with flxflow_final.safetensors"
-    )
+    """See `trainer_state.read_state`."""
+    from musubi_tuner.models.fluxflow import trainer_state
+
+    return trainer_state.read_state(path, config, moments=moments)
 
 
 def open_caches(config: "RunConfig", sources: Sequence[Path], kinds: Collection[str]) -> "ForeignCaches":

@@ -42,12 +42,10 @@ SAME: dict[str, str] = {
 """Key there -> ours; the value is the same."""
 HARMLESS = {
     "channels": "pictures have three channels", "preserve_lr": "a run that continues takes its rates from its state",
-    "generate_diagrams": "python -m musubi_tuner.plot_metrics draws them", "log_level": "everything is printed",
+    "generate_diagrams": "fluxflow-train and fluxflow-graphs draw them", "training_states": "fluxflow-train and fluxflow-graphs write them",
+    "log_level": "everything is printed",
     "log_file": "logs/console.log has what is printed", "mode": "steps run one after the other", "description": "is for people",
-    "dataloader_max_retries": "there are no streams", "dataloader_retry_delay": "there are no streams",
-    "model_type": "the Bezier model is the only one", "webdataset_image_key": "there are no streams",
-    "webdataset_label_key": "there are no streams", "webdataset_caption_key": "there are no streams",
-    "webdataset_size": "there are no streams", "webdataset_samples_per_shard": "there are no streams",
+    "model_type": "the Bezier model is the only one",
     "optimizer_type": "is read with its table", "config": "is this file", "script": "is the program", "validate_pipeline": "write --plan", "freeze": "only the roles of a step move",
     "unfreeze": "only the roles of a step move", "freeze_vae": "only the roles of a step move", "freeze_flow": "only the roles of a step move",
     "freeze_text_encoder": "only the roles of a step move", "freeze_modules": "only the roles of a step move",
@@ -58,14 +56,19 @@ CHANGING = {
     "use_gradient_checkpointing": "is not there for FluxFlow; a smaller batch with accumulation saves memory too",
 }  # fmt: skip
 REFUSED = {
-    "use_webdataset": "WebDataset streams are not supported yet; unpack the shards into a folder",
-    "webdataset_url": "WebDataset streams are not supported yet; unpack the shards into a folder",
-    "use_tt2m": "WebDataset streams are not supported yet; unpack the shards into a folder",
     "reduced_min_sizes": "several sizes of one folder are several [[datasets]] with a resolution and a cache_directory each",
 }
 OFF: tuple[Any, ...] = (False, None, [], "")
 """Values of refused and left-out keys that ask for nothing."""
 SECRETS = ("webdataset_token", "tt2m_token")
+STREAM = {"webdataset_url": "shards", "webdataset_image_key": "shard_image_key", "webdataset_label_key": "shard_label_key",
+          "webdataset_caption_key": "shard_caption_key", "webdataset_size": "epoch_samples",
+          "webdataset_samples_per_shard": "shard_samples", "dataloader_max_retries": "shard_retries",
+          "dataloader_retry_delay": "shard_retry_delay"}  # fmt: skip
+"""Key of a stream there -> ours, of a data set."""
+COUNTS = ("epoch_samples", "shard_samples", "shard_retries")
+URL = "hf://datasets/jackyhate/text-to-image-2M/data_512_2M/*.tar"
+"""Its stream if none is named."""
 ROLE_OF = {"vae": "vae", "vae_encoder": "vae", "flow": "flow", "flow_processor": "flow", "text_encoder": "text_encoder",
            "discriminator": "discriminator", "D_img": "discriminator"}  # fmt: skip
 OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD", "RMSprop")
@@ -96,6 +99,16 @@ CURVES = {"CosineAnnealingLR": ("eta_min_factor", "T_max"), "LinearLR": ("start_
 OF_VAE = ("kl_beta", "kl_warmup_steps", "kl_free_bits", "lambda_adv", "lambda_lpips", "mse_weight", "r1_interval", "r1_gamma",
           "instance_noise_std", "instance_noise_decay", "train_reconstruction", "use_lpips", "train_spade")  # fmt: skip
 """Keys of a step that act on its autoencoder."""
+USUAL = {
+    "train.max_epochs": 1,
+    "general.batch_size": 2,
+    "general.resolution": 1024,
+    "log.every_steps": 10,
+    "save.every_steps": 50,
+}
+"""Its values where a file says nothing."""
+VGG = "timm/vgg16.tv_in1k"
+"""The VGG16 weights that it downloads."""
 SLOW = 0.9999
 """Decay of the source's average of flow and text encoder."""
 WHOLE = "data"
@@ -142,7 +155,8 @@ class _Importer:
         data = {
             name: flat.pop(key)
             for key in list(flat)
-            if (name := _leaf(key)) in ("data_path", "captions_file", "fixed_prompt_prefix")
+            if (name := _leaf(key))
+            in ("data_path", "captions_file", "fixed_prompt_prefix", "use_webdataset", "use_tt2m", *STREAM)
         }
         rate = next((self._number(key, flat.pop(key), 5e-7) for key in list(flat) if _leaf(key) == "lr"), 5e-7)
         whole = pipeline is None
@@ -153,12 +167,17 @@ class _Importer:
                 self._key(key, _leaf(key), value, self.tables)
         self._model(document)
         datasets = self._data(data)
+        self._defaults(whole)
         if silent and self.tables.get("sample", {}).pop("prompts", None) is not None:
             self.report.leave_out("sample.prompts", "no_samples is set")
         if whole:
             self._roles("", self.tables, components, rate, given=bool(components))
+            self._drawings(self.tables)
         else:
             datasets = self._pipeline(pipeline, rate, components, datasets)
+        if any(table.get("objective", {}).get("use_lpips") for table in (self.tables, *self.tables.get("steps", []))):
+            self.tables["model"]["vgg_path"] = VGG
+            self.report.defaulted.append(("model.vgg_path", VGG))
         self.tables["run"].setdefault("output_dir", "outputs")
         every = self.tables.get("save", {}).get("every_steps")
         if not silent and isinstance(every, int):
@@ -171,7 +190,10 @@ class _Importer:
         report = self.report
         if name in SAME:
             ours = SAME[name]
-            if step and ours.startswith(("general.", "run.", "model.")):
+            if step and ours in ("general.batch_size", "general.resolution"):
+                tables.setdefault("general", {})[ours.partition(".")[2]] = number(value)
+                report.carried.append((source, ours, number(value)))
+            elif step and ours.startswith(("general.", "run.", "model.")):
                 report.needs_you.append(
                     (source, f"is a setting of the whole file or of a data set here ({ours}), not of a step")
                 )
@@ -221,6 +243,9 @@ class _Importer:
                 "optimizers",
                 "schedulers",
                 "dataset",
+                "optim_sched_config",
+                "use_webdataset",
+                *STREAM,
             )
             report.unknown.append((source, did_you_mean(name, known)))
 
@@ -249,10 +274,32 @@ class _Importer:
             return
         model |= {"init": "scratch", "layout": "published"}
         model.setdefault("geometry", {})
-        for name, value in {"vae_dim": 128, "feature_maps_dim": 128, "text_embedding_dim": 1024}.items():
+        for name, value in {
+            "vae_dim": 128,
+            "feature_maps_dim": 128,
+            "text_embedding_dim": 1024,
+            "feature_maps_dim_disc": 8,
+        }.items():
             if name not in model["geometry"]:
                 model["geometry"][name] = value
                 self.report.defaulted.append((f"model.geometry.{name}", value))
+
+    def _defaults(self, whole: bool) -> None:
+        """What the source does where a file does not say, and this program would do something else."""
+        for ours, value in USUAL.items():
+            table, _, name = ours.partition(".")
+            own = self.general if table == "general" else self.tables.setdefault(table, {})
+            if name not in own and (whole or ours != "train.max_epochs"):
+                own[name] = value
+                self.report.defaulted.append((ours, value))
+
+    def _drawings(self, tables: dict[str, Any]) -> None:
+        """Leave out what is drawn while an autoencoder trains, which shows reconstructions."""
+        if not tables.get("objective", {}).get("train_vae"):
+            return
+        for name in [name for name in ("prompts", "width", "height") if name in tables.get("sample", {})]:
+            del tables["sample"][name]
+            self.report.leave_out(f"sample.{name}", "while an autoencoder trains, its reconstructions are shown")
 
     def _data(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The data set of a file without named ones."""
@@ -262,6 +309,14 @@ class _Importer:
             self.report.converted.append(
                 ("fixed_prompt_prefix", prefix, "general.caption_prefix", f"{prefix}.", "prefix, point, caption")
             )
+        streams = [key for key in ("use_webdataset", "use_tt2m") if data.get(key)]
+        for key in [key for key in ("use_webdataset", "use_tt2m") if key in data]:
+            self.report.dropped_harmless.append((key, "the data set says so" if data[key] else "is off"))
+        own = {key: value for key, value in data.items() if key in STREAM}
+        if streams:
+            return [self._shards("", own, 10_000)]
+        for key in own:
+            self.report.dropped_harmless.append((key, "no stream is used"))
         if data.get("data_path") is None:
             if data.get("captions_file") is not None:
                 self.report.needs_you.append(
@@ -278,28 +333,59 @@ class _Importer:
             entry["captions_file"] = captions
         return entry
 
+    def _shards(self, where: str, own: Mapping[str, Any], of_shard: int) -> dict[str, Any]:
+        """The data set of a stream.
+
+        Args:
+            where: in front of the keys. of_shard: pictures that a shard is taken to hold there.
+        """
+        entry: dict[str, Any] = {"shards": URL, "shard_image_key": "png", "shard_samples": of_shard}
+        for name, value in own.items():
+            key, ours = f"{where}{name}", STREAM[name]
+            if value is None:
+                self.report.dropped_harmless.append((key, "holds nothing"))
+                continue
+            if ours in COUNTS or ours == "shard_retry_delay":
+                value = self._number(key, value, 1)
+                value = int(value) if ours in COUNTS else float(value)
+            elif not isinstance(value, str):
+                self.report.refused.append((key, f"is {value!r}, expected a text"))
+                continue
+            entry[ours] = value
+            self.report.carried.append((key, f"datasets.{ours}", value))
+        for ours in [
+            ours
+            for ours in ("shards", "shard_image_key", "shard_samples")
+            if ours not in {STREAM[name] for name in own}
+        ]:
+            self.report.defaulted.append((f"datasets.{ours}", entry[ours]))
+        return entry
+
     def _components(self, flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Optimizers and schedulers by role, from a JSON file or tables of the whole file."""
         found: dict[str, dict[str, Any]] = {}
         for key in [key for key in flat if _leaf(key) == "optim_sched_config"]:
-            named = flat.pop(key)
-            if named in OFF:
-                continue
-            try:
-                own = json.loads(Path(str(named)).expanduser().read_text(encoding="utf-8"))
-            except (OSError, ValueError) as problem:
-                self.report.needs_you.append(
-                    (key, f"{named}: cannot be read ({problem}); import from the folder where it is found")
-                )
-                continue
-            self.report.converted.append((key, named, "roles", "...", "optimizers and schedules by role"))
-            self._collect(key, own, found)
+            self._read_components(key, flat.pop(key), found)
         for key in [
             key for key in flat if _leaf(key) in ("optimizer_config", "scheduler_config", "optimizers", "schedulers")
         ]:
             kind = "optimizers" if "optimizer" in _leaf(key) else "schedulers"
             self._collect(key, {kind: flat.pop(key)}, found)
         return found
+
+    def _read_components(self, key: str, named: Any, found: dict[str, dict[str, Any]]) -> None:
+        """Optimizers and schedulers of a JSON file."""
+        if named in OFF:
+            return
+        try:
+            own = json.loads(Path(str(named)).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            self.report.needs_you.append(
+                (key, f"{named}: cannot be read ({problem}); import from the folder where it is found")
+            )
+            return
+        self.report.converted.append((key, named, "roles", "...", "optimizers and schedules by role"))
+        self._collect(key, own, found)
 
     def _collect(self, where: str, tables: Any, found: dict[str, dict[str, Any]]) -> None:
         for kind, other in (("optimizers", "optimizer"), ("schedulers", "scheduler")):
@@ -443,9 +529,10 @@ class _Importer:
         elif kind == "ReduceLROnPlateau":
             found, rule = {"type": "plateau"}, "measured by epochs and not by updates"
             found |= {key: int(value) if key == "patience" else value for key, value in values.items()}
+        elif kind == "ExponentialLR":
+            found = {"type": "exponential", "gamma": values.get("gamma", 0.95)}
         else:
-            way = "StepLR with step_size" if kind == "StepLR" else "CosineAnnealingLR, or StepLR with step_size"
-            self.report.refused.append((source, f"{kind} is not supported like that; use {way}"))
+            self.report.refused.append((source, "StepLR has no step_size; give it one"))
             return {}
         self.report.converted.append((source, kind, "scheduler.type", found["type"], rule))
         return found
@@ -466,35 +553,51 @@ class _Importer:
         if datasets and named:  # steps that name no data set have that of the whole file
             datasets[0]["name"] = WHOLE
             usual = WHOLE if usual is None else usual
+        loading: dict[str, dict[str, Any]] = {}
         for name, table in named.items():
-            entry = self._named(name, table)
+            entry = self._named(name, table, loading)
             if entry is not None:
                 found.append(entry)
         self.tables["steps"] = []
         known = {*named, *(entry["name"] for entry in datasets if "name" in entry)}
         for index, step in enumerate(steps):
             own_keys = self._table(f"pipeline.steps[{index}]", step)
-            self.tables["steps"].append(self._step(index, {**defaults, **own_keys}, rate, components, usual, known))
+            data = own_keys.get("dataset", defaults.get("dataset", usual))
+            of_data = loading.get(data, {}) if isinstance(data, str) else {}
+            given = {**defaults, **of_data, **own_keys}
+            self.tables["steps"].append(self._step(index, given, rate, components, usual, known))
         return found
 
-    def _named(self, name: str, table: Any) -> dict[str, Any] | None:
+    def _named(self, name: str, table: Any, loading: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        """A data set of a pipeline.
+
+        Args:
+            loading: gets its batch size and workers, which steps that use it have, unless they have their own.
+        """
         where = f"pipeline.datasets.{name}"
-        if not isinstance(table, dict) or table.get("type", "local") != "local":
-            self.report.refused.append((where, REFUSED["use_webdataset"]))
+        if not isinstance(table, dict) or table.get("type", "local") not in ("local", "webdataset"):
+            self.report.refused.append((where, "is neither of type local nor of type webdataset"))
             return None
         rest = dict(table)
-        rest.pop("type", None)
+        kind = rest.pop("type", "local")
+        loading[name] = {key: rest.pop(key) for key in ("batch_size", "workers") if key in rest}
+        for key, value in loading[name].items():
+            self.report.converted.append((f"{where}.{key}", value, f"steps.{key}", value, "in each step that uses it"))
+        if kind == "webdataset":
+            entry = {
+                "name": name,
+                **self._shards(f"{where}.", {key: rest.pop(key) for key in STREAM if key in rest}, 1000),
+            }
+            for key, value in rest.items():
+                self._key(f"{where}.{key}", key, value, {}, step=True)
+            return entry
         folder, captions = rest.pop("image_folder", None), rest.pop("captions_file", None)
         if folder is None:
             self.report.refused.append((where, "has no image_folder"))
             return None
         entry = {"name": name, **self._folder(f"{where}.image_folder", f"{where}.captions_file", folder, captions)}
         for key, value in rest.items():
-            if key == "batch_size":
-                entry["batch_size"] = int(self._number(f"{where}.{key}", value, 1))
-                self.report.carried.append((f"{where}.{key}", "datasets.batch_size", value))
-            else:
-                self._key(f"{where}.{key}", key, value, {}, step=True)
+            self._key(f"{where}.{key}", key, value, {}, step=True)
         return entry
 
     def _step(
@@ -506,6 +609,7 @@ class _Importer:
         own: dict[str, dict[str, Any]] = {}
         for key in ("optimizers", "schedulers"):
             self._collect(where, {key: step.pop(key, None)}, own)
+        self._read_components(f"{where}.optim_sched_config", step.pop("optim_sched_config", None), own)
         optimization = step.pop("optimization", None)
         self._collect(f"{where}.optimization", optimization, own)
         data = step.pop("dataset", usual)
@@ -536,6 +640,7 @@ class _Importer:
             self.report.refused.append((where, f"has no mode; set one of {', '.join(MODES)}"))
         self._roles(f"{where}.", found, own or components, own_rate, given=True)
         self._frozen(where, step, objective)
+        self._drawings(found)
         return found
 
     def _frozen(self, where: str, step: Mapping[str, Any], objective: Mapping[str, Any]) -> None:
