@@ -96,6 +96,45 @@ def test_the_loss_of_the_demo_falls(demo: Demo) -> None:
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
+def test_the_demo_of_fluxflow_scores_each_of_its_steps(
+    tmp_path: Path, python: Callable[..., Result], server: ForkServer
+) -> None:
+    (tmp_path / "toml").mkdir()
+    shutil.copy(REPOSITORY / "toml" / "demo_fluxflow.toml", tmp_path / "toml")
+    small = {
+        "run.threads": 1,
+        "demo.pictures": 64,
+        "demo.score_prompts": 24,
+        "scheduler.warmup_steps": 2,
+        "sample.steps": 4,
+    }
+    small |= {f"steps.{name}.train.max_steps": updates for name, updates in (("vae", 12), ("gan", 3), ("flow", 6))}
+    options = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    assert (
+        "has no pictures and encoders yet"
+        in server.run("train", ["toml/demo_fluxflow.toml", "--plan"], tmp_path).expect(0).out
+    )
+    said = python(REPOSITORY / "train.py", "toml/demo_fluxflow.toml", *options, cwd=tmp_path).expect(0).out
+    assert said.count("reconstructions of 24 pictures that were never trained: PSNR ") == 3
+    assert said.count("score over 24 prompts with fresh noise:") == 1
+    out = tmp_path / "data" / "demo_fluxflow" / "run"
+    vae, gan, flow = (
+        json.loads((out / name / "accuracy.json").read_text(encoding="utf-8"))
+        for name in ("01-vae", "02-gan", "03-flow")
+    )
+    assert set(vae) == set(gan) == {"reconstruction", "chance", "seconds"}
+    assert vae["reconstruction"] != gan["reconstruction"] == flow["reconstruction"]
+    assert flow["prompts"] == 24 and set(flow["shuffled"]) == set(flow["chance"]) == {
+        "colour",
+        "background",
+        "position",
+        "shape",
+    }
+    with Image.open(out / "01-vae" / "reconstructions.png") as sheet:
+        assert sheet.width == 12 * 72 + 8 and sheet.height == 2 * 138 + 8
+    assert (out / "03-flow" / "contact_sheet.png").is_file() and (out / "03-flow" / "loss.png").is_file()
+
+
 def test_a_finished_demo_says_so(demo: Demo, server: ForkServer) -> None:
     before = (demo.out / "accuracy.json").stat().st_mtime_ns
     again = server.run("train", ["toml/demo.toml", *demo.options], demo.folder).expect(0)

@@ -19,6 +19,7 @@ from musubi_tuner.config.pipeline import TABLE
 from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.sources import scan
 from musubi_tuner.demo.pictures import vocabulary, write_dataset
+from musubi_tuner.demo.score import trained
 from musubi_tuner.models.fluxflow.encoding import open_autoencoder
 
 pytestmark = pytest.mark.slow
@@ -83,7 +84,8 @@ def losses(config: Path, folder: str, name: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("folder", ["01-vae", "02-gan"])
 def test_the_reconstruction_depends_on_the_latents(run: tuple[Path, ForkServer], folder: str) -> None:
-    config = load_config(run[0], {"step": "flow", "model.path": str(run[0].parent / "out" / folder)})
+    config = trained(load_config(run[0], {"step": folder.partition("-")[2]}))
+    assert str(config.model.path).endswith(folder)
     vae = open_autoencoder(config, torch.device("cpu"))
     items = scan(config.datasets, "ff").items[:64]
     pixels = torch.stack([read_pixels(item) for item in items])

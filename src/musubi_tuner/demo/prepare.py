@@ -3,6 +3,7 @@
     autoencoder    a linear map of 8x8 patches to 16 channels, fitted to the pictures
     T5, CLIP       tiny text models with random weights and a word-level tokenizer; random features are enough to tell
                    the few words apart
+    DistilBERT     a word-level tokenizer; the language model is a part of what is trained
     teachers       a tiny U-Net of SD1.5's topology with random weights, with one overlay for each teacher; they exercise
                    the path, their features teach little
 
@@ -69,6 +70,7 @@ def prepare(config: RunConfig) -> None:
             "model.vae_path": _make_autoencoder,
             "model.t5_path": _make_t5,
             "model.clip_path": _make_clip,
+            "model.bert_tokenizer": _make_bert_tokenizer,
             "experts.unet": _make_unet,
             "experts.vae": _make_teacher_autoencoder,
             "experts.lune": _make_overlay,
@@ -190,6 +192,12 @@ def _make_clip(config: RunConfig, path: Path, key: str) -> None:
     )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def _make_bert_tokenizer(config: RunConfig, path: Path, key: str) -> None:
+    """Of whole words; the language model that reads them is a part of the checkpoint."""
+    length = int(config.get("model.text_max_tokens"))
+    word_tokenizer(vocabulary(), "[CLS]", "[SEP]", "[PAD]", length).save_pretrained(path)
 
 
 def _make_unet(config: RunConfig, path: Path, key: str) -> None:

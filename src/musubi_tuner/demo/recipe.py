@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config import RunConfig
+from musubi_tuner.config.schema.model import ClipAndT5
 from musubi_tuner.demo.pictures import MANIFEST as PICTURES_MANIFEST
 from musubi_tuner.demo.pictures import VERSION as PICTURES_VERSION
 from musubi_tuner.errors import ConfigError
@@ -16,12 +17,15 @@ ENCODERS = (
     "model.vae_path",
     "model.clip_path",
     "model.t5_path",
+    "model.bert_tokenizer",
     "experts.unet",
     "experts.vae",
     "experts.lune",
     "experts.sol",
 )
 """Config keys whose files the demo makes."""
+REQUIRED = {True: ("model.vae_path", "model.clip_path", "model.t5_path"), False: ("model.bert_tokenizer",)}
+"""Those that must be given: for families with CLIP and T5, and for the others."""
 
 
 def demo_folder(config: RunConfig) -> Path:
@@ -30,18 +34,23 @@ def demo_folder(config: RunConfig) -> Path:
     return config.locate(config.demo.folder)
 
 
+def has_clip_and_t5(config: RunConfig) -> bool:
+    """Whether its texts go through CLIP and T5."""
+    return isinstance(config.model, ClipAndT5)
+
+
 def made_paths(config: RunConfig) -> dict[str, Path]:
     """Config key -> file or folder that the demo makes for it.
 
     Raises:
         ConfigError: if a key points outside the demo's folder, where nothing may be written.
     """
-    folder = demo_folder(config).resolve()
+    folder, required = demo_folder(config).resolve(), REQUIRED[has_clip_and_t5(config)]
     made = {}
     for key in ENCODERS:
         text = config.get(key)
         if text is None:
-            if key in ("model.vae_path", "model.clip_path", "model.t5_path"):
+            if key in required:
                 raise ConfigError(f"{key}: is needed by the demo; give a path inside {folder}")
             continue
         path = config.locate(text)
@@ -69,13 +78,14 @@ def expected_manifest(config: RunConfig) -> dict[str, Any]:
     assert config.demo is not None
     geometry = config.get("model.geometry")
     names = ("joint_attention_dim", "pooled_projection_dim", "lune_expert_dim", "in_channels")
+    tokens = {"t5_max_tokens": config.clip_and_t5.t5_max_tokens} if has_clip_and_t5(config) else {}
     return {
         "version": VERSION,
         "pictures": config.demo.pictures,
         "size": config.demo.size,
         "held_out": config.demo.held_out,
         "seed": config.demo.seed,
-        "t5_max_tokens": config.clip_and_t5.t5_max_tokens,
+        **tokens,
         "widths": {name: geometry.get(name) for name in names},
         "paths": {key: str(path) for key, path in made_paths(config).items()},
     }

@@ -3,9 +3,14 @@
 Draws pictures for trained and for held-out combinations with fresh noise, lets the checker say what they show, and
 writes into the run folder:
 
-    accuracy.json       colour, background, position, shape, all, unseen_all (shares), prompts, seconds
+    accuracy.json       colour, background, position, shape, all, unseen_all (shares), prompts, seconds; of a run with an autoencoder of its
+                        own also reconstruction: the same shares for pictures of combinations that were never trained, PSNR, and the mean
+                        difference with the right latents and with those of another picture
     contact_sheet.png   every picture with its caption, what the checker found wrong in red
+    reconstructions.png pairs of such pictures and what the autoencoder makes of them
     loss.png            the losses over the updates
+
+Of such a run the score of the same pictures with other captions is given too (shuffled), and what guessing would reach (chance).
 """
 
 import sys
@@ -20,7 +25,16 @@ from PIL import Image, ImageDraw, ImageFont
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.config.command_line import Parser, split_overrides
 from musubi_tuner.demo.checker import check, score
-from musubi_tuner.demo.pictures import Combination, combinations, held_out
+from musubi_tuner.demo.pictures import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    Combination,
+    combinations,
+    draw,
+    held_out,
+)
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_json
 from musubi_tuner.parent import join_parent
@@ -30,6 +44,12 @@ from musubi_tuner.training.curves import plot_losses, read_rows
 from musubi_tuner.training.metrics import FILE
 
 NAMES = ("colour", "background", "position", "shape", "all", "unseen_all")
+CHANCE = {
+    "colour": 1 / len(COLOURS),
+    "background": 1 / len(BACKGROUNDS),
+    "position": 1 / len(PLACES),
+    "shape": 1 / len(SHAPES),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,13 +67,24 @@ def _main(arguments: Sequence[str]) -> int:
     join_parent()
     exit_on_terminate()
     result = score_run(config)
-    width = max(map(len, NAMES))
-    print(f"score over {result['prompts']} prompts with fresh noise:")
-    for name in NAMES:
-        if result[name] is not None:
-            print(f"  {name:<{width}}  {result[name]:6.1%}")
-    print(f"see {config.output_dir / 'contact_sheet.png'}, loss.png and accuracy.json beside it")
+    found = result.get("reconstruction")
+    if found:
+        print(f"reconstructions of {found['pictures']} pictures that were never trained: PSNR {found['psnr']:.1f} dB,")
+        print(f"difference {found['difference']:.4f}, with the latents of another picture {found['swapped']:.4f}")
+        _print_scores(found)
+    if "prompts" in result:
+        print(f"score over {result['prompts']} prompts with fresh noise:")
+        _print_scores(result)
+    sheet = "contact_sheet.png" if "prompts" in result else "reconstructions.png"
+    print(f"see {config.output_dir / sheet}, loss.png and accuracy.json beside it")
     return EXIT_OK
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    width = max(map(len, NAMES))
+    for name in NAMES:
+        if result.get(name) is not None:
+            print(f"  {name:<{width}}  {result[name]:6.1%}")
 
 
 def scored_prompts(config: RunConfig) -> tuple[list[Combination], set[Combination]]:
@@ -71,22 +102,99 @@ def scored_prompts(config: RunConfig) -> tuple[list[Combination], set[Combinatio
 
 def score_run(config: RunConfig) -> dict[str, Any]:
     """Draw, check and write the files; returns the content of accuracy.json."""
+    begun, folder = time.perf_counter(), config.output_dir
+    facts, own = config.spec.task(config), config.spec.frozen_networks is not None
+    result: dict[str, Any] = _score_drawings(config) if facts.has("sample.prompts") else {}
+    if own:
+        result |= {"reconstruction": _score_reconstructions(config), "chance": CHANCE}
+    result["seconds"] = round(time.perf_counter() - begun, 1)
+    plot_losses(read_rows(folder / FILE), folder / "loss.png", config.run.name)
+    write_json(folder / "accuracy.json", result)
+    return result
+
+
+def _score_drawings(config: RunConfig) -> dict[str, Any]:
+    """Draw what the prompts ask for, and say how much of it is there."""
     from musubi_tuner.training.generate import Generator
 
-    begun = time.perf_counter()
     demo = config.demo
     assert demo is not None
     wanted, unseen = scored_prompts(config)
     generator = Generator.from_run(config)
     settings = generator.settings(seed=demo.score_seed, width=demo.size, height=demo.size)
     pictures = generator.draw([combination.caption for combination in wanted], settings, batch_size=40)
-    result: dict[str, Any] = dict(score(pictures, wanted, unseen))
-    result["seconds"] = round(time.perf_counter() - begun, 1)
-    folder = config.output_dir
-    _contact_sheet(folder / "contact_sheet.png", pictures, wanted, unseen)
-    plot_losses(read_rows(folder / FILE), folder / "loss.png", config.run.name)
-    write_json(folder / "accuracy.json", result)
-    return result
+    _contact_sheet(config.output_dir / "contact_sheet.png", pictures, wanted, unseen)
+    found: dict[str, Any] = dict(score(pictures, wanted, unseen))
+    return found if config.spec.frozen_networks is None else {**found, "shuffled": shuffled_score(pictures, wanted)}
+
+
+def shuffled_score(pictures: Sequence[np.ndarray], wanted: Sequence[Combination]) -> dict[str, float]:
+    """Mean scores over all ways to deal the captions to other pictures by turning their list."""
+    found = [check(picture) for picture in pictures]
+    scores = {}
+    for name, field in (("colour", "colour"), ("background", "background"), ("position", "place"), ("shape", "shape")):
+        shown, asked = [getattr(verdict, name) for verdict in found], [getattr(each, field) for each in wanted]
+        turns = [asked[turn:] + asked[:turn] for turn in range(1, len(asked))]
+        hits = [one == other for turned in turns for one, other in zip(shown, turned, strict=True)]
+        scores[name] = sum(hits) / len(hits)
+    return scores
+
+
+def _score_reconstructions(config: RunConfig) -> dict[str, Any]:
+    """What the trained autoencoder makes of new pictures of combinations that were never trained."""
+    import torch
+
+    from musubi_tuner.device import choose_device, set_threads, with_precision
+
+    demo = config.demo
+    assert demo is not None
+    unseen = held_out(demo.held_out, demo.seed) or combinations()
+    wanted = [unseen[number % len(unseen)] for number in range(demo.score_prompts)]
+    drawn = [
+        draw(each, np.random.default_rng(np.random.SeedSequence([demo.score_seed, number])), demo.size, demo.size)
+        for number, each in enumerate(wanted)
+    ]
+    set_threads(config.run.threads, 1)
+    device = choose_device(config.run.device)
+    vae = config.spec.encoders.open_autoencoder(with_precision(trained(config)), device)
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = torch.cat([vae.encode(part, None, False) for part in pixels.split(40)])
+    made = torch.cat([vae.decode(part, False).cpu() for part in latents.split(40)])
+    swapped = torch.cat([vae.decode(part, False).cpu() for part in latents.roll(1, 0).split(40)])
+    error = (made - pixels).square().flatten(1).mean(dim=1)
+    shown = [((one + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for one in made]
+    _pairs(config.output_dir / "reconstructions.png", drawn, shown)
+    found = score(shown, wanted, set())
+    return {
+        "psnr": float((10 * torch.log10(4 / error)).mean()),
+        "difference": float((made - pixels).abs().mean()),
+        "swapped": float((swapped - pixels).abs().mean()),
+        **{name: found[name] for name in NAMES[:-1]},
+        "pictures": len(wanted),
+    }
+
+
+def trained(config: RunConfig) -> RunConfig:
+    """A config whose model is what a run has made: the average, if there is one."""
+    weights = "ema" if config.ema.enabled else "model"
+    own = {"init": "checkpoint", "path": str(config.output_dir), "weights": weights, "geometry": {}}
+    return config.model_copy(update={"model": config.model.model_copy(update=own)})
+
+
+def _pairs(path: Path, pictures: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> None:
+    """Pictures with what was made of them below, 12 pairs in a row, enlarged twice."""
+    from musubi_tuner.training.sampling import save_png
+
+    columns, margin = 12, 8
+    side, rows = pictures[0].shape[0] * 2, -(-len(pictures) // columns)
+    height = 2 * side + 2
+    sheet = Image.new("RGB", (columns * (side + margin) + margin, rows * (height + margin) + margin), "white")
+    for index, pair in enumerate(zip(pictures, made, strict=True)):
+        left, top = margin + index % columns * (side + margin), margin + index // columns * (height + margin)
+        for number, picture in enumerate(pair):
+            enlarged = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + number * (side + 2)))
+    save_png(path, np.asarray(sheet))
 
 
 def _contact_sheet(

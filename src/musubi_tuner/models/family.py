@@ -107,6 +107,20 @@ class ModelOutline:
 
 
 @dataclass
+class TaskOutline:
+    """A task on the meta device.
+
+    Attributes:
+        task: its roles have the modules that move. modules: all that compute, frozen ones too.
+        batch: (width and height, pictures) -> what a micro-batch holds.
+    """
+
+    task: "Task"
+    modules: "list[nn.Module]"
+    batch: "Callable[[tuple[int, int], int], dict[str, Tensor]]"
+
+
+@dataclass
 class LossTerm:
     """One named part of the loss.
 
@@ -369,6 +383,13 @@ class TaskFamily(Family, Protocol):
 
         Args:
             make_role: gives a role for its name and its modules; call it once for every role.
+        """
+
+    def outline_task(self, config: "RunConfig", make_role: "Callable[[str, nn.Module], Any]") -> TaskOutline:
+        """The task of a run for an estimate, with its modules on the meta device.
+
+        Args:
+            make_role: gives what stands for a role.
         """
 
     def make_tokenizer(self, config: "RunConfig") -> "Callable[[list[str]], dict[str, Tensor]] | None":

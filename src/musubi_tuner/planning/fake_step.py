@@ -12,7 +12,7 @@ These are the numbers of the whole model, to the byte and to the operation.
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def run_step(
     process = config.spec.family.make_process(config, plan.options)
     layers = _adapted_layers(config, plan.model)
     kinds = _kinds(config, plan.model, layers)
-    norms = _norms_of_gpus if gpu else nullcontext
+    norms = norms_of_gpus if gpu else nullcontext
     away = _Away()
     model = copy.deepcopy(plan.model)
     if memory.checkpoints:
@@ -99,9 +99,9 @@ def run_step(
                 setattr(model, name, nn.ModuleList(chosen))
             weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
             away.total = 0
-            kept, forward, backward = _Kept(weights), _Operations(), _Operations()
+            kept, forward, backward = Kept(weights), _Operations(), _Operations()
             with norms():
-                with forward, kept, _autocast(config):
+                with forward, kept, autocast_of(config):
                     loss = weighted_sum(phase.losses(batch, draws, Position()))
                 if count:
                     with backward:
@@ -114,7 +114,7 @@ def run_step(
         for kind in kinds:
             if len(kind.numbers) > 1:
                 total = total.plus(run(kind), first, len(kind.numbers) - 1)
-        with norms(), _autocast(config):
+        with norms(), autocast_of(config):
             largest = max((block.kept() for block in inside), default=0)
     return StepNeeds(
         kept=total.kept,
@@ -184,6 +184,24 @@ def _adapters(plans: Iterable[Placement]) -> tuple[tuple[str, str, int, bool], .
     return tuple((plan.path.removeprefix(_block(plan.path)), plan.type, plan.rank, plan.dropout > 0) for plan in plans)
 
 
+def fill_with_nothing(
+    model: nn.Module, dtype: torch.dtype = torch.float32, *, frozen: bool = False, but: Collection[str] = ()
+) -> None:
+    """Fill a model with tensors of the caller's mode.
+
+    Args:
+        dtype: of the parameters. frozen: none of them trains. but: blocks that stay as they are.
+    """
+    for path, module in model.named_modules():
+        if _block(path) in but:
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            empty = torch.empty(weight.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad and not frozen))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
 def _give_weights(
     model: nn.Module, config: RunConfig, plan: ModelOutline, kinds: Sequence[_Kind], layers: Layers
 ) -> Counter[torch.Size]:
@@ -196,14 +214,7 @@ def _give_weights(
     """
     frozen = config.adapter.type != "none"
     idle = {f"{kind.name}.{number}" for kind in kinds for number in kind.numbers[2:]}
-    for path, module in model.named_modules():
-        if _block(path) in idle:
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            empty = torch.empty(weight.shape, dtype=plan.dtype)
-            setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad and not frozen))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    fill_with_nothing(model, plan.dtype, frozen=frozen, but=idle)
     if not frozen:
         return Counter(weight.shape for weight in plan.model.parameters() if weight.requires_grad)
     plans = [layer for block, each in layers.items() if block not in idle for layer in each]
@@ -234,12 +245,12 @@ def _empty_batch(
     return batch, Draws(torch.zeros(size), torch.full((batch_size,), 0.5), uniforms)
 
 
-def _autocast(config: RunConfig) -> torch.autocast:
+def autocast_of(config: RunConfig) -> torch.autocast:
     return autocast(torch.device("cpu"), COMPUTE_DTYPES[config.train.mixed_precision])
 
 
 @contextmanager
-def _norms_of_gpus() -> Iterator[None]:
+def norms_of_gpus() -> Iterator[None]:
     """LayerNorm in float32 under autocast, which is what torch does on GPUs; on CPUs it keeps the dtype of its input.
 
     Of what autocast brings to float32 on GPUs only, it is all that our models leave to it. The function is replaced for the moment:
@@ -316,7 +327,7 @@ class _Inside:
         outside |= {id(t.untyped_storage()) for t in (*self.block.parameters(), *self.block.buffers())}
         entered = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in self.args]
         outside |= {id(t.untyped_storage()) for t in entered if isinstance(t, Tensor)}
-        inside = _Kept(outside)
+        inside = Kept(outside)
         with torch.enable_grad(), inside:
             type(self.block).forward(self.block, *entered)
         return inside.total
@@ -341,7 +352,7 @@ class _Away:
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
-class _Kept:
+class Kept:
     """Context that adds up the storages which autograd keeps inside it, each once; known ones are left out."""
 
     def __init__(self, known: set[int]) -> None:
@@ -357,7 +368,7 @@ class _Kept:
             self.total += storage.nbytes()
         return tensor
 
-    def __enter__(self) -> "_Kept":
+    def __enter__(self) -> "Kept":
         self.hooks.__enter__()
         return self
 

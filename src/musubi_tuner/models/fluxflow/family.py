@@ -10,15 +10,15 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError, TrainingError
 from musubi_tuner.flow import MaskSettings
 from musubi_tuner.memory.storage import Storing
-from musubi_tuner.models.family import First, ModelOutline, Trainee
+from musubi_tuner.models.family import First, ModelOutline, TaskOutline, Trainee
 from musubi_tuner.models.fluxflow.calibration import LEAST_SPREAD, calibrate, check
 from musubi_tuner.models.fluxflow.checkpoint import geometry_of, load_checkpoint, make_part, open_system
 from musubi_tuner.models.fluxflow.encoding import BertTokens
 from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
-from musubi_tuner.models.fluxflow.lpips import load_lpips
+from musubi_tuner.models.fluxflow.lpips import Lpips, load_lpips
 from musubi_tuner.models.fluxflow.process import TEXTS, FluxFlowProcess
 from musubi_tuner.models.fluxflow.settings import model_of, objective_of, trains_language
-from musubi_tuner.models.fluxflow.state_dict import OUR_PREFIX, PARTS, System, read_system
+from musubi_tuner.models.fluxflow.state_dict import OUR_PREFIX, PARTS, System, build_part, read_system
 from musubi_tuner.models.fluxflow.system import VAE_PARTS, FluxFlowSystem, build_system, freeze_all_but_flow, no_text
 from musubi_tuner.models.fluxflow.task import FluxFlowTask
 from musubi_tuner.weights.checkpoints import WeightFile, copy_weights, sample_identity
@@ -42,6 +42,7 @@ __all__ = [
     "open_base",
     "options_of",
     "outline_model",
+    "outline_task",
     "text_inputs",
 ]
 
@@ -198,6 +199,44 @@ def make_task(config: RunConfig, trainee: Trainee, make_role: "Callable[[str, nn
         config.run.seed,
         load_lpips(config, device) if _perceives(config) else None,
     )
+
+
+def outline_task(config: RunConfig, make_role: "Callable[[str, nn.Module], Any]") -> TaskOutline:
+    """See `TaskFamily`."""
+    geometry, facts = geometry_of(config), config.spec.task(config)
+    with torch.device("meta"):
+        parts = {part: build_part(part, geometry) for part in _parts_of(facts.roles)}
+        perceptual = Lpips() if _perceives(config) else None
+    for part, module in parts.items():
+        module.requires_grad_(("vae" if part in VAE_PARTS else part) in facts.roles)
+    if "text_encoder" in parts and not trains_language(config):
+        parts["text_encoder"].language_model.requires_grad_(False)  # type: ignore[operator]
+    model: Any = FluxFlowSystem(geometry, parts)
+    task = FluxFlowTask(
+        model, facts.roles, make_role, objective_of(config), make_process(config, {}), config.run.seed, perceptual
+    )
+    limit, sequence = model_of(config).text_max_tokens, geometry.text_mode == "sequence"
+
+    def batch(bucket: tuple[int, int], count: int) -> dict[str, Tensor]:
+        width, height = bucket
+        found: dict[str, Tensor] = {}
+        if facts.pixels:
+            found["pixels"] = torch.zeros(count, 3, height, width)
+        else:
+            found["latents"] = torch.zeros(count, geometry.vae_dim, height // geometry.factor, width // geometry.factor)
+        if "flow" not in facts.roles:
+            return found
+        if facts.pixels or trains_language(config):
+            found["bert_ids"] = torch.zeros(count, limit, dtype=torch.int64)
+        elif sequence:
+            found["bert_states"] = torch.zeros(count, limit, geometry.text_width)
+        else:
+            found["bert_mean"] = torch.zeros(count, geometry.text_width)
+        if facts.pixels or trains_language(config) or sequence:
+            found["bert_mask"] = torch.ones(count, limit, dtype=torch.bool)
+        return found
+
+    return TaskOutline(task, [model, *([perceptual] if perceptual else [])], batch)
 
 
 def _perceives(config: RunConfig) -> bool:
