@@ -34,7 +34,7 @@ def models(which, width):
     return FluxCompressor(d_model=width), FluxExpander(d_model=width), FluxFlowProcessor(d_model=width, vae_dim=width)
 
 
-def child(which, part, width, dtype, side, batch, updates):
+def child(which, part, width, dtype, side, batch, updates, recompute):
     """Measure one case and print it."""
     import torch
     import torch.nn.functional as F
@@ -43,6 +43,11 @@ def child(which, part, width, dtype, side, batch, updates):
     torch.manual_seed(0)
     compressor, expander, flow = models(which, width)
     before = resident()
+    if recompute and which == "ours":
+        from musubi_tuner.models.fluxflow.autoencoder import recomputing
+
+        for module in (compressor, *expander.upscale.layers, flow):
+            module.call = recomputing
     moving = [compressor, expander] if part == "vae" else [flow]
     optimizer = torch.optim.AdamW([p for module in moving for p in module.parameters()], lr=1e-4)
     pixels = torch.rand(batch, 3, side, side) * 2 - 1
@@ -89,7 +94,7 @@ def resident():
 def measure(python, which, case, options):
     """One case in a process of its own."""
     words = [python, __file__, "--child", which, *map(str, case), "--side", str(options.side), "--batch", str(options.batch),
-             "--updates", str(options.updates)]  # fmt: skip
+             "--updates", str(options.updates), *(["--recompute"] if options.recompute else [])]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     if done.returncode:
         raise SystemExit(f"{which} {case}: {done.stderr[-800:]}")
@@ -110,11 +115,12 @@ def main(arguments):
     parser.add_argument(
         "--rounds", type=int, default=1, help="how often all cases run, in turn; the lowest time counts"
     )
+    parser.add_argument("--recompute", action="store_true", help="ours with memory.gradient_checkpointing")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         which, part, width, dtype = options.child
-        child(which, part, int(width), dtype, options.side, options.batch, options.updates)
+        child(which, part, int(width), dtype, options.side, options.batch, options.updates, options.recompute)
         return 0
     print(f"{'case':<22} {'ours s':>8} {'MiB':>7} {'published s':>12} {'MiB':>7} {'time':>6} {'memory':>7}")
     for case in [

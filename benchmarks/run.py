@@ -1,9 +1,10 @@
-"""Entry point of the benchmarks: python benchmarks/run.py [adapter_types | distillation | flops | fluxflow | full_size | memory | precision] [options]
+"""Entry point of the benchmarks: python benchmarks/run.py [adapter_types | distillation | flops | fluxflow | fluxflow_demo | full_size | memory | precision] [options]
 
     adapter_types each type of adapter teaches a FLUX.1-shaped model a new colour: accuracy, sizes, time of an update
     distillation the demo with teachers and without: validation loss and the checker's score
     flops        operations of TinyFlux at several sizes, from its geometry (derivation: models/tinyflux/flops.py)
     fluxflow     one update of FluxFlow's autoencoder and flow, beside the published package: time and peak memory
+    fluxflow_demo the demo of FluxFlow with one thing changed at a time: PSNR and the checker's scores
     memory       FLUX.1-dev at full size on a GPU: forms of storage and numbers of swapped blocks, time and peak memory
     precision    what fp8, int8 and nf4 weights cost in precision, on a FLUX.1-shaped model
     full_size    the whole way at full width with random weights: caches and two training steps, time and peak memory
@@ -15,6 +16,7 @@ import sys
 
 import adapter_types
 import distillation
+import fluxflow_demo
 import fluxflow_updates
 import full_size
 import memory
@@ -51,6 +53,7 @@ def main() -> int:
         "adapter_types": lambda: adapter_types.main(sys.argv[2:]),
         "distillation": lambda: distillation.main(sys.argv[2:]),
         "flops": flops,
+        "fluxflow_demo": lambda: fluxflow_demo.main(sys.argv[2:]),
         "fluxflow": lambda: fluxflow_updates.main(sys.argv[2:]),
         "full_size": lambda: full_size.main(sys.argv[2:]),
         "memory": lambda: memory.main(sys.argv[2:]),

@@ -131,7 +131,7 @@ def test_the_demo_of_fluxflow_scores_each_of_its_steps(
         "shape",
     }
     with Image.open(out / "01-vae" / "reconstructions.png") as sheet:
-        assert sheet.width == 12 * 72 + 8 and sheet.height == 2 * 138 + 8
+        assert sheet.width == 12 * (128 + 8) + 8 and sheet.height == 2 * (2 * 128 + 2 + 8) + 8
     assert (out / "03-flow" / "contact_sheet.png").is_file() and (out / "03-flow" / "loss.png").is_file()
 
 

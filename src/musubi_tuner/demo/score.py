@@ -44,6 +44,8 @@ from musubi_tuner.training.curves import plot_losses, read_rows
 from musubi_tuner.training.metrics import FILE
 
 NAMES = ("colour", "background", "position", "shape", "all", "unseen_all")
+SHOWN = 128
+"""Side of a small picture on a sheet, in pixels."""
 CHANCE = {
     "colour": 1 / len(COLOURS),
     "background": 1 / len(BACKGROUNDS),
@@ -181,30 +183,36 @@ def trained(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=own)})
 
 
+def enlarged(picture: np.ndarray) -> int:
+    """Side of a picture on a sheet: at least twice its own, and wide enough for a caption."""
+    side: int = picture.shape[0]
+    return side * max(2, SHOWN // side)
+
+
 def _pairs(path: Path, pictures: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> None:
-    """Pictures with what was made of them below, 12 pairs in a row, enlarged twice."""
+    """Pictures with what was made of them below, 12 pairs in a row, enlarged."""
     from musubi_tuner.training.sampling import save_png
 
     columns, margin = 12, 8
-    side, rows = pictures[0].shape[0] * 2, -(-len(pictures) // columns)
+    side, rows = enlarged(pictures[0]), -(-len(pictures) // columns)
     height = 2 * side + 2
     sheet = Image.new("RGB", (columns * (side + margin) + margin, rows * (height + margin) + margin), "white")
     for index, pair in enumerate(zip(pictures, made, strict=True)):
         left, top = margin + index % columns * (side + margin), margin + index // columns * (height + margin)
         for number, picture in enumerate(pair):
-            enlarged = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left, top + number * (side + 2)))
+            large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(large, (left, top + number * (side + 2)))
     save_png(path, np.asarray(sheet))
 
 
 def _contact_sheet(
     path: Path, pictures: Sequence[np.ndarray], wanted: Sequence[Combination], unseen: set[Combination]
 ) -> None:
-    """All pictures, 12 in a row, enlarged twice, with captions below; what the checker finds wrong is red."""
+    """All pictures, 12 in a row, enlarged, with captions below; what the checker finds wrong is red."""
     from musubi_tuner.training.sampling import save_png
 
     columns, margin, text_height = 12, 8, 42
-    side = pictures[0].shape[0] * 2
+    side = enlarged(pictures[0])
     rows = -(-len(pictures) // columns)
     sheet = Image.new(
         "RGB", (columns * (side + margin) + margin, rows * (side + text_height + margin) + margin), "white"

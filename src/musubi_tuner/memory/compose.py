@@ -72,6 +72,8 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
 def ways_to_save(config: RunConfig, on_device: bool = True) -> str:
     """What a run that does not fit into the memory of its device, or else into main memory, may still do; a list in words."""
     memory, ways = config.memory, []
+    if config.spec.ways_to_save is not None:
+        return "; ".join(config.spec.ways_to_save(config))
     if not memory.checkpoints:
         ways.append("turn on memory.gradient_checkpointing")
     elif memory.checkpoint_every > 1:

@@ -131,6 +131,7 @@ class ModelSpec:
         package: with a module ``family`` (see `Family`) and, where ``has_published_trainer``, a module ``published`` (see
             `PublishedTrainer`).
         frozen_networks: module with what `FrozenNetworks` names.
+        ways_to_save: what a run that does not fit into memory may still do, in the family's order; None = the usual ways.
         log_line: what users of the family's own trainer look for in its log, from the logged values by tag.
         block_lists: attribute names of homogeneous block lists, in call order.
         adapters: which layers adapters attach to.
@@ -170,6 +171,7 @@ class ModelSpec:
     package: str
     has_published_trainer: bool = False
     log_line: "Callable[[Mapping[str, float]], str] | None" = None
+    ways_to_save: "Callable[[RunConfig], list[str]] | None" = None
     frozen_networks: str = "musubi_tuner.encoders.clip_and_t5"
     block_lists: tuple[str, ...]
     adapters: AdapterTargets

@@ -15,8 +15,10 @@ import torch
 from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
+from musubi_tuner.memory.compose import ways_to_save
 from musubi_tuner.models.family import ModelOutline
-from musubi_tuner.planning.estimate import Estimate, Size, bucket_sizes, estimate_sizes, peak
+from musubi_tuner.planning.estimate import Estimate, Size, bucket_sizes, estimate_sizes, largest_sizes, peak
+from musubi_tuner.planning.task_estimate import estimate_task
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
 
@@ -75,6 +77,31 @@ def estimate_lines(
     lines += [shared] if shared else []
     if free is not None and found.total > free:
         lines.append(f"warning: only {format_bytes(free)} of device memory is free; see [memory]")
+    return lines
+
+
+def task_lines(config: RunConfig, items: Sequence[Item], free: Bytes | None, processes: int = 1) -> list[str]:
+    """What a task of several roles will need of memory.
+
+    Args:
+        free: device memory in bytes, to be warned if it is less.
+    """
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fake.disabled = fake.disabled, True
+    try:
+        sizes = bucket_sizes(items)
+        found = max(
+            (estimate_task(config, sizes[size][0], size.batch_size) for size in largest_sizes(sizes)),
+            key=lambda each: each.total,
+        )
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        return [f"  memory   could not be estimated for this task: {reason}"]
+    finally:
+        fake.disabled = before
+    lines = found.lines(processes)
+    if free is not None and found.total > free:
+        lines.append(f"warning: only {format_bytes(free)} of device memory is free; ways out: {ways_to_save(config)}")
     return lines
 
 

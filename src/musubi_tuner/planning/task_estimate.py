@@ -17,7 +17,7 @@ from musubi_tuner.data.batch import Batch
 from musubi_tuner.device import choose_device
 from musubi_tuner.optimizers import state_bytes
 from musubi_tuner.planning.estimate import Estimate
-from musubi_tuner.planning.fake_step import Kept, autocast_of, fill_with_nothing, norms_of_gpus
+from musubi_tuner.planning.fake_step import Alive, autocast_of, fill_with_nothing, norms_of_gpus
 from musubi_tuner.training.task import Position, Task, weighted_sum
 from musubi_tuner.units import Bytes
 
@@ -41,12 +41,9 @@ def estimate_task(config: RunConfig, bucket: tuple[int, int], batch_size: int) -
         }
         moving = {name: own for name, own in trained.items() if name not in config.frozen}
         weights = _weights(outline.modules)
-        known = {
-            id(t.untyped_storage()) for module in outline.modules for t in (*module.parameters(), *module.buffers())
-        }
         phases = [
             (
-                _kept(config, outline.task, phase, trained, tensors, known),
+                _held(config, outline.task, phase, trained, tensors),
                 4 * sum(_values(moving[name]) for name in phase.roles if name in moving),
             )
             for phase in outline.task.phases
@@ -75,15 +72,14 @@ def _outline_of_role(name: str, module: nn.Module) -> Any:
     return SimpleNamespace(name=name, module=module)
 
 
-def _kept(
+def _held(
     config: RunConfig,
     task: Task,
     phase: Any,
     trained: Mapping[str, Sequence[Tensor]],
     tensors: dict[str, Tensor],
-    known: set[int],
 ) -> Bytes:
-    """What autograd keeps of a micro-batch in one phase."""
+    """The most that is alive at once in forward and backward pass of a micro-batch in one phase, without gradients of weights."""
     count = len(next(iter(tensors.values())))
     every = torch.ones(count, dtype=torch.bool)
     batch = Batch(
@@ -94,14 +90,16 @@ def _kept(
         for weight in weights:
             weight.requires_grad_(name in phase.roles)
     draws = task.draws(batch, update, 0, at)  # type: ignore[arg-type]  # as much of an update as draws ask for
-    given = {
-        id(t.untyped_storage())
-        for t in (*tensors.values(), *(t for t in vars(draws).values() if isinstance(t, Tensor)))
-    }
-    kept = Kept(known | given)
-    with kept, autocast_of(config):
-        weighted_sum(phase.losses(batch, draws, at))
-    return kept.total
+    alive = Alive()
+    with alive:
+        with autocast_of(config):
+            loss = weighted_sum(phase.losses(batch, draws, at))
+        loss.backward()
+    gradients = 4 * sum(_values([w for w in trained[name] if w.grad is not None]) for name in phase.roles)
+    for name in phase.roles:
+        for weight in trained[name]:
+            weight.grad = None
+    return max(0, alive.peak - gradients)
 
 
 def _values(weights: Sequence[Tensor]) -> int:

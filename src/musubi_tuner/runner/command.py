@@ -404,16 +404,17 @@ class Runner:
         from musubi_tuner.assemble import check_adapter_file
         from musubi_tuner.planning.estimate import resolve_swap
         from musubi_tuner.planning.probe import probe
-        from musubi_tuner.planning.report import estimate_lines
+        from musubi_tuner.planning.report import estimate_lines, task_lines
 
-        if not self.config.spec.task(self.config).denoises:
-            print("  memory   is not estimated for this task", flush=True)
-            return self.config
+        several = not self.config.spec.task(self.config).denoises
         if self.config.waits_for:
             print(f"  memory   is estimated when step {self.config.waits_for.name} is finished", flush=True)
-            return None
+            return self.config if several else None
         device = choose_device(self.config.run.device)
         machine = probe(self.config, self.overrides, self.processes, device)
+        if several:
+            print("\n".join(task_lines(self.config, plan.found.items, machine.free, self.processes)), flush=True)
+            return self.config
         path, items = self.config.model.path, plan.found.items
         with local_only() if not last else nullcontext():
             if not last and path is not None and (is_hub_id(path) or is_published(path)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.flow import interpolate, sampling_schedule, solve, squared_error
 from musubi_tuner.memory.storage import Storing, freeze_layers, merge_layers
-from musubi_tuner.models.family import LossTerm, ModelOutline, Trainee
+from musubi_tuner.models.family import LossTerm, ModelOutline, TaskOutline, Trainee
 from musubi_tuner.weights.checkpoints import copy_weights, find_weights, read_weights
 
 
@@ -120,6 +120,13 @@ def load_for_training(config: Any, storing: Storing) -> Trainee:
 
 def make_task(config: Any, trainee: Trainee, make_role: Any) -> GanTask:
     return GanTask(trainee.model, make_role, config.run.seed)
+
+
+def outline_task(config: Any, make_role: Any) -> TaskOutline:
+    with torch.device("meta"):
+        model = load_for_training(config, None).model
+    task: Any = GanTask(model, make_role, config.run.seed)
+    return TaskOutline(task, [model], lambda bucket, count: {"pixels": torch.zeros(count, 3, bucket[1], bucket[0])})
 
 
 def make_tokenizer(config: Any) -> None:

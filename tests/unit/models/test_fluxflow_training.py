@@ -171,6 +171,23 @@ def test_the_flow_learns_from_pixels_or_caches_and_drops_texts() -> None:
     assert bool(mask[0].any()) and not mask[1].any() and not empty.any()
 
 
+def test_recomputing_changes_no_bit() -> None:
+    objective = FluxFlowObjective(**GAN, train_diff_full=True)
+    texts = {"bert_ids": torch.tensor([[2, 5, 3, 0], [2, 6, 7, 3]]), "bert_mask": torch.ones(2, 4).bool()}
+    found: list[dict[str, Tensor]] = []
+    for recomputes in (False, True):
+        task, model = make_task(("vae", "discriminator", "flow", "text_encoder"), objective)
+        if recomputes:
+            model.recompute()
+        batch = batch_of(**texts)
+        for phase in task.phases:
+            weighted_sum(phase.losses(batch, draws_of(task, batch), AT)).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() and len(plain) > 100
+    assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())
+
+
 def test_latents_are_normalised_on_the_way_in_and_back_on_the_way_out() -> None:
     mean, spread = [1.0, -2.0], [0.5, 3.0]
     process = FluxFlowProcess(FluxFlowObjective(), mean, spread)

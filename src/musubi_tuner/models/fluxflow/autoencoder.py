@@ -12,12 +12,15 @@ Source: FluxFlow 0.3.1 to 0.5.1, rewritten from its description; SPADE is Park e
 Shape letters: B batch, D latent channels, H/W image height and width, h/w of the latents, T = h w tokens.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.flow import pack_pixels, unpack_pixels
 from musubi_tuner.models.fluxflow.bezier import BezierActivation, TrainableBezier
@@ -64,6 +67,21 @@ def sizes_of(packed: Tensor, max_hw: int) -> list[tuple[int, int]]:
 def conv_bezier(conv: nn.Module, p_pre: str) -> nn.Sequential:
     """A layer that gives five channels for each that leaves the activation."""
     return nn.Sequential(conv, BezierActivation("sigmoid", p_pre))
+
+
+def straight(stage: Callable[..., Any], *args: Any) -> Any:
+    """Call a stage."""
+    return stage(*args)
+
+
+def recomputing(stage: Callable[..., Any], *args: Any) -> Any:
+    """Call a stage that keeps its inputs only and is called again in the backward pass.
+
+    Stages are a convolution and its activation: the five channels that an activation takes for one are what needs the memory.
+    """
+    if not torch.is_grad_enabled():
+        return stage(*args)
+    return checkpoint(stage, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class AttentionBlock(nn.Module):
@@ -113,6 +131,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.d_model, self.downscales, self.max_hw = d_model, downscales, max_hw
         self.latent_skip, self.pair_residual = latent_skip, pair_residual
+        self.call = straight
         widths = stage_widths(in_channels + 2, d_model, downscales)
         stages = list(pairwise(widths))
         padding = (down_kernel - 2) // 2
@@ -147,7 +166,7 @@ class Compressor(nn.Module):
             )
         x = with_coordinates(img_BCHW)
         for index, (first, second) in enumerate(zip(self.encoder_first_step, self.encoder_z)):
-            y = second(first(x))
+            y = self.call(second, self.call(first, x))
             x = y if self.shortcuts is None else y + self.shortcuts[index](F.pixel_unshuffle(x, 2))
         latent = self._pair(self.latent_proj, x)
         mu = self.mu_activation(self._pair(self.mu_proj, latent))
@@ -224,7 +243,7 @@ class UpBlock(nn.Module):
         p_pre: str = "silu",
     ) -> None:
         super().__init__()
-        self.skip = skip
+        self.skip, self.call = skip, straight
         self.spade = Spade(context_size, channels)
         self.conv1 = nn.Sequential(
             nn.ConvTranspose2d(channels, 5 * channels, kernel, stride=2, padding=(kernel - 2) // 2),
@@ -234,7 +253,9 @@ class UpBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        y = self.conv1(x if context is None else self.spade(x, context))
+        y = x if context is None else self.call(self.spade, x, context)
+        for stage in (self.conv1[:2], self.conv1[2:]):
+            y = self.call(stage, y)
         return y.add(F.interpolate(x, scale_factor=2, mode="nearest"), alpha=self.skip)
 
 

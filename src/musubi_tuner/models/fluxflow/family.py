@@ -70,6 +70,8 @@ def load_for_training(config: RunConfig, storing: Storing) -> Trainee:
     if facts.denoises:
         return _denoiser(config, system, file, geometry, parts, notes)
     model = FluxFlowSystem(geometry, parts)
+    if config.memory.checkpoints:
+        model.recompute()
     vae: Any = getattr(model, "vae", None)
     calibrates = {"compressor", "expander"} <= set(made) and model_of(config).calibrate
     objective = objective_of(config)
@@ -212,6 +214,8 @@ def outline_task(config: RunConfig, make_role: "Callable[[str, nn.Module], Any]"
     if "text_encoder" in parts and not trains_language(config):
         parts["text_encoder"].language_model.requires_grad_(False)  # type: ignore[operator]
     model: Any = FluxFlowSystem(geometry, parts)
+    if config.memory.checkpoints:
+        model.recompute()
     task = FluxFlowTask(
         model, facts.roles, make_role, objective_of(config), make_process(config, {}), config.run.seed, perceptual
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.flow import pack_pixels, unpack_pixels
-from musubi_tuner.models.fluxflow.autoencoder import Mixer, sizes_of, with_coordinates
+from musubi_tuner.models.fluxflow.autoencoder import Mixer, sizes_of, straight, with_coordinates
 from musubi_tuner.models.fluxflow.bezier import BezierActivation, TrainableBezier
 from musubi_tuner.models.layers import image_positions, rotate
 
@@ -184,6 +184,7 @@ class FlowProcessor(nn.Module):
         super().__init__()
         self.max_hw, self.ctx_tokens, self.compat = max_hw, ctx_tokens, compat
         self.everywhere = flow_head == "all"
+        self.call = straight
         self.vae_to_dmodel, self.dmodel_to_vae = nn.Linear(vae_dim, d_model), nn.Linear(d_model, vae_dim)
         self.ctx_mixer = Mixer(d_model, max(1, d_model // 128))
         self.time_embed = nn.Sequential(
@@ -241,7 +242,7 @@ class FlowProcessor(nn.Module):
         points = None
         rope: Rope = self.rotary(*size)
         for block in self.transformer_blocks:
-            x, points = block(self.context_injection(x, context), texts, points, rope, mask)
+            x, points = self.call(block, self.context_injection(x, context), texts, points, rope, mask)
             context = context + x.mean(dim=1)
         over_map = self.flow_predictor(unpack_pixels(x, *size))
         over_map = self.context_final(with_coordinates(over_map))

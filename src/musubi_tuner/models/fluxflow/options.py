@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SHOWN = tuple(f"sample.{key}" for key in ("reconstructions", "every_steps", "every_epochs", "at_first", "use_ema"))
 """Keys of [sample] that act where reconstructions are shown."""
+RECOMPUTES = "memory.gradient_checkpointing"
 _NO_ENCODERS = "FluxFlow has a text encoder of its own, in its checkpoint or at model.bert_path"
 
 
@@ -23,9 +24,9 @@ def task(config: "RunConfig") -> TaskFacts:
     if not objective.train_vae:
         if not objective.train_diff_full:
             return TaskFacts(caches=("latents", "text"))
-        return TaskFacts(roles=flow, caches=("latents", "text"), own=("objective.*", "sample.*"))
+        return TaskFacts(roles=flow, caches=("latents", "text"), own=("objective.*", "sample.*", RECOMPUTES))
     judge = ("discriminator",) if objective.gan_training else ()
-    return TaskFacts(roles=("vae", *judge, *flow), caches=(), pixels=True, own=("objective.*", *SHOWN))
+    return TaskFacts(roles=("vae", *judge, *flow), caches=(), pixels=True, own=("objective.*", *SHOWN, RECOMPUTES))
 
 
 LINE = {"VAE": "recon", "LPIPS": "lpips", "KL": "kl", "Bezier": "", "ColorStats": "color", "Hist": "hist", "Contrast": "contrast",
@@ -51,6 +52,27 @@ def latents(config: "RunConfig") -> Latents:
 
     geometry = geometry_of(config)
     return Latents(geometry.vae_dim, geometry.factor)
+
+
+def ways_to_save(config: "RunConfig") -> list[str]:
+    """In the order of the published guide, each with what it changes; those that are left."""
+    objective, found = objective_of(config), []
+    if any(dataset.batch_size > 1 for dataset in config.datasets):
+        found.append("set batch_size = 1 and raise train.grad_accum_steps by as much (nothing but the time changes)")
+    if objective.train_vae and objective.train_reconstruction and objective.use_lpips:
+        found.append("set objective.use_lpips = false (no perceptual loss)")
+    found.append("lower the resolution (coarser pictures)")
+    if objective.train_vae and objective.train_reconstruction and objective.gan_training:
+        found.append("set objective.train_reconstruction = false (against the discriminator alone)")
+    if objective.train_vae and objective.train_spade:
+        found.append("set objective.train_spade = false (the expander no longer sees its latents at every scale)")
+    if config.model.init == "scratch":
+        found.append("set model.geometry.vae_dim = 64 or 32 (another model)")
+    if config.train.mixed_precision == "no":
+        found.append('set train.mixed_precision = "bf16" (products in half precision)')
+    if not config.memory.checkpoints and not config.spec.task(config).denoises:
+        found.append("set memory.gradient_checkpointing = true (the same bits in more time)")
+    return found
 
 
 SPEC = ModelSpec(
@@ -94,6 +116,7 @@ SPEC = ModelSpec(
     package="musubi_tuner.models.fluxflow",
     has_published_trainer=True,
     log_line=log_line,
+    ways_to_save=ways_to_save,
     frozen_networks="musubi_tuner.models.fluxflow.networks",
     block_lists=(),
     adapters=AdapterTargets(layers={}, network_module="networks.lora_fluxflow"),

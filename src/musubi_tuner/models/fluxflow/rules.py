@@ -123,15 +123,18 @@ def _adapters(config: "RunConfig") -> Iterator[Diagnostic]:
         yield error("F03", "adapter.type", text, fix=[("adapter.type", "none")])
 
 
-IDLE = ("blocks_to_swap", "base_storage", "gradient_checkpointing", "compile")
+IDLE = ("blocks_to_swap", "base_storage", "gradient_checkpointing", "checkpoint_every", "checkpoint_offload", "compile")
 """Keys of [memory] that act on lists of blocks, which FluxFlow does not have."""
 
 
 @rule("F07", " ".join(f"memory.{name}" for name in IDLE))
 def _blocks(config: "RunConfig") -> Iterator[Diagnostic]:
+    several = not config.spec.task(config).denoises
     for name in IDLE:
-        if config.get(f"memory.{name}") not in (0, "auto", "none", False):
-            off = type(config.memory).model_fields[name].default
+        off = type(config.memory).model_fields[name].default
+        if name == "gradient_checkpointing" and several:
+            continue
+        if config.get(f"memory.{name}") not in (off, 0, "auto", "none", False):
             text = f"does nothing for FluxFlow, whose blocks are not streamed; leave it at {describe(off)}"
             yield error("F07", f"memory.{name}", text, fix=[(f"memory.{name}", off)])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.flow import pack_pixels, unpack_pixels
+from musubi_tuner.models.fluxflow.autoencoder import Compressor, UpBlock, recomputing
 from musubi_tuner.models.fluxflow.geometry import FluxFlowConfig
 from musubi_tuner.models.fluxflow.model import FlowProcessor
 from musubi_tuner.models.fluxflow.state_dict import build_part
@@ -33,6 +34,12 @@ class FluxFlowSystem(nn.Module):
         for name in ("flow", "text_encoder", "discriminator"):
             if name in parts:
                 self.add_module(name, parts[name])
+
+    def recompute(self) -> None:
+        """From now on stages of the autoencoder and blocks of the flow keep their inputs only."""
+        for module in self.modules():
+            if isinstance(module, Compressor | UpBlock | FlowProcessor):
+                module.call = recomputing
 
     def forward(self, noisy_BDhw: Tensor, index: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """v [B, D, h, w] of noisy latents.
