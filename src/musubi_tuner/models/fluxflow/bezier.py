@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 PRE_ACTIVATIONS = ("none", "sigmoid", "tanh", "silu")
 CHUNK = 1 << 16
-"""Values of one output channel group that a CPU works on at a time, so that its intermediate values stay in the cache."""
+"""Values that a CPU works on at a time, so that its intermediate values stay in the cache."""
+LARGE_CHUNK = 1 << 24
+"""The same for other devices, where it bounds the memory of intermediate values; and for tensors without storage."""
 
 
 def _activate(x: Tensor, kind: str) -> Tensor:
@@ -52,9 +54,10 @@ def _parts(x: Tensor, axis: int) -> tuple[Tensor, ...]:
 def _pieces(x: Tensor, axis: int) -> list[slice]:
     """Slices of output channels to work on one after another."""
     channels = x.shape[axis] // 5
-    if x.device.type != "cpu" or not x.numel():
+    if not x.numel():
         return [slice(None)]
-    step = max(1, CHUNK * channels * 5 // x.numel())
+    size = CHUNK if x.device.type == "cpu" and type(x) is Tensor else LARGE_CHUNK
+    step = max(1, size * channels * 5 // x.numel())
     return [slice(start, start + step) for start in range(0, channels, step)]
 
 
