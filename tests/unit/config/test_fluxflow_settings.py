@@ -263,6 +263,33 @@ def test_command_lines_of_the_guide_train_what_they_say(name: str, tmp_path: Pat
         assert config.get("model.vgg_path") == VGG and config.train.max_grad_norm == 0.5
 
 
+KEYS: dict[str, Any] = {
+    "fixed_prompt_prefix": "anime", "use_webdataset": True, "img_size": 512, "tokenizer_name": "me/words", "model_checkpoint": "x.safetensors",
+    "vae_dim": 64, "text_embedding_dim": 512, "feature_maps_dim": 64, "feature_maps_dim_disc": 16, "pretrained_bert_model": "me/bert",
+    "n_epochs": 3, "batch_size": 3, "workers": 3, "lr": 1e-4, "lr_min": 0.5, "training_steps": 2, "use_fp16": True,
+    "initial_clipping_norm": 0.5, "gan_training": True, "use_lpips": True, "train_spade": True, "train_diff": True, "train_diff_full": True,
+    "kl_beta": 0.1, "kl_warmup_steps": 7, "kl_free_bits": 0.5, "lambda_adv": 0.9, "lambda_lpips": 0.2, "optim_sched_config": "lion.json",
+    "output_path": "out2", "log_interval": 7, "checkpoint_save_interval": 7, "samples_per_checkpoint": 3, "no_samples": True, "use_ema": False,
+}  # fmt: skip
+"""Settings of the published trainer that change what is trained, saved or shown, and values that are not its defaults."""
+SAID = {
+    "webdataset_token": "t", "reduced_min_sizes": [256], "use_gradient_checkpointing": True, "preserve_lr": True, "test_image_address": ["a.png"],
+    "log_level": "DEBUG", "log_file": "x.log", "webdataset_size": 5, "model_type": "bezier", "adaptive_weights": True, "channels": 3,
+}  # fmt: skip
+"""Settings that are reported instead: secrets, what this program does by itself, and what it cannot do."""
+
+
+@pytest.mark.parametrize("key", [*KEYS, *SAID])
+def test_every_key_of_the_command_line_acts_or_is_reported(key: str, tmp_path: Path, convert: Convert) -> None:
+    (tmp_path / "lion.json").write_text('{"optimizers": {"vae": {"type": "Lion"}}}')
+    base = {"data_path": "images", "train_vae": True, "output_path": "out"}
+    plain, changed = read_settings(dict(base)), read_settings({**base, key: {**KEYS, **SAID}[key]})
+    assert plain is not None and changed is not None
+    acts = any(getattr(plain, part) != getattr(changed, part) for part in ("document", "general", "datasets"))
+    assert acts == (key in KEYS)
+    assert key in changed.report.keys()  # noqa: SIM118 (not a mapping)
+
+
 def test_the_shell_example_plans(tmp_path: Path, convert: Convert) -> None:
     Image.new("RGB", (512, 512)).save(tmp_path / "images" / "a.png")
     program = tmp_path / "bin" / "fluxflow-train"

@@ -145,11 +145,13 @@ class _Importer:
 
     def run(self, document: dict[str, Any]) -> Imported:
         flat = dict(_flattened(document))
-        self.lr_min = next((self._number(key, flat.pop(key), 0.1) for key in list(flat) if _leaf(key) == "lr_min"), 0.1)
-        self.drawings = next(
-            (self._number(key, flat.pop(key), 1) for key in list(flat) if _leaf(key) == "samples_per_checkpoint"), 1
-        )
-        silent = True in [flat.pop(key) for key in list(flat) if _leaf(key) == "no_samples"]
+        self.lr_min = self._taken(flat, "lr_min", 0.1, "scheduler.min_lr")
+        self.drawings = self._taken(flat, "samples_per_checkpoint", 1, "sample.every_steps")
+        silenced = [key for key in flat if _leaf(key) == "no_samples"]
+        silent = True in [flat.pop(key) for key in silenced]
+        self.report.dropped_harmless += [
+            (key, "no sample.every_steps is set" if silent else "is off") for key in silenced
+        ]
         pipeline = flat.pop("training.pipeline", None)
         components = self._components(flat)
         data = {
@@ -158,7 +160,7 @@ class _Importer:
             if (name := _leaf(key))
             in ("data_path", "captions_file", "fixed_prompt_prefix", "use_webdataset", "use_tt2m", *STREAM)
         }
-        rate = next((self._number(key, flat.pop(key), 5e-7) for key in list(flat) if _leaf(key) == "lr"), 5e-7)
+        rate = self._taken(flat, "lr", 5e-7, "optimizer.lr")
         whole = pipeline is None
         for key, value in flat.items():
             if not whole and _leaf(key) in (*MODES, "train_flow", "train_reconstruction", "n_epochs"):
@@ -184,6 +186,14 @@ class _Importer:
             self.tables.setdefault("sample", {})["every_steps"] = every * max(1, int(self.drawings))
             self.report.defaulted.append(("sample.every_steps", every * max(1, int(self.drawings))))
         return Imported(self.tables, self.general, self.report, self.names, datasets)
+
+    def _taken(self, flat: dict[str, Any], name: str, otherwise: Any, ours: str) -> Any:
+        """Take a number out of the keys."""
+        for key in [key for key in flat if _leaf(key) == name]:
+            value = flat.pop(key)
+            self.report.carried.append((key, ours, value))
+            return self._number(key, value, otherwise)
+        return otherwise
 
     def _key(self, source: str, name: str, value: Any, tables: dict[str, Any], step: bool = False) -> None:
         """One key that stands for itself."""
