@@ -35,6 +35,8 @@ from musubi_tuner.demo.pictures import (
     draw,
     held_out,
 )
+from musubi_tuner.demo.recipe import has_clip_and_t5
+from musubi_tuner.device import choose_device, set_threads, with_precision
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
 from musubi_tuner.files import write_json
 from musubi_tuner.parent import join_parent
@@ -105,7 +107,7 @@ def scored_prompts(config: RunConfig) -> tuple[list[Combination], set[Combinatio
 def score_run(config: RunConfig) -> dict[str, Any]:
     """Draw, check and write the files; returns the content of accuracy.json."""
     begun, folder = time.perf_counter(), config.output_dir
-    facts, own = config.spec.task(config), config.spec.frozen_networks is not None
+    facts, own = config.spec.task(config), not has_clip_and_t5(config)
     result: dict[str, Any] = _score_drawings(config) if facts.has("sample.prompts") else {}
     if own:
         result |= {"reconstruction": _score_reconstructions(config), "chance": CHANCE}
@@ -127,7 +129,7 @@ def _score_drawings(config: RunConfig) -> dict[str, Any]:
     pictures = generator.draw([combination.caption for combination in wanted], settings, batch_size=40)
     _contact_sheet(config.output_dir / "contact_sheet.png", pictures, wanted, unseen)
     found: dict[str, Any] = dict(score(pictures, wanted, unseen))
-    return found if config.spec.frozen_networks is None else {**found, "shuffled": shuffled_score(pictures, wanted)}
+    return found if has_clip_and_t5(config) else {**found, "shuffled": shuffled_score(pictures, wanted)}
 
 
 def shuffled_score(pictures: Sequence[np.ndarray], wanted: Sequence[Combination]) -> dict[str, float]:
@@ -145,8 +147,6 @@ def shuffled_score(pictures: Sequence[np.ndarray], wanted: Sequence[Combination]
 def _score_reconstructions(config: RunConfig) -> dict[str, Any]:
     """What the trained autoencoder makes of new pictures of combinations that were never trained."""
     import torch
-
-    from musubi_tuner.device import choose_device, set_threads, with_precision
 
     demo = config.demo
     assert demo is not None

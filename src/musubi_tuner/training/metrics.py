@@ -47,14 +47,15 @@ class Metrics:
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True)
         self._mark = time.perf_counter()
         self._images = 0
-        self._step = step
+        self._step = self._done = step  # the bar counts only where it is shown
         self.step_seconds = 0.0
 
     def advance(self, images: int) -> None:
         """Count an update of so many images."""
         self._images += images
+        self._done += 1
         self.bar.update(1)
-        self._tell(int(self.bar.n))
+        self._tell(self._done)
 
     def _tell(self, step: int, **values: Any) -> None:
         tell(phase="train", done=step, total=self.total, step=step, steps=self.total, **finite_values(values))

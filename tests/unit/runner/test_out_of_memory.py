@@ -9,6 +9,7 @@ import torch
 from musubi_tuner.config.schema.memory import MemorySection
 from musubi_tuner.errors import EXIT_FAILED, CacheError, advise_on_memory, out_of_memory, run_command
 from musubi_tuner.memory.compose import ways_to_save
+from musubi_tuner.models.registry import MODELS
 
 STORAGE = 'set memory.base_storage = "fp8_scaled"'
 LAST = "lower the resolution or the batch size of the data sets"
@@ -71,12 +72,16 @@ def test_advice_may_depend_on_which_memory_is_full() -> None:
 def test_ways_to_save_are_those_that_are_not_taken_yet(
     memory: dict[str, Any], on_device: bool, ways: list[str]
 ) -> None:
-    config: Any = SimpleNamespace(memory=MemorySection(**memory), adapter=SimpleNamespace(type="lora"))
+    config: Any = SimpleNamespace(
+        memory=MemorySection(**memory), adapter=SimpleNamespace(type="lora"), spec=MODELS["tf"]
+    )
     assert ways_to_save(config, on_device) == ", ".join([*ways, LAST])
 
 
 def test_a_model_that_trains_is_not_quantised() -> None:
-    config: Any = SimpleNamespace(memory=MemorySection(checkpoint_offload=True), adapter=SimpleNamespace(type="none"))
+    config: Any = SimpleNamespace(
+        memory=MemorySection(checkpoint_offload=True), adapter=SimpleNamespace(type="none"), spec=MODELS["tf"]
+    )
     assert ways_to_save(config, False) == LAST
 
 

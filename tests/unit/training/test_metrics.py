@@ -261,3 +261,13 @@ def test_tensorboard_forgets_what_came_after_the_state(step: int, metrics: Write
 def test_no_event_files_without_tensorboard(metrics: Writers) -> None:
     log(metrics(), 1)
     assert [path.name for path in metrics.folder.iterdir()] == [FILE]
+
+
+def test_progress_counts_where_no_bar_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("musubi_tuner.training.metrics.tell", lambda **values: told.append(values))
+    metrics = Metrics(tmp_path, step=5, total=9, length=0)
+    metrics.bar.disable = True  # as in a log file
+    for _ in range(2):
+        metrics.advance(4)
+    assert [(values["step"], values["done"], values["steps"]) for values in told] == [(6, 6, 9), (7, 7, 9)]
