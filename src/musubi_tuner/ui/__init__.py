@@ -1,0 +1,1 @@
+"""The web page's server: settings as a form, runs of this machine, requests to them. It imports no torch."""

@@ -1,0 +1,127 @@
+"""The settings as data for a form: every key once, in tabs, with what a control needs to know. Torch-free."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from musubi_tuner.config.fields import TABS, Parameter, Section
+from musubi_tuner.config.foreign import FOREIGN
+from musubi_tuner.config.schema import flat_names, item_parameters, parameters
+from musubi_tuner.models.registry import MODELS
+
+TITLES = ("Setup", "Dataset", "Adapter", "Learning rate", "Advanced", "Saving", "Logging")
+"""Of the tabs, in their order."""
+FAMILY = "model.arch"
+"""Its choices are the families."""
+
+
+@dataclass(frozen=True)
+class FormField:
+    """One setting. kind: of the control. families: codes of those that have it."""
+
+    key: str
+    name: str
+    table: str
+    tab: str
+    label: str
+    help: str
+    kind: str
+    unit: str
+    default: Any
+    required: bool
+    expert: bool
+    secret: bool
+    path: bool
+    choices: list[Any]
+    low: float | None
+    high: float | None
+    step: float | None
+    names: list[str]
+    families: list[str]
+    free: bool
+
+
+def kind_of(parameter: Parameter) -> str:
+    """Which control a setting has."""
+    if parameter.key == FAMILY:
+        return "choice"
+    kinds = parameter.kinds - {type(None)}
+    if parameter.choices:
+        return "choice"
+    if kinds == {bool}:
+        return "switch"
+    if bool in kinds or any(
+        getattr(kind, "__origin__", kind) in (list, dict) or (isinstance(kind, type) and issubclass(kind, Section))
+        for kind in kinds
+    ):
+        return "value"  # written as TOML
+    if int in kinds and str not in kinds and float not in kinds:
+        return "whole"
+    if float in kinds and str not in kinds:
+        return "number"
+    return "text" if kinds <= {str} else "value"
+
+
+def plain(value: Any) -> Any:
+    """A default as JSON."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+@cache
+def form_fields() -> tuple[FormField, ...]:
+    """All settings of all families, then those of data sets."""
+    other: dict[str, list[str]] = {}
+    for name, parameter in flat_names().items():
+        other.setdefault(parameter.key, []).append(name)
+    for name, entry in FOREIGN.items():
+        if entry.key:
+            other.setdefault(entry.key, []).append(name)
+    own = {code: {parameter.key for parameter in parameters(MODELS[code])} for code in MODELS}
+    found = []
+    for parameter in (*parameters(), *item_parameters()):
+        items = parameter.section in ("general", "datasets")
+        low = next((limit for name in ("ge", "gt") if (limit := parameter.limit(name)) is not None), None)
+        high = next((limit for name in ("le", "lt") if (limit := parameter.limit(name)) is not None), None)
+        found.append(
+            FormField(
+                key=parameter.key,
+                name=parameter.name,
+                table=parameter.section,
+                tab=parameter.tab,
+                label=parameter.label,
+                help=parameter.help,
+                kind=kind_of(parameter),
+                unit=parameter.extra("unit"),
+                default=None if parameter.required else plain(parameter.default),
+                required=parameter.required,
+                expert=parameter.expert,
+                secret=parameter.extra("secret"),
+                path=parameter.extra("path"),
+                choices=list(MODELS) if parameter.key == FAMILY else list(parameter.choices),
+                low=low,
+                high=high,
+                step=parameter.extra("step"),
+                names=sorted(set(other.get(parameter.key, [])) - {parameter.name}),
+                families=list(MODELS) if items else [code for code in MODELS if parameter.key in own[code]],
+                free=parameter.extra("resume") == "free",
+            )
+        )
+    return tuple(found)
+
+
+def tabs() -> list[dict[str, str]]:
+    """Names and titles of the tabs, in order."""
+    return [{"name": name, "title": title} for name, title in zip(TABS, TITLES, strict=True)]
+
+
+def defaults_of(code: str) -> dict[str, Any]:
+    """Defaults of a family, where they are not those of the shared schema."""
+    spec = MODELS[code]
+    return {**{key: plain(value) for key, value in spec.defaults.items()},
+            **{f"general.{key}": plain(value) for key, value in spec.dataset_defaults.items()}}  # fmt: skip

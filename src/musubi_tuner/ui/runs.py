@@ -1,0 +1,299 @@
+"""Runs of this machine, from what they leave in their folders; also those of a terminal. Torch-free.
+
+The folders are the truth: pointers in the user's state folder say where they are, and nothing is kept here that a restart would lose.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.errors import ConfigError
+from musubi_tuner.files import read_json
+from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, user_state_folder
+from musubi_tuner.runner.steps import FILE as STEPS_FILE
+from musubi_tuner.training.metrics import FILE as METRICS
+
+CHECKPOINTS = "checkpoints.json"
+RUNNING, LOST = "running", "lost"
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "USER", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT", "XDG_STATE_HOME",
+             "XDG_CACHE_HOME", "MUSUBI_STATE_HOME", "PYTHONPATH")  # fmt: skip
+"""Variables that a started run gets, beside those of CUDA, the hub and W&B."""
+PREFIXES = ("CUDA_", "HF_", "WANDB_", "NVIDIA_", "TORCH_", "OMP_", "MKL_")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = ("sample", "plots")
+"""Folders of a run whose pictures are shown."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run. id: of its record. folder: of the run. config: its run file."""
+
+    id: str
+    folder: Path
+    config: Path
+
+
+def places() -> list[Place]:
+    """All runs whose folders are there, newest first."""
+    found: list[tuple[float, Place]] = []
+    for pointer in (user_state_folder() / "runs").glob("*.json"):
+        values = _read(pointer)
+        folder = Path(str(values.get("folder", "")))
+        if values and (folder / RUN_FILE).is_file():
+            place = Place(pointer.stem, folder, Path(str(values.get("config", ""))))
+            found.append((float(values.get("started") or 0), place))
+    return [place for _, place in sorted(found, key=lambda each: -each[0])]
+
+
+def place_of(identity: str) -> Place:
+    """A run by its id.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = next((place for place in places() if place.id == identity), None)
+    if found is None:
+        raise ConfigError(f"{identity}: no such run")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_alive(pid: Any, started: Any) -> bool:
+    """Whether a process is the one that began a run then: its number may have been given to another one since."""
+    if not isinstance(pid, int) or not isinstance(started, int | float):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = next(
+            float(line.split()[1])
+            for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+            if line.startswith("btime")
+        )
+        began = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration, IndexError, ValueError):
+        return True  # a system without /proc
+    return began <= started + 2 and fields[0] != "Z"
+
+
+def summary(place: Place) -> dict[str, Any]:
+    """How a run is: state, progress, times; see `run_record`."""
+    run, ended = _read(place.folder / RUN_FILE), _read(place.folder / EXIT_FILE)
+    state = ended.get("reason") or (RUNNING if is_alive(run.get("pid"), run.get("started")) else LOST)
+    waiting = state == RUNNING and (place.folder / CONTROL / "stop").exists()
+    keys = (
+        "phase",
+        "done",
+        "total",
+        "step",
+        "steps",
+        "loss",
+        "seconds_left",
+        "message",
+        "started",
+        "updated",
+        "host",
+        "part",
+    )
+    found = {key: run.get(key) for key in keys}
+    return {
+        "id": place.id,
+        "name": place.folder.name,
+        "folder": str(place.folder),
+        "config": str(place.config),
+        "state": "stopping" if waiting else state,
+        "exit": {key: ended.get(key) for key in ("code", "signal", "message", "ended")} if ended else None,
+        **found,
+    }
+
+
+def parts(place: Place) -> list[tuple[str, Path]]:
+    """Name and folder of the steps of a run; one without a name where it has none."""
+    steps = _read(place.folder / STEPS_FILE).get("steps")
+    if not isinstance(steps, list):
+        return [("", place.folder)]
+    return [
+        (str(step.get("name", "")), place.folder / str(step.get("folder", "")))
+        for step in steps
+        if isinstance(step, dict)
+    ]
+
+
+def detail(place: Place) -> dict[str, Any]:
+    """A run with its steps, checkpoints, pictures and run file."""
+    samples, checkpoints = [], []
+    for name, folder in parts(place):
+        for kind in PICTURES:
+            for path in sorted((folder / kind).glob("*")):
+                if path.suffix.lower() in IMAGES:
+                    relative = path.relative_to(place.folder).as_posix()
+                    samples.append({"part": name, "name": path.name, "path": relative, "time": path.stat().st_mtime})
+        for entry, values in (_read(folder / CHECKPOINTS).get("checkpoints") or {}).items():
+            if isinstance(values, dict):
+                keys = ("step", "epoch", "kind", "model", "ema", "metric", "value")
+                checkpoints.append({"part": name, "name": entry, **{key: values.get(key) for key in keys}})
+    try:
+        text = place.config.read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    steps = [{"name": name, "status": step.get("status"), "step": step.get("step")}
+             for (name, _), step in zip(parts(place), _read(place.folder / STEPS_FILE).get("steps") or [], strict=False)]  # fmt: skip
+    return {**summary(place), "steps_of_file": steps, "samples": samples, "checkpoints": checkpoints, "toml": text}
+
+
+def rows(place: Place) -> Iterator[dict[str, Any]]:
+    """Lines of metrics of all steps in order; updates are counted on from step to step."""
+    begun = 0
+    for name, folder in parts(place):
+        last = 0
+        try:
+            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            try:
+                row = json.loads(line)
+                last = int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line of a run that writes, or was killed
+            yield {**row, "step": begun + last, "part": name}
+        begun += last
+
+
+def series(place: Place, most: int) -> dict[str, Any]:
+    """Curves by tag: steps and values, at most so many points each; of the points between two that are kept the lowest and the
+    highest stay, and values that are not finite are listed as steps of ``lost``.
+
+    Args:
+        most: points of a curve.
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    lost: dict[str, list[int]] = {}
+    borders: dict[str, int] = {}
+    for row in rows(place):
+        step = row["step"]
+        borders.setdefault(row["part"], step)
+        clock = row.get("clock") if isinstance(row.get("clock"), dict) else {}
+        values = {**row, **{f"clock/{name}": value for name, value in (clock or {}).items() if name != "wall"}}
+        for tag in row.get("not_finite") or []:
+            lost.setdefault(tag, []).append(step)
+        for tag, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and "/" in tag:
+                steps, points = found.setdefault(tag, ([], []))
+                steps.append(step)
+                points.append(float(value))
+    curves = {tag: thinned(steps, values, most) for tag, (steps, values) in sorted(found.items())}
+    return {"curves": curves, "lost": lost, "borders": borders if len(borders) > 1 else {}}
+
+
+def thinned(steps: list[int], values: list[float], most: int) -> dict[str, list[Any]]:
+    """A curve of at most so many points, with the extremes of what is left out."""
+    if len(steps) <= most:
+        return {"steps": steps, "values": values}
+    groups = max(1, most // 2)
+    kept: list[int] = []
+    for number in range(groups):
+        low, high = number * len(steps) // groups, (number + 1) * len(steps) // groups
+        inside = range(low, high)
+        pair = {min(inside, key=values.__getitem__), max(inside, key=values.__getitem__)}
+        kept += sorted(pair)
+    return {"steps": [steps[index] for index in kept], "values": [values[index] for index in kept]}
+
+
+def log_text(place: Place, offset: int, most: int) -> dict[str, Any]:
+    """A piece of the console's log. offset: in bytes; negative counts from the end."""
+    path = place.folder / CONSOLE
+    try:
+        size = path.stat().st_size
+        begin = max(0, size + offset) if offset < 0 else min(offset, size)
+        with path.open("rb") as file:
+            file.seek(begin)
+            data = file.read(most)
+    except OSError:
+        return {"text": "", "offset": 0, "size": 0}
+    return {"text": data.decode("utf-8", "replace"), "offset": begin + len(data), "size": size}
+
+
+def picture(place: Place, relative: str) -> Path:
+    """A picture of a run.
+
+    Raises:
+        ConfigError: for whatever is none, or lies outside.
+    """
+    wanted = (place.folder / relative).resolve() if "\0" not in relative else place.folder
+    inside = wanted.is_relative_to(place.folder.resolve())
+    if not inside or wanted.suffix.lower() not in IMAGES or not wanted.is_file():
+        raise ConfigError(f"{relative}: no such picture of this run")
+    return wanted
+
+
+def request(place: Place, name: str) -> None:
+    """Ask a run to stop, save or sample.
+
+    Raises:
+        ConfigError: if it does not run, or the request is none.
+    """
+    if name not in REQUESTS:
+        raise ConfigError(f"{name}: a run can be asked to {', '.join(REQUESTS)}")
+    if summary(place)["state"] not in (RUNNING, "stopping"):
+        raise ConfigError(f"{place.folder.name}: does not run")
+    (place.folder / CONTROL).mkdir(exist_ok=True)
+    (place.folder / CONTROL / name).touch()
+
+
+def environment(own: Mapping[str, str]) -> dict[str, str]:
+    """What a started run gets of this process's environment."""
+    return {name: value for name, value in own.items() if name in PASSED_ON or name.startswith(PREFIXES)}
+
+
+def start(snapshot: Path, log: Path, options: list[str], folder: Path) -> int:
+    """Start a run that does not depend on this process; its process id.
+
+    Args:
+        snapshot: the run file, which nobody changes any more. log: gets what it prints before the run has a log of its own.
+        options: of train.py. folder: from which relative paths are meant.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "musubi_tuner.runner", str(snapshot), *options]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return process.pid
+
+
+def wait_for(folder: Path, pid: int, seconds: float = 5.0) -> str | None:
+    """The id of a run that has just been started, once it is recorded; None if it is not by then, or has ended."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        values = _read(folder / RUN_FILE)
+        if values.get("pid") == pid:
+            return str(values.get("id"))
+        if not is_alive(pid, time.time()):
+            return None
+        time.sleep(0.1)
+    return None

@@ -1,0 +1,158 @@
+// The page: navigation, theme, the list of runs as it changes.
+
+import { Monitor, Moon, Sun } from "lucide-react";
+import { useEffect, useState } from "react";
+import { get, openSession } from "./api";
+import { Configure } from "./configure";
+import { Button, Card, cn } from "./parts";
+import { Compare, RunPage, Runs } from "./runs";
+import type { Document, Run, Schema } from "./types";
+
+type View = { at: "configure" } | { at: "runs" } | { at: "run"; id: string } | { at: "compare"; ids: string[] };
+const THEME = "musubi-theme";
+const THEMES = ["system", "light", "dark"] as const;
+type Theme = (typeof THEMES)[number];
+
+function useTheme(): [Theme, (theme: Theme) => void] {
+  const [theme, setTheme] = useState<Theme>(() => THEMES.find((each) => each === localStorage.getItem(THEME)) ?? "system");
+  useEffect(() => {
+    localStorage.setItem(THEME, theme);
+    const system = matchMedia("(prefers-color-scheme: dark)");
+    const apply = () => document.documentElement.classList.toggle("dark", theme === "dark" || (theme === "system" && system.matches));
+    apply();
+    system.addEventListener("change", apply);
+    return () => system.removeEventListener("change", apply);
+  }, [theme]);
+  return [theme, setTheme];
+}
+
+/** All runs, kept up to date by the server's events. */
+function useRuns(ready: boolean): [Run[], boolean] {
+  const [runs, setRuns] = useState<Record<string, Run>>({});
+  const [connected, setConnected] = useState(true);
+  useEffect(() => {
+    if (!ready) return;
+    const events = new EventSource("/api/events");
+    events.addEventListener("open", () => {
+      setRuns({});
+      setConnected(true);
+    });
+    events.addEventListener("error", () => setConnected(false));
+    events.addEventListener("runs", (event) => {
+      const { runs: changed, gone } = JSON.parse((event as MessageEvent<string>).data) as { runs: Run[]; gone: string[] };
+      setRuns((before) => {
+        const found = { ...before, ...Object.fromEntries(changed.map((run) => [run.id, run])) };
+        for (const id of gone) delete found[id];
+        return found;
+      });
+    });
+    return () => events.close();
+  }, [ready]);
+  return [Object.values(runs).sort((a, b) => (b.started ?? 0) - (a.started ?? 0)), connected];
+}
+
+export function App() {
+  const [theme, setTheme] = useTheme();
+  const [state, setState] = useState<"opening" | "closed" | "open">("opening");
+  const [schema, setSchema] = useState<Schema | null>(null);
+  const [view, setView] = useState<View>({ at: "configure" });
+  const [given, setGiven] = useState<Document | null>(null);
+  const [problem, setProblem] = useState("");
+  const [runs, connected] = useRuns(state === "open");
+
+  useEffect(() => {
+    openSession()
+      .then(async (opened) => {
+        if (opened) setSchema(await get<Schema>("schema"));
+        setState(opened ? "open" : "closed");
+      })
+      .catch((error: unknown) => {
+        setProblem(error instanceof Error ? error.message : String(error));
+        setState("closed");
+      });
+  }, []);
+
+  useEffect(() => {
+    let before = "";
+    const onKey = (event: KeyboardEvent) => {
+      if (event.ctrlKey || event.metaKey || event.altKey || (event.target instanceof HTMLElement && /INPUT|TEXTAREA|SELECT/.test(event.target.tagName))) return;
+      if (before === "g" && event.key === "j") setView({ at: "runs" });
+      if (before === "g" && event.key === "c") setView({ at: "configure" });
+      before = event.key;
+    };
+    window.addEventListener("keydown", onKey);
+    return () => window.removeEventListener("keydown", onKey);
+  }, []);
+
+  const current = view.at === "run" ? runs.find((run) => run.id === view.id) : undefined;
+  useEffect(() => {
+    document.title = `${current?.name ?? (view.at === "configure" ? "Configure" : "Runs")} · musubi-tinyflux`;
+  }, [current?.name, view.at]);
+
+  const started = (id: string | null) => setView(id ? { at: "run", id } : { at: "runs" });
+  const link = (name: string, at: "configure" | "runs") => (
+    <button
+      type="button"
+      className={cn("min-h-9 rounded-md px-3 text-sm", (view.at === at || (at === "runs" && view.at !== "configure")) && "bg-ground font-semibold")}
+      aria-current={view.at === at ? "page" : undefined}
+      onClick={() => setView({ at } as View)}
+    >
+      {name}
+    </button>
+  );
+  const Icon = { system: Monitor, light: Sun, dark: Moon }[theme];
+  return (
+    <>
+      <header className="border-b border-line bg-panel">
+        <div className="mx-auto flex max-w-6xl flex-wrap items-center gap-2 px-4 py-2">
+          <strong className="mr-2">musubi-tinyflux</strong>
+          <nav aria-label="Main" className="flex gap-1">
+            {link("Configure", "configure")}
+            {link(`Runs${runs.some((run) => run.state === "running") ? ` (${runs.filter((run) => run.state === "running").length} running)` : ""}`, "runs")}
+          </nav>
+          <span className="flex-1" />
+          {state === "open" && !connected && (
+            <span role="alert" className="text-sm text-bad">
+              No connection to the server; trying again ...
+            </span>
+          )}
+          <Button onClick={() => setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length] ?? "system")} aria-label={`Theme: ${theme}. Change it`} title={`Theme: ${theme}`}>
+            <Icon size={16} aria-hidden="true" />
+          </Button>
+        </div>
+      </header>
+      <main className="mx-auto max-w-6xl px-4 py-4">
+        {state === "closed" && (
+          <Card title="Not open">
+            <p className="text-sm">{problem || "Open the page by the address that the program printed; it has a token in it."}</p>
+          </Card>
+        )}
+        {state === "opening" && <p className="text-sm text-muted">opening ...</p>}
+        {schema && state === "open" && (
+          <>
+            <div hidden={view.at !== "configure"}>
+              <Configure schema={schema} given={given} onStarted={started} />
+            </div>
+            {view.at === "runs" && <Runs runs={runs} onOpen={(id) => setView({ at: "run", id })} onCompare={(ids) => setView({ at: "compare", ids })} />}
+            {view.at === "run" &&
+              (current ? (
+                <RunPage
+                  key={current.id}
+                  run={current}
+                  onBack={() => setView({ at: "runs" })}
+                  onStarted={started}
+                  onEdit={(document) => {
+                    setGiven(document);
+                    setView({ at: "configure" });
+                  }}
+                />
+              ) : (
+                <p className="text-sm text-muted">waiting for the run ...</p>
+              ))}
+            {view.at === "compare" && <Compare runs={runs.filter((run) => view.ids.includes(run.id))} onBack={() => setView({ at: "runs" })} />}
+          </>
+        )}
+      </main>
+    </>
+  );
+}

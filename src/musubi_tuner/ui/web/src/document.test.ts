@@ -1,0 +1,43 @@
+import { describe, expect, it } from "vitest";
+import { aligned, smoothed } from "./chart";
+import { matching, parsed, shown, valueAt, withValue } from "./document";
+import type { FormField } from "./types";
+
+const field = (key: string, more: Partial<FormField> = {}): FormField => ({
+  key, name: key.split(".")[1] ?? key, table: "", tab: "", label: key, help: "", kind: "text", unit: "", default: null, required: false, expert: false,
+  secret: false, path: false, choices: [], low: null, high: null, step: null, names: [], families: [], free: false, ...more,
+});
+
+describe("a document", () => {
+  it("is changed without changing the old one, and loses empty tables", () => {
+    const before = { run: { name: "a" } };
+    const after = withValue(before, "optimizer.lr", 1e-4);
+    expect([before, valueAt(after, "optimizer.lr")]).toEqual([{ run: { name: "a" } }, 1e-4]);
+    expect(withValue(after, "optimizer.lr", undefined)).toEqual(before);
+    expect(valueAt(withValue({}, "schema_version", 1), "schema_version")).toBe(1);
+  });
+
+  it("takes what a person types", () => {
+    const number = field("a.b", { kind: "number" });
+    expect([parsed(number, "1e-4"), parsed(number, "5%"), parsed(number, " ")]).toEqual([1e-4, "5%", undefined]);
+    const list = field("a.c", { kind: "value" });
+    expect([parsed(list, "[1, 2]"), parsed(list, "auto"), shown([1, 2])]).toEqual([[1, 2], "auto", "[1,2]"]);
+  });
+
+  it("finds settings by other names first", () => {
+    const fields = [field("a.x", { help: "rank of it" }), field("adapter.rank", { names: ["network_dim"] })];
+    expect(matching(fields, "--network_dim").map((each) => each.key)).toEqual(["adapter.rank"]);
+    expect(matching(fields, "rank").map((each) => each.key)).toEqual(["adapter.rank", "a.x"]);
+  });
+});
+
+describe("curves", () => {
+  it("share their steps", () => {
+    expect(aligned([{ steps: [1, 3], values: [5, 6] }, { steps: [2], values: [7] }])).toEqual([[1, 2, 3], [5, null, 6], [null, 7, null]]);
+  });
+
+  it("are smoothed, or left", () => {
+    expect(smoothed([1, 3], 0)).toEqual([1, 3]);
+    expect(smoothed([1, 3], 0.5)).toEqual([1, 2]);
+  });
+});

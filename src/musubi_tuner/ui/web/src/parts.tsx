@@ -1,0 +1,75 @@
+// Small parts of the page, in shadcn's manner: native controls or Radix below, Tailwind above.
+
+import { cva, type VariantProps } from "class-variance-authority";
+import { clsx, type ClassValue } from "clsx";
+import { Dialog as RadixDialog } from "radix-ui";
+import type { ComponentProps, ReactNode } from "react";
+import { twMerge } from "tailwind-merge";
+
+export const cn = (...names: ClassValue[]): string => twMerge(clsx(names));
+
+const button = cva(
+  "inline-flex min-h-9 items-center justify-center gap-1.5 rounded-md border px-3 text-sm font-medium disabled:cursor-not-allowed disabled:opacity-55",
+  {
+    variants: {
+      look: {
+        plain: "border-line bg-panel text-ink enabled:hover:bg-ground",
+        main: "border-accent bg-accent text-on-accent enabled:hover:brightness-110",
+        bad: "border-bad bg-panel text-bad enabled:hover:bg-ground",
+        bare: "border-transparent bg-transparent px-2 text-accent underline-offset-2 hover:underline",
+      },
+    },
+    defaultVariants: { look: "plain" },
+  },
+);
+
+export function Button({ look, className, ...rest }: ComponentProps<"button"> & VariantProps<typeof button>) {
+  return <button type="button" className={cn(button({ look }), className)} {...rest} />;
+}
+
+export function Card({ title, children, className }: { title?: ReactNode; children: ReactNode; className?: string }) {
+  return (
+    <section className={cn("min-w-0 rounded-lg border border-line bg-panel p-4", className)}>
+      {title && <h2 className="mb-3 text-base font-semibold">{title}</h2>}
+      {children}
+    </section>
+  );
+}
+
+const LOOKS: Record<string, string> = {
+  running: "text-accent", stopping: "text-warn", finished: "text-good", stopped: "text-muted", failed: "text-bad", lost: "text-bad",
+  error: "text-bad", warning: "text-warn", info: "text-muted",
+};
+
+export function Badge({ of, children }: { of: string; children: ReactNode }) {
+  return (
+    <span className={cn("inline-flex items-center rounded-full border border-current px-2 py-0.5 text-xs font-medium", LOOKS[of])}>
+      {children}
+    </span>
+  );
+}
+
+export const inputLook =
+  "min-h-9 w-full rounded-md border border-line bg-panel px-2.5 py-1.5 text-sm text-ink placeholder:text-muted aria-invalid:border-bad";
+
+export function Dialog(props: { open: boolean; onOpenChange: (open: boolean) => void; title: string; about?: string; children: ReactNode }) {
+  return (
+    <RadixDialog.Root open={props.open} onOpenChange={props.onOpenChange}>
+      <RadixDialog.Portal>
+        <RadixDialog.Overlay className="fixed inset-0 z-40 bg-black/50" />
+        <RadixDialog.Content className="fixed top-1/2 left-1/2 z-50 max-h-[85vh] w-[min(46rem,94vw)] -translate-x-1/2 -translate-y-1/2 overflow-auto rounded-lg border border-line bg-panel p-5">
+          <RadixDialog.Title className="text-lg font-semibold">{props.title}</RadixDialog.Title>
+          <RadixDialog.Description className="mb-3 text-sm text-muted">{props.about ?? ""}</RadixDialog.Description>
+          {props.children}
+        </RadixDialog.Content>
+      </RadixDialog.Portal>
+    </RadixDialog.Root>
+  );
+}
+
+export function time(seconds: number | null | undefined): string {
+  if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "";
+  const whole = Math.max(0, Math.round(seconds));
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];
+  return hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
+}

@@ -1,0 +1,294 @@
+"""The page in Chromium, against the real server and real small runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from project import REPOSITORY, ForkServer
+
+pytest.importorskip("fastapi")
+CHROMIUM = next(
+    (
+        path
+        for path in (Path("/usr/bin/chromium"), Path("/usr/bin/chromium-browser"), Path("/usr/bin/google-chrome"))
+        if path.exists()
+    ),
+    None,
+)
+if CHROMIUM is None:
+    pytest.skip("the page is not tested: no Chromium here; apt-get install chromium", allow_module_level=True)
+api = pytest.importorskip("playwright.sync_api")
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+SMALL = {"run.threads": 1, "demo.pictures": 48, "demo.score_prompts": 8, "train.max_steps": 400, "scheduler.warmup_steps": 5, "sample.every_steps": 200,
+         "save.every_steps": 200, "objective.lune_warmup_steps": 5, "objective.sol_warmup_steps": 5, "sample.steps": 2, "log.every_steps": 1}  # fmt: skip
+
+
+class Page:
+    """A server with a browser that has opened its page."""
+
+    def __init__(self, project: Path, home: Path, browser: Any, port: int) -> None:
+        self.project, self.home, self.browser, self.port = project, home, browser, port
+        self.heard: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start the server."""
+        environment = {**os.environ, "MUSUBI_STATE_HOME": str(self.home), "PATH": "/usr/bin:/bin"}  # node is not needed
+        words = [sys.executable, "-m", "musubi_tuner.ui", "--port", str(self.port)]
+        self.server = subprocess.Popen(words, cwd=self.project, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.server.stdout is not None
+        line = ""
+        while not line.startswith("open "):
+            line = self.server.stdout.readline()
+            assert line, "the server has ended"
+        self.address = line.split()[1]
+
+    def open(self, width: int = 1280) -> Any:
+        """A new tab."""
+        context = self.browser.new_context(viewport={"width": width, "height": 900})
+        tab = context.new_page()
+        tab.set_default_timeout(20_000)
+        tab.on(
+            "console",
+            lambda message: (
+                self.heard.append(f"{message.type}: {message.text}") if message.type in ("error", "warning") else None
+            ),
+        )
+        tab.on("pageerror", lambda problem: self.heard.append(f"error: {problem}"))
+        tab.on(
+            "request",
+            lambda request: (
+                None
+                if f":{self.port}/" in request.url or request.url.startswith(("data:", "blob:"))
+                else self.heard.append(request.url)
+            ),
+        )
+        tab.goto(self.address)
+        tab.get_by_role("tab").first.wait_for()
+        return tab
+
+    def kill(self) -> None:
+        """End the server as a crash does."""
+        self.server.kill()
+        self.server.wait()
+        if self.server.stdout is not None:
+            self.server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    project = tmp_path_factory.mktemp("page")
+    (project / "toml").mkdir()
+    for name in ("demo.toml", "tinyflux.toml", "demo_fluxflow.toml"):
+        (project / "toml" / name).write_text((REPOSITORY / "toml" / name).read_text(encoding="utf-8"), encoding="utf-8")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
+        found = Page(project, project / "state", browser, 17_860 + os.getpid() % 1000)
+        yield found
+        browser.close()
+        found.kill()
+        for record in (project / "data").rglob("run.json"):
+            try:
+                os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+            except (OSError, ValueError, KeyError):
+                continue
+
+
+@pytest.fixture(autouse=True)
+def silent(page: Page) -> Iterator[None]:
+    """Nothing on the console, no report of the policy, no request to another host, in any test."""
+    page.heard.clear()
+    yield
+    for context in page.browser.contexts:
+        context.close()
+    assert page.heard == []
+
+
+def load(tab: Any, template: str) -> None:
+    tab.get_by_label("Load config").select_option(f"t:{template}")
+    tab.get_by_text(f"Loaded {template}.").wait_for()
+
+
+def small(tab: Any) -> None:
+    """A small demo, through the form's text."""
+    tables = tomllib.loads((REPOSITORY / "toml" / "demo.toml").read_text(encoding="utf-8"))
+    for key, value in SMALL.items():
+        table, name = key.split(".")
+        tables[table][name] = value
+    tab.get_by_role("button", name="View as TOML").click()
+    tab.wait_for_timeout(500)
+    tab.get_by_label("Run file as TOML").fill(tomli_w.dumps(tables))
+    tab.get_by_role("button", name="Apply to the form").click()
+    tab.get_by_text("Applied.").wait_for()
+    tab.get_by_role("button", name="Form", exact=True).click()
+    tab.get_by_role("button", name="Start training").wait_for()
+
+
+def test_seven_tabs_in_the_order_of_the_plan_and_errors_say_why_start_waits(page: Page) -> None:
+    tab = page.open()
+    titles = [re.sub(r"\d.*", "", text).strip() for text in tab.get_by_role("tab").all_inner_texts()]
+    assert titles == ["Setup", "Dataset", "Adapter", "Learning rate", "Advanced", "Saving", "Logging"]
+    start = tab.get_by_role("button", name=re.compile("^Start"))
+    tab.get_by_text(re.compile(r"Start \(mend \d+ errors first\)")).wait_for()
+    assert start.is_disabled()
+    assert tab.get_by_text("is required; or set init").is_visible()
+    load(tab, "demo")
+    tab.get_by_role("button", name="Start training").wait_for()
+    assert start.is_enabled()
+    rate = tab.get_by_role("tab", name=re.compile("Learning rate"))
+    rate.click()
+    tab.locator('[data-key="optimizer.lr"] input').fill("-1")
+    tab.get_by_text(re.compile("is -1")).wait_for()
+    assert "1 error" in rate.inner_text()
+    tab.get_by_label("Reset optimizer.lr").click()
+    tab.get_by_role("button", name="Start training").wait_for()
+
+
+def test_settings_are_found_by_names_of_other_trainers(page: Page) -> None:
+    tab = page.open()
+    search = tab.get_by_label(re.compile("Search settings"))
+    for words, key in (
+        ("network_dim", "adapter.rank"),
+        ("learning rate", "optimizer.lr"),
+        ("--flip_aug", "general.flip_aug"),
+    ):
+        search.fill(words)
+        tab.locator(f'[data-key="{key}"]').wait_for()
+    search.fill("color_aug")
+    tab.get_by_text(re.compile("Change hue or gamma")).first.wait_for()
+
+
+def test_settings_of_a_family_come_and_go_and_values_survive(page: Page) -> None:
+    tab = page.open()
+    load(tab, "demo")
+    tab.get_by_role("button", name="Start training").wait_for()
+    tab.get_by_role("tab", name=re.compile("Advanced")).click()
+    tab.locator('[data-key="experts.resolution"]').wait_for()
+    tab.get_by_role("tab", name=re.compile("Setup")).click()
+    tab.locator('[data-key="model.arch"] select').select_option(label="ff")
+    tab.wait_for_timeout(800)
+    tab.locator('[data-key="model.arch"] select').select_option(label="tf")
+    tab.get_by_role("button", name="Start training").wait_for()
+    tab.get_by_role("tab", name=re.compile("Advanced")).click()
+    assert tab.locator('[data-key="experts.resolution"] input').input_value() == "64"
+
+
+def test_a_config_is_saved_loaded_and_kept_from_a_second_page(page: Page) -> None:
+    tab, other = page.open(), page.open()
+    load(tab, "tinyflux")
+    tab.get_by_role("button", name="Save config").click()
+    tab.get_by_label("Name", exact=True).last.fill("mine")
+    tab.get_by_role("button", name="Save", exact=True).click()
+    tab.get_by_text("Saved as mine.").wait_for()
+    assert "[run]" in (page.project / "data" / "configs" / "mine.toml").read_text()
+    other.get_by_role("button", name="Save config").click()
+    other.get_by_label("Name", exact=True).last.fill("mine")
+    other.get_by_role("button", name="Save", exact=True).click()
+    other.get_by_text(re.compile("was saved by another page")).wait_for()
+    page.heard.clear()  # Chromium reports the 412 of the conflict
+    tab.reload()
+    tab.get_by_role("tab").first.wait_for()
+    assert tab.locator('[data-key="run.name"] input').input_value() == "tinyflux"  # the draft
+
+
+@pytest.mark.timeout(600)
+def test_a_run_is_started_watched_and_survives_the_server(page: Page) -> None:
+    tab = page.open()
+    small(tab)
+    tab.get_by_role("button", name="Start training").click()
+    tab.get_by_text(re.compile("running|stopping")).first.wait_for()
+    folder = page.project / "data" / "demo" / "run"
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").is_file() or (folder / "metrics.jsonl").read_text().count("\n") < 20:
+        assert time.monotonic() < deadline, tab.inner_text("main")
+        time.sleep(0.5)
+    tab.get_by_role("img", name=re.compile("loss.total over updates")).wait_for()
+    tab.context.close()
+    for _ in range(3):  # the server dies, the run goes on
+        page.kill()
+        before = (folder / "metrics.jsonl").read_text().count("\n")
+        time.sleep(1)
+        page.start()
+        assert (folder / "metrics.jsonl").read_text().count("\n") > before
+    tab = page.open()
+    tab.get_by_role("button", name=re.compile("^Runs")).click()
+    tab.get_by_role("listitem").get_by_text("running").wait_for()
+    tab.get_by_role("listitem").get_by_role("button").click()
+    tab.get_by_role("button", name="Stop").click()
+    tab.get_by_text("stopped", exact=True).first.wait_for(timeout=120_000)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in lines if "loss/total" in row]
+    assert steps == list(range(1, len(steps) + 1))  # no line lost
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "stopped"
+    tab.get_by_role("button", name="Resume").click()
+    tab.get_by_text("running", exact=True).first.wait_for()
+    tab.get_by_role("button", name="Stop").click()
+    tab.get_by_text("stopped", exact=True).first.wait_for(timeout=120_000)
+
+
+def test_a_run_of_a_terminal_is_there(page: Page, server: ForkServer, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "run.json").write_text(
+        json.dumps({"id": "t1", "pid": os.getpid(), "started": time.time(), "phase": "train", "step": 5, "steps": 10})
+    )
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss/total": {1 / n}}}\n' for n in range(1, 6)))
+    tab = page.open()
+    tab.get_by_role("button", name=re.compile("^Runs")).click()
+    pointers = page.home / "runs"
+    pointers.mkdir(parents=True, exist_ok=True)
+    (pointers / "t1.json").write_text(
+        json.dumps({"folder": str(folder), "config": str(folder / "x.toml"), "started": time.time()})
+    )
+    tab.get_by_text("elsewhere", exact=True).wait_for(timeout=2000)
+    (pointers / "t1.json").unlink()
+
+
+@pytest.mark.parametrize("width", [320, 768, 1280])
+def test_nothing_scrolls_sideways(page: Page, width: int) -> None:
+    tab = page.open(width)
+    load(tab, "demo")
+    for name in ("Setup", "Dataset", "Advanced"):
+        tab.get_by_role("tab", name=re.compile(name)).click()
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+    tab.get_by_role("button", name=re.compile("^Runs")).click()
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_page_is_used_by_keyboard_alone(page: Page) -> None:
+    tab = page.open()
+    load(tab, "demo")
+    tab.get_by_role("button", name="Start training").wait_for()
+    tab.locator("body").click(position={"x": 2, "y": 300})
+    tab.keyboard.press("/")
+    assert tab.evaluate("document.activeElement.id") == "search"
+    tab.keyboard.press("Alt+4")
+    assert "Learning rate" in tab.locator('[role=tab][data-state="active"]').inner_text()
+    tab.locator('[role=tab][data-state="active"]').focus()
+    tab.keyboard.press("ArrowRight")
+    tab.locator('[role=tab][data-state="active"]', has_text="Advanced").wait_for()
+    assert "Advanced" in tab.locator('[role=tab][data-state="active"]').inner_text()
+    tab.locator("body").click(position={"x": 2, "y": 300})
+    tab.keyboard.press("g")
+    tab.keyboard.press("j")
+    tab.get_by_role("heading", name="Runs").wait_for()
+
+
+def test_without_the_token_nothing_is_shown(page: Page) -> None:
+    context = page.browser.new_context()
+    tab = context.new_page()
+    tab.goto(page.address.partition("#")[0])
+    tab.get_by_text("Open the page by the address that the program printed").wait_for()
+    assert tab.get_by_role("tab").count() == 0

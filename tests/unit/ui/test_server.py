@@ -1,0 +1,309 @@
+"""The page's server: who may talk to it, what it answers, and that a run does not need it."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+
+from musubi_tuner.config.fields import TABS
+from musubi_tuner.config.schema import item_parameters, parameters
+from musubi_tuner.ui import form, runs
+from musubi_tuner.ui.__main__ import free_port, read_token
+from musubi_tuner.ui.security import Guard
+from musubi_tuner.ui.server import make_app
+
+HOST = "127.0.0.1:7860"
+TOKEN = "a-token-that-nobody-guesses-0123456789"
+JSON = {"content-type": "application/json"}
+RUN = '[run]\nname = "a"\noutput_dir = "out"\n[model]\narch = "tf"\n'
+
+
+@pytest.fixture
+def guard() -> Guard:
+    return Guard(TOKEN, frozenset({HOST}), "musubi_ui_7860")
+
+
+@pytest.fixture
+def outside(guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A browser that has not opened the page with its token."""
+    monkeypatch.setenv("MUSUBI_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    return TestClient(make_app(guard, tmp_path), base_url=f"http://{HOST}")
+
+
+@pytest.fixture
+def client(outside: TestClient) -> TestClient:
+    """A browser with a session."""
+    answer = outside.post("/api/session", json={"token": TOKEN})
+    assert answer.status_code == 200
+    outside.headers["x-csrf-token"] = answer.json()["csrf"]
+    return outside
+
+
+def make_run(tmp_path: Path, name: str = "run", **values: Any) -> Path:
+    """A run folder with its pointer."""
+    folder = tmp_path / name
+    folder.mkdir()
+    run = {"id": name, "pid": os.getpid(), "started": time.time(), "phase": "train", "step": 3, "steps": 9, **values}
+    (folder / "run.json").write_text(json.dumps(run))
+    pointers = tmp_path / "state" / "runs"
+    pointers.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "a.toml").write_text(RUN)
+    pointer = {"folder": str(folder), "config": str(tmp_path / "a.toml"), "started": run["started"]}
+    (pointers / f"{name}.json").write_text(json.dumps(pointer))
+    return folder
+
+
+def routes(client: TestClient) -> Iterator[tuple[str, str]]:
+    """Method and path of every route, from the table."""
+    found: list[Any] = list(client.app.routes)  # type: ignore[attr-defined]
+    while found:
+        route = found.pop()
+        found += getattr(getattr(route, "original_router", None), "routes", [])
+        if isinstance(route, APIRoute):
+            for method in route.methods:
+                path = (
+                    route.path.replace("{identity}", "run")
+                    .replace("{name}", "a")
+                    .replace("{what}", "stop")
+                    .replace("{rest:path}", "x")
+                )
+                yield method, path
+
+
+def test_every_route_of_the_api_needs_a_session(outside: TestClient) -> None:
+    checked = 0
+    for method, path in routes(outside):
+        if not path.startswith("/api/") or path in ("/api/health", "/api/session"):
+            continue
+        answer = outside.request(method, path, content="{}", headers=JSON)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "session", (method, path)
+        checked += 1
+    assert checked > 15
+
+
+def test_every_route_refuses_another_host_and_another_page(client: TestClient) -> None:
+    for method, path in routes(client):
+        named = client.request(method, path, content="{}", headers={**JSON, "host": "evil.example:7860"})
+        assert named.status_code == 403 and named.json()["error"]["code"] == "host", (method, path)
+        if method != "GET":
+            for foreign in (
+                {"origin": "http://evil.example"},
+                {"origin": "http://127.0.0.1:9999"},
+                {"sec-fetch-site": "cross-site"},
+            ):
+                answer = client.request(method, path, content="{}", headers={**JSON, **foreign})
+                assert answer.status_code == 403 and answer.json()["error"]["code"] == "origin", (method, path)
+
+
+def test_a_change_needs_the_mark_of_the_session_json_and_a_length(client: TestClient) -> None:
+    body = {"document": {}}
+    assert client.post("/api/config/validate", json=body).status_code == 200
+    assert (
+        client.post("/api/config/validate", json=body, headers={"x-csrf-token": "other"}).json()["error"]["code"]
+        == "csrf"
+    )
+    plain = client.post("/api/config/validate", content="{}", headers={"content-type": "text/plain"})
+    assert plain.status_code == 415
+    assert client.post("/api/config/validate", content=b"{" + b" " * (1 << 20) + b"}", headers=JSON).status_code == 413
+
+
+def test_wrong_tokens_are_refused_and_counted(outside: TestClient) -> None:
+    for _ in range(5):
+        assert outside.post("/api/session", json={"token": "wrong"}).status_code == 401
+    assert outside.post("/api/session", json={"token": TOKEN}).status_code == 429
+
+
+def test_answers_carry_the_rules_of_the_browser(client: TestClient) -> None:
+    answer = client.get("/api/health")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff" and "access-control-allow-origin" not in answer.headers
+    cookie = client.post("/api/session", json={"token": TOKEN}).headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and cookie.startswith("musubi_ui_7860=")
+
+
+def test_no_path_leads_out_of_a_run(client: TestClient, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    (folder / "sample").mkdir()
+    (folder / "sample" / "a.png").write_bytes(b"picture")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (folder / "sample" / "link.png").symlink_to(tmp_path / "secret.png")
+    assert client.get("/api/runs/run/picture", params={"path": "sample/a.png"}).content == b"picture"
+    pieces = [
+        "..",
+        "/",
+        "%2e%2e",
+        "sample",
+        "secret.png",
+        "\0",
+        "link.png",
+        "a.png",
+        str(tmp_path),
+        "//",
+        ".",
+        "run.json",
+    ]
+    source = random.Random(0)
+    for _ in range(2000):
+        path = "/".join(source.choice(pieces) for _ in range(source.randint(1, 6)))
+        answer = client.get("/api/runs/run/picture", params={"path": path})
+        assert answer.content in (b"picture",) or answer.status_code in (404, 422), path
+        assert b"secret" not in answer.content or answer.status_code != 200
+    for name in ("../server.py", "..%2fserver.py", "%2e%2e/x", "a\\b", "index.html"):
+        assert client.get(f"/assets/{name}").status_code in (404, 200)
+        assert b"def make_app" not in client.get(f"/assets/{name}").content
+
+
+def test_every_setting_is_in_the_form_once_on_a_tab_of_the_plan(client: TestClient) -> None:
+    found = client.get("/api/schema").json()
+    keys = [field["key"] for field in found["fields"]]
+    assert sorted(keys) == sorted({p.key for p in (*parameters(), *item_parameters())})
+    assert [tab["title"] for tab in found["tabs"]] == [
+        "Setup",
+        "Dataset",
+        "Adapter",
+        "Learning rate",
+        "Advanced",
+        "Saving",
+        "Logging",
+    ]
+    assert {field["tab"] for field in found["fields"]} == set(TABS)
+    assert {field.kind for field in form.form_fields()} == {"switch", "whole", "number", "choice", "text", "value"}
+
+
+def test_a_config_is_checked_as_train_checks_it(client: TestClient) -> None:
+    wrong = {"run": {"name": "a", "output_dir": "out"}, "model": {"arch": "tf"}, "optimizer": {"lr": -1, "lrr": 2}}
+    found = client.post("/api/config/validate", json={"document": wrong, "number": 7}).json()
+    said = {(each["level"], each["keys"][0]) for each in found["diagnostics"]}
+    assert found["number"] == 7 and {("error", "optimizer.lr"), ("error", "optimizer.lrr")} <= said
+    parsed = client.post("/api/config/parse", json={"text": "a = ["})
+    assert parsed.status_code == 422 and "not valid TOML" in parsed.json()["error"]["message"]
+    assert "learning" in client.get("/api/explain", params={"name": "lr"}).json()["text"].lower()
+
+
+def test_configs_are_saved_and_a_second_page_does_not_overwrite(client: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "toml").mkdir()
+    (tmp_path / "toml" / "ready.toml").write_text(RUN)
+    first = client.put("/api/configs/mine", json={"text": RUN})
+    assert first.status_code == 200
+    assert client.get("/api/configs").json() == {"saved": ["mine"], "templates": ["ready"]}
+    assert client.put("/api/configs/mine", json={"text": RUN + "#"}).status_code == 412
+    second = client.put("/api/configs/mine", json={"text": RUN + "# more\n", "tag": first.json()["tag"]})
+    assert second.status_code == 200
+    stale = client.put("/api/configs/mine", json={"text": RUN, "tag": first.json()["tag"]})
+    assert stale.status_code == 412 and stale.json()["error"]["tag"] == second.json()["tag"]
+    assert client.get("/api/configs/mine").json()["text"].endswith("# more\n")
+    for name in ("../x", ".hidden", "-x", "a b", "x" * 81):
+        assert client.put(f"/api/configs/{name}", json={"text": RUN}).status_code in (404, 405, 422)
+    assert client.delete("/api/configs/mine").status_code == 405 or client.get("/api/configs").json()["saved"] == [
+        "mine"
+    ]
+
+
+def test_runs_are_found_by_what_they_leave(client: TestClient, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    make_run(tmp_path, "old", pid=2**22 - 1, started=time.time() - 100)
+    make_run(tmp_path, "reused", started=time.time() - 10**8)  # this process is younger than that run
+    (make_run(tmp_path, "ended") / "exit.json").write_text('{"reason": "finished", "code": 0}')
+    states = {run["id"]: run["state"] for run in client.get("/api/runs").json()}
+    assert states == {"run": "running", "old": "lost", "reused": "lost", "ended": "finished"}
+    (folder / "logs").mkdir()
+    (folder / "logs" / "console.log").write_text("one\ntwo\n")
+    assert client.get("/api/runs/run/log", params={"offset": 4}).json() == {"text": "two\n", "offset": 8, "size": 8}
+    assert client.post("/api/runs/run/save", json={}).status_code == 202 and (folder / "control" / "save").exists()
+    assert client.post("/api/runs/run/stop", json={}).status_code == 202
+    assert client.get("/api/runs/run").json()["state"] == "stopping"
+    assert client.post("/api/runs/ended/stop", json={}).status_code == 409
+    assert client.post("/api/runs/run/dance", json={}).status_code == 409
+    assert client.get("/api/runs/nobody").status_code == 404
+
+
+def test_curves_keep_spikes_and_say_where_values_are_not_finite(client: TestClient, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    lines = [
+        json.dumps({"step": n, "loss/total": 50.0 if n == 4321 else 1.0 + n * 1e-6, "clock": {"step_seconds": 0.1}})
+        for n in range(1, 10_001)
+    ]
+    lines[99] = '{"step": 100, "loss/total": null, "not_finite": ["loss/total"]}'
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10001, "lo')
+    found = client.get("/api/runs/run/metrics", params={"points": 200}).json()
+    curve = found["curves"]["loss/total"]
+    assert len(curve["steps"]) <= 200 and max(curve["values"]) == 50.0 and curve["steps"] == sorted(curve["steps"])
+    assert found["lost"] == {"loss/total": [100]} and "clock/step_seconds" in found["curves"]
+
+
+def test_steps_are_one_run_with_borders(client: TestClient, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    entries = [
+        {"name": name, "folder": f"{n}-{name}", "status": "finished", "step": 2}
+        for n, name in enumerate(("warm", "main"), 1)
+    ]
+    (folder / "steps.json").write_text(json.dumps({"steps": entries}))
+    for entry in entries:
+        (folder / str(entry["folder"])).mkdir()
+        (folder / str(entry["folder"]) / "metrics.jsonl").write_text(
+            '{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/total": 1.0}\n'
+        )
+    found = client.get("/api/runs/run/metrics").json()
+    assert found["curves"]["loss/total"]["steps"] == [1, 2, 3, 4] and found["borders"] == {"warm": 1, "main": 3}
+    assert [step["name"] for step in client.get("/api/runs/run").json()["steps_of_file"]] == ["warm", "main"]
+
+
+def test_a_config_that_is_wrong_is_not_started(client: TestClient) -> None:
+    answer = client.post("/api/runs", json={"text": RUN})
+    assert answer.status_code == 422 and "required" in answer.json()["error"]["message"]
+    assert client.post("/api/runs", json={"text": RUN, "options": ["--set"]}).json()["error"]["code"] == "options"
+
+
+def test_no_torch_is_imported_and_secrets_are_not_passed_on() -> None:
+    code = "import sys, musubi_tuner.ui.server, musubi_tuner.ui.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    passed = runs.environment(
+        {"PATH": "x", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "t", "MY_PASSWORD": "p", "MUSUBI_RUN_FOLDER": "f"}
+    )
+    assert set(passed) == {"PATH", "CUDA_VISIBLE_DEVICES", "HF_TOKEN"}
+
+
+def test_the_token_is_the_owners_alone_and_a_taken_port_gives_the_next(tmp_path: Path) -> None:
+    import socket
+
+    token = read_token(tmp_path / "deep" / "token")
+    assert read_token(tmp_path / "deep" / "token") == token and len(token) > 30
+    assert (tmp_path / "deep" / "token").stat().st_mode & 0o777 == 0o600
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert free_port("127.0.0.1", port) > port
+
+
+def test_the_page_knows_the_fields_of_the_server() -> None:
+    types = (Path(form.__file__).parent / "web" / "src" / "types.ts").read_text(encoding="utf-8")
+    body = types.partition("export interface FormField {")[2].partition("}")[0]
+    assert [line.split(":")[0].strip() for line in body.splitlines() if ":" in line] == [
+        each.name for each in fields(form.FormField)
+    ]
+
+
+def test_the_built_page_is_the_one_that_is_committed() -> None:
+    static = Path(form.__file__).parent / "static"
+    page = (static / "index.html").read_text(encoding="utf-8")
+    named = set(re.findall(r"/assets/([^\"]+)", page))
+    assert {path.name for path in (static / "assets").iterdir()} == named and "__NONCE__" in page
