@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from PIL import Image
 from project import REPOSITORY, ForkServer
 
 pytest.importorskip("fastapi")
@@ -127,6 +128,11 @@ def small(tab: Any) -> None:
     for key, value in SMALL.items():
         table, name = key.split(".")
         tables[table][name] = value
+    write(tab, tables)
+
+
+def write(tab: Any, tables: dict[str, Any]) -> None:
+    """Type a run file."""
     tab.get_by_role("button", name="View as TOML").click()
     tab.wait_for_timeout(500)
     tab.get_by_label("Run file as TOML").fill(tomli_w.dumps(tables))
@@ -183,6 +189,30 @@ def test_settings_of_a_family_come_and_go_and_values_survive(page: Page) -> None
     tab.get_by_role("button", name="Start training").wait_for()
     tab.get_by_role("tab", name=re.compile("Advanced")).click()
     assert tab.locator('[data-key="experts.resolution"] input').input_value() == "64"
+
+
+def test_the_calculator_follows_the_data(page: Page) -> None:
+    pictures = page.project / "fifty"
+    pictures.mkdir()
+    for number in range(50):
+        Image.new("RGB", (64, 64)).save(pictures / f"{number:02d}.png")
+        (pictures / f"{number:02d}.txt").write_text("a picture")
+    tables = {
+        "run": {"name": "fifty", "output_dir": "data/fifty"},
+        "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
+        "objective": {"train_vae": True},
+        "train": {"max_epochs": 5},
+        "general": {"resolution": 64, "batch_size": 2, "num_repeats": 10},
+        "datasets": [{"image_directory": "fifty"}],
+    }
+    tab = page.open()
+    write(tab, tables)
+    tab.get_by_role("tab", name=re.compile("Dataset")).click()
+    tab.get_by_text("Total training steps: 1,250").wait_for()
+    tab.locator('[data-key="general.num_repeats"] input').fill("20")
+    tab.get_by_text("Total training steps: 2,500").wait_for()
+    tab.get_by_role("tab", name=re.compile("Learning rate")).click()
+    tab.get_by_role("img", name=re.compile("learning rate over updates")).wait_for()
 
 
 def test_a_config_is_saved_loaded_and_kept_from_a_second_page(page: Page) -> None:

@@ -9,9 +9,10 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
@@ -21,8 +22,9 @@ from musubi_tuner import __version__
 from musubi_tuner.config import load_document
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import write_text
-from musubi_tuner.ui import configs, form, runs
+from musubi_tuner.ui import configs, form, preview, runs
 from musubi_tuner.ui.configs import Configs, Conflict
+from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import MOST_BODY, Guard, headers
 
 STATIC = Path(__file__).parent / "static"
@@ -31,6 +33,8 @@ OPEN = {"/api/health", "/api/session"}
 EVENTS_EVERY = 0.5
 """Seconds between two looks at the runs."""
 HEARTBEAT = 15.0
+QUEUE_EVERY = 1.0
+"""Seconds between two looks at the queue."""
 Next = Callable[[Request], Awaitable[Response]]
 
 
@@ -83,9 +87,19 @@ def make_app(guard: Guard, project: Path) -> FastAPI:
     Args:
         project: folder from which relative paths of run files are meant; saved configs lie in its data/configs.
     """
-    app = FastAPI(title="musubi-tinyflux", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     saved = Configs(project / "data" / "configs", project / "toml")
-    app.include_router(_routes(guard, project, saved))
+    queue = Queue(saved.folder / "queue", project)
+
+    @asynccontextmanager
+    async def working(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(_turns(queue))
+        yield
+        task.cancel()
+
+    app = FastAPI(
+        title="musubi-tinyflux", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=working
+    )
+    app.include_router(_routes(guard, project, saved, queue))
 
     @app.middleware("http")
     async def guarded(request: Request, call_next: Next) -> Response:
@@ -134,7 +148,17 @@ def _refused(guard: Guard, request: Request) -> JSONResponse | None:
     return None
 
 
-def _routes(guard: Guard, project: Path, saved: Configs) -> APIRouter:
+async def _turns(queue: Queue) -> None:
+    """Give the queue its turn, for ever."""
+    while True:
+        try:
+            await asyncio.to_thread(queue.turn)
+        except (UserError, OSError, ValueError) as problem:
+            print(f"warning: the queue: {problem}", flush=True)
+        await asyncio.sleep(QUEUE_EVERY)
+
+
+def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRouter:
     """All routes; see `make_app`."""
     router = APIRouter()
 
@@ -185,6 +209,13 @@ def _routes(guard: Guard, project: Path, saved: Configs) -> APIRouter:
     def validate(body: Document) -> dict[str, Any]:
         return {"number": body.number, **configs.check(body.document)}
 
+    @router.post("/api/config/preview")
+    def preview_config(body: Document) -> dict[str, Any]:
+        try:
+            return {"number": body.number, "problem": "", **preview.preview(body.document)}
+        except (UserError, OSError) as problem:  # a run file that is being typed has errors
+            return {"number": body.number, "problem": str(problem)}
+
     @router.post("/api/config/toml")
     def write_toml(body: Document) -> dict[str, str]:
         return {"text": configs.to_toml(body.document)}
@@ -218,6 +249,24 @@ def _routes(guard: Guard, project: Path, saved: Configs) -> APIRouter:
     @router.delete("/api/configs/{name}")
     def remove_config(name: str) -> dict[str, bool]:
         saved.remove(name)
+        return {"ok": True}
+
+    @router.get("/api/queue")
+    def list_queue() -> list[dict[str, Any]]:
+        return queue.as_data()
+
+    @router.post("/api/queue")
+    def add_to_queue(body: Text) -> Response:
+        return JSONResponse(asdict(queue.add(body.text)), 201)
+
+    @router.delete("/api/queue/{number}")
+    def remove_from_queue(number: int) -> dict[str, bool]:
+        queue.remove(number)
+        return {"ok": True}
+
+    @router.post("/api/queue/{number}/{where}")
+    def move_in_queue(number: int, where: Literal["up", "down"]) -> dict[str, bool]:
+        queue.move(number, where == "up")
         return {"ok": True}
 
     @router.get("/api/runs")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -19,11 +20,13 @@ pytest.importorskip("httpx")
 
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from musubi_tuner.config.fields import TABS
 from musubi_tuner.config.schema import item_parameters, parameters
 from musubi_tuner.ui import form, runs
 from musubi_tuner.ui.__main__ import free_port, read_token
+from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
 from musubi_tuner.ui.server import make_app
 
@@ -81,6 +84,8 @@ def routes(client: TestClient) -> Iterator[tuple[str, str]]:
                     route.path.replace("{identity}", "run")
                     .replace("{name}", "a")
                     .replace("{what}", "stop")
+                    .replace("{number}", "1")
+                    .replace("{where}", "up")
                     .replace("{rest:path}", "x")
                 )
                 yield method, path
@@ -214,6 +219,101 @@ def test_configs_are_saved_and_a_second_page_does_not_overwrite(client: TestClie
     assert client.delete("/api/configs/mine").status_code == 405 or client.get("/api/configs").json()["saved"] == [
         "mine"
     ]
+
+
+def flow_config(tmp_path: Path, name: str = "a", epochs: int = 5) -> str:
+    """A run file without errors, on 50 pictures."""
+    pictures = tmp_path / "pictures"
+    if not pictures.is_dir():
+        pictures.mkdir()
+        for number in range(50):
+            Image.new("RGB", (64, 64)).save(pictures / f"{number:02d}.png")
+            (pictures / f"{number:02d}.txt").write_text(f"picture {number}")
+    return f"""[run]
+name = "{name}"
+output_dir = "out-{name}"
+[model]
+arch = "ff"
+init = "scratch"
+bert_tokenizer = "words"
+[objective]
+train_vae = true
+[train]
+max_epochs = {epochs}
+[optimizer]
+lr = 1e-3
+[scheduler]
+warmup_steps = 100
+[general]
+resolution = 64
+batch_size = 2
+num_repeats = 10
+[[datasets]]
+image_directory = "pictures"
+"""
+
+
+def test_the_calculator_shows_what_the_plan_says(client: TestClient, tmp_path: Path) -> None:
+    text = flow_config(tmp_path)
+    document = client.post("/api/config/parse", json={"text": text}).json()["document"]
+    found = client.post("/api/config/preview", json={"document": document, "number": 3}).json()
+    assert found["number"] == 3 and found["images"] == 50 and found["total"] == 1250  # 50 x 10 x 5 / 2
+    assert "50 images x 10 repeats x 5 epochs / 2 = 1,250 steps" in found["sentence"]
+    (bucket,) = found["buckets"]
+    assert (bucket["width"], bucket["presentations"], bucket["batches"], bucket["cropped"]) == (64, 500, 250, 0)
+    (curve,) = found["rates"]
+    assert (
+        curve["steps"][0] == 1
+        and curve["steps"][-1] == 1250
+        and curve["values"][0] == 0
+        and max(curve["values"]) == pytest.approx(1e-3, rel=0.01)
+    )
+    assert found["captions"] == ["picture 0"]
+    document["general"]["batch_size"] = 3
+    assert (
+        client.post("/api/config/preview", json={"document": document}).json()["total"] == 5 * 167
+    )  # the last one is short
+    document["datasets"][0]["image_directory"] = "nowhere"
+    wrong = client.post("/api/config/preview", json={"document": document})
+    assert wrong.status_code == 200 and "nowhere" in wrong.json()["problem"]
+
+
+def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With runs that another process plays."""
+    started: list[str] = []
+
+    def start(snapshot: Path, log: Path, options: list[str], folder: Path) -> int:
+        name = tomllib.loads(snapshot.read_text())["run"]["name"]
+        started.append(name)
+        if name == "b":
+            log.write_text("error: no such picture\n")
+            return 2**22 - 1
+        make_run(tmp_path, f"out-{name}", id=f"out-{name}")
+        return os.getpid()
+
+    monkeypatch.setattr(runs, "start", start)
+    queue = Queue(tmp_path / "data" / "configs" / "queue", tmp_path)
+    for name in ("c", "b", "a"):
+        assert client.post("/api/queue", json={"text": flow_config(tmp_path, name)}).status_code == 201
+    assert client.post("/api/queue", json={"text": RUN}).status_code == 422
+    assert client.post("/api/queue/3/up", json={}).status_code == 200  # c, a, b
+    assert client.post("/api/queue/2/up", json={}).status_code == 200  # a, c, b
+    assert client.post("/api/queue/3/up", json={}).status_code == 200  # a, b, c
+    assert [entry["name"] for entry in client.get("/api/queue").json()] == ["a", "b", "c"]
+    queue.turn()
+    queue.turn()
+    assert started == ["a"]
+    assert client.request("DELETE", "/api/queue/1", content="{}", headers=JSON).status_code == 422
+    (tmp_path / "out-a" / "exit.json").write_text('{"reason": "finished", "code": 0}')
+    queue.turn()
+    Queue(queue.folder, tmp_path).turn()  # as after a restart of the server
+    assert started == ["a", "b", "c"]
+    found = client.get("/api/queue").json()
+    assert [(entry["name"], entry["state"]) for entry in found] == [("a", "ended"), ("b", "ended"), ("c", "started")]
+    assert found[0]["reason"] == "finished" and found[1]["reason"] == "failed: error: no such picture"
+    assert client.request("DELETE", "/api/queue/2", content="{}", headers=JSON).status_code == 200
 
 
 def test_runs_are_found_by_what_they_leave(client: TestClient, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import { useEffect, useState } from "react";
 import { get, openSession } from "./api";
 import { Configure } from "./configure";
 import { Button, Card, cn } from "./parts";
-import { Compare, RunPage, Runs } from "./runs";
+import { Compare, QueueCard, RunPage, Runs } from "./runs";
 import type { Document, Run, Schema } from "./types";
 
 type View = { at: "configure" } | { at: "runs" } | { at: "run"; id: string } | { at: "compare"; ids: string[] };
@@ -133,7 +133,12 @@ export function App() {
             <div hidden={view.at !== "configure"}>
               <Configure schema={schema} given={given} onStarted={started} />
             </div>
-            {view.at === "runs" && <Runs runs={runs} onOpen={(id) => setView({ at: "run", id })} onCompare={(ids) => setView({ at: "compare", ids })} />}
+            {view.at === "runs" && (
+              <div className="grid grid-cols-1 gap-4">
+                <QueueCard runs={runs} />
+                <Runs runs={runs} onOpen={(id) => setView({ at: "run", id })} onCompare={(ids) => setView({ at: "compare", ids })} />
+              </div>
+            )}
             {view.at === "run" &&
               (current ? (
                 <RunPage

@@ -7,11 +7,13 @@ import { Failure, get, send } from "./api";
 import { datasetsOf, matching, valueAt, withValue } from "./document";
 import { Field } from "./field";
 import { Badge, Button, Card, cn, Dialog, inputLook } from "./parts";
-import type { Checked, Document, Finding, FormField, Schema, Table } from "./types";
+import { Chart } from "./chart";
+import type { Checked, Document, Finding, FormField, Preview, Schema, Table } from "./types";
 
 const DRAFT = "musubi-draft";
 const NEW: Document = { schema_version: 1, run: { name: "my-run", output_dir: "data/output/my-run" }, model: { arch: "tf" } };
 const WAIT = 250;
+const WAIT_FOR_DATA = 600;
 
 /** Of several changes within the time, the last one. */
 function useLater(action: () => void, wait: number, watched: unknown): void {
@@ -44,6 +46,8 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
   const [said, setSaid] = useState("");
   const [asText, setAsText] = useState(false);
   const number = useRef(0);
+  const [preview, setPreview] = useState<Preview | null>(null);
+  const [noPreview, setNoPreview] = useState("");
 
   useEffect(() => {
     if (given) setDocument(given);
@@ -93,6 +97,31 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
     [arch, byKey, checked, document, expert, idle],
   );
 
+  // The data are looked at once the settings are right, and not at every letter.
+  const asked = useRef(0);
+  useLater(
+    () => {
+      if (!checked || errors.length) {
+        setNoPreview("The length is known once the errors are mended.");
+        return;
+      }
+      const mine = ++asked.current;
+      send<Preview>("POST", "config/preview", { document, number: mine })
+        .then((answer) => {
+          if (answer.number !== asked.current) return;
+          setPreview(answer.problem ? null : answer);
+          setNoPreview(answer.problem);
+        })
+        .catch((problem: unknown) => {
+          if (mine !== asked.current) return;
+          setPreview(null);
+          setNoPreview(problem instanceof Error ? problem.message : String(problem));
+        });
+    },
+    WAIT_FOR_DATA,
+    checked,
+  );
+
   const search = useDeferredValue(words);
   const hits = useMemo(() => matching(schema.fields, search), [schema.fields, search]);
   const [explained, setExplained] = useState("");
@@ -126,6 +155,16 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
       const answer = await send<{ id: string | null }>("POST", "runs", { text });
       setSaid("The run has been started.");
       onStarted(answer.id);
+    } catch (problem) {
+      setSaid(problem instanceof Failure ? problem.message : String(problem));
+    }
+  };
+
+  const enqueue = async () => {
+    try {
+      const { text } = await send<{ text: string }>("POST", "config/toml", { document });
+      const entry = await send<{ name: string }>("POST", "queue", { text });
+      setSaid(`${entry.name} waits in the queue; later edits do not change it.`);
     } catch (problem) {
       setSaid(problem instanceof Failure ? problem.message : String(problem));
     }
@@ -229,6 +268,8 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
           </Tabs.List>
           {schema.tabs.map((each) => (
             <Tabs.Content key={each.name} value={each.name} className="grid min-w-0 grid-cols-1 gap-4">
+              {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
+              {each.name === "learning rate" && preview && <Rates preview={preview} />}
               {each.name === "dataset" && <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} />}
               {groups(schema.fields.filter((field) => field.tab === each.name && isShown(field))).map(([table, fields]) => (
                 <Card key={table} title={<code className="text-sm">[{table || "file"}]</code>}>
@@ -247,6 +288,9 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
             {said || (checked?.title ? `${checked.title}${name ? `, ${name}` : ""}` : "")}
           </p>
           <SaveAs name={name} onSave={save} />
+          <Button disabled={!checked || errors.length > 0} onClick={() => void enqueue()}>
+            Add to queue
+          </Button>
           <Button look="main" disabled={!checked || errors.length > 0} onClick={() => void start()} title={errors.length ? "Errors must be mended first" : "Ctrl+Enter"}>
             {errors.length ? `Start (mend ${errors.length} ${errors.length > 1 ? "errors" : "error"} first)` : "Start training"}
           </Button>
@@ -447,6 +491,87 @@ function TomlPane({ document, onApply }: { document: Document; onApply: (documen
           {done && !wrong ? "Applied." : ""}
         </p>
       </div>
+    </Card>
+  );
+}
+
+/** How long the run is, its buckets, and a caption as it is drawn. */
+function Length({ preview, problem }: { preview: Preview | null; problem: string }) {
+  return (
+    <Card title={<>Total training steps: {preview ? `${preview.about ? "about " : ""}${preview.total.toLocaleString("en")}` : "~"}</>}>
+      <p role="status" className="text-sm break-words whitespace-pre-wrap">
+        {preview ? preview.sentence : problem}
+      </p>
+      {preview?.notes.map((note) => (
+        <p key={note} className="text-sm text-muted">
+          {note}
+        </p>
+      ))}
+      {preview && preview.buckets.length > 0 && (
+        <details className="mt-2">
+          <summary className="min-h-9 cursor-pointer text-sm font-medium">
+            {preview.buckets.length} {preview.buckets.length === 1 ? "bucket" : "buckets"}, {preview.images} images
+          </summary>
+          <div className="overflow-x-auto">
+            <table className="w-full text-left text-sm">
+              <thead>
+                <tr>
+                  {["bucket", "images", "per epoch", "batches", "last batch", "cropped", "enlarged up to"].map((head) => (
+                    <th key={head} className="border-b border-line py-1 pr-3 font-medium">
+                      {head}
+                    </th>
+                  ))}
+                </tr>
+              </thead>
+              <tbody>
+                {preview.buckets.map((each) => (
+                  <tr key={`${each.width}x${each.height}x${each.batches}`}>
+                    {[
+                      `${each.width}x${each.height}`,
+                      each.images,
+                      each.presentations,
+                      each.batches,
+                      each.last_batch,
+                      `${(100 * each.cropped).toFixed(0)} %`,
+                      each.enlarged > 1 ? `${each.enlarged.toFixed(2)} times` : "not",
+                    ].map((value, number) => (
+                      <td key={number} className="border-b border-line py-1 pr-3">
+                        {value}
+                      </td>
+                    ))}
+                  </tr>
+                ))}
+              </tbody>
+            </table>
+          </div>
+        </details>
+      )}
+      {preview && preview.captions.length > 0 && (
+        <details className="mt-1">
+          <summary className="min-h-9 cursor-pointer text-sm font-medium">A caption as it is trained</summary>
+          <ul className="list-disc pl-5 text-sm">
+            {preview.captions.map((caption, number) => (
+              <li key={number}>{caption || "(empty)"}</li>
+            ))}
+          </ul>
+        </details>
+      )}
+    </Card>
+  );
+}
+
+function Rates({ preview }: { preview: Preview }) {
+  const lines = useMemo(
+    () =>
+      preview.rates.map((rate) => ({
+        label: rate.label,
+        metrics: { curves: { "learning rate": { steps: rate.steps, values: rate.values } }, lost: {}, borders: {} },
+      })),
+    [preview],
+  );
+  return (
+    <Card title={`Learning rate over ${preview.total.toLocaleString("en")} updates`}>
+      <Chart lines={lines} tag="learning rate" logarithmic={false} share={0} />
     </Card>
   );
 }

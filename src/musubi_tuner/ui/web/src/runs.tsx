@@ -4,7 +4,7 @@ import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 import { Failure, get, send } from "./api";
 import { Curves, type Line } from "./chart";
 import { Badge, Button, Card, inputLook, time } from "./parts";
-import type { Document, Metrics, Run, RunDetail } from "./types";
+import type { Document, Metrics, Queued, Run, RunDetail } from "./types";
 
 const MOST_COMPARED = 5;
 
@@ -42,6 +42,47 @@ export function Runs({ runs, onOpen, onCompare }: { runs: Run[]; onOpen: (id: st
           </li>
         ))}
       </ul>
+    </Card>
+  );
+}
+
+/** Run files that wait for their turn. */
+export function QueueCard({ runs }: { runs: Run[] }) {
+  const [entries, setEntries] = useState<Queued[]>([]);
+  const refresh = useCallback(() => void get<Queued[]>("queue").then(setEntries).catch(() => undefined), []);
+  useEffect(() => {
+    refresh();
+    const timer = setInterval(refresh, 1500);
+    return () => clearInterval(timer);
+  }, [refresh, runs.length]);
+  if (!entries.length) return null;
+  const change = (method: "POST" | "DELETE", path: string) => void send(method, path).then(refresh, refresh);
+  return (
+    <Card title="Queue">
+      <ol className="grid grid-cols-1 gap-2">
+        {entries.map((entry) => (
+          <li key={entry.number} className="flex flex-wrap items-center gap-2 rounded-md border border-line p-2 text-sm">
+            <span className="font-medium">{entry.name}</span>
+            <span>{entry.state}</span>
+            <span className="min-w-0 flex-1 break-words text-muted">{entry.reason}</span>
+            {entry.state === "waiting" && (
+              <>
+                <Button look="bare" aria-label={`Move ${entry.name} up`} onClick={() => change("POST", `queue/${entry.number}/up`)}>
+                  ↑
+                </Button>
+                <Button look="bare" aria-label={`Move ${entry.name} down`} onClick={() => change("POST", `queue/${entry.number}/down`)}>
+                  ↓
+                </Button>
+              </>
+            )}
+            {entry.state !== "started" && (
+              <Button look="bare" aria-label={`Remove ${entry.name} from the queue`} onClick={() => change("DELETE", `queue/${entry.number}`)}>
+                Remove
+              </Button>
+            )}
+          </li>
+        ))}
+      </ol>
     </Card>
   );
 }

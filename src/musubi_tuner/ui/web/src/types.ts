@@ -46,6 +46,31 @@ export interface Checked {
   title: string;
 }
 
+export interface Preview {
+  /** Why there is none of the rest. */
+  problem: string;
+  number: number;
+  images: number;
+  total: number;
+  per_epoch: number;
+  epochs: number;
+  about: boolean;
+  sentence: string;
+  buckets: {
+    width: number;
+    height: number;
+    images: number;
+    presentations: number;
+    batches: number;
+    last_batch: number;
+    cropped: number;
+    enlarged: number;
+  }[];
+  notes: string[];
+  rates: { label: string; steps: number[]; values: number[] }[];
+  captions: string[];
+}
+
 export interface Run {
   id: string;
   name: string;
@@ -63,6 +88,14 @@ export interface Run {
   message: string | null;
   started: number | null;
   updated: number | null;
+}
+
+export interface Queued {
+  number: number;
+  name: string;
+  state: "waiting" | "started" | "ended";
+  run: string | null;
+  reason: string;
 }
 
 export interface RunDetail extends Run {

@@ -1,0 +1,97 @@
+"""What a run file comes to before it is started: its length, its buckets, its learning rate, captions as they are drawn. Torch-free."""
+
+from collections import Counter
+from typing import Any
+
+from musubi_tuner.config import RunConfig, calculate_steps, load_document, sentence
+from musubi_tuner.data.caption_variants import variants
+from musubi_tuner.data.remarks import enlargement, kept_share
+from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.training.schedulers import schedule_of
+
+POINTS = 400
+"""Of a curve."""
+DRAWN = 10
+"""Captions that are shown."""
+
+
+def preview(document: dict[str, Any]) -> dict[str, Any]:
+    """What the data and the budget of a run file come to.
+
+    Raises:
+        InvalidConfig: for a run file with errors. DataError: if its pictures cannot be read.
+    """
+    config = load_document(document)
+    found = scan(config.datasets, config.spec.code)
+    processes = config.distributed.num_processes
+    counts = Counter[tuple[Any, int]]()
+    for item in found.items:
+        counts[item.bucket, item.batch_size] += item.num_repeats
+    steps = calculate_steps(
+        [(count, size) for (_, size), count in counts.items()],
+        num_processes=processes,
+        grad_accum_steps=config.train.grad_accum_steps,
+        max_steps=config.train.max_steps,
+        max_epochs=config.train.max_epochs,
+    )
+    sources = Counter((item.num_repeats, item.batch_size) for item in found.items)
+    return {
+        "images": len(found.items),
+        "total": steps.total_updates,
+        "per_epoch": steps.updates_per_epoch,
+        "epochs": steps.epochs,
+        "about": config.validation.split > 0,  # held-out images are found when it starts
+        "sentence": sentence(steps, [(count, repeats, size) for (repeats, size), count in sorted(sources.items())]),
+        "buckets": buckets(found.items),
+        "notes": found.notes,
+        "rates": rates(config, steps.total_updates),
+        "captions": captions(config, found.items),
+    }
+
+
+def buckets(items: list[Item]) -> list[dict[str, Any]]:
+    """One row per bucket and batch size, with what becomes of its pictures."""
+    inside: dict[tuple[Any, int], list[Item]] = {}
+    for item in items:
+        inside.setdefault((item.bucket, item.batch_size), []).append(item)
+    found = []
+    for ((width, height), size), own in sorted(inside.items()):
+        presentations = sum(item.num_repeats for item in own)
+        found.append(
+            {
+                "width": width,
+                "height": height,
+                "images": len(own),
+                "presentations": presentations,
+                "batches": -(-presentations // size),
+                "last_batch": presentations % size or size,
+                "cropped": 1 - sum(kept_share(item) for item in own) / len(own),
+                "enlarged": max(enlargement(item) for item in own),
+            }
+        )
+    return found
+
+
+def rates(config: RunConfig, total: int) -> list[dict[str, Any]]:
+    """The learning rate of every role over the updates; roles that move alike share a curve."""
+    curves: dict[str, dict[str, Any]] = {}
+    for role in config.spec.task(config).roles:
+        own = config.for_role(role)
+        schedule, count = schedule_of(own, total), min(total, POINTS)
+        steps = sorted({round(number * (total - 1) / max(1, count - 1)) for number in range(count)})
+        values = [own.optimizer.lr * schedule(step) for step in steps]
+        key = f"{own.optimizer.lr} {own.scheduler.model_dump_json()}"
+        curve = curves.setdefault(key, {"roles": [], "steps": [step + 1 for step in steps], "values": values})
+        curve["roles"].append(role)
+    return [{"label": f"{', '.join(curve.pop('roles'))}", **curve} for curve in curves.values()]
+
+
+def captions(config: RunConfig, items: list[Item]) -> list[str]:
+    """Versions of the caption of the first picture that has one, as they are trained."""
+    item = next((item for item in items if item.caption), None)
+    if item is None:
+        return []
+    text = config.datasets[item.dataset].text
+    if not text.dynamic:
+        return list(item.captions[:DRAWN])
+    return list(variants((item.caption,), text, item.id)[:DRAWN]) or [item.caption]

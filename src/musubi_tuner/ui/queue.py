@@ -1,0 +1,191 @@
+"""Run files that wait for their turn: one runs at a time, in the order of their numbers. Torch-free.
+
+Each is a file of its own in the queue's folder, so a restart of the server loses nothing; an edit of the config after it was queued changes nothing.
+"""
+
+import json
+import re
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config import load_document
+from musubi_tuner.errors import ConfigError, UserError
+from musubi_tuner.files import read_json, write_json, write_text
+from musubi_tuner.ui import runs
+from musubi_tuner.ui.configs import from_toml
+
+WAITING, STARTED, ENDED = "waiting", "started", "ended"
+
+
+@dataclass
+class Entry:
+    """One run file of the queue.
+
+    Attributes:
+        number: of its place. name: of the run. state: waiting, started or ended. run: id of the run that it became.
+        folder: of that run. since: when the state changed. reason: why it could not be started, or how its run ended.
+    """
+
+    number: int
+    name: str
+    state: str = WAITING
+    run: str | None = None
+    folder: str = ""
+    pid: int = 0
+    since: float = 0.0
+    reason: str = ""
+
+
+class Queue:
+    """The queue of a project.
+
+    Args:
+        folder: where its files lie. project: from which relative paths of run files are meant.
+    """
+
+    def __init__(self, folder: Path, project: Path) -> None:
+        self.folder, self.project = folder, project
+        self._one_at_a_time = threading.RLock()
+
+    def entries(self) -> list[Entry]:
+        """All of them, in order."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            try:
+                found.append(Entry(**read_json(path)))
+            except (OSError, ValueError, TypeError):
+                continue  # not ours
+        return sorted(found, key=lambda entry: entry.number)
+
+    def text_of(self, number: int) -> Path:
+        """Where the run file of an entry lies."""
+        return self.folder / f"{number:05d}.toml"
+
+    def add(self, text: str) -> Entry:
+        """Queue a run file.
+
+        Raises:
+            ConfigError: if it is wrong.
+        """
+        config = load_document(from_toml(text))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._one_at_a_time:
+            number = max((entry.number for entry in self.entries()), default=0) + 1
+            write_text(self.text_of(number), text)
+            entry = Entry(number, config.run.name, since=time.time())
+            self._write(entry)
+        return entry
+
+    def remove(self, number: int) -> None:
+        """Take out an entry that does not run.
+
+        Raises:
+            ConfigError: if there is none, or it runs.
+        """
+        with self._one_at_a_time:
+            entry = self._entry(number)
+            if entry.state == STARTED:
+                raise ConfigError(f"{entry.name}: runs; stop the run instead")
+            for path in (self.text_of(number), self._log(number), self._path(number)):
+                path.unlink(missing_ok=True)
+
+    def move(self, number: int, up: bool) -> None:
+        """Change places with the waiting entry before or after.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        with self._one_at_a_time:
+            waiting = [entry.number for entry in self.entries() if entry.state == WAITING]
+            if number not in waiting:
+                raise ConfigError(f"{number}: no such entry waits in the queue")
+            place = waiting.index(number) + (-1 if up else 1)
+            if not 0 <= place < len(waiting):
+                return
+            one, two = self._entry(number), self._entry(waiting[place])
+            texts = [self.text_of(each.number).read_text(encoding="utf-8") for each in (one, two)]
+            for entry, other, text in ((one, two.number, texts[0]), (two, one.number, texts[1])):
+                entry.number = other
+                write_text(self.text_of(other), text)
+                self._write(entry)
+
+    def turn(self) -> None:
+        """See how the run is that was started, and start the next one where none runs."""
+        with self._one_at_a_time:
+            for entry in self.entries():
+                if entry.state != STARTED:
+                    continue
+                state = self._state(entry)
+                if state is None:
+                    return
+                entry.state, entry.reason, entry.since = ENDED, state, time.time()
+                self._write(entry)
+            following = next((entry for entry in self.entries() if entry.state == WAITING), None)
+            if following is not None:
+                self._start(following)
+
+    def _state(self, entry: Entry) -> str | None:
+        """How a started run has ended; None while it goes on."""
+        if entry.run is None:
+            record = Path(entry.folder) / runs.RUN_FILE
+            values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+            if values.get("pid") == entry.pid:
+                entry.run = str(values.get("id"))
+                self._write(entry)
+            elif runs.is_alive(entry.pid, entry.since):
+                return None
+            else:
+                return _last_line(self._log(entry.number))
+        try:
+            found = runs.summary(runs.place_of(entry.run))
+        except ConfigError:
+            return "its folder is gone"
+        if found["state"] in (runs.RUNNING, "stopping"):
+            return None
+        message = (found["exit"] or {}).get("message")
+        return f"{found['state']}: {message}" if message else str(found["state"])
+
+    def _start(self, entry: Entry) -> None:
+        path = self.text_of(entry.number)
+        entry.since = time.time()
+        try:
+            config = load_document(from_toml(path.read_text(encoding="utf-8")))
+            folder = config.locate(config.run.output_dir)
+            entry.folder = str(folder if folder.is_absolute() else self.project / folder)
+            entry.pid = runs.start(path, self._log(entry.number), [], self.project)
+            entry.state, entry.since = STARTED, time.time()
+        except (UserError, OSError) as problem:
+            entry.state, entry.reason = ENDED, str(problem)
+        self._write(entry)
+
+    def _log(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.log"
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.json"
+
+    def _entry(self, number: int) -> Entry:
+        found = next((entry for entry in self.entries() if entry.number == number), None)
+        if found is None:
+            raise ConfigError(f"{number}: no such entry of the queue")
+        return found
+
+    def _write(self, entry: Entry) -> None:
+        write_json(self._path(entry.number), asdict(entry))
+
+    def as_data(self) -> list[dict[str, Any]]:
+        """The entries for the page."""
+        return [asdict(entry) for entry in self.entries()]
+
+
+def _last_line(log: Path) -> str:
+    """What a run said last that ended before it had a record."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    found = re.sub(r"\s+", " ", lines[-1]) if lines else ""
+    return f"failed: {found}" if found else "failed at once"
