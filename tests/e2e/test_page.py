@@ -213,6 +213,54 @@ def test_the_calculator_follows_the_data(page: Page) -> None:
     tab.get_by_text("Total training steps: 2,500").wait_for()
     tab.get_by_role("tab", name=re.compile("Learning rate")).click()
     tab.get_by_role("img", name=re.compile("learning rate over updates")).wait_for()
+    tab.get_by_role("button", name="Plan", exact=True).click()
+    plan = tab.get_by_role("dialog").locator("pre")
+    plan.wait_for(timeout=60_000)
+    assert "= 2,500 steps" in plan.inner_text() and "memory" in plan.inner_text()
+
+
+def test_captions_are_edited_beside_their_pictures(page: Page) -> None:
+    tab = page.open()
+    folder = page.project / "captioned"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (96, 64)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a red ball {number}\n")
+    write(
+        tab,
+        {
+            "run": {"name": "captioned", "output_dir": "data/captioned"},
+            "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
+            "objective": {"train_vae": True},
+            "train": {"max_epochs": 5},
+            "general": {"resolution": 64},
+            "datasets": [{"image_directory": "captioned"}],
+        },
+    )
+    tab.get_by_role("tab", name=re.compile("Dataset")).click()
+    tab.get_by_role("button", name="Show the pictures").click()
+    tab.get_by_label("Caption of 1.png").fill("a blue ball")
+    tab.get_by_text("saved", exact=True).wait_for()
+    assert [(folder / f"{number}.txt").read_text() for number in range(3)] == [
+        "a red ball 0\n", "a blue ball\n", "a red ball 2\n",
+    ]  # fmt: skip
+    (folder / "0.txt").write_text("written in an editor")
+    tab.get_by_label("Caption of 0.png").fill("typed on the page")
+    tab.get_by_text("changed elsewhere", exact=True).wait_for()
+    assert (folder / "0.txt").read_text() == "written in an editor"
+    assert page.heard and all("412" in heard for heard in page.heard)  # which Chromium itself reports
+    page.heard.clear()
+    tab.get_by_role("button", name="Replace in all captions").click()
+    tab.get_by_label("Find").fill("ball")
+    tab.get_by_label("Replace with").fill("cube")
+    tab.get_by_role("button", name="Show what changes").click()
+    tab.get_by_text("2 captions would change.").wait_for()
+    tab.get_by_role("button", name="Replace", exact=True).click()
+    tab.get_by_text("2 captions were changed.").wait_for()
+    assert (folder / "2.txt").read_text() == "a red cube 2\n"
+    tab.get_by_role("button", name="Put back").click()
+    tab.get_by_text("2 captions are as they were.").wait_for()
+    assert (folder / "2.txt").read_text() == "a red ball 2\n"
 
 
 def test_a_config_is_saved_loaded_and_kept_from_a_second_page(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from types import UnionType
 from typing import Any
 
 from musubi_tuner.config.fields import TABS, Parameter, Section
@@ -45,7 +46,7 @@ def kind_of(parameter: Parameter) -> str:
     """Which control a setting has."""
     if parameter.key == FAMILY:
         return "choice"
-    kinds = parameter.kinds - {type(None)}
+    kinds = {kind for kind in parameter.kinds if kind is not type(None) and not isinstance(kind, UnionType)}
     if parameter.choices:
         return "choice"
     if kinds == {bool}:

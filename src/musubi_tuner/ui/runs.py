@@ -286,6 +286,28 @@ def start(snapshot: Path, log: Path, options: list[str], folder: Path) -> int:
     return process.pid
 
 
+def plan(run_file: Path, folder: Path, seconds: float = 300.0) -> dict[str, Any]:
+    """What ``train.py --plan`` says of a run file: ``code`` (0 if it could be made) and ``text``; see `start` for ``folder``."""
+    words = [sys.executable, "-m", "musubi_tuner.runner", str(run_file), "--plan"]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            env={**environment(os.environ), "COLUMNS": "120"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {
+            "code": 1,
+            "text": f"The plan took more than {seconds:.0f} s; make it in a terminal: train.py RUN.toml --plan",
+        }
+    return {"code": done.returncode, "text": done.stdout.decode("utf-8", "replace")}
+
+
 def wait_for(folder: Path, pid: int, seconds: float = 5.0) -> str | None:
     """The id of a run that has just been started, once it is recorded; None if it is not by then, or has ended."""
     begun = time.monotonic()

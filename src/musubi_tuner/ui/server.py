@@ -7,6 +7,7 @@ import asyncio
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import write_text
 from musubi_tuner.ui import configs, form, preview, runs
 from musubi_tuner.ui.configs import Configs, Conflict
+from musubi_tuner.ui.pictures import Pictures
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import MOST_BODY, Guard, headers
 
@@ -56,6 +58,21 @@ class Text(BaseModel):
 
     text: str
     name: str = ""
+
+
+class Caption(BaseModel):
+    """The caption of a picture. tag: of what it replaces; absent = there is no file yet."""
+
+    text: str
+    tag: str | None = None
+
+
+class Replacement(BaseModel):
+    """A text to replace in all captions of a data set. apply: whether it is done, or only shown."""
+
+    find: str
+    by: str = ""
+    apply: bool = False
 
 
 class Saved(BaseModel):
@@ -216,6 +233,22 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
         except (UserError, OSError) as problem:  # a run file that is being typed has errors
             return {"number": body.number, "problem": str(problem)}
 
+    one_plan = threading.Lock()
+
+    @router.post("/api/config/plan")
+    def plan(body: Text) -> Response:
+        load_document(configs.from_toml(body.text))
+        if not one_plan.acquire(blocking=False):
+            return failure(409, "busy", "another plan is being made; try again when it is done")
+        path = saved.folder / "planned" / f"{secrets.token_hex(8)}.toml"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, body.text)
+            return JSONResponse(runs.plan(path, project))
+        finally:
+            path.unlink(missing_ok=True)
+            one_plan.release()
+
     @router.post("/api/config/toml")
     def write_toml(body: Document) -> dict[str, str]:
         return {"text": configs.to_toml(body.document)}
@@ -250,6 +283,33 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
     def remove_config(name: str) -> dict[str, bool]:
         saved.remove(name)
         return {"ok": True}
+
+    opened = Pictures()
+
+    @router.post("/api/datasets")
+    def open_datasets(body: Document) -> list[dict[str, Any]]:
+        return opened.open(body.document)
+
+    @router.get("/api/datasets/{identity}")
+    def list_pictures(identity: str, offset: int = 0, limit: int = 48) -> list[dict[str, Any]]:
+        return opened.page(identity, offset, max(1, min(limit, 200)))
+
+    @router.get("/api/datasets/{identity}/{number}/thumbnail")
+    def thumbnail(identity: str, number: int) -> Response:
+        found = opened.thumbnail(identity, number)
+        return Response(found, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
+
+    @router.put("/api/datasets/{identity}/{number}/caption")
+    def write_caption(identity: str, number: int, body: Caption) -> dict[str, Any]:
+        return opened.write_caption(identity, number, body.text, body.tag)
+
+    @router.post("/api/datasets/{identity}/replace")
+    def replace_text(identity: str, body: Replacement) -> dict[str, Any]:
+        return opened.replace(identity, body.find, body.by, body.apply)
+
+    @router.post("/api/datasets/{identity}/undo")
+    def undo_replacement(identity: str) -> dict[str, Any]:
+        return opened.undo(identity)
 
     @router.get("/api/queue")
     def list_queue() -> list[dict[str, Any]]:

@@ -278,6 +278,65 @@ def test_the_calculator_shows_what_the_plan_says(client: TestClient, tmp_path: P
     assert wrong.status_code == 200 and "nowhere" in wrong.json()["problem"]
 
 
+def test_captions_are_edited_in_their_bytes_and_replacements_put_back(client: TestClient, tmp_path: Path) -> None:
+    text = flow_config(tmp_path)
+    pictures = tmp_path / "pictures"
+    (pictures / "00.txt").write_bytes(b"\xef\xbb\xbfa red ball\r\n")
+    (pictures / "01.txt").write_bytes("ein Käfer".encode("latin-1"))
+    (pictures / "02.txt").unlink()
+    (pictures / "03.png").write_bytes(b"none")
+    Image.new("RGB", (128, 64)).save(pictures / "04.png")
+    document = client.post("/api/config/parse", json={"text": text}).json()["document"]
+    (folder,) = client.post("/api/datasets", json={"document": document}).json()
+    assert folder["count"] == 50 and folder["problem"] == ""
+    at = f"/api/datasets/{folder['id']}"
+    items = client.get(f"{at}?limit=5").json()
+    assert [item["caption"] for item in items] == ["a red ball", None, None, "picture 3", "picture 4"]
+    assert "UTF-8" in items[1]["locked"] and "not a readable image" in items[3]["problem"]
+    assert items[4]["size"] == [128, 64] and items[4]["crop"][2] * 128 == pytest.approx(
+        items[4]["bucket"][0] * 64 / items[4]["bucket"][1], rel=0.1
+    )
+    assert client.get(f"{at}/0/thumbnail").content[8:12] == b"WEBP"
+    assert client.get(f"{at}/3/thumbnail").status_code == 422 and client.get(f"{at}/50/thumbnail").status_code == 404
+
+    def write(number: int, text: str, tag: str | None) -> int:
+        return client.put(f"{at}/{number}/caption", json={"text": text, "tag": tag}).status_code
+
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    assert write(0, "a blue ball", items[0]["tag"]) == 200
+    assert write(0, "a green ball", items[0]["tag"]) == 412  # of another page
+    assert write(1, "a beetle", items[1]["tag"]) == 422
+    assert write(2, "a new one", None) == 200
+    after = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    assert after.pop("00.txt") == b"\xef\xbb\xbfa blue ball\r\n" and after.pop("02.txt") == b"a new one"
+    before.pop("00.txt")
+    assert before == after
+
+    def replace(apply: bool, find: str = "picture ") -> dict[str, Any]:
+        return client.post(f"{at}/replace", json={"find": find, "by": "photo ", "apply": apply}).json()
+
+    shown = replace(apply=False)
+    assert shown["count"] == 47 and shown["changes"][0] == {
+        "name": "03.txt",
+        "before": "picture 3",
+        "after": "photo 3",
+    }
+    assert (pictures / "03.txt").read_text() == "picture 3"
+    assert replace(apply=True)["undo"] == 47 and (pictures / "03.txt").read_text() == "photo 3"
+    (pictures / "05.txt").write_text("edited since")
+    client.post("/api/datasets", json={"document": document})  # a page that is opened again
+    assert client.post(f"{at}/undo", json={}).json() == {"count": 46, "kept": ["05.txt"]}
+    assert (pictures / "03.txt").read_text() == "picture 3" and (pictures / "05.txt").read_text() == "edited since"
+
+
+def test_the_plan_is_that_of_the_trainer(client: TestClient, tmp_path: Path) -> None:
+    found = client.post("/api/config/plan", json={"text": flow_config(tmp_path)}).json()
+    assert found["code"] == 0, found["text"]
+    assert "1,250" in found["text"] and "memory" in found["text"].lower()
+    assert not list((tmp_path / "data").rglob("*.toml")) and not (tmp_path / "out-a").exists()
+    assert client.post("/api/config/plan", json={"text": RUN}).status_code == 422
+
+
 def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import { Failure, get, send } from "./api";
 import { datasetsOf, matching, valueAt, withValue } from "./document";
 import { Field } from "./field";
 import { Badge, Button, Card, cn, Dialog, inputLook } from "./parts";
+import { Pictures } from "./pictures";
 import { Chart } from "./chart";
 import type { Checked, Document, Finding, FormField, Preview, Schema, Table } from "./types";
 
@@ -271,6 +272,7 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
               {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
               {each.name === "learning rate" && preview && <Rates preview={preview} />}
               {each.name === "dataset" && <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} />}
+              {each.name === "dataset" && <Pictures document={document} disabled={!checked || errors.length > 0} />}
               {groups(schema.fields.filter((field) => field.tab === each.name && isShown(field))).map(([table, fields]) => (
                 <Card key={table} title={<code className="text-sm">[{table || "file"}]</code>}>
                   <div className={grid}>{fields.map(render)}</div>
@@ -288,6 +290,7 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
             {said || (checked?.title ? `${checked.title}${name ? `, ${name}` : ""}` : "")}
           </p>
           <SaveAs name={name} onSave={save} />
+          <Plan document={document} disabled={!checked || errors.length > 0} />
           <Button disabled={!checked || errors.length > 0} onClick={() => void enqueue()}>
             Add to queue
           </Button>
@@ -330,6 +333,43 @@ function Found(props: { findings: Finding[]; errors: number; warnings: number; o
             </li>
           ))}
         </ul>
+      </Dialog>
+    </>
+  );
+}
+
+/** What the run needs, as `train.py --plan` says it: memory, disk, time, caches. */
+function Plan({ document, disabled }: { document: Document; disabled: boolean }) {
+  const [open, setOpen] = useState(false);
+  const [found, setFound] = useState<{ code: number; text: string } | null>(null);
+  const asked = useRef(0);
+  const make = async () => {
+    const mine = ++asked.current;
+    setOpen(true);
+    setFound(null);
+    const show = (answer: { code: number; text: string }) => mine === asked.current && setFound(answer);
+    try {
+      const { text } = await send<{ text: string }>("POST", "config/toml", { document });
+      show(await send<{ code: number; text: string }>("POST", "config/plan", { text }));
+    } catch (problem) {
+      show({ code: 1, text: problem instanceof Error ? problem.message : String(problem) });
+    }
+  };
+  return (
+    <>
+      <Button disabled={disabled} onClick={() => void make()} title="Memory, disk and time that the run needs; nothing is started">
+        Plan
+      </Button>
+      <Dialog open={open} onOpenChange={setOpen} wide title="Plan" about="What train.py --plan says of these settings. Nothing has been started.">
+        <div role="status" aria-live="polite">
+          {found ? (
+            <pre className={cn("max-h-[60vh] overflow-auto rounded bg-ground p-2 text-xs whitespace-pre-wrap", found.code !== 0 && "text-bad")} tabIndex={0}>
+              {found.text}
+            </pre>
+          ) : (
+            <p className="text-sm">Being made; the first time of a model this takes half a minute …</p>
+          )}
+        </div>
       </Dialog>
     </>
   );

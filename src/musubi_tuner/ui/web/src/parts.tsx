@@ -52,12 +52,12 @@ export function Badge({ of, children }: { of: string; children: ReactNode }) {
 export const inputLook =
   "min-h-9 w-full rounded-md border border-line bg-panel px-2.5 py-1.5 text-sm text-ink placeholder:text-muted aria-invalid:border-bad";
 
-export function Dialog(props: { open: boolean; onOpenChange: (open: boolean) => void; title: string; about?: string; children: ReactNode }) {
+export function Dialog(props: { open: boolean; onOpenChange: (open: boolean) => void; title: string; about?: string; wide?: boolean; children: ReactNode }) {
   return (
     <RadixDialog.Root open={props.open} onOpenChange={props.onOpenChange}>
       <RadixDialog.Portal>
         <RadixDialog.Overlay className="fixed inset-0 z-40 bg-black/50" />
-        <RadixDialog.Content className="fixed top-1/2 left-1/2 z-50 max-h-[85vh] w-[min(46rem,94vw)] -translate-x-1/2 -translate-y-1/2 overflow-auto rounded-lg border border-line bg-panel p-5">
+        <RadixDialog.Content className={cn("fixed top-1/2 left-1/2 z-50 max-h-[85vh] -translate-x-1/2 -translate-y-1/2 overflow-auto rounded-lg border border-line bg-panel p-5", props.wide ? "w-[min(68rem,94vw)]" : "w-[min(46rem,94vw)]")}>
           <RadixDialog.Title className="text-lg font-semibold">{props.title}</RadixDialog.Title>
           <RadixDialog.Description className="mb-3 text-sm text-muted">{props.about ?? ""}</RadixDialog.Description>
           {props.children}

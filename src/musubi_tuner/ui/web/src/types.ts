@@ -118,3 +118,32 @@ export interface Metrics {
 
 export type Table = Record<string, unknown>;
 export type Document = Record<string, unknown>;
+
+/** A data set whose pictures can be shown, or why they cannot. */
+export interface OpenedSet {
+  id: string;
+  name: string;
+  folder: string;
+  count: number;
+  problem: string;
+}
+
+/** A picture of a data set. crop: left, top, width and height that are trained, as shares of the picture. */
+export interface Picture {
+  number: number;
+  name: string;
+  problem: string;
+  size: [number, number] | null;
+  bucket: [number, number] | null;
+  crop: [number, number, number, number] | null;
+  version: number;
+  caption: string | null;
+  tag: string | null;
+  locked: string;
+}
+
+export interface Replaced {
+  count: number;
+  changes: { name: string; before: string; after: string }[];
+  undo: number;
+}

@@ -1,0 +1,256 @@
+"""The pictures of a data set with their captions: looked at a page at a time, captions edited, replaced in all files, put back. Torch-free."""
+
+import hashlib
+import io
+import threading
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.config import load_document
+from musubi_tuner.config.datasets import DatasetConfig
+from musubi_tuner.data.buckets import BucketSelector
+from musubi_tuner.data.folders import list_pictures
+from musubi_tuner.data.images import image_size, open_image
+from musubi_tuner.data.sources import placement_of, selector_of
+from musubi_tuner.data.texts import Names
+from musubi_tuner.errors import ConfigError, DataError
+from musubi_tuner.files import replace_file
+from musubi_tuner.ui.configs import Conflict
+
+SIDE = 256
+"""Longest side of a thumbnail, in pixels."""
+MOST_PIXELS = 64_000_000
+"""Of a picture that is decoded for a thumbnail."""
+MOST_CHANGES = 50
+"""Of a replacement that are shown."""
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass
+class Folder:
+    """The pictures of one data set, as they were listed.
+
+    Attributes:
+        dataset: what they belong to. pictures: sorted. selector: of buckets. undo: caption files that the last replacement
+            changed, with their bytes before and after.
+    """
+
+    dataset: DatasetConfig
+    pictures: list[Path]
+    selector: BucketSelector
+    names: Names = field(default_factory=Names)
+    undo: list[tuple[Path, bytes, bytes]] = field(default_factory=list)
+
+    def picture(self, number: int) -> Path:
+        """One of the pictures.
+
+        Raises:
+            ConfigError: if there are fewer.
+        """
+        if not 0 <= number < len(self.pictures):
+            raise ConfigError(f"{number}: no such picture of {self.dataset.name}")
+        return self.pictures[number]
+
+    def caption_file(self, number: int) -> Path:
+        """Where the caption of a picture lies, or would lie."""
+        return self.names.find(self.picture(number).with_suffix(self.dataset.caption_extension))
+
+    def item(self, number: int) -> dict[str, Any]:
+        """What the page shows of a picture; ``crop`` is left, top, width and height as shares of the picture."""
+        path = self.picture(number)
+        found: dict[str, Any] = {
+            "number": number, "name": path.name, "problem": "", "size": None, "bucket": None, "crop": None, "version": 0,
+        }  # fmt: skip
+        try:
+            found["version"] = path.stat().st_mtime_ns
+            found["size"] = size = image_size(path)
+            placement = placement_of(size, self.dataset, self.selector)
+            (width, height), (left, top) = placement.resized, placement.crop
+            found["bucket"] = placement.bucket
+            found["crop"] = [left / width, top / height, placement.bucket[0] / width, placement.bucket[1] / height]
+        except (DataError, OSError) as problem:
+            found["problem"] = str(problem)
+        return {**found, **self.caption(number)}
+
+    def caption(self, number: int) -> dict[str, Any]:
+        """The caption of a picture with its tag; ``caption`` is None where there is no file, or none that is UTF-8."""
+        path = self.caption_file(number)
+        data = _bytes(path)
+        if data is None:
+            return {"caption": None, "tag": None, "locked": ""}
+        try:
+            return {"caption": _text(data), "tag": _tag(data), "locked": ""}
+        except UnicodeDecodeError:
+            return {"caption": None, "tag": _tag(data), "locked": f"{path.name} is not UTF-8; convert it first"}
+
+
+class Pictures:
+    """The data sets that pages have opened; a picture is reached only through one of them."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, Folder] = {}
+        self._writing = threading.Lock()
+
+    def open(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        """List the pictures of all data sets of a run file, or say why that is not done here.
+
+        Raises:
+            InvalidConfig: for a run file with errors.
+        """
+        config = load_document(document)
+        found = []
+        for dataset in config.datasets:
+            root = dataset.image_directory
+            why = ""
+            if root is None:
+                why = "only folders of pictures are shown, not lists and streams"
+            elif dataset.captions_file is not None:
+                why = f"its captions are lines of {dataset.captions_file}; edit that file"
+            elif not root.is_dir():
+                why = f"{root}: no such folder"
+            if root is None or why:
+                found.append({"id": "", "name": dataset.name, "folder": str(root or ""), "count": 0, "problem": why})
+                continue
+            own = [dataset.cache_directory, *([dataset.mask_directory] if dataset.mask_directory else [])]
+            listing = list_pictures(root, dataset.recursive, apart=dataset.apart, silently=own)
+            identity = hashlib.sha256(f"{root.resolve()}\0{dataset}".encode()).hexdigest()[:16]
+            undo = self._folders[identity].undo if identity in self._folders else []
+            selector = selector_of(dataset, config.spec.code)
+            self._folders[identity] = Folder(dataset, listing.pictures, selector, undo=undo)
+            found.append(
+                {
+                    "id": identity,
+                    "name": dataset.name,
+                    "folder": str(root),
+                    "count": len(listing.pictures),
+                    "problem": "; ".join(listing.problems),
+                }
+            )
+        return found
+
+    def folder(self, identity: str) -> Folder:
+        """One that has been opened.
+
+        Raises:
+            ConfigError: if none has this id.
+        """
+        if identity not in self._folders:
+            raise ConfigError(f"{identity}: no such data set is open; open it again")
+        return self._folders[identity]
+
+    def page(self, identity: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Some pictures of a data set."""
+        folder = self.folder(identity)
+        return [folder.item(number) for number in range(max(0, offset), min(offset + limit, len(folder.pictures)))]
+
+    def thumbnail(self, identity: str, number: int) -> bytes:
+        """A picture made small, as WebP.
+
+        Raises:
+            DataError: if it cannot be read, or is too large.
+        """
+        path = self.folder(identity).picture(number)
+        return _thumbnail(path, path.stat().st_mtime_ns)
+
+    def write_caption(self, identity: str, number: int, text: str, tag: str | None) -> dict[str, Any]:
+        """Write the caption of a picture; mark of the encoding, line ends and the end of the file stay as they are.
+
+        Args:
+            tag: of what it replaces; None = there is no file yet.
+
+        Raises:
+            Conflict: if something else is there. ConfigError: if it is not UTF-8.
+        """
+        folder = self.folder(identity)
+        with self._writing:
+            now = folder.caption(number)
+            if now["locked"]:
+                raise ConfigError(now["locked"])
+            if now["tag"] != tag:
+                raise Conflict(now["tag"])
+            path = folder.caption_file(number)
+            _write(path, _data(text, _bytes(path)))
+            folder.names = Names()
+            return folder.caption(number)
+
+    def replace(self, identity: str, find: str, by: str, apply: bool) -> dict[str, Any]:
+        """Replace a text in all captions of a data set, or show what that would change.
+
+        Raises:
+            ConfigError: if there is nothing to find.
+        """
+        if not find:
+            raise ConfigError("find: is empty; give the text to replace")
+        folder = self.folder(identity)
+        changes, files = [], []
+        with self._writing:
+            for number in range(len(folder.pictures)):
+                caption = folder.caption(number)["caption"]
+                if caption is None or find not in caption:
+                    continue
+                path, after = folder.caption_file(number), caption.replace(find, by)
+                before = _bytes(path) or b""
+                changes.append({"name": path.name, "before": caption, "after": after})
+                files.append((path, before, _data(after, before)))
+            if apply:
+                folder.undo = []
+                for path, before, data in files:
+                    _write(path, data)
+                    folder.undo.append(
+                        (path, before, data)
+                    )  # one by one: what was written can be put back if the disk is full
+        return {"count": len(changes), "changes": changes[:MOST_CHANGES], "undo": len(folder.undo)}
+
+    def undo(self, identity: str) -> dict[str, Any]:
+        """Put back what the last replacement changed, except files that were edited since."""
+        folder = self.folder(identity)
+        kept = []
+        with self._writing:
+            entries, folder.undo = folder.undo, []
+            for path, before, after in entries:
+                if _bytes(path) == after:
+                    _write(path, before)
+                else:
+                    kept.append(path.name)
+        return {"count": len(entries) - len(kept), "kept": kept[:MOST_CHANGES]}
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _tag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _text(data: bytes) -> str:
+    """What a caption file says, without the end of its last line."""
+    text = data.removeprefix(BOM).decode("utf-8").replace("\r\n", "\n")
+    return text.removesuffix("\n")
+
+
+def _data(text: str, before: bytes | None) -> bytes:
+    """A caption as bytes, in the form of the file that it replaces."""
+    old = before or b""
+    text = text.replace("\r\n", "\n").removesuffix("\n") + ("\n" if old.endswith(b"\n") else "")
+    if b"\r\n" in old:
+        text = text.replace("\n", "\r\n")
+    return (BOM if old.startswith(BOM) else b"") + text.encode("utf-8")
+
+
+def _write(path: Path, data: bytes) -> None:
+    replace_file(path, lambda target: target.write_bytes(data))
+
+
+@lru_cache(maxsize=2048)
+def _thumbnail(path: Path, version: int) -> bytes:
+    width, height = image_size(path)
+    if width * height > MOST_PIXELS:
+        raise DataError(f"{path.name}: {width}x{height} is too large for a thumbnail")
+    image = open_image(path)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()

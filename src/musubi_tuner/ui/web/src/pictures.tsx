@@ -1,0 +1,245 @@
+// The pictures of the data sets: what is trained of them, their captions, replacing in all captions.
+
+import { useCallback, useEffect, useRef, useState } from "react";
+import { Failure, get, send } from "./api";
+import { Button, Card, cn, Dialog, inputLook } from "./parts";
+import type { Document, OpenedSet, Picture, Replaced } from "./types";
+
+const PAGE = 48;
+const SAVE_AFTER = 800;
+const text = (problem: unknown) => (problem instanceof Error ? problem.message : String(problem));
+
+export function Pictures({ document, disabled }: { document: Document; disabled: boolean }) {
+  const [sets, setSets] = useState<OpenedSet[] | null>(null);
+  const [said, setSaid] = useState("");
+  const open = () =>
+    send<OpenedSet[]>("POST", "datasets", { document })
+      .then((found) => {
+        setSets(found);
+        setSaid("");
+      })
+      .catch((problem: unknown) => setSaid(text(problem)));
+  return (
+    <Card title="Pictures and captions">
+      <div className="flex flex-wrap items-center gap-2">
+        <Button disabled={disabled} onClick={() => void open()}>
+          {sets ? "Look again" : "Show the pictures"}
+        </Button>
+        <p role="status" className="text-sm text-muted">
+          {said || (disabled ? "They can be shown once the errors are mended." : "")}
+        </p>
+      </div>
+      {sets?.map((each, number) => (
+        <section key={each.id || number} className="mt-3" aria-label={`Pictures of ${each.name}`}>
+          <h3 className="text-sm font-medium break-words">
+            {each.name}: {each.folder}
+            {each.id && `, ${each.count} pictures`}
+          </h3>
+          {each.problem && <p className="text-sm text-bad break-words">{each.problem}</p>}
+          {each.id && each.count > 0 && <Grid of={each} />}
+        </section>
+      ))}
+    </Card>
+  );
+}
+
+function Grid({ of }: { of: OpenedSet }) {
+  const [offset, setOffset] = useState(0);
+  const [items, setItems] = useState<Picture[]>([]);
+  const [said, setSaid] = useState("");
+  const refresh = useCallback(
+    () =>
+      void get<Picture[]>(`datasets/${of.id}?offset=${offset}&limit=${PAGE}`)
+        .then(setItems)
+        .catch((problem: unknown) => setSaid(text(problem))),
+    [of.id, offset],
+  );
+  useEffect(refresh, [refresh]);
+  const last = Math.min(offset + PAGE, of.count);
+  return (
+    <>
+      <div className="my-2 flex flex-wrap items-center gap-2 text-sm">
+        <Button disabled={offset === 0} onClick={() => setOffset(Math.max(0, offset - PAGE))}>
+          Previous
+        </Button>
+        <span>
+          {offset + 1} to {last} of {of.count}
+        </span>
+        <Button disabled={last >= of.count} onClick={() => setOffset(offset + PAGE)}>
+          Next
+        </Button>
+        <Replace of={of} onDone={refresh} />
+        <p role="status" aria-live="polite" className="text-muted">
+          {said}
+        </p>
+      </div>
+      <ul className="grid grid-cols-1 gap-3 sm:grid-cols-2 lg:grid-cols-3">
+        {items.map((item) => (
+          <Tile key={`${item.number} ${item.tag}`} at={`datasets/${of.id}/${item.number}`} item={item} onSaid={setSaid} />
+        ))}
+      </ul>
+    </>
+  );
+}
+
+/** One picture with the part of it that is trained, and its caption, which is saved a moment after it was typed. */
+function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words: string) => void }) {
+  const [caption, setCaption] = useState(item.caption ?? "");
+  const [state, setState] = useState<"" | "not saved" | "saved" | "conflict">("");
+  const tag = useRef(item.tag);
+  const timer = useRef<ReturnType<typeof setTimeout> | undefined>(undefined);
+  const unsaved = useRef<string | null>(null);
+  const save = useCallback(() => {
+    clearTimeout(timer.current);
+    const typed = unsaved.current;
+    if (typed === null) return;
+    unsaved.current = null;
+    send<{ tag: string }>("PUT", `${at}/caption`, { text: typed, tag: tag.current })
+      .then((answer) => {
+        tag.current = answer.tag;
+        setState("saved");
+      })
+      .catch((problem: unknown) => {
+        setState(problem instanceof Failure && problem.status === 412 ? "conflict" : "not saved");
+        onSaid(problem instanceof Failure && problem.status === 412 ? `${item.name}: its caption was changed elsewhere; look again before you edit it` : text(problem));
+      });
+  }, [at, item.name, onSaid]);
+  useEffect(() => save, [save]); // a page that is left saves what was typed
+  return (
+    <li className="min-w-0 rounded-md border border-line p-2 text-sm">
+      <div className="flex h-44 items-center justify-center bg-ground">
+        {item.problem ? (
+          <p className="p-2 break-words text-bad">{item.problem}</p>
+        ) : (
+          <div className="relative inline-block">
+            <img src={`/api/${at}/thumbnail?v=${item.version}`} alt={item.caption ?? item.name} loading="lazy" className="block max-h-44 max-w-full" />
+            {item.crop && (
+              <svg className="absolute inset-0 size-full" viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">
+                <rect x={item.crop[0]} y={item.crop[1]} width={item.crop[2]} height={item.crop[3]} fill="none" stroke="#fff" strokeWidth="3" vectorEffect="non-scaling-stroke" />
+                <rect x={item.crop[0]} y={item.crop[1]} width={item.crop[2]} height={item.crop[3]} fill="none" stroke="#1d5fa8" strokeWidth="1.5" vectorEffect="non-scaling-stroke" />
+              </svg>
+            )}
+          </div>
+        )}
+      </div>
+      <p className="mt-1 truncate" title={item.name}>
+        {item.name}
+      </p>
+      <p className="text-xs text-muted">
+        {item.size && `${item.size[0]}x${item.size[1]}`}
+        {item.bucket && `, bucket ${item.bucket[0]}x${item.bucket[1]}`}
+        {item.crop && item.crop[2] * item.crop[3] < 0.995 && `, ${((1 - item.crop[2] * item.crop[3]) * 100).toFixed(0)} % cropped`}
+      </p>
+      {item.locked ? (
+        <p className="text-bad">{item.locked}</p>
+      ) : (
+        <>
+          <textarea
+            aria-label={`Caption of ${item.name}`}
+            className={cn(inputLook, "mt-1")}
+            rows={3}
+            value={caption}
+            placeholder="no caption file"
+            aria-invalid={state === "conflict"}
+            onBlur={save}
+            onChange={(event) => {
+              setCaption(event.target.value);
+              setState("not saved");
+              unsaved.current = event.target.value;
+              clearTimeout(timer.current);
+              timer.current = setTimeout(save, SAVE_AFTER);
+            }}
+          />
+          <p className={cn("min-h-4 text-xs", state === "conflict" ? "text-bad" : "text-muted")}>{state === "conflict" ? "changed elsewhere" : state}</p>
+        </>
+      )}
+    </li>
+  );
+}
+
+function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
+  const [open, setOpen] = useState(false);
+  const [find, setFind] = useState("");
+  const [by, setBy] = useState("");
+  const [found, setFound] = useState<Replaced | null>(null);
+  const [undo, setUndo] = useState(0);
+  const [said, setSaid] = useState("");
+  const replace = (apply: boolean) =>
+    send<Replaced>("POST", `datasets/${of.id}/replace`, { find, by, apply })
+      .then((answer) => {
+        setFound(apply ? null : answer);
+        setUndo(answer.undo);
+        setSaid(`${answer.count} captions ${apply ? "were changed" : "would change"}.`);
+        if (apply) onDone();
+      })
+      .catch((problem: unknown) => setSaid(text(problem)));
+  const back = () =>
+    send<{ count: number; kept: string[] }>("POST", `datasets/${of.id}/undo`)
+      .then((answer) => {
+        setUndo(0);
+        setSaid(`${answer.count} captions are as they were.${answer.kept.length ? ` Edited since and left alone: ${answer.kept.join(", ")}` : ""}`);
+        onDone();
+      })
+      .catch((problem: unknown) => setSaid(text(problem)));
+  return (
+    <>
+      <Button onClick={() => setOpen(true)}>Replace in all captions</Button>
+      <Dialog open={open} onOpenChange={setOpen} title="Replace in all captions" about={`Of ${of.name}. Letters count as they are written; the change can be put back until the next one.`}>
+        <form
+          className="flex flex-wrap items-end gap-2"
+          onSubmit={(event) => {
+            event.preventDefault();
+            void replace(false);
+          }}
+        >
+          <label className="min-w-40 flex-1 text-sm font-medium">
+            Find
+            <input
+              className={inputLook}
+              value={find}
+              onChange={(event) => {
+                setFind(event.target.value);
+                setFound(null);
+              }}
+            />
+          </label>
+          <label className="min-w-40 flex-1 text-sm font-medium">
+            Replace with
+            <input
+              className={inputLook}
+              value={by}
+              onChange={(event) => {
+                setBy(event.target.value);
+                setFound(null);
+              }}
+            />
+          </label>
+          <Button type="submit" disabled={!find}>
+            Show what changes
+          </Button>
+          <Button look="main" type="button" disabled={!found?.count} onClick={() => void replace(true)}>
+            Replace
+          </Button>
+          {undo > 0 && (
+            <Button type="button" onClick={() => void back()}>
+              Put back
+            </Button>
+          )}
+        </form>
+        <p role="status" aria-live="polite" className="mt-2 text-sm">
+          {said}
+        </p>
+        <ul className="mt-2 grid gap-2 text-sm">
+          {found?.changes.map((change) => (
+            <li key={change.name} className="rounded border border-line p-2 break-words">
+              <span className="font-medium">{change.name}</span>
+              <span className="block text-muted line-through">{change.before}</span>
+              <span className="block">{change.after}</span>
+            </li>
+          ))}
+        </ul>
+        {found && found.count > found.changes.length && <p className="text-sm text-muted">and {found.count - found.changes.length} more</p>}
+      </Dialog>
+    </>
+  );
+}
