@@ -26,6 +26,9 @@ function useLater(action: () => void, wait: number, watched: unknown): void {
   }, [wait, watched]);
 }
 
+/** The name of a tab where it becomes part of an id, which has no spaces. */
+const idOf = (name: string): string => name.replaceAll(" ", "-");
+
 function firstDocument(): Document {
   try {
     const kept: unknown = JSON.parse(localStorage.getItem(DRAFT) ?? "null");
@@ -253,13 +256,13 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
           <div className={grid}>{hits.filter((field) => field.table !== "datasets" && !field.secret).slice(0, 60).map(render)}</div>
         </Card>
       ) : (
-        <Tabs.Root value={tab} onValueChange={setTab}>
+        <Tabs.Root value={idOf(tab)} onValueChange={(chosen) => setTab(schema.tabs.find((each) => idOf(each.name) === chosen)?.name ?? tab)}>
           <Tabs.List aria-label="Settings" className="mb-3 flex flex-wrap gap-1 border-b border-line">
             {schema.tabs.map((each) => {
               const wrong = countOf(each.name, "error");
               const warned = countOf(each.name, "warning");
               return (
-                <Tabs.Trigger key={each.name} value={each.name} className="min-h-9 border-b-2 border-transparent px-3 text-sm data-[state=active]:border-accent data-[state=active]:font-semibold">
+                <Tabs.Trigger key={each.name} value={idOf(each.name)} className="min-h-9 border-b-2 border-transparent px-3 text-sm data-[state=active]:border-accent data-[state=active]:font-semibold">
                   {each.title}
                   {wrong > 0 && <span className="ml-1.5 rounded-full border border-bad px-1.5 text-xs text-bad">{wrong} {wrong > 1 ? "errors" : "error"}</span>}
                   {!wrong && warned > 0 && <span className="ml-1.5 rounded-full border border-warn px-1.5 text-xs text-warn">{warned}</span>}
@@ -268,7 +271,7 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
             })}
           </Tabs.List>
           {schema.tabs.map((each) => (
-            <Tabs.Content key={each.name} value={each.name} className="grid min-w-0 grid-cols-1 gap-4">
+            <Tabs.Content key={each.name} value={idOf(each.name)} className="grid min-w-0 grid-cols-1 gap-4">
               {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
               {each.name === "learning rate" && preview && <Rates preview={preview} />}
               {each.name === "dataset" && <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} />}
