@@ -45,7 +45,7 @@ class Recorder:
 
     def __init__(self, folder: Path, values: dict[str, Any] | None = None) -> None:
         self.folder = folder
-        self.values: dict[str, Any] = values if values is not None else _read(folder / RUN_FILE)
+        self.values: dict[str, Any] = values if values is not None else read_values(folder / RUN_FILE)
         self._written = self._looked = -math.inf
 
     def tell(self, **values: Any) -> None:
@@ -88,7 +88,8 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """What a small file of a record says; nothing where it cannot be read."""
     try:
         found = read_json(path)
     except (OSError, ValueError):
@@ -113,7 +114,7 @@ def begin(folder: Path, config: Path) -> Recorder:
         folder: of the run, which this process has locked. config: its run file.
     """
     global _recorder
-    before = _read(folder / RUN_FILE)
+    before = read_values(folder / RUN_FILE)
     identity = before.get("id") if isinstance(before.get("id"), str) else secrets.token_hex(8)
     with suppress(OSError):
         (folder / CONTROL).mkdir(exist_ok=True)
@@ -146,7 +147,7 @@ def end(code: int, reason: str, *, signum: int | None = None, message: str | Non
     global _recorder
     if _recorder is None:
         return
-    known = {**_recorder.values, **_read(_recorder.folder / RUN_FILE)}  # a child may have been further
+    known = {**_recorder.values, **read_values(_recorder.folder / RUN_FILE)}  # a child may have been further
     values = {"id": known.get("id"), "code": code, "reason": reason, "signal": signum, "step": known.get("step")}
     _write(_recorder.folder / EXIT_FILE, {**values, "message": message, "ended": round(time.time(), 3)})
     _recorder.values = {**known, "phase": reason}
@@ -176,7 +177,7 @@ def tell(**values: Any) -> None:
 
 def was_stopped(folder: Path) -> bool:
     """Whether a child of this start ended because control asked it to."""
-    return bool(_read(folder / RUN_FILE).get("stopped"))
+    return bool(read_values(folder / RUN_FILE).get("stopped"))
 
 
 def user_state_folder() -> Path:

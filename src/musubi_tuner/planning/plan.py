@@ -10,12 +10,13 @@ from musubi_tuner.caching.black_masks import black_masks
 from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
-from musubi_tuner.config import RunConfig, Steps, calculate_steps, sentence
+from musubi_tuner.config import RunConfig, Steps, sentence
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Item, ScannedItems, scan
+from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.plateau import left_of, measurements
 from musubi_tuner.training.schedulers import rate_jump, start_left
 from musubi_tuner.weights.hub import local_only
@@ -71,16 +72,7 @@ def make_plan(
 
         trained, held_out = split_of_run(config, found.items)
         difference = split_note(config, found.items)
-    buckets = Counter()  # type: ignore[var-annotated]  # keyed by bucket and batch size
-    for item in trained:
-        buckets[item.bucket, item.batch_size] += item.num_repeats
-    steps = calculate_steps(
-        [(count, size) for (_, size), count in buckets.items()],
-        num_processes=processes,
-        grad_accum_steps=config.train.grad_accum_steps,
-        max_steps=config.train.max_steps,
-        max_epochs=config.train.max_epochs,
-    )
+    steps = steps_on(config, trained, processes)
     options: dict[str, Any] = {}
     late = _late_kinds(config)
     kinds = [kind for kind in needed_kinds(config) if kind not in late]
@@ -124,12 +116,6 @@ def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
     from musubi_tuner.training.checkpoint import peek_state
 
     return peek_state(config)
-
-
-def _sources(plan: Plan) -> list[tuple[int, int, int]]:
-    """Images that are trained, with their repeats and micro-batch size."""
-    counts = Counter((item.num_repeats, item.batch_size) for item in plan.trained)
-    return [(count, repeats, size) for (repeats, size), count in sorted(counts.items())]
 
 
 def _state(status: KindStatus) -> str:
@@ -284,7 +270,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [
         f"  train    {steps.total_updates} updates, {steps.epochs} epochs of {steps.updates_per_epoch} updates{correction}",
-        f"           {sentence(steps, _sources(plan))}",
+        f"           {sentence(steps, sources_of(plan.trained))}",
         f"           update = {processes} process(es) x {train.grad_accum_steps} micro-batch(es), "
         f"{config.optimizer.type} at {config.optimizer.lr:g}, precision {train.mixed_precision}, one device sync per "
         f"{'update' if config.spec.task(config).denoises else 'phase'}"

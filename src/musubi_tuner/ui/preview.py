@@ -1,12 +1,12 @@
 """What a run file comes to before it is started: its length, its buckets, its learning rate, captions as they are drawn. Torch-free."""
 
-from collections import Counter
 from typing import Any
 
-from musubi_tuner.config import RunConfig, calculate_steps, load_document, sentence
+from musubi_tuner.config import RunConfig, load_document, sentence
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.remarks import enlargement, kept_share
 from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.schedulers import schedule_of
 
 POINTS = 400
@@ -23,25 +23,14 @@ def preview(document: dict[str, Any]) -> dict[str, Any]:
     """
     config = load_document(document)
     found = scan(config.datasets, config.spec.code)
-    processes = config.distributed.num_processes
-    counts = Counter[tuple[Any, int]]()
-    for item in found.items:
-        counts[item.bucket, item.batch_size] += item.num_repeats
-    steps = calculate_steps(
-        [(count, size) for (_, size), count in counts.items()],
-        num_processes=processes,
-        grad_accum_steps=config.train.grad_accum_steps,
-        max_steps=config.train.max_steps,
-        max_epochs=config.train.max_epochs,
-    )
-    sources = Counter((item.num_repeats, item.batch_size) for item in found.items)
+    steps = steps_on(config, found.items, config.distributed.num_processes)
     return {
         "images": len(found.items),
         "total": steps.total_updates,
         "per_epoch": steps.updates_per_epoch,
         "epochs": steps.epochs,
         "about": config.validation.split > 0,  # held-out images are found when it starts
-        "sentence": sentence(steps, [(count, repeats, size) for (repeats, size), count in sorted(sources.items())]),
+        "sentence": sentence(steps, sources_of(found.items)),
         "buckets": buckets(found.items),
         "notes": found.notes,
         "rates": rates(config, steps.total_updates),

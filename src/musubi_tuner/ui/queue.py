@@ -3,7 +3,6 @@
 Each is a file of its own in the queue's folder, so a restart of the server loses nothing; an edit of the config after it was queued changes nothing.
 """
 
-import json
 import re
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from musubi_tuner.config import load_document
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import read_json, write_json, write_text
+from musubi_tuner.run_record import RUN_FILE, read_values
 from musubi_tuner.ui import runs
 from musubi_tuner.ui.configs import from_toml
 
@@ -130,8 +130,7 @@ class Queue:
     def _state(self, entry: Entry) -> str | None:
         """How a started run has ended; None while it goes on."""
         if entry.run is None:
-            record = Path(entry.folder) / runs.RUN_FILE
-            values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+            values = read_values(Path(entry.folder) / RUN_FILE)
             if values.get("pid") == entry.pid:
                 entry.run = str(values.get("id"))
                 self._write(entry)

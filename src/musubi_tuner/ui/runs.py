@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.errors import ConfigError
-from musubi_tuner.files import read_json
-from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, user_state_folder
+from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, read_values, user_state_folder
 from musubi_tuner.runner.steps import FILE as STEPS_FILE
 from musubi_tuner.training.metrics import FILE as METRICS
 
@@ -43,7 +42,7 @@ def places() -> list[Place]:
     """All runs whose folders are there, newest first."""
     found: list[tuple[float, Place]] = []
     for pointer in (user_state_folder() / "runs").glob("*.json"):
-        values = _read(pointer)
+        values = read_values(pointer)
         folder = Path(str(values.get("folder", "")))
         if values and (folder / RUN_FILE).is_file():
             place = Place(pointer.stem, folder, Path(str(values.get("config", ""))))
@@ -61,14 +60,6 @@ def place_of(identity: str) -> Place:
     if found is None:
         raise ConfigError(f"{identity}: no such run")
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_alive(pid: Any, started: Any) -> bool:
@@ -96,7 +87,7 @@ def is_alive(pid: Any, started: Any) -> bool:
 
 def summary(place: Place) -> dict[str, Any]:
     """How a run is: state, progress, times; see `run_record`."""
-    run, ended = _read(place.folder / RUN_FILE), _read(place.folder / EXIT_FILE)
+    run, ended = read_values(place.folder / RUN_FILE), read_values(place.folder / EXIT_FILE)
     state = ended.get("reason") or (RUNNING if is_alive(run.get("pid"), run.get("started")) else LOST)
     waiting = state == RUNNING and (place.folder / CONTROL / "stop").exists()
     keys = (
@@ -127,7 +118,7 @@ def summary(place: Place) -> dict[str, Any]:
 
 def parts(place: Place) -> list[tuple[str, Path]]:
     """Name and folder of the steps of a run; one without a name where it has none."""
-    steps = _read(place.folder / STEPS_FILE).get("steps")
+    steps = read_values(place.folder / STEPS_FILE).get("steps")
     if not isinstance(steps, list):
         return [("", place.folder)]
     return [
@@ -146,7 +137,7 @@ def detail(place: Place) -> dict[str, Any]:
                 if path.suffix.lower() in IMAGES:
                     relative = path.relative_to(place.folder).as_posix()
                     samples.append({"part": name, "name": path.name, "path": relative, "time": path.stat().st_mtime})
-        for entry, values in (_read(folder / CHECKPOINTS).get("checkpoints") or {}).items():
+        for entry, values in (read_values(folder / CHECKPOINTS).get("checkpoints") or {}).items():
             if isinstance(values, dict):
                 keys = ("step", "epoch", "kind", "model", "ema", "metric", "value")
                 checkpoints.append({"part": name, "name": entry, **{key: values.get(key) for key in keys}})
@@ -155,7 +146,7 @@ def detail(place: Place) -> dict[str, Any]:
     except OSError:
         text = ""
     steps = [{"name": name, "status": step.get("status"), "step": step.get("step")}
-             for (name, _), step in zip(parts(place), _read(place.folder / STEPS_FILE).get("steps") or [], strict=False)]  # fmt: skip
+             for (name, _), step in zip(parts(place), read_values(place.folder / STEPS_FILE).get("steps") or [], strict=False)]  # fmt: skip
     return {**summary(place), "steps_of_file": steps, "samples": samples, "checkpoints": checkpoints, "toml": text}
 
 
@@ -312,7 +303,7 @@ def wait_for(folder: Path, pid: int, seconds: float = 5.0) -> str | None:
     """The id of a run that has just been started, once it is recorded; None if it is not by then, or has ended."""
     begun = time.monotonic()
     while time.monotonic() - begun < seconds:
-        values = _read(folder / RUN_FILE)
+        values = read_values(folder / RUN_FILE)
         if values.get("pid") == pid:
             return str(values.get("id"))
         if not is_alive(pid, time.time()):

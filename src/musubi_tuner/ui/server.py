@@ -89,7 +89,7 @@ class Start(BaseModel):
     options: list[str] = Field(default_factory=list)
 
 
-FLAGS = {"--fresh", "--skip_cache", "--cache_only", "--plan"}
+FLAGS = {"--fresh", "--skip_cache", "--cache_only"}
 """Options with which a run may be started."""
 
 

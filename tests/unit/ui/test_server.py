@@ -425,6 +425,8 @@ def test_steps_are_one_run_with_borders(client: TestClient, tmp_path: Path) -> N
 
 
 def test_a_config_that_is_wrong_is_not_started(client: TestClient) -> None:
+    planned = client.post("/api/runs", json={"text": RUN, "options": ["--plan"]})  # which starts no run
+    assert planned.status_code == 422 and planned.json()["error"]["code"] == "options"
     answer = client.post("/api/runs", json={"text": RUN})
     assert answer.status_code == 422 and "required" in answer.json()["error"]["message"]
     assert client.post("/api/runs", json={"text": RUN, "options": ["--set"]}).json()["error"]["code"] == "options"

@@ -6,7 +6,7 @@ import { useCallback, useDeferredValue, useEffect, useMemo, useRef, useState } f
 import { Failure, get, send } from "./api";
 import { datasetsOf, matching, valueAt, withValue } from "./document";
 import { Field } from "./field";
-import { Badge, Button, Card, cn, Dialog, inputLook } from "./parts";
+import { Badge, Button, Card, cn, Dialog, inputLook, Rows } from "./parts";
 import { Pictures } from "./pictures";
 import { Chart } from "./chart";
 import type { Checked, Document, Finding, FormField, Preview, Schema, Table } from "./types";
@@ -555,38 +555,18 @@ function Length({ preview, problem }: { preview: Preview | null; problem: string
           <summary className="min-h-9 cursor-pointer text-sm font-medium">
             {preview.buckets.length} {preview.buckets.length === 1 ? "bucket" : "buckets"}, {preview.images} images
           </summary>
-          <div className="overflow-x-auto">
-            <table className="w-full text-left text-sm">
-              <thead>
-                <tr>
-                  {["bucket", "images", "per epoch", "batches", "last batch", "cropped", "enlarged up to"].map((head) => (
-                    <th key={head} className="border-b border-line py-1 pr-3 font-medium">
-                      {head}
-                    </th>
-                  ))}
-                </tr>
-              </thead>
-              <tbody>
-                {preview.buckets.map((each) => (
-                  <tr key={`${each.width}x${each.height}x${each.batches}`}>
-                    {[
-                      `${each.width}x${each.height}`,
-                      each.images,
-                      each.presentations,
-                      each.batches,
-                      each.last_batch,
-                      `${(100 * each.cropped).toFixed(0)} %`,
-                      each.enlarged > 1 ? `${each.enlarged.toFixed(2)} times` : "not",
-                    ].map((value, number) => (
-                      <td key={number} className="border-b border-line py-1 pr-3">
-                        {value}
-                      </td>
-                    ))}
-                  </tr>
-                ))}
-              </tbody>
-            </table>
-          </div>
+          <Rows
+            heads={["bucket", "images", "per epoch", "batches", "last batch", "cropped", "enlarged up to"]}
+            rows={preview.buckets.map((each) => [
+              `${each.width}x${each.height}`,
+              each.images,
+              each.presentations,
+              each.batches,
+              each.last_batch,
+              `${(100 * each.cropped).toFixed(0)} %`,
+              each.enlarged > 1 ? `${each.enlarged.toFixed(2)} times` : "not",
+            ])}
+          />
         </details>
       )}
       {preview && preview.captions.length > 0 && (

@@ -67,6 +67,37 @@ export function Dialog(props: { open: boolean; onOpenChange: (open: boolean) => 
   );
 }
 
+/** A table of plain values; wider ones scroll in themselves. */
+export function Rows({ heads, rows }: { heads: string[]; rows: ReactNode[][] }) {
+  const look = "border-b border-line py-1 pr-3";
+  return (
+    <div className="overflow-x-auto">
+      <table className="w-full text-left text-sm">
+        <thead>
+          <tr>
+            {heads.map((head) => (
+              <th key={head} className={cn(look, "font-medium")}>
+                {head}
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          {rows.map((row, number) => (
+            <tr key={number}>
+              {row.map((value, place) => (
+                <td key={place} className={look}>
+                  {value}
+                </td>
+              ))}
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </div>
+  );
+}
+
 export function time(seconds: number | null | undefined): string {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "";
   const whole = Math.max(0, Math.round(seconds));

@@ -3,7 +3,7 @@
 import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 import { Failure, get, send } from "./api";
 import { Curves, type Line } from "./chart";
-import { Badge, Button, Card, inputLook, time } from "./parts";
+import { Badge, Button, Card, inputLook, Rows, time } from "./parts";
 import type { Document, Metrics, Queued, Run, RunDetail } from "./types";
 
 const MOST_COMPARED = 5;
@@ -187,30 +187,10 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       </Card>
       <Card title="Checkpoints">
         {detail?.checkpoints.length ? (
-          <div className="overflow-x-auto">
-            <table className="w-full text-left text-sm">
-              <thead>
-                <tr>
-                  {["step of the file", "name", "update", "epoch", "weights", "average"].map((head) => (
-                    <th key={head} className="border-b border-line py-1 pr-3 font-medium">
-                      {head}
-                    </th>
-                  ))}
-                </tr>
-              </thead>
-              <tbody>
-                {detail.checkpoints.map((each) => (
-                  <tr key={each.part + each.name}>
-                    {[each.part, each.name, each.step, each.epoch, each.model, each.ema].map((value, number) => (
-                      <td key={number} className="border-b border-line py-1 pr-3">
-                        {value}
-                      </td>
-                    ))}
-                  </tr>
-                ))}
-              </tbody>
-            </table>
-          </div>
+          <Rows
+            heads={["step of the file", "name", "update", "epoch", "weights", "average"]}
+            rows={detail.checkpoints.map((each) => [each.part, each.name, each.step, each.epoch, each.model, each.ema])}
+          />
         ) : (
           <p className="text-sm text-muted">None yet.</p>
         )}
