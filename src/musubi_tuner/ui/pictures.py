@@ -5,6 +5,7 @@ import io
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +34,35 @@ class Folder:
     """The pictures of one data set, as they were listed.
 
     Attributes:
-        dataset: what they belong to. pictures: sorted. selector: of buckets. undo: caption files that the last replacement
-            changed, with their bytes before and after.
+        dataset: what they belong to. pictures: by path relative to its folder, sorted. selector: of buckets. undo: caption files
+            that the last replacement changed, with their bytes before and after.
     """
 
     dataset: DatasetConfig
-    pictures: list[Path]
+    pictures: dict[str, Path]
     selector: BucketSelector
     names: Names = field(default_factory=Names)
     undo: list[tuple[Path, bytes, bytes]] = field(default_factory=list)
 
-    def picture(self, number: int) -> Path:
+    def picture(self, name: str) -> Path:
         """One of the pictures.
 
         Raises:
-            ConfigError: if there are fewer.
+            ConfigError: if there is none of this name.
         """
-        if not 0 <= number < len(self.pictures):
-            raise ConfigError(f"{number}: no such picture of {self.dataset.name}")
-        return self.pictures[number]
+        if name not in self.pictures:
+            raise ConfigError(f"{name}: no such picture of {self.dataset.name}")
+        return self.pictures[name]
 
-    def caption_file(self, number: int) -> Path:
+    def caption_file(self, name: str) -> Path:
         """Where the caption of a picture lies, or would lie."""
-        return self.names.find(self.picture(number).with_suffix(self.dataset.caption_extension))
+        return self.names.find(self.picture(name).with_suffix(self.dataset.caption_extension))
 
-    def item(self, number: int) -> dict[str, Any]:
+    def item(self, name: str) -> dict[str, Any]:
         """What the page shows of a picture; ``crop`` is left, top, width and height as shares of the picture."""
-        path = self.picture(number)
+        path = self.picture(name)
         found: dict[str, Any] = {
-            "number": number, "name": path.name, "problem": "", "size": None, "bucket": None, "crop": None, "version": 0,
+            "name": name, "problem": "", "size": None, "bucket": None, "crop": None, "version": 0,
         }  # fmt: skip
         try:
             found["version"] = path.stat().st_mtime_ns
@@ -72,11 +73,11 @@ class Folder:
             found["crop"] = [left / width, top / height, placement.bucket[0] / width, placement.bucket[1] / height]
         except (DataError, OSError) as problem:
             found["problem"] = str(problem)
-        return {**found, **self.caption(number)}
+        return {**found, **self.caption(name)}
 
-    def caption(self, number: int) -> dict[str, Any]:
+    def caption(self, name: str) -> dict[str, Any]:
         """The caption of a picture with its tag; ``caption`` is None where there is no file, or none that is UTF-8."""
-        path = self.caption_file(number)
+        path = self.caption_file(name)
         data = _bytes(path)
         if data is None:
             return {"caption": None, "tag": None, "locked": ""}
@@ -118,7 +119,8 @@ class Pictures:
             identity = hashlib.sha256(f"{root.resolve()}\0{dataset}".encode()).hexdigest()[:16]
             undo = self._folders[identity].undo if identity in self._folders else []
             selector = selector_of(dataset, config.spec.code)
-            self._folders[identity] = Folder(dataset, listing.pictures, selector, undo=undo)
+            pictures = {path.relative_to(root).as_posix(): path for path in listing.pictures}
+            self._folders[identity] = Folder(dataset, pictures, selector, undo=undo)
             found.append(
                 {
                     "id": identity,
@@ -143,18 +145,18 @@ class Pictures:
     def page(self, identity: str, offset: int, limit: int) -> list[dict[str, Any]]:
         """Some pictures of a data set."""
         folder = self.folder(identity)
-        return [folder.item(number) for number in range(max(0, offset), min(offset + limit, len(folder.pictures)))]
+        return [folder.item(name) for name in islice(folder.pictures, max(0, offset), max(0, offset) + limit)]
 
-    def thumbnail(self, identity: str, number: int) -> bytes:
+    def thumbnail(self, identity: str, name: str) -> bytes:
         """A picture made small, as WebP.
 
         Raises:
             DataError: if it cannot be read, or is too large.
         """
-        path = self.folder(identity).picture(number)
+        path = self.folder(identity).picture(name)
         return _thumbnail(path, path.stat().st_mtime_ns)
 
-    def write_caption(self, identity: str, number: int, text: str, tag: str | None) -> dict[str, Any]:
+    def write_caption(self, identity: str, name: str, text: str, tag: str | None) -> dict[str, Any]:
         """Write the caption of a picture; mark of the encoding, line ends and the end of the file stay as they are.
 
         Args:
@@ -165,15 +167,15 @@ class Pictures:
         """
         folder = self.folder(identity)
         with self._writing:
-            now = folder.caption(number)
+            now = folder.caption(name)
             if now["locked"]:
                 raise ConfigError(now["locked"])
             if now["tag"] != tag:
                 raise Conflict(now["tag"])
-            path = folder.caption_file(number)
+            path = folder.caption_file(name)
             _write(path, _data(text, _bytes(path)))
             folder.names = Names()
-            return folder.caption(number)
+            return folder.caption(name)
 
     def replace(self, identity: str, find: str, by: str, apply: bool) -> dict[str, Any]:
         """Replace a text in all captions of a data set, or show what that would change.
@@ -186,35 +188,45 @@ class Pictures:
         folder = self.folder(identity)
         changes, files = [], []
         with self._writing:
-            for number in range(len(folder.pictures)):
-                caption = folder.caption(number)["caption"]
+            for name in folder.pictures:
+                caption = folder.caption(name)["caption"]
                 if caption is None or find not in caption:
                     continue
-                path, after = folder.caption_file(number), caption.replace(find, by)
+                path, after = folder.caption_file(name), caption.replace(find, by)
                 before = _bytes(path) or b""
                 changes.append({"name": path.name, "before": caption, "after": after})
                 files.append((path, before, _data(after, before)))
-            if apply:
-                folder.undo = []
-                for path, before, data in files:
+            if not apply:
+                return {
+                    "count": len(changes),
+                    "changes": changes[:MOST_CHANGES],
+                    "undo": len(folder.undo),
+                    "problem": "",
+                }
+            folder.undo, problem = [], ""
+            for path, before, data in files:
+                try:
                     _write(path, data)
-                    folder.undo.append(
-                        (path, before, data)
-                    )  # one by one: what was written can be put back if the disk is full
-        return {"count": len(changes), "changes": changes[:MOST_CHANGES], "undo": len(folder.undo)}
+                except OSError as error:
+                    problem = f"{path}: cannot be written ({error.strerror}); the captions before it were changed, and can be put back"
+                    break
+                folder.undo.append((path, before, data))
+        return {"count": len(folder.undo), "changes": [], "undo": len(folder.undo), "problem": problem}
 
     def undo(self, identity: str) -> dict[str, Any]:
         """Put back what the last replacement changed, except files that were edited since."""
         folder = self.folder(identity)
-        kept = []
+        kept, count = [], 0
         with self._writing:
-            entries, folder.undo = folder.undo, []
-            for path, before, after in entries:
+            while folder.undo:
+                path, before, after = folder.undo[-1]
                 if _bytes(path) == after:
-                    _write(path, before)
+                    _write(path, before)  # if that fails, what is left can be put back later
+                    count += 1
                 else:
                     kept.append(path.name)
-        return {"count": len(entries) - len(kept), "kept": kept[:MOST_CHANGES]}
+                folder.undo.pop()
+        return {"count": count, "kept": kept[:MOST_CHANGES]}
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -61,8 +61,9 @@ class Text(BaseModel):
 
 
 class Caption(BaseModel):
-    """The caption of a picture. tag: of what it replaces; absent = there is no file yet."""
+    """The caption of a picture, which has this name. tag: of what it replaces; absent = there is no file yet."""
 
+    name: str
     text: str
     tag: str | None = None
 
@@ -132,6 +133,11 @@ def make_app(guard: Guard, project: Path) -> FastAPI:
     @app.exception_handler(UserError)
     async def of_user(request: Request, problem: Exception) -> JSONResponse:
         return failure(404 if "no such" in str(problem) else 422, "refused", str(problem))
+
+    @app.exception_handler(OSError)
+    async def of_system(request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, OSError)
+        return failure(422, "files", f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
 
     @app.exception_handler(Conflict)
     async def of_conflict(request: Request, problem: Exception) -> JSONResponse:
@@ -294,14 +300,14 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
     def list_pictures(identity: str, offset: int = 0, limit: int = 48) -> list[dict[str, Any]]:
         return opened.page(identity, offset, max(1, min(limit, 200)))
 
-    @router.get("/api/datasets/{identity}/{number}/thumbnail")
-    def thumbnail(identity: str, number: int) -> Response:
-        found = opened.thumbnail(identity, number)
+    @router.get("/api/datasets/{identity}/thumbnail")
+    def thumbnail(identity: str, name: str) -> Response:
+        found = opened.thumbnail(identity, name)
         return Response(found, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
-    @router.put("/api/datasets/{identity}/{number}/caption")
-    def write_caption(identity: str, number: int, body: Caption) -> dict[str, Any]:
-        return opened.write_caption(identity, number, body.text, body.tag)
+    @router.put("/api/datasets/{identity}/caption")
+    def write_caption(identity: str, body: Caption) -> dict[str, Any]:
+        return opened.write_caption(identity, body.name, body.text, body.tag)
 
     @router.post("/api/datasets/{identity}/replace")
     def replace_text(identity: str, body: Replacement) -> dict[str, Any]:

@@ -278,7 +278,12 @@ def test_the_calculator_shows_what_the_plan_says(client: TestClient, tmp_path: P
     assert wrong.status_code == 200 and "nowhere" in wrong.json()["problem"]
 
 
-def test_captions_are_edited_in_their_bytes_and_replacements_put_back(client: TestClient, tmp_path: Path) -> None:
+def test_captions_are_edited_in_their_bytes_and_replacements_put_back(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "the disk is full", "49.txt")
+
     text = flow_config(tmp_path)
     pictures = tmp_path / "pictures"
     (pictures / "00.txt").write_bytes(b"\xef\xbb\xbfa red ball\r\n")
@@ -296,12 +301,18 @@ def test_captions_are_edited_in_their_bytes_and_replacements_put_back(client: Te
     assert items[4]["size"] == [128, 64] and items[4]["crop"][2] * 128 == pytest.approx(
         items[4]["bucket"][0] * 64 / items[4]["bucket"][1], rel=0.1
     )
-    assert client.get(f"{at}/0/thumbnail").content[8:12] == b"WEBP"
-    assert client.get(f"{at}/3/thumbnail").status_code == 422 and client.get(f"{at}/50/thumbnail").status_code == 404
+    assert client.get(f"{at}/thumbnail?name=00.png").content[8:12] == b"WEBP"
+    assert (
+        client.get(f"{at}/thumbnail?name=03.png").status_code == 422
+        and client.get(f"{at}/thumbnail?name=../run.toml").status_code == 404
+    )
 
     def write(number: int, text: str, tag: str | None) -> int:
-        return client.put(f"{at}/{number}/caption", json={"text": text, "tag": tag}).status_code
+        return client.put(f"{at}/caption", json={"name": f"{number:02d}.png", "text": text, "tag": tag}).status_code
 
+    (pictures / "0.png").write_bytes((pictures / "04.png").read_bytes())  # the others move on by one
+    (pictures / "0.txt").write_text("first")
+    client.post("/api/datasets", json={"document": document})
     before = {path.name: path.read_bytes() for path in pictures.iterdir()}
     assert write(0, "a blue ball", items[0]["tag"]) == 200
     assert write(0, "a green ball", items[0]["tag"]) == 412  # of another page
@@ -324,6 +335,9 @@ def test_captions_are_edited_in_their_bytes_and_replacements_put_back(client: Te
     assert (pictures / "03.txt").read_text() == "picture 3"
     assert replace(apply=True)["undo"] == 47 and (pictures / "03.txt").read_text() == "photo 3"
     (pictures / "05.txt").write_text("edited since")
+    with monkeypatch.context() as broken:
+        broken.setattr("musubi_tuner.ui.pictures.replace_file", full)
+        assert "full" in client.post(f"{at}/undo", json={}).json()["error"]["message"]  # and nothing is forgotten
     client.post("/api/datasets", json={"document": document})  # a page that is opened again
     assert client.post(f"{at}/undo", json={}).json() == {"count": 46, "kept": ["05.txt"]}
     assert (pictures / "03.txt").read_text() == "picture 3" and (pictures / "05.txt").read_text() == "edited since"

@@ -12,10 +12,12 @@ const text = (problem: unknown) => (problem instanceof Error ? problem.message :
 export function Pictures({ document, disabled }: { document: Document; disabled: boolean }) {
   const [sets, setSets] = useState<OpenedSet[] | null>(null);
   const [said, setSaid] = useState("");
+  const [looks, setLooks] = useState(0);
   const open = () =>
     send<OpenedSet[]>("POST", "datasets", { document })
       .then((found) => {
         setSets(found);
+        setLooks((before) => before + 1);
         setSaid("");
       })
       .catch((problem: unknown) => setSaid(text(problem)));
@@ -30,7 +32,7 @@ export function Pictures({ document, disabled }: { document: Document; disabled:
         </p>
       </div>
       {sets?.map((each, number) => (
-        <section key={each.id || number} className="mt-3" aria-label={`Pictures of ${each.name}`}>
+        <section key={`${looks} ${number}`} className="mt-3" aria-label={`Pictures of ${each.name}`}>
           <h3 className="text-sm font-medium break-words">
             {each.name}: {each.folder}
             {each.id && `, ${each.count} pictures`}
@@ -75,7 +77,7 @@ function Grid({ of }: { of: OpenedSet }) {
       </div>
       <ul className="grid grid-cols-1 gap-3 sm:grid-cols-2 lg:grid-cols-3">
         {items.map((item) => (
-          <Tile key={`${item.number} ${item.tag}`} at={`datasets/${of.id}/${item.number}`} item={item} onSaid={setSaid} />
+          <Tile key={`${item.name} ${item.tag}`} at={`datasets/${of.id}`} item={item} onSaid={setSaid} />
         ))}
       </ul>
     </>
@@ -89,22 +91,29 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
   const tag = useRef(item.tag);
   const timer = useRef<ReturnType<typeof setTimeout> | undefined>(undefined);
   const unsaved = useRef<string | null>(null);
-  const save = useCallback(() => {
+  const saving = useRef(false);
+  // One after the other: the next one replaces what this one wrote. What could not be saved stays, and is tried again when more is typed.
+  const save = useCallback(async () => {
     clearTimeout(timer.current);
-    const typed = unsaved.current;
-    if (typed === null) return;
-    unsaved.current = null;
-    send<{ tag: string }>("PUT", `${at}/caption`, { text: typed, tag: tag.current })
-      .then((answer) => {
+    if (saving.current) return;
+    saving.current = true;
+    try {
+      while (unsaved.current !== null) {
+        const typed = unsaved.current;
+        const answer = await send<{ tag: string }>("PUT", `${at}/caption`, { name: item.name, text: typed, tag: tag.current });
         tag.current = answer.tag;
-        setState("saved");
-      })
-      .catch((problem: unknown) => {
-        setState(problem instanceof Failure && problem.status === 412 ? "conflict" : "not saved");
-        onSaid(problem instanceof Failure && problem.status === 412 ? `${item.name}: its caption was changed elsewhere; look again before you edit it` : text(problem));
-      });
+        if (unsaved.current === typed) unsaved.current = null;
+      }
+      setState((before) => (before ? "saved" : before));
+    } catch (problem) {
+      const conflict = problem instanceof Failure && problem.status === 412;
+      setState(conflict ? "conflict" : "not saved");
+      onSaid(conflict ? `${item.name}: its caption was changed elsewhere; copy what you typed and look again` : text(problem));
+    } finally {
+      saving.current = false;
+    }
   }, [at, item.name, onSaid]);
-  useEffect(() => save, [save]); // a page that is left saves what was typed
+  useEffect(() => () => void save(), [save]); // a page that is left saves what was typed
   return (
     <li className="min-w-0 rounded-md border border-line p-2 text-sm">
       <div className="flex h-44 items-center justify-center bg-ground">
@@ -112,7 +121,7 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
           <p className="p-2 break-words text-bad">{item.problem}</p>
         ) : (
           <div className="relative inline-block">
-            <img src={`/api/${at}/thumbnail?v=${item.version}`} alt={item.caption ?? item.name} loading="lazy" className="block max-h-44 max-w-full" />
+            <img src={`/api/${at}/thumbnail?name=${encodeURIComponent(item.name)}&v=${item.version}`} alt={item.caption ?? item.name} loading="lazy" className="block max-h-44 max-w-full" />
             {item.crop && (
               <svg className="absolute inset-0 size-full" viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">
                 <rect x={item.crop[0]} y={item.crop[1]} width={item.crop[2]} height={item.crop[3]} fill="none" stroke="#fff" strokeWidth="3" vectorEffect="non-scaling-stroke" />
@@ -141,13 +150,13 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
             value={caption}
             placeholder="no caption file"
             aria-invalid={state === "conflict"}
-            onBlur={save}
+            onBlur={() => void save()}
             onChange={(event) => {
               setCaption(event.target.value);
               setState("not saved");
               unsaved.current = event.target.value;
               clearTimeout(timer.current);
-              timer.current = setTimeout(save, SAVE_AFTER);
+              timer.current = setTimeout(() => void save(), SAVE_AFTER);
             }}
           />
           <p className={cn("min-h-4 text-xs", state === "conflict" ? "text-bad" : "text-muted")}>{state === "conflict" ? "changed elsewhere" : state}</p>
@@ -169,7 +178,7 @@ function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
       .then((answer) => {
         setFound(apply ? null : answer);
         setUndo(answer.undo);
-        setSaid(`${answer.count} captions ${apply ? "were changed" : "would change"}.`);
+        setSaid(answer.problem || `${answer.count} captions ${apply ? "were changed" : "would change"}.`);
         if (apply) onDone();
       })
       .catch((problem: unknown) => setSaid(text(problem)));

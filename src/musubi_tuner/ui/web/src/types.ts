@@ -130,7 +130,6 @@ export interface OpenedSet {
 
 /** A picture of a data set. crop: left, top, width and height that are trained, as shares of the picture. */
 export interface Picture {
-  number: number;
   name: string;
   problem: string;
   size: [number, number] | null;
@@ -146,4 +145,5 @@ export interface Replaced {
   count: number;
   changes: { name: string; before: string; after: string }[];
   undo: number;
+  problem: string;
 }
