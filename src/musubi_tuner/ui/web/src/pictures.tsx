@@ -107,6 +107,7 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
       setState((before) => (before ? "saved" : before));
     } catch (problem) {
       const conflict = problem instanceof Failure && problem.status === 412;
+      if (conflict) unsaved.current = null; // it stays in the field, and would only meet the same file again
       setState(conflict ? "conflict" : "not saved");
       onSaid(conflict ? `${item.name}: its caption was changed elsewhere; copy what you typed and look again` : text(problem));
     } finally {
