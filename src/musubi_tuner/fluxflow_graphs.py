@@ -19,7 +19,7 @@ import numpy as np
 
 from musubi_tuner.config.command_line import Parser
 from musubi_tuner.errors import EXIT_OK, ConfigError, run_command
-from musubi_tuner.files import write_text
+from musubi_tuner.files import read_text, write_text
 from musubi_tuner.fluxflow_output import GRAPH, METRICS, lay_out
 from musubi_tuner.runner.steps import FILE as STEPS_FILE
 from musubi_tuner.stopping import exit_on_terminate
@@ -63,10 +63,12 @@ def _main(arguments: Sequence[str]) -> int:
     output = Path(options.output) if options.output else run
     if (run / STEPS_FILE).is_file() or (run / FILE).is_file():
         lay_out(run, output, states=options.training_states)
+        source = output / GRAPH
     elif options.training_states or not list((run / GRAPH).glob(f"{METRICS}*.jsonl")):
         raise ConfigError(f"{run}: holds no run: neither {STEPS_FILE} nor {FILE}, nor {GRAPH}/{METRICS}*.jsonl to draw")
-    source = output if (output / GRAPH).is_dir() else run
-    for path in draw_all(source / GRAPH, output / GRAPH):
+    else:
+        source = run / GRAPH
+    for path in draw_all(source, output / GRAPH):
         print(path)
     return EXIT_OK
 
@@ -94,7 +96,7 @@ def draw_all(source: Path, folder: Path) -> list[Path]:
 def read_published(path: Path) -> list[Row]:
     """Lines of published metrics, flat: ``step``, metrics by name, rates as ``lr/<role>``, ``clock`` with what else was measured."""
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, ConfigError).splitlines(), start=1):
         try:
             entry = json.loads(line)
             rates = {f"lr/{name.removesuffix('_lr')}": rate for name, rate in entry.get("learning_rates", {}).items()}

@@ -309,10 +309,35 @@ def _write_states(part: Part, output: Path) -> None:
     folder, values = found
     row = part.rows[-1] if part.rows else {"step": 0}
     content = published_state(
-        geometry_of(part.config), _rates(row, part), read_tensors(folder, "optimizer"), values["optimizer"],
-        read_tensors(folder, "ema"), part.config.ema.decay, int(values["step"]),
+        geometry_of(part.config), _groups(_rates(row, part), part), read_tensors(folder, "optimizer"), values["optimizer"],
+        read_tensors(folder, "ema"), _decay(part), int(values["step"]),
     )  # fmt: skip
     path = output / TENSORS
     if path.exists():
-        path.replace(output / f"{TENSORS}.bck")
+        replace_file(output / f"{TENSORS}.bck", lambda target: shutil.copyfile(path, target))
     replace_file(path, lambda target: torch.save(content, target))
+
+
+def _own(part: Part, role: str) -> RunConfig:
+    """The settings of a role; a flow alone has those of the run."""
+    return part.config.for_role(role) if role in part.config.spec.task(part.config).roles else part.config
+
+
+def _decay(part: Part) -> float:
+    """Of the average of the autoencoder."""
+    return _own(part, "vae").ema.decay
+
+
+def _groups(rates: Mapping[str, float], part: Part) -> dict[str, dict[str, Any]]:
+    """What the optimizer of every role is called with: its learning rate now, betas and so on."""
+    import torch
+
+    from musubi_tuner.training.optimizers import build_optimizer
+
+    found = {}
+    for role, rate in rates.items():
+        settings = _own(part, role).optimizer
+        (group, *_) = build_optimizer([("weight", torch.nn.Parameter(torch.zeros(1, 1)))], settings).param_groups
+        plain = {key: value for key, value in group.items() if value is None or isinstance(value, int | float | tuple)}
+        found[role] = {**plain, "lr": rate}
+    return found

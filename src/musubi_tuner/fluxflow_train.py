@@ -78,8 +78,8 @@ def _write(words: Sequence[str], made: list[str], extras: dict[str, bool]) -> in
             document[section] = {key: value for key, value in table.items() if key not in options}
     sections = [table for name in SECTIONS if isinstance(table := document.get(name), dict)]
     for name in EXTRAS:
-        extras[name] = any(bool(table.get(name)) for table in (options, document, *sections))
-        options.pop(name, None)
+        given = options.pop(name, None)
+        extras[name] = bool(given) if given is not None else any(bool(t.get(name)) for t in (document, *sections))
     imported = read_settings({**document, **options})
     if imported is None:
         raise ConfigError(

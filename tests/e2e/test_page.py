@@ -313,6 +313,9 @@ def test_a_run_is_started_watched_and_survives_the_server(page: Page) -> None:
     tab.get_by_text("running", exact=True).first.wait_for()
     tab.get_by_role("button", name="Stop").click()
     tab.get_by_text("stopped", exact=True).first.wait_for(timeout=120_000)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    again = [row["step"] for row in rows if "loss/total" in row]
+    assert again == list(range(1, len(again) + 1)) and len(again) >= len(steps)  # it went on where it had stopped
 
 
 def test_a_run_of_a_terminal_is_there(page: Page, server: ForkServer, tmp_path: Path) -> None:

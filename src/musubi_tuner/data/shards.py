@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +29,11 @@ class Sample:
     """One picture of a shard.
 
     Attributes:
-        name: shard and key, for messages. picture: the bytes of its file. caption: None = it has none.
+        name: shard and key, for messages. key: its name in the shard. picture: the bytes of its file. caption: None = it has none.
     """
 
     name: str
+    key: str
     picture: bytes
     caption: str | None
 
@@ -94,6 +96,17 @@ def _open(shard: str) -> IO[bytes]:
     return Path(shard).open("rb")
 
 
+def _errors_of_the_hub(shard: str) -> tuple[type[Exception], ...]:
+    """What its library raises beside OSError where a connection breaks."""
+    if not shard.startswith(HUB):
+        return ()
+    try:
+        from httpx import HTTPError
+    except ImportError:  # versions that do not use it
+        return ()
+    return (HTTPError,)
+
+
 def read_shard(shard: str, settings: StreamSettings, skip: int = 0) -> Iterator[Sample]:
     """The samples of a shard in their order; a broken connection is taken up again where it broke.
 
@@ -104,17 +117,27 @@ def read_shard(shard: str, settings: StreamSettings, skip: int = 0) -> Iterator[
         DataError: if it cannot be read to its end, or holds nothing of the kind.
     """
     tries, is_local = 0, "://" not in shard
+    broken: tuple[type[Exception], ...] = (
+        OSError,
+        tarfile.TarError,
+        EOFError,
+        HTTPException,
+        *_errors_of_the_hub(shard),
+    )
     while True:
         try:
             with closing(_open(shard)) as stream:
                 for sample in _samples(shard, stream, settings, skip):
                     skip, tries = skip + 1, 0
                     yield sample
+            if not skip:
+                raise DataError(f"{shard}: holds no samples")
             return
-        except (OSError, tarfile.TarError, EOFError) as problem:
+        except broken as problem:
             tries += 1
-            if is_local or tries > settings.shard_retries:
-                again = "" if is_local else f"; tried {tries} times (shard_retries)"
+            is_wrong = isinstance(problem, InvalidURL)
+            if is_wrong or is_local or tries > settings.shard_retries:
+                again = "" if is_wrong or is_local else f"; tried {tries} times (shard_retries)"
                 raise DataError(f"{shard}: cannot be read ({type(problem).__name__}: {problem}){again}") from problem
             time.sleep(settings.shard_retry_delay * 2 ** (tries - 1))
 
@@ -134,7 +157,10 @@ def _samples(shard: str, stream: IO[bytes], settings: StreamSettings, skip: int)
             continue
         data = sample.get(picture) if picture is not None else None
         yield Sample(
-            f"{shard}: {sample['__key__']}", data or b"", _caption(sample.get(settings.shard_label_key), settings)
+            f"{shard}: {sample['__key__']}",
+            sample["__key__"],
+            data or b"",
+            _caption(sample.get(settings.shard_label_key), settings),
         )
 
 

@@ -16,6 +16,7 @@ from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import Placement, Size
+from musubi_tuner.data.caption_files import WAY_OUT
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.images import Memory, open_image
 from musubi_tuner.data.pixels import PixelSource, Tokenize, to_pixels, view_of
@@ -96,15 +97,11 @@ class StreamSource(PixelSource):
     def first(self, count: int) -> list[Tensor]:
         """See `Source`: of the first shards, in their own order."""
         piles: dict[Size, list[Tensor]] = {}
-        for shard in self.shards:
-            for sample in read_shard(shard, self.settings):
-                found = self._picture(sample)
-                if isinstance(found, str):
-                    continue
-                pile = piles.setdefault(found.placement.bucket, [])
-                pile.append(found.pixels)
-                if len(pile) == count:
-                    return pile
+        for found in self._pictures(sample for shard in self.shards for sample in read_shard(shard, self.settings)):
+            pile = piles.setdefault(found.placement.bucket, [])
+            pile.append(found.pixels)
+            if len(pile) == count:
+                return pile
         return max(piles.values(), key=len, default=[])
 
     def read(self, batch: MicroBatch, epoch: int) -> Batch:
@@ -113,7 +110,7 @@ class StreamSource(PixelSource):
         number = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         key = f"{number}/{self.readers}"
         if self._feed is None:
-            self._feed = self._pictures(key, number)
+            self._feed = self._pictures(self._samples(key, number))
         while not (pile := self._full(len(batch))):
             picture = next(self._feed)
             self._piles.setdefault(picture.placement.bucket, []).append(picture)
@@ -130,10 +127,14 @@ class StreamSource(PixelSource):
         """A pile of at least so many; empty if there is none."""
         return next((pile for pile in self._piles.values() if len(pile) >= count), [])
 
-    def _pictures(self, key: str, number: int) -> Iterator[_Picture]:
-        """What can be trained of the samples; in `places`, how far they are read."""
+    def _pictures(self, samples: Iterator[Sample]) -> Iterator[_Picture]:
+        """What can be trained of the samples.
+
+        Raises:
+            DataError: after many in a row that cannot be, or for one without a caption where that is an error.
+        """
         bad, reason = 0, ""
-        for sample in self._samples(key, number):
+        for sample in samples:
             found = self._picture(sample)
             if not isinstance(found, str):
                 bad = 0
@@ -146,7 +147,7 @@ class StreamSource(PixelSource):
                 raise DataError(f"{self.dataset.name}: {bad} samples in a row cannot be trained; the last: {reason}")
 
     def _samples(self, key: str, number: int) -> Iterator[Sample]:
-        """The samples of this worker, pass after pass, shuffled a little."""
+        """The samples of this worker, pass after pass, shuffled a little; in `places`, how far they are read."""
         # With another number of readers everything begins anew, in another order.
         begun = max((place[0] for place in self._places.values()), default=-1) + 1
         turn, at, skip = self._places.get(key, (begun, 0, 0))
@@ -171,13 +172,18 @@ class StreamSource(PixelSource):
 
     def _picture(self, sample: Sample) -> _Picture | str:
         """A sample as it is trained, or why it cannot be."""
-        caption = sample.caption
-        if caption is None and self.dataset.missing_caption == "empty":
+        caption, missing = sample.caption or self.dataset.text.class_tokens or None, self.dataset.missing_caption
+        if caption is None and missing == "empty":
             caption = ""
-        elif caption is None and self.dataset.missing_caption == "stem":
-            caption = sample.name.rpartition("/")[2].replace("_", " ").replace("-", " ")
+        elif caption is None and missing == "stem":
+            caption = sample.key.rpartition("/")[2].replace("_", " ").replace("-", " ")
         if caption is None and self.tokenize is not None:
-            return f"{sample.name}: has no caption ({self.settings.shard_label_key}, {self.settings.shard_caption_key})"
+            reason = (
+                f"{sample.name}: has no caption ({self.settings.shard_label_key}, {self.settings.shard_caption_key})"
+            )
+            if missing == "error":
+                raise DataError(f"{reason}; set shard_label_key and shard_caption_key, or {WAY_OUT}")
+            return reason
         try:
             image = open_image(Memory(sample.picture, sample.name), self.dataset.alpha_background)
             placement = placement_of(image.size, self.dataset, self.selector)

@@ -112,12 +112,13 @@ class TaskOutline:
 
     Attributes:
         task: its roles have the modules that move. modules: all that compute, frozen ones too.
-        batch: (width and height, pictures) -> what a micro-batch holds.
+        batch: (width and height, pictures) -> what a micro-batch holds. step: of an update in which all losses act.
     """
 
     task: "Task"
     modules: "list[nn.Module]"
     batch: "Callable[[tuple[int, int], int], dict[str, Tensor]]"
+    step: int = 0
 
 
 @dataclass

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.device import choose_device
+from musubi_tuner.models.family import TaskOutline
 from musubi_tuner.optimizers import state_bytes
 from musubi_tuner.planning.estimate import Estimate
 from musubi_tuner.planning.fake_step import Alive, autocast_of, fill_with_nothing, norms_of_gpus
-from musubi_tuner.training.task import Position, Task, weighted_sum
+from musubi_tuner.training.task import Position, weighted_sum
 from musubi_tuner.units import Bytes
 
 
@@ -43,7 +44,7 @@ def estimate_task(config: RunConfig, bucket: tuple[int, int], batch_size: int) -
         weights = _weights(outline.modules)
         phases = [
             (
-                _held(config, outline.task, phase, trained, tensors),
+                _held(config, outline, phase, trained, tensors),
                 4 * sum(_values(moving[name]) for name in phase.roles if name in moving),
             )
             for phase in outline.task.phases
@@ -74,7 +75,7 @@ def _outline_of_role(name: str, module: nn.Module) -> Any:
 
 def _held(
     config: RunConfig,
-    task: Task,
+    outline: TaskOutline,
     phase: Any,
     trained: Mapping[str, Sequence[Tensor]],
     tensors: dict[str, Tensor],
@@ -85,11 +86,14 @@ def _held(
     batch = Batch(
         tensors, dict.fromkeys(tensors, every), [""] * count, tuple(range(count)), torch.zeros(count, dtype=torch.int64)
     )
-    at, update = Position(), SimpleNamespace(micro_batches=[SimpleNamespace(presentations=tuple(range(count)))])
+    at, update = (
+        Position(step=outline.step),
+        SimpleNamespace(micro_batches=[SimpleNamespace(presentations=tuple(range(count)))]),
+    )
     for name, weights in trained.items():
         for weight in weights:
             weight.requires_grad_(name in phase.roles)
-    draws = task.draws(batch, update, 0, at)  # type: ignore[arg-type]  # as much of an update as draws ask for
+    draws = outline.task.draws(batch, update, 0, at)  # type: ignore[arg-type]  # as much of an update as draws ask for
     alive = Alive()
     with alive:
         with autocast_of(config):

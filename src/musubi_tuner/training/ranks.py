@@ -88,12 +88,14 @@ class Ranks:
             torch.distributed.all_reduce(values)
 
     def joined(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The entries of all ranks."""
+        """The entries of all ranks; where several have one, the greatest, for a rank knows old entries of the others."""
         if self.count == 1:
             return dict(values)
         found: list[dict[str, Any]] = [{} for _ in range(self.count)]
         torch.distributed.all_gather_object(found, values, group=self._patient)
-        return {key: value for own in found for key, value in own.items()}
+        return {
+            key: max(own[key] for own in found if key in own) for key in {key: None for own in found for key in own}
+        }
 
     def least(self, value: int) -> int:
         """The smallest value that a rank has."""

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import yaml
 from PIL import Image
 
@@ -19,6 +21,7 @@ from musubi_tuner import fluxflow_train
 from musubi_tuner.config import load_config
 from musubi_tuner.config.__main__ import main
 from musubi_tuner.config.load import load_steps
+from musubi_tuner.config.write import dataset_toml
 from musubi_tuner.models.fluxflow.trainer_settings import URL, VGG, read_settings
 
 PIPELINE = """
@@ -175,7 +178,9 @@ def test_streams_and_an_empty_list_of_steps(convert: Convert, tmp_path: Path) ->
     )
     said = convert.said  # type: ignore[attr-defined]
     assert "No pipeline steps defined" in said and "is a secret and is not imported" in said
-    assert found["datasets"] == [{"shards": URL, "shard_image_key": "png", "shard_samples": 10_000}]
+    assert found["datasets"] == [
+        {"shards": URL, "shard_image_key": "png", "shard_samples": 10_000, "missing_caption": "skip"}
+    ]
     assert "hf_planted" not in said and not any("hf_planted" in path.read_text() for path in tmp_path.glob("run*"))
 
 
@@ -195,7 +200,7 @@ def test_the_data_set_of_a_step_is_a_stream_or_a_folder_with_its_own_batch_size(
     near, far = found["datasets"]
     assert near == {"name": "near", "image_directory": "images", "captions_file": "captions.txt"}
     assert far == {"name": "far", "shards": "hf://datasets/me/pictures/*.tar", "shard_image_key": "jpg", "shard_caption_key": "text",
-                   "epoch_samples": 500, "shard_samples": 1000}  # fmt: skip
+                   "epoch_samples": 500, "shard_samples": 1000, "missing_caption": "skip"}  # fmt: skip
     a, b, c = found["steps"]
     assert [step["use"] for step in (a, b, c)] == [["near"], ["far"], ["near"]]
     assert [step["train"]["loader_workers"] for step in (a, b, c)] == [2, 5, 2]
@@ -270,10 +275,11 @@ KEYS: dict[str, Any] = {
     "initial_clipping_norm": 0.5, "gan_training": True, "use_lpips": True, "train_spade": True, "train_diff": True, "train_diff_full": True,
     "kl_beta": 0.1, "kl_warmup_steps": 7, "kl_free_bits": 0.5, "lambda_adv": 0.9, "lambda_lpips": 0.2, "optim_sched_config": "lion.json",
     "output_path": "out2", "log_interval": 7, "checkpoint_save_interval": 7, "samples_per_checkpoint": 3, "no_samples": True, "use_ema": False,
+    "use_gradient_checkpointing": True,
 }  # fmt: skip
 """Settings of the published trainer that change what is trained, saved or shown, and values that are not its defaults."""
 SAID = {
-    "webdataset_token": "t", "reduced_min_sizes": [256], "use_gradient_checkpointing": True, "preserve_lr": True, "test_image_address": ["a.png"],
+    "webdataset_token": "t", "reduced_min_sizes": [256], "preserve_lr": True, "test_image_address": ["a.png"],
     "log_level": "DEBUG", "log_file": "x.log", "webdataset_size": 5, "model_type": "bezier", "adaptive_weights": True, "channels": 3,
 }  # fmt: skip
 """Settings that are reported instead: secrets, what this program does by itself, and what it cannot do."""
@@ -351,9 +357,27 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from leaves(inner, (*path, key))
 
 
+def test_recomputation_is_asked_of_the_steps_that_have_it() -> None:
+    steps = [{"name": "a", "n_epochs": 1, "train_vae": True}, {"name": "b", "n_epochs": 1, "train_diff": True}]
+    found = read_settings({"training": {"pipeline": {"steps": steps}, "use_gradient_checkpointing": True}})
+    assert found is not None and "memory" not in found.document
+    assert [step.get("memory") for step in found.document["steps"]] == [{"gradient_checkpointing": True}, None]
+    alone = read_settings({"data_path": "images", "train_diff": True, "use_gradient_checkpointing": True})
+    assert alone is not None and "memory" not in alone.document
+    assert any("a flow alone" in reason for _, reason in alone.report.dropped_harmless)
+
+
+def test_a_plateau_follows_what_falls() -> None:
+    for mode, refused in (("min", False), ("max", True)):
+        own = {"schedulers": {"vae": {"type": "ReduceLROnPlateau", "mode": mode}}}
+        found = read_settings({"data_path": "images", "train_vae": True, "training": own})
+        assert found is not None
+        assert any("mode" in source for source, _ in found.report.refused) == refused
+
+
 def test_no_wrong_value_anywhere_gives_a_traceback() -> None:
     """Each value in turn is something else; reading reports, and the result can be written."""
-    whole = yaml.safe_load(PIPELINE)
+    whole, written = yaml.safe_load(PIPELINE), 0
     for path in leaves(whole):
         for wrong in ("x", [], ["x"], {}, {"x": 1}, None, True, -1, float("nan")):
             document = copy.deepcopy(whole)
@@ -362,8 +386,14 @@ def test_no_wrong_value_anywhere_gives_a_traceback() -> None:
                 inner = inner[key]
             inner[path[-1]] = wrong
             imported = read_settings(document)
-            if imported is not None:
-                list(imported.report.diagnostics())
+            if imported is None or any(found.level == "error" for found in imported.report.diagnostics()):
+                continue
+            with suppress(TypeError):  # a value without TOML, which the command names
+                assert tomllib.loads(
+                    "\n".join([tomli_w.dumps(imported.document), *map(dataset_toml, imported.datasets)])
+                )
+                written += 1
+    assert written > 100
 
 
 def test_keys_that_would_do_nothing_are_reported(convert: Convert) -> None:

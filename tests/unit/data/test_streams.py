@@ -24,6 +24,7 @@ from musubi_tuner.data.shards import list_shards, read_shard
 from musubi_tuner.data.sources import scan
 from musubi_tuner.data.streams import BUFFER, StreamSource
 from musubi_tuner.errors import DataError
+from musubi_tuner.training.ranks import Ranks
 
 DEFAULTS: dict[str, Any] = {
     "resolution": 64, "enable_bucket": True, "bucket_no_upscale": False, "caption_extension": ".txt", "batch_size": 2, "num_repeats": 1,
@@ -117,6 +118,18 @@ def test_whole_shards_are_dealt_to_ranks_and_workers(tmp_path: Path, ranks: int,
     assert places == {"0/2": (0, 1, 4), "1/2": (0, 1, 4)}
 
 
+def test_a_rank_does_not_bring_back_old_places_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart every rank knows where all readers were, and only its own go on."""
+    ranks: Any = object.__new__(Ranks)
+    ranks.count, ranks._patient = 2, None
+
+    def gather(found: list[Any], own: Any, group: Any) -> None:
+        found[:] = [{"0/2": (0, 1, 4), "1/2": (0, 0, 1)}, {"0/2": (0, 0, 1), "1/2": (0, 1, 3)}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert ranks.joined({}) == {"0/2": (0, 1, 4), "1/2": (0, 1, 3)}
+
+
 def test_a_stream_goes_on_behind_what_was_read(tmp_path: Path) -> None:
     for number in range(2):
         shard(tmp_path / f"{number}.tar", 125 * number, 125)
@@ -154,7 +167,10 @@ def test_what_cannot_be_trained_is_left_out_and_said(tmp_path: Path, capsys: pyt
     bad = {"png": b"no picture", "json": b'{"prompt": "picture 4"}'}
     silent = {"png": picture(5), "json": b'{"prompt": " "}'}
     write_shard(tmp_path / "a.tar", {"0": good, "1": bad, "2": silent, "3": good})
-    source = source_of(dataset_of(shards=str(tmp_path / "a.tar"), epoch_samples=2))
+    with pytest.raises(DataError, match=r"a.tar: 2: has no caption .*missing_caption = .skip"):
+        source_of(dataset_of(shards=str(tmp_path / "a.tar"), epoch_samples=2)).first(4)
+    capsys.readouterr()
+    source = source_of(dataset_of(shards=str(tmp_path / "a.tar"), epoch_samples=2, missing_caption="skip"))
     assert seen(load_batches(source, planned(source), 0, 0)) == [3, 3]
     said = capsys.readouterr().out
     assert "a.tar: 1" in said or "a.tar: 2: has no caption" in said
@@ -162,6 +178,31 @@ def test_what_cannot_be_trained_is_left_out_and_said(tmp_path: Path, capsys: pyt
     source = source_of(dataset_of(shards=str(tmp_path / "b.tar"), epoch_samples=2))
     with pytest.raises(DataError, match=r"100 samples in a row cannot be trained; the last: .*b.tar: 0"):
         next(load_batches(source, planned(source), 0, 0))
+    write_shard(tmp_path / "c.tar", {})
+    with pytest.raises(DataError, match=r"c.tar: holds no samples"):
+        source_of(dataset_of(shards=str(tmp_path / "c.tar"), epoch_samples=2)).first(1)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"missing_caption": "stem"}, "wide view 1"),
+        ({"missing_caption": "empty"}, ""),
+        ({"class_tokens": "cat"}, "cat"),
+    ],
+)
+def test_what_stands_for_a_missing_caption(tmp_path: Path, own: dict[str, str], expected: str) -> None:
+    write_shard(tmp_path / "a.tar", {"wide_view-1": {"png": picture(1)}})
+    found: list[str] = []
+    dataset = dataset_of(shards=str(tmp_path / "a.tar"), epoch_samples=2, **own)
+
+    def tokens(captions: list[str]) -> dict[str, torch.Tensor]:
+        found.extend(captions)
+        return {"number": torch.zeros(len(captions))}
+
+    source = StreamSource(scan([dataset], "ff").items[0], dataset, 7, tokens, [dataset.text], architecture="ff")
+    next(iter(load_batches(source, planned(source), 0, 0)))
+    assert found == [expected] * 2
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,14 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, tmp_path: Path, recomputes: bool = False) -> Any:
+def config_of(name: str, tmp_path: Path, recomputes: bool = False, **objective: Any) -> Any:
     (tmp_path / "vae.safetensors").touch()
     tables = {
         "schema_version": 1,
         "run": {"name": "a", "output_dir": str(tmp_path / "out"), "device": "cpu"},
         "model": {"arch": "ff", "init": "scratch", "geometry": SHAPE, "bert_tokenizer": str(tmp_path), "text_max_tokens": 8,
                   "vgg_path": str(tmp_path / "vae.safetensors")},
-        "objective": TASKS[name],
+        "objective": {**TASKS[name], **objective},
         "general": {"resolution": 64, "batch_size": 2},
         "datasets": [{"image_directory": str(tmp_path)}],
         "train": {"max_steps": 1, "mixed_precision": "no"},
@@ -126,3 +126,14 @@ def test_the_plan_warns_in_the_words_of_the_family(tmp_path: Path) -> None:
     ]
     places = [warning.index(word) for word in order]
     assert places == sorted(places)
+
+
+def test_losses_that_begin_later_are_estimated_from_the_start(tmp_path: Path) -> None:
+    config, later = config_of("gan", tmp_path), config_of("gan", tmp_path, gan_start=5)
+    assert objective_of(later).gan_start == 5
+    assert estimate_task(later, (64, 64), 2) == estimate_task(config, (64, 64), 2)
+
+
+@pytest.mark.parametrize("name", ["gan", "all"])
+def test_recomputation_saves_memory(name: str, tmp_path: Path) -> None:
+    assert measured(config_of(name, tmp_path, True))[0] < 0.9 * measured(config_of(name, tmp_path))[0]

@@ -134,6 +134,13 @@ def test_the_weight_of_the_adversarial_loss_is_a_ratio_of_gradients() -> None:
     ratio = float(wanted["rest"].norm() / wanted["gen"].norm())
     assert task.remembered["gan_weight"] == pytest.approx(ratio, rel=1e-4) and ratio != pytest.approx(1.0, rel=0.1)
     assert phase.losses(batches[0], draws_of(task, batches[0]), AT)["gen"].weight == pytest.approx(0.5 * ratio)
+    model.zero_grad()
+    for batch in batches:
+        weighted_sum(phase.losses(batch, draws_of(task, batch), AT)).backward()
+    phase.end(lambda values: None)
+    assert task.remembered["gan_weight"] == pytest.approx(
+        ratio, rel=1e-4
+    )  # of the loss itself, whatever its weight was
 
 
 def test_a_new_autoencoder_is_dead_until_it_is_calibrated() -> None:

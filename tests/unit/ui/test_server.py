@@ -170,8 +170,9 @@ def test_no_path_leads_out_of_a_run(client: TestClient, tmp_path: Path) -> None:
         answer = client.get("/api/runs/run/picture", params={"path": path})
         assert answer.content in (b"picture",) or answer.status_code in (404, 422), path
         assert b"secret" not in answer.content or answer.status_code != 200
-    for name in ("../server.py", "..%2fserver.py", "%2e%2e/x", "a\\b", "index.html"):
-        assert client.get(f"/assets/{name}").status_code in (404, 200)
+    for name in ("a\\b", "index.html", "x" * 300):
+        assert client.get(f"/assets/{name}").status_code == 404
+    for name in ("../../server.py", "..%2f..%2fserver.py", "%2e%2e/%2e%2e/server.py"):
         assert b"def make_app" not in client.get(f"/assets/{name}").content
 
 

@@ -240,7 +240,9 @@ def outline_task(config: RunConfig, make_role: "Callable[[str, nn.Module], Any]"
             found["bert_mask"] = torch.ones(count, limit, dtype=torch.bool)
         return found
 
-    return TaskOutline(task, [model, *([perceptual] if perceptual else [])], batch)
+    start, interval = objective_of(config).gan_start, objective_of(config).r1_interval
+    step = -(-start // interval) * interval  # the discriminator's gradient penalty is not part of every update
+    return TaskOutline(task, [model, *([perceptual] if perceptual else [])], batch, step)
 
 
 def _perceives(config: RunConfig) -> bool:

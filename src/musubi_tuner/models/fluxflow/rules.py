@@ -124,7 +124,7 @@ def _adapters(config: "RunConfig") -> Iterator[Diagnostic]:
 
 
 IDLE = ("blocks_to_swap", "base_storage", "gradient_checkpointing", "checkpoint_every", "checkpoint_offload", "compile")
-"""Keys of [memory] that act on lists of blocks, which FluxFlow does not have."""
+"""Keys of [memory] that act on lists of blocks, which FluxFlow does not have; tasks of several roles recompute their convolutions."""
 
 
 @rule("F07", " ".join(f"memory.{name}" for name in IDLE))

@@ -31,6 +31,7 @@ SAME: dict[str, str] = {
     "workers": "train.loader_workers",
     "initial_clipping_norm": "train.max_grad_norm",
     "use_ema": "ema.enabled",
+    "use_gradient_checkpointing": "memory.gradient_checkpointing",
     "seed": "run.seed",
     "output_path": "run.output_dir",
     "log_interval": "log.every_steps",
@@ -53,7 +54,6 @@ HARMLESS = {
 CHANGING = {
     "adaptive_weights": "it makes lambda_adv act hardly at all and can turn the sign of the adversarial loss; weights are fixed here",
     "test_image_address": "reconstructions are those of pictures of the data (sample.reconstructions)",
-    "use_gradient_checkpointing": "is not there for FluxFlow; a smaller batch with accumulation saves memory too",
 }  # fmt: skip
 REFUSED = {
     "reduced_min_sizes": "several sizes of one folder are several [[datasets]] with a resolution and a cache_directory each",
@@ -177,6 +177,7 @@ class _Importer:
             self._drawings(self.tables)
         else:
             datasets = self._pipeline(pipeline, rate, components, datasets)
+        self._memory()
         if any(table.get("objective", {}).get("use_lpips") for table in (self.tables, *self.tables.get("steps", []))):
             self.tables["model"]["vgg_path"] = VGG
             self.report.defaulted.append(("model.vgg_path", VGG))
@@ -303,6 +304,18 @@ class _Importer:
                 own[name] = value
                 self.report.defaulted.append((ours, value))
 
+    def _memory(self) -> None:
+        """Recomputation in the runs and steps that have it, which is all but a flow alone."""
+        ours, kept = "memory.gradient_checkpointing", False
+        asked = self.tables.pop("memory", {}).get("gradient_checkpointing")
+        for tables in self.tables.get("steps") or [self.tables]:
+            own = tables.pop("memory", {}).get("gradient_checkpointing", asked)
+            objective = tables.get("objective", {})
+            if own and any(objective.get(mode) for mode in ("train_vae", "gan_training", "train_diff_full")):
+                tables["memory"], kept = {"gradient_checkpointing": own}, True
+        if not kept and ours in self.names:
+            self.report.leave_out(ours, "is off, or for a flow alone, which does not recompute")
+
     def _drawings(self, tables: dict[str, Any]) -> None:
         """Leave out what is drawn while an autoencoder trains, which shows reconstructions."""
         if not tables.get("objective", {}).get("train_vae"):
@@ -349,7 +362,12 @@ class _Importer:
         Args:
             where: in front of the keys. of_shard: pictures that a shard is taken to hold there.
         """
-        entry: dict[str, Any] = {"shards": URL, "shard_image_key": "png", "shard_samples": of_shard}
+        entry: dict[str, Any] = {
+            "shards": URL,
+            "shard_image_key": "png",
+            "shard_samples": of_shard,
+            "missing_caption": "skip",
+        }
         for name, value in own.items():
             key, ours = f"{where}{name}", STREAM[name]
             if value is None:
@@ -365,7 +383,7 @@ class _Importer:
             self.report.carried.append((key, f"datasets.{ours}", value))
         for ours in [
             ours
-            for ours in ("shards", "shard_image_key", "shard_samples")
+            for ours in ("shards", "shard_image_key", "shard_samples", "missing_caption")
             if ours not in {STREAM[name] for name in own}
         ]:
             self.report.defaulted.append((f"datasets.{ours}", entry[ours]))
@@ -505,9 +523,10 @@ class _Importer:
                 self.report.dropped_harmless.append((f"{source}.{key}", f"{kind} has no such key"))
             else:
                 self.report.unknown.append((f"{source}.{key}", did_you_mean(key, known)))
-        values = {
-            key: self._number(f"{source}.{key}", values[key], None) for key in known if key in values and key != "mode"
-        }
+        mode = values.pop("mode", "min")
+        if kind == "ReduceLROnPlateau" and mode != "min":
+            self.report.refused.append((f"{source}.mode", f'is {mode!r}; losses fall here, so it is "min"'))
+        values = {key: self._number(f"{source}.{key}", values[key], None) for key in known if key in values}
         values = {key: value for key, value in values.items() if value is not None}
         length, rule = int(values.get("total_iters", 0)), "the same curve"
         found: dict[str, Any]

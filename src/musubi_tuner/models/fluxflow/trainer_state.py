@@ -145,7 +145,7 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 def published_state(
     geometry: FluxFlowConfig,
-    rates: Mapping[str, float],
+    groups: Mapping[str, Mapping[str, Any]],
     optimizer: Mapping[str, Tensor],
     scalars: Mapping[str, Mapping[str, Any]],
     average: Mapping[str, Tensor],
@@ -155,11 +155,11 @@ def published_state(
     """The content of training_states.pt from a state of ours.
 
     Args:
-        rates: learning rate by role. optimizer, scalars: of the state, by our names. average: its averaged weights; empty = none.
+        groups: what the optimizer of a role is called with, its learning rate now among it. optimizer, scalars: of the state, by our names. average: its averaged weights; empty = none.
         decay: of the average. step: updates done.
     """
     optimizers, schedulers = {}, {}
-    for role, rate in rates.items():
+    for role, group in groups.items():
         names = parameter_names(geometry, role)
         state: dict[int, dict[str, Any]] = {}
         for number, name in enumerate(names):
@@ -167,8 +167,8 @@ def published_state(
             own |= scalars.get(name, {})
             if own:
                 state[number] = own
-        optimizers[role] = {"state": state, "param_groups": [{"lr": rate, "params": list(range(len(names)))}]}
-        schedulers[role] = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
+        optimizers[role] = {"state": state, "param_groups": [{**group, "params": list(range(len(names)))}]}
+        schedulers[role] = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [group["lr"]]}
     found: dict[str, Any] = {"optimizers": optimizers, "schedulers": schedulers}
     shadow = {
         f"{SHADOW[part]}{key.removeprefix(OUR_PREFIX[part])}": tensor.clone()
