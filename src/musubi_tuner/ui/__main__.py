@@ -5,10 +5,12 @@ whoever knows the address can start runs as you, so use a tunnel where you can.
 """
 
 import argparse
+import errno
 import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from musubi_tuner.config.command_line import Parser
@@ -18,7 +20,9 @@ from musubi_tuner.ui.security import Guard
 
 PORT = 7860
 LOCAL = ("127.0.0.1", "::1", "localhost")
+EVERY = ("0.0.0.0", "::")
 TRIES = 20
+LAST_PORT = 65_535
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,9 +56,7 @@ def _main(arguments: Sequence[str]) -> int:
     if port != options.port:
         print(f"note: port {options.port} is taken; using {port}")
     token = read_token(Path(options.token_file) if options.token_file else user_state_folder() / "ui-token")
-    names = {options.host, *(LOCAL if options.host in LOCAL else ())}
-    hosts = frozenset(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names)
-    guard = Guard(token, hosts, f"musubi_ui_{port}")
+    guard = Guard(token, hosts_of(options.host, port), f"musubi_ui_{port}")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     if options.host not in LOCAL:
         print(
@@ -82,20 +84,40 @@ def _main(arguments: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def hosts_of(host: str, port: int) -> frozenset[str]:
+    """Host headers of requests to a server that listens at an address: its own, or all of this machine where it listens at all."""
+    names = {host.lower()}
+    if host in LOCAL or host in EVERY:
+        names |= set(LOCAL)
+    if host in EVERY:
+        own = socket.gethostname()
+        names |= {own.lower(), socket.getfqdn().lower()}
+        with suppress(OSError):
+            names |= {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(own, None)}
+    shown = {f"[{name}]" if ":" in name else name for name in names}
+    return frozenset({f"{name}:{port}" for name in shown} | (shown if port == 80 else set()))
+
+
 def free_port(host: str, wanted: int) -> int:
     """The port, or the next one that nobody listens at.
 
     Raises:
-        ConfigError: if none is free.
+        ConfigError: if none is free, or the address is not one of this machine.
     """
+    if not 0 < wanted <= LAST_PORT - TRIES:
+        raise ConfigError(f"--port {wanted}: expected 1 to {LAST_PORT - TRIES}")
     for port in range(wanted, wanted + TRIES):
         kind = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
-            except OSError:
-                continue
+            except OSError as problem:
+                if problem.errno == errno.EADDRINUSE:
+                    continue
+                raise ConfigError(
+                    f"--host {host} --port {port}: cannot be listened at ({problem.strerror})"
+                ) from problem
             return port
     raise ConfigError(f"--port {wanted}: it and the {TRIES - 1} after it are taken at {host}")
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import secrets
+import threading
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,17 @@ def explain(name: str) -> str:
 
 
 def to_toml(document: dict[str, Any]) -> str:
-    """The text of a run file."""
-    return tomli_w.dumps(document)
+    """The text of a run file.
+
+    Raises:
+        ConfigError: for a value that has no TOML, such as null.
+    """
+    try:
+        return tomli_w.dumps(document)
+    except (TypeError, ValueError, AttributeError, RecursionError) as problem:
+        raise ConfigError(
+            f"the run file holds a value that cannot be written as TOML ({problem}); remove it"
+        ) from problem
 
 
 def from_toml(text: str) -> dict[str, Any]:
@@ -88,7 +99,7 @@ def from_toml(text: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ConfigError(f"not valid TOML: {problem}") from problem
 
 
@@ -102,6 +113,7 @@ class Configs:
 
     folder: Path
     templates: Path
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def names(self) -> dict[str, list[str]]:
         """Saved configs and templates."""
@@ -147,13 +159,14 @@ class Configs:
         Raises:
             Conflict: if something else is there.
         """
-        path = self.path(name)
-        there = tag_of(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if there != expected:
-            raise Conflict(there)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-        return tag_of(text)
+        path, tag = self.path(name), tag_of(text)
+        with self._one_at_a_time:
+            there = tag_of(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if there != expected:
+                raise Conflict(there)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        return tag
 
     def remove(self, name: str) -> None:
         """Remove a saved config.
@@ -190,7 +203,7 @@ def import_text(text: str, name: str, folder: Path) -> dict[str, Any]:
         ConfigError: if it is no config that is known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"import-{tag_of(text)}{Path(name).suffix or '.toml'}"
+    path = folder / f"import-{secrets.token_hex(8)}{Path(name).suffix or '.toml'}"
     try:
         path.write_text(text, encoding="utf-8")
         found = read_foreign(path)

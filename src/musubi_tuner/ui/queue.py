@@ -1,4 +1,4 @@
-"""Run files that wait for their turn: one runs at a time, in the order of their numbers. Torch-free.
+"""Run files that wait for their turn: one runs at a time, in an order that can be changed. Torch-free.
 
 Each is a file of its own in the queue's folder, so a restart of the server loses nothing; an edit of the config after it was queued changes nothing.
 """
@@ -25,12 +25,13 @@ class Entry:
     """One run file of the queue.
 
     Attributes:
-        number: of its place. name: of the run. state: waiting, started or ended. run: id of the run that it became.
+        number: its own. place: in the order. name: of the run. state: waiting, started or ended. run: id of the run that it became.
         folder: of that run. since: when the state changed. reason: why it could not be started, or how its run ended.
     """
 
     number: int
     name: str
+    place: int = 0
     state: str = WAITING
     run: str | None = None
     folder: str = ""
@@ -55,10 +56,12 @@ class Queue:
         found = []
         for path in self.folder.glob("*.json"):
             try:
-                found.append(Entry(**read_json(path)))
-            except (OSError, ValueError, TypeError):
+                entry = Entry(**read_json(path))
+            except (OSError, UserError, TypeError):
                 continue  # not ours
-        return sorted(found, key=lambda entry: entry.number)
+            if isinstance(entry.number, int) and isinstance(entry.place, int):
+                found.append(entry)
+        return sorted(found, key=lambda entry: (entry.place, entry.number))
 
     def text_of(self, number: int) -> Path:
         """Where the run file of an entry lies."""
@@ -73,9 +76,11 @@ class Queue:
         config = load_document(from_toml(text))
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._one_at_a_time:
-            number = max((entry.number for entry in self.entries()), default=0) + 1
+            there = self.entries()
+            number = max((entry.number for entry in there), default=0) + 1
+            place = max((entry.place for entry in there), default=0) + 1
             write_text(self.text_of(number), text)
-            entry = Entry(number, config.run.name, since=time.time())
+            entry = Entry(number, config.run.name, place, since=time.time())
             self._write(entry)
         return entry
 
@@ -106,11 +111,9 @@ class Queue:
             if not 0 <= place < len(waiting):
                 return
             one, two = self._entry(number), self._entry(waiting[place])
-            texts = [self.text_of(each.number).read_text(encoding="utf-8") for each in (one, two)]
-            for entry, other, text in ((one, two.number, texts[0]), (two, one.number, texts[1])):
-                entry.number = other
-                write_text(self.text_of(other), text)
-                self._write(entry)
+            one.place, two.place = two.place, one.place
+            self._write(one)
+            self._write(two)
 
     def turn(self) -> None:
         """See how the run is that was started, and start the next one where none runs."""

@@ -46,7 +46,8 @@ def places() -> list[Place]:
         folder = Path(str(values.get("folder", "")))
         if values and (folder / RUN_FILE).is_file():
             place = Place(pointer.stem, folder, Path(str(values.get("config", ""))))
-            found.append((float(values.get("started") or 0), place))
+            started = values.get("started")
+            found.append((float(started) if isinstance(started, int | float) else 0.0, place))
     return [place for _, place in sorted(found, key=lambda each: -each[0])]
 
 
@@ -68,7 +69,7 @@ def is_alive(pid: Any, started: Any) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass  # another user's

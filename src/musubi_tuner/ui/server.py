@@ -10,19 +10,20 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from musubi_tuner import __version__
 from musubi_tuner.config import load_document
 from musubi_tuner.errors import ConfigError, UserError
-from musubi_tuner.files import write_text
+from musubi_tuner.files import folder_lock, write_text
 from musubi_tuner.ui import configs, form, preview, runs
 from musubi_tuner.ui.configs import Configs, Conflict
 from musubi_tuner.ui.pictures import Pictures
@@ -139,6 +140,14 @@ def make_app(guard: Guard, project: Path) -> FastAPI:
         assert isinstance(problem, OSError)
         return failure(422, "files", f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
 
+    @app.exception_handler(UnicodeError)
+    async def of_text(request: Request, problem: Exception) -> JSONResponse:
+        return failure(422, "text", f"the text, or a file that it would replace, is not UTF-8 ({problem})")
+
+    @app.exception_handler(RequestValidationError)
+    async def of_request(request: Request, problem: Exception) -> JSONResponse:
+        return failure(422, "request", f"the request is not what this route takes: {problem}")
+
     @app.exception_handler(Conflict)
     async def of_conflict(request: Request, problem: Exception) -> JSONResponse:
         return failure(412, "conflict", str(problem), tag=problem.tag if isinstance(problem, Conflict) else None)
@@ -159,7 +168,8 @@ def _refused(guard: Guard, request: Request) -> JSONResponse | None:
     if changes:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return failure(415, "content_type", "send JSON")
-        if int(request.headers.get("content-length") or MOST_BODY + 1) > MOST_BODY:
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > MOST_BODY:
             return failure(413, "too_large", f"send at most {MOST_BODY} bytes, and say how many")
     if not path.startswith("/api/") or path in OPEN:
         return None
@@ -172,13 +182,25 @@ def _refused(guard: Guard, request: Request) -> JSONResponse | None:
 
 
 async def _turns(queue: Queue) -> None:
-    """Give the queue its turn, for ever."""
-    while True:
-        try:
-            await asyncio.to_thread(queue.turn)
-        except (UserError, OSError, ValueError) as problem:
-            print(f"warning: the queue: {problem}", flush=True)
-        await asyncio.sleep(QUEUE_EVERY)
+    """Give the queue its turn, for ever; of several servers of a project one does."""
+    with ExitStack() as held:
+        is_ours = False
+        while True:
+            try:
+                if not is_ours and queue.folder.is_dir():
+                    held.enter_context(folder_lock(queue.folder, _Busy))
+                    is_ours = True
+                if is_ours:
+                    await asyncio.to_thread(queue.turn)
+            except _Busy:
+                pass
+            except (UserError, OSError, ValueError) as problem:
+                print(f"warning: the queue: {problem}", flush=True)
+            await asyncio.sleep(QUEUE_EVERY)
+
+
+class _Busy(Exception):
+    """Another server holds the queue."""
 
 
 def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRouter:

@@ -1,9 +1,11 @@
 """The page's server: who may talk to it, what it answers, and that a run does not need it."""
 
+import asyncio
 import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -24,11 +26,12 @@ from PIL import Image
 
 from musubi_tuner.config.fields import TABS
 from musubi_tuner.config.schema import item_parameters, parameters
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.ui import form, runs
-from musubi_tuner.ui.__main__ import free_port, read_token
+from musubi_tuner.ui.__main__ import free_port, hosts_of, read_token
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
-from musubi_tuner.ui.server import make_app
+from musubi_tuner.ui.server import _turns, make_app
 
 HOST = "127.0.0.1:7860"
 TOKEN = "a-token-that-nobody-guesses-0123456789"
@@ -373,13 +376,15 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
         assert client.post("/api/queue", json={"text": flow_config(tmp_path, name)}).status_code == 201
     assert client.post("/api/queue", json={"text": RUN}).status_code == 422
     assert client.post("/api/queue/3/up", json={}).status_code == 200  # c, a, b
-    assert client.post("/api/queue/2/up", json={}).status_code == 200  # a, c, b
-    assert client.post("/api/queue/3/up", json={}).status_code == 200  # a, b, c
+    assert client.post("/api/queue/3/up", json={}).status_code == 200  # a, c, b
+    assert client.post("/api/queue/2/up", json={}).status_code == 200  # a, b, c
+    (queue.folder / "00009.json").write_text('{"number": "9", "name": "of somebody"}')
+    (queue.folder / "00010.json").write_text("{")
     assert [entry["name"] for entry in client.get("/api/queue").json()] == ["a", "b", "c"]
     queue.turn()
     queue.turn()
     assert started == ["a"]
-    assert client.request("DELETE", "/api/queue/1", content="{}", headers=JSON).status_code == 422
+    assert client.request("DELETE", "/api/queue/3", content="{}", headers=JSON).status_code == 422
     (tmp_path / "out-a" / "exit.json").write_text('{"reason": "finished", "code": 0}')
     queue.turn()
     Queue(queue.folder, tmp_path).turn()  # as after a restart of the server
@@ -468,6 +473,54 @@ def test_the_token_is_the_owners_alone_and_a_taken_port_gives_the_next(tmp_path:
         taken.listen()
         port = taken.getsockname()[1]
         assert free_port("127.0.0.1", port) > port
+
+
+def test_a_server_for_other_machines_knows_its_names_and_wrong_addresses_are_named() -> None:
+    assert hosts_of("127.0.0.1", 7860) == {"127.0.0.1:7860", "[::1]:7860", "localhost:7860"}
+    assert f"{socket.gethostname().lower()}:7860" in hosts_of("0.0.0.0", 7860)
+    assert {"box:80", "box"} == hosts_of("Box", 80)
+    for port in (0, 70_000):
+        with pytest.raises(ConfigError, match=r"--port"):
+            free_port("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"--host 203.0.113.1"):
+        free_port("203.0.113.1", 7860)  # of no machine
+
+
+def test_requests_that_make_no_sense_are_answered_in_our_words(client: TestClient, tmp_path: Path) -> None:
+    def error(method: str, path: str, content: str | bytes, **more: str) -> str:
+        answer = client.request(method, path, content=content, headers={**JSON, **more})
+        assert 400 <= answer.status_code < 500, answer.text
+        return str(answer.json()["error"]["message"])
+
+    assert "TOML" in error("POST", "/api/config/toml", '{"document": {"run": null}}')
+    assert "not valid TOML" in error("POST", "/api/config/parse", json.dumps({"text": "a = " + "9" * 5000}))
+    assert "not valid TOML" in error("POST", "/api/config/parse", json.dumps({"text": "a = " + "[" * 5000}))
+    assert "what this route takes" in error("POST", "/api/config/parse", "{}")
+    assert "how many" in error("POST", "/api/config/parse", "{}", **{"Content-Length": "abc"})
+    assert "UTF-8" in error("PUT", "/api/configs/a", '{"text": "# \\ud800"}')
+    assert not (tmp_path / "data" / "configs" / "a.toml").exists()
+    (tmp_path / "data" / "configs").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "data" / "configs" / "b.toml").write_bytes(b"# K\xe4fer")
+    assert client.get("/api/configs/b").status_code == 422
+    assert client.post("/api/session", content='{"token": "\\ud800"}', headers=JSON).status_code == 401
+
+
+def test_one_server_of_a_project_has_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    monkeypatch.setattr("musubi_tuner.ui.server.QUEUE_EVERY", 0.01)
+
+    async def both() -> None:
+        queues = [Queue(tmp_path, tmp_path) for _ in range(2)]
+        for name, queue in zip("ab", queues, strict=True):
+            monkeypatch.setattr(queue, "turn", lambda name=name: turns.append(name))
+        tasks = [asyncio.create_task(_turns(queue)) for queue in queues]
+        await asyncio.sleep(0.3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(both())
+    assert len(turns) > 2 and len(set(turns)) == 1
 
 
 def test_the_page_knows_the_fields_of_the_server() -> None:

@@ -274,7 +274,7 @@ export function Configure({ schema, given, onStarted }: { schema: Schema; given:
             <Tabs.Content key={each.name} value={idOf(each.name)} className="grid min-w-0 grid-cols-1 gap-4">
               {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
               {each.name === "learning rate" && preview && <Rates preview={preview} />}
-              {each.name === "dataset" && <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} />}
+              {each.name === "dataset" && <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} onFix={fix} />}
               {each.name === "dataset" && <Pictures document={document} disabled={!checked || errors.length > 0} />}
               {groups(schema.fields.filter((field) => field.tab === each.name && isShown(field))).map(([table, fields]) => (
                 <Card key={table} title={<code className="text-sm">[{table || "file"}]</code>}>
@@ -600,7 +600,7 @@ function Rates({ preview }: { preview: Preview }) {
 }
 
 /** The list of data sets: each with the keys that are its own. */
-function Datasets(props: { schema: Schema; document: Document; findings: Finding[]; onChange: (document: Document) => void }) {
+function Datasets(props: { schema: Schema; document: Document; findings: Finding[]; onChange: (document: Document) => void; onFix: (finding: Finding) => void }) {
   const own = props.schema.fields.filter((field) => field.table === "datasets");
   const entries = datasetsOf(props.document);
   const usual = ["image_directory", "captions_file", "cache_directory", "name"];
@@ -634,7 +634,7 @@ function Datasets(props: { schema: Schema; document: Document; findings: Finding
                       idle={false}
                       findings={props.findings.filter((finding) => finding.keys[0] === key)}
                       onChange={(value) => put(entries.map((other, place) => (place === number ? clean({ ...other, [name]: value }) : other)))}
-                      onFix={() => undefined}
+                      onFix={props.onFix}
                     />
                   );
                 })}

@@ -9,6 +9,13 @@ const field = (key: string, more: Partial<FormField> = {}): FormField => ({
 });
 
 describe("a document", () => {
+  it("has settings of its data sets by their place", () => {
+    const before = { datasets: [{ name: "a" }, { name: "b", keep_tokens: 1 }] };
+    expect(withValue(before, "datasets[1].keep_tokens", 2)).toEqual({ datasets: [{ name: "a" }, { name: "b", keep_tokens: 2 }] });
+    expect(withValue(before, "datasets[1].keep_tokens", undefined)).toEqual({ datasets: [{ name: "a" }, { name: "b" }] });
+    expect(parsed(field("a.b", { kind: "value" }), "null")).toBeUndefined();
+  });
+
   it("is changed without changing the old one, and loses empty tables", () => {
     const before = { run: { name: "a" } };
     const after = withValue(before, "optimizer.lr", 1e-4);

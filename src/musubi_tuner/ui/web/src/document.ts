@@ -13,6 +13,11 @@ export function valueAt(document: Document, key: string): unknown {
 /** The document with a key set; without it where the value is undefined. Empty tables go. */
 export function withValue(document: Document, key: string, value: unknown): Document {
   const [table, name] = split(key);
+  const entry = /^datasets\[(\d+)\]$/.exec(table);
+  if (entry) {
+    const place = Number(entry[1]);
+    return put(document, "datasets", datasetsOf(document).map((each, number) => (number === place ? put(each, name, value) : each)));
+  }
   if (!table) return put(document, name, value);
   const found = document[table];
   const changed = put(isTable(found) ? found : {}, name, value);
@@ -52,7 +57,7 @@ export function parsed(field: FormField, text: string): unknown {
   }
   if (field.kind === "value") {
     try {
-      return JSON.parse(trimmed);
+      return JSON.parse(trimmed) ?? undefined;
     } catch {
       return trimmed;
     }
