@@ -1,4 +1,4 @@
-"""What FluxFlow's demo owes to what: its autoencoder with one thing changed at a time, and its flow.
+"""What each choice of FluxFlow's demo contributes: its autoencoder with one thing changed at a time, and its flow.
 
     python benchmarks/run.py fluxflow_demo
     python benchmarks/run.py fluxflow_demo --only vae --updates 1800

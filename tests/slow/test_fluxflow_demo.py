@@ -1,4 +1,4 @@
-"""FluxFlow's demo with three seeds; about six minutes a seed on one thread."""
+"""FluxFlow's demo with three seeds; seven to ten minutes a seed on one thread."""
 
 import json
 import subprocess
