@@ -1,7 +1,7 @@
 """The record of a run for other programs, and requests to it. Torch-free.
 
-    run.json            id, pid, start, phase, done and total of it, step and steps, loss, seconds left; at most once a second.
-                        In a file of several steps the phase begins with the step
+    run.json            id, name, pid, start, directory (of its relative paths), phase, done and total of it, step and steps, loss,
+                        seconds left; at most once a second. In a file of several steps the phase begins with the step
     exit.json           how this start ended: code, signal, reason (finished, stopped, failed), last step, message
     logs/console.log    what it printed, without the intermediate states of progress bars
     control/            a file named stop, save or sample is a request, taken between two updates
@@ -107,11 +107,11 @@ def take_requests(folder: Path) -> set[str]:
     return found
 
 
-def begin(folder: Path, config: Path) -> Recorder:
+def begin(folder: Path, config: Path, name: str) -> Recorder:
     """Begin the record of a start; requests that came before it are dropped.
 
     Args:
-        folder: of the run, which this process has locked. config: its run file.
+        folder: of the run, which this process has locked. config: its run file. name: of the run.
     """
     global _recorder
     before = read_values(folder / RUN_FILE)
@@ -123,7 +123,15 @@ def begin(folder: Path, config: Path) -> Recorder:
     now = round(time.time(), 3)
     _recorder = Recorder(
         folder,
-        {"id": identity, "pid": os.getpid(), "host": platform.node(), "config": str(config.absolute()), "started": now},
+        {
+            "id": identity,
+            "name": name,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "config": str(config.absolute()),
+            "directory": str(Path.cwd()),
+            "started": now,
+        },
     )
     _recorder.write()  # what an earlier start told is no longer true
     os.environ[_VARIABLE] = str(folder.absolute())

@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MUSUBI_STATE_HOME", str(tmp_path / "state"))
     run = tmp_path / "out"
     run.mkdir()
-    begin(run, tmp_path / "run.toml")
+    begin(run, tmp_path / "run.toml", "run")
     yield run
     end(0, run_record.FINISHED)
 
@@ -52,7 +52,7 @@ def test_a_run_keeps_its_id_and_a_pointer_finds_its_folder(folder: Path, tmp_pat
     first = read(folder / "run.json")["id"]
     end(1, run_record.FAILED, message="no")
     assert read(folder / "exit.json")["message"] == "no"
-    begin(folder, tmp_path / "run.toml")
+    begin(folder, tmp_path / "run.toml", "run")
     assert not (folder / "exit.json").exists()
     tell(phase="plan")
     assert read(folder / "run.json")["id"] == first
@@ -87,7 +87,7 @@ def test_nothing_is_told_outside_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_requests_are_taken_once_and_those_before_the_start_are_dropped(folder: Path, tmp_path: Path) -> None:
     (folder / "control" / "stop").touch()
-    begin(folder, tmp_path / "run.toml")
+    begin(folder, tmp_path / "run.toml", "run")
     current = recorder()
     assert current is not None and current.requests() == set()
     for name in ("save", "sample", "other"):
@@ -147,20 +147,22 @@ def test_exit_json_says_how_a_start_ended(
 
     from musubi_tuner.runner.command import run_recorded
 
-    config: Any = SimpleNamespace(output_dir=tmp_path / "out", path=tmp_path / "run.toml")
+    config: Any = SimpleNamespace(
+        output_dir=tmp_path / "out", path=tmp_path / "run.toml", run=SimpleNamespace(name="run")
+    )
 
     def body(can_write: bool) -> int:
         assert can_write
         with pytest.raises(ConfigError, match=r"process .* is training here"):
-            run_recorded(config.output_dir, config.path, lambda _: 0)  # a second start
+            run_recorded(config.output_dir, config, lambda _: 0)  # a second start
         if isinstance(outcome, BaseException):
             raise outcome
         return int(outcome)
 
     if isinstance(outcome, BaseException):
         with pytest.raises(type(outcome)):
-            run_recorded(config.output_dir, config.path, body)
+            run_recorded(config.output_dir, config, body)
     else:
-        assert run_recorded(config.output_dir, config.path, body) == code
+        assert run_recorded(config.output_dir, config, body) == code
     found = read(tmp_path / "out" / "exit.json")
     assert [found[key] for key in ("code", "reason", "signal", "message")] == [code, reason, signum, message]

@@ -50,6 +50,8 @@ DATA_TABLES = ("general", "datasets")
 Overrides = Mapping[str, Any]
 
 
+DOCUMENT = Path("document")
+"""Stands for the file of a document that has none."""
 STEP = "step"
 """Key of the overrides that names a step."""
 
@@ -63,17 +65,22 @@ def load_steps(path: str | Path, overrides: Overrides | None = None) -> list[Run
     Raises:
         ConfigError: listing all errors of all steps.
     """
+    return _load_steps(Path(path), read_toml(Path(path)), overrides or {})
+
+
+def _load_steps(path: Path, document: dict[str, Any], overrides: Overrides) -> list[RunConfig]:
+    """See `load_steps`."""
     problems: list[Diagnostic] = []
-    document = read_toml(Path(path))
+    written = copy.deepcopy(document)
     if is_typed(document):
         _translate(document, [])  # problems with names are reported step by step
-    steps, _ = _read_steps(document, _own_names(overrides or {}, document), problems)
+    steps, _ = _read_steps(document, _own_names(overrides, document), problems)
     if problems:
         raise InvalidConfig(str(path), problems)
     configs, wrong, refusals = [], dict[str, None](), list[Diagnostic]()
     for step in steps:
         try:
-            configs.append(load_config(path, {**(overrides or {}), STEP: step.name}))
+            configs.append(_load(path, copy.deepcopy(written), {**overrides, STEP: step.name}))
         except ConfigError as refused:
             wrong[str(refused)] = None
             findings = refused.findings if isinstance(refused, InvalidConfig) else []
@@ -123,7 +130,16 @@ def load_document(document: Mapping[str, Any], overrides: Overrides | None = Non
     Raises:
         ConfigError: listing all errors.
     """
-    return _load(Path("document"), copy.deepcopy(dict(document)), overrides)
+    return _load(DOCUMENT, copy.deepcopy(dict(document)), overrides)
+
+
+def load_documents(document: Mapping[str, Any]) -> list[RunConfig]:
+    """The runs of a document that is already parsed: one for each of its steps, or the only one.
+
+    Raises:
+        ConfigError: listing all errors.
+    """
+    return _load_steps(DOCUMENT, copy.deepcopy(dict(document)), {}) or [load_document(document)]
 
 
 def _load(path: Path, document: dict[str, Any], overrides: Overrides | None) -> RunConfig:

@@ -46,7 +46,7 @@ class Metrics:
         self.trackers = list(trackers)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True)
         self._mark = time.perf_counter()
-        self._images = 0
+        self._images, self._begun = 0, round(time.time(), 3)
         self._step = self._done = step  # the bar counts only where it is shown
         self.step_seconds = 0.0
 
@@ -79,6 +79,7 @@ class Metrics:
             "step_seconds": round(step_seconds, 4),
             "seconds_left": round(left, 1),
             "wall": round(time.time(), 3),
+            "start": self._begun,
         }
         if peak_gib is not None:
             clock["peak_gib"] = round(peak_gib, 3)

@@ -6,6 +6,7 @@ whoever knows the address can start runs as you, so use a tunnel where you can.
 
 import argparse
 import errno
+import json
 import secrets
 import socket
 import sys
@@ -39,6 +40,12 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--project", metavar="FOLDER", default=".", help="folder with toml/ and data/ (default: this one)"
     )
+    parser.add_argument(
+        "--root", metavar="FOLDER", action="append", default=[], help="another folder whose files may be chosen"
+    )
+    parser.add_argument(
+        "--types", action="store_true", help="print the types of requests and answers, as OpenAPI, and end"
+    )
     parser.add_argument("--token_file", metavar="FILE", help="file that holds the token; made if it is not there")
     options = parser.parse_args(arguments)
     try:
@@ -52,6 +59,14 @@ def _main(arguments: Sequence[str]) -> int:
     project = Path(options.project).absolute()
     if not project.is_dir():
         raise ConfigError(f"--project {project}: no such folder")
+    roots = tuple(Path(root).absolute() for root in options.root)
+    for root in roots:
+        if not root.is_dir():
+            raise ConfigError(f"--root {root}: no such folder")
+    if options.types:
+        described = make_app(Guard("", frozenset(), ""), project).openapi()
+        print(json.dumps({**described, "paths": {}}, indent=1, sort_keys=True))
+        return EXIT_OK
     port = free_port(options.host, options.port)
     if port != options.port:
         print(f"note: port {options.port} is taken; using {port}")
@@ -73,7 +88,7 @@ def _main(arguments: Sequence[str]) -> int:
 
     Server(
         uvicorn.Config(
-            make_app(guard, project),
+            make_app(guard, project, roots),
             host=options.host,
             port=port,
             log_level="warning",

@@ -6,67 +6,177 @@ import re
 import secrets
 import threading
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from musubi_tuner.config import load_document
+from musubi_tuner.config import RunConfig, load_document, load_documents
 from musubi_tuner.config.diagnostics import Diagnostic, InvalidConfig
 from musubi_tuner.config.explain_key import explain_key
+from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.importers.read import read_foreign
+from musubi_tuner.config.load import STEP
+from musubi_tuner.config.pipeline import TABLE
 from musubi_tuner.config.rules.effect import idle
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import write_text
+from musubi_tuner.ui.answers import Difference, Finding, Names, NotThere, Resolved
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
 """Of a saved config."""
 SUFFIX = ".toml"
 
 
-def as_data(found: Diagnostic) -> dict[str, Any]:
-    """A finding as JSON."""
-    return {"code": found.code, "level": found.level, "keys": list(found.keys), "reason": found.reason,
-            "fix": [[key, value] for key, value in found.fix]}  # fmt: skip
+Steps = list[dict[str, Any]]
+_OF_STEP = re.compile(r"steps\[(\d+)\]\.?")
+_EMPTY: dict[str, Any] = {"resolved": {}, "idle": [], "steps": [], "not_applicable": {}, "title": ""}
+
+
+def steps_in(document: dict[str, Any]) -> Steps:
+    """The entries of [[steps]]; none where the key is something else."""
+    found = document.get(TABLE)
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def check(document: dict[str, Any]) -> dict[str, Any]:
-    """What is wrong with a run file, which of its settings do nothing, and all values as they would be used.
+    """What is wrong with a run file, which of its settings do nothing, and all values as they would be used; see `Checked`.
 
     Rules that look at files are among the findings (codes P..).
     """
+    steps = steps_in(document)
+    findings: dict[str, Finding] = {}
+
+    def note(found: Iterable[Diagnostic], step: int | None) -> None:
+        for each in found:
+            data = _as_data(each, document, steps, step)
+            findings.setdefault(json.dumps(data, sort_keys=True, default=str), data)
+
+    configs = []
     try:
-        config = load_document(document)
+        configs = load_documents(document)
+        for number, config in enumerate(configs):
+            note(config.findings, number if steps else None)
     except InvalidConfig as problem:
-        return {
-            "diagnostics": [as_data(found) for found in problem.findings],
-            "resolved": {},
-            "idle": [],
-            "not_applicable": {},
-            "title": "",
-        }
+        if not steps:
+            note(problem.findings, None)
+        for number, step in enumerate(steps):  # each alone, so that a finding has its place
+            try:
+                load_document(document, {STEP: step.get("name")})
+            except InvalidConfig as own:
+                note(own.findings, number)
+            except ConfigError:
+                note(problem.findings, None)
     except ConfigError as problem:
-        found = {"code": "", "level": "error", "keys": [], "reason": str(problem), "fix": []}
-        return {"diagnostics": [found], "resolved": {}, "idle": [], "not_applicable": {}, "title": ""}
-    facts = config.spec.task(config)
-    resolved = {}
-    for parameter in parameters(config.spec):
-        if not parameter.extra("secret") and facts.has(parameter.key):
-            resolved[parameter.key] = json.loads(json.dumps(config.get(parameter.key), default=str))
+        findings[""] = {"code": "", "level": "error", "keys": [], "reason": str(problem), "fix": [], "step": None}
+    answer = {**_EMPTY, "diagnostics": list(findings.values())}
+    if not configs:
+        return answer
+    parts = [_resolved(config) for config in configs]
+    config = configs[0]
     other = {
         p.key: config.spec.why_not(p.key, None) or f"{config.spec.title} has no such setting"
         for p in parameters()
-        if p.key not in resolved
+        if not any(p.key in part["resolved"] for part in parts)
     }
+    if steps:
+        everywhere = set.intersection(*(set(part["idle"]) for part in parts))
+        return {
+            **answer,
+            "idle": sorted(everywhere),
+            "steps": parts,
+            "not_applicable": other,
+            "title": config.spec.title,
+        }
+    return {**answer, **parts[0], "not_applicable": other, "title": config.spec.title}
+
+
+def _resolved(config: RunConfig) -> Resolved:
+    facts, resolved = config.spec.task(config), {}
+    for parameter in parameters(config.spec):
+        if not parameter.extra("secret") and facts.has(parameter.key):
+            resolved[parameter.key] = json.loads(json.dumps(config.get(parameter.key), default=str))
+    return {"resolved": resolved, "idle": sorted(idle(config))}
+
+
+def _as_data(found: Diagnostic, document: dict[str, Any], steps: Steps, step: int | None) -> Finding:
+    """A finding as JSON, with the place of its setting: in a step if that sets it, otherwise in the file."""
+    keys = list(found.keys)
+    named = _OF_STEP.match(keys[0]) if keys else None
+    if named:
+        step, keys[0] = int(named[1]), keys[0][named.end() :]
+    elif step is not None and not (keys and _sets(steps[step], keys[0])):
+        step = None
+    entries = document.get("datasets")
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):  # named ones are found by their names
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if isinstance(name, str):
+            keys = [
+                f"datasets[{number}]{key[len(name) :]}" if key == name or key.startswith(f"{name}.") else key
+                for key in keys
+            ]
     return {
-        "diagnostics": [as_data(found) for found in config.findings],
-        "resolved": resolved,
-        "idle": sorted(idle(config)),
-        "not_applicable": other,
-        "title": config.spec.title,
-    }
+        "code": found.code,
+        "level": found.level,
+        "keys": keys,
+        "reason": found.reason,
+        "fix": list(found.fix),
+        "step": step,
+    }  # type: ignore[typeddict-item]
+
+
+def _sets(step: dict[str, Any], key: str) -> bool:
+    """Whether a step sets a key, such as ``train.max_steps`` or ``roles.vae.optimizer.lr``."""
+    found: Any = step
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return False
+        found = found[part]
+    return True
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Difference]:
+    """Settings in which two run files differ, as they would be used; as they are written where a file has errors or steps.
+
+    Args:
+        theirs: empty = the defaults of our family.
+    """
+    if not theirs:
+        theirs = {"model": {"arch": ours.get("model", {}).get("arch")}}
+    both = [check(each)["resolved"] for each in (ours, theirs)]
+    left, right = both if all(both) else (_flat(ours), _flat(theirs))
+    if not all(both) and len(theirs) == 1:
+        defaults = {parameter.key: plain_default(parameter) for parameter in parameters()}
+        right = {**{key: value for key, value in defaults.items() if key in left}, **right}
+    data = {key for key in (*_flat(ours), *_flat(theirs)) if key.startswith(("general.", "datasets", TABLE))}
+    left = {**left, **{key: value for key, value in _flat(ours).items() if key in data}}
+    right = {**right, **{key: value for key, value in _flat(theirs).items() if key in data}}
+    return [
+        {"key": key, "ours": left.get(key), "theirs": right.get(key)}
+        for key in sorted({*left, *right})
+        if left.get(key) != right.get(key)
+    ]
+
+
+def plain_default(parameter: Parameter) -> Any:
+    """A default as JSON; none where a value is required."""
+    return None if parameter.required else json.loads(json.dumps(parameter.default, default=str))
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    """A run file by dotted keys; entries of lists of tables by number."""
+    found: dict[str, Any] = {}
+    for table, values in document.items():
+        entries = values if isinstance(values, list) else [values]
+        for number, entry in enumerate(entries):
+            name = f"{table}[{number}]" if isinstance(values, list) else table
+            found |= (
+                {f"{name}.{key}": value for key, value in entry.items()} if isinstance(entry, dict) else {name: entry}
+            )
+    return found
 
 
 def explain(name: str) -> str:
@@ -115,7 +225,7 @@ class Configs:
     templates: Path
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
-    def names(self) -> dict[str, list[str]]:
+    def names(self) -> Names:
         """Saved configs and templates."""
 
         def stems(folder: Path) -> list[str]:
@@ -147,7 +257,7 @@ class Configs:
         try:
             text = self.path(name, template).read_text(encoding="utf-8")
         except OSError as problem:
-            raise ConfigError(f"{name}: no such config") from problem
+            raise NotThere(f"{name}: no such config") from problem
         return text, tag_of(text)
 
     def write(self, name: str, text: str, expected: str | None) -> str:
@@ -177,7 +287,7 @@ class Configs:
         try:
             self.path(name).unlink()
         except OSError as problem:
-            raise ConfigError(f"{name}: no such config") from problem
+            raise NotThere(f"{name}: no such config") from problem
 
 
 class Conflict(Exception):

@@ -1,6 +1,5 @@
 """The settings as data for a form: every key once, in tabs, with what a control needs to know. Torch-free."""
 
-from dataclasses import dataclass
 from functools import cache
 from types import UnionType
 from typing import Any
@@ -9,6 +8,8 @@ from musubi_tuner.config.fields import TABS, Parameter, Section
 from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.schema import flat_names, item_parameters, parameters
 from musubi_tuner.models.registry import MODELS
+from musubi_tuner.models.spec import ModelSpec
+from musubi_tuner.ui.answers import FamilyEntry, FormField, Kind, Schema, Tab
 
 TITLES = ("Setup", "Dataset", "Adapter", "Learning rate", "Advanced", "Saving", "Logging")
 """Of the tabs, in their order."""
@@ -16,33 +17,7 @@ FAMILY = "model.arch"
 """Its choices are the families."""
 
 
-@dataclass(frozen=True)
-class FormField:
-    """One setting. kind: of the control. families: codes of those that have it."""
-
-    key: str
-    name: str
-    table: str
-    tab: str
-    label: str
-    help: str
-    kind: str
-    unit: str
-    default: Any
-    required: bool
-    expert: bool
-    secret: bool
-    path: bool
-    choices: list[Any]
-    low: float | None
-    high: float | None
-    step: float | None
-    names: list[str]
-    families: list[str]
-    free: bool
-
-
-def kind_of(parameter: Parameter) -> str:
+def kind_of(parameter: Parameter) -> Kind:
     """Which control a setting has."""
     if parameter.key == FAMILY:
         return "choice"
@@ -116,9 +91,22 @@ def form_fields() -> tuple[FormField, ...]:
     return tuple(found)
 
 
-def tabs() -> list[dict[str, str]]:
-    """Names and titles of the tabs, in order."""
-    return [{"name": name, "title": title} for name, title in zip(TABS, TITLES, strict=True)]
+@cache
+def schema() -> Schema:
+    """Everything that the form is made of."""
+    families: list[FamilyEntry] = [
+        {"code": code, "title": spec.title, "defaults": defaults_of(code), "roles": roles_of(spec)}
+        for code, spec in MODELS.items()
+    ]
+    tabs: list[Tab] = [{"name": name, "title": title} for name, title in zip(TABS, TITLES, strict=True)]
+    return {"tabs": tabs, "fields": list(form_fields()), "families": families}
+
+
+def roles_of(spec: ModelSpec) -> list[str]:
+    """Modules of a family that have tables of their own in [roles]."""
+    return [
+        parameter.name for parameter in parameters(spec) if parameter.section == "roles" and parameter.name != "freeze"
+    ]
 
 
 def defaults_of(code: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config import load_document
+from musubi_tuner.config import load_documents
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import BucketSelector
 from musubi_tuner.data.folders import list_pictures
@@ -18,6 +18,7 @@ from musubi_tuner.data.sources import placement_of, selector_of
 from musubi_tuner.data.texts import Names
 from musubi_tuner.errors import ConfigError, DataError
 from musubi_tuner.files import replace_file
+from musubi_tuner.ui.answers import CaptionState, Change, NotThere, OpenedSet, Picture, Replaced, Undone
 from musubi_tuner.ui.configs import Conflict
 
 SIDE = 256
@@ -51,14 +52,14 @@ class Folder:
             ConfigError: if there is none of this name.
         """
         if name not in self.pictures:
-            raise ConfigError(f"{name}: no such picture of {self.dataset.name}")
+            raise NotThere(f"{name}: no such picture of {self.dataset.name}")
         return self.pictures[name]
 
     def caption_file(self, name: str) -> Path:
         """Where the caption of a picture lies, or would lie."""
         return self.names.find(self.picture(name).with_suffix(self.dataset.caption_extension))
 
-    def item(self, name: str) -> dict[str, Any]:
+    def item(self, name: str) -> Picture:
         """What the page shows of a picture; ``crop`` is left, top, width and height as shares of the picture."""
         path = self.picture(name)
         found: dict[str, Any] = {
@@ -73,9 +74,9 @@ class Folder:
             found["crop"] = [left / width, top / height, placement.bucket[0] / width, placement.bucket[1] / height]
         except (DataError, OSError) as problem:
             found["problem"] = str(problem)
-        return {**found, **self.caption(name)}
+        return {**found, **self.caption(name)}  # type: ignore[typeddict-item]
 
-    def caption(self, name: str) -> dict[str, Any]:
+    def caption(self, name: str) -> CaptionState:
         """The caption of a picture with its tag; ``caption`` is None where there is no file, or none that is UTF-8."""
         path = self.caption_file(name)
         data = _bytes(path)
@@ -94,15 +95,17 @@ class Pictures:
         self._folders: dict[str, Folder] = {}
         self._writing = threading.Lock()
 
-    def open(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+    def open(self, document: dict[str, Any]) -> list[OpenedSet]:
         """List the pictures of all data sets of a run file, or say why that is not done here.
 
         Raises:
             InvalidConfig: for a run file with errors.
         """
-        config = load_document(document)
-        found = []
-        for dataset in config.datasets:
+        configs = load_documents(document)
+        spec = configs[0].spec
+        own = {dataset.name: dataset for config in configs for dataset in config.datasets}
+        found: list[OpenedSet] = []
+        for dataset in own.values():
             root = dataset.image_directory
             why = ""
             if root is None:
@@ -114,11 +117,11 @@ class Pictures:
             if root is None or why:
                 found.append({"id": "", "name": dataset.name, "folder": str(root or ""), "count": 0, "problem": why})
                 continue
-            own = [dataset.cache_directory, *([dataset.mask_directory] if dataset.mask_directory else [])]
-            listing = list_pictures(root, dataset.recursive, apart=dataset.apart, silently=own)
+            apart = [dataset.cache_directory, *([dataset.mask_directory] if dataset.mask_directory else [])]
+            listing = list_pictures(root, dataset.recursive, apart=dataset.apart, silently=apart)
             identity = hashlib.sha256(f"{root.resolve()}\0{dataset}".encode()).hexdigest()[:16]
             undo = self._folders[identity].undo if identity in self._folders else []
-            selector = selector_of(dataset, config.spec.code)
+            selector = selector_of(dataset, spec.code)
             pictures = {path.relative_to(root).as_posix(): path for path in listing.pictures}
             self._folders[identity] = Folder(dataset, pictures, selector, undo=undo)
             found.append(
@@ -139,10 +142,10 @@ class Pictures:
             ConfigError: if none has this id.
         """
         if identity not in self._folders:
-            raise ConfigError(f"{identity}: no such data set is open; open it again")
+            raise NotThere(f"{identity}: no such data set is open; open it again")
         return self._folders[identity]
 
-    def page(self, identity: str, offset: int, limit: int) -> list[dict[str, Any]]:
+    def page(self, identity: str, offset: int, limit: int) -> list[Picture]:
         """Some pictures of a data set."""
         folder = self.folder(identity)
         return [folder.item(name) for name in islice(folder.pictures, max(0, offset), max(0, offset) + limit)]
@@ -156,7 +159,7 @@ class Pictures:
         path = self.folder(identity).picture(name)
         return _thumbnail(path, path.stat().st_mtime_ns)
 
-    def write_caption(self, identity: str, name: str, text: str, tag: str | None) -> dict[str, Any]:
+    def write_caption(self, identity: str, name: str, text: str, tag: str | None) -> CaptionState:
         """Write the caption of a picture; mark of the encoding, line ends and the end of the file stay as they are.
 
         Args:
@@ -177,7 +180,7 @@ class Pictures:
             folder.names = Names()
             return folder.caption(name)
 
-    def replace(self, identity: str, find: str, by: str, apply: bool) -> dict[str, Any]:
+    def replace(self, identity: str, find: str, by: str, apply: bool) -> Replaced:
         """Replace a text in all captions of a data set, or show what that would change.
 
         Raises:
@@ -186,7 +189,8 @@ class Pictures:
         if not find:
             raise ConfigError("find: is empty; give the text to replace")
         folder = self.folder(identity)
-        changes, files = [], []
+        changes: list[Change] = []
+        files = []
         with self._writing:
             for name in folder.pictures:
                 caption = folder.caption(name)["caption"]
@@ -213,7 +217,7 @@ class Pictures:
                 folder.undo.append((path, before, data))
         return {"count": len(folder.undo), "changes": [], "undo": len(folder.undo), "problem": problem}
 
-    def undo(self, identity: str) -> dict[str, Any]:
+    def undo(self, identity: str) -> Undone:
         """Put back what the last replacement changed, except files that were edited since."""
         folder = self.folder(identity)
         kept, count = [], 0

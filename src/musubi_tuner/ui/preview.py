@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from musubi_tuner.config import RunConfig, load_document, sentence
+from musubi_tuner.config import RunConfig, load_documents, sentence
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.remarks import enlargement, kept_share
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.ui.answers import BucketRow, Preview, Rate
 
 POINTS = 400
 """Of a curve."""
@@ -15,16 +16,24 @@ DRAWN = 10
 """Captions that are shown."""
 
 
-def preview(document: dict[str, Any]) -> dict[str, Any]:
-    """What the data and the budget of a run file come to.
+NOTHING: Preview = {
+    "number": 0, "problem": "", "images": 0, "total": 0, "per_epoch": 0, "epochs": 0, "about": False, "sentence": "", "buckets": [],
+    "notes": [], "rates": [], "captions": [],
+}  # fmt: skip
+
+
+def preview(document: dict[str, Any], number: int = 0, step: int = 0) -> Preview:
+    """What the data and the budget of a run file, or of one of its steps, come to.
 
     Raises:
         InvalidConfig: for a run file with errors. DataError: if its pictures cannot be read.
     """
-    config = load_document(document)
+    config = load_documents(document)[step]
     found = scan(config.datasets, config.spec.code)
     steps = steps_on(config, found.items, config.distributed.num_processes)
     return {
+        "number": number,
+        "problem": "",
         "images": len(found.items),
         "total": steps.total_updates,
         "per_epoch": steps.updates_per_epoch,
@@ -38,12 +47,12 @@ def preview(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def buckets(items: list[Item]) -> list[dict[str, Any]]:
+def buckets(items: list[Item]) -> list[BucketRow]:
     """One row per bucket and batch size, with what becomes of its pictures."""
     inside: dict[tuple[Any, int], list[Item]] = {}
     for item in items:
         inside.setdefault((item.bucket, item.batch_size), []).append(item)
-    found = []
+    found: list[BucketRow] = []
     for ((width, height), size), own in sorted(inside.items()):
         presentations = sum(item.num_repeats for item in own)
         found.append(
@@ -61,18 +70,18 @@ def buckets(items: list[Item]) -> list[dict[str, Any]]:
     return found
 
 
-def rates(config: RunConfig, total: int) -> list[dict[str, Any]]:
+def rates(config: RunConfig, total: int) -> list[Rate]:
     """The learning rate of every role over the updates; roles that move alike share a curve."""
-    curves: dict[str, dict[str, Any]] = {}
+    curves: dict[str, tuple[list[str], Rate]] = {}
     for role in config.spec.task(config).roles:
         own = config.for_role(role)
         schedule, count = schedule_of(own, total), min(total, POINTS)
         steps = sorted({round(number * (total - 1) / max(1, count - 1)) for number in range(count)})
         values = [own.optimizer.lr * schedule(step) for step in steps]
         key = f"{own.optimizer.lr} {own.scheduler.model_dump_json()}"
-        curve = curves.setdefault(key, {"roles": [], "steps": [step + 1 for step in steps], "values": values})
-        curve["roles"].append(role)
-    return [{"label": f"{', '.join(curve.pop('roles'))}", **curve} for curve in curves.values()]
+        alike = curves.setdefault(key, ([], {"label": "", "steps": [step + 1 for step in steps], "values": values}))[0]
+        alike.append(role)
+    return [{**rate, "label": ", ".join(roles)} for roles, rate in curves.values()]
 
 
 def captions(config: RunConfig, items: list[Item]) -> list[str]:

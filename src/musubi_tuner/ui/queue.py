@@ -6,18 +6,22 @@ Each is a file of its own in the queue's folder, so a restart of the server lose
 import re
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from musubi_tuner.config import load_document
+from musubi_tuner.config import RunConfig, load_documents
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import read_json, write_json, write_text
 from musubi_tuner.run_record import RUN_FILE, read_values
+from musubi_tuner.runner.steps import root_of
 from musubi_tuner.ui import runs
+from musubi_tuner.ui.answers import NotThere, Queued, QueueState
 from musubi_tuner.ui.configs import from_toml
 
-WAITING, STARTED, ENDED = "waiting", "started", "ended"
+WAITING: QueueState = "waiting"
+STARTED: QueueState = "started"
+ENDED: QueueState = "ended"
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Entry:
     number: int
     name: str
     place: int = 0
-    state: str = WAITING
+    state: QueueState = "waiting"
     run: str | None = None
     folder: str = ""
     pid: int = 0
@@ -40,15 +44,21 @@ class Entry:
     reason: str = ""
 
 
+def folder_of(config: RunConfig, directory: Path) -> Path:
+    """The folder in which a run is recorded: that of all its steps, where it has some."""
+    folder = root_of(config) if config.step is not None else config.output_dir
+    return folder if folder.is_absolute() else directory / folder
+
+
 class Queue:
     """The queue of a project.
 
     Args:
-        folder: where its files lie. project: from which relative paths of run files are meant.
+        folder: where its files lie. project: from which relative paths of run files are meant. secrets: variables of its runs.
     """
 
-    def __init__(self, folder: Path, project: Path) -> None:
-        self.folder, self.project = folder, project
+    def __init__(self, folder: Path, project: Path, secrets: Mapping[str, str]) -> None:
+        self.folder, self.project, self.secrets = folder, project, secrets
         self._one_at_a_time = threading.RLock()
 
     def entries(self) -> list[Entry]:
@@ -73,7 +83,7 @@ class Queue:
         Raises:
             ConfigError: if it is wrong.
         """
-        config = load_document(from_toml(text))
+        config = load_documents(from_toml(text))[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._one_at_a_time:
             there = self.entries()
@@ -106,7 +116,7 @@ class Queue:
         with self._one_at_a_time:
             waiting = [entry.number for entry in self.entries() if entry.state == WAITING]
             if number not in waiting:
-                raise ConfigError(f"{number}: no such entry waits in the queue")
+                raise NotThere(f"{number}: no such entry waits in the queue")
             place = waiting.index(number) + (-1 if up else 1)
             if not 0 <= place < len(waiting):
                 return
@@ -147,17 +157,15 @@ class Queue:
             return "its folder is gone"
         if found["state"] in (runs.RUNNING, "stopping"):
             return None
-        message = (found["exit"] or {}).get("message")
+        message = found["exit"]["message"] if found["exit"] else None
         return f"{found['state']}: {message}" if message else str(found["state"])
 
     def _start(self, entry: Entry) -> None:
         path = self.text_of(entry.number)
         entry.since = time.time()
         try:
-            config = load_document(from_toml(path.read_text(encoding="utf-8")))
-            folder = config.locate(config.run.output_dir)
-            entry.folder = str(folder if folder.is_absolute() else self.project / folder)
-            entry.pid = runs.start(path, self._log(entry.number), [], self.project)
+            entry.folder = str(folder_of(load_documents(from_toml(path.read_text(encoding="utf-8")))[0], self.project))
+            entry.pid = runs.start(path, self._log(entry.number), [], self.project, self.secrets)
             entry.state, entry.since = STARTED, time.time()
         except (UserError, OSError) as problem:
             entry.state, entry.reason = ENDED, str(problem)
@@ -172,15 +180,18 @@ class Queue:
     def _entry(self, number: int) -> Entry:
         found = next((entry for entry in self.entries() if entry.number == number), None)
         if found is None:
-            raise ConfigError(f"{number}: no such entry of the queue")
+            raise NotThere(f"{number}: no such entry of the queue")
         return found
 
     def _write(self, entry: Entry) -> None:
         write_json(self._path(entry.number), asdict(entry))
 
-    def as_data(self) -> list[dict[str, Any]]:
+    def as_data(self) -> list[Queued]:
         """The entries for the page."""
-        return [asdict(entry) for entry in self.entries()]
+        return [
+            {"number": each.number, "name": each.name, "state": each.state, "run": each.run, "reason": each.reason}
+            for each in self.entries()
+        ]
 
 
 def _last_line(log: Path) -> str:

@@ -5,18 +5,24 @@ The folders are the truth: pointers in the user's state folder say where they ar
 
 import json
 import os
+import platform
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, read_values, user_state_folder
 from musubi_tuner.runner.steps import FILE as STEPS_FILE
+from musubi_tuner.stopping import REPEAT_SECONDS
 from musubi_tuner.training.metrics import FILE as METRICS
+from musubi_tuner.ui.answers import Checkpoint, Curve, Log, NotThere, Run, RunDetail, Sample, Series, StepState
 
 CHECKPOINTS = "checkpoints.json"
 RUNNING, LOST = "running", "lost"
@@ -25,17 +31,20 @@ PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "USER", 
 """Variables that a started run gets, beside those of CUDA, the hub and W&B."""
 PREFIXES = ("CUDA_", "HF_", "WANDB_", "NVIDIA_", "TORCH_", "OMP_", "MKL_")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-PICTURES = ("sample", "plots")
+PICTURES = ("sample", "drawn", "plots")
 """Folders of a run whose pictures are shown."""
+SHEET = re.compile(r"samples_step_(\d+)\.\w+")
+SINGLE = re.compile(r".*_(\d{8})_(\d{2})(?:_.*)?\.\w+")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A run. id: of its record. folder: of the run. config: its run file."""
+    """A run. id: of its record. folder: of the run. config: its run file. directory: from which its relative paths are meant."""
 
     id: str
     folder: Path
     config: Path
+    directory: Path
 
 
 def places() -> list[Place]:
@@ -45,7 +54,9 @@ def places() -> list[Place]:
         values = read_values(pointer)
         folder = Path(str(values.get("folder", "")))
         if values and (folder / RUN_FILE).is_file():
-            place = Place(pointer.stem, folder, Path(str(values.get("config", ""))))
+            config = Path(str(values.get("config", "")))
+            directory = read_values(folder / RUN_FILE).get("directory")
+            place = Place(pointer.stem, folder, config, Path(str(directory)) if directory else config.parent)
             started = values.get("started")
             found.append((float(started) if isinstance(started, int | float) else 0.0, place))
     return [place for _, place in sorted(found, key=lambda each: -each[0])]
@@ -59,7 +70,7 @@ def place_of(identity: str) -> Place:
     """
     found = next((place for place in places() if place.id == identity), None)
     if found is None:
-        raise ConfigError(f"{identity}: no such run")
+        raise NotThere(f"{identity}: no such run")
     return found
 
 
@@ -86,7 +97,7 @@ def is_alive(pid: Any, started: Any) -> bool:
     return began <= started + 2 and fields[0] != "Z"
 
 
-def summary(place: Place) -> dict[str, Any]:
+def summary(place: Place) -> Run:
     """How a run is: state, progress, times; see `run_record`."""
     run, ended = read_values(place.folder / RUN_FILE), read_values(place.folder / EXIT_FILE)
     state = ended.get("reason") or (RUNNING if is_alive(run.get("pid"), run.get("started")) else LOST)
@@ -108,12 +119,12 @@ def summary(place: Place) -> dict[str, Any]:
     found = {key: run.get(key) for key in keys}
     return {
         "id": place.id,
-        "name": place.folder.name,
+        "name": run.get("name") if isinstance(run.get("name"), str) else place.folder.name,
         "folder": str(place.folder),
         "config": str(place.config),
         "state": "stopping" if waiting else state,
-        "exit": {key: ended.get(key) for key in ("code", "signal", "message", "ended")} if ended else None,
-        **found,
+        "exit": {key: ended.get(key) for key in ("code", "signal", "message", "ended")} if ended else None,  # type: ignore[typeddict-item]
+        **found,  # type: ignore[typeddict-item]
     }
 
 
@@ -129,26 +140,60 @@ def parts(place: Place) -> list[tuple[str, Path]]:
     ]
 
 
-def detail(place: Place) -> dict[str, Any]:
+def detail(place: Place) -> RunDetail:
     """A run with its steps, checkpoints, pictures and run file."""
-    samples, checkpoints = [], []
+    samples: list[Sample] = []
+    checkpoints: list[Checkpoint] = []
     for name, folder in parts(place):
+        texts = prompts(folder / "sample")
         for kind in PICTURES:
             for path in sorted((folder / kind).glob("*")):
                 if path.suffix.lower() in IMAGES:
-                    relative = path.relative_to(place.folder).as_posix()
-                    samples.append({"part": name, "name": path.name, "path": relative, "time": path.stat().st_mtime})
+                    group, step = kind, None
+                    if kind == "sample" and (sheet := SHEET.fullmatch(path.name)):
+                        group, step = "all prompts", int(sheet[1])
+                    elif kind == "sample" and (single := SINGLE.fullmatch(path.name)):
+                        step, number = int(single[1]), int(single[2])
+                        group = texts.get((step, number)) or f"prompt {number + 1}"
+                    relative, time = path.relative_to(place.folder).as_posix(), path.stat().st_mtime
+                    samples.append(
+                        {"part": name, "name": path.name, "path": relative, "time": time, "group": group, "step": step}
+                    )
         for entry, values in (read_values(folder / CHECKPOINTS).get("checkpoints") or {}).items():
             if isinstance(values, dict):
                 keys = ("step", "epoch", "kind", "model", "ema", "metric", "value")
-                checkpoints.append({"part": name, "name": entry, **{key: values.get(key) for key in keys}})
+                checkpoints.append({"part": name, "name": entry, **{key: values.get(key) for key in keys}})  # type: ignore[typeddict-item]
     try:
         text = place.config.read_text(encoding="utf-8")
     except OSError:
         text = ""
+    steps: list[StepState]
     steps = [{"name": name, "status": step.get("status"), "step": step.get("step")}
              for (name, _), step in zip(parts(place), read_values(place.folder / STEPS_FILE).get("steps") or [], strict=False)]  # fmt: skip
-    return {**summary(place), "steps_of_file": steps, "samples": samples, "checkpoints": checkpoints, "toml": text}
+    return {
+        **summary(place),
+        "steps_of_file": steps,
+        "samples": samples,
+        "checkpoints": checkpoints,
+        "toml": text,
+        "draws": len(parts(place)) == 1 and any(each["kind"] for each in checkpoints),
+    }
+
+
+def prompts(folder: Path) -> dict[tuple[int, int], str]:
+    """Prompts of the samples in a folder, by update and number."""
+    found = {}
+    for path in folder.glob("prompts_step_*.txt"):
+        step = path.stem.rpartition("_")[2]
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            number, colon, text = line.partition(": ")
+            if colon and number.isdecimal() and step.isdecimal():
+                found[int(step), int(number)] = text
+    return found
 
 
 def rows(place: Place) -> Iterator[dict[str, Any]]:
@@ -170,9 +215,9 @@ def rows(place: Place) -> Iterator[dict[str, Any]]:
         begun += last
 
 
-def series(place: Place, most: int) -> dict[str, Any]:
+def series(place: Place, most: int) -> Series:
     """Curves by tag: steps and values, at most so many points each; of the points between two that are kept the lowest and the
-    highest stay, and values that are not finite are listed as steps of ``lost``.
+    highest stay, and values that are not finite are listed as steps of ``lost``. ``starts`` are updates at which another start went on.
 
     Args:
         most: points of a curve.
@@ -180,11 +225,20 @@ def series(place: Place, most: int) -> dict[str, Any]:
     found: dict[str, tuple[list[int], list[float]]] = {}
     lost: dict[str, list[int]] = {}
     borders: dict[str, int] = {}
+    starts: list[int] = []
+    start: tuple[str, Any] | None = None
     for row in rows(place):
         step = row["step"]
         borders.setdefault(row["part"], step)
         clock = row.get("clock") if isinstance(row.get("clock"), dict) else {}
-        values = {**row, **{f"clock/{name}": value for name, value in (clock or {}).items() if name != "wall"}}
+        values = {
+            **row,
+            **{f"clock/{name}": value for name, value in (clock or {}).items() if name not in ("wall", "start")},
+        }
+        if clock and "start" in clock:
+            if start is not None and start[0] == row["part"] and start[1] != clock["start"]:
+                starts.append(step)
+            start = (row["part"], clock["start"])
         for tag in row.get("not_finite") or []:
             lost.setdefault(tag, []).append(step)
         for tag, value in values.items():
@@ -193,10 +247,10 @@ def series(place: Place, most: int) -> dict[str, Any]:
                 steps.append(step)
                 points.append(float(value))
     curves = {tag: thinned(steps, values, most) for tag, (steps, values) in sorted(found.items())}
-    return {"curves": curves, "lost": lost, "borders": borders if len(borders) > 1 else {}}
+    return {"curves": curves, "lost": lost, "borders": borders if len(borders) > 1 else {}, "starts": starts}
 
 
-def thinned(steps: list[int], values: list[float], most: int) -> dict[str, list[Any]]:
+def thinned(steps: list[int], values: list[float], most: int) -> Curve:
     """A curve of at most so many points, with the extremes of what is left out."""
     if len(steps) <= most:
         return {"steps": steps, "values": values}
@@ -210,7 +264,7 @@ def thinned(steps: list[int], values: list[float], most: int) -> dict[str, list[
     return {"steps": [steps[index] for index in kept], "values": [values[index] for index in kept]}
 
 
-def log_text(place: Place, offset: int, most: int) -> dict[str, Any]:
+def log_text(place: Place, offset: int, most: int) -> Log:
     """A piece of the console's log. offset: in bytes; negative counts from the end."""
     path = place.folder / CONSOLE
     try:
@@ -233,7 +287,7 @@ def picture(place: Place, relative: str) -> Path:
     wanted = (place.folder / relative).resolve() if "\0" not in relative else place.folder
     inside = wanted.is_relative_to(place.folder.resolve())
     if not inside or wanted.suffix.lower() not in IMAGES or not wanted.is_file():
-        raise ConfigError(f"{relative}: no such picture of this run")
+        raise NotThere(f"{relative}: no such picture of this run")
     return wanted
 
 
@@ -251,53 +305,56 @@ def request(place: Place, name: str) -> None:
     (place.folder / CONTROL / name).touch()
 
 
+def end_now(place: Place) -> None:
+    """End a run without saving: ask twice, as a person does who presses Ctrl-C twice.
+
+    Raises:
+        ConfigError: if it does not run, or not on this machine.
+    """
+    run = read_values(place.folder / RUN_FILE)
+    if run.get("host") not in (None, platform.node()):
+        raise ConfigError(f"{place.folder.name}: runs on {run['host']}; end it there")
+    for wait in (REPEAT_SECONDS + 0.2, 0.0):
+        if not is_alive(run.get("pid"), run.get("started")):
+            break
+        os.kill(run["pid"], signal.SIGTERM)
+        time.sleep(wait)
+
+
 def environment(own: Mapping[str, str]) -> dict[str, str]:
     """What a started run gets of this process's environment."""
     return {name: value for name, value in own.items() if name in PASSED_ON or name.startswith(PREFIXES)}
 
 
-def start(snapshot: Path, log: Path, options: list[str], folder: Path) -> int:
+def start(snapshot: Path, log: Path, options: Sequence[str], folder: Path, secrets: Mapping[str, str]) -> int:
     """Start a run that does not depend on this process; its process id.
 
     Args:
         snapshot: the run file, which nobody changes any more. log: gets what it prints before the run has a log of its own.
-        options: of train.py. folder: from which relative paths are meant.
+        options: of train.py. folder: from which relative paths are meant. secrets: variables that it gets besides.
+    """
+    return launch(["musubi_tuner.runner", str(snapshot), *options], log, folder, secrets).pid
+
+
+def launch(
+    words: Sequence[str], log: Path, folder: Path, secrets: Mapping[str, str] = MappingProxyType({})
+) -> "subprocess.Popen[bytes]":
+    """A command of ours that goes on without this process.
+
+    Args:
+        words: its module and arguments. log: gets what it prints. folder, secrets: see `start`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "musubi_tuner.runner", str(snapshot), *options]
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            words,
+        return subprocess.Popen(
+            [sys.executable, "-m", *words],
             cwd=folder,
-            env=environment(os.environ),
+            env={**environment(os.environ), **secrets},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-    return process.pid
-
-
-def plan(run_file: Path, folder: Path, seconds: float = 300.0) -> dict[str, Any]:
-    """What ``train.py --plan`` says of a run file: ``code`` (0 if it could be made) and ``text``; see `start` for ``folder``."""
-    words = [sys.executable, "-m", "musubi_tuner.runner", str(run_file), "--plan"]
-    try:
-        done = subprocess.run(
-            words,
-            cwd=folder,
-            env={**environment(os.environ), "COLUMNS": "120"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {
-            "code": 1,
-            "text": f"The plan took more than {seconds:.0f} s; make it in a terminal: train.py RUN.toml --plan",
-        }
-    return {"code": done.returncode, "text": done.stdout.decode("utf-8", "replace")}
 
 
 def wait_for(folder: Path, pid: int, seconds: float = 5.0) -> str | None:

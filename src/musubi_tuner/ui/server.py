@@ -5,15 +5,15 @@ Every route but the shell and the opening of a session needs one; see `security`
 
 import asyncio
 import json
+import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,13 +21,17 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Streamin
 from pydantic import BaseModel, Field
 
 from musubi_tuner import __version__
-from musubi_tuner.config import load_document
-from musubi_tuner.errors import ConfigError, UserError
+from musubi_tuner.config import load_documents
+from musubi_tuner.errors import ConfigError, UserError, keep_secret
 from musubi_tuner.files import folder_lock, write_text
-from musubi_tuner.ui import configs, form, preview, runs
+from musubi_tuner.ui import answers, configs, form, preview, runs
+from musubi_tuner.ui.answers import Done, NotThere
 from musubi_tuner.ui.configs import Configs, Conflict
+from musubi_tuner.ui.drawing import Drawings
+from musubi_tuner.ui.folders import Folders
+from musubi_tuner.ui.helper import Helper
 from musubi_tuner.ui.pictures import Pictures
-from musubi_tuner.ui.queue import Queue
+from musubi_tuner.ui.queue import Queue, folder_of
 from musubi_tuner.ui.security import MOST_BODY, Guard, headers
 
 STATIC = Path(__file__).parent / "static"
@@ -48,10 +52,40 @@ class Token(BaseModel):
 
 
 class Document(BaseModel):
-    """A run file as tables. number: comes back with the answer, so that older answers can be told."""
+    """A run file as tables. number: comes back with the answer, so that older answers can be told. step: which of its steps is meant."""
 
     document: dict[str, Any]
     number: int = 0
+    step: int = Field(0, ge=0)
+
+
+class Pair(BaseModel):
+    """Two run files to compare; an empty one stands for the defaults."""
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Texts(BaseModel):
+    """Texts whose tokens are counted as a run file would cut them."""
+
+    document: dict[str, Any]
+    texts: list[str] = Field(max_length=200)
+
+
+class Draw(BaseModel):
+    """Pictures to draw. prompt: as an object of a prompt file. checkpoint: its name; empty = the newest."""
+
+    prompt: dict[str, Any]
+    images: int = 1
+    checkpoint: str = ""
+
+
+class Secret(BaseModel):
+    """A secret to keep until the server ends; an empty one is forgotten."""
+
+    name: Literal["HF_TOKEN", "WANDB_API_KEY"]
+    value: str
 
 
 class Text(BaseModel):
@@ -85,9 +119,10 @@ class Saved(BaseModel):
 
 
 class Start(BaseModel):
-    """A run to start. options: flags of train.py without values."""
+    """A run to start. options: flags of train.py without values. run: a run that is to go on, whose folders are meant."""
 
     text: str
+    run: str = ""
     options: list[str] = Field(default_factory=list)
 
 
@@ -100,25 +135,33 @@ def failure(status: int, code: str, message: str, **details: Any) -> JSONRespons
     return JSONResponse({"error": {"code": code, "message": message, **details}}, status)
 
 
-def make_app(guard: Guard, project: Path) -> FastAPI:
+def make_app(guard: Guard, project: Path, roots: tuple[Path, ...] = ()) -> FastAPI:
     """The server of a project.
 
     Args:
         project: folder from which relative paths of run files are meant; saved configs lie in its data/configs.
+        roots: folders beside the project's whose files may be chosen.
     """
     saved = Configs(project / "data" / "configs", project / "toml")
-    queue = Queue(saved.folder / "queue", project)
+    secret: dict[str, str] = {}
+    queue = Queue(saved.folder / "queue", project, secret)
+    helper = Helper(project, runs.environment(os.environ))
 
     @asynccontextmanager
     async def working(app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(_turns(queue))
         yield
         task.cancel()
+        helper.end()
 
     app = FastAPI(
         title="musubi-tinyflux", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=working
     )
-    app.include_router(_routes(guard, project, saved, queue))
+    app.include_router(_session_routes(guard))
+    app.include_router(_config_routes(project, saved, helper))
+    app.include_router(_data_routes(Folders((project, *roots)), helper))
+    app.include_router(_run_routes(project, saved, queue, secret))
+    app.include_router(_page_routes())
 
     @app.middleware("http")
     async def guarded(request: Request, call_next: Next) -> Response:
@@ -133,7 +176,7 @@ def make_app(guard: Guard, project: Path) -> FastAPI:
 
     @app.exception_handler(UserError)
     async def of_user(request: Request, problem: Exception) -> JSONResponse:
-        return failure(404 if "no such" in str(problem) else 422, "refused", str(problem))
+        return failure(404 if isinstance(problem, NotThere) else 422, "refused", str(problem))
 
     @app.exception_handler(OSError)
     async def of_system(request: Request, problem: Exception) -> JSONResponse:
@@ -203,15 +246,15 @@ class _Busy(Exception):
     """Another server holds the queue."""
 
 
-def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRouter:
-    """All routes; see `make_app`."""
+def _session_routes(guard: Guard) -> APIRouter:
+    """Opening and closing of sessions."""
     router = APIRouter()
 
     @router.get("/api/health")
     def health() -> dict[str, Any]:
         return {"ok": True, "version": __version__}
 
-    @router.post("/api/session")
+    @router.post("/api/session", response_model=answers.Opened)
     def open_session(body: Token, request: Request) -> Response:
         address = request.client.host if request.client else ""
         if guard.is_blocked(address):
@@ -226,100 +269,127 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
         return answer
 
     @router.get("/api/session/current")
-    def current(request: Request) -> dict[str, str]:
+    def current(request: Request) -> answers.Opened:
         session = guard.session(request.headers.get("cookie"))
         return {"csrf": session.csrf if session else ""}
 
     @router.delete("/api/session/current")
-    def close_session(request: Request) -> dict[str, bool]:
+    def close_session(request: Request) -> Done:
         session = guard.session(request.headers.get("cookie"))
         if session:
             guard.close(session)
         return {"ok": True}
 
-    @router.get("/api/schema")
-    def schema() -> dict[str, Any]:
-        families = [
-            {"code": code, "title": spec.title, "defaults": form.defaults_of(code)}
-            for code, spec in form.MODELS.items()
-        ]
-        return {"tabs": form.tabs(), "fields": [asdict(each) for each in form.form_fields()], "families": families}
+    return router
+
+
+def _config_routes(project: Path, saved: Configs, helper: Helper) -> APIRouter:
+    """Run files: the form, checks, what they come to, saved ones."""
+    router = APIRouter()
+
+    @router.get("/api/schema", response_model=answers.Schema)
+    def schema() -> Response:
+        return JSONResponse(form.schema())
 
     @router.get("/api/system")
-    def system() -> dict[str, Any]:
+    def system() -> answers.System:
         usage = shutil.disk_usage(project)
         return {"project": str(project), "version": __version__, "disk_free": usage.free, "disk_total": usage.total}
 
-    @router.post("/api/config/validate")
-    def validate(body: Document) -> dict[str, Any]:
-        return {"number": body.number, **configs.check(body.document)}
+    @router.post("/api/config/validate", response_model=answers.Checked)
+    def validate(body: Document) -> Response:
+        return JSONResponse({"number": body.number, **configs.check(body.document)})
 
     @router.post("/api/config/preview")
-    def preview_config(body: Document) -> dict[str, Any]:
+    def preview_config(body: Document) -> answers.Preview:
         try:
-            return {"number": body.number, "problem": "", **preview.preview(body.document)}
-        except (UserError, OSError) as problem:  # a run file that is being typed has errors
-            return {"number": body.number, "problem": str(problem)}
+            return preview.preview(body.document, body.number, body.step)
+        except (UserError, OSError, IndexError) as problem:  # a run file that is being typed has errors
+            return {**preview.NOTHING, "number": body.number, "problem": str(problem)}
 
-    one_plan = threading.Lock()
+    @router.post("/api/config/noise")
+    def noise(body: Document) -> answers.Density:
+        try:
+            shares = helper.ask("noise", document=body.document, step=body.step)
+        except UserError as problem:
+            return {"number": body.number, "problem": str(problem), "shares": []}
+        return {"number": body.number, "problem": "", "shares": shares}
 
-    @router.post("/api/config/plan")
+    @router.post("/api/config/plan", response_model=answers.PlanText)
     def plan(body: Text) -> Response:
-        load_document(configs.from_toml(body.text))
-        if not one_plan.acquire(blocking=False):
-            return failure(409, "busy", "another plan is being made; try again when it is done")
+        load_documents(configs.from_toml(body.text))
         path = saved.folder / "planned" / f"{secrets.token_hex(8)}.toml"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, body.text)
-            return JSONResponse(runs.plan(path, project))
+            return JSONResponse(helper.ask("plan", path=str(path)))
         finally:
             path.unlink(missing_ok=True)
-            one_plan.release()
+
+    @router.post("/api/config/differences")
+    def differences(body: Pair) -> list[answers.Difference]:
+        return configs.differences(body.ours, body.theirs)
 
     @router.post("/api/config/toml")
-    def write_toml(body: Document) -> dict[str, str]:
+    def write_toml(body: Document) -> answers.Toml:
         return {"text": configs.to_toml(body.document)}
 
     @router.post("/api/config/parse")
-    def parse(body: Text) -> dict[str, Any]:
+    def parse(body: Text) -> answers.Parsed:
         return {"document": configs.from_toml(body.text)}
 
-    @router.post("/api/config/import")
-    def import_config(body: Text) -> dict[str, Any]:
+    @router.post("/api/config/import", response_model=answers.Imported)
+    def import_config(body: Text) -> Any:
         return configs.import_text(body.text, body.name or "config.toml", saved.folder)
 
     @router.get("/api/explain")
-    def explain(name: str) -> dict[str, str]:
+    def explain(name: str) -> answers.Toml:
         return {"text": configs.explain(name)}
 
     @router.get("/api/configs")
-    def list_configs() -> dict[str, list[str]]:
+    def list_configs() -> answers.Names:
         return saved.names()
 
     @router.get("/api/configs/{name}")
-    def read_config(name: str, template: bool = False) -> dict[str, Any]:
+    def read_config(name: str, template: bool = False) -> answers.Config:
         text, tag = saved.read(name, template)
         return {"text": text, "tag": tag, "document": configs.from_toml(text)}
 
     @router.put("/api/configs/{name}")
-    def save_config(name: str, body: Saved) -> dict[str, str]:
+    def save_config(name: str, body: Saved) -> answers.Tag:
         configs.from_toml(body.text)
         return {"tag": saved.write(name, body.text, body.tag)}
 
     @router.delete("/api/configs/{name}")
-    def remove_config(name: str) -> dict[str, bool]:
+    def remove_config(name: str) -> Done:
         saved.remove(name)
         return {"ok": True}
 
-    opened = Pictures()
+    return router
+
+
+def _data_routes(folders: Folders, helper: Helper) -> APIRouter:
+    """Folders, pictures and their captions."""
+    router, opened = APIRouter(), Pictures()
+
+    @router.get("/api/folders")
+    def list_folder(path: str = "") -> answers.Listing:
+        return folders.listing(path)
+
+    @router.post("/api/tokens")
+    def count_tokens(body: Texts) -> list[list[answers.TokenCount]]:
+        try:
+            found: list[list[answers.TokenCount]] = helper.ask("tokens", document=body.document, texts=body.texts)
+        except UserError:  # the form says what is wrong with its encoders
+            found = [[] for _ in body.texts]
+        return found
 
     @router.post("/api/datasets")
-    def open_datasets(body: Document) -> list[dict[str, Any]]:
+    def open_datasets(body: Document) -> list[answers.OpenedSet]:
         return opened.open(body.document)
 
     @router.get("/api/datasets/{identity}")
-    def list_pictures(identity: str, offset: int = 0, limit: int = 48) -> list[dict[str, Any]]:
+    def list_pictures(identity: str, offset: int = 0, limit: int = 48) -> list[answers.Picture]:
         return opened.page(identity, offset, max(1, min(limit, 200)))
 
     @router.get("/api/datasets/{identity}/thumbnail")
@@ -328,53 +398,73 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
         return Response(found, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
     @router.put("/api/datasets/{identity}/caption")
-    def write_caption(identity: str, body: Caption) -> dict[str, Any]:
+    def write_caption(identity: str, body: Caption) -> answers.CaptionState:
         return opened.write_caption(identity, body.name, body.text, body.tag)
 
     @router.post("/api/datasets/{identity}/replace")
-    def replace_text(identity: str, body: Replacement) -> dict[str, Any]:
+    def replace_text(identity: str, body: Replacement) -> answers.Replaced:
         return opened.replace(identity, body.find, body.by, body.apply)
 
     @router.post("/api/datasets/{identity}/undo")
-    def undo_replacement(identity: str) -> dict[str, Any]:
+    def undo_replacement(identity: str) -> answers.Undone:
         return opened.undo(identity)
 
+    return router
+
+
+def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, str]) -> APIRouter:
+    """Runs: started, queued, watched, asked, drawn from."""
+    router, drawings = APIRouter(), Drawings()
+
+    @router.get("/api/secrets")
+    def list_secrets() -> answers.Secrets:
+        names = get_args(Secret.model_fields["name"].annotation)
+        return {"set": {name: name in secret or bool(os.environ.get(name)) for name in names}}
+
+    @router.put("/api/secrets")
+    def keep(body: Secret) -> answers.Secrets:
+        secret.pop(body.name, None)
+        if body.value:
+            keep_secret(body.value)
+            secret[body.name] = body.value
+        return list_secrets()
+
     @router.get("/api/queue")
-    def list_queue() -> list[dict[str, Any]]:
+    def list_queue() -> list[answers.Queued]:
         return queue.as_data()
 
-    @router.post("/api/queue")
+    @router.post("/api/queue", response_model=answers.Queued, status_code=201)
     def add_to_queue(body: Text) -> Response:
         return JSONResponse(asdict(queue.add(body.text)), 201)
 
     @router.delete("/api/queue/{number}")
-    def remove_from_queue(number: int) -> dict[str, bool]:
+    def remove_from_queue(number: int) -> Done:
         queue.remove(number)
         return {"ok": True}
 
     @router.post("/api/queue/{number}/{where}")
-    def move_in_queue(number: int, where: Literal["up", "down"]) -> dict[str, bool]:
+    def move_in_queue(number: int, where: Literal["up", "down"]) -> Done:
         queue.move(number, where == "up")
         return {"ok": True}
 
     @router.get("/api/runs")
-    def list_runs() -> list[dict[str, Any]]:
+    def list_runs() -> list[answers.Run]:
         return [runs.summary(place) for place in runs.places()]
 
-    @router.post("/api/runs")
+    @router.post("/api/runs", response_model=answers.Started, status_code=201)
     def start_run(body: Start) -> Response:
         unknown = [option for option in body.options if option not in FLAGS]
         if unknown:
             return failure(422, "options", f"{unknown[0]}: a run is started with {', '.join(sorted(FLAGS))} only")
-        config = load_document(configs.from_toml(body.text))
-        folder = config.locate(config.run.output_dir)
-        folder = folder if folder.is_absolute() else project / folder
+        directory = runs.place_of(body.run).directory if body.run else project
+        config = load_documents(configs.from_toml(body.text))[0]
+        folder = folder_of(config, directory)
         now = time.strftime("%Y%m%d-%H%M%S")
         snapshot = saved.folder / "started" / f"{config.run.name}-{now}-{secrets.token_hex(2)}.toml"
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         write_text(snapshot, body.text)
         log = snapshot.with_suffix(".log")
-        pid = runs.start(snapshot, log, body.options, project)
+        pid = runs.start(snapshot, log, body.options, directory, secret)
         identity = runs.wait_for(folder, pid)
         if identity is None and not runs.is_alive(pid, time.time()):
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -382,22 +472,35 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
         return JSONResponse({"id": identity, "pid": pid, "folder": str(folder)}, 201)
 
     @router.get("/api/runs/{identity}")
-    def read_run(identity: str) -> dict[str, Any]:
+    def read_run(identity: str) -> answers.RunDetail:
         return runs.detail(runs.place_of(identity))
 
-    @router.get("/api/runs/{identity}/metrics")
-    def metrics(identity: str, points: int = 1000) -> dict[str, Any]:
-        return runs.series(runs.place_of(identity), max(10, min(points, 20_000)))
+    @router.get("/api/runs/{identity}/metrics", response_model=answers.Series)
+    def metrics(identity: str, points: int = 1000) -> Response:
+        return JSONResponse(runs.series(runs.place_of(identity), max(10, min(points, 20_000))))
 
     @router.get("/api/runs/{identity}/log")
-    def log(identity: str, offset: int = -65_536, limit: int = 65_536) -> dict[str, Any]:
+    def log(identity: str, offset: int = -65_536, limit: int = 65_536) -> answers.Log:
         return runs.log_text(runs.place_of(identity), offset, max(1, min(limit, 1 << 20)))
 
     @router.get("/api/runs/{identity}/picture")
     def picture(identity: str, path: str) -> FileResponse:
         return FileResponse(runs.picture(runs.place_of(identity), path))
 
-    @router.post("/api/runs/{identity}/{what}")
+    @router.get("/api/runs/{identity}/draw")
+    def drawing(identity: str) -> answers.Drawing:
+        return drawings.state(runs.place_of(identity))
+
+    @router.post("/api/runs/{identity}/draw")
+    def draw(identity: str, body: Draw) -> answers.Drawing:
+        return drawings.begin(runs.place_of(identity), body.prompt, body.images, body.checkpoint)
+
+    @router.post("/api/runs/{identity}/end")
+    def end(identity: str) -> Done:
+        runs.end_now(runs.place_of(identity))
+        return {"ok": True}
+
+    @router.post("/api/runs/{identity}/{what}", response_model=Done, status_code=202)
     def ask(identity: str, what: str) -> Response:
         place = runs.place_of(identity)
         try:
@@ -409,6 +512,13 @@ def _routes(guard: Guard, project: Path, saved: Configs, queue: Queue) -> APIRou
     @router.get("/api/events")
     async def events(request: Request) -> StreamingResponse:
         return StreamingResponse(_events(request), media_type="text/event-stream")
+
+    return router
+
+
+def _page_routes() -> APIRouter:
+    """The built page; anything that is not the API's is its shell."""
+    router = APIRouter()
 
     @router.get("/assets/{name}")
     def asset(name: str) -> Response:

@@ -86,7 +86,7 @@ def test_line_holds_step_values_and_clock(metrics: Writers) -> None:
     (line,) = metrics.lines()
     clock = line.pop("clock")
     assert line == {"step": 10, **VALUES}
-    assert set(clock) == {"images_per_second", "step_seconds", "seconds_left", "wall"}
+    assert set(clock) == {"images_per_second", "step_seconds", "seconds_left", "wall", "start"}
 
 
 def test_values_are_written_without_loss(metrics: Writers) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from musubi_tuner.config.fields import TABS
 from musubi_tuner.config.schema import item_parameters, parameters
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.ui import form, runs
-from musubi_tuner.ui.__main__ import free_port, hosts_of, read_token
+from musubi_tuner.ui.__main__ import free_port, hosts_of, main, read_token
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
 from musubi_tuner.ui.server import _turns, make_app
@@ -193,7 +192,7 @@ def test_every_setting_is_in_the_form_once_on_a_tab_of_the_plan(client: TestClie
         "Logging",
     ]
     assert {field["tab"] for field in found["fields"]} == set(TABS)
-    assert {field.kind for field in form.form_fields()} == {"switch", "whole", "number", "choice", "text", "value"}
+    assert {field["kind"] for field in form.form_fields()} == {"switch", "whole", "number", "choice", "text", "value"}
 
 
 def test_a_config_is_checked_as_train_checks_it(client: TestClient) -> None:
@@ -361,7 +360,7 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
     """With runs that another process plays."""
     started: list[str] = []
 
-    def start(snapshot: Path, log: Path, options: list[str], folder: Path) -> int:
+    def start(snapshot: Path, log: Path, options: list[str], folder: Path, secrets: dict[str, str]) -> int:
         name = tomllib.loads(snapshot.read_text())["run"]["name"]
         started.append(name)
         if name == "b":
@@ -371,7 +370,7 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
         return os.getpid()
 
     monkeypatch.setattr(runs, "start", start)
-    queue = Queue(tmp_path / "data" / "configs" / "queue", tmp_path)
+    queue = Queue(tmp_path / "data" / "configs" / "queue", tmp_path, {})
     for name in ("c", "b", "a"):
         assert client.post("/api/queue", json={"text": flow_config(tmp_path, name)}).status_code == 201
     assert client.post("/api/queue", json={"text": RUN}).status_code == 422
@@ -387,7 +386,7 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
     assert client.request("DELETE", "/api/queue/3", content="{}", headers=JSON).status_code == 422
     (tmp_path / "out-a" / "exit.json").write_text('{"reason": "finished", "code": 0}')
     queue.turn()
-    Queue(queue.folder, tmp_path).turn()  # as after a restart of the server
+    Queue(queue.folder, tmp_path, {}).turn()  # as after a restart of the server
     assert started == ["a", "b", "c"]
     found = client.get("/api/queue").json()
     assert [(entry["name"], entry["state"]) for entry in found] == [("a", "ended"), ("b", "ended"), ("c", "started")]
@@ -510,7 +509,7 @@ def test_one_server_of_a_project_has_the_queue(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("musubi_tuner.ui.server.QUEUE_EVERY", 0.01)
 
     async def both() -> None:
-        queues = [Queue(tmp_path, tmp_path) for _ in range(2)]
+        queues = [Queue(tmp_path, tmp_path, {}) for _ in range(2)]
         for name, queue in zip("ab", queues, strict=True):
             monkeypatch.setattr(queue, "turn", lambda name=name: turns.append(name))
         tasks = [asyncio.create_task(_turns(queue)) for queue in queues]
@@ -523,12 +522,10 @@ def test_one_server_of_a_project_has_the_queue(tmp_path: Path, monkeypatch: pyte
     assert len(turns) > 2 and len(set(turns)) == 1
 
 
-def test_the_page_knows_the_fields_of_the_server() -> None:
-    types = (Path(form.__file__).parent / "web" / "src" / "types.ts").read_text(encoding="utf-8")
-    body = types.partition("export interface FormField {")[2].partition("}")[0]
-    assert [line.split(":")[0].strip() for line in body.splitlines() if ":" in line] == [
-        each.name for each in fields(form.FormField)
-    ]
+def test_the_types_of_the_page_are_made_from_those_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--types"]) == 0
+    written = Path(form.__file__).parent / "web" / "types.json"
+    assert json.loads(capsys.readouterr().out) == json.loads(written.read_text(encoding="utf-8"))
 
 
 def test_the_built_page_is_the_one_that_is_committed() -> None:

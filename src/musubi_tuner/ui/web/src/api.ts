@@ -47,3 +47,6 @@ export const send = <T>(method: "POST" | "PUT" | "DELETE", path: string, body: u
     headers: { "Content-Type": "application/json", "X-CSRF-Token": mark },
     body: JSON.stringify(body),
   });
+
+/** What went wrong, for the person. */
+export const why = (problem: unknown): string => (problem instanceof Error ? problem.message : String(problem));

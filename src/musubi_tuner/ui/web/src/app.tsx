@@ -1,7 +1,7 @@
 // The page: navigation, theme, the list of runs as it changes.
 
-import { Monitor, Moon, Sun } from "lucide-react";
-import { useEffect, useState } from "react";
+import { Bell, BellRing, Monitor, Moon, Sun } from "lucide-react";
+import { useEffect, useRef, useState } from "react";
 import { get, openSession } from "./api";
 import { Configure } from "./configure";
 import { Button, Card, cn } from "./parts";
@@ -49,6 +49,34 @@ function useRuns(ready: boolean): [Run[], boolean] {
     return () => events.close();
   }, [ready]);
   return [Object.values(runs).sort((a, b) => (b.started ?? 0) - (a.started ?? 0)), connected];
+}
+
+const NOTIFY = "musubi-notify";
+
+/** A notification of the browser when a run ends, if it is wanted. */
+function Notify({ runs }: { runs: Run[] }) {
+  const [wanted, setWanted] = useState(() => localStorage.getItem(NOTIFY) === "yes" && "Notification" in window && Notification.permission === "granted");
+  const before = useRef(new Map<string, Run["state"]>());
+  useEffect(() => {
+    for (const run of runs) {
+      const was = before.current.get(run.id);
+      const ended = !["running", "stopping"].includes(run.state);
+      if (wanted && ended && (was === "running" || was === "stopping")) new Notification(`${run.name}: ${run.state}`, { body: run.exit?.message ?? run.folder });
+      before.current.set(run.id, run.state);
+    }
+  }, [runs, wanted]);
+  if (!("Notification" in window)) return null;
+  const change = async (on: boolean) => {
+    const granted = on && (await Notification.requestPermission()) === "granted";
+    localStorage.setItem(NOTIFY, granted ? "yes" : "no");
+    setWanted(granted);
+  };
+  const Icon = wanted ? BellRing : Bell;
+  return (
+    <Button aria-pressed={wanted} aria-label="Notify me when a run ends" title={wanted ? "You are notified when a run ends" : "Notify me when a run ends"} onClick={() => void change(!wanted)}>
+      <Icon size={16} aria-hidden="true" />
+    </Button>
+  );
 }
 
 export function App() {
@@ -116,6 +144,7 @@ export function App() {
               No connection to the server; trying again ...
             </span>
           )}
+          {state === "open" && <Notify runs={runs} />}
           <Button onClick={() => setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length] ?? "system")} aria-label={`Theme: ${theme}. Change it`} title={`Theme: ${theme}`}>
             <Icon size={16} aria-hidden="true" />
           </Button>
@@ -131,7 +160,7 @@ export function App() {
         {schema && state === "open" && (
           <>
             <div hidden={view.at !== "configure"}>
-              <Configure schema={schema} given={given} onStarted={started} />
+              <Configure schema={schema} given={given} runs={runs} onStarted={started} />
             </div>
             {view.at === "runs" && (
               <div className="grid grid-cols-1 gap-4">

@@ -45,6 +45,7 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
     return () => watch.disconnect();
   }, []);
   const shown = useMemo(() => lines.filter((line) => line.metrics.curves[tag]), [lines, tag]);
+  const starts = useMemo(() => [...new Set(shown.flatMap((line) => line.metrics.starts))], [shown]);
   const lost = useMemo(() => lines.flatMap((line) => line.metrics.lost[tag] ?? []), [lines, tag]);
 
   useEffect(() => {
@@ -86,6 +87,15 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
             ctx.strokeStyle = ink;
             ctx.setLineDash([4, 4]);
             ctx.textAlign = "left";
+            ctx.globalAlpha = 0.45;
+            for (const step of starts) {
+              const x = plot.valToPos(step, "x", true);
+              ctx.beginPath();
+              ctx.moveTo(x, bbox.top);
+              ctx.lineTo(x, bbox.top + bbox.height);
+              ctx.stroke();
+            }
+            ctx.globalAlpha = 1;
             borders.forEach(([name, step], number) => {
               const x = plot.valToPos(step, "x", true);
               ctx.beginPath();
@@ -108,13 +118,14 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
       follow.disconnect();
       plot.destroy();
     };
-  }, [shown, tag, logarithmic, share, theme, lost]);
+  }, [shown, tag, logarithmic, share, theme, lost, starts]);
 
   const told = shown
     .map((line) => {
       const values = line.metrics.curves[tag]?.values ?? [];
       const last = values.at(-1);
-      return `${line.label}: ${values.length} points, last ${last === undefined ? "none" : last.toPrecision(4)}, lowest ${Math.min(...values).toPrecision(4)}`;
+      const [lowest, highest] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
+      return `${line.label}: ${values.length} points, last ${last === undefined ? "none" : last.toPrecision(4)}, lowest ${lowest.toPrecision(4)}, highest ${highest.toPrecision(4)}`;
     })
     .join("; ");
   return (
@@ -122,6 +133,7 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
       <div ref={holder} className="w-full overflow-hidden" role="img" aria-label={`${tag} over updates. ${told}`} />
       <figcaption className="mt-1 text-xs text-muted">
         {told || "no values yet"}
+        {starts.length > 0 && <span> Resumed at {starts.slice(0, 8).join(", ")}{starts.length > 8 ? " ..." : ""}.</span>}
         {lost.length > 0 && <span className="text-bad"> Not finite at {lost.slice(0, 8).join(", ")}{lost.length > 8 ? " ..." : ""}.</span>}
       </figcaption>
     </figure>

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { aligned, smoothed } from "./chart";
-import { matching, parsed, shown, valueAt, withValue } from "./document";
+import { isIn, matching, moved, parsed, shown, valueAt, WHOLE, withValue } from "./document";
 import type { FormField } from "./types";
 
 const field = (key: string, more: Partial<FormField> = {}): FormField => ({
@@ -24,7 +24,22 @@ describe("a document", () => {
     expect(valueAt(withValue({}, "schema_version", 1), "schema_version")).toBe(1);
   });
 
+  it("has settings of steps and of roles in them", () => {
+    const scope = { step: 1, role: "vae" };
+    const before = { steps: [{ name: "a" }, { name: "b" }], optimizer: { lr: 1 } };
+    const after = withValue(before, "optimizer.lr", 2, scope);
+    expect(after).toEqual({ steps: [{ name: "a" }, { name: "b", roles: { vae: { optimizer: { lr: 2 } } } }], optimizer: { lr: 1 } });
+    expect([valueAt(after, "optimizer.lr", scope), valueAt(after, "optimizer.lr")]).toEqual([2, 1]);
+    expect(withValue(after, "optimizer.lr", undefined, scope)).toEqual(before);
+    expect(withValue({}, "train.max_grad_norm", 1, { step: null, role: "vae" })).toEqual({ roles: { vae: { max_grad_norm: 1 } } });
+    const rate = field("optimizer.lr", { table: "optimizer" });
+    const data = field("general.resolution", { table: "general" });
+    expect([isIn(rate, scope), isIn(data, scope), isIn(data, { step: 1, role: "" }), isIn(data, WHOLE)]).toEqual([true, false, false, true]);
+    expect([moved(["a", "b", "c"], 2, 0), moved(["a", "b"], 0, -1)]).toEqual([["c", "a", "b"], ["a", "b"]]);
+  });
+
   it("takes what a person types", () => {
+    expect([parsed(field("a.b"), "photo of "), parsed(field("a.b", { path: true }), " x ")]).toEqual(["photo of ", "x"]);
     const number = field("a.b", { kind: "number" });
     expect([parsed(number, "1e-4"), parsed(number, "5%"), parsed(number, " ")]).toEqual([1e-4, "5%", undefined]);
     const list = field("a.c", { kind: "value" });

@@ -2,51 +2,81 @@
 
 import type { Document, FormField, Table } from "./types";
 
+/** What is edited: the file, one of its steps, and there a role of the family. */
+export interface Scope {
+  step: number | null;
+  role: string;
+}
+
+export const WHOLE: Scope = { step: null, role: "" };
+const OF_ROLES = ["optimizer", "scheduler", "ema"];
+const MAX_GRAD_NORM = "train.max_grad_norm";
+
+/** Whether a setting can be written in a scope. */
+export function isIn(field: FormField, scope: Scope): boolean {
+  if (scope.role) return OF_ROLES.includes(field.table) || field.key === MAX_GRAD_NORM;
+  return scope.step === null || !(["", "general", "datasets"].includes(field.table) || field.key === "model.arch");
+}
+
+/** The key under which a scope has a setting, without its step. */
+export function keyIn(key: string, scope: Scope): string {
+  return scope.role ? `roles.${scope.role}.${key === MAX_GRAD_NORM ? "max_grad_norm" : key}` : key;
+}
+
+/** The way to a dotted key; data sets are entries of a list. */
+function way(key: string): (string | number)[] {
+  return key.split(".").flatMap((part): (string | number)[] => {
+    const entry = /^(\w+)\[(\d+)\]$/.exec(part);
+    return entry ? [entry[1] ?? "", Number(entry[2])] : [part];
+  });
+}
+
+function wayIn(key: string, scope: Scope): (string | number)[] {
+  return [...(scope.step === null ? [] : ["steps", scope.step]), ...way(keyIn(key, scope))];
+}
+
 /** Value of a dotted key; undefined where it is not set. */
-export function valueAt(document: Document, key: string): unknown {
-  const [table, name] = split(key);
-  if (!table) return document[name];
-  const found = document[table];
-  return isTable(found) ? found[name] : undefined;
+export function valueAt(document: Document, key: string, scope: Scope = WHOLE): unknown {
+  return wayIn(key, scope).reduce<unknown>(
+    (found, part) => (Array.isArray(found) || isTable(found) ? (found as Record<string | number, unknown>)[part] : undefined),
+    document,
+  );
 }
 
-/** The document with a key set; without it where the value is undefined. Empty tables go. */
-export function withValue(document: Document, key: string, value: unknown): Document {
-  const [table, name] = split(key);
-  const entry = /^datasets\[(\d+)\]$/.exec(table);
-  if (entry) {
-    const place = Number(entry[1]);
-    return put(document, "datasets", datasetsOf(document).map((each, number) => (number === place ? put(each, name, value) : each)));
-  }
-  if (!table) return put(document, name, value);
-  const found = document[table];
-  const changed = put(isTable(found) ? found : {}, name, value);
-  return put(document, table, Object.keys(changed).length ? changed : undefined);
+/** The document with a key set; without it where the value is undefined. Tables that this leaves empty go. */
+export function withValue(document: Document, key: string, value: unknown, scope: Scope = WHOLE): Document {
+  return put(document, wayIn(key, scope), value) as Document;
 }
 
-function put(table: Table, name: string, value: unknown): Table {
-  const changed = { ...table };
-  if (value === undefined) delete changed[name];
-  else changed[name] = value;
+function put(found: unknown, path: (string | number)[], value: unknown): unknown {
+  const [part, ...rest] = path;
+  if (part === undefined) return value;
+  if (typeof part === "number") return (Array.isArray(found) ? found : []).map((each: unknown, place) => (place === part ? (put(each, rest, value) ?? {}) : each));
+  const changed: Table = { ...(isTable(found) ? found : {}) };
+  const inside = put(changed[part], rest, value);
+  if (inside === undefined || (rest.length && isTable(inside) && !Object.keys(inside).length)) delete changed[part];
+  else changed[part] = inside;
   return changed;
-}
-
-function split(key: string): [string, string] {
-  const at = key.indexOf(".");
-  return at < 0 ? ["", key] : [key.slice(0, at), key.slice(at + 1)];
 }
 
 export function isTable(value: unknown): value is Table {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Entries of [[datasets]]. */
-export function datasetsOf(document: Document): Table[] {
-  const found = document.datasets;
+/** Entries of a list of tables, such as [[datasets]]. */
+export function entriesOf(document: Document, name: "datasets" | "steps"): Table[] {
+  const found = document[name];
   return Array.isArray(found) ? found.filter(isTable) : [];
 }
 
-/** What a person typed as a value of a field; an Error where it is none. */
+/** A list with one entry in another place. */
+export function moved<T>(list: T[], from: number, to: number): T[] {
+  const rest = list.filter((_, place) => place !== from);
+  const entry = list[from];
+  return entry === undefined || to < 0 || to >= list.length ? list : [...rest.slice(0, to), entry, ...rest.slice(to)];
+}
+
+/** What a person typed as a value of a field. */
 export function parsed(field: FormField, text: string): unknown {
   const trimmed = text.trim();
   if (trimmed === "") return undefined;
@@ -62,7 +92,7 @@ export function parsed(field: FormField, text: string): unknown {
       return trimmed;
     }
   }
-  return trimmed;
+  return field.path ? trimmed : text; // a prefix of captions may end in a space
 }
 
 /** A value as text of a control. */

@@ -2,6 +2,7 @@
 
 import { RotateCcw } from "lucide-react";
 import { useEffect, useId, useState } from "react";
+import { Browse } from "./browse";
 import { parsed, shown } from "./document";
 import { Button, cn, inputLook } from "./parts";
 import type { Finding, FormField } from "./types";
@@ -44,22 +45,29 @@ export function Field({ field, value, fallback, idle, findings, onChange, onFix 
         {field.help}
         {idle && <em className="ml-1 not-italic">(does nothing with the other settings as they are)</em>}
       </p>
-      {findings.length > 0 && (
-        <ul id={`${id}-said`} className="grid gap-1 text-sm">
-          {findings.map((finding, number) => (
-            <li key={number} className={finding.level === "error" ? "text-bad" : finding.level === "warning" ? "text-warn" : "text-muted"}>
-              <strong>{finding.level}: </strong>
-              {finding.reason}
-              {finding.fix.length > 0 && (
-                <Button look="bare" className="min-h-6" onClick={() => onFix(finding)}>
-                  Apply fix
-                </Button>
-              )}
-            </li>
-          ))}
-        </ul>
-      )}
+      <Findings id={`${id}-said`} findings={findings} onFix={onFix} />
     </div>
+  );
+}
+
+/** What was found about a setting. named: with its key, where it stands apart from it. */
+export function Findings({ id, findings, named, onFix }: { id?: string; findings: Finding[]; named?: boolean; onFix: (finding: Finding) => void }) {
+  if (!findings.length) return null;
+  return (
+    <ul id={id} className="grid gap-1 text-sm">
+      {findings.map((finding, number) => (
+        <li key={number} className={cn("break-words", finding.level === "error" ? "text-bad" : finding.level === "warning" ? "text-warn" : "text-muted")}>
+          <strong>{finding.level}: </strong>
+          {named && finding.keys[0] && <code>{finding.keys[0]} </code>}
+          {finding.reason}
+          {finding.fix.length > 0 && (
+            <Button look="bare" className="min-h-6" onClick={() => onFix(finding)}>
+              Apply fix
+            </Button>
+          )}
+        </li>
+      ))}
+    </ul>
   );
 }
 
@@ -92,7 +100,7 @@ function TextControl({ field, value, fallback, common, onChange }: Pick<Props, "
     setText((typed) => (shown(parsed(field, typed)) === shown(value) ? typed : shown(value)));
   }, [field, value]);
   const numeric = field.kind === "whole" || field.kind === "number";
-  return (
+  const input = (
     <input
       {...common}
       className={inputLook}
@@ -107,5 +115,12 @@ function TextControl({ field, value, fallback, common, onChange }: Pick<Props, "
         onChange(parsed(field, event.target.value));
       }}
     />
+  );
+  if (!field.path) return input;
+  return (
+    <div className="flex gap-1">
+      {input}
+      <Browse label={field.label} onChoose={onChange} />
+    </div>
   );
 }

@@ -3,7 +3,7 @@
 import { cva, type VariantProps } from "class-variance-authority";
 import { clsx, type ClassValue } from "clsx";
 import { Dialog as RadixDialog } from "radix-ui";
-import type { ComponentProps, ReactNode } from "react";
+import { type ComponentProps, type ReactNode, useEffect, useRef } from "react";
 import { twMerge } from "tailwind-merge";
 
 export const cn = (...names: ClassValue[]): string => twMerge(clsx(names));
@@ -103,4 +103,14 @@ export function time(seconds: number | null | undefined): string {
   const whole = Math.max(0, Math.round(seconds));
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];
   return hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
+}
+
+/** Of several changes within the time, the last one. */
+export function useLater(action: () => void, wait: number, watched: unknown): void {
+  const latest = useRef(action);
+  latest.current = action;
+  useEffect(() => {
+    const timer = setTimeout(() => latest.current(), wait);
+    return () => clearTimeout(timer);
+  }, [wait, watched]);
 }

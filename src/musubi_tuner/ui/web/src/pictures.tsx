@@ -1,13 +1,12 @@
 // The pictures of the data sets: what is trained of them, their captions, replacing in all captions.
 
 import { useCallback, useEffect, useRef, useState } from "react";
-import { Failure, get, send } from "./api";
+import { Failure, get, send, why } from "./api";
 import { Button, Card, cn, Dialog, inputLook } from "./parts";
-import type { Document, OpenedSet, Picture, Replaced } from "./types";
+import type { Document, OpenedSet, Picture, Replaced, TokenCount } from "./types";
 
 const PAGE = 48;
 const SAVE_AFTER = 800;
-const text = (problem: unknown) => (problem instanceof Error ? problem.message : String(problem));
 
 export function Pictures({ document, disabled }: { document: Document; disabled: boolean }) {
   const [sets, setSets] = useState<OpenedSet[] | null>(null);
@@ -20,7 +19,7 @@ export function Pictures({ document, disabled }: { document: Document; disabled:
         setLooks((before) => before + 1);
         setSaid("");
       })
-      .catch((problem: unknown) => setSaid(text(problem)));
+      .catch((problem: unknown) => setSaid(why(problem)));
   return (
     <Card title="Pictures and captions">
       <div className="flex flex-wrap items-center gap-2">
@@ -38,14 +37,14 @@ export function Pictures({ document, disabled }: { document: Document; disabled:
             {each.id && `, ${each.count} pictures`}
           </h3>
           {each.problem && <p className="text-sm text-bad break-words">{each.problem}</p>}
-          {each.id && each.count > 0 && <Grid of={each} />}
+          {each.id && each.count > 0 && <Grid of={each} document={document} />}
         </section>
       ))}
     </Card>
   );
 }
 
-function Grid({ of }: { of: OpenedSet }) {
+function Grid({ of, document }: { of: OpenedSet; document: Document }) {
   const [offset, setOffset] = useState(0);
   const [items, setItems] = useState<Picture[]>([]);
   const [said, setSaid] = useState("");
@@ -53,10 +52,20 @@ function Grid({ of }: { of: OpenedSet }) {
     () =>
       void get<Picture[]>(`datasets/${of.id}?offset=${offset}&limit=${PAGE}`)
         .then(setItems)
-        .catch((problem: unknown) => setSaid(text(problem))),
+        .catch((problem: unknown) => setSaid(why(problem))),
     [of.id, offset],
   );
   useEffect(refresh, [refresh]);
+  // Counted apart, since the tokenizers have to be opened first; captions that are edited are counted when the page is shown again.
+  const [tokens, setTokens] = useState(new Map<string, TokenCount[]>());
+  const about = useRef(document);
+  useEffect(() => {
+    const captioned = items.filter((item) => item.caption);
+    if (!captioned.length) return;
+    send<TokenCount[][]>("POST", "tokens", { document: about.current, texts: captioned.map((item) => item.caption) })
+      .then((counts) => setTokens(new Map(captioned.map((item, number) => [item.name, counts[number] ?? []]))))
+      .catch(() => setTokens(new Map()));
+  }, [items]);
   const last = Math.min(offset + PAGE, of.count);
   return (
     <>
@@ -77,7 +86,7 @@ function Grid({ of }: { of: OpenedSet }) {
       </div>
       <ul className="grid grid-cols-1 gap-3 sm:grid-cols-2 lg:grid-cols-3">
         {items.map((item) => (
-          <Tile key={`${item.name} ${item.tag}`} at={`datasets/${of.id}`} item={item} onSaid={setSaid} />
+          <Tile key={`${item.name} ${item.tag}`} at={`datasets/${of.id}`} item={item} tokens={tokens.get(item.name) ?? []} onSaid={setSaid} />
         ))}
       </ul>
     </>
@@ -85,7 +94,7 @@ function Grid({ of }: { of: OpenedSet }) {
 }
 
 /** One picture with the part of it that is trained, and its caption, which is saved a moment after it was typed. */
-function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words: string) => void }) {
+function Tile({ at, item, tokens, onSaid }: { at: string; item: Picture; tokens: TokenCount[]; onSaid: (text: string) => void }) {
   const [caption, setCaption] = useState(item.caption ?? "");
   const [state, setState] = useState<"" | "not saved" | "saved" | "conflict">("");
   const tag = useRef(item.tag);
@@ -109,7 +118,7 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
       const conflict = problem instanceof Failure && problem.status === 412;
       if (conflict) unsaved.current = null; // it stays in the field, and would only meet the same file again
       setState(conflict ? "conflict" : "not saved");
-      onSaid(conflict ? `${item.name}: its caption was changed elsewhere; copy what you typed and look again` : text(problem));
+      onSaid(conflict ? `${item.name}: its caption was changed elsewhere; copy what you typed and look again` : why(problem));
     } finally {
       saving.current = false;
     }
@@ -160,6 +169,16 @@ function Tile({ at, item, onSaid }: { at: string; item: Picture; onSaid: (words:
               timer.current = setTimeout(() => void save(), SAVE_AFTER);
             }}
           />
+          {tokens.length > 0 && (
+            <p className="text-xs text-muted">
+              {tokens.map((count, number) => (
+                <span key={count.name} className={cn(count.tokens > count.limit && "text-warn")}>
+                  {number > 0 && ", "}
+                  {count.name} {count.tokens} of {count.limit} tokens{count.tokens > count.limit && ": cut"}
+                </span>
+              ))}
+            </p>
+          )}
           <p className={cn("min-h-4 text-xs", state === "conflict" ? "text-bad" : "text-muted")}>{state === "conflict" ? "changed elsewhere" : state}</p>
         </>
       )}
@@ -182,7 +201,7 @@ function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
         setSaid(answer.problem || `${answer.count} captions ${apply ? "were changed" : "would change"}.`);
         if (apply) onDone();
       })
-      .catch((problem: unknown) => setSaid(text(problem)));
+      .catch((problem: unknown) => setSaid(why(problem)));
   const back = () =>
     send<{ count: number; kept: string[] }>("POST", `datasets/${of.id}/undo`)
       .then((answer) => {
@@ -190,7 +209,7 @@ function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
         setSaid(`${answer.count} captions are as they were.${answer.kept.length ? ` Edited since and left alone: ${answer.kept.join(", ")}` : ""}`);
         onDone();
       })
-      .catch((problem: unknown) => setSaid(text(problem)));
+      .catch((problem: unknown) => setSaid(why(problem)));
   return (
     <>
       <Button onClick={() => setOpen(true)}>Replace in all captions</Button>

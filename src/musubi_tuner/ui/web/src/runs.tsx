@@ -1,12 +1,15 @@
 // All runs of this machine, and one of them: progress, curves, pictures, log, checkpoints, requests.
 
 import { useCallback, useEffect, useMemo, useRef, useState } from "react";
-import { Failure, get, send } from "./api";
+import { get, send, why } from "./api";
 import { Curves, type Line } from "./chart";
 import { Badge, Button, Card, inputLook, Rows, time } from "./parts";
+import { Draw, Samples } from "./samples";
 import type { Document, Metrics, Queued, Run, RunDetail } from "./types";
 
 const MOST_COMPARED = 5;
+/** Milliseconds after which a run that was asked to stop can be ended. */
+const STOPS_WITHIN = 30_000;
 
 export function Runs({ runs, onOpen, onCompare }: { runs: Run[]; onOpen: (id: string) => void; onCompare: (ids: string[]) => void }) {
   const [chosen, setChosen] = useState<string[]>([]);
@@ -111,30 +114,37 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
   const [said, setSaid] = useState("");
   const live = run.state === "running" || run.state === "stopping";
   const at = `runs/${run.id}`;
+  const [late, setLate] = useState(false);
+  useEffect(() => {
+    setLate(false);
+    if (run.state !== "stopping") return;
+    const timer = setTimeout(() => setLate(true), STOPS_WITHIN);
+    return () => clearTimeout(timer);
+  }, [run.state]);
 
   const refresh = useCallback(() => {
-    get<RunDetail>(at).then(setDetail).catch((problem: unknown) => setSaid(String(problem)));
-    get<Metrics>(`${at}/metrics?points=2000`).then(setMetrics).catch((problem: unknown) => setSaid(String(problem)));
+    get<RunDetail>(at).then(setDetail).catch((problem: unknown) => setSaid(why(problem)));
+    get<Metrics>(`${at}/metrics?points=2000`).then(setMetrics).catch((problem: unknown) => setSaid(why(problem)));
   }, [at]);
   // What the run writes shows in its record, which comes by events.
   useEffect(refresh, [refresh, run.updated, run.state]);
 
   const ask = (what: string) =>
     send("POST", `${at}/${what}`)
-      .then(() => setSaid(`Asked to ${what}; it answers between two updates.`))
-      .catch((problem: unknown) => setSaid(problem instanceof Error ? problem.message : String(problem)));
+      .then(() => setSaid(what === "end" ? "It was told to end." : `Asked to ${what}; it answers between two updates.`))
+      .catch((problem: unknown) => setSaid(why(problem)));
   const resume = async () => {
     try {
-      const answer = await send<{ id: string | null }>("POST", "runs", { text: detail?.toml ?? "" });
+      const answer = await send<{ id: string | null }>("POST", "runs", { text: detail?.toml ?? "", run: run.id });
       onStarted(answer.id);
     } catch (problem) {
-      setSaid(problem instanceof Failure ? problem.message : String(problem));
+      setSaid(why(problem));
     }
   };
   const duplicate = () =>
     send<{ document: Document }>("POST", "config/parse", { text: detail?.toml ?? "" })
       .then((answer) => onEdit(answer.document))
-      .catch((problem: unknown) => setSaid(String(problem)));
+      .catch((problem: unknown) => setSaid(why(problem)));
 
   const lines = useMemo<Line[]>(() => (metrics ? [{ label: run.name, metrics }] : []), [metrics, run.name]);
   return (
@@ -150,9 +160,15 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
           <>
             <Button onClick={() => void ask("save")}>Save now</Button>
             <Button onClick={() => void ask("sample")}>Sample now</Button>
-            <Button look="bad" onClick={() => void ask("stop")} disabled={run.state === "stopping"}>
-              Stop
-            </Button>
+            {run.state === "stopping" && late ? (
+              <Button look="bad" onClick={() => confirm("End the run now? What it has not saved is lost; its last state stays.") && void ask("end")}>
+                End now, without saving
+              </Button>
+            ) : (
+              <Button look="bad" onClick={() => void ask("stop")} disabled={run.state === "stopping"}>
+                Stop
+              </Button>
+            )}
           </>
         ) : (
           <Button look="main" disabled={!detail?.toml} onClick={() => void resume()}>
@@ -182,6 +198,11 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       </Card>
       <Card title="Curves">{metrics ? <Curves lines={lines} /> : <p className="text-sm text-muted">reading ...</p>}</Card>
       <Card title="Samples">{detail && <Samples run={run} detail={detail} />}</Card>
+      {detail?.draws && !live && (
+        <Card title="Draw">
+          <Draw run={run} detail={detail} onDone={refresh} />
+        </Card>
+      )}
       <Card title="Log">
         <Log run={run} />
       </Card>
@@ -195,66 +216,6 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
           <p className="text-sm text-muted">None yet.</p>
         )}
       </Card>
-    </div>
-  );
-}
-
-/** Pictures by update, with a slider; two of them can be put side by side. */
-function Samples({ run, detail }: { run: Run; detail: RunDetail }) {
-  const byStep = useMemo(() => {
-    const found = new Map<string, RunDetail["samples"]>();
-    for (const sample of detail.samples) {
-      const step = /_step_(\d+)\.|_(\d{8})_\d+\./.exec(sample.name);
-      const key = `${sample.part ? `${sample.part}, ` : ""}${step ? `update ${Number(step[1] ?? step[2])}` : "plots"}`;
-      found.set(key, [...(found.get(key) ?? []), sample]);
-    }
-    return [...found];
-  }, [detail.samples]);
-  const [at, setAt] = useState<number | null>(null);
-  const [beside, setBeside] = useState<number | null>(null);
-  if (!byStep.length) return <p className="text-sm text-muted">No pictures yet.</p>;
-  const last = byStep.length - 1;
-  const now = Math.min(at ?? last, last);
-  const column = (number: number) => {
-    const [label, samples] = byStep[Math.min(number, last)] ?? ["", []];
-    return (
-      <figure className="min-w-0">
-        <figcaption className="mb-1 text-sm font-medium">{label}</figcaption>
-        <div className="flex flex-wrap items-start gap-2">
-          {samples.map((sample) => (
-            <img key={sample.path} className="h-auto max-w-full min-w-24 rounded border border-line" loading="lazy" alt={`${sample.name} of ${label}`} src={`/api/runs/${run.id}/picture?path=${encodeURIComponent(sample.path)}&t=${sample.time}`} />
-          ))}
-        </div>
-      </figure>
-    );
-  };
-  return (
-    <div className="grid gap-3">
-      <div className="flex flex-wrap items-end gap-4">
-        <label className="text-sm">
-          Update
-          <input type="range" className="block h-9 w-64 max-w-full" min={0} max={last} value={now} aria-valuetext={byStep[now]?.[0]} onChange={(event) => setAt(Number(event.target.value))} />
-        </label>
-        <label className="flex min-h-9 items-center gap-2 text-sm">
-          <input type="checkbox" className="size-5" checked={beside !== null} onChange={(event) => setBeside(event.target.checked ? 0 : null)} /> Beside another one
-        </label>
-        {beside !== null && (
-          <label className="text-sm">
-            The other one
-            <select className={inputLook} value={beside} onChange={(event) => setBeside(Number(event.target.value))}>
-              {byStep.map(([label], number) => (
-                <option key={label} value={number}>
-                  {label}
-                </option>
-              ))}
-            </select>
-          </label>
-        )}
-      </div>
-      <div className={beside === null ? "" : "grid gap-4 md:grid-cols-2"}>
-        {beside !== null && column(beside)}
-        {column(now)}
-      </div>
     </div>
   );
 }
@@ -323,7 +284,7 @@ export function Compare({ runs, onBack }: { runs: Run[]; onBack: () => void }) {
   const [lines, setLines] = useState<Line[]>([]);
   const ids = runs.map((run) => run.id).join(",");
   useEffect(() => {
-    Promise.all(runs.map(async (run) => ({ label: run.name, metrics: await get<Metrics>(`runs/${run.id}/metrics?points=2000`) })))
+    Promise.all(runs.map(async (run) => ({ label: labelOf(run, runs), metrics: await get<Metrics>(`runs/${run.id}/metrics?points=2000`) })))
       .then(setLines)
       .catch(() => setLines([]));
     // The runs are given anew with every event; their ids say whether they are others.
@@ -340,4 +301,9 @@ export function Compare({ runs, onBack }: { runs: Run[]; onBack: () => void }) {
       </Card>
     </div>
   );
+}
+
+/** The name of a run; with its folder where several have the same. */
+function labelOf(run: Run, runs: Run[]): string {
+  return runs.filter((each) => each.name === run.name).length > 1 ? `${run.name} (${run.folder.split("/").slice(-2).join("/")})` : run.name;
 }

@@ -1,0 +1,288 @@
+// Run files: loaded, saved, imported, seen as TOML, compared.
+
+import { useEffect, useRef, useState } from "react";
+import { get, send, why } from "./api";
+import { Button, Card, cn, Dialog, inputLook, Rows } from "./parts";
+import { shown } from "./document";
+import type { Difference, Document, Run, RunDetail } from "./types";
+
+export function SaveAs({ name, onSave }: { name: string; onSave: (as: string) => Promise<void> }) {
+  const [open, setOpen] = useState(false);
+  const [text, setText] = useState(name);
+  return (
+    <>
+      <Button
+        onClick={() => {
+          setText(name);
+          setOpen(true);
+        }}
+      >
+        Save config
+      </Button>
+      <Dialog open={open} onOpenChange={setOpen} title="Save config" about="Letters, digits, points, dashes and underscores. It goes to data/configs.">
+        <form
+          className="flex gap-2"
+          onSubmit={(event) => {
+            event.preventDefault();
+            setOpen(false);
+            void onSave(text);
+          }}
+        >
+          <label htmlFor="config-name" className="sr-only">
+            Name
+          </label>
+          <input id="config-name" className={inputLook} value={text} onChange={(event) => setText(event.target.value)} required pattern="[A-Za-z0-9_][A-Za-z0-9._\-]{0,79}" />
+          <Button look="main" type="submit">
+            Save
+          </Button>
+        </form>
+      </Dialog>
+    </>
+  );
+}
+
+export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (document: Document, name: string, tag: string | null) => void; onSaid: (text: string) => void }) {
+  const [names, setNames] = useState<{ saved: string[]; templates: string[] }>({ saved: [], templates: [] });
+  const refresh = () => void get<typeof names>("configs").then(setNames).catch(() => undefined);
+  useEffect(refresh, []);
+  const file = useRef<HTMLInputElement>(null);
+  return (
+    <div className="flex min-w-0 flex-wrap items-end gap-2">
+      <div className="min-w-0">
+        <label htmlFor="load" className="text-sm font-medium">
+          Load config
+        </label>
+        <select
+          id="load"
+          className={inputLook}
+          value=""
+          onFocus={refresh}
+          onChange={(event) => {
+            const [kind, chosen] = [event.target.value.slice(0, 1), event.target.value.slice(2)];
+            get<{ document: Document; tag: string }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)
+              .then((answer) => {
+                onLoad(answer.document, kind === "s" ? chosen : "", kind === "s" ? answer.tag : null);
+                onSaid(`Loaded ${chosen}.`);
+              })
+              .catch((problem: unknown) => onSaid(why(problem)));
+          }}
+        >
+          <option value="" disabled>
+            choose ...
+          </option>
+          <optgroup label="Saved">
+            {names.saved.map((each) => (
+              <option key={each} value={`s:${each}`}>
+                {each}
+              </option>
+            ))}
+          </optgroup>
+          <optgroup label="Templates">
+            {names.templates.map((each) => (
+              <option key={each} value={`t:${each}`}>
+                {each}
+              </option>
+            ))}
+          </optgroup>
+        </select>
+      </div>
+      <Button onClick={() => onLoad(empty, "", null)}>New</Button>
+      <Button onClick={() => file.current?.click()}>Import …</Button>
+      <input
+        ref={file}
+        type="file"
+        className="hidden"
+        aria-label="File to import"
+        accept=".toml,.json,.yaml,.yml,.sh,.txt"
+        onChange={(event) => {
+          const chosen = event.target.files?.[0];
+          event.target.value = "";
+          if (!chosen) return;
+          chosen
+            .text()
+            .then((text) => send<{ document: Document; report: Record<string, unknown[]> }>("POST", "config/import", { text, name: chosen.name }))
+            .then((answer) => {
+              onLoad(answer.document, "", null);
+              const counts = ["carried", "converted", "defaulted", "dropped_changes_result", "refused", "unknown"];
+              onSaid(`Imported ${chosen.name}: ${counts.map((key) => `${(answer.report[key] as unknown[] | undefined)?.length ?? 0} ${key.replaceAll("_", " ")}`).join(", ")}.`);
+            })
+            .catch((problem: unknown) => onSaid(why(problem)));
+        }}
+      />
+    </div>
+  );
+}
+
+export function TomlPane({ document, onApply }: { document: Document; onApply: (document: Document) => void }) {
+  const [text, setText] = useState("");
+  const [wrong, setWrong] = useState("");
+  const [done, setDone] = useState(false);
+  useEffect(() => {
+    send<{ text: string }>("POST", "config/toml", { document })
+      .then((answer) => setText(answer.text))
+      .catch((problem: unknown) => setWrong(why(problem)));
+  }, [document]);
+  const apply = () =>
+    send<{ document: Document }>("POST", "config/parse", { text })
+      .then((answer) => {
+        setWrong("");
+        setDone(true);
+        onApply(answer.document);
+      })
+      .catch((problem: unknown) => setWrong(why(problem)));
+  const download = () => {
+    const link = window.document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "application/toml" }));
+    link.download = "run.toml";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
+  return (
+    <Card title="Run file">
+      <label htmlFor="toml" className="sr-only">
+        Run file as TOML
+      </label>
+      <textarea id="toml" spellCheck={false} className={cn(inputLook, "h-[60vh] font-mono text-xs")} value={text}
+        onChange={(event) => {
+          setDone(false);
+          setText(event.target.value);
+        }}
+      />
+      {wrong && (
+        <p role="alert" className="mt-2 text-sm text-bad">
+          {wrong}
+        </p>
+      )}
+      <div className="mt-2 flex gap-2">
+        <Button look="main" onClick={() => void apply()}>
+          Apply to the form
+        </Button>
+        <Button onClick={download}>Download</Button>
+        <p role="status" className="self-center text-sm text-muted">
+          {done && !wrong ? "Applied." : ""}
+        </p>
+      </div>
+    </Card>
+  );
+}
+
+
+const SECRETS = [
+  { name: "HF_TOKEN", label: "Hub token (HF_TOKEN)" },
+  { name: "WANDB_API_KEY", label: "W&B key (WANDB_API_KEY)" },
+];
+
+/** Secrets that runs of this server get; they are written, never read. */
+export function Secrets() {
+  const [open, setOpen] = useState(false);
+  const [set, setSet] = useState<Record<string, boolean>>({});
+  const [said, setSaid] = useState("");
+  useEffect(() => {
+    if (!open) return;
+    setSaid("");
+    get<{ set: Record<string, boolean> }>("secrets").then((answer) => setSet(answer.set)).catch((problem: unknown) => setSaid(why(problem)));
+  }, [open]);
+  const keep = (name: string, value: string) =>
+    send<{ set: Record<string, boolean> }>("PUT", "secrets", { name, value })
+      .then((answer) => {
+        setSet(answer.set);
+        setSaid(value ? `${name} is kept until the server ends.` : `${name} is forgotten.`);
+      })
+      .catch((problem: unknown) => setSaid(why(problem)));
+  return (
+    <>
+      <Button onClick={() => setOpen(true)}>Secrets</Button>
+      <Dialog open={open} onOpenChange={setOpen} title="Secrets" about="Given to runs that this page starts, as variables of their environment; kept in the server's memory and in no file. Set in the server's own environment, they are passed on too.">
+        <div className="grid gap-3">
+          {SECRETS.map((each) => (
+            <form
+              key={each.name}
+              className="flex flex-wrap items-end gap-2"
+              onSubmit={(event) => {
+                event.preventDefault();
+                const input = event.currentTarget.elements.namedItem("value") as HTMLInputElement;
+                void keep(each.name, input.value);
+                input.value = "";
+              }}
+            >
+              <label className="min-w-56 flex-1 text-sm font-medium">
+                {each.label} {set[each.name] ? "(set)" : "(not set)"}
+                <input name="value" type="password" autoComplete="off" className={inputLook} />
+              </label>
+              <Button look="main" type="submit">
+                {set[each.name] ? "Replace, or forget" : "Keep"}
+              </Button>
+            </form>
+          ))}
+        </div>
+        <p role="status" aria-live="polite" className="mt-2 text-sm">
+          {said}
+        </p>
+      </Dialog>
+    </>
+  );
+}
+
+/** In what a run file differs from the defaults, a saved one, a template, or that of a run. */
+export function Differences({ document, runs }: { document: Document; runs: Run[] }) {
+  const [open, setOpen] = useState(false);
+  const [names, setNames] = useState<{ saved: string[]; templates: string[] }>({ saved: [], templates: [] });
+  const [other, setOther] = useState("d:");
+  const [rows, setRows] = useState<Difference[]>([]);
+  const [said, setSaid] = useState("");
+  useEffect(() => {
+    if (open) void get<typeof names>("configs").then(setNames).catch(() => undefined);
+  }, [open]);
+  useEffect(() => {
+    if (!open) return;
+    const [kind, chosen] = [other.slice(0, 1), other.slice(2)];
+    const theirs = async (): Promise<Document> => {
+      if (kind === "d") return {};
+      if (kind === "r") return (await send<{ document: Document }>("POST", "config/parse", { text: (await get<RunDetail>(`runs/${chosen}`)).toml })).document;
+      return (await get<{ document: Document }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)).document;
+    };
+    let ended = false;
+    theirs()
+      .then((found) => send<Difference[]>("POST", "config/differences", { ours: document, theirs: found }))
+      .then((found) => {
+        if (ended) return;
+        setRows(found);
+        setSaid(found.length ? "" : "There is no difference.");
+      })
+      .catch((problem: unknown) => setSaid(why(problem)));
+    return () => {
+      ended = true;
+    };
+  }, [document, open, other]);
+  const group = (label: string, kind: string, entries: { value: string; label: string }[]) =>
+    entries.length > 0 && (
+      <optgroup label={label}>
+        {entries.map((each) => (
+          <option key={each.value} value={`${kind}:${each.value}`}>
+            {each.label}
+          </option>
+        ))}
+      </optgroup>
+    );
+  const plain = (value: string) => ({ value, label: value });
+  return (
+    <>
+      <Button onClick={() => setOpen(true)}>Differences</Button>
+      <Dialog open={open} onOpenChange={setOpen} wide title="Differences" about="Settings as they would be used, in which this run file differs from another one.">
+        <label className="text-sm font-medium">
+          Compare with
+          <select className={cn(inputLook, "mb-3")} value={other} onChange={(event) => setOther(event.target.value)}>
+            <option value="d:">the defaults</option>
+            {group("Saved", "s", names.saved.map(plain))}
+            {group("Templates", "t", names.templates.map(plain))}
+            {group("Runs", "r", runs.map((run) => ({ value: run.id, label: `${run.name} (${run.folder})` })))}
+          </select>
+        </label>
+        <p role="status" className="text-sm">
+          {said}
+        </p>
+        {rows.length > 0 && <Rows heads={["setting", "here", "there"]} rows={rows.map((row) => [row.key, shown(row.ours), shown(row.theirs)].map((value, place) => <span key={place} className={cn("wrap-anywhere", place === 0 && "font-mono text-xs")}>{value}</span>))} />}
+      </Dialog>
+    </>
+  );
+}
