@@ -73,6 +73,7 @@ class Page:
                 else self.heard.append(request.url)
             ),
         )
+        tab.on("dialog", lambda dialog: dialog.accept())
         tab.goto(self.address)
         tab.get_by_role("tab").first.wait_for()
         return tab
@@ -115,8 +116,14 @@ def silent(page: Page) -> Iterator[None]:
 
 
 def load(tab: Any, template: str) -> None:
-    tab.get_by_label("Load config").select_option(f"t:{template}")
-    tab.get_by_text(f"Loaded {template}.").wait_for()
+    choose(tab, f"t:{template}")
+
+
+def choose(tab: Any, value: str) -> None:
+    """Load a template (t:) or a saved config (s:)."""
+    tab.get_by_label("Load config").select_option(value)
+    tab.get_by_role("button", name="Load", exact=True).click()
+    tab.get_by_text(f"Loaded {value[2:]}.").wait_for()
 
 
 def small(tab: Any) -> None:

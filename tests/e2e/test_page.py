@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,95 @@ def test_a_run_is_started_watched_and_survives_the_server(page: Page) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     again = [row["step"] for row in rows if "loss/total" in row]
     assert again == list(range(1, len(again) + 1)) and len(again) >= len(steps)  # it went on where it had stopped
+
+
+def test_steps_and_roles_are_edited_in_the_form(page: Page) -> None:
+    tab = page.open()
+    (page.project / "steps").mkdir()
+    Image.new("RGB", (64, 64)).save(page.project / "steps" / "a.png")
+    write(
+        tab,
+        {
+            "run": {"name": "steps", "output_dir": "data/steps"},
+            "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
+            "objective": {"train_vae": True},
+            "train": {"max_steps": 5},
+            "general": {"resolution": 64, "missing_caption": "empty"},
+            "datasets": [{"image_directory": "steps"}],
+        },
+    )
+    for _ in range(2):
+        tab.get_by_role("button", name="Add a step").click()
+    tab.get_by_role("textbox", name="Name", exact=True).first.fill("second")
+    tab.get_by_role("tab", name=re.compile("Dataset")).click()
+    length = tab.locator('[data-key="train.max_steps"] input')
+    assert length.input_value() == "" and length.get_attribute("placeholder") == "5"
+    length.fill("9")
+    tab.get_by_text("Total training steps: 9").wait_for()
+    tab.get_by_label("Role", exact=True).select_option("vae")
+    tab.get_by_role("tab", name=re.compile("Learning rate")).click()
+    tab.locator('[data-key="optimizer.lr"] input').fill("-1")
+    tab.get_by_role("button", name=re.compile(r"2\. second.*1 error")).wait_for()
+    tab.get_by_role("button", name="1. step-1").click()
+    tab.get_by_role("button", name="1 error, 0 warnings").click()
+    tab.get_by_role("button", name=re.compile(r"steps\[1\]\.roles\.vae\.optimizer\.lr")).click()
+    tab.locator('[data-key="optimizer.lr"] input:focus').fill("0.5")
+    tab.get_by_role("button", name="Start training").wait_for()
+    tab.get_by_role("button", name="Earlier").click()
+    tab.get_by_role("button", name="View as TOML").click()
+    tab.wait_for_function("() => document.querySelector('#toml').value.includes('step-1')")
+    found = tomllib.loads(tab.get_by_label("Run file as TOML").input_value())
+    assert found["train"] == {"max_steps": 5}
+    second = {"name": "second", "train": {"max_steps": 9}, "roles": {"vae": {"optimizer": {"lr": 0.5}}}}
+    assert found["steps"] == [second, {"name": "step-1"}]
+
+
+def test_samples_are_looked_at_by_prompt_and_update_with_the_arrow_keys(page: Page, tmp_path: Path) -> None:
+    folder = tmp_path / "drawn"
+    (folder / "sample").mkdir(parents=True)
+    (folder / "run.json").write_text(
+        json.dumps({"id": "s1", "name": "drawn", "pid": 0, "started": 1.0, "phase": "finished"})
+    )
+    (folder / "exit.json").write_text(json.dumps({"code": 0, "reason": "finished"}))
+    for step in (10, 20, 30):
+        for number in (0, 1):
+            Image.new("RGB", (64, 64), (8 * step, 99 * number, 0)).save(
+                folder / "sample" / f"drawn_{step:08d}_{number:02d}.png"
+            )
+        (folder / "sample" / f"prompts_step_{step}.txt").write_text("0: a cat\n1: a dog\n")
+    (page.home / "runs").mkdir(parents=True, exist_ok=True)
+    (page.home / "runs" / "s1.json").write_text(
+        json.dumps({"folder": str(folder), "config": str(folder / "x.toml"), "started": 1.0})
+    )
+    tab = page.open()
+    tab.get_by_role("button", name=re.compile("^Runs")).click()
+    tab.get_by_role("listitem").filter(has_text="drawn").get_by_role("button").click()
+    tab.get_by_label("Pictures of").select_option("a dog")
+    tab.get_by_alt_text("a dog, update 30").wait_for()
+    pictures = tab.get_by_role("group", name=re.compile("^Pictures"))
+    pictures.focus()
+    tab.keyboard.press("ArrowLeft")
+    tab.get_by_alt_text("a dog, update 20").wait_for()
+    tab.get_by_label("Update", exact=True).fill("0")
+    tab.get_by_alt_text("a dog, update 10").wait_for()
+    pictures.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.get_by_label("Beside another one").check()
+    tab.get_by_label("The other one").select_option("update 30")
+    assert [each.get_attribute("alt") for each in pictures.get_by_role("img").all()] == [
+        "a dog, update 30",
+        "a dog, update 20",
+    ]
+    assert all(pictures.get_by_role("img").evaluate_all("found => found.map(each => each.naturalWidth === 64)"))
+    (page.home / "runs" / "s1.json").unlink()
+
+
+def test_a_path_is_chosen_from_the_folders_of_the_project(page: Page) -> None:
+    tab = page.open()
+    tab.get_by_label("Browse for Output dir").click()
+    tab.get_by_role("button", name="toml/").click()
+    tab.get_by_role("button", name=re.compile("^demo.toml")).click()
+    assert tab.locator('[data-key="run.output_dir"] input').input_value() == "toml/demo.toml"
 
 
 def test_a_run_of_a_terminal_is_there(page: Page, server: ForkServer, tmp_path: Path) -> None:

@@ -40,8 +40,16 @@ class Tab(TypedDict):
     title: str
 
 
+class OwnWords(TypedDict):
+    """What a family says otherwise of a setting."""
+
+    help: str
+    choices: list[Any]
+    kind: Kind
+
+
 class FormField(TypedDict):
-    """One setting. kind: of the control. names: other names of it. families: codes of those that have it."""
+    """One setting. kind: of the control. names: other names of it. families: codes of those that have it. own: by family, where it differs."""
 
     key: str
     name: str
@@ -63,6 +71,7 @@ class FormField(TypedDict):
     names: list[str]
     families: list[str]
     free: bool
+    own: dict[str, OwnWords]
 
 
 class FamilyEntry(TypedDict):
@@ -323,6 +332,7 @@ class Run(TypedDict):
     name: str
     folder: str
     config: str
+    pid: int | None
     state: State
     exit: Ending | None
     phase: str | None

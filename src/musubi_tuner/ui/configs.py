@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import threading
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from musubi_tuner.config.importers.read import read_foreign
 from musubi_tuner.config.load import STEP
 from musubi_tuner.config.pipeline import TABLE
 from musubi_tuner.config.rules.effect import idle
-from musubi_tuner.config.schema import parameters
+from musubi_tuner.config.schema import item_parameters, parameters
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import write_text
 from musubi_tuner.ui.answers import Difference, Finding, Names, NotThere, Resolved
@@ -47,6 +49,7 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
 
     Rules that look at files are among the findings (codes P..).
     """
+    document = as_meant(document)
     steps = steps_in(document)
     findings: dict[str, Finding] = {}
 
@@ -98,7 +101,7 @@ def _resolved(config: RunConfig) -> Resolved:
     facts, resolved = config.spec.task(config), {}
     for parameter in parameters(config.spec):
         if not parameter.extra("secret") and facts.has(parameter.key):
-            resolved[parameter.key] = json.loads(json.dumps(config.get(parameter.key), default=str))
+            resolved[parameter.key] = as_json(json.loads(json.dumps(config.get(parameter.key), default=str)))
     return {"resolved": resolved, "idle": sorted(idle(config))}
 
 
@@ -123,7 +126,7 @@ def _as_data(found: Diagnostic, document: dict[str, Any], steps: Steps, step: in
         "level": found.level,
         "keys": keys,
         "reason": found.reason,
-        "fix": list(found.fix),
+        "fix": as_json(found.fix),
         "step": step,
     }  # type: ignore[typeddict-item]
 
@@ -163,7 +166,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Difference
 
 def plain_default(parameter: Parameter) -> Any:
     """A default as JSON; none where a value is required."""
-    return None if parameter.required else json.loads(json.dumps(parameter.default, default=str))
+    return None if parameter.required else as_json(json.loads(json.dumps(parameter.default, default=str)))
 
 
 def _flat(document: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def to_toml(document: dict[str, Any]) -> str:
         ConfigError: for a value that has no TOML, such as null.
     """
     try:
-        return tomli_w.dumps(document)
+        return tomli_w.dumps(as_meant(document))
     except (TypeError, ValueError, AttributeError, RecursionError) as problem:
         raise ConfigError(
             f"the run file holds a value that cannot be written as TOML ({problem}); remove it"
@@ -208,9 +211,34 @@ def from_toml(text: str) -> dict[str, Any]:
         ConfigError: naming the line.
     """
     try:
-        return tomllib.loads(text)
+        found: dict[str, Any] = as_json(tomllib.loads(text))
+        return found
     except (ValueError, RecursionError) as problem:
         raise ConfigError(f"not valid TOML: {problem}") from problem
+
+
+def as_json(value: Any) -> Any:
+    """A value for JSON, which has no NaN and infinities: they are words, as a person types them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: as_json(each) for key, each in value.items()}
+    return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _numbers() -> frozenset[str]:
+    """Names of settings that are numbers."""
+    return frozenset(each.name for each in (*parameters(), *item_parameters()) if float in each.kinds)
+
+
+def as_meant(value: Any, name: str = "") -> Any:
+    """The other way: such words are numbers where a setting is one."""
+    if isinstance(value, str) and name in _numbers() and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: as_meant(each, key) for key, each in value.items()}
+    return [as_meant(each, name) for each in value] if isinstance(value, list) else value
 
 
 @dataclass
@@ -254,9 +282,12 @@ class Configs:
         Raises:
             ConfigError: if there is none of this name.
         """
+        path = self.path(name, template)
         try:
-            text = self.path(name, template).read_text(encoding="utf-8")
-        except OSError as problem:
+            if not path.resolve().is_relative_to(path.parent.resolve()):  # a link that leads out
+                raise OSError
+            text = path.read_text(encoding="utf-8")
+        except (OSError, RuntimeError) as problem:  # a link to itself is a RuntimeError
             raise NotThere(f"{name}: no such config") from problem
         return text, tag_of(text)
 
@@ -321,7 +352,7 @@ def import_text(text: str, name: str, folder: Path) -> dict[str, Any]:
         raise ConfigError(str(problem).replace(str(path), name)) from problem
     finally:
         path.unlink(missing_ok=True)
-    document = dict(found.document)
+    document = as_json(dict(found.document))
     if found.general:
         document["general"] = found.general
     if found.datasets:

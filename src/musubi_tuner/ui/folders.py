@@ -22,12 +22,19 @@ class Folders:
             ConfigError: for whatever is none, or lies outside.
         """
         roots = [root.resolve() for root in self.roots]
-        wanted = (self.roots[0] / text).resolve() if "\0" not in text else Path("/\0")
-        home = next((root for root in roots if wanted.is_relative_to(root)), None)
-        if home is None or any(part.startswith(".") for part in wanted.relative_to(home).parts) or not wanted.is_dir():
-            raise NotThere(
-                f"{text}: no such folder below {' or '.join(map(str, roots))}; --root FOLDER adds another one"
-            )
+        try:
+            wanted = (self.roots[0] / text).resolve()
+            home = next(root for root in roots if wanted.is_relative_to(root) and wanted.is_dir())
+            if any(part.startswith(".") for part in wanted.relative_to(home).parts):
+                raise ValueError
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            StopIteration,
+        ) as problem:  # also null characters, links to themselves
+            seen = " or ".join(map(str, roots))
+            raise NotThere(f"{text}: no such folder below {seen}; --root FOLDER adds another one") from problem
         found: list[Entry] = []
         for path in wanted.iterdir():
             inside = any(path.resolve().is_relative_to(root) for root in roots)  # a link may lead out

@@ -9,7 +9,7 @@ from musubi_tuner.config.foreign import FOREIGN
 from musubi_tuner.config.schema import flat_names, item_parameters, parameters
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
-from musubi_tuner.ui.answers import FamilyEntry, FormField, Kind, Schema, Tab
+from musubi_tuner.ui.answers import FamilyEntry, FormField, Kind, OwnWords, Schema, Tab
 
 TITLES = ("Setup", "Dataset", "Adapter", "Learning rate", "Advanced", "Saving", "Logging")
 """Of the tabs, in their order."""
@@ -22,20 +22,33 @@ def kind_of(parameter: Parameter) -> Kind:
     if parameter.key == FAMILY:
         return "choice"
     kinds = {kind for kind in parameter.kinds if kind is not type(None) and not isinstance(kind, UnionType)}
+    tables = any(
+        getattr(k, "__origin__", k) in (list, dict) or (isinstance(k, type) and issubclass(k, Section)) for k in kinds
+    )
+    numbers = {int, float} & {kind for kind in kinds if isinstance(kind, type)}
     if parameter.choices:
-        return "choice"
+        return "value" if tables or numbers else "choice"  # a word, or something else
     if kinds == {bool}:
         return "switch"
-    if bool in kinds or any(
-        getattr(kind, "__origin__", kind) in (list, dict) or (isinstance(kind, type) and issubclass(kind, Section))
-        for kind in kinds
-    ):
+    if tables or bool in kinds:
         return "value"  # written as TOML
     if int in kinds and str not in kinds and float not in kinds:
         return "whole"
     if float in kinds and str not in kinds:
         return "number"
     return "text" if kinds <= {str} else "value"
+
+
+def choices_of(parameter: Parameter) -> list[Any]:
+    """What a list offers."""
+    if parameter.key == FAMILY:
+        return list(MODELS)
+    return [*parameter.choices, *((True, False) if parameter.choices and bool in parameter.kinds else ())]
+
+
+def own_of(parameter: Parameter) -> OwnWords:
+    """What a family may say otherwise of a setting."""
+    return {"help": parameter.help, "choices": choices_of(parameter), "kind": kind_of(parameter)}
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +71,7 @@ def form_fields() -> tuple[FormField, ...]:
     for name, entry in FOREIGN.items():
         if entry.key:
             other.setdefault(entry.key, []).append(name)
-    own = {code: {parameter.key for parameter in parameters(MODELS[code])} for code in MODELS}
+    own = {code: {parameter.key: parameter for parameter in parameters(MODELS[code])} for code in MODELS}
     found = []
     for parameter in (*parameters(), *item_parameters()):
         items = parameter.section in ("general", "datasets")
@@ -79,13 +92,18 @@ def form_fields() -> tuple[FormField, ...]:
                 expert=parameter.expert,
                 secret=parameter.extra("secret"),
                 path=parameter.extra("path"),
-                choices=list(MODELS) if parameter.key == FAMILY else list(parameter.choices),
+                choices=choices_of(parameter),
                 low=low,
                 high=high,
                 step=parameter.extra("step"),
                 names=sorted(set(other.get(parameter.key, [])) - {parameter.name}),
                 families=list(MODELS) if items else [code for code in MODELS if parameter.key in own[code]],
                 free=parameter.extra("resume") == "free",
+                own={
+                    code: own_of(settings[parameter.key])
+                    for code, settings in own.items()
+                    if parameter.key in settings and own_of(settings[parameter.key]) != own_of(parameter)
+                },
             )
         )
     return tuple(found)

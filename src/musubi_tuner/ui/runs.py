@@ -103,6 +103,7 @@ def summary(place: Place) -> Run:
     state = ended.get("reason") or (RUNNING if is_alive(run.get("pid"), run.get("started")) else LOST)
     waiting = state == RUNNING and (place.folder / CONTROL / "stop").exists()
     keys = (
+        "pid",
         "phase",
         "done",
         "total",
@@ -284,11 +285,13 @@ def picture(place: Place, relative: str) -> Path:
     Raises:
         ConfigError: for whatever is none, or lies outside.
     """
-    wanted = (place.folder / relative).resolve() if "\0" not in relative else place.folder
-    inside = wanted.is_relative_to(place.folder.resolve())
-    if not inside or wanted.suffix.lower() not in IMAGES or not wanted.is_file():
-        raise NotThere(f"{relative}: no such picture of this run")
-    return wanted
+    try:
+        wanted = (place.folder / relative).resolve()
+        if wanted.is_relative_to(place.folder.resolve()) and wanted.suffix.lower() in IMAGES and wanted.is_file():
+            return wanted
+    except (OSError, ValueError, RuntimeError):  # names that are too long, null characters, links to themselves
+        pass
+    raise NotThere(f"{relative}: no such picture of this run")
 
 
 def request(place: Place, name: str) -> None:

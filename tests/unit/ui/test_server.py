@@ -5,29 +5,35 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
+import httpx
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from musubi_tuner.config.fields import TABS
 from musubi_tuner.config.schema import item_parameters, parameters
-from musubi_tuner.errors import ConfigError
+from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.ui import form, runs
 from musubi_tuner.ui.__main__ import free_port, hosts_of, main, read_token
+from musubi_tuner.ui.configs import Configs
+from musubi_tuner.ui.pictures import Pictures
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
 from musubi_tuner.ui.server import _turns, make_app
@@ -81,7 +87,7 @@ def routes(client: TestClient) -> Iterator[tuple[str, str]]:
         route = found.pop()
         found += getattr(getattr(route, "original_router", None), "routes", [])
         if isinstance(route, APIRoute):
-            for method in route.methods:
+            for method in route.methods or ():
                 path = (
                     route.path.replace("{identity}", "run")
                     .replace("{name}", "a")
@@ -119,7 +125,7 @@ def test_every_route_refuses_another_host_and_another_page(client: TestClient) -
 
 
 def test_a_change_needs_the_mark_of_the_session_json_and_a_length(client: TestClient) -> None:
-    body = {"document": {}}
+    body: dict[str, Any] = {"document": {}}
     assert client.post("/api/config/validate", json=body).status_code == 200
     assert (
         client.post("/api/config/validate", json=body, headers={"x-csrf-token": "other"}).json()["error"]["code"]
@@ -203,6 +209,17 @@ def test_a_config_is_checked_as_train_checks_it(client: TestClient) -> None:
     parsed = client.post("/api/config/parse", json={"text": "a = ["})
     assert parsed.status_code == 422 and "not valid TOML" in parsed.json()["error"]["message"]
     assert "learning" in client.get("/api/explain", params={"name": "lr"}).json()["text"].lower()
+
+
+def test_all_names_of_the_plan_are_found(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting by one of its names, or what the name means here."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "config")
+    from names_of_others import PLAN
+
+    fields = client.get("/api/schema").json()["fields"]
+    names = {name for field in fields for name in (field["key"], field["name"], *field["names"])}
+    explained = {name: client.get("/api/explain", params={"name": name}).json()["text"] for name in PLAN}
+    assert len(PLAN) > 100 and not [name for name in PLAN if name not in names and not explained[name].strip()]
 
 
 def test_configs_are_saved_and_a_second_page_does_not_overwrite(client: TestClient, tmp_path: Path) -> None:
@@ -346,6 +363,73 @@ def test_captions_are_edited_in_their_bytes_and_replacements_put_back(
     assert (pictures / "03.txt").read_text() == "picture 3" and (pictures / "05.txt").read_text() == "edited since"
 
 
+def test_ten_thousand_made_up_names_lead_nowhere_else(client: TestClient, tmp_path: Path) -> None:
+    """Of pictures of a run and of a data set, of configs, templates and the page's own files; links lead out of their folders."""
+    secret, outside = b"# planted secret", tmp_path / "outside"
+    outside.mkdir()
+    document = client.post("/api/config/parse", json={"text": flow_config(tmp_path)}).json()["document"]
+    sample, toml, saved = make_run(tmp_path) / "sample", tmp_path / "toml", tmp_path / "data" / "configs"
+    for folder, suffix in ((sample, ".png"), (tmp_path / "pictures", ".png"), (toml, ".toml"), (saved, ".toml")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (outside / f"secret{suffix}").write_bytes(secret)
+        (folder / f"link{suffix}").symlink_to(outside / f"secret{suffix}")
+        (folder / f"loop{suffix}").symlink_to(f"loop{suffix}")
+        (folder / "folder").symlink_to(outside)
+    (sample / "00.png").write_bytes(b"picture")
+    (toml / "mine.toml").write_text(RUN)
+    (saved / "mine.toml").write_text(RUN)
+    (opened,) = client.post("/api/datasets", json={"document": document}).json()
+    pictures, configs, place = Pictures(), Configs(saved, toml), runs.place_of("run")
+    pictures.open(document)
+    functions: tuple[Callable[[str], bytes], ...] = (
+        lambda name: runs.picture(place, name).read_bytes(),
+        lambda name: pictures.thumbnail(opened["id"], name),
+        lambda name: configs.read(name)[0].encode(),
+        lambda name: configs.read(name, template=True)[0].encode(),
+    )
+    paths = (
+        ("/api/runs/run/picture", "path"),
+        (f"/api/datasets/{opened['id']}/thumbnail", "name"),
+        ("/api/configs/{}", ""),
+        ("/api/configs/{}?template=true", ""),
+        ("/assets/{}", ""),
+    )
+    pieces = ["..", ".", "", "%2e%2e", "..%2f", "~", "\0", "C:", "\\\\host", "CON", "a" * 300, "x" * 5000, "K\u00e4se", "\u202e", "\U0001f4be", "\ufeff",
+              "sample", "sample/00.png", "00.png", "mine", "link", "sample/link.png", "link.png", "loop", "sample/loop.png", "loop.png", "folder",
+              "secret", "secret.png", "outside", "run.json", str(tmp_path), str(outside / "secret.png"), "/etc/passwd", "index.html"]  # fmt: skip
+    source = random.Random(0)
+
+    def made_up() -> str:
+        between = source.choice(("/", "/", "\\", "//"))
+        return between.join(source.choice(pieces) for _ in range(source.choice((1, 1, 2, 3, 5))))
+
+    returned, wrong = [0] * len(functions), set()
+    for _ in range(2500):
+        for number, function in enumerate(functions):
+            name = made_up()
+            try:
+                found = function(name)
+            except (UserError, OSError, UnicodeError):
+                continue  # which the server answers
+            except Exception as problem:
+                wrong.add(f"{paths[number][0]}: {name!r}: {problem!r}")
+                continue
+            returned[number] += 1
+            if secret in found:
+                wrong.add(f"{paths[number][0]}: {name!r}: the secret")
+    client = TestClient(
+        client.app, base_url=str(client.base_url), cookies=client.cookies, raise_server_exceptions=False
+    )
+    for _ in range(100):
+        for path, key in paths:
+            name = made_up()
+            quoted = quote(name, safe=source.choice(("", "/")))
+            answer = client.get(path.format(quoted), params={key: name} if key else None)
+            if answer.status_code >= 500 or secret in answer.content:
+                wrong.add(f"{path}: {name!r}: {answer.status_code}")
+    assert all(returned) and not wrong, "\n".join(sorted(wrong)[:20])
+
+
 def test_the_plan_is_that_of_the_trainer(client: TestClient, tmp_path: Path) -> None:
     found = client.post("/api/config/plan", json={"text": flow_config(tmp_path)}).json()
     assert found["code"] == 0, found["text"]
@@ -459,6 +543,70 @@ def test_no_torch_is_imported_and_secrets_are_not_passed_on() -> None:
         {"PATH": "x", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "t", "MY_PASSWORD": "p", "MUSUBI_RUN_FOLDER": "f"}
     )
     assert set(passed) == {"PATH", "CUDA_VISIBLE_DEVICES", "HF_TOKEN"}
+
+
+def processes_with(text: bytes) -> dict[int, bool]:
+    """All processes, and whether the text is in their arguments or environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found[int(folder.name)] = any(text in (folder / name).read_bytes() for name in ("cmdline", "environ"))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at processes in /proc")
+def test_the_token_is_in_no_file_log_argument_or_environment(tmp_path: Path) -> None:
+    """With the server as users start it, and a run from the page and one of the queue."""
+    token, project, state = "planted-token-0123456789-abcdefghijk", tmp_path / "project", tmp_path / "state"
+    (project / "toml").mkdir(parents=True)
+    state.mkdir()
+    (state / "ui-token").write_text(token)
+    small = "[model.geometry]\nvae_dim = 8\nfeature_maps_dim = 32\nflow_layers = 1\nflow_heads = 2\n[objective]"
+    text = flow_config(project).replace("[objective]", small)
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("wb") as output, err.open("wb") as errors:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "musubi_tuner.ui", "--port", str(free_port("127.0.0.1", 18_860)), "--token_file", str(state / "ui-token")],
+            cwd=project, env={**os.environ, "MUSUBI_STATE_HOME": str(state)}, stdout=output, stderr=errors,
+        )  # fmt: skip
+    started: set[int] = set()
+
+    def wait_for(found: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 60
+        while not (answer := found()):
+            assert time.monotonic() < deadline and server.poll() is None, err.read_text()
+            time.sleep(0.05)
+        return answer
+
+    try:
+        address = wait_for(lambda: re.search(r"open (http://\S+)/#token=", out.read_text()))[1]
+        with httpx.Client(base_url=address, timeout=60) as page:
+            page.headers["x-csrf-token"] = page.post("/api/session", json={"token": token}).json()["csrf"]
+            document = page.post("/api/config/parse", json={"text": text}).json()["document"]
+            assert not page.post("/api/config/validate", json={"document": document}).json()["diagnostics"]
+            assert page.put("/api/configs/mine", json={"text": text}).status_code == 200
+            assert page.post("/api/session", json={"token": token + "x"}).status_code == 401
+            run = page.post("/api/runs", json={"text": text}).json()
+            started.add(run["pid"])
+            assert page.post("/api/queue", json={"text": text.replace("out-a", "out-b")}).status_code == 201
+            queued = project / "data" / "configs" / "queue" / "00001.json"
+            started.add(wait_for(lambda: json.loads(queued.read_text())["pid"]))
+            found = processes_with(token.encode())
+            assert {server.pid, *started} <= set(found) and not any(found.values())
+            identity = wait_for(lambda: page.get("/api/runs").json())[-1]["id"]
+            wait_for(lambda: page.get(f"/api/runs/{identity}/log").json()["text"])
+            assert page.request("DELETE", "/api/session/current", json={}).status_code == 200
+    finally:
+        for number in (server.pid, *started):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        server.wait()
+    files = [path for folder in (project, state) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 110  # the pictures, what was saved, what the runs have left
+    assert [path for path in files if token.encode() in path.read_bytes()] == [state / "ui-token"]
+    assert [line for line in out.read_text().splitlines() if token in line] == [f"open {address}/#token={token}"]
+    assert token not in err.read_text()
 
 
 def test_the_token_is_the_owners_alone_and_a_taken_port_gives_the_next(tmp_path: Path) -> None:

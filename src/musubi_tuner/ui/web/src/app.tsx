@@ -6,7 +6,7 @@ import { get, openSession } from "./api";
 import { Configure } from "./configure";
 import { Button, Card, cn } from "./parts";
 import { Compare, QueueCard, RunPage, Runs } from "./runs";
-import type { Document, Run, Schema } from "./types";
+import type { Document, Run, Schema, Started } from "./types";
 
 type View = { at: "configure" } | { at: "runs" } | { at: "run"; id: string } | { at: "compare"; ids: string[] };
 const THEME = "musubi-theme";
@@ -117,7 +117,18 @@ export function App() {
     document.title = `${current?.name ?? (view.at === "configure" ? "Configure" : "Runs")} · musubi-tinyflux`;
   }, [current?.name, view.at]);
 
-  const started = (id: string | null) => setView(id ? { at: "run", id } : { at: "runs" });
+  // A run that has not recorded itself yet is opened once it has.
+  const [awaited, setAwaited] = useState<Started | null>(null);
+  const started = (run: Started) => {
+    setAwaited(run.id ? null : run);
+    setView(run.id ? { at: "run", id: run.id } : { at: "runs" });
+  };
+  const come = awaited && runs.find((run) => run.folder === awaited.folder && run.pid === awaited.pid);
+  useEffect(() => {
+    if (!come) return;
+    setAwaited(null);
+    setView({ at: "run", id: come.id });
+  }, [come]);
   const link = (name: string, at: "configure" | "runs") => (
     <button
       type="button"
@@ -164,6 +175,7 @@ export function App() {
             </div>
             {view.at === "runs" && (
               <div className="grid grid-cols-1 gap-4">
+                {awaited && <p role="status" className="text-sm">A run is starting in {awaited.folder} …</p>}
                 <QueueCard runs={runs} />
                 <Runs runs={runs} onOpen={(id) => setView({ at: "run", id })} onCompare={(ids) => setView({ at: "compare", ids })} />
               </div>

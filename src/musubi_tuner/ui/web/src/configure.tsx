@@ -4,14 +4,14 @@ import { Tabs } from "radix-ui";
 import { useCallback, useDeferredValue, useEffect, useMemo, useRef, useState } from "react";
 import { Failure, get, send, why } from "./api";
 import { Datasets } from "./datasets";
-import { entriesOf, isIn, keyIn, matching, type Scope, valueAt, WHOLE, withValue } from "./document";
+import { entriesOf, isIn, matching, type Scope, valueAt, WHOLE, withValue } from "./document";
 import { Field, Findings } from "./field";
 import { Differences, Files, SaveAs, Secrets, TomlPane } from "./files";
 import { Length, Needs, Noise, Plan, Rates } from "./outlook";
 import { Badge, Button, Card, Dialog, inputLook, useLater } from "./parts";
 import { Pictures } from "./pictures";
 import { Scopes } from "./steps";
-import type { Checked, Document, Finding, FormField, Preview, Run, Schema } from "./types";
+import type { Checked, Document, Finding, FormField, Preview, Run, Schema, Started } from "./types";
 
 const DRAFT = "musubi-draft";
 export const NEW: Document = { schema_version: 1, run: { name: "my-run", output_dir: "data/output/my-run" }, model: { arch: "tf" } };
@@ -31,7 +31,7 @@ function firstDocument(): Document {
   return NEW;
 }
 
-export function Configure({ schema, given, runs, onStarted }: { schema: Schema; given: Document | null; runs: Run[]; onStarted: (id: string | null) => void }) {
+export function Configure({ schema, given, runs, onStarted }: { schema: Schema; given: Document | null; runs: Run[]; onStarted: (run: Started) => void }) {
   const [document, setDocument] = useState<Document>(() => given ?? firstDocument());
   const [chosenScope, setScope] = useState<Scope>(WHOLE);
   const [name, setName] = useState("");
@@ -49,6 +49,8 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
 
   const arch = String(valueAt(document, "model.arch") ?? "");
   const family = schema.families.find((each) => each.code === arch);
+  const fields = useMemo(() => schema.fields.map((field) => ({ ...field, ...field.own[arch] })), [arch, schema.fields]);
+  const byName = useMemo(() => new Map(fields.map((field) => [field.key, field])), [fields]);
   const steps = entriesOf(document, "steps");
   // A step or a role that is no longer there is left.
   const scope = useMemo<Scope>(
@@ -62,7 +64,8 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
 
   useLater(
     () => {
-      localStorage.setItem(DRAFT, JSON.stringify(document));
+      const draft = fields.filter((field) => field.secret).reduce((found, field) => withValue(found, field.key, undefined), document);
+      localStorage.setItem(DRAFT, JSON.stringify(draft));
       const mine = ++number.current;
       send<Checked>("POST", "config/validate", { document, number: mine })
         .then((answer) => {
@@ -83,14 +86,27 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   );
 
   const findings = useMemo(() => checked?.diagnostics ?? [], [checked]);
+  /** The setting that a finding is about, or is a part of, and the scope in which it is edited. */
+  const placeOf = useCallback(
+    (finding: Finding): { field: FormField | undefined; scope: Scope } => {
+      const key = finding.keys[0] ?? "";
+      const role = /^roles\.(\w+)\.(.+)$/.exec(key);
+      let name = role ? (role[2] === "max_grad_norm" ? "train.max_grad_norm" : (role[2] ?? "")) : key;
+      while (name && !byName.has(name)) name = name.replace(/(\.[^.[]*|\[\d+\]|[^.[\]]+)$/, "");
+      return { field: byName.get(name), scope: { step: finding.step, role: role && name ? (role[1] ?? "") : "" } };
+    },
+    [byName],
+  );
   const byKey = useMemo(() => {
     const found = new Map<string, Finding[]>();
     for (const finding of findings) {
-      const key = finding.keys[0] ?? "";
-      if (finding.step === scope.step) found.set(key, [...(found.get(key) ?? []), finding]);
+      const place = placeOf(finding);
+      if (finding.step !== scope.step || !place.field) continue;
+      const key = place.scope.role === scope.role ? place.field.key : scope.role ? "" : `roles.${place.scope.role}`;
+      found.set(key, [...(found.get(key) ?? []), finding]);
     }
     return found;
-  }, [findings, scope.step]);
+  }, [findings, placeOf, scope]);
   const used = scope.step === null ? checked : (checked?.steps[scope.step] ?? null);
   const idle = useMemo(() => new Set(scope.role ? [] : used?.idle), [scope.role, used]);
   const errors = findings.filter((finding) => finding.level === "error");
@@ -100,7 +116,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   const isShown = useCallback(
     (field: FormField): boolean => {
       if (field.table === "datasets" || field.secret || !isIn(field, scope)) return false;
-      if (valueAt(document, field.key, scope) !== undefined || byKey.has(keyIn(field.key, scope))) return true;
+      if (valueAt(document, field.key, scope) !== undefined || byKey.has(field.key)) return true;
       if (field.families.length && arch && !field.families.includes(arch)) return false;
       if (used && field.table !== "general" && Object.keys(used.resolved).length && !(field.key in used.resolved)) return false;
       return !(idle.has(field.key) || (field.expert && !expert));
@@ -135,7 +151,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   );
 
   const search = useDeferredValue(words);
-  const hits = useMemo(() => matching(schema.fields, search).filter((field) => isIn(field, scope)), [schema.fields, scope, search]);
+  const hits = useMemo(() => matching(fields, search).filter((field) => isIn(field, scope)), [fields, scope, search]);
   const [explained, setExplained] = useState("");
   useEffect(() => {
     setExplained("");
@@ -159,7 +175,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
       value={valueAt(document, field.key, scope)}
       fallback={inherited(field)}
       idle={idle.has(field.key)}
-      findings={byKey.get(keyIn(field.key, scope)) ?? []}
+      findings={byKey.get(field.key) ?? []}
       onChange={(value) => change(field.key, value)}
       onFix={fix}
     />
@@ -175,9 +191,9 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   };
   const start = () =>
     attempt(async () => {
-      const answer = await send<{ id: string | null }>("POST", "runs", { text: await asToml() });
+      const answer = await send<Started>("POST", "runs", { text: await asToml() });
       setSaid("The run has been started.");
-      onStarted(answer.id);
+      onStarted(answer);
     });
   const enqueue = () =>
     attempt(async () => {
@@ -196,17 +212,15 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
     }
   };
 
-  /** The setting that a finding is about, and the scope in which it is edited. */
-  const placeOf = (finding: Finding): { field: FormField | undefined; scope: Scope } => {
-    const role = /^roles\.(\w+)\.(.+)$/.exec(finding.keys[0] ?? "");
-    const inner = role ? (role[2] === "max_grad_norm" ? "train.max_grad_norm" : (role[2] ?? "")) : (finding.keys[0] ?? "");
-    const known = (key: string) => schema.fields.find((each) => each.key === key);
-    const field = known(inner) ?? known(inner.split(".").slice(0, 2).join("."));
-    return { field, scope: { step: finding.step, role: role && field ? (role[1] ?? "") : "" } };
+  const tabOf = (finding: Finding): string => {
+    const table = /^[^.[]*/.exec(finding.keys[0] ?? "")?.[0] ?? "";
+    return placeOf(finding).field?.tab ?? (table === "datasets" ? "dataset" : (fields.find((field) => field.table === table && !field.secret)?.tab ?? "setup"));
   };
-  const tabOf = (finding: Finding): string => placeOf(finding).field?.tab ?? (finding.keys[0]?.startsWith("datasets") ? "dataset" : "setup");
-  /** Whether no control shows it: the key is unknown, or it is about the file. */
-  const isHomeless = (finding: Finding): boolean => !placeOf(finding).field && !finding.keys[0]?.startsWith("datasets") && !(finding.step !== null && finding.step === scope.step);
+  /** Whether no control shows it: its key is unknown or a secret, or it is about a table. */
+  const isHomeless = (finding: Finding): boolean => {
+    const field = placeOf(finding).field;
+    return finding.level !== "info" && !finding.keys[0]?.startsWith("datasets[") && !(finding.step !== null && finding.step === scope.step && !finding.keys[0]?.includes(".")) && (!field || field.secret);
+  };
   const focusField = (finding: Finding) => {
     const place = placeOf(finding);
     setWords("");
@@ -219,9 +233,9 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   const countOf = (of: string, level: Finding["level"]) => findings.filter((finding) => finding.level === level && tabOf(finding) === of).length;
   const changed = useMemo(() => {
     const found = new Map<string, number>();
-    for (const field of schema.fields) if (field.table !== "datasets" && valueAt(document, field.key, scope) !== undefined) found.set(field.tab, (found.get(field.tab) ?? 0) + 1);
+    for (const field of fields) if (field.table !== "datasets" && valueAt(document, field.key, scope) !== undefined) found.set(field.tab, (found.get(field.tab) ?? 0) + 1);
     return found;
-  }, [document, schema.fields, scope]);
+  }, [document, fields, scope]);
 
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
@@ -256,6 +270,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
         <Files
           empty={NEW}
           onLoad={(loaded, from, of) => {
+            if (document !== kept && document !== NEW && !confirm("Replace what is in the form? It was edited since it was loaded or saved.")) return;
             setDocument(loaded);
             setScope(WHOLE);
             setName(from);
@@ -311,18 +326,18 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
               </Tabs.List>
               {schema.tabs.map((each) => (
                 <Tabs.Content key={each.name} value={idOf(each.name)} className="grid min-w-0 grid-cols-1 gap-4">
-                  {each.name === "setup" && <Findings named findings={findings.filter((finding) => finding.level !== "info" && isHomeless(finding))} onFix={fix} />}
+                  <Findings named findings={findings.filter((finding) => isHomeless(finding) && tabOf(finding) === each.name)} onFix={fix} />
                   {each.name === "setup" && <Needs document={document} ready={ready} />}
                   {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
                   {each.name === "learning rate" && preview && <Rates preview={preview} />}
                   {each.name === "advanced" && ready && !scope.role && <Noise document={document} step={scope.step ?? 0} />}
                   {each.name === "dataset" && scope.step === null && !scope.role && (
                     <>
-                      <Datasets schema={schema} document={document} findings={findings} onChange={setDocument} onFix={fix} />
+                      <Datasets fields={fields} document={document} findings={findings} onChange={setDocument} onFix={fix} />
                       <Pictures document={document} disabled={!ready} />
                     </>
                   )}
-                  {groups(schema.fields.filter((field) => field.tab === each.name && isShown(field))).map(([table, fields]) => (
+                  {groups(fields.filter((field) => field.tab === each.name && isShown(field))).map(([table, fields]) => (
                     <Card key={table} title={<code className="text-sm">[{table || "file"}]</code>}>
                       <div className={grid}>{fields.map(render)}</div>
                     </Card>
@@ -346,7 +361,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
             Add to queue
           </Button>
           <Button look="main" disabled={!ready} onClick={() => void start()} title={errors.length ? "Errors must be mended first" : "Ctrl+Enter"}>
-            {errors.length ? `Start (mend ${errors.length} ${errors.length > 1 ? "errors" : "error"} first)` : "Start training"}
+            {errors.length ? `Start (mend ${errors.length} ${errors.length > 1 ? "errors" : "error"} first)` : checked ? "Start training" : "Checking …"}
           </Button>
         </div>
       </div>

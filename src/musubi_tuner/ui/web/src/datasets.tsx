@@ -4,10 +4,11 @@ import { Plus, Trash2 } from "lucide-react";
 import { entriesOf, withValue } from "./document";
 import { Field, Findings } from "./field";
 import { Button, Card, cn, inputLook } from "./parts";
-import type { Document, Finding, Schema, Table } from "./types";
+import type { Document, Finding, FormField, Table } from "./types";
 
-export function Datasets(props: { schema: Schema; document: Document; findings: Finding[]; onChange: (document: Document) => void; onFix: (finding: Finding) => void }) {
-  const own = props.schema.fields.filter((field) => field.table === "datasets");
+export function Datasets(props: { fields: FormField[]; document: Document; findings: Finding[]; onChange: (document: Document) => void; onFix: (finding: Finding) => void }) {
+  const own = props.fields.filter((field) => field.table === "datasets");
+  const shared = props.fields.filter((field) => field.table === "general");
   const entries = entriesOf(props.document, "datasets");
   const usual = ["image_directory", "captions_file", "cache_directory", "name"];
   const put = (changed: Table[]) => props.onChange(withValue(props.document, "datasets", changed.length ? changed : undefined));
@@ -15,9 +16,11 @@ export function Datasets(props: { schema: Schema; document: Document; findings: 
     <Card title="Data sets">
       <div className="grid grid-cols-1 gap-3">
         {entries.map((entry, number) => {
-          const names = [...new Set([...usual, ...Object.keys(entry)])];
+          // A setting of [general] can be wrong for this one.
+          const wrong = props.findings.map((finding) => finding.keys[0] ?? "").filter((key) => key.startsWith(`datasets[${number}].`));
+          const names = [...new Set([...usual, ...Object.keys(entry), ...wrong.map((key) => /\.(\w+)/.exec(key)?.[1] ?? "")])];
           const rest = own.filter((field) => !names.includes(field.name));
-          const general = props.schema.fields.filter((field) => field.table === "general" && !names.includes(field.name));
+          const general = shared.filter((field) => !names.includes(field.name));
           return (
             <fieldset key={number} className="min-w-0 rounded-md border border-line p-2">
               <legend className="flex items-center gap-2 px-1 text-sm font-medium">
@@ -28,7 +31,7 @@ export function Datasets(props: { schema: Schema; document: Document; findings: 
               </legend>
               <div className="grid grid-cols-1 items-start gap-x-4 gap-y-1 lg:grid-cols-2">
                 {names.map((name) => {
-                  const field = [...own, ...props.schema.fields.filter((each) => each.table === "general")].find((each) => each.name === name);
+                  const field = [...own, ...shared].find((each) => each.name === name);
                   if (!field) return null;
                   const key = `datasets[${number}].${name}`;
                   return (
@@ -38,7 +41,7 @@ export function Datasets(props: { schema: Schema; document: Document; findings: 
                       value={entry[name]}
                       fallback={field.default}
                       idle={false}
-                      findings={props.findings.filter((finding) => finding.keys[0] === key)}
+                      findings={props.findings.filter((finding) => finding.keys[0] === key || finding.keys[0]?.startsWith(`${key}.`))}
                       onChange={(value) => put(entries.map((other, place) => (place === number ? clean({ ...other, [name]: value }) : other)))}
                       onFix={props.onFix}
                     />

@@ -5,7 +5,7 @@ import type { FormField } from "./types";
 
 const field = (key: string, more: Partial<FormField> = {}): FormField => ({
   key, name: key.split(".")[1] ?? key, table: "", tab: "", label: key, help: "", kind: "text", unit: "", default: null, required: false, expert: false,
-  secret: false, path: false, choices: [], low: null, high: null, step: null, names: [], families: [], free: false, ...more,
+  secret: false, path: false, choices: [], low: null, high: null, step: null, names: [], families: [], free: false, own: {}, ...more,
 });
 
 describe("a document", () => {
@@ -43,7 +43,9 @@ describe("a document", () => {
     const number = field("a.b", { kind: "number" });
     expect([parsed(number, "1e-4"), parsed(number, "5%"), parsed(number, " ")]).toEqual([1e-4, "5%", undefined]);
     const list = field("a.c", { kind: "value" });
-    expect([parsed(list, "[1, 2]"), parsed(list, "auto"), shown([1, 2])]).toEqual([[1, 2], "auto", "[1,2]"]);
+    expect([parsed(list, "[1, 2]"), parsed(list, "auto"), shown([1, 2])]).toEqual([[1, 2], "auto", "[1, 2]"]);
+    expect([parsed(list, '{ "a.*" = 5e-5 }'), parsed(list, '{"a.*": 1}'), parsed(list, "3"), parsed(list, "nan")]).toEqual([{ "a.*": 5e-5 }, { "a.*": 1 }, 3, "nan"]);
+    expect([shown({ "a.*": [1], b: "x" }), parsed(field("a.b"), " ")]).toEqual(['{ "a.*" = [1], b = "x" }', " "]);
   });
 
   it("finds settings by other names first", () => {

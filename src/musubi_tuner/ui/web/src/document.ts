@@ -1,5 +1,6 @@
 // A run file as tables, changed without changing the old one.
 
+import { parse } from "smol-toml";
 import type { Document, FormField, Table } from "./types";
 
 /** What is edited: the file, one of its steps, and there a role of the family. */
@@ -79,6 +80,7 @@ export function moved<T>(list: T[], from: number, to: number): T[] {
 /** What a person typed as a value of a field. */
 export function parsed(field: FormField, text: string): unknown {
   const trimmed = text.trim();
+  if (field.kind === "text" && !field.path) return text === "" ? undefined : text; // a separator may be a blank
   if (trimmed === "") return undefined;
   if (field.kind === "whole" || field.kind === "number") {
     const number = Number(trimmed);
@@ -86,19 +88,32 @@ export function parsed(field: FormField, text: string): unknown {
     return Number.isFinite(number) ? number : trimmed;
   }
   if (field.kind === "value") {
-    try {
-      return JSON.parse(trimmed) ?? undefined;
-    } catch {
-      return trimmed;
-    }
+    const found = read(() => parse(`x = ${trimmed}`).x) ?? read(() => JSON.parse(trimmed) as unknown);
+    return found === undefined || (typeof found === "number" && !Number.isFinite(found)) ? trimmed : (found ?? undefined);
   }
-  return field.path ? trimmed : text; // a prefix of captions may end in a space
+  return trimmed;
+}
+
+function read(action: () => unknown): unknown {
+  try {
+    return action();
+  } catch {
+    return undefined;
+  }
 }
 
 /** A value as text of a control. */
 export function shown(value: unknown): string {
   if (value === undefined || value === null) return "";
-  return typeof value === "object" ? JSON.stringify(value) : String(value);
+  return typeof value === "object" ? inline(value) : String(value);
+}
+
+/** A value as TOML on one line. */
+function inline(value: unknown): string {
+  if (Array.isArray(value)) return `[${value.map(inline).join(", ")}]`;
+  if (!isTable(value)) return JSON.stringify(value);
+  const entries = Object.entries(value).map(([name, each]) => `${/^[\w-]+$/.test(name) ? name : JSON.stringify(name)} = ${inline(each)}`);
+  return entries.length ? `{ ${entries.join(", ")} }` : "{}";
 }
 
 /** Fields that a search finds: by key, label, other names and help. */

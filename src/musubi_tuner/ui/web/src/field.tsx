@@ -106,6 +106,7 @@ function TextControl({ field, value, fallback, common, onChange }: Pick<Props, "
       className={inputLook}
       type="text"
       inputMode={numeric ? "decimal" : undefined}
+      list={field.choices.length ? `${String(common.id)}-list` : undefined}
       autoComplete="off"
       spellCheck={false}
       value={text}
@@ -116,6 +117,17 @@ function TextControl({ field, value, fallback, common, onChange }: Pick<Props, "
       }}
     />
   );
+  if (field.choices.length)
+    return (
+      <>
+        {input}
+        <datalist id={`${String(common.id)}-list`}>
+          {field.choices.map((choice) => (
+            <option key={String(choice)} value={shown(choice)} />
+          ))}
+        </datalist>
+      </>
+    );
   if (!field.path) return input;
   return (
     <div className="flex gap-1">

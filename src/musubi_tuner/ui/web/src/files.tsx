@@ -46,6 +46,16 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
   const refresh = () => void get<typeof names>("configs").then(setNames).catch(() => undefined);
   useEffect(refresh, []);
   const file = useRef<HTMLInputElement>(null);
+  const [choice, setChoice] = useState("");
+  const load = () => {
+    const [kind, chosen] = [choice.slice(0, 1), choice.slice(2)];
+    return get<{ document: Document; tag: string }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)
+      .then((answer) => {
+        onSaid(`Loaded ${chosen}.`);
+        onLoad(answer.document, kind === "s" ? chosen : "", kind === "s" ? answer.tag : null);
+      })
+      .catch((problem: unknown) => onSaid(why(problem)));
+  };
   return (
     <div className="flex min-w-0 flex-wrap items-end gap-2">
       <div className="min-w-0">
@@ -55,17 +65,9 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
         <select
           id="load"
           className={inputLook}
-          value=""
+          value={choice}
           onFocus={refresh}
-          onChange={(event) => {
-            const [kind, chosen] = [event.target.value.slice(0, 1), event.target.value.slice(2)];
-            get<{ document: Document; tag: string }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)
-              .then((answer) => {
-                onLoad(answer.document, kind === "s" ? chosen : "", kind === "s" ? answer.tag : null);
-                onSaid(`Loaded ${chosen}.`);
-              })
-              .catch((problem: unknown) => onSaid(why(problem)));
-          }}
+          onChange={(event) => setChoice(event.target.value)}
         >
           <option value="" disabled>
             choose ...
@@ -86,6 +88,9 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
           </optgroup>
         </select>
       </div>
+      <Button disabled={!choice} onClick={() => void load()}>
+        Load
+      </Button>
       <Button onClick={() => onLoad(empty, "", null)}>New</Button>
       <Button onClick={() => file.current?.click()}>Import …</Button>
       <input

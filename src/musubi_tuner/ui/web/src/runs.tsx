@@ -5,7 +5,7 @@ import { get, send, why } from "./api";
 import { Curves, type Line } from "./chart";
 import { Badge, Button, Card, inputLook, Rows, time } from "./parts";
 import { Draw, Samples } from "./samples";
-import type { Document, Metrics, Queued, Run, RunDetail } from "./types";
+import type { Document, Metrics, Queued, Run, RunDetail, Started } from "./types";
 
 const MOST_COMPARED = 5;
 /** Milliseconds after which a run that was asked to stop can be ended. */
@@ -108,7 +108,7 @@ function Progress({ run }: { run: Run }) {
   );
 }
 
-export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: () => void; onEdit: (document: Document) => void; onStarted: (id: string | null) => void }) {
+export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: () => void; onEdit: (document: Document) => void; onStarted: (run: Started) => void }) {
   const [detail, setDetail] = useState<RunDetail | null>(null);
   const [metrics, setMetrics] = useState<Metrics | null>(null);
   const [said, setSaid] = useState("");
@@ -135,8 +135,8 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       .catch((problem: unknown) => setSaid(why(problem)));
   const resume = async () => {
     try {
-      const answer = await send<{ id: string | null }>("POST", "runs", { text: detail?.toml ?? "", run: run.id });
-      onStarted(answer.id);
+      const answer = await send<Started>("POST", "runs", { text: detail?.toml ?? "", run: run.id });
+      onStarted(answer);
     } catch (problem) {
       setSaid(why(problem));
     }

@@ -52,8 +52,8 @@ export function Samples({ run, detail }: { run: Run; detail: RunDetail }) {
     >
       <div className="flex flex-wrap items-end gap-4">
         <label className="min-w-0 text-sm">
-          Prompt
-          <select className={inputLook} value={group} onChange={(event) => setChosen(event.target.value)}>
+          Pictures of
+          <select aria-label="Pictures of" className={inputLook} value={group} onChange={(event) => setChosen(event.target.value)}>
             {[...groups.keys()].map((each) => (
               <option key={each}>{each}</option>
             ))}
@@ -69,7 +69,7 @@ export function Samples({ run, detail }: { run: Run; detail: RunDetail }) {
         {beside !== null && (
           <label className="text-sm">
             The other one
-            <select className={inputLook} value={Math.min(beside, last)} onChange={(event) => setBeside(Number(event.target.value))}>
+            <select aria-label="The other one" className={inputLook} value={Math.min(beside, last)} onChange={(event) => setBeside(Number(event.target.value))}>
               {samples.map((_, number) => (
                 <option key={number} value={number}>
                   {label(number)}
@@ -167,7 +167,7 @@ export function Draw({ run, detail, onDone }: { run: Run; detail: RunDetail; onD
         </Button>
       </div>
       <p role="status" aria-live="polite" className={cn("text-sm break-words whitespace-pre-wrap", (said || found?.state === "failed") && "text-bad")}>
-        {said || (found?.state === "failed" ? found.message : found?.state === "finished" ? `${found.pictures.length} pictures drawn, into the folder drawn of the run.` : "")}
+        {said || (found?.state === "failed" ? found.message : found?.state === "finished" ? `${found.pictures.length} ${found.pictures.length === 1 ? "picture" : "pictures"} drawn, into the folder drawn of the run.` : "")}
       </p>
       {found && found.pictures.length > 0 && (
         <div className="flex flex-wrap gap-2">

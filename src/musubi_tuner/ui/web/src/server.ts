@@ -294,7 +294,7 @@ export interface components {
         };
         /**
          * FormField
-         * @description One setting. kind: of the control. names: other names of it. families: codes of those that have it.
+         * @description One setting. kind: of the control. names: other names of it. families: codes of those that have it. own: by family, where it differs.
          */
         FormField: {
             /** Choices */
@@ -326,6 +326,10 @@ export interface components {
             name: string;
             /** Names */
             names: string[];
+            /** Own */
+            own: {
+                [key: string]: components["schemas"]["OwnWords"];
+            };
             /** Path */
             path: boolean;
             /** Required */
@@ -419,6 +423,21 @@ export interface components {
             name: string;
             /** Problem */
             problem: string;
+        };
+        /**
+         * OwnWords
+         * @description What a family says otherwise of a setting.
+         */
+        OwnWords: {
+            /** Choices */
+            choices: unknown[];
+            /** Help */
+            help: string;
+            /**
+             * Kind
+             * @enum {string}
+             */
+            kind: "switch" | "whole" | "number" | "choice" | "text" | "value";
         };
         /**
          * Pair
@@ -622,6 +641,8 @@ export interface components {
             part: string | null;
             /** Phase */
             phase: string | null;
+            /** Pid */
+            pid: number | null;
             /** Seconds Left */
             seconds_left: number | null;
             /** Started */
@@ -670,6 +691,8 @@ export interface components {
             part: string | null;
             /** Phase */
             phase: string | null;
+            /** Pid */
+            pid: number | null;
             /** Samples */
             samples: components["schemas"]["Sample"][];
             /** Seconds Left */

@@ -73,7 +73,7 @@ export function Scopes({ document, scope, roles, findings, onScope, onChange }: 
         {roles.length > 0 && (
           <label className="flex items-center gap-2 text-sm">
             for
-            <select className={cn(inputLook, "w-auto")} value={scope.role} onChange={(event) => onScope({ ...scope, role: event.target.value })}>
+            <select aria-label="Role" className={cn(inputLook, "w-auto")} value={scope.role} onChange={(event) => onScope({ ...scope, role: event.target.value })}>
               <option value="">all roles</option>
               {roles.map((each) => (
                 <option key={each}>{each}</option>

@@ -16,6 +16,7 @@ export type Difference = S["Difference"];
 export type Listing = S["Listing"];
 export type Run = S["Run"];
 export type RunDetail = S["RunDetail"];
+export type Started = S["Started"];
 export type Sample = S["Sample"];
 export type Queued = S["Queued"];
 export type Drawing = S["Drawing"];
