@@ -50,7 +50,7 @@ def needs_of(text: str) -> list[str]:
             if inside:
                 found.append(line.strip())
         elif inside and line.strip():
-            found[-1] += f" {line.strip()}"
+            found[-1] += f"; {line.strip()}"
     return found
 
 

@@ -49,7 +49,7 @@ def test_it_stays_answers_in_order_and_comes_back_when_it_has_died(helper: Helpe
 
 def test_lines_on_what_a_run_needs_go_with_what_follows_them() -> None:
     text = "a: TinyFlux\n  data     5 images\n           more\n  memory   about 1 GiB\n           and 2 MiB\n  disk     3 GiB\nwarning: only 1 B\n  save     x"
-    assert needs_of(text) == ["memory   about 1 GiB and 2 MiB", "disk     3 GiB", "warning: only 1 B"]
+    assert needs_of(text) == ["memory   about 1 GiB; and 2 MiB", "disk     3 GiB", "warning: only 1 B"]
 
 
 @pytest.mark.parametrize(
