@@ -3,16 +3,20 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
+from PIL import Image
 from project import (
     REPOSITORY,
     ForkServer,
@@ -24,6 +28,7 @@ from project import (
     differing,
     final_files,
     metrics,
+    run_command,
 )
 from safetensors.torch import load_file
 
@@ -133,6 +138,101 @@ def test_two_processes_of_accelerate_launch_train_the_model_of_one_with_accumula
     assert_same_model(config.parent / "out", alone)
 
 
+def on_two_machines(launcher: Sequence[str], configs: Sequence[Path], home: Path, *options: str) -> list[Result]:
+    """Start a launcher twice, as on two machines that find each other at a port.
+
+    Args:
+        launcher: its arguments, with RANK and PORT in them. configs: the run file of each machine. options: of train.py.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**clean_environment(home), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *(word.replace("RANK", str(rank)).replace("PORT", port) for word in launcher),
+             REPOSITORY / "train.py", config, *options],
+            cwd=config.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        )
+        for rank, config in enumerate(configs)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    return [Result(process.returncode, *each) for process, each in zip(started, said, strict=True)]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", "RANK", "--nproc_per_node", "1", "--master_addr",
+            "127.0.0.1", "--master_port", "PORT"]  # fmt: skip
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", "RANK",
+              "--main_process_ip", "127.0.0.1", "--main_process_port", "PORT", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_machines_train_the_model_of_one_process_with_accumulation(
+    launcher: list[str], setting: Setting, alone: Path, home: Path
+) -> None:
+    config = setting.new(f"machines {launcher[1].split('.')[0]}")
+    for result in on_two_machines(launcher, [config, config], home):
+        result.expect(0)
+    assert_same_model(config.parent / "out", alone)
+
+
+def test_two_machines_go_through_the_phases_of_fluxflow_as_one_process(home: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        Image.effect_noise((32, 32), 60 + number).convert("RGB").save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a picture")
+    geometry = tomllib.loads((REPOSITORY / "toml" / "demo_fluxflow.toml").read_text(encoding="utf-8"))["model"][
+        "geometry"
+    ]
+
+    def run_file(name: str, accumulation: int) -> Path:
+        config = tmp_path / name / "run.toml"
+        config.parent.mkdir()
+        tables = {
+            "run": {"name": "ff", "output_dir": str(tmp_path / name / "out"), "threads": 1},
+            "model": {
+                "arch": "ff",
+                "init": "scratch",
+                "layout": "ff-v2",
+                "bert_tokenizer": "words",
+                "geometry": geometry,
+            },
+            "objective": {"train_vae": True, "gan_training": True},
+            "train": {"max_steps": 4, "mixed_precision": "no", "grad_accum_steps": accumulation},
+            "log": {"every_steps": 1, "tensorboard": False},
+            "general": {"resolution": 32, "batch_size": 1},
+            "datasets": [{"image_directory": str(pictures)}],
+        }
+        config.write_text(tomli_w.dumps(tables), encoding="utf-8")
+        return config
+
+    one, two = run_file("one", 2), run_file("two", 1)
+    run_command([REPOSITORY / "train.py", one], tmp_path, home).expect(0)
+    for result in on_two_machines(TORCHRUN, [two, two], home):
+        result.expect(0)
+    for name in ("ff.safetensors", "ff_ema.safetensors"):
+        found, expected = load_file(two.parent / "out" / name), load_file(one.parent / "out" / name)
+        assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-5) for key in expected), name
+    rows = [{key: value for key, value in row.items() if key != "clock"} for row in metrics(two.parent / "out")]
+    for row, other in zip(rows, metrics(one.parent / "out"), strict=True):
+        assert row == pytest.approx({key: value for key, value in other.items() if key != "clock"}, rel=1e-3, abs=1e-5)
+
+
+def test_machines_with_different_states_do_not_train_together(begun_by_two: Path, home: Path, tmp_path: Path) -> None:
+    """As where run.output_dir is not on a disk that they share."""
+    out = copy_tree(begun_by_two.parent / "out", tmp_path / "out")
+    text = begun_by_two.read_text(encoding="utf-8").replace(str(begun_by_two.parent / "out"), "OUT")
+    configs = []
+    for name, folder in (("here", out), ("there", tmp_path / "empty")):
+        configs.append(tmp_path / f"{name}.toml")
+        configs[-1].write_text(text.replace("OUT", str(folder)), encoding="utf-8")
+    found = on_two_machines(TORCHRUN, configs, home)
+    assert all(result.code for result in found)
+    assert "do not have the same state to go on from (rank 0 on" in "".join(result.err for result in found)
+    assert not (tmp_path / "empty" / "metrics.jsonl").exists()
+
+
 @pytest.fixture(scope="module")
 def begun_by_two(setting: Setting, python: Callable[..., Result]) -> Path:
     """A run that was killed in its second half, while `accelerate launch` trained it in two processes. Read only.
@@ -184,16 +284,16 @@ def test_continuing_with_fewer_micro_batches_per_update_is_refused(
     assert "was made with another config" in again.err
 
 
-def test_a_launcher_that_starts_fewer_processes_than_the_run_file_says_is_an_error(
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_an_error(
     setting: Setting, python: Callable[..., Result]
 ) -> None:
     """`accelerate launch --cpu --num_processes 2` silently starts one."""
-    config = setting.new("one of two", distributed={"num_processes": 2})
+    config = setting.new("one of two")
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", REPOSITORY / "train.py", config]  # fmt: skip
     result = python(*command, cwd=config.parent)
     assert result.code != 0
-    assert "error: distributed.num_processes is 2, but 1 processes run" in result.err
+    assert "error: MASTER_ADDR=127.0.0.1: a launcher started several processes that would train apart" in result.err
     assert not (config.parent / "out" / "metrics.jsonl").exists()
 
 

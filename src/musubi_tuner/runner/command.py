@@ -56,7 +56,7 @@ from musubi_tuner.run_record import (
     tell,
     was_stopped,
 )
-from musubi_tuner.runner.processes import rank_environments, run_child, run_children
+from musubi_tuner.runner.processes import launched_processes, rank_environments, run_child, run_children
 from musubi_tuner.runner.steps import refuse_unfinished, root_of, run_steps
 from musubi_tuner.stopping import exit_on_terminate, is_stop
 from musubi_tuner.weights.hub import local_only
@@ -112,7 +112,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
     exit_on_terminate()
     if "TORCHELASTIC_RUN_ID" in os.environ and not has_parent_pipe():
         return run_beside_agent()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     under_launcher = launched > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
     if under_launcher:
         return _main_launched(options, overrides, architecture, launched)

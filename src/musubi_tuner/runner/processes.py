@@ -15,10 +15,35 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from musubi_tuner.errors import ConfigError
 from musubi_tuner.parent import child_environment
 from musubi_tuner.stopping import Repeats, is_stop, stop_signals
 
 _POLL_SECONDS = 0.1
+_OTHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables in which MPI and SLURM say how many processes they have started."""
+
+
+def launched_processes() -> int:
+    """How many processes a launcher has started together with this one; 1 = none has.
+
+    torch's launcher says so in WORLD_SIZE, and only then do processes find each other.
+
+    Raises:
+        ConfigError: if several were started that do not know of each other: each would train alone, in the same folder.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    found = next((name for name in _OTHER_COUNTS if os.environ.get(name, "1") not in ("", "0", "1")), None)
+    if found is None and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ):
+        found = "MASTER_ADDR"  # accelerate sets it for several processes or machines; with --cpu, or without --multi_gpu, it starts one
+    if found is not None:
+        raise ConfigError(
+            f"{found}={os.environ[found]}: a launcher started several processes that would train apart and overwrite each other, "
+            "because WORLD_SIZE is not set. Start one torchrun per machine (torchrun --nnodes N ... train.py RUN.toml), or accelerate launch "
+            "--multi_gpu (on a CPU too, with ACCELERATE_USE_CPU=true); docs/scaling.md has the commands"
+        )
+    return 1
 
 
 def run_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:

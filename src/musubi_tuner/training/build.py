@@ -140,6 +140,15 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     steps = count_steps(config, trained, ranks.count)
     source, measured = _open_source(config, facts, trained, held_out, steps, ranks)
     found = _find_state(config)
+    data = data_digest(trained, config.train.masked_loss, held_out, other_teachers(config))
+    ranks.agree(
+        {
+            "state to go on from": f"{found[0].name}, update {found[1]['step']}" if found else "none",
+            "number of updates": steps.total_updates,
+            "data": data,
+            **fixed_settings(config, ranks.count),
+        }
+    )
     config = as_begun(config, found[1]["config"] if found else None)
     _check_machine(config, ranks, kernels)
     config = settle(config, steps, ranks) if settle else config
@@ -188,7 +197,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     identity = {
         "schedule_end": schedule_length(config, steps.total_updates),
         "config": fixed_settings(config, ranks.count),
-        "data": data_digest(trained, config.train.masked_loss, held_out, other_teachers(config)),
+        "data": data,
         "held_out": [item.key for item in held_out],
         "base": trainee.base,
         "environment": environment(config, threads, ranks.count, ranks.device),

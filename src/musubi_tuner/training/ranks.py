@@ -5,6 +5,7 @@ One rank is the usual case, and then nothing here costs anything.
 
 import contextlib
 import os
+import platform
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -96,6 +97,27 @@ class Ranks:
         return {
             key: max(own[key] for own in found if key in own) for key in {key: None for own in found for key in own}
         }
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """Compare what must be the same on all ranks.
+
+        Args:
+            values: by the name that a person knows.
+
+        Raises:
+            ConfigError: naming what differs, with the ranks and their machines.
+        """
+        if self.count == 1:
+            return
+        found: list[tuple[str, dict[str, Any]]] = [("", {})] * self.count
+        torch.distributed.all_gather_object(found, (platform.node(), values), group=self._patient)
+        for name in values:
+            if any(own.get(name) != values[name] for _, own in found):
+                each = "; ".join(f"rank {rank} on {host}: {own.get(name)}" for rank, (host, own) in enumerate(found))
+                raise ConfigError(
+                    f"the processes of this run do not have the same {name} ({each}); all of them need the same run file, "
+                    "run.output_dir, pictures and caches, on storage that they share or in equal copies"
+                )
 
     def least(self, value: int) -> int:
         """The smallest value that a rank has."""
