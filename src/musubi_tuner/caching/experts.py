@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.caching.file_format import caption_metadata, caption_name
-from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
+from musubi_tuner.caching.fingerprint import STORED
+from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, run_job, storage_dtype, store
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.buckets import filtered, place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
@@ -90,6 +91,7 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
         experts.read if experts.sees_image else None,
         experts.metadata,
         experts.open_second if experts.apart else None,
+        precision=name_of(experts.dtype) if experts.names else None,
     )
     return run_job(config, job, options, family)
 
@@ -113,7 +115,7 @@ class ExpertsJob:
                 'autoencoder, or set expert_input = "random"'
             )
         self.t_T = time_buckets(config.sd15.time_buckets)
-        self.stored = storage_dtype(config, "float32")
+        self.stored = storage_dtype(config, STORED["experts"])
 
     @cached_property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ A fingerprint is a flat JSON object in the file's header. Reading names the firs
 image, and of the mask if it has a file, with what the quick check of `stamps` needs; `contents` compares these.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from musubi_tuner.headers import read_header
 Fingerprint = dict[str, Any]
 IMPORTED = "imported"
 """Value of ``provenance`` in the fingerprint of an imported file; absent in files that the jobs made."""
+STORED = {"latents": "float32", "text": "bfloat16", "experts": "float32"}
+"""What ``cache.dtype = "auto"`` stores."""
+AUTO = "auto"
 _WORDS = {
     "format": "the cache format",
     "bucket": "the bucket",
@@ -148,7 +152,7 @@ def expectation(config: RunConfig, kind: str, options: dict[str, Any], *, downlo
         shared.update(config.spec.encoders.identities(config, kind, here, full))
     shared.update(_tokenizers(config, paths))
     cache = config.cache
-    shared["storage"] = cache.dtype
+    shared["storage"] = STORED[kind] if cache.dtype == AUTO else cache.dtype
     if kind == "latents":
         shared |= {
             "latent_mode": cache.latent_mode,
@@ -193,14 +197,21 @@ def _tokenizers(config: RunConfig, paths: dict[str, Path | None]) -> Fingerprint
     return found
 
 
-def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
-    """The first thing in which a cached fingerprint differs from the expected one, in words; None if nothing does."""
+def differences(stored: Fingerprint, expected: Fingerprint) -> Iterator[str]:
+    """All in which a cached fingerprint differs from the expected one, in words.
+
+    A precision that is left to the machine ("auto") takes what the machine was that made the file.
+    """
     for key, value in expected.items():
         found = stored.get(key, _UNSTATED.get(key))
-        if found != value:
+        if found != value and not (key == "precision" and value == AUTO):
             name = _WORDS.get(key, key)
-            return f"{name} was {_short(found)}, now {_short(value)}"
-    return None
+            yield f"{name} was {_short(found)}, now {_short(value)}"
+
+
+def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
+    """The first of `differences`; None if there is none."""
+    return next(differences(stored, expected), None)
 
 
 def _short(value: Any) -> str:
@@ -247,9 +258,17 @@ def state_at(
 def _verify(item: Item, expected: Expectation, stored: Fingerprint | None) -> str | None:
     if not expected.complete and not is_imported(stored):
         return "its encoder is not downloaded yet, so it cannot be checked"
+    return next(differences_of(item, expected, stored), None)
+
+
+def differences_of(item: Item, expected: Expectation, stored: Fingerprint | None) -> Iterator[str]:
+    """All in which a file differs from what would be made for an item, except the content of its picture and mask."""
     if stored is None:
-        return "it does not say what made it (no fingerprint)"
+        yield "it does not say what made it (no fingerprint)"
+        return
     wanted = expected.of(item)
     if is_imported(stored):  # it does not know its encoders; what it does say must agree
         wanted = {key: value for key, value in wanted.items() if key in stored}
-    return difference(stored, wanted)
+    elif stored.get("storage") == AUTO:  # written by earlier versions
+        stored = {**stored, "storage": STORED[expected.kind]}
+    yield from differences(stored, wanted)

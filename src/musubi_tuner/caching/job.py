@@ -28,7 +28,7 @@ from tqdm import tqdm
 from musubi_tuner import __version__
 from musubi_tuner.caching.contents import Contents
 from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_path, kind_of
-from musubi_tuner.caching.fingerprint import Fingerprint, state_at
+from musubi_tuner.caching.fingerprint import AUTO, Fingerprint, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
@@ -107,6 +107,7 @@ class Job:
         finish: loads other networks once those of `open` are gone, and returns the function that encodes a batch from
             items and what the first one returned for them; what it returns is written. None = one walk.
         report: lines for a person on the items that are due, before anything is encoded.
+        precision: that the networks of `open` compute in, once they are open.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Job:
     metadata: Callable[[Item], dict[str, str]] = lambda item: {}
     finish: Callable[[], Encoder] | None = None
     report: Callable[[list[Item]], list[str]] = lambda items: []
+    precision: str | None = None
 
 
 def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: dict[str, Any]) -> int:
@@ -406,7 +408,10 @@ class Inputs:
         states = self._states.pop(item.key, None)
         if states is None:  # a job that reads no files
             states = {name: hashed_state(path) for name, path in expected.files(item).items()}
-        return expected.of(item) | states
+        made = expected.of(item) | states
+        return (
+            made | {"precision": self._job.precision} if made.get("precision") == AUTO and self._job.precision else made
+        )
 
 
 def _write_batch(
@@ -476,8 +481,13 @@ def write_item(
     replace_file(path, partial(save_tensors, contiguous, metadata=header), sync=False)
 
 
+def name_of(dtype: "Any") -> str:
+    """A dtype without the name of its package."""
+    return str(dtype).removeprefix("torch.")
+
+
 def storage_dtype(config: RunConfig, default: str) -> "Any":
-    """Precision in which a kind is stored."""
+    """Precision in which a kind is stored; ``default`` where that is left open."""
     import torch
 
     return getattr(torch, default if config.cache.dtype == "auto" else config.cache.dtype)

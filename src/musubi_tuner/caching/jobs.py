@@ -8,7 +8,8 @@ from torch import Tensor
 
 from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
-from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, run_job, storage_dtype, store
+from musubi_tuner.caching.fingerprint import STORED
+from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, run_job, storage_dtype, store
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
 from musubi_tuner.config import RunConfig
@@ -43,7 +44,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
         spec, device = config.spec, choose_device(config.run.device)
         path = encoder_sources(config, "latents").paths(download=True)["vae"]
         vae = spec.encoders.open_autoencoder(config, device)
-        stored = storage_dtype(config, "float32")
+        stored, job.precision = storage_dtype(config, STORED["latents"]), name_of(vae.dtype)
         print(f"latents: {path} in {vae.dtype} on {device}")
 
         def encode(items: list[Item], inputs: list[Any]) -> list[Encoded]:
@@ -57,7 +58,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
                     keys = [(config.cache.seed, "latent", items[row].id, number) for row in rows]
                     noise = torch.stack([normal(shape, *key) for key in keys])
                 latents = vae.encode(batch, noise, spec.latent_shift).cpu()
-                name = latents_key(tuple(latents.shape), str(stored).removeprefix("torch."), number)
+                name = latents_key(tuple(latents.shape), name_of(stored), number)
                 for row, latent in zip(rows, latents, strict=True):
                     found[row][name] = store(latent, stored)
             return found
@@ -91,8 +92,8 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
     def open_encoder() -> Encoder:
         device = choose_device(config.run.device)
         encoders = config.spec.encoders.open_text(config, device)
-        stored = storage_dtype(config, "bfloat16")
-        suffix = str(stored).removeprefix("torch.")
+        stored, job.precision = storage_dtype(config, STORED["text"]), name_of(encoders.dtype)
+        suffix = name_of(stored)
         print(f"text: {encoders.title} in {encoders.dtype} on {device}")
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:

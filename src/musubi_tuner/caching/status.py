@@ -8,7 +8,7 @@ from typing import Any
 
 from musubi_tuner.caching.contents import Contents, Doubt
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
-from musubi_tuner.caching.fingerprint import Expectation, expectation, file_state, is_imported
+from musubi_tuner.caching.fingerprint import AUTO, Expectation, expectation, file_state, is_imported
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.sources import Item
@@ -42,6 +42,7 @@ class KindStatus:
         due: item -> why its file must be made. fresh: how many need nothing. imported: which of these were imported.
         orphans: complete files that belong to no item of the datasets.
         hashed: how many pictures and masks had to be read, by what the plan says of them.
+        precisions: in which fresh files were computed.
     """
 
     kind: str
@@ -51,11 +52,20 @@ class KindStatus:
     imported: set[str] = field(default_factory=set)
     orphans: list[Path] = field(default_factory=list)
     hashed: Counter[str] = field(default_factory=Counter)
+    precisions: Counter[str] = field(default_factory=Counter)
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
         """Why files are due, most frequent first, at most three."""
         return Counter(self.due.values()).most_common(3)
+
+    @property
+    def _precisions(self) -> str | None:
+        """A warning where the machine decided, and machines differed."""
+        if len(self.precisions) < 2:
+            return None
+        shares = " and ".join(f"{count} in {name}" for name, count in self.precisions.most_common())
+        return f"{self.kind}: files were computed in different precisions, {shares}; name one in the run file to make them alike"
 
     def of(self, items: Sequence[Item]) -> "KindStatus":
         """What it says of some of the items that want such files."""
@@ -68,7 +78,7 @@ class KindStatus:
         """A warning where imported files stand beside files of this run's encoders; None if they do not."""
         own = self.fresh - len(self.imported) + len(self.due)
         if not self.imported or not own:
-            return None
+            return self._precisions
         return (
             f"{self.kind}: {len(self.imported)} files are imported, {own} are made by this run's encoders; they may differ in what "
             "the import does not know, such as weights, precision and crop"
@@ -110,6 +120,9 @@ def examine(
         reason, stored = file_state(item, expected, code, by_name=by_name)
         if reason is None:
             imported[item.key] = is_imported(stored)
+            status.precisions.update(
+                [precision] if (precision := (stored or {}).get("precision", AUTO)) != AUTO else []
+            )
             doubts += [] if by_name else contents.doubts(item, expected, stored)
         else:
             status.due[item.key] = reason
