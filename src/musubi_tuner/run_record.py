@@ -1,6 +1,6 @@
 """The record of a run for other programs, and requests to it. Torch-free.
 
-    run.json            id, name, pid, start, directory (of its relative paths), phase, done and total of it, step and steps, loss,
+    run.json            id, name, pid, start, directory (of its relative paths), options, phase, done and total of it, step and steps, loss,
                         seconds left; at most once a second. In a file of several steps the phase begins with the step
     exit.json           how this start ended: code, signal, reason (finished, stopped, failed), last step, message
     logs/console.log    what it printed, without the intermediate states of progress bars
@@ -18,7 +18,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,7 +61,8 @@ class Recorder:
             self.values |= {"done": None, "total": None, "message": None}
         self.values |= values
         now = time.monotonic()
-        if changed or now - self._written >= _SECONDS:
+        complete = "done" in values and values["done"] == values.get("total")
+        if changed or complete or now - self._written >= _SECONDS:
             self._written = now
             self.write()
 
@@ -69,13 +70,13 @@ class Recorder:
         """Replace run.json. A failed write does not end the run."""
         _write(self.folder / RUN_FILE, {**self.values, "updated": round(time.time(), 3)})
 
-    def requests(self) -> set[str]:
-        """Requests in control/, which are removed; looks at most once a second."""
+    def requests(self, names: Collection[str] = REQUESTS) -> set[str]:
+        """Requests of these names in control/, which are removed; looks at most once a second."""
         now = time.monotonic()
         if now - self._looked < _SECONDS:
             return set()
         self._looked = now
-        return take_requests(self.folder)
+        return take_requests(self.folder, names)
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
@@ -97,21 +98,21 @@ def read_values(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def take_requests(folder: Path) -> set[str]:
-    """Names of the requests in a run folder, which are removed."""
+def take_requests(folder: Path, names: Collection[str] = REQUESTS) -> set[str]:
+    """Which of these requests are in a run folder; they are removed."""
     found = set()
-    for name in REQUESTS:
+    for name in names:
         with suppress(OSError):
             (folder / CONTROL / name).unlink()
             found.add(name)
     return found
 
 
-def begin(folder: Path, config: Path, name: str) -> Recorder:
+def begin(folder: Path, config: Path, name: str, options: Sequence[str] = ()) -> Recorder:
     """Begin the record of a start; requests that came before it are dropped.
 
     Args:
-        folder: of the run, which this process has locked. config: its run file. name: of the run.
+        folder: of the run, which this process has locked. config: its run file. name: of the run. options: of the command line.
     """
     global _recorder
     before = read_values(folder / RUN_FILE)
@@ -130,6 +131,7 @@ def begin(folder: Path, config: Path, name: str) -> Recorder:
             "host": platform.node(),
             "config": str(config.absolute()),
             "directory": str(Path.cwd()),
+            "options": list(options),
             "started": now,
         },
     )

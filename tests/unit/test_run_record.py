@@ -154,15 +154,15 @@ def test_exit_json_says_how_a_start_ended(
     def body(can_write: bool) -> int:
         assert can_write
         with pytest.raises(ConfigError, match=r"process .* is training here"):
-            run_recorded(config.output_dir, config, lambda _: 0)  # a second start
+            run_recorded(config.output_dir, config, lambda _: 0, {})  # a second start
         if isinstance(outcome, BaseException):
             raise outcome
         return int(outcome)
 
     if isinstance(outcome, BaseException):
         with pytest.raises(type(outcome)):
-            run_recorded(config.output_dir, config, body)
+            run_recorded(config.output_dir, config, body, {})
     else:
-        assert run_recorded(config.output_dir, config, body) == code
+        assert run_recorded(config.output_dir, config, body, {}) == code
     found = read(tmp_path / "out" / "exit.json")
     assert [found[key] for key in ("code", "reason", "signal", "message")] == [code, reason, signum, message]

@@ -32,10 +32,19 @@ from musubi_tuner.caching.fingerprint import AUTO, Fingerprint, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.sources import Item, scan
-from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError, advise_on_memory
+from musubi_tuner.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    CacheError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    UserError,
+    advise_on_memory,
+)
 from musubi_tuner.files import fault_point, folder_lock, json_text, remove_leftovers, replace_file
 from musubi_tuner.headers import read_header
-from musubi_tuner.run_record import tell
+from musubi_tuner.run_record import STOPPED, recorder, tell
 from musubi_tuner.stamps import hashed_state, quick_state
 
 if TYPE_CHECKING:
@@ -231,7 +240,14 @@ class Progress(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
         """Count items."""
         self.done += int(n or 0)
         tell(phase=self.kind, done=self.done, total=self.items)
-        return super().update(n)
+        shown = super().update(n)
+        current = recorder()
+        if current is not None and self.done < self.items and "stop" in current.requests(("stop",)):
+            current.tell(phase=STOPPED, stopped=True)
+            raise Interrupted(
+                0, f"stopped after {self.done} of {self.items} items; run the same command again to continue"
+            )
+        return shown
 
 
 def _due(items: list[Item], status: KindStatus) -> int:

@@ -8,7 +8,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -132,7 +132,7 @@ def _main(arguments: Sequence[str], architecture: str | None) -> int:
         print(f"starting over in {folder}")
     runner = Runner(config, options, overrides)
     if not options.plan and not options.cache_only:
-        return run_recorded(config.output_dir, config, runner.run)
+        return run_recorded(config.output_dir, config, runner.run, overrides)
     code = runner.run()
     if options.plot:
         plot_schedule([runner], config.output_dir)
@@ -164,7 +164,7 @@ def _main_launched(
     def record(can_write: bool) -> int:
         return train() if config.step is None else run_steps([config], options, overrides, train, can_write)
 
-    return run_recorded(config.output_dir, config, record) if is_recorder else train()
+    return run_recorded(config.output_dir, config, record, overrides) if is_recorder else train()
 
 
 def _run_steps(
@@ -202,7 +202,7 @@ def _run_steps(
         if options.plot:
             plot_schedule(runners, folder)
         return code
-    return run_recorded(folder, steps[0], lambda can: run_steps(steps, options, overrides, run_step, can))
+    return run_recorded(folder, steps[0], lambda can: run_steps(steps, options, overrides, run_step, can), overrides)
 
 
 def plot_schedule(runners: "Sequence[Runner]", folder: Path) -> None:
@@ -228,12 +228,13 @@ def plot_schedule(runners: "Sequence[Runner]", folder: Path) -> None:
         print(f"  plot     {draw_schedule(parts, folder / f'{name}{SCHEDULE_PLOT}', name)}")
 
 
-def run_recorded(folder: Path, config: RunConfig, body: Callable[[bool], int]) -> int:
+def run_recorded(folder: Path, config: RunConfig, body: Callable[[bool], int], overrides: Mapping[str, Any]) -> int:
     """Hold the folder of a run, and keep the record of a start.
 
     Args:
         config: of the run, or of its first step.
         body: gets whether the folder can be written to, and returns the exit code.
+        overrides: of the command line.
 
     Raises:
         ConfigError: if another start works there.
@@ -242,7 +243,7 @@ def run_recorded(folder: Path, config: RunConfig, body: Callable[[bool], int]) -
     with _hold(folder) as can_write:
         if not can_write:
             return body(False)
-        begin(folder, config.path, config.run.name)
+        begin(folder, config.path, config.run.name, override_arguments(overrides))
         code, reason, message = EXIT_FAILED, FAILED, None
         try:
             code = body(True)
@@ -379,7 +380,8 @@ class Runner:
         settled = None if options.cache_only else self._plan_memory(plan)
         for kind in plan.due if encode else ():
             code = self._stage(["-m", "musubi_tuner.caching", kind])
-            if code:
+            current = recorder()
+            if code or (current and was_stopped(current.folder)):
                 return code
         if options.cache_only:
             return EXIT_OK

@@ -7,6 +7,7 @@ whoever knows the address can start runs as you, so use a tunnel where you can.
 import argparse
 import errno
 import json
+import os
 import secrets
 import socket
 import sys
@@ -67,6 +68,7 @@ def _main(arguments: Sequence[str]) -> int:
         described = make_app(Guard("", frozenset(), ""), project).openapi()
         print(json.dumps({**described, "paths": {}}, indent=1, sort_keys=True))
         return EXIT_OK
+    os.chdir(project)  # from which relative paths of run files are meant
     port = free_port(options.host, options.port)
     if port != options.port:
         print(f"note: port {options.port} is taken; using {port}")

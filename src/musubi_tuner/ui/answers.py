@@ -400,8 +400,9 @@ class Curve(TypedDict):
 
 
 class Series(TypedDict):
-    """Curves by tag. lost: updates whose value was not finite. borders: first update of each step. starts: of each start but the first."""
+    """One of a run's curves. tags: of all of them. lost: updates whose value was not finite. borders: first update of each step. starts: of each start but the first."""
 
+    tags: list[str]
     curves: dict[str, Curve]
     lost: dict[str, list[int]]
     borders: dict[str, int]

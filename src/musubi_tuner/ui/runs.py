@@ -3,7 +3,6 @@
 The folders are the truth: pointers in the user's state folder say where they are, and nothing is kept here that a restart would lose.
 """
 
-import json
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +20,7 @@ from musubi_tuner.errors import ConfigError
 from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, read_values, user_state_folder
 from musubi_tuner.runner.steps import FILE as STEPS_FILE
 from musubi_tuner.stopping import REPEAT_SECONDS
-from musubi_tuner.training.metrics import FILE as METRICS
-from musubi_tuner.ui.answers import Checkpoint, Curve, Log, NotThere, Run, RunDetail, Sample, Series, StepState
+from musubi_tuner.ui.answers import Checkpoint, Log, NotThere, Run, RunDetail, Sample, StepState
 
 CHECKPOINTS = "checkpoints.json"
 RUNNING, LOST = "running", "lost"
@@ -197,74 +195,6 @@ def prompts(folder: Path) -> dict[tuple[int, int], str]:
     return found
 
 
-def rows(place: Place) -> Iterator[dict[str, Any]]:
-    """Lines of metrics of all steps in order; updates are counted on from step to step."""
-    begun = 0
-    for name, folder in parts(place):
-        last = 0
-        try:
-            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            try:
-                row = json.loads(line)
-                last = int(row["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line of a run that writes, or was killed
-            yield {**row, "step": begun + last, "part": name}
-        begun += last
-
-
-def series(place: Place, most: int) -> Series:
-    """Curves by tag: steps and values, at most so many points each; of the points between two that are kept the lowest and the
-    highest stay, and values that are not finite are listed as steps of ``lost``. ``starts`` are updates at which another start went on.
-
-    Args:
-        most: points of a curve.
-    """
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    lost: dict[str, list[int]] = {}
-    borders: dict[str, int] = {}
-    starts: list[int] = []
-    start: tuple[str, Any] | None = None
-    for row in rows(place):
-        step = row["step"]
-        borders.setdefault(row["part"], step)
-        clock = row.get("clock") if isinstance(row.get("clock"), dict) else {}
-        values = {
-            **row,
-            **{f"clock/{name}": value for name, value in (clock or {}).items() if name not in ("wall", "start")},
-        }
-        if clock and "start" in clock:
-            if start is not None and start[0] == row["part"] and start[1] != clock["start"]:
-                starts.append(step)
-            start = (row["part"], clock["start"])
-        for tag in row.get("not_finite") or []:
-            lost.setdefault(tag, []).append(step)
-        for tag, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and "/" in tag:
-                steps, points = found.setdefault(tag, ([], []))
-                steps.append(step)
-                points.append(float(value))
-    curves = {tag: thinned(steps, values, most) for tag, (steps, values) in sorted(found.items())}
-    return {"curves": curves, "lost": lost, "borders": borders if len(borders) > 1 else {}, "starts": starts}
-
-
-def thinned(steps: list[int], values: list[float], most: int) -> Curve:
-    """A curve of at most so many points, with the extremes of what is left out."""
-    if len(steps) <= most:
-        return {"steps": steps, "values": values}
-    groups = max(1, most // 2)
-    kept: list[int] = []
-    for number in range(groups):
-        low, high = number * len(steps) // groups, (number + 1) * len(steps) // groups
-        inside = range(low, high)
-        pair = {min(inside, key=values.__getitem__), max(inside, key=values.__getitem__)}
-        kept += sorted(pair)
-    return {"steps": [steps[index] for index in kept], "values": [values[index] for index in kept]}
-
-
 def log_text(place: Place, offset: int, most: int) -> Log:
     """A piece of the console's log. offset: in bytes; negative counts from the end."""
     path = place.folder / CONSOLE
@@ -306,6 +236,20 @@ def request(place: Place, name: str) -> None:
         raise ConfigError(f"{place.folder.name}: does not run")
     (place.folder / CONTROL).mkdir(exist_ok=True)
     (place.folder / CONTROL / name).touch()
+
+
+def options_of(place: Place) -> list[str]:
+    """Options with which a run was started, secrets left out.
+
+    Raises:
+        ConfigError: if it runs, or its run file is gone.
+    """
+    if summary(place)["state"] in (RUNNING, "stopping"):
+        raise ConfigError(f"{place.folder.name}: runs already")
+    if not place.config.is_file():
+        raise ConfigError(f"{place.config}: the run file is gone; start the run from a copy of it")
+    options = read_values(place.folder / RUN_FILE).get("options")
+    return [str(each) for each in options] if isinstance(options, list) else []
 
 
 def end_now(place: Place) -> None:

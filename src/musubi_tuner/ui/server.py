@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from musubi_tuner.files import folder_lock, write_text
 from musubi_tuner.ui import answers, configs, form, preview, runs
 from musubi_tuner.ui.answers import Done, NotThere
 from musubi_tuner.ui.configs import Configs, Conflict
+from musubi_tuner.ui.curves import Curves
 from musubi_tuner.ui.drawing import Drawings
 from musubi_tuner.ui.folders import Folders
 from musubi_tuner.ui.helper import Helper
@@ -119,10 +120,9 @@ class Saved(BaseModel):
 
 
 class Start(BaseModel):
-    """A run to start. options: flags of train.py without values. run: a run that is to go on, whose folders are meant."""
+    """A run to start. options: flags of train.py without values."""
 
     text: str
-    run: str = ""
     options: list[str] = Field(default_factory=list)
 
 
@@ -414,7 +414,7 @@ def _data_routes(folders: Folders, helper: Helper) -> APIRouter:
 
 def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, str]) -> APIRouter:
     """Runs: started, queued, watched, asked, drawn from."""
-    router, drawings = APIRouter(), Drawings()
+    router, drawings, curves = APIRouter(), Drawings(), Curves()
 
     @router.get("/api/secrets")
     def list_secrets() -> answers.Secrets:
@@ -456,15 +456,17 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
         unknown = [option for option in body.options if option not in FLAGS]
         if unknown:
             return failure(422, "options", f"{unknown[0]}: a run is started with {', '.join(sorted(FLAGS))} only")
-        directory = runs.place_of(body.run).directory if body.run else project
         config = load_documents(configs.from_toml(body.text))[0]
-        folder = folder_of(config, directory)
         now = time.strftime("%Y%m%d-%H%M%S")
         snapshot = saved.folder / "started" / f"{config.run.name}-{now}-{secrets.token_hex(2)}.toml"
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         write_text(snapshot, body.text)
         log = snapshot.with_suffix(".log")
-        pid = runs.start(snapshot, log, body.options, directory, secret)
+        return started(snapshot, log, body.options, project, folder_of(config, project))
+
+    def started(config: Path, log: Path, options: Sequence[str], directory: Path, folder: Path) -> Response:
+        """Start a run, and wait a moment for its record."""
+        pid = runs.start(config, log, options, directory, secret)
         identity = runs.wait_for(folder, pid)
         if identity is None and not runs.is_alive(pid, time.time()):
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -476,8 +478,8 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
         return runs.detail(runs.place_of(identity))
 
     @router.get("/api/runs/{identity}/metrics", response_model=answers.Series)
-    def metrics(identity: str, points: int = 1000) -> Response:
-        return JSONResponse(runs.series(runs.place_of(identity), max(10, min(points, 20_000))))
+    def metrics(identity: str, points: int = 1000, tag: str = "") -> Response:
+        return JSONResponse(curves.series(runs.place_of(identity), max(10, min(points, 20_000)), tag))
 
     @router.get("/api/runs/{identity}/log")
     def log(identity: str, offset: int = -65_536, limit: int = 65_536) -> answers.Log:
@@ -494,6 +496,12 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
     @router.post("/api/runs/{identity}/draw")
     def draw(identity: str, body: Draw) -> answers.Drawing:
         return drawings.begin(runs.place_of(identity), body.prompt, body.images, body.checkpoint)
+
+    @router.post("/api/runs/{identity}/resume", response_model=answers.Started, status_code=201)
+    def resume(identity: str) -> Response:
+        place = runs.place_of(identity)
+        options = runs.options_of(place)
+        return started(place.config, place.folder / "logs" / "start.log", options, place.directory, place.folder)
 
     @router.post("/api/runs/{identity}/end")
     def end(identity: str) -> Done:

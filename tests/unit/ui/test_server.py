@@ -33,6 +33,7 @@ from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.ui import form, runs
 from musubi_tuner.ui.__main__ import free_port, hosts_of, main, read_token
 from musubi_tuner.ui.configs import Configs
+from musubi_tuner.ui.curves import Parsed
 from musubi_tuner.ui.pictures import Pictures
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
@@ -507,7 +508,7 @@ def test_curves_keep_spikes_and_say_where_values_are_not_finite(client: TestClie
     found = client.get("/api/runs/run/metrics", params={"points": 200}).json()
     curve = found["curves"]["loss/total"]
     assert len(curve["steps"]) <= 200 and max(curve["values"]) == 50.0 and curve["steps"] == sorted(curve["steps"])
-    assert found["lost"] == {"loss/total": [100]} and "clock/step_seconds" in found["curves"]
+    assert found["lost"] == {"loss/total": [100]} and "clock/step_seconds" in found["tags"]
 
 
 def test_steps_are_one_run_with_borders(client: TestClient, tmp_path: Path) -> None:
@@ -681,3 +682,50 @@ def test_the_built_page_is_the_one_that_is_committed() -> None:
     page = (static / "index.html").read_text(encoding="utf-8")
     named = set(re.findall(r"/assets/([^\"]+)", page))
     assert {path.name for path in (static / "assets").iterdir()} == named and "__NONCE__" in page
+
+
+def test_only_what_is_new_in_a_run_is_read(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a start that went on from an earlier state, which cuts the file, and where another start is marked."""
+    parsed: list[bytes] = []
+    real = Parsed.line
+    monkeypatch.setattr(Parsed, "line", lambda self, line: (parsed.append(line), real(self, line))[1])
+    folder = make_run(tmp_path)
+
+    def write(mode: str, steps: range, start: int) -> None:
+        with (folder / "metrics.jsonl").open(mode) as file:
+            file.writelines(
+                f'{{"step": {n}, "loss/total": {n + start / 10}, "clock": {{"start": {start}}}}}\n' for n in steps
+            )
+
+    def curve() -> tuple[list[int], list[int], int]:
+        parsed.clear()
+        found = client.get("/api/runs/run/metrics").json()
+        return found["curves"]["loss/total"]["steps"], found["starts"], len(parsed)
+
+    write("w", range(1, 5), 1)
+    assert curve() == ([1, 2, 3, 4], [], 4)
+    write("a", range(5, 7), 1)
+    assert curve() == ([1, 2, 3, 4, 5, 6], [], 2)
+    assert curve() == ([1, 2, 3, 4, 5, 6], [], 0)
+    write("w", range(1, 4), 1)
+    write("a", range(4, 9), 2)
+    assert curve() == ([1, 2, 3, 4, 5, 6, 7, 8], [4], 8)
+
+
+def test_a_run_is_resumed_as_it_was_started(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(runs, "start", lambda *given: (started.append(given), os.getpid())[1])
+    monkeypatch.setattr(runs, "wait_for", lambda folder, pid: "run")
+    folder = make_run(tmp_path, directory=str(tmp_path / "elsewhere"), options=["--set", "optimizer.lr=5e-05"])
+    assert client.post("/api/runs/run/resume", json={}).status_code == 422  # it runs
+    (folder / "exit.json").write_text(json.dumps({"code": 0, "reason": "stopped"}))
+    assert client.post("/api/runs/run/resume", json={}).json()["folder"] == str(folder)
+    ((config, log, options, directory, _),) = started
+    assert (config, options, directory) == (
+        tmp_path / "a.toml",
+        ["--set", "optimizer.lr=5e-05"],
+        tmp_path / "elsewhere",
+    )
+    assert log.parent == folder / "logs"

@@ -1,8 +1,9 @@
 // Curves with uPlot: it follows neither its container nor the theme by itself.
 
-import { useEffect, useMemo, useRef, useState } from "react";
+import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 import uPlot from "uplot";
-import { inputLook } from "./parts";
+import { get } from "./api";
+import { inputLook, useFresh } from "./parts";
 import type { Curve, Metrics } from "./types";
 
 const STROKES = [
@@ -44,7 +45,7 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
     watch.observe(document.documentElement, { attributes: true, attributeFilter: ["class"] });
     return () => watch.disconnect();
   }, []);
-  const shown = useMemo(() => lines.filter((line) => line.metrics.curves[tag]), [lines, tag]);
+  const shown = useMemo(() => lines.filter((line) => line.metrics.curves[tag]?.steps.length), [lines, tag]);
   const starts = useMemo(() => [...new Set(shown.flatMap((line) => line.metrics.starts))], [shown]);
   const lost = useMemo(() => lines.flatMap((line) => line.metrics.lost[tag] ?? []), [lines, tag]);
 
@@ -140,14 +141,23 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
   );
 }
 
-/** Curves with the choice of tag, axis and smoothing. */
-export function Curves({ lines }: { lines: Line[] }) {
-  const tags = useMemo(() => [...new Set(lines.flatMap((line) => Object.keys(line.metrics.curves)))].sort(), [lines]);
-  const usual = ["loss/total", "loss/main"].find((tag) => tags.includes(tag)) ?? tags[0] ?? "";
+/** Curves of runs with the choice of tag, axis and smoothing; read again when the version changes. */
+export function Curves({ of, version }: { of: { id: string; label: string }[]; version: string }) {
   const [chosen, setChosen] = useState("");
   const [logarithmic, setLogarithmic] = useState(false);
   const [share, setShare] = useState(0);
-  const tag = tags.includes(chosen) ? chosen : usual;
+  const ids = of.map((run) => run.id).join(",");
+  const ask = useCallback(
+    () => Promise.all(of.map(async (run) => ({ label: run.label, metrics: await get<Metrics>(`runs/${run.id}/metrics?points=2000&tag=${encodeURIComponent(chosen)}`) }))),
+    // The list is given anew with every event; its ids say whether it is another one.
+    [chosen, ids],
+  );
+  const { value: lines, problem } = useFresh<Line[]>(ask, `${version} ${ids} ${chosen}`);
+  const tags = useMemo(() => [...new Set((lines ?? []).flatMap((line) => line.metrics.tags))].sort(), [lines]);
+  const shown = lines?.flatMap((line) => [...Object.keys(line.metrics.curves), ...Object.keys(line.metrics.lost)]) ?? [];
+  const tag = shown.includes(chosen) || !shown.length ? chosen : (shown[0] ?? "");
+  if (problem) return <p className="text-sm text-bad">{problem}</p>;
+  if (!lines) return <p className="text-sm text-muted">reading …</p>;
   if (!tags.length) return <p className="text-sm text-muted">Nothing is logged yet.</p>;
   return (
     <div className="grid gap-2">

@@ -58,7 +58,7 @@ export function Rates({ preview }: { preview: Preview }) {
     () =>
       preview.rates.map((rate) => ({
         label: rate.label,
-        metrics: { curves: { "learning rate": { steps: rate.steps, values: rate.values } }, lost: {}, borders: {}, starts: [] },
+        metrics: { tags: ["learning rate"], curves: { "learning rate": { steps: rate.steps, values: rate.values } }, lost: {}, borders: {}, starts: [] },
       })),
     [preview],
   );

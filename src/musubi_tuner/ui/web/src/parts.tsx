@@ -3,7 +3,7 @@
 import { cva, type VariantProps } from "class-variance-authority";
 import { clsx, type ClassValue } from "clsx";
 import { Dialog as RadixDialog } from "radix-ui";
-import { type ComponentProps, type ReactNode, useEffect, useRef } from "react";
+import { type ComponentProps, type ReactNode, useEffect, useRef, useState } from "react";
 import { twMerge } from "tailwind-merge";
 
 export const cn = (...names: ClassValue[]): string => twMerge(clsx(names));
@@ -103,6 +103,42 @@ export function time(seconds: number | null | undefined): string {
   const whole = Math.max(0, Math.round(seconds));
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];
   return hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
+}
+
+/** What a request answers, asked again when the version changes: one at a time, so that slow answers neither pile up nor come late. */
+export function useFresh<T>(ask: () => Promise<T>, version: string): { value: T | null; problem: string } {
+  const [value, setValue] = useState<T | null>(null);
+  const [problem, setProblem] = useState("");
+  const latest = useRef(ask);
+  const state = useRef({ busy: false, wanted: false, ended: false });
+  latest.current = ask;
+  useEffect(() => {
+    state.current.ended = false;
+    return () => void (state.current.ended = true);
+  }, []);
+  useEffect(() => {
+    const run = async (): Promise<void> => {
+      const now = state.current;
+      now.wanted = true;
+      if (now.busy) return;
+      now.busy = true;
+      while (now.wanted && !now.ended) {
+        now.wanted = false;
+        const asked = latest.current;
+        try {
+          const found = await asked();
+          if (!now.ended && asked === latest.current) setValue(() => found);
+          if (asked !== latest.current) now.wanted = true;
+          setProblem("");
+        } catch (reason) {
+          setProblem(reason instanceof Error ? reason.message : String(reason));
+        }
+      }
+      now.busy = false;
+    };
+    void run();
+  }, [version]);
+  return { value, problem };
 }
 
 /** Of several changes within the time, the last one. */

@@ -2,10 +2,10 @@
 
 import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 import { get, send, why } from "./api";
-import { Curves, type Line } from "./chart";
-import { Badge, Button, Card, inputLook, Rows, time } from "./parts";
+import { Curves } from "./chart";
+import { Badge, Button, Card, inputLook, Rows, time, useFresh } from "./parts";
 import { Draw, Samples } from "./samples";
-import type { Document, Metrics, Queued, Run, RunDetail, Started } from "./types";
+import type { Document, Queued, Run, RunDetail, Started } from "./types";
 
 const MOST_COMPARED = 5;
 /** Milliseconds after which a run that was asked to stop can be ended. */
@@ -109,8 +109,6 @@ function Progress({ run }: { run: Run }) {
 }
 
 export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: () => void; onEdit: (document: Document) => void; onStarted: (run: Started) => void }) {
-  const [detail, setDetail] = useState<RunDetail | null>(null);
-  const [metrics, setMetrics] = useState<Metrics | null>(null);
   const [said, setSaid] = useState("");
   const live = run.state === "running" || run.state === "stopping";
   const at = `runs/${run.id}`;
@@ -122,12 +120,11 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
     return () => clearTimeout(timer);
   }, [run.state]);
 
-  const refresh = useCallback(() => {
-    get<RunDetail>(at).then(setDetail).catch((problem: unknown) => setSaid(why(problem)));
-    get<Metrics>(`${at}/metrics?points=2000`).then(setMetrics).catch((problem: unknown) => setSaid(why(problem)));
-  }, [at]);
   // What the run writes shows in its record, which comes by events.
-  useEffect(refresh, [refresh, run.updated, run.state]);
+  const [looks, setLooks] = useState(0);
+  const version = `${run.updated} ${run.state} ${looks}`;
+  const { value: detail, problem } = useFresh<RunDetail>(useCallback(() => get<RunDetail>(at), [at]), version);
+  const refresh = () => setLooks((before) => before + 1);
 
   const ask = (what: string) =>
     send("POST", `${at}/${what}`)
@@ -135,7 +132,7 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       .catch((problem: unknown) => setSaid(why(problem)));
   const resume = async () => {
     try {
-      const answer = await send<Started>("POST", "runs", { text: detail?.toml ?? "", run: run.id });
+      const answer = await send<Started>("POST", `${at}/resume`);
       onStarted(answer);
     } catch (problem) {
       setSaid(why(problem));
@@ -146,7 +143,6 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       .then((answer) => onEdit(answer.document))
       .catch((problem: unknown) => setSaid(why(problem)));
 
-  const lines = useMemo<Line[]>(() => (metrics ? [{ label: run.name, metrics }] : []), [metrics, run.name]);
   return (
     <div className="grid grid-cols-1 gap-4">
       <div className="flex flex-wrap items-center gap-2">
@@ -180,7 +176,7 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
         </Button>
       </div>
       <p role="status" aria-live="polite" className="text-sm break-words whitespace-pre-wrap">
-        {said || run.exit?.message || (live ? run.message : "")}
+        {said || problem || run.exit?.message || (live ? run.message : "")}
       </p>
       <Card>
         <Progress run={run} />
@@ -196,7 +192,9 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
           </ol>
         )}
       </Card>
-      <Card title="Curves">{metrics ? <Curves lines={lines} /> : <p className="text-sm text-muted">reading ...</p>}</Card>
+      <Card title="Curves">
+        <Curves of={[{ id: run.id, label: run.name }]} version={version} />
+      </Card>
       <Card title="Samples">{detail && <Samples run={run} detail={detail} />}</Card>
       {detail?.draws && !live && (
         <Card title="Draw">
@@ -281,14 +279,6 @@ function Log({ run }: { run: Run }) {
 }
 
 export function Compare({ runs, onBack }: { runs: Run[]; onBack: () => void }) {
-  const [lines, setLines] = useState<Line[]>([]);
-  const ids = runs.map((run) => run.id).join(",");
-  useEffect(() => {
-    Promise.all(runs.map(async (run) => ({ label: labelOf(run, runs), metrics: await get<Metrics>(`runs/${run.id}/metrics?points=2000`) })))
-      .then(setLines)
-      .catch(() => setLines([]));
-    // The runs are given anew with every event; their ids say whether they are others.
-  }, [ids]);
   return (
     <div className="grid gap-4">
       <div>
@@ -297,7 +287,7 @@ export function Compare({ runs, onBack }: { runs: Run[]; onBack: () => void }) {
         </Button>
       </div>
       <Card title={`${runs.length} runs`}>
-        <Curves lines={lines} />
+        <Curves of={runs.map((run) => ({ id: run.id, label: labelOf(run, runs) }))} version={runs.map((run) => `${run.updated} ${run.state}`).join()} />
       </Card>
     </div>
   );

@@ -782,7 +782,7 @@ export interface components {
         };
         /**
          * Series
-         * @description Curves by tag. lost: updates whose value was not finite. borders: first update of each step. starts: of each start but the first.
+         * @description One of a run's curves. tags: of all of them. lost: updates whose value was not finite. borders: first update of each step. starts: of each start but the first.
          */
         Series: {
             /** Borders */
@@ -799,19 +799,16 @@ export interface components {
             };
             /** Starts */
             starts: number[];
+            /** Tags */
+            tags: string[];
         };
         /**
          * Start
-         * @description A run to start. options: flags of train.py without values. run: a run that is to go on, whose folders are meant.
+         * @description A run to start. options: flags of train.py without values.
          */
         Start: {
             /** Options */
             options?: string[];
-            /**
-             * Run
-             * @default
-             */
-            run: string;
             /** Text */
             text: string;
         };
