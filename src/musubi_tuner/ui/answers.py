@@ -112,10 +112,11 @@ class Finding(TypedDict):
 
 
 class Resolved(TypedDict):
-    """Settings as they would be used. idle: keys that do nothing."""
+    """Settings as they would be used. idle: keys that do nothing. origins: of those that neither the file nor a plain default gives."""
 
     resolved: dict[str, Any]
     idle: list[str]
+    origins: dict[str, str]
 
 
 class Checked(Resolved):

@@ -35,7 +35,7 @@ SUFFIX = ".toml"
 
 Steps = list[dict[str, Any]]
 _OF_STEP = re.compile(r"steps\[(\d+)\]\.?")
-_EMPTY: dict[str, Any] = {"resolved": {}, "idle": [], "steps": [], "not_applicable": {}, "title": ""}
+_EMPTY: dict[str, Any] = {"resolved": {}, "idle": [], "origins": {}, "steps": [], "not_applicable": {}, "title": ""}
 
 
 def steps_in(document: dict[str, Any]) -> Steps:
@@ -102,7 +102,12 @@ def _resolved(config: RunConfig) -> Resolved:
     for parameter in parameters(config.spec):
         if not parameter.extra("secret") and facts.has(parameter.key):
             resolved[parameter.key] = as_json(json.loads(json.dumps(config.get(parameter.key), default=str)))
-    return {"resolved": resolved, "idle": sorted(idle(config))}
+    origins = {
+        key: origin
+        for key, origin in config.origins.items()
+        if key in resolved and origin not in ("file", "cli", "default")
+    }
+    return {"resolved": resolved, "idle": sorted(idle(config)), "origins": origins}
 
 
 def _as_data(found: Diagnostic, document: dict[str, Any], steps: Steps, step: int | None) -> Finding:

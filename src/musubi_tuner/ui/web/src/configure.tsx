@@ -174,6 +174,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
       field={field}
       value={valueAt(document, field.key, scope)}
       fallback={inherited(field)}
+      origin={scope.role ? "" : used?.origins[field.key]}
       idle={idle.has(field.key)}
       findings={byKey.get(field.key) ?? []}
       onChange={(value) => change(field.key, value)}

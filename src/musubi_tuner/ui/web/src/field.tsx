@@ -7,17 +7,21 @@ import { parsed, shown } from "./document";
 import { Button, cn, inputLook } from "./parts";
 import type { Finding, FormField } from "./types";
 
+const ORIGINS: Record<string, string> = { arch: "from the family", preset: "from the preset" };
+
 interface Props {
   field: FormField;
   value: unknown;
   fallback: unknown;
+  /** Where the value comes from that is used while none is set; empty = it is the plain default. */
+  origin?: string;
   idle: boolean;
   findings: Finding[];
   onChange: (value: unknown) => void;
   onFix: (finding: Finding) => void;
 }
 
-export function Field({ field, value, fallback, idle, findings, onChange, onFix }: Props) {
+export function Field({ field, value, fallback, origin, idle, findings, onChange, onFix }: Props) {
   const id = useId();
   const isSet = value !== undefined;
   const wrong = findings.some((finding) => finding.level === "error");
@@ -32,6 +36,7 @@ export function Field({ field, value, fallback, idle, findings, onChange, onFix 
           {field.required && <span className="ml-1 text-bad" aria-hidden="true">*</span>}
         </label>
         <span className="flex items-center gap-1">
+          {origin && !isSet && <span className="rounded border border-line px-1 text-xs text-muted">{ORIGINS[origin] ?? origin}</span>}
           <code className="text-xs break-all text-muted">{field.key}</code>
           {isSet && (
             <Button look="bare" className="min-h-6 px-1" onClick={() => onChange(undefined)} aria-label={`Reset ${field.key}`} title="Reset to the default">

@@ -47,6 +47,18 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
   useEffect(refresh, []);
   const file = useRef<HTMLInputElement>(null);
   const [choice, setChoice] = useState("");
+  const [report, setReport] = useState<Record<string, unknown[]> | null>(null);
+  const remove = () => {
+    const chosen = choice.slice(2);
+    if (!confirm(`Delete the saved config ${chosen}?`)) return Promise.resolve();
+    return send("DELETE", `configs/${encodeURIComponent(chosen)}`)
+      .then(() => {
+        onSaid(`Deleted ${chosen}.`);
+        setChoice("");
+        refresh();
+      })
+      .catch((problem: unknown) => onSaid(why(problem)));
+  };
   const load = () => {
     const [kind, chosen] = [choice.slice(0, 1), choice.slice(2)];
     return get<{ document: Document; tag: string }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)
@@ -92,7 +104,13 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
         Load
       </Button>
       <Button onClick={() => onLoad(empty, "", null)}>New</Button>
+      {choice.startsWith("s:") && (
+        <Button onClick={() => void remove()}>Delete</Button>
+      )}
       <Button onClick={() => file.current?.click()}>Import …</Button>
+      <Dialog open={report !== null} onOpenChange={() => setReport(null)} wide title="What became of it" about="Every key of the imported file. The form has what was taken over; save it to keep it.">
+        {report && <Report report={report} />}
+      </Dialog>
       <input
         ref={file}
         type="file"
@@ -108,14 +126,57 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
             .then((text) => send<{ document: Document; report: Record<string, unknown[]> }>("POST", "config/import", { text, name: chosen.name }))
             .then((answer) => {
               onLoad(answer.document, "", null);
-              const counts = ["carried", "converted", "defaulted", "dropped_changes_result", "refused", "unknown"];
-              onSaid(`Imported ${chosen.name}: ${counts.map((key) => `${(answer.report[key] as unknown[] | undefined)?.length ?? 0} ${key.replaceAll("_", " ")}`).join(", ")}.`);
+              setReport(answer.report);
+              onSaid(`Imported ${chosen.name}.`);
             })
             .catch((problem: unknown) => onSaid(why(problem)));
         }}
       />
     </div>
   );
+}
+
+/** Lists of an import, those first on which something depends. */
+const GROUPS: [string, string][] = [
+  ["refused", "Not supported"],
+  ["unknown", "Unknown"],
+  ["needs_you", "Needs you"],
+  ["dropped_changes_result", "Left out, which changes the result"],
+  ["secrets_removed", "Secrets, which are not imported"],
+  ["converted", "Converted"],
+  ["defaulted", "Defaults of the other program that differ from ours"],
+  ["carried", "Taken over"],
+  ["dropped_harmless", "Not needed"],
+];
+
+function Report({ report }: { report: Record<string, unknown[]> }) {
+  return (
+    <div className="grid gap-3">
+      {GROUPS.filter(([key]) => report[key]?.length).map(([key, title]) => (
+        <section key={key}>
+          <h3 className="text-sm font-semibold">
+            {title} ({report[key]?.length})
+          </h3>
+          <ul className="text-sm">
+            {report[key]?.map((entry, number) => (
+              <li key={number} className="wrap-anywhere">
+                {told(key, Array.isArray(entry) ? entry : [entry])}
+              </li>
+            ))}
+          </ul>
+        </section>
+      ))}
+    </div>
+  );
+}
+
+/** An entry of a list in words. */
+function told(key: string, entry: unknown[]): string {
+  const [source, ...rest] = entry.map(shown);
+  if (key === "carried") return `${source} → ${rest[0]} = ${rest[1]}`;
+  if (key === "converted") return `${source} = ${rest[0]} → ${rest[1]} = ${rest[2]} (${rest[3]})`;
+  if (key === "defaulted") return `${source} = ${rest[0]}`;
+  return rest.length ? `${source}: ${rest.join(" ")}` : (source ?? "");
 }
 
 export function TomlPane({ document, onApply }: { document: Document; onApply: (document: Document) => void }) {

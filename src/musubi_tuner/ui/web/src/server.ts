@@ -80,6 +80,10 @@ export interface components {
             };
             /** Number */
             number: number;
+            /** Origins */
+            origins: {
+                [key: string]: string;
+            };
             /** Resolved */
             resolved: {
                 [key: string]: unknown;
@@ -605,11 +609,15 @@ export interface components {
         };
         /**
          * Resolved
-         * @description Settings as they would be used. idle: keys that do nothing.
+         * @description Settings as they would be used. idle: keys that do nothing. origins: of those that neither the file nor a plain default gives.
          */
         Resolved: {
             /** Idle */
             idle: string[];
+            /** Origins */
+            origins: {
+                [key: string]: string;
+            };
             /** Resolved */
             resolved: {
                 [key: string]: unknown;
