@@ -9,6 +9,7 @@ from project import GEOMETRY, ForkServer, copy_tree, metrics, write_run
 from safetensors.torch import load_file
 from torch import Tensor
 
+from musubi_tuner.export_checkpoint import main as export
 from musubi_tuner.import_checkpoint import main
 from musubi_tuner.models.tinyflux import TinyFluxConfig, TinyFluxDeep
 
@@ -90,3 +91,58 @@ def test_the_run_goes_on_from_the_step(
         assert moments[f"{name}/step"] == STEP + 1
         # What is added to the second moment is not negative, so the old one shows in it.
         assert (moments[f"{name}/exp_avg_sq"] >= BETAS[1] * before["exp_avg_sq"] * (1 - 1e-5)).all(), name
+
+
+def test_a_state_goes_back_to_the_published_trainer(
+    published: Path, tmp_path: Path, photographs: Path, encoders: Path, caches: Path, server: ForkServer
+) -> None:
+    """Its optimizer and schedule take the file, and what we import from it again is the same to the bit."""
+    copy_tree(caches, tmp_path / "cache")
+    tables: dict[str, Any] = {
+        "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(published)},
+        "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+        "optimizer": {"lr": 1e-3, "betas": list(BETAS), "decay_all": True},
+        "train": {"max_steps": STEP + 2, "mixed_precision": "no"},
+        "ema": {"decay": DECAY, "init": "checkpoint"},
+    }
+    config = write_run(tmp_path, photographs, encoders, **tables)
+    assert main([str(published), str(config)]) == 0
+    server.run("train", [config], tmp_path).expect(0)
+    target = tmp_path / "back.pt"
+    assert export([str(config), str(target)]) == 0
+    assert export([str(config), str(target)]) == 2  # it is there
+    held = torch.load(target, weights_only=True)
+    assert (held["step"], held["ema"]["decay"]) == (STEP + 2, DECAY)
+
+    model = TinyFluxDeep(TinyFluxConfig.from_dict(held["model_config"]))
+    learning = list(model.requires_grad_(True).parameters())  # nothing of it is frozen
+    optimizer = torch.optim.AdamW(learning, lr=9.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    model.load_state_dict(held["model"])
+    optimizer.load_state_dict(held["optimizer"])
+    scheduler.load_state_dict(held["scheduler"])
+    assert scheduler.last_epoch == STEP + 2 and optimizer.param_groups[0]["betas"] == BETAS
+    state = tmp_path / "out" / "photos-state"
+    moments = load_file(state / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    assert moments and all(
+        torch.equal(optimizer.state[parameters[name]][entry], tensor)
+        for key, tensor in moments.items()
+        for name, _, entry in [key.rpartition("/")]
+    )
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    scheduler.step()
+
+    again = config.with_name("again.toml")
+    again.write_text(
+        config.read_text()
+        .replace(str(tmp_path / "out"), str(tmp_path / "again"))
+        .replace(f"max_steps = {STEP + 2}", "max_steps = 99")
+    )
+    assert main([str(target), str(again)]) == 0
+    (imported,) = (tmp_path / "again").glob("*-state")
+    for name in ("model", "ema", "optimizer"):
+        ours, theirs = load_file(state / f"{name}.safetensors"), load_file(imported / f"{name}.safetensors")
+        assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours), name

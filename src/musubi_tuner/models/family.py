@@ -413,6 +413,13 @@ class PublishedTrainer(Protocol):
             CheckpointError: if it does not belong to the run's model and optimizer.
         """
 
+    def write_state(self, state: PublishedState, config: "RunConfig") -> tuple[dict[str, Any], list[str]]:
+        """A state of a run as the content of one of its checkpoints, and lines on what that trainer does otherwise.
+
+        Raises:
+            CheckpointError: for a model or an optimizer that it does not have.
+        """
+
     def open_caches(self, config: "RunConfig", sources: Sequence[Path], kinds: Collection[str]) -> "ForeignCaches":
         """Open the caches of one data set.
 

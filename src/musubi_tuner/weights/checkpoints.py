@@ -526,7 +526,7 @@ def _read_pickle(path: Path, ema: bool) -> WeightFile:
     config, metadata = None, {}
     if isinstance(loaded, dict):
         config = loaded.get("model_config")
-        metadata = _header_of(loaded)
+        metadata = _header_of(loaded) | ({"step": str(loaded["step"])} if isinstance(loaded.get("step"), int) else {})
         inside = [loaded.get(key) for key in ("model", "state_dict", "model_state_dict")]
         candidates = [averaged_inside(loaded) if ema else None, *inside]
         loaded = next((held for held in candidates if isinstance(held, dict)), loaded)

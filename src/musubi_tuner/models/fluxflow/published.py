@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.errors import CheckpointError, ConfigError
 from musubi_tuner.models.fluxflow.trainer_settings import read_settings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     _: PublishedTrainer = published
 
-__all__ = ["open_caches", "read_lora", "read_settings", "read_state", "write_lora"]
+__all__ = ["open_caches", "read_lora", "read_settings", "read_state", "write_lora", "write_state"]
 
 
 def read_state(path: Path, config: "RunConfig", *, moments: bool = True) -> "PublishedState":
@@ -25,6 +25,13 @@ def read_state(path: Path, config: "RunConfig", *, moments: bool = True) -> "Pub
     from musubi_tuner.models.fluxflow import trainer_state
 
     return trainer_state.read_state(path, config, moments=moments)
+
+
+def write_state(state: "PublishedState", config: "RunConfig") -> tuple[dict[str, Any], list[str]]:
+    """Its states lie in its output folder, which another command writes."""
+    raise ConfigError(
+        f"{config.path}: FluxFlow's trainer goes on from its output folder; fluxflow-graphs --training_states writes that"
+    )
 
 
 def open_caches(config: "RunConfig", sources: Sequence[Path], kinds: Collection[str]) -> "ForeignCaches":

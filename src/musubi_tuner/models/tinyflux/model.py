@@ -315,6 +315,25 @@ class TinyFluxDeep(nn.Module):
         """Device of the input layers, which never leave it."""
         return self.img_in.weight.device
 
+    @staticmethod
+    def create_img_ids(batch_size: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+        """Positions of image tokens for `forward`, [batch, height * width, 3] int64: (0, row, column).
+
+        Args:
+            height, width: of the latents.
+        """
+        return image_positions(height, width, device).expand(batch_size, -1, -1)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Numbers of parameters by part, and ``total``. The balance of the text encoders counts with their pool."""
+        parts = {"text_balance": "t5_pool", "final_norm": "final", "final_linear": "final"}
+        found: dict[str, int] = {}
+        for name, parameter in self.named_parameters():
+            part = name.partition(".")[0]
+            part = parts.get(part, part)
+            found[part] = found.get(part, 0) + parameter.numel()
+        return {**found, "total": sum(found.values())}
+
     def forward(
         self,
         hidden_states: Tensor,

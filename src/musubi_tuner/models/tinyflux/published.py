@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.models.tinyflux.trainer_settings import read_settings
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     _: PublishedTrainer = published
 
-__all__ = ["open_caches", "read_lora", "read_settings", "read_state", "write_lora"]
+__all__ = ["open_caches", "read_lora", "read_settings", "read_state", "write_lora", "write_state"]
 
 
 def read_state(path: Path, config: "RunConfig", *, moments: bool = True) -> "PublishedState":
@@ -24,6 +24,13 @@ def read_state(path: Path, config: "RunConfig", *, moments: bool = True) -> "Pub
     from musubi_tuner.models.tinyflux import trainer_state
 
     return trainer_state.read_state(path, config, moments=moments)
+
+
+def write_state(state: "PublishedState", config: "RunConfig") -> tuple[dict[str, Any], list[str]]:
+    """See `trainer_state.write_state`."""
+    from musubi_tuner.models.tinyflux import trainer_state
+
+    return trainer_state.write_state(state, config)
 
 
 def open_caches(config: "RunConfig", sources: Sequence[Path], kinds: Collection[str]) -> "ForeignCaches":

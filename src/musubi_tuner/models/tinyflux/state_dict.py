@@ -7,6 +7,7 @@ Key names are the published ones, used unchanged. Accepted on the way in: wrappe
 import logging
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,26 @@ def build(config: TinyFluxConfig) -> TinyFluxDeep:
         return TinyFluxDeep(config)
 
 
+class Checkpoint(WeightFile):
+    """A TinyFlux checkpoint, whose model is loaded when it is asked for. ``file["model"]`` and ``file["step"]`` work too."""
+
+    @cached_property
+    def model(self) -> TinyFluxDeep:
+        """The model, float32 in eval mode."""
+        return load_model(self)
+
+    @property
+    def step(self) -> int | None:
+        """Updates after which it was saved; None if it does not say."""
+        text = self.metadata.get("step", "")
+        return int(text) if text.isdecimal() else None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in ("model", "step", "config", "options"):
+            raise KeyError(name)
+        return getattr(self, name)
+
+
 def load_checkpoint(
     source: str | Path,
     *,
@@ -38,7 +59,7 @@ def load_checkpoint(
     ema_file: str | None = None,
     revision: str | None = None,
     complete: bool = True,
-) -> WeightFile:
+) -> Checkpoint:
     """Find and read a TinyFlux checkpoint: a file, a folder, a run folder, or a hub id; ``hub`` is the published one.
 
     Args:
@@ -48,9 +69,9 @@ def load_checkpoint(
         CheckpointError: if it is not there or not readable.
     """
 
-    def read(ema: bool, ema_file: str | None) -> WeightFile:
+    def read(ema: bool, ema_file: str | None) -> Checkpoint:
         found = locate_weights(source, ema=ema, ema_file=ema_file, revision=revision, published=(HUB_ID, OTHER_HUB_ID))
-        return read_weights(found.path, found.config, found.origin, ema=ema or ema_file is not None)
+        return Checkpoint(**vars(read_weights(found.path, found.config, found.origin, ema=ema or ema_file is not None)))
 
     file = read(ema, ema_file)
     if complete and (ema or ema_file is not None):
@@ -91,6 +112,8 @@ def load_model(
     report: Callable[[str], None] = logger.warning,
     freeze: Freeze | None = None,
     merge: Merge | None = None,
+    load_ema: bool = False,
+    ema_path: str | None = None,
 ) -> TinyFluxDeep:
     """Load a model in eval mode, into storage of its own. Files of v3 and v4.1 are upgraded.
 
@@ -102,6 +125,7 @@ def load_model(
         dtype: of parameters; rotary buffers stay float32.
         rope_freqs: ``checkpoint`` uses the stored frequencies, ``exact`` computes them again.
         neutral, seed: of an upgrade; see `upgrade_weights`. report: receives its lines.
+        load_ema, ema_path: what ``ema`` and ``ema_file`` are called in the published package.
         freeze: how Linear layers of the blocks are stored; absent = as ordinary layers. merge: changes weights before that.
 
     Raises:
@@ -112,7 +136,7 @@ def load_model(
     file = (
         source
         if isinstance(source, WeightFile)
-        else load_checkpoint(source, ema=ema, ema_file=ema_file, revision=revision)
+        else load_checkpoint(source, ema=ema or load_ema, ema_file=ema_file or ema_path, revision=revision)
     )
     geometry = checkpoint_geometry(file)
     tensors = upgraded(file, geometry, neutral=neutral, seed=seed, report=report)
@@ -162,16 +186,22 @@ def load_to_merge(file: WeightFile) -> TinyFluxDeep:
 
 
 def from_pretrained(
-    source: str | Path,
+    source: str | Path = "hub",
     *,
     ema: bool = False,
+    use_ema: bool = False,
     ema_file: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> TinyFluxDeep:
-    """Load a model for drawing pictures; as `load_model`, in bfloat16 unless asked otherwise."""
-    return load_model(source, ema=ema, ema_file=ema_file, revision=revision, dtype=dtype, device=device)
+    """Load a model for drawing pictures; as `load_model`, in bfloat16 unless asked otherwise.
+
+    Args:
+        source: absent = the published model. use_ema: what ``ema`` is called in the published package, where it is on unless
+            it is turned off.
+    """
+    return load_model(source, ema=ema or use_ema, ema_file=ema_file, revision=revision, dtype=dtype, device=device)
 
 
 def checkpoint_geometry(file: WeightFile) -> TinyFluxConfig:

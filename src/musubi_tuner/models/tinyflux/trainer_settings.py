@@ -8,12 +8,15 @@ copied: a number of kept files below 1 keeps all of them here, and deletes even 
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.models.tinyflux.options import SPEC
+
+if TYPE_CHECKING:
+    from musubi_tuner.config import RunConfig
 
 FIELDS: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -198,6 +201,25 @@ def read_settings(document: dict[str, Any]) -> Imported | None:
     """Translate the settings of the published trainer; None if most keys of the document are not its own."""
     known = sum(key in FIELDS or key in LATER_FIELDS for key in document)
     return _Reader(document).run() if 2 * known > len(document) else None
+
+
+def write_settings(config: "RunConfig") -> dict[str, Any]:
+    """The settings of a run as fields of the published trainer; those that it has no value for are left out."""
+    from musubi_tuner.models.tinyflux.settings import objective_of, resolve_experts
+
+    ours: dict[str, Any] = {f"experts.{name}": value for name, value in resolve_experts(config).items()}
+    found: dict[str, Any] = {}
+    for field, key in PLAIN.items():
+        value = ours.get(key, config.get(key))
+        if value is not None:
+            found[field] = list(value) if isinstance(value, tuple) else value
+    for field, (key, words) in WORDS.items():
+        theirs = next((word for word, value in words.items() if value == config.get(key)), None)
+        if theirs is not None and (field != "compile_mode" or config.memory.compile):
+            found[field] = theirs
+    found["warmup_steps"] = config.scheduler.warmup_updates(config.scheduler.total_steps or config.train.max_steps or 0)
+    found["lune_mode"] = objective_of(config).lune_mode
+    return found
 
 
 class _Reader(Builder):

@@ -23,11 +23,11 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import CheckpointError
 from musubi_tuner.models.family import PublishedState
 from musubi_tuner.models.tinyflux.family import geometry_of
-from musubi_tuner.models.tinyflux.geometry import TinyFluxConfig
+from musubi_tuner.models.tinyflux.geometry import ModelOptions, TinyFluxConfig
 from musubi_tuner.models.tinyflux.model import TinyFluxDeep, rotary_frequencies
 from musubi_tuner.models.tinyflux.settings import model_of, resolve_experts
 from musubi_tuner.models.tinyflux.state_dict import build
-from musubi_tuner.models.tinyflux.trainer_settings import read_settings
+from musubi_tuner.models.tinyflux.trainer_settings import read_settings, write_settings
 from musubi_tuner.models.tinyflux.upgrade import UpgradeReport, summary, upgrade_weights
 from musubi_tuner.weights.checkpoints import averaged_inside, read_torch_file, read_weights, strip_wrappers
 
@@ -94,6 +94,85 @@ def read_state(path: Path, config: RunConfig, *, moments: bool = True) -> Publis
         _rate(held.get("scheduler")),
         notes,
     )
+
+
+def write_state(state: PublishedState, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """The content of a ``step_N.pt`` of v4.2, and lines on what that trainer does otherwise.
+
+    Its optimizer has one group: all parameters in the order of the model, except frozen ones.
+
+    Raises:
+        CheckpointError: for a model that computes what the published one cannot, or moments that it does not have.
+    """
+    geometry = geometry_of(config)
+    if geometry.options != ModelOptions():
+        raise CheckpointError(
+            f"{config.path}: its model computes otherwise than the published one ({geometry.options})"
+        )
+    kind = config.optimizer.type
+    if kind not in ("AdamW", "Adafactor"):
+        raise CheckpointError(
+            f'{config.path}: optimizer.type is "{kind}"; only moments of AdamW and Adafactor can be written for that trainer'
+        )
+    model = build(geometry)
+    frozen = tuple(part for field, parts in FROZEN.items() if getattr(geometry, field) for part in parts)
+    learning = [
+        name for name, _ in model.named_parameters() if not name.startswith(frozen)
+    ]  # one that is never used is in its list too
+    moments: dict[int, dict[str, Any]] = {}
+    for key, tensor in state.optimizer.items():
+        name, _, entry = key.rpartition("/")
+        moments.setdefault(learning.index(name), {})[entry] = tensor
+    for name, values in state.scalars.items():
+        if values:
+            moments.setdefault(learning.index(name), {}).update(values)
+    settings = write_settings(config)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr, betas=tuple(settings["betas"]),
+                                  weight_decay=settings["weight_decay"])  # fmt: skip
+    group = {**{key: value for key, value in optimizer.param_groups[0].items() if key != "params"},
+             "initial_lr": config.optimizer.lr, "params": list(range(len(learning)))}  # fmt: skip
+    if kind == "Adafactor":
+        group = {
+            "lr": config.optimizer.lr,
+            "weight_decay": settings["weight_decay"],
+            "initial_lr": config.optimizer.lr,
+            "params": group["params"],
+        }
+    document = {
+        "step": state.step,
+        "epoch": state.epoch,
+        "best_loss": math.inf if state.best is None else state.best,
+        "model": {key: state.model[key] for key in model.state_dict()},
+        "optimizer": {"state": dict(sorted(moments.items())), "param_groups": [group]},
+        "scheduler": {
+            "base_lrs": [config.optimizer.lr],
+            "last_epoch": state.step,
+            "_step_count": state.step + 1,
+            "_get_lr_called_within_step": False,
+            "_last_lr": [state.rate],
+            "lr_lambdas": [None],
+        },
+        "trainer_config": settings,
+        "model_config": geometry.to_dict(),
+    }
+    if state.ema is not None:
+        document["ema"] = {
+            "shadow": {key: state.ema[key] for key in model.state_dict() if key in state.ema},
+            "decay": config.ema.decay,
+        }
+    there = read_settings(settings)
+    assert there is not None
+    lines = [
+        f"weights, average and moments of {len(moments)} of {len(learning)} parameters, update {state.step}, epoch {state.epoch}"
+    ]
+    ours = {f"experts.{name}": value for name, value in resolve_experts(config).items()}
+    for section in COMPARED:
+        for name, value in there.document.get(section, {}).items():
+            key = f"{section}.{name}"
+            found = ours.get(key, config.get(key))
+            if found != value and name not in ("unet", "lune", "sol"):
+                lines.append(f"differs: {key} is {found!r} in this run, and {value!r} in that trainer")
+    return document, lines
 
 
 def _read(path: Path) -> dict[str, Any]:
