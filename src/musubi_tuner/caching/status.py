@@ -1,5 +1,6 @@
 """Which cache files are due. Torch-free: this is what the plan shows before anything heavy is loaded."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,12 +138,18 @@ def examine(
 
 def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> list[Path]:
     """Cache files of one kind that belong to no item, below the cache directories."""
-    wanted = {cache_path(item, kind, code).resolve() for item in items}
+    folders: dict[Path, str] = {}  # each is resolved once, not once per item
+    wanted = set()
+    for item in items:
+        path = cache_path(item, kind, code)
+        if path.parent not in folders:
+            folders[path.parent] = str(path.parent.resolve())
+        wanted.add((folders[path.parent], path.name))
     found = {
-        path
+        Path(folder, name)
         for root in {root.resolve() for root in roots}
-        if root.is_dir()
-        for path in root.rglob("*.safetensors")
-        if not path.name.startswith(".") and kind_of(path.name, code) == kind and path not in wanted
+        for folder, _, names in os.walk(root)
+        for name in names
+        if kind_of(name, code) == kind and not name.startswith(".") and (folder, name) not in wanted
     }
     return sorted(found)

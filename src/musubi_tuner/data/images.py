@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
 
@@ -126,25 +126,36 @@ def _orientation(image: ImageFile.ImageFile, path: Picture) -> int:
         return 1
     try:
         # Pillow would decode a PNG to look behind its pixels; its chunks are walked instead.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else _png_exif(path)
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else _png_exif(image, path)
         found = exif.get(_ORIENTATION)
     except (*_BROKEN, Warning):
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _png_exif(path: Picture) -> Image.Exif:
+def _png_exif(image: ImageFile.ImageFile, path: Picture) -> Image.Exif:
     """The eXIf chunk of a PNG, wherever it lies; empty if there is none or the file is cut short."""
-    exif = Image.Exif()
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                exif.load(file.read(length))
-                break
-            file.seek(length + 4, 1)
+    exif, file = Image.Exif(), image.fp
+    if file is None:  # Pillow has read and closed it
+        with path.open("rb") as again:
+            _walk_chunks(again, exif)
+        return exif
+    before = file.tell()
+    try:
+        _walk_chunks(file, exif)
+    finally:
+        file.seek(before)  # from where Pillow decodes
     return exif
+
+
+def _walk_chunks(file: IO[bytes], exif: Image.Exif) -> None:
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf":
+            exif.load(file.read(length))
+            break
+        file.seek(length + 4, 1)
 
 
 @dataclass(frozen=True)

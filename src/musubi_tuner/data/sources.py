@@ -200,8 +200,11 @@ def _shared_files(items: list[Item]) -> list[str]:
     """Items of different datasets that would write the same cache files."""
     owners: dict[tuple[Path, str], Item] = {}
     folders: dict[Path, str] = {}
+    resolved: dict[Path, Path] = {}
     for item in items:
-        place = (item.cache_directory.resolve(), item.stem)
+        if item.cache_directory not in resolved:
+            resolved[item.cache_directory] = item.cache_directory.resolve()
+        place = (resolved[item.cache_directory], item.stem)
         other = owners.setdefault(place, item)
         if other is not item:
             folders.setdefault(place[0], f"{other.path} and {item.path}")
