@@ -18,8 +18,8 @@ watched: list[str] = []
 def hear(event: str, arguments: tuple[Any, ...]) -> None:
     """An audit hook, which cannot be removed again."""
     if watched and event in ("open", "os.scandir", "os.listdir") and isinstance(arguments[0], str | os.PathLike):
-        path = os.path.abspath(os.fspath(arguments[0]))
-        if str(path).startswith(watched[0]):
+        path = str(Path(os.fspath(arguments[0])).absolute())
+        if path.startswith(watched[0]):
             name = Path(path).name
             kind = next(
                 (
