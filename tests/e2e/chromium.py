@@ -43,7 +43,11 @@ class Page:
 
     def start(self) -> None:
         """Start the server."""
-        environment = {**os.environ, "MUSUBI_STATE_HOME": str(self.home), "PATH": "/usr/bin:/bin"}  # node is not needed
+        environment = {
+            **os.environ,
+            "MUSUBI_STATE_HOME": str(self.home),
+            "PATH": "",
+        }  # nothing is needed beside this Python, Node least of all
         words = [sys.executable, "-m", "musubi_tuner.ui", "--port", str(self.port)]
         self.server = subprocess.Popen(words, cwd=self.project, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout is not None

@@ -161,6 +161,7 @@ class Preview(TypedDict):
     epochs: int
     about: bool
     sentence: str
+    besides: str
     buckets: list[BucketRow]
     notes: list[str]
     rates: list[Rate]
@@ -300,11 +301,25 @@ class Replaced(TypedDict):
     problem: str
 
 
+class TagCount(TypedDict):
+    """A part of captions between commas, and in how many of them it is."""
+
+    tag: str
+    count: int
+
+
 class Undone(TypedDict):
     """Captions that are as they were. kept: files that were edited since."""
 
     count: int
     kept: list[str]
+
+
+class QueueAnswer(TypedDict):
+    """The queue. paused: nothing is started until that is taken back."""
+
+    paused: bool
+    entries: "list[Queued]"
 
 
 class Queued(TypedDict):
@@ -424,6 +439,12 @@ class Started(TypedDict):
     id: str | None
     pid: int
     folder: str
+
+
+class PictureFacts(TypedDict):
+    """How a sample was drawn: what its file says."""
+
+    facts: dict[str, str]
 
 
 class Drawing(TypedDict):

@@ -3,11 +3,12 @@
 import hashlib
 import io
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from musubi_tuner.config import load_documents
 from musubi_tuner.config.datasets import DatasetConfig
@@ -18,7 +19,7 @@ from musubi_tuner.data.sources import placement_of, selector_of
 from musubi_tuner.data.texts import Names
 from musubi_tuner.errors import ConfigError, DataError
 from musubi_tuner.files import replace_file
-from musubi_tuner.ui.answers import CaptionState, Change, NotThere, OpenedSet, Picture, Replaced, Undone
+from musubi_tuner.ui.answers import CaptionState, Change, NotThere, OpenedSet, Picture, Replaced, TagCount, Undone
 from musubi_tuner.ui.configs import Conflict
 
 SIDE = 256
@@ -27,6 +28,8 @@ MOST_PIXELS = 64_000_000
 """Of a picture that is decoded for a thumbnail."""
 MOST_CHANGES = 50
 """Of a replacement that are shown."""
+HowToChange = Literal["replace", "remove tag", "before", "after"]
+"""What can be done to all captions."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -180,23 +183,36 @@ class Pictures:
             folder.names = Names()
             return folder.caption(name)
 
-    def replace(self, identity: str, find: str, by: str, apply: bool) -> Replaced:
-        """Replace a text in all captions of a data set, or show what that would change.
+    def tags(self, identity: str, most: int = 200) -> list[TagCount]:
+        """The most frequent parts of captions between commas."""
+        folder = self.folder(identity)
+        counts: Counter[str] = Counter()
+        for name in folder.pictures:
+            caption = folder.caption(name)["caption"] or ""
+            counts.update({tag.strip() for tag in caption.replace("\n", ",").split(",") if tag.strip()})
+        return [{"tag": tag, "count": count} for tag, count in counts.most_common(most)]
+
+    def change(self, identity: str, how: HowToChange, find: str, by: str, apply: bool) -> Replaced:
+        """Change all captions of a data set, or show what that would change.
+
+        Args:
+            how: replace a text; take a tag out, with its comma; write a text before or after the caption, where it is not there yet.
 
         Raises:
-            ConfigError: if there is nothing to find.
+            ConfigError: if there is nothing to find, or to write.
         """
-        if not find:
-            raise ConfigError("find: is empty; give the text to replace")
+        if not (find if how in ("replace", "remove tag") else by):
+            raise ConfigError("the text is empty; say what to change")
         folder = self.folder(identity)
         changes: list[Change] = []
         files = []
         with self._writing:
             for name in folder.pictures:
                 caption = folder.caption(name)["caption"]
-                if caption is None or find not in caption:
+                after = caption if caption is None else changed(caption, how, find, by)
+                if caption is None or after is None or after == caption:
                     continue
-                path, after = folder.caption_file(name), caption.replace(find, by)
+                path = folder.caption_file(name)
                 before = _bytes(path) or b""
                 changes.append({"name": path.name, "before": caption, "after": after})
                 files.append((path, before, _data(after, before)))
@@ -231,6 +247,18 @@ class Pictures:
                     kept.append(path.name)
                 folder.undo.pop()
         return {"count": count, "kept": kept[:MOST_CHANGES]}
+
+
+def changed(caption: str, how: HowToChange, find: str, by: str) -> str:
+    """A caption after a change; see `Pictures.change`."""
+    if how == "replace":
+        return caption.replace(find, by)
+    if how == "remove tag":
+        parts = [part for part in caption.split(",") if part.strip() != find.strip()]
+        return caption if len(parts) == caption.count(",") + 1 else ",".join(parts).strip()
+    if how == "before":
+        return caption if caption.startswith(by) else by + caption
+    return caption if caption.endswith(by) else caption + by
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from musubi_tuner.config import RunConfig, load_documents, sentence
+from musubi_tuner.config import RunConfig, Steps, load_documents, sentence
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.remarks import enlargement, kept_share
 from musubi_tuner.data.sources import Item, scan
 from musubi_tuner.planning.length import sources_of, steps_on
-from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.ui.answers import BucketRow, Preview, Rate
 
 POINTS = 400
@@ -17,7 +17,7 @@ DRAWN = 10
 
 
 NOTHING: Preview = {
-    "number": 0, "problem": "", "images": 0, "total": 0, "per_epoch": 0, "epochs": 0, "about": False, "sentence": "", "buckets": [],
+    "number": 0, "problem": "", "images": 0, "total": 0, "per_epoch": 0, "epochs": 0, "about": False, "sentence": "", "besides": "", "buckets": [],
     "notes": [], "rates": [], "captions": [],
 }  # fmt: skip
 
@@ -40,11 +40,27 @@ def preview(document: dict[str, Any], number: int = 0, step: int = 0) -> Preview
         "epochs": steps.epochs,
         "about": config.validation.split > 0,  # held-out images are found when it starts
         "sentence": sentence(steps, sources_of(found.items)),
+        "besides": besides(config, steps),
         "buckets": buckets(found.items),
         "notes": found.notes,
         "rates": rates(config, steps.total_updates),
         "captions": captions(config, found.items),
     }
+
+
+def besides(config: RunConfig, steps: Steps) -> str:
+    """What happens during the updates: warm-up, checkpoints, samples."""
+    total, facts = steps.total_updates, config.spec.task(config)
+    warm_up = config.scheduler.warmup_updates(schedule_length(config, total))
+    save, sample = config.save, config.sample
+    checkpoints = 1 + (max(0, total - 1) // save.every_steps if save.every_steps else 0)
+    checkpoints += max(0, steps.epochs - 1) // save.every_epochs if save.every_epochs else 0
+    drawn = 0
+    if facts.has("sample.prompts") and sample.prompts is not None:
+        drawn = (total // sample.every_steps if sample.every_steps else 0) + (
+            steps.epochs // sample.every_epochs if sample.every_epochs else 0
+        )
+    return f"{warm_up:,} updates of warm-up; {checkpoints:,} checkpoints with the last one; samples {drawn:,} times"
 
 
 def buckets(items: list[Item]) -> list[BucketRow]:

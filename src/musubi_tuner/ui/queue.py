@@ -16,9 +16,11 @@ from musubi_tuner.files import read_json, write_json, write_text
 from musubi_tuner.run_record import RUN_FILE, read_values
 from musubi_tuner.runner.steps import root_of
 from musubi_tuner.ui import runs
-from musubi_tuner.ui.answers import NotThere, Queued, QueueState
+from musubi_tuner.ui.answers import NotThere, QueueAnswer, Queued, QueueState
 from musubi_tuner.ui.configs import from_toml
 
+PAUSED = "paused"
+"""File in the queue's folder while nothing is to be started."""
 WAITING: QueueState = "waiting"
 STARTED: QueueState = "started"
 ENDED: QueueState = "ended"
@@ -125,6 +127,19 @@ class Queue:
             self._write(one)
             self._write(two)
 
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is to be started for now; what runs goes on."""
+        return (self.folder / PAUSED).exists()
+
+    def pause(self, on: bool) -> None:
+        """Pause, or go on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if on:
+            (self.folder / PAUSED).touch()
+        else:
+            (self.folder / PAUSED).unlink(missing_ok=True)
+
     def turn(self) -> None:
         """See how the run is that was started, and start the next one where none runs."""
         with self._one_at_a_time:
@@ -137,7 +152,7 @@ class Queue:
                 entry.state, entry.reason, entry.since = ENDED, state, time.time()
                 self._write(entry)
             following = next((entry for entry in self.entries() if entry.state == WAITING), None)
-            if following is not None:
+            if following is not None and not self.paused:
                 self._start(following)
 
     def _state(self, entry: Entry) -> str | None:
@@ -186,12 +201,13 @@ class Queue:
     def _write(self, entry: Entry) -> None:
         write_json(self._path(entry.number), asdict(entry))
 
-    def as_data(self) -> list[Queued]:
-        """The entries for the page."""
-        return [
+    def as_data(self) -> QueueAnswer:
+        """The queue for the page."""
+        entries: list[Queued] = [
             {"number": each.number, "name": each.name, "state": each.state, "run": each.run, "reason": each.reason}
             for each in self.entries()
         ]
+        return {"paused": self.paused, "entries": entries}
 
 
 def _last_line(log: Path) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from PIL import Image
+
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.run_record import CONSOLE, CONTROL, EXIT_FILE, REQUESTS, RUN_FILE, read_values, user_state_folder
 from musubi_tuner.runner.steps import FILE as STEPS_FILE
@@ -222,6 +224,19 @@ def picture(place: Place, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # names that are too long, null characters, links to themselves
         pass
     raise NotThere(f"{relative}: no such picture of this run")
+
+
+def picture_facts(path: Path) -> dict[str, str]:
+    """How a sample was drawn, from the text in its file; nothing where it has none."""
+    try:
+        with Image.open(path) as image:
+            return {
+                key: str(value)
+                for key, value in image.info.items()
+                if isinstance(key, str) and isinstance(value, str | int | float)
+            }
+    except (OSError, ValueError, SyntaxError):
+        return {}
 
 
 def request(place: Place, name: str) -> None:

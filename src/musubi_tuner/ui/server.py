@@ -31,7 +31,7 @@ from musubi_tuner.ui.curves import Curves
 from musubi_tuner.ui.drawing import Drawings
 from musubi_tuner.ui.folders import Folders
 from musubi_tuner.ui.helper import Helper
-from musubi_tuner.ui.pictures import Pictures
+from musubi_tuner.ui.pictures import HowToChange, Pictures
 from musubi_tuner.ui.queue import Queue, folder_of
 from musubi_tuner.ui.security import MOST_BODY, Guard, headers
 
@@ -74,6 +74,12 @@ class Texts(BaseModel):
     texts: list[str] = Field(max_length=200)
 
 
+class Pause(BaseModel):
+    """Whether the queue starts nothing for now."""
+
+    paused: bool
+
+
 class Draw(BaseModel):
     """Pictures to draw. prompt: as an object of a prompt file. checkpoint: its name; empty = the newest."""
 
@@ -105,9 +111,10 @@ class Caption(BaseModel):
 
 
 class Replacement(BaseModel):
-    """A text to replace in all captions of a data set. apply: whether it is done, or only shown."""
+    """A change of all captions of a data set. apply: whether it is made, or only shown."""
 
-    find: str
+    how: HowToChange = "replace"
+    find: str = ""
     by: str = ""
     apply: bool = False
 
@@ -403,7 +410,11 @@ def _data_routes(folders: Folders, helper: Helper) -> APIRouter:
 
     @router.post("/api/datasets/{identity}/replace")
     def replace_text(identity: str, body: Replacement) -> answers.Replaced:
-        return opened.replace(identity, body.find, body.by, body.apply)
+        return opened.change(identity, body.how, body.find, body.by, body.apply)
+
+    @router.get("/api/datasets/{identity}/tags")
+    def count_tags(identity: str) -> list[answers.TagCount]:
+        return opened.tags(identity)
 
     @router.post("/api/datasets/{identity}/undo")
     def undo_replacement(identity: str) -> answers.Undone:
@@ -430,12 +441,17 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
         return list_secrets()
 
     @router.get("/api/queue")
-    def list_queue() -> list[answers.Queued]:
+    def list_queue() -> answers.QueueAnswer:
         return queue.as_data()
 
     @router.post("/api/queue", response_model=answers.Queued, status_code=201)
     def add_to_queue(body: Text) -> Response:
         return JSONResponse(asdict(queue.add(body.text)), 201)
+
+    @router.put("/api/queue")
+    def pause_queue(body: Pause) -> answers.QueueAnswer:
+        queue.pause(body.paused)
+        return queue.as_data()
 
     @router.delete("/api/queue/{number}")
     def remove_from_queue(number: int) -> Done:
@@ -488,6 +504,17 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
     @router.get("/api/runs/{identity}/picture")
     def picture(identity: str, path: str) -> FileResponse:
         return FileResponse(runs.picture(runs.place_of(identity), path))
+
+    @router.get("/api/runs/{identity}/facts")
+    def facts(identity: str, path: str) -> answers.PictureFacts:
+        return {"facts": runs.picture_facts(runs.picture(runs.place_of(identity), path))}
+
+    @router.get("/api/runs/{identity}/log/file")
+    def log_file(identity: str) -> FileResponse:
+        place = runs.place_of(identity)
+        if not (place.folder / runs.CONSOLE).is_file():
+            raise NotThere(f"{place.folder.name}: no such log")
+        return FileResponse(place.folder / runs.CONSOLE, media_type="text/plain", filename=f"{place.folder.name}.log")
 
     @router.get("/api/runs/{identity}/draw")
     def drawing(identity: str) -> answers.Drawing:

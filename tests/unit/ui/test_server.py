@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ import httpx
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from musubi_tuner.config.fields import TABS
 from musubi_tuner.config.schema import item_parameters, parameters
@@ -34,7 +36,7 @@ from musubi_tuner.ui import form, runs
 from musubi_tuner.ui.__main__ import free_port, hosts_of, main, read_token
 from musubi_tuner.ui.configs import Configs
 from musubi_tuner.ui.curves import Parsed
-from musubi_tuner.ui.pictures import Pictures
+from musubi_tuner.ui.pictures import Pictures, changed
 from musubi_tuner.ui.queue import Queue
 from musubi_tuner.ui.security import Guard
 from musubi_tuner.ui.server import _turns, make_app
@@ -464,7 +466,7 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
     assert client.post("/api/queue/2/up", json={}).status_code == 200  # a, b, c
     (queue.folder / "00009.json").write_text('{"number": "9", "name": "of somebody"}')
     (queue.folder / "00010.json").write_text("{")
-    assert [entry["name"] for entry in client.get("/api/queue").json()] == ["a", "b", "c"]
+    assert [entry["name"] for entry in client.get("/api/queue").json()["entries"]] == ["a", "b", "c"]
     queue.turn()
     queue.turn()
     assert started == ["a"]
@@ -473,7 +475,7 @@ def test_the_queue_keeps_its_order_and_goes_on_after_a_failure(
     queue.turn()
     Queue(queue.folder, tmp_path, {}).turn()  # as after a restart of the server
     assert started == ["a", "b", "c"]
-    found = client.get("/api/queue").json()
+    found = client.get("/api/queue").json()["entries"]
     assert [(entry["name"], entry["state"]) for entry in found] == [("a", "ended"), ("b", "ended"), ("c", "started")]
     assert found[0]["reason"] == "finished" and found[1]["reason"] == "failed: error: no such picture"
     assert client.request("DELETE", "/api/queue/2", content="{}", headers=JSON).status_code == 200
@@ -729,3 +731,59 @@ def test_a_run_is_resumed_as_it_was_started(
         tmp_path / "elsewhere",
     )
     assert log.parent == folder / "logs"
+
+
+@pytest.mark.parametrize(
+    ("how", "caption", "find", "by", "expected"),
+    [
+        ("replace", "a red ball, red", "red", "blue", "a blue ball, blue"),
+        ("remove tag", "cat, red, red ball", "red", "", "cat, red ball"),
+        ("remove tag", "red , cat", "red", "", "cat"),
+        ("remove tag", "a red cat", "red", "", "a red cat"),
+        ("before", "a cat", "", "photo of ", "photo of a cat"),
+        ("before", "photo of a cat", "", "photo of ", "photo of a cat"),
+        ("after", "a cat", "", ", 4k", "a cat, 4k"),
+    ],
+)
+def test_all_captions_are_changed_in_four_ways(how: Any, caption: str, find: str, by: str, expected: str) -> None:
+    assert changed(caption, how, find, by) == expected
+
+
+def test_tags_are_counted_once_per_caption(client: TestClient, tmp_path: Path) -> None:
+    document = client.post("/api/config/parse", json={"text": flow_config(tmp_path)}).json()["document"]
+    (opened,) = client.post("/api/datasets", json={"document": document}).json()
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number:02d}.txt").write_text("cat, red, cat" if number else "cat")
+    found = {each["tag"]: each["count"] for each in client.get(f"/api/datasets/{opened['id']}/tags").json()}
+    assert (found["cat"], found["red"]) == (3, 2)
+    wrong = client.post(f"/api/datasets/{opened['id']}/replace", json={"how": "before", "find": "x"})
+    assert wrong.status_code == 422 and "empty" in wrong.json()["error"]["message"]
+
+
+def test_a_paused_queue_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, started = Queue(tmp_path / "queue", tmp_path, {}), list[str]()
+    monkeypatch.setattr(queue, "_start", lambda entry: started.append(entry.name))
+    monkeypatch.setattr(
+        "musubi_tuner.ui.queue.load_documents", lambda document: [SimpleNamespace(run=SimpleNamespace(name="a"))]
+    )
+    queue.add(RUN)
+    queue.pause(True)
+    queue.turn()
+    assert started == [] and queue.as_data()["paused"]
+    queue.pause(False)
+    queue.turn()
+    assert started == ["a"]
+
+
+def test_a_sample_says_how_it_was_drawn_and_the_log_is_a_file(client: TestClient, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    (folder / "sample").mkdir()
+    text = PngInfo()
+    text.add_text("prompt", "a cat")
+    Image.new("RGB", (8, 8)).save(folder / "sample" / "a.png", pnginfo=text)
+    assert client.get("/api/runs/run/facts", params={"path": "sample/a.png"}).json() == {"facts": {"prompt": "a cat"}}
+    assert client.get("/api/runs/run/log/file").status_code == 404
+    (folder / "logs").mkdir()
+    (folder / "logs" / "console.log").write_text("step 1\n")
+    answer = client.get("/api/runs/run/log/file")
+    assert answer.text == "step 1\n" and "attachment" in answer.headers["content-disposition"]

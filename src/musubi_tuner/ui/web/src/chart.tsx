@@ -3,7 +3,7 @@
 import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 import uPlot from "uplot";
 import { get } from "./api";
-import { inputLook, useFresh } from "./parts";
+import { Button, inputLook, save, useFresh } from "./parts";
 import type { Curve, Metrics } from "./types";
 
 const STROKES = [
@@ -179,6 +179,29 @@ export function Curves({ of, version }: { of: { id: string; label: string }[]; v
         </label>
       </div>
       <Chart lines={lines} tag={tag} logarithmic={logarithmic} share={share} />
+      <div className="flex flex-wrap gap-2">
+        <Button onClick={() => save(`${fileOf(tag)}.csv`, new Blob([asCsv(lines, tag)], { type: "text/csv" }))}>Save as CSV</Button>
+        <Button
+          onClick={(event) =>
+            event.currentTarget.closest("section")?.querySelector("canvas")?.toBlob((picture) => {
+              if (picture) save(`${fileOf(tag)}.png`, picture);
+            })
+          }
+        >
+          Save as PNG
+        </Button>
+        <span className="self-center text-xs text-muted">Drag in the chart to zoom in; double-click to see all of it.</span>
+      </div>
     </div>
   );
+}
+
+const fileOf = (tag: string): string => tag.replace(/[^\w.-]+/g, "_");
+
+/** The points that are shown, a column per run. */
+export function asCsv(lines: Line[], tag: string): string {
+  const shown = lines.filter((line) => line.metrics.curves[tag]);
+  const [steps, ...columns] = aligned(shown.map((line) => line.metrics.curves[tag] as Curve));
+  const quoted = (text: string) => `"${text.replaceAll('"', '""')}"`;
+  return [["update", ...shown.map((line) => quoted(line.label))].join(), ...steps.map((step, row) => [step, ...columns.map((column) => column[row] ?? "")].join())].join("\n");
 }

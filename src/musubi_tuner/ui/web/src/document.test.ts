@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { aligned, smoothed } from "./chart";
+import { aligned, asCsv, smoothed } from "./chart";
 import { isIn, matching, moved, parsed, shown, valueAt, WHOLE, withValue } from "./document";
 import type { FormField } from "./types";
 
@@ -58,6 +58,11 @@ describe("a document", () => {
 describe("curves", () => {
   it("share their steps", () => {
     expect(aligned([{ steps: [1, 3], values: [5, 6] }, { steps: [2], values: [7] }])).toEqual([[1, 2, 3], [5, null, 6], [null, 7, null]]);
+  });
+
+  it("are saved as columns", () => {
+    const line = (label: string, steps: number[], values: number[]) => ({ label, metrics: { tags: ["x"], curves: { x: { steps, values } }, lost: {}, borders: {}, starts: [] } });
+    expect(asCsv([line("a", [1, 2], [5, 6]), line('b "c"', [2], [7])], "x")).toBe('update,"a","b ""c"""\n1,5,\n2,6,7');
   });
 
   it("are smoothed, or left", () => {

@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "react";
 import { get, send, why } from "./api";
-import { Button, Card, cn, Dialog, inputLook, Rows } from "./parts";
+import { Button, Card, cn, Dialog, inputLook, Rows, save } from "./parts";
 import { shown } from "./document";
 import type { Difference, Document, Run, RunDetail } from "./types";
 
@@ -48,6 +48,33 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
   const file = useRef<HTMLInputElement>(null);
   const [choice, setChoice] = useState("");
   const [report, setReport] = useState<Record<string, unknown[]> | null>(null);
+  const take = (chosen: File) =>
+    void chosen
+      .text()
+      .then((text) => send<{ document: Document; report: Record<string, unknown[]> }>("POST", "config/import", { text, name: chosen.name }))
+      .then((answer) => {
+        onLoad(answer.document, "", null);
+        setReport(answer.report);
+        onSaid(`Imported ${chosen.name}.`);
+      })
+      .catch((problem: unknown) => onSaid(why(problem)));
+  const latest = useRef(take);
+  latest.current = take;
+  // A file that is dropped anywhere on the page is imported, instead of shown by the browser.
+  useEffect(() => {
+    const over = (event: DragEvent) => event.preventDefault();
+    const drop = (event: DragEvent) => {
+      event.preventDefault();
+      const chosen = event.dataTransfer?.files[0];
+      if (chosen) latest.current(chosen);
+    };
+    window.addEventListener("dragover", over);
+    window.addEventListener("drop", drop);
+    return () => {
+      window.removeEventListener("dragover", over);
+      window.removeEventListener("drop", drop);
+    };
+  }, []);
   const remove = () => {
     const chosen = choice.slice(2);
     if (!confirm(`Delete the saved config ${chosen}?`)) return Promise.resolve();
@@ -120,22 +147,12 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
         onChange={(event) => {
           const chosen = event.target.files?.[0];
           event.target.value = "";
-          if (!chosen) return;
-          chosen
-            .text()
-            .then((text) => send<{ document: Document; report: Record<string, unknown[]> }>("POST", "config/import", { text, name: chosen.name }))
-            .then((answer) => {
-              onLoad(answer.document, "", null);
-              setReport(answer.report);
-              onSaid(`Imported ${chosen.name}.`);
-            })
-            .catch((problem: unknown) => onSaid(why(problem)));
+          if (chosen) take(chosen);
         }}
       />
     </div>
   );
 }
-
 /** Lists of an import, those first on which something depends. */
 const GROUPS: [string, string][] = [
   ["refused", "Not supported"],
@@ -196,13 +213,7 @@ export function TomlPane({ document, onApply }: { document: Document; onApply: (
         onApply(answer.document);
       })
       .catch((problem: unknown) => setWrong(why(problem)));
-  const download = () => {
-    const link = window.document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type: "application/toml" }));
-    link.download = "run.toml";
-    link.click();
-    URL.revokeObjectURL(link.href);
-  };
+  const download = () => save("run.toml", new Blob([text], { type: "application/toml" }));
   return (
     <Card title="Run file">
       <label htmlFor="toml" className="sr-only">

@@ -15,6 +15,7 @@ export function Length({ preview, problem }: { preview: Preview | null; problem:
       <p role="status" className="text-sm break-words whitespace-pre-wrap">
         {preview ? preview.sentence : problem}
       </p>
+      {preview && <p className="text-sm text-muted">{preview.besides}</p>}
       {preview?.notes.map((note) => (
         <p key={note} className="text-sm text-muted">
           {note}
@@ -25,6 +26,7 @@ export function Length({ preview, problem }: { preview: Preview | null; problem:
           <summary className="min-h-9 cursor-pointer text-sm font-medium">
             {preview.buckets.length} {preview.buckets.length === 1 ? "bucket" : "buckets"}, {preview.images} images
           </summary>
+          <Bars rows={preview.buckets} />
           <Rows
             heads={["bucket", "images", "per epoch", "batches", "last batch", "cropped", "enlarged up to"]}
             rows={preview.buckets.map((each) => [
@@ -50,6 +52,26 @@ export function Length({ preview, problem }: { preview: Preview | null; problem:
         </details>
       )}
     </Card>
+  );
+}
+
+/** How many presentations of an epoch each bucket has. */
+function Bars({ rows }: { rows: Preview["buckets"] }) {
+  const most = Math.max(...rows.map((row) => row.presentations), 1);
+  return (
+    <div className="mb-2 grid gap-1" role="img" aria-label={`Presentations per epoch: ${rows.map((row) => `${row.width}x${row.height} ${row.presentations}`).join(", ")}`}>
+      {rows.map((row, number) => (
+        <div key={number} className="grid grid-cols-[6rem_1fr_4rem] items-center gap-2 text-xs">
+          <span>
+            {row.width}x{row.height}
+          </span>
+          <svg className="h-3 w-full" viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">
+            <rect width={(100 * row.presentations) / most} height="1" className="fill-accent" />
+          </svg>
+          <span className="text-right">{row.presentations}</span>
+        </div>
+      ))}
+    </div>
   );
 }
 

@@ -150,3 +150,12 @@ export function useLater(action: () => void, wait: number, watched: unknown): vo
     return () => clearTimeout(timer);
   }, [wait, watched]);
 }
+
+/** Give the person a file. */
+export function save(name: string, content: Blob): void {
+  const link = window.document.createElement("a");
+  link.href = URL.createObjectURL(content);
+  link.download = name;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}

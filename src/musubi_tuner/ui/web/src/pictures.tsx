@@ -3,7 +3,7 @@
 import { useCallback, useEffect, useRef, useState } from "react";
 import { Failure, get, send, why } from "./api";
 import { Button, Card, cn, Dialog, inputLook } from "./parts";
-import type { Document, OpenedSet, Picture, Replaced, TokenCount } from "./types";
+import type { Document, OpenedSet, Picture, Replaced, TagCount, TokenCount } from "./types";
 
 const PAGE = 48;
 const SAVE_AFTER = 800;
@@ -79,7 +79,7 @@ function Grid({ of, document }: { of: OpenedSet; document: Document }) {
         <Button disabled={last >= of.count} onClick={() => setOffset(offset + PAGE)}>
           Next
         </Button>
-        <Replace of={of} onDone={refresh} />
+        <ChangeAll of={of} onDone={refresh} />
         <p role="status" aria-live="polite" className="text-muted">
           {said}
         </p>
@@ -186,15 +186,27 @@ function Tile({ at, item, tokens, onSaid }: { at: string; item: Picture; tokens:
   );
 }
 
-function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
+const WAYS = [
+  { how: "replace", label: "Replace a text", finds: true, writes: true },
+  { how: "remove tag", label: "Remove a tag", finds: true, writes: false },
+  { how: "before", label: "Write before each caption", finds: false, writes: true },
+  { how: "after", label: "Write after each caption", finds: false, writes: true },
+] as const;
+
+function ChangeAll({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
   const [open, setOpen] = useState(false);
+  const [way, setWay] = useState<(typeof WAYS)[number]>(WAYS[0]);
   const [find, setFind] = useState("");
   const [by, setBy] = useState("");
   const [found, setFound] = useState<Replaced | null>(null);
   const [undo, setUndo] = useState(0);
   const [said, setSaid] = useState("");
-  const replace = (apply: boolean) =>
-    send<Replaced>("POST", `datasets/${of.id}/replace`, { find, by, apply })
+  const [tags, setTags] = useState<TagCount[]>([]);
+  useEffect(() => {
+    if (open) void get<TagCount[]>(`datasets/${of.id}/tags`).then(setTags).catch(() => setTags([]));
+  }, [of.id, open, undo]);
+  const change = (apply: boolean) =>
+    send<Replaced>("POST", `datasets/${of.id}/replace`, { how: way.how, find, by, apply })
       .then((answer) => {
         setFound(apply ? null : answer);
         setUndo(answer.undo);
@@ -210,44 +222,55 @@ function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
         onDone();
       })
       .catch((problem: unknown) => setSaid(why(problem)));
+  const field = (label: string, value: string, put: (text: string) => void) => (
+    <label className="min-w-40 flex-1 text-sm font-medium">
+      {label}
+      <input
+        className={inputLook}
+        value={value}
+        onChange={(event) => {
+          put(event.target.value);
+          setFound(null);
+        }}
+      />
+    </label>
+  );
   return (
     <>
-      <Button onClick={() => setOpen(true)}>Replace in all captions</Button>
-      <Dialog open={open} onOpenChange={setOpen} title="Replace in all captions" about={`Of ${of.name}. Letters count as they are written; the change can be put back until the next one.`}>
+      <Button onClick={() => setOpen(true)}>Change all captions</Button>
+      <Dialog open={open} onOpenChange={setOpen} wide title="Change all captions" about={`Of ${of.name}. Letters count as they are written; the change can be put back until the next one.`}>
         <form
           className="flex flex-wrap items-end gap-2"
           onSubmit={(event) => {
             event.preventDefault();
-            void replace(false);
+            void change(false);
           }}
         >
-          <label className="min-w-40 flex-1 text-sm font-medium">
-            Find
-            <input
+          <label className="text-sm font-medium">
+            What to do
+            <select
+              aria-label="What to do"
               className={inputLook}
-              value={find}
+              value={way.how}
               onChange={(event) => {
-                setFind(event.target.value);
+                setWay(WAYS.find((each) => each.how === event.target.value) ?? WAYS[0]);
                 setFound(null);
               }}
-            />
+            >
+              {WAYS.map((each) => (
+                <option key={each.how} value={each.how}>
+                  {each.label}
+                </option>
+              ))}
+            </select>
           </label>
-          <label className="min-w-40 flex-1 text-sm font-medium">
-            Replace with
-            <input
-              className={inputLook}
-              value={by}
-              onChange={(event) => {
-                setBy(event.target.value);
-                setFound(null);
-              }}
-            />
-          </label>
-          <Button type="submit" disabled={!find}>
+          {way.finds && field(way.writes ? "Find" : "Tag", find, setFind)}
+          {way.writes && field(way.finds ? "Replace with" : "Text", by, setBy)}
+          <Button type="submit" disabled={way.finds ? !find : !by}>
             Show what changes
           </Button>
-          <Button look="main" type="button" disabled={!found?.count} onClick={() => void replace(true)}>
-            Replace
+          <Button look="main" type="button" disabled={!found?.count} onClick={() => void change(true)}>
+            Change
           </Button>
           {undo > 0 && (
             <Button type="button" onClick={() => void back()}>
@@ -259,15 +282,29 @@ function Replace({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
           {said}
         </p>
         <ul className="mt-2 grid gap-2 text-sm">
-          {found?.changes.map((change) => (
-            <li key={change.name} className="rounded border border-line p-2 break-words">
-              <span className="font-medium">{change.name}</span>
-              <span className="block text-muted line-through">{change.before}</span>
-              <span className="block">{change.after}</span>
+          {found?.changes.map((each) => (
+            <li key={each.name} className="rounded border border-line p-2 break-words">
+              <span className="font-medium">{each.name}</span>
+              <span className="block text-muted line-through">{each.before}</span>
+              <span className="block">{each.after}</span>
             </li>
           ))}
         </ul>
         {found && found.count > found.changes.length && <p className="text-sm text-muted">and {found.count - found.changes.length} more</p>}
+        {tags.length > 0 && (
+          <details className="mt-2">
+            <summary className="min-h-9 cursor-pointer text-sm font-medium">The most frequent tags</summary>
+            <ul className="flex flex-wrap gap-1">
+              {tags.map((each) => (
+                <li key={each.tag}>
+                  <Button className="min-h-6 px-2 text-xs" onClick={() => setFind(each.tag)}>
+                    {each.tag} ({each.count})
+                  </Button>
+                </li>
+              ))}
+            </ul>
+          </details>
+        )}
       </Dialog>
     </>
   );

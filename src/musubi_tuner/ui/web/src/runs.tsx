@@ -5,7 +5,7 @@ import { get, send, why } from "./api";
 import { Curves } from "./chart";
 import { Badge, Button, Card, inputLook, Rows, time, useFresh } from "./parts";
 import { Draw, Samples } from "./samples";
-import type { Document, Queued, Run, RunDetail, Started } from "./types";
+import type { Document, Queue, Run, RunDetail, Started } from "./types";
 
 const MOST_COMPARED = 5;
 /** Milliseconds after which a run that was asked to stop can be ended. */
@@ -51,8 +51,8 @@ export function Runs({ runs, onOpen, onCompare }: { runs: Run[]; onOpen: (id: st
 
 /** Run files that wait for their turn. */
 export function QueueCard({ runs }: { runs: Run[] }) {
-  const [entries, setEntries] = useState<Queued[]>([]);
-  const refresh = useCallback(() => void get<Queued[]>("queue").then(setEntries).catch(() => undefined), []);
+  const [{ paused, entries }, setQueue] = useState<Queue>({ paused: false, entries: [] });
+  const refresh = useCallback(() => void get<Queue>("queue").then(setQueue).catch(() => undefined), []);
   useEffect(() => {
     refresh();
     const timer = setInterval(refresh, 1500);
@@ -62,6 +62,12 @@ export function QueueCard({ runs }: { runs: Run[] }) {
   const change = (method: "POST" | "DELETE", path: string) => void send(method, path).then(refresh, refresh);
   return (
     <Card title="Queue">
+      <div className="mb-2 flex flex-wrap items-center gap-2 text-sm">
+        <Button aria-pressed={paused} onClick={() => void send<Queue>("PUT", "queue", { paused: !paused }).then(setQueue).catch(() => undefined)}>
+          {paused ? "Go on" : "Pause after the current run"}
+        </Button>
+        {paused && <span role="status">Paused: nothing is started until you go on.</span>}
+      </div>
       <ol className="grid grid-cols-1 gap-2">
         {entries.map((entry) => (
           <li key={entry.number} className="flex flex-wrap items-center gap-2 rounded-md border border-line p-2 text-sm">
@@ -194,6 +200,9 @@ export function RunPage({ run, onBack, onEdit, onStarted }: { run: Run; onBack: 
       </Card>
       <Card title="Curves">
         <Curves of={[{ id: run.id, label: run.name }]} version={version} />
+        <p className="mt-2 text-xs text-muted">
+          Also in TensorBoard: <code className="wrap-anywhere">tensorboard --logdir {run.folder}/logs</code>
+        </p>
       </Card>
       <Card title="Samples">{detail && <Samples run={run} detail={detail} />}</Card>
       {detail?.draws && !live && (
@@ -261,6 +270,9 @@ function Log({ run }: { run: Run }) {
         <label className="flex min-h-9 items-center gap-2 text-sm">
           <input type="checkbox" className="size-5" checked={follow} onChange={(event) => setFollow(event.target.checked)} /> Follow
         </label>
+        <a className="flex min-h-9 items-center text-sm text-accent underline" href={`/api/runs/${run.id}/log/file`} download>
+          Download the whole log
+        </a>
       </div>
       <pre
         ref={box}

@@ -1,6 +1,6 @@
 // The pictures of a run: by prompt and update, two beside each other, and drawing more of them.
 
-import { useEffect, useMemo, useRef, useState } from "react";
+import { Fragment, useEffect, useMemo, useRef, useState } from "react";
 import { get, send, why } from "./api";
 import { Button, cn, inputLook } from "./parts";
 import type { Drawing, Run, RunDetail, Sample } from "./types";
@@ -35,6 +35,7 @@ export function Samples({ run, detail }: { run: Run; detail: RunDetail }) {
       sample && (
         <figure className="min-w-0 flex-1">
           <figcaption className="mb-1 text-sm font-medium break-words">{label(Math.min(number, last))}</figcaption>
+          <Facts run={run} sample={sample} />
           <img className="h-auto max-h-[70vh] max-w-full min-w-24 rounded border border-line" alt={`${group}, ${label(Math.min(number, last))}`} src={addressOf(run, sample.path, sample.time)} />
         </figure>
       )
@@ -84,6 +85,28 @@ export function Samples({ run, detail }: { run: Run; detail: RunDetail }) {
         {figure(now)}
       </div>
     </div>
+  );
+}
+
+/** How a picture was drawn, as its file says, and the file. */
+function Facts({ run, sample }: { run: Run; sample: Sample }) {
+  const [facts, setFacts] = useState<Record<string, string> | null>(null);
+  return (
+    <details className="mb-1 text-xs text-muted" onToggle={(event) => event.currentTarget.open && void get<{ facts: Record<string, string> }>(`runs/${run.id}/facts?path=${encodeURIComponent(sample.path)}`).then((answer) => setFacts(answer.facts)).catch(() => setFacts({}))}>
+      <summary className="min-h-6 cursor-pointer">How it was drawn</summary>
+      {facts && !Object.keys(facts).length && <p>Its file does not say.</p>}
+      <dl className="grid grid-cols-[auto_1fr] gap-x-2">
+        {Object.entries(facts ?? {}).map(([name, value]) => (
+          <Fragment key={name}>
+            <dt>{name}</dt>
+            <dd className="wrap-anywhere">{value}</dd>
+          </Fragment>
+        ))}
+      </dl>
+      <a className="text-accent underline" href={addressOf(run, sample.path, sample.time)} download={sample.name}>
+        Download
+      </a>
+    </details>
   );
 }
 

@@ -468,6 +468,14 @@ export interface components {
             };
         };
         /**
+         * Pause
+         * @description Whether the queue starts nothing for now.
+         */
+        Pause: {
+            /** Paused */
+            paused: boolean;
+        };
+        /**
          * Picture
          * @description A picture of a data set. crop: left, top, width and height that are trained, as shares of the picture.
          */
@@ -503,6 +511,16 @@ export interface components {
             version: number;
         };
         /**
+         * PictureFacts
+         * @description How a sample was drawn: what its file says.
+         */
+        PictureFacts: {
+            /** Facts */
+            facts: {
+                [key: string]: string;
+            };
+        };
+        /**
          * PlanText
          * @description What train.py --plan says. code: 0 if it could be made. needs: its lines on memory, disk and what is short.
          */
@@ -521,6 +539,8 @@ export interface components {
         Preview: {
             /** About */
             about: boolean;
+            /** Besides */
+            besides: string;
             /** Buckets */
             buckets: components["schemas"]["BucketRow"][];
             /** Captions */
@@ -543,6 +563,16 @@ export interface components {
             sentence: string;
             /** Total */
             total: number;
+        };
+        /**
+         * QueueAnswer
+         * @description The queue. paused: nothing is started until that is taken back.
+         */
+        QueueAnswer: {
+            /** Entries */
+            entries: components["schemas"]["Queued"][];
+            /** Paused */
+            paused: boolean;
         };
         /**
          * Queued
@@ -591,7 +621,7 @@ export interface components {
         };
         /**
          * Replacement
-         * @description A text to replace in all captions of a data set. apply: whether it is done, or only shown.
+         * @description A change of all captions of a data set. apply: whether it is made, or only shown.
          */
         Replacement: {
             /**
@@ -604,8 +634,17 @@ export interface components {
              * @default
              */
             by: string;
-            /** Find */
+            /**
+             * Find
+             * @default
+             */
             find: string;
+            /**
+             * How
+             * @default replace
+             * @enum {string}
+             */
+            how: "replace" | "remove tag" | "before" | "after";
         };
         /**
          * Resolved
@@ -873,6 +912,16 @@ export interface components {
          * @description Of what has been saved.
          */
         Tag: {
+            /** Tag */
+            tag: string;
+        };
+        /**
+         * TagCount
+         * @description A part of captions between commas, and in how many of them it is.
+         */
+        TagCount: {
+            /** Count */
+            count: number;
             /** Tag */
             tag: string;
         };
