@@ -49,7 +49,17 @@ _REFUSED = {
     "mask_path": "it is a column of image_jsonl_file; for a folder of masks use mask_directory",
 }
 """Keys of musubi-tuner for other architectures."""
-_NOT_OF_A_STREAM = ("captions_file", "cache_directory", "mask_directory", "mask_source", "alpha_mask", "recursive", "experts",
+_OF_PICTURES = (
+    "captions_file",
+    "mask_directory",
+    "caption_columns",
+    "caption_transform",
+    "flip_aug",
+    "random_crop",
+    "color_aug",
+)
+"""Keys that act on pictures and caption files."""
+_NOT_OF_A_STREAM = ("precached", "captions_file", "cache_directory", "mask_directory", "mask_source", "alpha_mask", "recursive", "experts",
                     "caption_columns", "caption_transform", "caption_extension", "num_repeats", "is_reg")  # fmt: skip
 """Keys that act on files beside pictures."""
 _VIDEO = {
@@ -87,6 +97,7 @@ class DatasetConfig:
         bucket_step: step of the sides of its buckets; None = the family's. bucket_sides: shortest and longest side; None = any.
         text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
         stream: shards that its pictures come from, instead of a folder or list.
+        precached: its items are those of its cache files; there are no pictures.
         beside: folder of the run file, in which functions of the user may lie.
         apart: folders that may lie below the image directory but hold none of its images: output_dir, masks of other data sets.
     """
@@ -116,6 +127,7 @@ class DatasetConfig:
     beside: Path = field(default=Path(), compare=False)
     text: CaptionSettings = field(default_factory=CaptionSettings)
     stream: StreamSettings | None = None
+    precached: bool = False
     is_reg: bool = False
     views: ViewSettings = field(default_factory=ViewSettings)
     bucket_step: int | None = None
@@ -254,8 +266,29 @@ def _resolve_one(
 ) -> DatasetConfig | None:
     sources = [key for key in ("image_directory", "image_jsonl_file", "shards") if key in own]
     before = sum(problem.level == "error" for problem in problems)
-    if not sources:
-        problems.append(error("U07", where, "has no images; set image_directory, image_jsonl_file or shards"))
+    if own.get("precached"):
+        for key in [key for key in (*sources, *_OF_PICTURES) if is_on(own.get(key))]:
+            problems.append(
+                error(
+                    "V90",
+                    f"{where}.{key}",
+                    "is for pictures, and precached = true takes items from cache files; remove one of them",
+                )
+            )
+        if "cache_directory" not in own:
+            problems.append(
+                error(
+                    "U07", f"{where}.cache_directory", "is required with precached; name the folder of the cache files"
+                )
+            )
+    elif not sources:
+        problems.append(
+            error(
+                "U07",
+                where,
+                "has no images; set image_directory, image_jsonl_file or shards (or precached, for caches without them)",
+            )
+        )
     elif len(sources) > 1:
         problems.append(error("V90", where, f"has both {sources[0]} and {sources[1]}; keep one"))
     if "shards" in own:
@@ -386,6 +419,7 @@ def _resolve_one(
         alpha_background=_background(values.get("alpha_background"), mask_source),
         text=caption_settings(values),
         stream=stream,
+        precached=bool(own.get("precached")),
         is_reg=bool(values.get("is_reg")),
         views=ViewSettings(*(bool(values.get(key)) for key in ("flip_aug", "random_crop", "color_aug"))),
         bucket_step=values.get("bucket_reso_steps") if values["enable_bucket"] else None,

@@ -98,6 +98,11 @@ class RunConfig(RunFile):
         return self._tables
 
     @property
+    def is_precached(self) -> bool:
+        """Whether all data sets are caches without pictures."""
+        return bool(self.datasets) and all(dataset.precached for dataset in self.datasets)
+
+    @property
     def origins(self) -> dict[str, str]:
         """Dotted key -> default, arch, preset, file or cli."""
         return self._origins

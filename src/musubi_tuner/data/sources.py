@@ -23,6 +23,7 @@ from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
+from musubi_tuner.data.precached import stored_items
 from musubi_tuner.data.roots import Root, find_root
 from musubi_tuner.data.shards import list_shards
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
@@ -51,6 +52,7 @@ class Item:
         interpolation: filter of the resize that was asked for, for the teachers too; None = the usual one.
         background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
         views: versions of the picture, of which each presentation takes one; empty = the picture as it is.
+        content: hash of a picture that is not there, from its caches; None = it is there.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Item:
     interpolation: str | None = None
     background: str = KEPT
     views: tuple[View, ...] = ()
+    content: str | None = None
 
     @property
     def dataset(self) -> int:
@@ -117,6 +120,9 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
         if dataset.stream is not None:
             items.append(stream_item(index, dataset, architecture, notes))
             continue
+        if dataset.precached:
+            items += _precached(index, dataset, architecture, problems)
+            continue
         before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes, roots))
         if not entries and len(problems) == before and dataset.missing_caption == "skip" and len(notes) > noted:
@@ -130,6 +136,39 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     if problems:
         raise DataError(_join(problems))
     return ScannedItems(items, notes, roots)
+
+
+def _precached(index: int, dataset: DatasetConfig, architecture: str, problems: list[str]) -> Iterator[Item]:
+    """Items of a data set without pictures."""
+    before, count, seen = len(problems), 0, dict[str, Path]()
+    for stored in sorted(stored_items(dataset.cache_directory, architecture, problems), key=lambda stored: stored.id):
+        count += 1
+        other = seen.setdefault(stored.id, stored.folder / stored.stem)
+        if other != stored.folder / stored.stem:
+            problems.append(f"{other} and {stored.folder / stored.stem} are caches of the same item; remove one")
+            continue
+        yield Item(
+            id=stored.id,
+            key=f"{index}:{stored.id}",
+            path=stored.folder / f"{stored.stem}.picture",
+            caption=stored.captions[0],
+            cache_directory=stored.folder,
+            size=stored.size,
+            placement=stored.placement,
+            num_repeats=dataset.num_repeats,
+            batch_size=dataset.batch_size,
+            mask=stored.mask,
+            more_captions=stored.captions[1:],
+            squashed=stored.squashed,
+            interpolation=stored.interpolation,
+            background=stored.background,
+            views=stored.views,
+            content=stored.content or f"{stored.folder / stored.stem}",
+        )
+    if not count and len(problems) == before:
+        problems.append(
+            f"{dataset.name}.cache_directory: {dataset.cache_directory} holds no latents (files ending in _{architecture}.safetensors)"
+        )
 
 
 def stream_item(index: int, dataset: DatasetConfig, architecture: str, notes: list[str]) -> Item:

@@ -50,7 +50,7 @@ def pictures_of(items: Sequence[Item]) -> dict[str, str]:
     by_path: dict[Path, str] = {}
     for item in items:
         if item.path not in by_path:
-            by_path[item.path] = content_key(item.path)
+            by_path[item.path] = item.content or content_key(item.path)
     return {item.key: by_path[item.path] for item in items}
 
 

@@ -16,6 +16,7 @@ from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
 from musubi_tuner.data.sources import Item, ScannedItems, scan
+from musubi_tuner.errors import DataError
 from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.plateau import left_of, measurements
 from musubi_tuner.training.schedulers import rate_jump, start_left
@@ -84,11 +85,39 @@ def make_plan(
         kind: examine(config, found.items, kind, options, download=download, encodes=encodes, contents=contents)
         for kind in kinds
     }
+    _refuse_missing(config, found.items, status)
     if not only_look:
         contents.save()
     losses = _losses(config, found.items, status["text"], download) if "text" in status else []
     black = black_masks(config, found.items, status["latents"]) if "latents" in status else []
     return Plan(found, trained, held_out, status, steps, black, difference, losses, _state_to_continue(config))
+
+
+def _refuse_missing(config: RunConfig, items: list[Item], status: dict[str, KindStatus]) -> None:
+    """Files of data sets without pictures cannot be made.
+
+    Raises:
+        DataError: naming the first of each kind.
+    """
+    absent = {item.key: item for item in items if item.content is not None}
+    lines = []
+    for kind, own in status.items():
+        due = [key for key in own.due if key in absent]
+        if due:
+            item = absent[due[0]]
+            lines.append(
+                f"{config.datasets[item.dataset].name}: {len(due)} {kind} files are not there or damaged (such as {item.id}: {own.due[due[0]]})"
+            )
+    if lines:
+        raise DataError(
+            "\n  ".join(
+                [
+                    "data: caches of data sets without pictures (precached) are not complete",
+                    *lines,
+                    "make them where the pictures are, and copy them",
+                ]
+            )
+        )
 
 
 def _late_kinds(config: RunConfig) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ def _name_of_output(config: RunConfig) -> Iterator[Diagnostic]:
 def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
     # The demo makes its own files before anything reads them.
     inputs = [] if config.demo else INPUTS
+    if config.is_precached and config.sample.prompts is None:  # nothing is encoded
+        inputs = [key for key in inputs if key in ("model.path", "adapter.init_from")]
     texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
     for dataset in config.datasets:
         own = [name for name in dataset.experts if f"experts.{name}" in inputs]
@@ -97,10 +99,16 @@ def _state(config: RunConfig) -> Iterator[Diagnostic]:
 @rule("P01", "model.vae_path model.clip_path model.t5_path cache.run")
 def _encoders(config: RunConfig) -> Iterator[Diagnostic]:
     caches = config.spec.task(config).caches
+    if config.is_precached and config.sample.prompts is None:
+        return
     for kind, keys in config.spec.encoders.needed(config).items():
         for key in keys:
             if kind in caches and config.get(key) is None and config.cache.run != "never":
-                what = {"latents": "images", "text": "captions"}[kind]
+                what = (
+                    {"latents": "images", "text": "captions"}[kind]
+                    if not config.is_precached
+                    else "and draw sample.prompts"
+                )
                 yield error("P01", key, f"is needed to encode {what}", "cache.run")
 
 
@@ -143,6 +151,8 @@ def _data(config: RunConfig) -> Iterator[Diagnostic]:
         folder, listing, masks = dataset.image_directory, dataset.image_jsonl_file, dataset.mask_directory
         if folder is not None and not folder.is_dir():
             yield error("P01", f"{dataset.name}.image_directory", f"{folder}: no such folder")
+        if dataset.precached and not dataset.cache_directory.is_dir():
+            yield error("P01", f"{dataset.name}.cache_directory", f"{dataset.cache_directory}: no such folder")
         if listing is not None and not listing.is_file():
             yield error("P01", f"{dataset.name}.image_jsonl_file", f"{listing}: no such file")
         if dataset.captions_file is not None and not dataset.captions_file.is_file():

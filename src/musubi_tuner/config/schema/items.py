@@ -219,6 +219,11 @@ class DatasetSection(GeneralSection):
         path=True,
     )
     cache_directory: str | None = param(None, "Folder for cache files; absent = image_directory.", path=True)
+    precached: bool | None = param(
+        None,
+        "There are no pictures: items are those of the cache files in cache_directory, which are taken as they are. Needs no encoders, except for "
+        "sample prompts.",
+    )
     mask_directory: str | None = param(
         None, "Folder of masks with the names of the pictures.", path=True,
         when=is_not("datasets.mask_source", "alpha", "none", "imported", "product"),

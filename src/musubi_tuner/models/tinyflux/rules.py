@@ -45,7 +45,11 @@ def _guidance(config: "RunConfig") -> Iterator[Diagnostic]:
 
 @rule("T04", "experts.unet experts.enable_lune experts.enable_sol experts.sol_source cache.run")
 def _teacher_files(config: "RunConfig") -> Iterator[Diagnostic]:
-    if any(own.extracted and own.unet is None for own in _every(config)) and config.cache.run != "never":
+    if (
+        any(own.extracted and own.unet is None for own in _every(config))
+        and config.cache.run != "never"
+        and not config.is_precached
+    ):
         text = (
             "is required to cache teacher features; name the SD1.5 U-Net, or set enable_lune = false and enable_sol = false to train "
             "without teachers"
@@ -56,7 +60,7 @@ def _teacher_files(config: "RunConfig") -> Iterator[Diagnostic]:
 @rule("T04", "experts.vae experts.expert_input experts.enable_lune experts.enable_sol experts.sol_source model.init")
 def _teacher_autoencoder(config: "RunConfig") -> Iterator[Diagnostic]:
     noised = resolve_experts(config)["expert_input"] == "noised_image"
-    if noised and any(own.extracted and own.vae is None for own in _every(config)):
+    if noised and any(own.extracted and own.vae is None for own in _every(config)) and not config.is_precached:
         text = (
             'is required by expert_input = "noised_image" (the default for a new model); name the SD1.5 autoencoder, or set '
             'expert_input = "random"'
