@@ -52,7 +52,8 @@ def _main(arguments: Sequence[str]) -> int:
         return EXIT_OK
     if options.action == "verify":
         return verify(load_config(options.config, overrides))
-    steps = [] if STEP in overrides else load_steps(options.config, overrides)
+    overrides.pop(STEP, None)  # caches of the other steps belong to the run too
+    steps = load_steps(options.config, overrides)
     return collect(orphans_of(steps or [load_config(options.config, overrides)]), options.yes)
 
 

@@ -38,7 +38,7 @@ def explain(config: RunConfig, name: str) -> list[str]:
     Raises:
         ConfigError: if there is no such item.
     """
-    code = config.spec.code
+    code, config = config.spec.code, _strictly(config, verify="quick")
     items = scan(config.datasets, code).items
     found = [item for item in items if name in _names(item, code)]
     if not found:
@@ -52,7 +52,7 @@ def explain(config: RunConfig, name: str) -> list[str]:
             f"{item.key}: {item.path}, {width}x{height}, bucket {w}x{h}, data set {config.datasets[item.dataset].name}"
         )
         for kind in needed_kinds(config):
-            status = examine(config, [item], kind, options, contents=contents)
+            status = examine(config, [item], kind, options, encodes=False, contents=contents)
             expected = status.expected.get(item.dataset)
             lines += [
                 f"  {kind:<8} {line}" if not n else f"           {line}"
@@ -104,7 +104,7 @@ def verify(config: RunConfig) -> int:
     Returns:
         0, or 1 if a file is due or damaged.
     """
-    config = config.model_copy(update={"cache": config.cache.model_copy(update={"verify": "full"})})
+    config = _strictly(config)
     items, contents, options, code = (
         scan(config.datasets, config.spec.code).items,
         Contents(config),
@@ -114,7 +114,7 @@ def verify(config: RunConfig) -> int:
     by_key = {item.key: item for item in items}
     wrong = 0
     for kind in needed_kinds(config):
-        status = examine(config, items, kind, options, contents=contents)
+        status = examine(config, items, kind, options, encodes=False, contents=contents)
         sound = [item for item in items if item.dataset in status.expected and item.key not in status.due]
         damaged = {}
         for item in tqdm(sound, f"reading {kind}", leave=False, unit="file", disable=None):
@@ -136,6 +136,13 @@ def verify(config: RunConfig) -> int:
         wrong += len(status.due) + len(damaged)
     contents.save()
     return EXIT_FAILED if wrong else EXIT_OK
+
+
+def _strictly(config: RunConfig, verify: str = "full") -> RunConfig:
+    """The config without shortcuts: files are known by what made them, not by their names."""
+    return config.model_copy(
+        update={"cache": config.cache.model_copy(update={"verify": verify, "skip_existing": "fingerprint"})}
+    )
 
 
 def _damage(path: Path) -> str | None:

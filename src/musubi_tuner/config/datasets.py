@@ -286,7 +286,7 @@ def _resolve_one(
             error(
                 "U07",
                 where,
-                "has no images; set image_directory, image_jsonl_file or shards (or precached, for caches without them)",
+                "has no images; set image_directory, image_jsonl_file or shards",
             )
         )
     elif len(sources) > 1:

@@ -78,6 +78,7 @@ class FamilyEntry(TypedDict):
     """A family. defaults: by key, where they are its own. roles: modules that train on their own; empty where there is one."""
 
     code: str
+    full_name: str
     title: str
     defaults: dict[str, Any]
     roles: list[str]

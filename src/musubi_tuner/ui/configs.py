@@ -26,7 +26,9 @@ from musubi_tuner.config.rules.effect import idle
 from musubi_tuner.config.schema import item_parameters, parameters
 from musubi_tuner.errors import ConfigError, UserError
 from musubi_tuner.files import write_text
+from musubi_tuner.models.registry import MODELS
 from musubi_tuner.ui.answers import Difference, Finding, Names, NotThere, Resolved
+from musubi_tuner.ui.form import defaults_of
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
 """Of a saved config."""
@@ -73,6 +75,10 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
                 note(own.findings, number)
             except ConfigError:
                 note(problem.findings, None)
+        if not any(each["level"] == "error" for each in findings.values()):  # of all steps together, such as run.strict
+            note(problem.findings, None)
+        if not any(each["level"] == "error" for each in findings.values()):
+            findings[""] = {"code": "", "level": "error", "keys": [], "reason": str(problem), "fix": [], "step": None}
     except ConfigError as problem:
         findings[""] = {"code": "", "level": "error", "keys": [], "reason": str(problem), "fix": [], "step": None}
     answer = {**_EMPTY, "diagnostics": list(findings.values())}
@@ -152,12 +158,15 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Difference
     Args:
         theirs: empty = the defaults of our family.
     """
+    model = ours.get("model")
+    arch = model.get("arch") if isinstance(model, dict) else None
+    own = defaults_of(arch) if isinstance(arch, str) and arch in MODELS else {}
     if not theirs:
-        theirs = {"model": {"arch": ours.get("model", {}).get("arch")}}
+        theirs = {"model": {"arch": arch}}
     both = [check(each)["resolved"] for each in (ours, theirs)]
     left, right = both if all(both) else (_flat(ours), _flat(theirs))
     if not all(both) and len(theirs) == 1:
-        defaults = {parameter.key: plain_default(parameter) for parameter in parameters()}
+        defaults = {**{parameter.key: plain_default(parameter) for parameter in parameters()}, **own}
         right = {**{key: value for key, value in defaults.items() if key in left}, **right}
     data = {key for key in (*_flat(ours), *_flat(theirs)) if key.startswith(("general.", "datasets", TABLE))}
     left = {**left, **{key: value for key, value in _flat(ours).items() if key in data}}

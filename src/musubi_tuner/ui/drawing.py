@@ -61,7 +61,7 @@ class Drawings:
             prompts.parent.mkdir(exist_ok=True)
             write_text(prompts, json.dumps([{key: value for key, value in prompt.items() if value is not None}]))
             words = [f"musubi_tuner.{MODELS[family].full_name}_generate_image", str(place.config), "--from_file", str(prompts),
-                     "--save_path", str(folder), "--images_per_prompt", str(images)]  # fmt: skip
+                     "--save_path", str(folder), "--images_per_prompt", str(images), *runs.options_of(place)]  # fmt: skip
             if checkpoint:
                 words += ["--checkpoint", checkpoint]
             log, before = prompts.with_suffix(".log"), set(folder.glob("*.png"))

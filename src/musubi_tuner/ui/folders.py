@@ -24,9 +24,7 @@ class Folders:
         roots = [root.resolve() for root in self.roots]
         try:
             wanted = (self.roots[0] / text).resolve()
-            home = next(root for root in roots if wanted.is_relative_to(root) and wanted.is_dir())
-            if any(part.startswith(".") for part in wanted.relative_to(home).parts):
-                raise ValueError
+            home = next(root for root in roots if _is_seen(wanted, root) and wanted.is_dir())
         except (
             OSError,
             RuntimeError,
@@ -37,7 +35,10 @@ class Folders:
             raise NotThere(f"{text}: no such folder below {seen}; --root FOLDER adds another one") from problem
         found: list[Entry] = []
         for path in wanted.iterdir():
-            inside = any(path.resolve().is_relative_to(root) for root in roots)  # a link may lead out
+            try:
+                inside = any(path.resolve().is_relative_to(root) for root in roots)  # a link may lead out
+            except (OSError, RuntimeError):  # or to itself
+                continue
             if not path.name.startswith(".") and inside:
                 is_folder = path.is_dir()
                 size = 0 if is_folder or not path.exists() else path.stat().st_size
@@ -55,3 +56,8 @@ class Folders:
         """A path as a run file has it: relative to the project, or absolute."""
         project = self.roots[0].resolve()
         return path.relative_to(project).as_posix() or "." if path.is_relative_to(project) else str(path)
+
+
+def _is_seen(path: Path, root: Path) -> bool:
+    """Whether a path lies below a root, with nothing hidden between them."""
+    return path.is_relative_to(root) and not any(part.startswith(".") for part in path.relative_to(root).parts)

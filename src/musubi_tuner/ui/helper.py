@@ -1,10 +1,13 @@
 """What the page asks that needs torch or a tokenizer, asked in a process of its own: the server imports no torch. See `helper_process`."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +54,24 @@ class Helper:
         except OSError:
             self.end()
             return ""
-        timer = threading.Timer(ANSWER_SECONDS, process.kill)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            _kill(process)
+
+        timer = threading.Timer(ANSWER_SECONDS, stop)
         timer.start()
         try:
-            return process.stdout.readline()
+            answer = process.stdout.readline()
         finally:
             timer.cancel()
+        if late.is_set():
+            self.end()
+            raise ConfigError(
+                f"it took more than {ANSWER_SECONDS:.0f} s; ask for it in a terminal: train.py RUN.toml --plan"
+            )
+        return answer
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None or self._process.poll() is not None:
@@ -68,6 +83,7 @@ class Helper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
         return self._process
 
@@ -75,8 +91,17 @@ class Helper:
         """End the process, if it runs."""
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            _kill(process)
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End a process with the one that is answering for it."""
+    with suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

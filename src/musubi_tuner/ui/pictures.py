@@ -254,11 +254,15 @@ def changed(caption: str, how: HowToChange, find: str, by: str) -> str:
     if how == "replace":
         return caption.replace(find, by)
     if how == "remove tag":
-        parts = [part for part in caption.split(",") if part.strip() != find.strip()]
-        return caption if len(parts) == caption.count(",") + 1 else ",".join(parts).strip()
+        return "\n".join(_without(line, find.strip()) for line in caption.split("\n"))
     if how == "before":
         return caption if caption.startswith(by) else by + caption
     return caption if caption.endswith(by) else caption + by
+
+
+def _without(line: str, tag: str) -> str:
+    parts = [part for part in line.split(",") if part.strip() != tag]
+    return line if len(parts) == line.count(",") + 1 else ",".join(parts).strip()
 
 
 def _bytes(path: Path) -> bytes | None:

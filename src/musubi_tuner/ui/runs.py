@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -177,7 +177,7 @@ def detail(place: Place) -> RunDetail:
         "samples": samples,
         "checkpoints": checkpoints,
         "toml": text,
-        "draws": len(parts(place)) == 1 and any(each["kind"] for each in checkpoints),
+        "draws": parts(place)[0][0] == "" and any(each["kind"] for each in checkpoints),
     }
 
 
@@ -209,6 +209,13 @@ def log_text(place: Place, offset: int, most: int) -> Log:
     except OSError:
         return {"text": "", "offset": 0, "size": 0}
     return {"text": data.decode("utf-8", "replace"), "offset": begin + len(data), "size": size}
+
+
+def log_blocks(place: Place) -> Iterator[bytes]:
+    """The console's log as it is now; what a live run adds meanwhile may be in it."""
+    with (place.folder / CONSOLE).open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
 
 
 def picture(place: Place, relative: str) -> Path:
@@ -276,6 +283,8 @@ def end_now(place: Place) -> None:
     run = read_values(place.folder / RUN_FILE)
     if run.get("host") not in (None, platform.node()):
         raise ConfigError(f"{place.folder.name}: runs on {run['host']}; end it there")
+    if not is_alive(run.get("pid"), run.get("started")):
+        raise ConfigError(f"{place.folder.name}: does not run")
     for wait in (REPEAT_SECONDS + 0.2, 0.0):
         if not is_alive(run.get("pid"), run.get("started")):
             break

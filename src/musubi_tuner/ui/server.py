@@ -14,6 +14,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -510,11 +511,13 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
         return {"facts": runs.picture_facts(runs.picture(runs.place_of(identity), path))}
 
     @router.get("/api/runs/{identity}/log/file")
-    def log_file(identity: str) -> FileResponse:
+    def log_file(identity: str) -> StreamingResponse:
         place = runs.place_of(identity)
         if not (place.folder / runs.CONSOLE).is_file():
             raise NotThere(f"{place.folder.name}: no such log")
-        return FileResponse(place.folder / runs.CONSOLE, media_type="text/plain", filename=f"{place.folder.name}.log")
+        name = quote(f"{place.folder.name}.log")
+        attached = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}
+        return StreamingResponse(runs.log_blocks(place), media_type="text/plain", headers=attached)
 
     @router.get("/api/runs/{identity}/draw")
     def drawing(identity: str) -> answers.Drawing:

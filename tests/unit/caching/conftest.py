@@ -187,3 +187,9 @@ def cached(project: Project, finished: Path) -> Project:
 def summary(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
     """Lines printed to standard output since the last call."""
     return lambda: capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture(scope="session")
+def project_class() -> type[Project]:
+    """For fixtures of a module, which make one of their own."""
+    return Project

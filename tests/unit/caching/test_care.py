@@ -26,14 +26,14 @@ Change = Callable[[Any], RunConfig]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, encoders: Path, monkeypatch_module: pytest.MonkeyPatch) -> Path:
+def made(
+    tmp_path_factory: pytest.TempPathFactory, encoders: Path, monkeypatch_module: pytest.MonkeyPatch, project_class: Any
+) -> Path:
     """A project of three pictures with complete caches and encoders of its own. Read only."""
-    from conftest import Project
-
     root = tmp_path_factory.mktemp("care")
     monkeypatch_module.chdir(root)
     own = shutil.copytree(encoders, root / "encoders")
-    project = Project(root, own)
+    project = project_class(root, own)
     project.tables["general"] |= {"flip_aug": False}
     project.picture("a", (64, 64), "a red circle")
     project.picture("b", (96, 64), "a blue square")
@@ -50,15 +50,13 @@ def monkeypatch_module() -> Any:
 
 
 @pytest.fixture
-def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_class: Any) -> Any:
     """A copy of it, which may be changed."""
-    from conftest import Project
-
     root = tmp_path / "project"
     shutil.copytree(made, root)
     monkeypatch.chdir(root)
     shutil.rmtree(root / "images")  # `Project` makes it
-    project = Project(root, root / "encoders")
+    project = project_class(root, root / "encoders")
     shutil.copytree(made / "images", root / "images", dirs_exist_ok=True)
     return project
 
@@ -237,8 +235,9 @@ def test_gc_takes_all_steps_of_a_file(copied: Any, capsys: pytest.CaptureFixture
         "steps": [{"name": "s1", "use": ["one"]}, {"name": "s2", "use": ["two"], "start": "file"}],
     }
     (copied.root / "run.toml").write_text(tomli_w.dumps({"schema_version": 1, **tables}))
-    assert main(["gc", "run.toml"]) == 0
-    assert "nothing to remove" in capsys.readouterr().out
+    for options in ([], ["--step", "s1"]):
+        assert main(["gc", "run.toml", *options]) == 0
+        assert "nothing to remove" in capsys.readouterr().out
 
 
 def test_a_job_of_a_run_stops_between_batches_when_it_is_asked_to(project: Any, tmp_path: Path) -> None:
@@ -257,3 +256,13 @@ def test_a_job_of_a_run_stops_between_batches_when_it_is_asked_to(project: Any, 
     finally:
         end(0, "stopped")
     assert len(list((project.root / "cache").glob("*_tf.safetensors"))) == 1
+
+
+def test_verify_and_explain_take_no_shortcuts(copied: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    caption(copied)
+    copied.config(cache={"skip_existing": "name", "run": "always"})
+    assert main(["verify", "run.toml"]) == 1
+    said = capsys.readouterr().out
+    assert "latents: 3 are right" in said and "text: 2 are right, 1 will be made again" in said
+    assert main(["explain", "run.toml", "c.png"]) == 0
+    assert "caption was 'a green triangle'" in capsys.readouterr().out

@@ -20,6 +20,7 @@ def folders(tmp_path: Path) -> Folders:
     (tmp_path / "project" / "a.safetensors").write_bytes(b"12")
     (tmp_path / "project" / "link").symlink_to(tmp_path / "outside")
     (tmp_path / "project" / "to_more").symlink_to(tmp_path / "more")
+    (tmp_path / "project" / "loop").symlink_to("loop")
     return Folders((tmp_path / "project", tmp_path / "more"))
 
 
@@ -62,3 +63,9 @@ def test_no_path_leads_out(folders: Folders, tmp_path: Path) -> None:
     for text in ("link", "..", ".git", "/", str(tmp_path / "outside")):
         with pytest.raises(ConfigError, match="--root"):
             folders.listing(text)
+
+
+def test_a_hidden_folder_may_be_a_root(tmp_path: Path) -> None:
+    (tmp_path / ".hidden" / "a").mkdir(parents=True)
+    found = Folders((tmp_path, tmp_path / ".hidden")).listing(str(tmp_path / ".hidden"))
+    assert [entry["name"] for entry in found["entries"]] == ["a"]

@@ -66,3 +66,20 @@ def test_differences_are_those_of_the_values_that_act(document: dict[str, Any]) 
     assert {"key": "steps[1].train", "ours": {"max_steps": 7}, "theirs": None} in configs.differences(
         {**document, "steps": [{"name": "one"}, {"name": "two", "train": {"max_steps": 7}}]}, document
     )
+
+
+def test_warnings_of_a_strict_file_of_steps_are_errors(document: dict[str, Any]) -> None:
+    document["run"] = {**document["run"], "strict": True}
+    document["log"] = {"project": "x"}  # nothing is logged there
+    assert places(document) == {("log.project", None)} or places(document) == {("", None)}
+
+
+def test_the_defaults_are_those_of_the_family() -> None:
+    keys = {
+        row["key"]
+        for row in configs.differences(
+            {"model": {"arch": "tf"}, "optimizer": {"betas": [0.9, 0.95]}, "log": {"every_steps": 100}}, {}
+        )
+    }
+    assert not keys & {"optimizer.betas", "log.every_steps"}
+    assert configs.differences({"model": 3}, {})[0]["key"] == "model"

@@ -739,6 +739,7 @@ def test_a_run_is_resumed_as_it_was_started(
         ("replace", "a red ball, red", "red", "blue", "a blue ball, blue"),
         ("remove tag", "cat, red, red ball", "red", "", "cat, red ball"),
         ("remove tag", "red , cat", "red", "", "cat"),
+        ("remove tag", "a cat, b\nc, b", "b", "", "a cat\nc"),
         ("remove tag", "a red cat", "red", "", "a red cat"),
         ("before", "a cat", "", "photo of ", "photo of a cat"),
         ("before", "photo of a cat", "", "photo of ", "photo of a cat"),

@@ -14,6 +14,7 @@ from musubi_tuner.config.diagnostics import did_you_mean
 from musubi_tuner.config.importers.builder import Builder
 from musubi_tuner.config.importers.report import Imported
 from musubi_tuner.models.tinyflux.options import SPEC
+from musubi_tuner.models.tinyflux.settings import objective_of, resolve_experts
 
 if TYPE_CHECKING:
     from musubi_tuner.config import RunConfig
@@ -205,8 +206,6 @@ def read_settings(document: dict[str, Any]) -> Imported | None:
 
 def write_settings(config: "RunConfig") -> dict[str, Any]:
     """The settings of a run as fields of the published trainer; those that it has no value for are left out."""
-    from musubi_tuner.models.tinyflux.settings import objective_of, resolve_experts
-
     ours: dict[str, Any] = {f"experts.{name}": value for name, value in resolve_experts(config).items()}
     found: dict[str, Any] = {}
     for field, key in PLAIN.items():

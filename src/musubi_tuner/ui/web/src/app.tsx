@@ -171,7 +171,7 @@ export function App() {
         {schema && state === "open" && (
           <>
             <div hidden={view.at !== "configure"}>
-              <Configure schema={schema} given={given} runs={runs} onStarted={started} />
+              <Configure schema={schema} given={given} active={view.at === "configure"} runs={runs} onStarted={started} />
             </div>
             {view.at === "runs" && (
               <div className="grid grid-cols-1 gap-4">

@@ -39,6 +39,8 @@ export function aligned(curves: Curve[]): [number[], ...(number | null)[][]] {
 
 export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: string; logarithmic: boolean; share: number }) {
   const holder = useRef<HTMLDivElement>(null);
+  // The part that is looked at stays when new points come.
+  const zoom = useRef<{ min: number; max: number } | null>(null);
   const [theme, setTheme] = useState(document.documentElement.classList.contains("dark"));
   useEffect(() => {
     const watch = new MutationObserver(() => setTheme(document.documentElement.classList.contains("dark")));
@@ -113,9 +115,17 @@ export function Chart({ lines, tag, logarithmic, share }: { lines: Line[]; tag: 
     };
     const data = (both ? [raw[0], ...raw.slice(1), ...soft.slice(1)] : raw) as uPlot.AlignedData;
     const plot = new uPlot(options, data, element);
+    const zoomed = zoom.current;
+    if (zoomed) plot.setScale("x", zoomed);
+    const keep = () => {
+      const { min, max } = plot.scales.x ?? {};
+      const [first, last] = [raw[0][0], raw[0].at(-1)];
+      zoom.current = min != null && max != null && (min !== first || max !== last) ? { min, max } : null;
+    };
     const follow = new ResizeObserver(() => plot.setSize({ width: element.clientWidth, height: 320 }));
     follow.observe(element);
     return () => {
+      keep();
       follow.disconnect();
       plot.destroy();
     };

@@ -10,7 +10,7 @@ import { Differences, Files, SaveAs, Secrets, TomlPane } from "./files";
 import { Length, Needs, Noise, Plan, Rates } from "./outlook";
 import { Badge, Button, Card, Dialog, inputLook, useLater } from "./parts";
 import { Pictures } from "./pictures";
-import { Scopes } from "./steps";
+import { isOfStep, Scopes } from "./steps";
 import type { Checked, Document, Finding, FormField, Preview, Run, Schema, Started } from "./types";
 
 const DRAFT = "musubi-draft";
@@ -31,8 +31,8 @@ function firstDocument(): Document {
   return NEW;
 }
 
-export function Configure({ schema, given, runs, onStarted }: { schema: Schema; given: Document | null; runs: Run[]; onStarted: (run: Started) => void }) {
-  const [document, setDocument] = useState<Document>(() => given ?? firstDocument());
+export function Configure({ schema, given, active, runs, onStarted }: { schema: Schema; given: Document | null; active: boolean; runs: Run[]; onStarted: (run: Started) => void }) {
+  const [document, setDocument] = useState<Document>(firstDocument);
   const [chosenScope, setScope] = useState<Scope>(WHOLE);
   const [name, setName] = useState("");
   const [tag, setTag] = useState<string | null>(null);
@@ -47,7 +47,8 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   const [preview, setPreview] = useState<Preview | null>(null);
   const [noPreview, setNoPreview] = useState("");
 
-  const arch = String(valueAt(document, "model.arch") ?? "");
+  const written = String(valueAt(document, "model.arch") ?? "");
+  const arch = schema.families.find((each) => each.full_name === written)?.code ?? written;
   const family = schema.families.find((each) => each.code === arch);
   const fields = useMemo(() => schema.fields.map((field) => ({ ...field, ...field.own[arch] })), [arch, schema.fields]);
   const byName = useMemo(() => new Map(fields.map((field) => [field.key, field])), [fields]);
@@ -58,8 +59,22 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
     [chosenScope, steps.length, family],
   );
 
+  const [loads, setLoads] = useState(0);
+  /** Put a run file into the form; false if the person keeps what is there. */
+  const load = (loaded: Document, from: string, of: string | null): boolean => {
+    if (document !== kept && document !== NEW && !confirm("Replace what is in the form? It was edited since it was loaded or saved.")) return false;
+    setDocument(loaded);
+    setScope(WHOLE);
+    setName(from);
+    setTag(of);
+    setKept(loaded);
+    setLoads((before) => before + 1);
+    return true;
+  };
+  const latestLoad = useRef(load);
+  latestLoad.current = load;
   useEffect(() => {
-    if (given) setDocument(given);
+    if (given) latestLoad.current(given, "", null);
   }, [given]);
 
   useLater(
@@ -190,12 +205,22 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
       setSaid(why(problem));
     }
   };
+  const starting = useRef(false);
   const start = () =>
     attempt(async () => {
+      if (starting.current) return;
+      starting.current = true;
+      try {
+        await begin();
+      } finally {
+        starting.current = false;
+      }
+    });
+  const begin = async () => {
       const answer = await send<Started>("POST", "runs", { text: await asToml() });
       setSaid("The run has been started.");
       onStarted(answer);
-    });
+  };
   const enqueue = () =>
     attempt(async () => {
       const entry = await send<{ name: string }>("POST", "queue", { text: await asToml() });
@@ -220,7 +245,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
   /** Whether no control shows it: its key is unknown or a secret, or it is about a table. */
   const isHomeless = (finding: Finding): boolean => {
     const field = placeOf(finding).field;
-    return finding.level !== "info" && !finding.keys[0]?.startsWith("datasets[") && !(finding.step !== null && finding.step === scope.step && !finding.keys[0]?.includes(".")) && (!field || field.secret);
+    return finding.level !== "info" && !finding.keys[0]?.startsWith("datasets[") && !(finding.step !== null && finding.step === scope.step && isOfStep(finding)) && (!field || field.secret);
   };
   const focusField = (finding: Finding) => {
     const place = placeOf(finding);
@@ -240,6 +265,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
 
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
+      if (!active || window.document.querySelector("[role=dialog]")) return;
       const typing = event.target instanceof HTMLElement && /INPUT|TEXTAREA|SELECT/.test(event.target.tagName);
       if (event.key === "/" && !typing) {
         event.preventDefault();
@@ -270,13 +296,9 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
       <div className="mb-3 flex flex-wrap items-end gap-3">
         <Files
           empty={NEW}
-          onLoad={(loaded, from, of) => {
-            if (document !== kept && document !== NEW && !confirm("Replace what is in the form? It was edited since it was loaded or saved.")) return;
-            setDocument(loaded);
-            setScope(WHOLE);
-            setName(from);
-            setTag(of);
-            setKept(loaded);
+          onLoad={load}
+          onGone={(gone) => {
+            if (gone === name) setTag(null);
           }}
           onSaid={setSaid}
         />
@@ -302,7 +324,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
         <TomlPane document={document} onApply={setDocument} />
       ) : (
         <>
-          <Scopes document={document} scope={scope} roles={family?.roles ?? []} findings={findings} onScope={setScope} onChange={setDocument} />
+          <Scopes key={loads} document={document} scope={scope} roles={family?.roles ?? []} findings={findings} onScope={setScope} onChange={setDocument} />
           {search.trim() ? (
             <Card title={`${hits.length} settings for “${search}”`}>
               {explained && <pre className="mb-3 overflow-x-auto rounded bg-ground p-2 text-xs whitespace-pre-wrap">{explained}</pre>}
@@ -331,7 +353,7 @@ export function Configure({ schema, given, runs, onStarted }: { schema: Schema; 
                   {each.name === "setup" && <Needs document={document} ready={ready} />}
                   {each.name === "dataset" && <Length preview={preview} problem={noPreview} />}
                   {each.name === "learning rate" && preview && <Rates preview={preview} />}
-                  {each.name === "advanced" && ready && !scope.role && <Noise document={document} step={scope.step ?? 0} />}
+                  {each.name === "advanced" && ready && !scope.role && <Noise key={scope.step ?? 0} document={document} step={scope.step ?? 0} />}
                   {each.name === "dataset" && scope.step === null && !scope.role && (
                     <>
                       <Datasets fields={fields} document={document} findings={findings} onChange={setDocument} onFix={fix} />

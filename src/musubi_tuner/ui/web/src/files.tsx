@@ -41,7 +41,7 @@ export function SaveAs({ name, onSave }: { name: string; onSave: (as: string) =>
   );
 }
 
-export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (document: Document, name: string, tag: string | null) => void; onSaid: (text: string) => void }) {
+export function Files({ empty, onLoad, onGone, onSaid }: { empty: Document; onLoad: (document: Document, name: string, tag: string | null) => boolean; onGone: (name: string) => void; onSaid: (text: string) => void }) {
   const [names, setNames] = useState<{ saved: string[]; templates: string[] }>({ saved: [], templates: [] });
   const refresh = () => void get<typeof names>("configs").then(setNames).catch(() => undefined);
   useEffect(refresh, []);
@@ -53,7 +53,7 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
       .text()
       .then((text) => send<{ document: Document; report: Record<string, unknown[]> }>("POST", "config/import", { text, name: chosen.name }))
       .then((answer) => {
-        onLoad(answer.document, "", null);
+        if (!onLoad(answer.document, "", null)) return;
         setReport(answer.report);
         onSaid(`Imported ${chosen.name}.`);
       })
@@ -62,8 +62,12 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
   latest.current = take;
   // A file that is dropped anywhere on the page is imported, instead of shown by the browser.
   useEffect(() => {
-    const over = (event: DragEvent) => event.preventDefault();
+    const holdsFiles = (event: DragEvent) => event.dataTransfer?.types.includes("Files") ?? false;
+    const over = (event: DragEvent) => {
+      if (holdsFiles(event)) event.preventDefault();
+    };
     const drop = (event: DragEvent) => {
+      if (!holdsFiles(event)) return;
       event.preventDefault();
       const chosen = event.dataTransfer?.files[0];
       if (chosen) latest.current(chosen);
@@ -81,6 +85,7 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
     return send("DELETE", `configs/${encodeURIComponent(chosen)}`)
       .then(() => {
         onSaid(`Deleted ${chosen}.`);
+        onGone(chosen);
         setChoice("");
         refresh();
       })
@@ -90,8 +95,7 @@ export function Files({ empty, onLoad, onSaid }: { empty: Document; onLoad: (doc
     const [kind, chosen] = [choice.slice(0, 1), choice.slice(2)];
     return get<{ document: Document; tag: string }>(`configs/${encodeURIComponent(chosen)}?template=${kind === "t"}`)
       .then((answer) => {
-        onSaid(`Loaded ${chosen}.`);
-        onLoad(answer.document, kind === "s" ? chosen : "", kind === "s" ? answer.tag : null);
+        if (onLoad(answer.document, kind === "s" ? chosen : "", kind === "s" ? answer.tag : null)) onSaid(`Loaded ${chosen}.`);
       })
       .catch((problem: unknown) => onSaid(why(problem)));
   };

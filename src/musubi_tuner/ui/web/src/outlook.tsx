@@ -103,10 +103,9 @@ function useSlow<T>(ask: (document: Document) => Promise<T>, document: Document,
   const [found, setFound] = useState<{ of: Document; value: T } | null>(null);
   const [problem, setProblem] = useState("");
   const [busy, setBusy] = useState(false);
-  const latest = useRef(document);
-  latest.current = document;
+  const [failed, setFailed] = useState<Document | null>(null);
   const run = () => {
-    if (busy || !ready || found?.of === document) return;
+    if (busy || !ready || found?.of === document || failed === document) return;
     setBusy(true);
     ask(document)
       .then((value) => {
@@ -115,12 +114,13 @@ function useSlow<T>(ask: (document: Document) => Promise<T>, document: Document,
       })
       .catch((reason: unknown) => {
         setFound(null);
+        setFailed(document);
         setProblem(why(reason));
       })
       .finally(() => setBusy(false));
   };
   useLater(run, WAIT, useMemo(() => [document, ready, busy], [document, ready, busy]));
-  return { found: found?.value ?? null, stale: busy || found?.of !== document, problem };
+  return { found: found?.value ?? null, stale: busy || (found?.of !== document && failed !== document), problem };
 }
 
 /** Memory and disk, and what is short, as the plan says it while settings are typed. */

@@ -297,7 +297,7 @@ function ChangeAll({ of, onDone }: { of: OpenedSet; onDone: () => void }) {
             <ul className="flex flex-wrap gap-1">
               {tags.map((each) => (
                 <li key={each.tag}>
-                  <Button className="min-h-6 px-2 text-xs" onClick={() => setFind(each.tag)}>
+                  <Button className="min-h-6 px-2 text-xs" onClick={() => (setFind(each.tag), setFound(null))}>
                     {each.tag} ({each.count})
                   </Button>
                 </li>

@@ -137,7 +137,8 @@ export function Draw({ run, detail, onDone }: { run: Run; detail: RunDetail; onD
     );
     return () => clearTimeout(timer);
   }, [at, found]);
-  const number = (text: string) => (text.trim() ? Number(text) : null);
+  // What is no number goes as it is, and the server says so.
+  const number = (text: string) => (text.trim() ? (Number.isFinite(Number(text)) ? Number(text) : text) : null);
   const draw = () =>
     send<Drawing>("POST", at, {
       prompt: { text: prompt.text, negative: prompt.negative || null, width: number(prompt.width), height: number(prompt.height), seed: number(prompt.seed), steps: number(prompt.steps) },

@@ -267,6 +267,8 @@ export interface components {
             defaults: {
                 [key: string]: unknown;
             };
+            /** Full Name */
+            full_name: string;
             /** Roles */
             roles: string[];
             /** Title */

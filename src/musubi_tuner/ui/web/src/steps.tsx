@@ -15,6 +15,9 @@ const OWN: { name: string; label: string; help: string; kind: FormField["kind"] 
   { name: "until", label: "Ends early", help: 'Such as {"metric": "loss/main", "below": 0.02}; empty = no.', kind: "value" },
 ];
 
+/** Whether a finding is about the step itself, not about a setting in one of its tables. */
+export const isOfStep = (finding: Finding): boolean => !finding.keys[0] || OWN.some((own) => finding.keys[0]?.split(".")[0] === own.name);
+
 interface Props {
   document: Document;
   scope: Scope;
@@ -90,7 +93,7 @@ export function Scopes({ document, scope, roles, findings, onScope, onChange }: 
               <StepKey key={`${scope.step} ${own.name}`} own={own} value={current[own.name]} isFirst={scope.step === 0} onChange={(value) => onChange(withValue(document, `steps[${scope.step}].${own.name}`, value))} />
             ))}
           </div>
-          <Findings findings={findings.filter((finding) => finding.step === scope.step && (OWN.some((own) => finding.keys[0]?.split(".")[0] === own.name) || finding.keys[0] === ""))} onFix={() => undefined} />
+          <Findings findings={findings.filter((finding) => finding.step === scope.step && isOfStep(finding))} onFix={() => undefined} />
           <div className="flex flex-wrap items-center gap-2">
             <Button disabled={scope.step === 0} onClick={() => put(moved(steps, scope.step ?? 0, (scope.step ?? 0) - 1), (scope.step ?? 0) - 1)}>
               <ArrowLeft size={14} aria-hidden="true" /> Earlier
