@@ -113,7 +113,13 @@ def form_fields() -> tuple[FormField, ...]:
 def schema() -> Schema:
     """Everything that the form is made of."""
     families: list[FamilyEntry] = [
-        {"code": code, "full_name": spec.full_name, "title": spec.title, "defaults": defaults_of(code), "roles": roles_of(spec)}
+        {
+            "code": code,
+            "full_name": spec.full_name,
+            "title": spec.title,
+            "defaults": defaults_of(code),
+            "roles": roles_of(spec),
+        }
         for code, spec in MODELS.items()
     ]
     tabs: list[Tab] = [{"name": name, "title": title} for name, title in zip(TABS, TITLES, strict=True)]

@@ -81,7 +81,10 @@ def read_state(path: Path, config: RunConfig, *, moments: bool = True) -> Publis
         optimizer, scalars = _moments(held["optimizer"], order, model, config.optimizer.type, what, notes)
     settings = held.get("trainer_config")
     if isinstance(settings, dict):
-        notes += _differences(settings, config)
+        notes += [
+            f"differs: {key} was {theirs!r}, is {ours!r} in this run"
+            for key, theirs, ours in _compared(settings, config)
+        ]
     exact = model_of(config).rope_freqs == "exact"
     return PublishedState(
         _whole(tensors, geometry, exact),
@@ -160,18 +163,13 @@ def write_state(state: PublishedState, config: RunConfig) -> tuple[dict[str, Any
             "shadow": {key: state.ema[key] for key in model.state_dict() if key in state.ema},
             "decay": config.ema.decay,
         }
-    there = read_settings(settings)
-    assert there is not None
     lines = [
-        f"weights, average and moments of {len(moments)} of {len(learning)} parameters, update {state.step}, epoch {state.epoch}"
+        f"weights, average and moments of {len(moments)} of {len(learning)} parameters, update {state.step}, epoch {state.epoch}",
+        *(
+            f"differs: {key} is {ours!r} in this run, and {theirs!r} in that trainer"
+            for key, theirs, ours in _compared(settings, config)
+        ),
     ]
-    ours = {f"experts.{name}": value for name, value in resolve_experts(config).items()}
-    for section in COMPARED:
-        for name, value in there.document.get(section, {}).items():
-            key = f"{section}.{name}"
-            found = ours.get(key, config.get(key))
-            if found != value and name not in ("unet", "lune", "sol"):
-                lines.append(f"differs: {key} is {found!r} in this run, and {value!r} in that trainer")
     return document, lines
 
 
@@ -369,8 +367,8 @@ def _rate(scheduler: Any) -> float | None:
     return _finite(rates[0]) if isinstance(rates, list) and rates else None
 
 
-def _differences(settings: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    """Settings that the file was trained with and the run is not, as lines."""
+def _compared(settings: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that decide how training goes on, with the values of that trainer and of the run, where they differ."""
     imported = read_settings(settings)
     if imported is None:
         return
@@ -380,4 +378,4 @@ def _differences(settings: dict[str, Any], config: RunConfig) -> Iterator[str]:
             key = f"{section}.{name}"
             found = ours.get(key, config.get(key))
             if found != value and name not in ("unet", "lune", "sol"):
-                yield f"differs: {key} was {value!r}, is {found!r} in this run"
+                yield key, value, found
