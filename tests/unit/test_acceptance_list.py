@@ -68,6 +68,14 @@ def test_every_entry_names_tests_and_they_exist() -> None:
     assert [(name, test, problem) for name, test in named if (problem := problem_of(test))] == []
 
 
+def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
+    page = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    table = page.partition("| Promise | Test that keeps it |")[2].partition("\n\n")[0]
+    named = re.findall(r"`([^`]+)` \|", table)
+    assert len(named) > 10
+    assert [(test, problem) for test in named if (problem := problem_of(test))] == []
+
+
 @pytest.mark.parametrize(
     ("test", "problem"),
     [
