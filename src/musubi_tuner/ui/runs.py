@@ -56,10 +56,15 @@ def places() -> list[Place]:
         if values and (folder / RUN_FILE).is_file():
             config = Path(str(values.get("config", "")))
             directory = read_values(folder / RUN_FILE).get("directory")
-            place = Place(pointer.stem, folder, config, Path(str(directory)) if directory else config.parent)
+            place = Place(pointer.stem, folder, config, Path(str(directory)) if directory else project_of(config))
             started = values.get("started")
             found.append((float(started) if isinstance(started, int | float) else 0.0, place))
     return [place for _, place in sorted(found, key=lambda each: -each[0])]
+
+
+def project_of(config: Path) -> Path:
+    """Where a run file's relative paths are meant, if nobody knows: its folder, or the one that holds its folder toml."""
+    return config.parent.parent if config.parent.name == "toml" else config.parent
 
 
 def place_of(identity: str) -> Place:
