@@ -42,6 +42,8 @@ OPEN = {"/api/health", "/api/session"}
 EVENTS_EVERY = 0.5
 """Seconds between two looks at the runs."""
 HEARTBEAT = 15.0
+MOST_LISTENERS = 50
+"""Pages that get events at the same time."""
 QUEUE_EVERY = 1.0
 """Seconds between two looks at the queue."""
 Next = Callable[[Request], Awaitable[Response]]
@@ -547,9 +549,13 @@ def _run_routes(project: Path, saved: Configs, queue: Queue, secret: dict[str, s
             return failure(409, "state", str(problem))
         return JSONResponse({"ok": True}, 202)
 
+    listeners: set[Request] = set()
+
     @router.get("/api/events")
-    async def events(request: Request) -> StreamingResponse:
-        return StreamingResponse(_events(request), media_type="text/event-stream")
+    async def events(request: Request) -> Response:
+        if len(listeners) >= MOST_LISTENERS:
+            return failure(429, "too_many", f"{MOST_LISTENERS} pages are open already; close one")
+        return StreamingResponse(_heard(request, listeners), media_type="text/event-stream")
 
     return router
 
@@ -575,6 +581,16 @@ def _page_routes() -> APIRouter:
         return HTMLResponse(page.replace("__NONCE__", request.state.nonce))
 
     return router
+
+
+async def _heard(request: Request, listeners: set[Request]) -> AsyncIterator[str]:
+    """The events for one page, which is among the listeners meanwhile."""
+    listeners.add(request)
+    try:
+        async for event in _events(request):
+            yield event
+    finally:
+        listeners.discard(request)
 
 
 async def _events(request: Request) -> AsyncIterator[str]:

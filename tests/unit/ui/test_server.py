@@ -788,3 +788,8 @@ def test_a_sample_says_how_it_was_drawn_and_the_log_is_a_file(client: TestClient
     (folder / "logs" / "console.log").write_text("step 1\n")
     answer = client.get("/api/runs/run/log/file")
     assert answer.text == "step 1\n" and "attachment" in answer.headers["content-disposition"]
+
+
+def test_too_many_open_pages_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("musubi_tuner.ui.server.MOST_LISTENERS", 0)
+    assert client.get("/api/events").status_code == 429

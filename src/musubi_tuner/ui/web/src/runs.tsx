@@ -7,6 +7,7 @@ import { Badge, Button, Card, inputLook, Rows, time, useFresh } from "./parts";
 import { Draw, Samples } from "./samples";
 import type { Document, Queue, Run, RunDetail, Started } from "./types";
 
+const SERIOUS = /warning|error|failed|traceback/i;
 const MOST_COMPARED = 5;
 /** Milliseconds after which a run that was asked to stop can be ended. */
 const STOPS_WITHIN = 30_000;
@@ -256,7 +257,8 @@ function Log({ run }: { run: Run }) {
     };
   }, [run.id, run.updated, run.state]);
   const lines = useMemo(() => text.split("\n").slice(-2000), [text]);
-  const shown = words ? lines.filter((line) => line.toLowerCase().includes(words.toLowerCase())) : lines;
+  const [serious, setSerious] = useState(false);
+  const shown = lines.filter((line) => (!serious || SERIOUS.test(line)) && (!words || line.toLowerCase().includes(words.toLowerCase())));
   useEffect(() => {
     if (follow && box.current) box.current.scrollTop = box.current.scrollHeight;
   }, [follow, shown]);
@@ -266,6 +268,9 @@ function Log({ run }: { run: Run }) {
         <label className="text-sm">
           Lines with
           <input className={inputLook} value={words} onChange={(event) => setWords(event.target.value)} />
+        </label>
+        <label className="flex min-h-9 items-center gap-2 text-sm">
+          <input type="checkbox" className="size-5" checked={serious} onChange={(event) => setSerious(event.target.checked)} /> Warnings and errors only
         </label>
         <label className="flex min-h-9 items-center gap-2 text-sm">
           <input type="checkbox" className="size-5" checked={follow} onChange={(event) => setFollow(event.target.checked)} /> Follow
