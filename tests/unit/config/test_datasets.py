@@ -79,9 +79,11 @@ def test_tables_are_kept_as_they_were_written(load: Load) -> None:
     assert config.dataset_tables == {"general": {"batch_size": 2}, "datasets": [{"image_directory": "images"}]}
 
 
-def test_every_field_of_a_dataset_comes_from_a_key(load: Load) -> None:
-    assert len(fields(DatasetConfig)) == 29
+def test_every_field_of_a_dataset_comes_from_a_key(load: Load, project: Path) -> None:
+    assert len(fields(DatasetConfig)) == 30
     assert only(load(data=f"{IMAGES}recursive = true\nbucket_no_upscale = true\n")).recursive
+    (project / "cache").mkdir()
+    assert only(load(data='[[datasets]]\nprecached = true\ncache_directory = "cache"\n')).precached
 
 
 # Values
