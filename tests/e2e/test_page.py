@@ -9,6 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from chromium import Page, load, opened_page, silent, small, write
@@ -95,6 +96,18 @@ def test_the_calculator_follows_the_data(page: Page) -> None:
     assert "= 2,500 steps" in plan.inner_text() and "memory" in plan.inner_text()
 
 
+def vae_run(name: str, *, train: dict[str, int], **general: str) -> dict[str, Any]:
+    """Run file of a small VAE on the pictures of a folder of the run's name."""
+    return {
+        "run": {"name": name, "output_dir": f"data/{name}"},
+        "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
+        "objective": {"train_vae": True},
+        "train": train,
+        "general": {"resolution": 64, **general},
+        "datasets": [{"image_directory": name}],
+    }
+
+
 def test_captions_are_edited_beside_their_pictures(page: Page) -> None:
     tab = page.open()
     folder = page.project / "captioned"
@@ -102,17 +115,7 @@ def test_captions_are_edited_beside_their_pictures(page: Page) -> None:
     for number in range(3):
         Image.new("RGB", (96, 64)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a red ball {number}\n")
-    write(
-        tab,
-        {
-            "run": {"name": "captioned", "output_dir": "data/captioned"},
-            "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
-            "objective": {"train_vae": True},
-            "train": {"max_epochs": 5},
-            "general": {"resolution": 64},
-            "datasets": [{"image_directory": "captioned"}],
-        },
-    )
+    write(tab, vae_run("captioned", train={"max_epochs": 5}))
     tab.get_by_role("tab", name=re.compile("Dataset")).click()
     tab.get_by_role("button", name="Show the pictures").click()
     tab.get_by_label("Caption of 1.png").fill("a blue ball")
@@ -191,17 +194,7 @@ def test_steps_and_roles_are_edited_in_the_form(page: Page) -> None:
     tab = page.open()
     (page.project / "steps").mkdir()
     Image.new("RGB", (64, 64)).save(page.project / "steps" / "a.png")
-    write(
-        tab,
-        {
-            "run": {"name": "steps", "output_dir": "data/steps"},
-            "model": {"arch": "ff", "init": "scratch", "bert_tokenizer": "words"},
-            "objective": {"train_vae": True},
-            "train": {"max_steps": 5},
-            "general": {"resolution": 64, "missing_caption": "empty"},
-            "datasets": [{"image_directory": "steps"}],
-        },
-    )
+    write(tab, vae_run("steps", train={"max_steps": 5}, missing_caption="empty"))
     for _ in range(2):
         tab.get_by_role("button", name="Add a step").click()
     tab.get_by_role("textbox", name="Name", exact=True).first.fill("second")

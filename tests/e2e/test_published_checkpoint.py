@@ -52,13 +52,20 @@ def published(tmp_path: Path) -> Path:
     return path
 
 
+def continued(published: Path) -> dict[str, Any]:
+    """Tables of a run that goes on from a file of the published trainer, under its conditions."""
+    return {
+        "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(published)},
+        "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+    }
+
+
 def test_the_run_goes_on_from_the_step(
     published: Path, tmp_path: Path, photographs: Path, encoders: Path, caches: Path, server: ForkServer
 ) -> None:
     copy_tree(caches, tmp_path / "cache")
     tables: dict[str, Any] = {
-        "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(published)},
-        "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+        **continued(published),
         "ema": {"decay": DECAY},
         "optimizer": {"lr": UNSEEN, "betas": list(BETAS), "decay_all": True},
         "train": {"max_steps": STEP + 1},
@@ -99,8 +106,7 @@ def test_a_state_goes_back_to_the_published_trainer(
     """Its optimizer and schedule take the file, and what we import from it again is the same to the bit."""
     copy_tree(caches, tmp_path / "cache")
     tables: dict[str, Any] = {
-        "model": {"init": None, "init_scheme": None, "geometry": None, "path": str(published)},
-        "experts": {"expert_input": "noised_image", "expert_time": "aligned", "sol_spatial_norm": "max"},
+        **continued(published),
         "optimizer": {"lr": 1e-3, "betas": list(BETAS), "decay_all": True},
         "train": {"max_steps": STEP + 2, "mixed_precision": "no"},
         "ema": {"decay": DECAY, "init": "checkpoint"},

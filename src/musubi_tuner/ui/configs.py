@@ -161,12 +161,13 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Difference
     model = ours.get("model")
     arch = model.get("arch") if isinstance(model, dict) else None
     own = defaults_of(arch) if isinstance(arch, str) and arch in MODELS else {}
-    if not theirs:
+    from_defaults = not theirs
+    if from_defaults:
         theirs = {"model": {"arch": arch}}
     both = [check(each)["resolved"] for each in (ours, theirs)]
     left, right = both if all(both) else (_flat(ours), _flat(theirs))
-    if not all(both) and len(theirs) == 1:
-        defaults = {**{parameter.key: plain_default(parameter) for parameter in parameters()}, **own}
+    if from_defaults and not all(both):
+        defaults = {**{parameter.key: _plain_default(parameter) for parameter in parameters()}, **own}
         right = {**{key: value for key, value in defaults.items() if key in left}, **right}
     data = {key for key in (*_flat(ours), *_flat(theirs)) if key.startswith(("general.", "datasets", TABLE))}
     left = {**left, **{key: value for key, value in _flat(ours).items() if key in data}}
@@ -178,7 +179,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Difference
     ]
 
 
-def plain_default(parameter: Parameter) -> Any:
+def _plain_default(parameter: Parameter) -> Any:
     """A default as JSON; none where a value is required."""
     return None if parameter.required else as_json(json.loads(json.dumps(parameter.default, default=str)))
 

@@ -50,8 +50,9 @@ class Drawings:
             raise ConfigError(f"images is {images}, expected 1 to 64")
         if runs.summary(place)["state"] in (runs.RUNNING, "stopping"):
             raise ConfigError(f"{place.folder.name}: runs; ask it for samples, or draw when it has ended")
-        family = read_toml(place.config).get("model", {}).get("arch")
-        if family not in MODELS:
+        model = read_toml(place.config).get("model")
+        family = model.get("arch") if isinstance(model, dict) else None
+        if not isinstance(family, str) or family not in MODELS:
             raise ConfigError(f"{place.config}: has no model.arch, so the command that draws is not known")
         with self._one_at_a_time:
             if self.state(place)["state"] == "running":

@@ -246,7 +246,7 @@ async def _turns(queue: Queue) -> None:
                 if is_ours:
                     await asyncio.to_thread(queue.turn)
             except _Busy:
-                pass
+                pass  # asked again later: the other server may have ended by then
             except (UserError, OSError, ValueError) as problem:
                 print(f"warning: the queue: {problem}", flush=True)
             await asyncio.sleep(QUEUE_EVERY)
