@@ -81,7 +81,7 @@ def place_of(identity: str) -> Place:
 
 def is_alive(pid: Any, started: Any) -> bool:
     """Whether a process is the one that began a run then: its number may have been given to another one since."""
-    if not isinstance(pid, int) or not isinstance(started, int | float):
+    if not isinstance(pid, int) or pid <= 0 or not isinstance(started, int | float):
         return False
     try:
         os.kill(pid, 0)

@@ -790,6 +790,47 @@ def test_a_sample_says_how_it_was_drawn_and_the_log_is_a_file(client: TestClient
     assert answer.text == "step 1\n" and "attachment" in answer.headers["content-disposition"]
 
 
+def test_pictures_are_drawn_by_the_command_of_the_family(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path, phase="finished", pid=0)
+    commands: list[list[str]] = []
+    code = "import os, sys; os.makedirs('run/drawn'); open('run/drawn/a.png', 'w'); sys.exit('out of paint')"
+
+    def launch(words: list[str], log: Path, directory: Path) -> "subprocess.Popen[bytes]":
+        commands.append(words)
+        with log.open("wb") as out:
+            return subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=out, cwd=tmp_path)
+
+    monkeypatch.setattr("musubi_tuner.ui.runs.launch", launch)
+    begun = client.post("/api/runs/run/draw", json={"prompt": {"prompt": "a cat", "seed": None}, "images": 2})
+    assert begun.status_code == 200, begun.text
+    [words] = commands
+    assert words[0] == "musubi_tuner.tinyflux_generate_image" and words[words.index("--images_per_prompt") + 1] == "2"
+    assert json.loads(Path(words[words.index("--from_file") + 1]).read_text()) == [{"prompt": "a cat"}]
+    while (state := client.get("/api/runs/run/draw").json())["state"] == "running":
+        time.sleep(0.02)
+    assert state == {"state": "failed", "message": "out of paint", "pictures": ["drawn/a.png"]}
+    assert folder.joinpath("drawn", "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "reason"),
+    [
+        ('model = "tf"\n', {}, "has no model.arch"),
+        (RUN, {"images": 65}, "images is 65, expected 1 to 64"),
+        (RUN, {"prompt": {"prompt": "a cat", "sede": 1}}, "sede"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    client: TestClient, tmp_path: Path, text: str, body: dict[str, Any], reason: str
+) -> None:
+    make_run(tmp_path, phase="finished", pid=0)
+    (tmp_path / "a.toml").write_text(text)
+    answer = client.post("/api/runs/run/draw", json={"prompt": {"prompt": "a cat"}, **body})
+    assert answer.status_code == 422 and reason in answer.text, answer.text
+
+
 def test_too_many_open_pages_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("musubi_tuner.ui.server.MOST_LISTENERS", 0)
     assert client.get("/api/events").status_code == 429
