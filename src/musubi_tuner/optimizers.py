@@ -86,6 +86,7 @@ class Optimizer:
         state: see `StateSize`. remembers: entries of a parameter group that change.
         finds_rate: it estimates the learning rate, and lr is a factor of it. averages: it is schedule-free: the weights to use are an
             average that it keeps. signs: it steps by the sign of the moment. alone: parameters can be stepped one at a time.
+        elementwise: a value moves by itself, and what is remembered has the shape of the parameter.
         on_device: it runs on the device alone. elsewhere: names of other trainers, in lower case, beside its own.
     """
 
@@ -103,6 +104,7 @@ class Optimizer:
     averages: bool = False
     signs: bool = False
     alone: bool = False
+    elementwise: bool = False
     on_device: bool = False
     elsewhere: tuple[str, ...] = ()
 
@@ -200,7 +202,7 @@ def _ademamix(shape: Shape, args: Mapping[str, Any]) -> Bytes:
 
 OPTIMIZERS: dict[Name, Optimizer] = {
     "AdamW": Optimizer(
-        "torch.optim:AdamW", "Adam with decoupled weight decay", _adam, arguments=_AMSGRAD, alone=True,
+        "torch.optim:AdamW", "Adam with decoupled weight decay", _adam, arguments=_AMSGRAD, alone=True, elementwise=True,
         elsewhere=("adamw_torch", ""),
     ),
     "AdamW8bit": Optimizer(
@@ -226,11 +228,11 @@ OPTIMIZERS: dict[Name, Optimizer] = {
     ),
     "Adam": Optimizer(
         "torch.optim:Adam", "Adam, whose weight decay is part of the gradient", _adam, arguments=_AMSGRAD,
-        defaults={"optimizer.weight_decay": 0.0}, alone=True,
+        defaults={"optimizer.weight_decay": 0.0}, alone=True, elementwise=True,
     ),
     "Lion": Optimizer(
         "lion_pytorch:Lion", "steps by the sign of a moment", _moments(1), "lion-pytorch",
-        {"decoupled_weight_decay": Argument(False)}, eps=False, defaults=_SIGNS, signs=True, alone=True,
+        {"decoupled_weight_decay": Argument(False)}, eps=False, defaults=_SIGNS, signs=True, alone=True, elementwise=True,
     ),
     "Lion8bit": Optimizer(
         "bitsandbytes.optim:Lion8bit", "Lion in 8 bits", _eight_bit(1), "bitsandbytes", _BNB, eps=False, defaults=_SIGNS,
@@ -242,12 +244,12 @@ OPTIMIZERS: dict[Name, Optimizer] = {
     ),
     "SGD": Optimizer(
         "torch.optim:SGD", "gradient descent with momentum", _if("momentum"), arguments={**_SGD, "nesterov": Argument(False)},
-        given={"momentum": 0.9}, betas=0, eps=False, defaults={"optimizer.lr": 1e-3}, alone=True,
+        given={"momentum": 0.9}, betas=0, eps=False, defaults={"optimizer.lr": 1e-3}, alone=True, elementwise=True,
     ),
     "SGDNesterov": Optimizer(
         "torch.optim:SGD", "gradient descent with Nesterov's momentum", _moments(1),
         arguments={"momentum": Argument(0.9, gt=0, lt=1)}, given={"nesterov": True, "momentum": 0.9}, betas=0, eps=False,
-        defaults={"optimizer.lr": 1e-3}, alone=True,
+        defaults={"optimizer.lr": 1e-3}, alone=True, elementwise=True,
     ),
     "SGDNesterov8bit": Optimizer(
         "bitsandbytes.optim:SGD8bit", "SGDNesterov in 8 bits", _eight_bit(1), "bitsandbytes",
@@ -257,7 +259,7 @@ OPTIMIZERS: dict[Name, Optimizer] = {
     "RMSprop": Optimizer(
         "torch.optim:RMSprop", "divides by the root of the mean square", _rmsprop,
         arguments={"alpha": Argument(0.99, ge=0, lt=1), "momentum": Argument(0.0, ge=0, lt=1), "centered": Argument(False)},
-        betas=0, defaults={"optimizer.weight_decay": 0.0}, alone=True,
+        betas=0, defaults={"optimizer.weight_decay": 0.0}, alone=True, elementwise=True,
     ),
     "Adafactor": Optimizer(
         "transformers.optimization:Adafactor", "second moments of rows and columns only", _adafactor, "transformers",
@@ -320,18 +322,18 @@ OPTIMIZERS: dict[Name, Optimizer] = {
     ),
     "AdamWScheduleFree": Optimizer(
         "schedulefree:AdamWScheduleFree", "AdamW that averages instead of lowering the rate", _moments(2), "schedulefree", _WARMS,
-        defaults={"optimizer.lr": 2.5e-3, **_CONSTANT}, remembers=_KEEPS, averages=True,
+        defaults={"optimizer.lr": 2.5e-3, **_CONSTANT}, remembers=_KEEPS, averages=True, elementwise=True,
         elsewhere=("schedule_free_adamw", "adamw_schedule_free"),
     ),
     "SGDScheduleFree": Optimizer(
         "schedulefree:SGDScheduleFree", "SGD that averages instead of lowering the rate", _moments(1), "schedulefree", _WARMS,
-        betas="momentum", eps=False, defaults={"optimizer.lr": 0.1, **_CONSTANT}, remembers=_KEEPS, averages=True,
+        betas="momentum", eps=False, defaults={"optimizer.lr": 0.1, **_CONSTANT}, remembers=_KEEPS, averages=True, elementwise=True,
         elsewhere=("schedule_free_sgd",),
     ),
     "RAdamScheduleFree": Optimizer(
         "schedulefree:RAdamScheduleFree", "RAdam that averages instead of lowering the rate", _moments(2), "schedulefree",
         {**_FREE, "silent_sgd_phase": Argument(True)}, defaults={"optimizer.lr": 2.5e-3, **_CONSTANT}, remembers=_KEEPS,
-        averages=True,
+        averages=True, elementwise=True,
     ),
 }  # fmt: skip
 assert tuple(OPTIMIZERS) == get_args(Name)

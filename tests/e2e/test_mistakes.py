@@ -678,6 +678,13 @@ def test_two_trainers_in_one_folder_are_refused_until_the_first_is_dead(
     server.run("train", [config, "--max_steps", str(last + 2)], tmp_path).expect(0)
 
 
+def test_a_launcher_that_would_wrap_the_model_is_refused(
+    cached_run: Callable[..., Path], tmp_path: Path, server: ForkServer
+) -> None:
+    result = server.run("train", [cached_run()], tmp_path, ACCELERATE_USE_FSDP="true").expect(2)
+    assert "ACCELERATE_USE_FSDP=true" in result.err and "set distributed.fsdp = true" in result.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is right on a GPU")
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_fp16_on_a_cpu_is_refused(

@@ -170,6 +170,8 @@ ALIASES: dict[str, str] = {
     "vae_batch_size": "cache.latents_batch_size",
     "text_encoder_batch_size": "cache.text_batch_size",
     "distributed.processes": "distributed.num_processes",
+    "fsdp2": "distributed.fsdp",
+    "use_fsdp": "distributed.fsdp",
     "timeout_min": "distributed.timeout_minutes",
     "ddp_timeout": "distributed.timeout_minutes",
     "save.dir": "run.output_dir",
@@ -195,7 +197,8 @@ _TRACKERS: dict[str, tuple[str, Any]] = {
 """TensorBoard is on by itself."""
 _OTHER_ADAPTERS = "is an option of LyCORIS that is not supported"
 _WHOLE_MODEL = (
-    "is not supported: every process holds the whole model; memory.base_storage and memory.blocks_to_swap save memory"
+    "is not supported: distributed.fsdp divides the model among processes for full training, memory.base_storage and "
+    "memory.blocks_to_swap save memory in each"
 )
 _ENCODERS = "trains a text encoder; here only the denoiser is trained, on cached encodings"
 _POOLED = "would change nothing: only CLIP's pooled vector and T5 are used"
@@ -409,10 +412,7 @@ REFUSED: dict[str, str] = {
     "train_text_encoder": _ENCODERS,
     "network_train_text_encoder_only": _ENCODERS,
     "train_t5xxl": _ENCODERS,
-    **dict.fromkeys(
-        ("fsdp", "fsdp2", "deepspeed"),
-        _WHOLE_MODEL,
-    ),
+    "deepspeed": _WHOLE_MODEL,
     **dict.fromkeys(
         ("fused_optimizer_groups", "blockwise_fused_optimizers"),
         "is written as optimizer.fused_backward, which steps each parameter by itself",

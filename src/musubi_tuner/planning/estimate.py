@@ -263,6 +263,33 @@ def peak(config: RunConfig, found: Mapping[Size, Estimate]) -> Estimate:
     return replace(max(found.values(), key=lambda each: each.total), decoding=decoding_bytes(config))
 
 
+def divided(found: Estimate, config: RunConfig, plan: ModelOutline, processes: int) -> Estimate:
+    """What is on each device where the processes divide the model.
+
+    Beside its parts that is what lies outside of blocks and two blocks, one that computes and one that is fetched, with as much for
+    their gradients; while a sample is drawn it is the whole model.
+    """
+    if not config.distributed.fsdp or processes == 1:
+        return found
+    sizes = Counter[str]()
+    for name, parameter in plan.model.named_parameters():
+        head, _, rest = name.partition(".")
+        block = f"{head}.{rest.partition('.')[0]}" if head in config.spec.block_lists else ""
+        sizes[block] += parameter.numel() * plan.dtype.itemsize
+    outside = sizes.pop("", 0)
+    together = outside + 2 * max(sizes.values(), default=0)
+    weights = -(-found.weights // processes) + together
+    return replace(
+        found,
+        weights=weights,
+        gradients=-(-found.gradients // processes) + together,
+        optimizer=-(-found.optimizer // processes),
+        average=-(-found.average // processes),
+        averaged=-(-found.averaged // processes),
+        decoding=found.decoding and found.decoding + max(0, found.weights - weights),
+    )
+
+
 def decoding_bytes(config: RunConfig) -> Bytes:
     """Weights of the autoencoder and the peak of decoding the largest sample; 0 if none are drawn, or it is not here."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -17,7 +17,15 @@ from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import shared_memory_warning
 from musubi_tuner.memory.compose import ways_to_save
 from musubi_tuner.models.family import ModelOutline
-from musubi_tuner.planning.estimate import Estimate, Size, bucket_sizes, estimate_sizes, largest_sizes, peak
+from musubi_tuner.planning.estimate import (
+    Estimate,
+    Size,
+    bucket_sizes,
+    divided,
+    estimate_sizes,
+    largest_sizes,
+    peak,
+)
 from musubi_tuner.planning.task_estimate import estimate_task
 from musubi_tuner.precision import COMPUTE_DTYPES
 from musubi_tuner.units import Bytes, format_bytes, format_seconds
@@ -56,7 +64,7 @@ def estimate_lines(
     try:
         plan = config.spec.family.outline_model(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
-        found = peak(config, measured)
+        found = divided(peak(config, measured), config, plan, processes)
         found = replace(found, operations=max(each.operations for each in measured.values()))
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]

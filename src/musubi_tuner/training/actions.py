@@ -12,6 +12,7 @@ from musubi_tuner.training.build import Run
 from musubi_tuner.training.checkpoint import EPOCH_METRIC
 from musubi_tuner.training.due import due_after
 from musubi_tuner.training.optimizers import found_rate
+from musubi_tuner.training.role import weights_of
 from musubi_tuner.training.samples import DrawingLeft, Samples
 from musubi_tuner.training.update import Outcome
 from musubi_tuner.training.validation import METRIC
@@ -198,9 +199,10 @@ def validate(run: Run) -> None:
 
 
 def _save_best(run: Run) -> None:
+    weights = weights_of(run.roles)
     if run.saver:
         assert run.best is not None
-        entry = run.saver.best(run.best, run.position)
+        entry = run.saver.best(run.best, run.position, weights)
         if run.uploads and run.config.hub.release == "best":
             run.uploads.release(entry)
     run.ranks.wait()
@@ -238,9 +240,9 @@ def save(run: Run, due: dict[str, str], *, with_state: bool | None = None) -> No
     with_state = run.config.save.state if with_state is None else with_state
     if run.saver:
         tell(phase="save")
-    state = run.snapshot.take(run.metrics) if with_state else None
+    weights, state = weights_of(run.roles), run.snapshot.take(run.metrics) if with_state else None
     if run.saver:
-        for entry in run.saver.on_the_way(due, run.position, state):
+        for entry in run.saver.on_the_way(due, run.position, weights, state):
             if run.uploads:
                 run.uploads.saved(entry)
     if with_state:
@@ -277,12 +279,13 @@ def finish(run: Run) -> None:
     Raises:
         Interrupted: without a message, since the run is complete and has said so.
     """
+    weights = weights_of(run.roles)
     state = run.snapshot.take(run.metrics) if run.config.save.state else None
     if run.saver and run.metrics:
         position = run.position
         ended = run.snapshot.until.reason if run.snapshot.until else ""
         names = due_after(run.config, run.steps, position).checkpoints
-        entry = run.saver.final(names, position, state, ended)
+        entry = run.saver.final(names, position, weights, state, ended)
         if run.uploads:
             run.uploads.saved(entry)
         if run.best and run.validator is None and run.best.value == math.inf:

@@ -54,6 +54,7 @@ from musubi_tuner.training.role import Role
 from musubi_tuner.training.samples import PreparedPrompts, Reconstructions, Samples, prepare_prompts
 from musubi_tuner.training.saving import Saver
 from musubi_tuner.training.schedulers import rate_jump, schedule_length
+from musubi_tuner.training.shards import Shards
 from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import FlowTask, Position, Task
 from musubi_tuner.training.trackers import open_trackers
@@ -160,6 +161,11 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
     if trainee.prepare is not None:
         lines += trainee.prepare(source.first, found is None)
+    if ranks.divides:
+        module = Shards(trainee.model, config.spec.block_lists, ranks.device, ranks.rank, ranks.count)
+        lines.append(f"fsdp: each of {ranks.count} processes keeps a part of every weight")
+    elif config.distributed.fsdp:
+        lines.append("warning: distributed.fsdp does nothing here: this run has one process")
     if ranks.main and lines:
         print("\n".join(lines))
     scaler = torch.amp.GradScaler("cuda") if config.train.mixed_precision == "fp16" else None
@@ -174,7 +180,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     samples: Samples | Reconstructions | None = None
     if facts.denoises:
         process = config.spec.family.make_process(config, trainee.options)
-        roles = [_denoising_role(make_role, module, trainee, ranks)]
+        roles = [_denoising_role(make_role("model", module), trainee, ranks)]
         validator = _make_validator(config, process, measured, ranks)
         samples = Samples(
             config,
@@ -370,13 +376,10 @@ def _check_machine(config: RunConfig, ranks: Ranks, kernels: str | None) -> None
         print(kernels, flush=True)
 
 
-def _denoising_role(
-    make_role: Callable[[str, nn.Module], Role], module: nn.Module, trainee: Trainee, ranks: Ranks
-) -> Role:
+def _denoising_role(role: Role, trainee: Trainee, ranks: Ranks) -> Role:
     """The one role of a denoiser, with the average of its checkpoint."""
-    role = make_role("model", module)
     if role.ema and trainee.average is not None:
-        report = role.ema.load_shadow(trainee.average, module)
+        report = role.start_average(trainee.average)
         if ranks.main:
             print(f"average: {report.loaded} tensors of the checkpoint, {report.initialized} copied from the model")
     return role

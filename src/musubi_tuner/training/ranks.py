@@ -44,6 +44,7 @@ class Ranks:
 
     Attributes:
         device: of this rank. rank: its number. count: of all. main: whether it is the one that writes and draws.
+        divides: whether each keeps a part of the model; see `shards`.
         stop: a signal to stop that arrived here; `requests` is what all ranks agree on.
 
     Args:
@@ -59,6 +60,7 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
+        self.divides = config.distributed.fsdp and self.count > 1
         self.stop = StopRequest(lambda: answer() if self.main else None)
         self._patient = _patient_group() if self.count > 1 else None
 
@@ -144,12 +146,12 @@ class Ranks:
         return [int(value) for value in shared.tolist()]
 
     def parallel(self, model: nn.Module, by_hand: Sequence[nn.Parameter] = ()) -> nn.Module:
-        """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank.
+        """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank, or it is divided.
 
         Args:
             by_hand: trained parameters that `average_gradients` takes care of instead. Frozen ones need no average.
         """
-        if self.count == 1:
+        if self.count == 1 or self.divides:
             return model
         aside = {id(parameter) for parameter in by_hand}
         left_out = [name for name, p in model.named_parameters() if not p.requires_grad or id(p) in aside]
@@ -168,8 +170,8 @@ class Ranks:
         Args:
             model: what `parallel` gave; None where gradients are not exchanged while they are made.
         """
-        if model is None or is_last or self.count == 1:
-            return contextlib.nullcontext()
+        if model is None or is_last or self.count == 1 or self.divides:
+            return contextlib.nullcontext()  # a divided model keeps gradients divided too, so it exchanges each of them
         return self.accelerator.no_sync(model)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -198,6 +200,12 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(
             'train.mixed_precision = "fp16" needs a CUDA GPU, and this run is on the CPU; use "bf16" or "no"'
         )
+    for wrapper in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{wrapper}", "false").lower() == "true":
+            raise ConfigError(
+                f"ACCELERATE_USE_{wrapper}=true: accelerate would wrap the model in a way that states and samples do not know; launch "
+                "without it, and set distributed.fsdp = true to divide the model among the processes"
+            )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         cpu=device.type == "cpu",

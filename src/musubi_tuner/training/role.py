@@ -9,10 +9,10 @@ A model that trains alone, or the adapters on it, is one role. Where several rol
 before any of them moves; see `update`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from musubi_tuner.config import RunConfig
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.optimizers import OPTIMIZERS
-from musubi_tuner.training.ema import EMA
+from musubi_tuner.training.ema import EMA, LoadReport
 from musubi_tuner.training.optimizers import (
     averaged_parameters,
     build_optimizer,
@@ -37,6 +37,7 @@ from musubi_tuner.training.optimizers import (
 from musubi_tuner.training.plateau import plateau_of
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.schedulers import schedule_of
+from musubi_tuner.training.shards import Shards
 from musubi_tuner.training.stepping import FusedBackward, RoundedStep
 
 
@@ -62,7 +63,7 @@ class Role:
 
     Args:
         name: by which settings and files call it.
-        module: whose parameters with ``requires_grad`` train; a whole model or an `AdapterSet`.
+        module: whose parameters with ``requires_grad`` train: a whole model, its `Shards`, or an `AdapterSet`.
         total: updates of the run.
         swap: of the blocks of the model, if there is one.
         scaler: of fp16, shared by the roles of a run; None for other precisions.
@@ -129,6 +130,9 @@ class Role:
         # DDP does not see parameters in main memory; their gradients are averaged block by block.
         streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
         self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
+        self._shards = module if isinstance(module, Shards) else None
+        if self._shards is not None:
+            self._by_hand = [self._shards.replicated]
         if swap is not None and any(streamed):
             swap.watch(self.optimizer)
         if config.ema.enabled and not self.frozen:
@@ -178,13 +182,18 @@ class Role:
         if self._fused is not None:
             self.norm = self._fused.norm()
             return torch.isfinite(self.norm).to(self._ranks.device)
+        if self._shards is not None:
+            self._shards.collect_gradients()
         for parameter in self._kept:
             parameter.grad = None
         for group in self._by_hand:
             self._ranks.average_gradients(group)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
+        if self._shards is not None:
+            self.norm = self._shards.clip_gradients(self.max_grad_norm, self._ranks.add_up)
+        else:
+            self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
 
     @property
@@ -211,38 +220,72 @@ class Role:
     def zero(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._shards is not None:
+            self._shards.forget_gradients()
 
     @property
     def averages_itself(self) -> bool:
         """Whether its optimizer keeps the average that `averaged` shows."""
         return self._record.averages
 
+    @property
+    def divided(self) -> bool:
+        """Whether it is divided among the ranks: then they ask for its weights, averages and state together."""
+        return self._shards is not None
+
     def weights(self) -> dict[str, Tensor]:
-        """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies."""
+        """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies.
+
+        Of a divided role whole, on the main rank; empty on the others.
+        """
+        return self._gathered(self._own_weights())
+
+    def average(self) -> dict[str, Tensor]:
+        """The average, or `weights` if there is none."""
+        return self._gathered(self.ema.shadow) if self.ema else self.weights()
+
+    def start_average(self, average: Mapping[str, Tensor]) -> LoadReport:
+        """Begin with another average than the weights."""
+        assert self.ema is not None
+        return self.ema.load_shadow(self._cut(average), self.module)
+
+    def _own_weights(self) -> dict[str, Tensor]:
         weights = self.module.state_dict()
         return {**weights, **averaged_parameters(self.optimizer)} if self._record.averages else weights
+
+    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors if self._shards is None else self._shards.gathered(tensors, _parameter_of)
+
+    def _cut(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors if self._shards is None else self._shards.cut(tensors, _parameter_of)
 
     @contextmanager
     def averaged(self, wanted: bool = True) -> Iterator[None]:
         """The average in the place of the weights inside the block, if it is wanted; the trained weights after it."""
         try:
             if wanted and self.ema:
-                with self.ema.applied(self.module):
-                    self.refresh()
+                with self.ema.applied(self.module), self._in_use():
                     yield
             elif self._record.averages:
                 trained = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
                 try:
-                    self.module.load_state_dict(self.weights())
-                    self.refresh()
-                    yield
+                    self.module.load_state_dict(self._own_weights())
+                    with self._in_use():
+                        yield
                 finally:
                     self.module.load_state_dict(trained)
             else:
-                self.refresh()
-                yield
+                with self._in_use():
+                    yield
         finally:
             self.refresh()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The present weights on the device inside the block, those of all ranks."""
+        self.refresh()
+        with self._shards.whole() if self._shards is not None else nullcontext():
+            yield
 
     def refresh(self) -> None:
         """Let copies of weights on the device follow a change."""
@@ -250,12 +293,12 @@ class Role:
             self._swap.refresh()
 
     def state(self) -> RoleState:
-        """What a state holds of it; tensors are not copied."""
+        """What a state holds of it; tensors are not copied. Of a divided role whole tensors, on the main rank."""
         tensors, scalars = optimizer_state(self.optimizer, self._record.remembers)
         return RoleState(
-            self.module.state_dict(),
-            self.ema.shadow if self.ema else {},
-            tensors,
+            self._gathered(self.module.state_dict()),
+            self._gathered(self.ema.shadow) if self.ema else {},
+            self._gathered(tensors),
             scalars,
             self.ema.updates if self.ema else 0,
         )
@@ -269,12 +312,12 @@ class Role:
         Raises:
             CheckpointError: if the state of the optimizer belongs to other parameters.
         """
-        missing, unexpected = self.module.load_state_dict(state.model, strict=False)
+        missing, unexpected = self.module.load_state_dict(self._cut(state.model), strict=False)
         if missing or unexpected:
             return [*missing, *unexpected]
-        load_optimizer_state(self.optimizer, state.optimizer, state.scalars)
+        load_optimizer_state(self.optimizer, dict(self._cut(state.optimizer)), state.scalars)
         if self.ema:
-            self.ema.load_shadow(state.ema)
+            self.ema.load_shadow(self._cut(state.ema))
             self.ema.updates = state.average_updates
         return []
 
@@ -294,22 +337,32 @@ def rates_of(module: nn.Module, config: RunConfig) -> dict[str, tuple[float, flo
     return rates
 
 
+def _parameter_of(key: str) -> str:
+    """Parameter of an entry of a model, an average or an optimizer's state."""
+    return key.partition("/")[0]
+
+
 def prefix_of(role: Role) -> str:
     """Prefix of the names of a role's tensors in files and states; a denoiser has none."""
     return "" if role.name == "model" else f"{role.name}."
 
 
-def weights_of(roles: Sequence[Role]) -> dict[str, Tensor]:
-    """The weights of all roles by name; tensors are not copied."""
-    return {f"{prefix_of(role)}{key}": t for role in roles for key, t in role.weights().items()}
+class Weights(NamedTuple):
+    """What a checkpoint holds of roles, by name; tensors are not copied.
+
+    Attributes:
+        averaged: averages, and the weights of roles that have none; empty where no role has one.
+    """
+
+    trained: dict[str, Tensor]
+    averaged: dict[str, Tensor]
 
 
-def averages_of(roles: Sequence[Role]) -> dict[str, Tensor]:
-    """Their averages, and the weights of those that have none; empty where no role has one."""
+def weights_of(roles: Sequence[Role]) -> Weights:
+    """The weights and averages of roles, on the main rank. All ranks call it together where a role is divided."""
+    trained = {f"{prefix_of(role)}{key}": tensor for role in roles for key, tensor in role.weights().items()}
     if not any(role.ema for role in roles):
-        return {}
-    found: dict[str, Tensor] = {}
-    for role in roles:
-        tensors = role.ema.shadow if role.ema else role.weights()
-        found |= {f"{prefix_of(role)}{key}": tensor for key, tensor in tensors.items()}
-    return found
+        return Weights(trained, {})
+    return Weights(
+        trained, {f"{prefix_of(role)}{key}": tensor for role in roles for key, tensor in role.average().items()}
+    )

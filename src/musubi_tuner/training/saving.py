@@ -26,7 +26,7 @@ from musubi_tuner.training.checkpoint import (
     write_state,
 )
 from musubi_tuner.training.release import write_release
-from musubi_tuner.training.role import Role, averages_of, prefix_of, weights_of
+from musubi_tuner.training.role import Role, Weights, prefix_of
 from musubi_tuner.training.task import Position
 
 Said = Callable[[str], None]
@@ -59,14 +59,18 @@ class Saver:
         self.folder, self.name = config.output_dir, config.run.name
         self.best_step = 0
 
-    def on_the_way(self, due: Mapping[str, str], at: Position, state: TrainingState | None) -> list[Entry]:
+    def on_the_way(
+        self, due: Mapping[str, str], at: Position, weights: Weights, state: TrainingState | None
+    ) -> list[Entry]:
         """Save the checkpoints that are due, by name and kind, each with the state if there is one."""
         return [
-            self._save(name, kind, stem_on_the_way(self.name, kind, at.step, at.epoch + 1), at, state)
+            self._save(name, kind, stem_on_the_way(self.name, kind, at.step, at.epoch + 1), at, weights, state)
             for name, kind in due.items()
         ]
 
-    def final(self, names: Mapping[str, str], at: Position, state: TrainingState | None, ended: str = "") -> Entry:
+    def final(
+        self, names: Mapping[str, str], at: Position, weights: Weights, state: TrainingState | None, ended: str = ""
+    ) -> Entry:
         """Save the end of the run and its release folder.
 
         Args:
@@ -77,12 +81,14 @@ class Saver:
             if self.config.save.release:
                 write_release(self.config, entry)
 
-        return self._save("final", "final", self.name, at, state, before_listing=release, names=names, ended=ended)
+        return self._save(
+            "final", "final", self.name, at, weights, state, before_listing=release, names=names, ended=ended
+        )
 
-    def best(self, best: Best, at: Position) -> Entry:
+    def best(self, best: Best, at: Position, weights: Weights) -> Entry:
         """Save weights and averages as the best; a run goes on from its states, so there is none here."""
         entry = Entry(at.step, at.epoch + 1, "best", model="best.safetensors", metric=best.metric, value=best.value)
-        self._write(entry, "best", at)
+        self._write(entry, "best", at, weights)
         checkpoints = CheckpointList.read(self.folder, self.name)
         checkpoints.add("best", entry)
         fault_point("best.listed")
@@ -101,6 +107,7 @@ class Saver:
         kind: str,
         stem: str,
         at: Position,
+        weights: Weights,
         state: TrainingState | None,
         before_listing: Callable[[Entry], None] = lambda entry: None,
         names: Mapping[str, str] | None = None,
@@ -109,7 +116,7 @@ class Saver:
         save = self.config.save
         entry = Entry(at.step, at.epoch + 1, kind, model=f"{stem}.safetensors", ended=ended)
         # What was kept as the best at this very step is not written a second time.
-        self._write(entry, stem, at, same_as="best" if self.best_step == at.step else "")
+        self._write(entry, stem, at, weights, same_as="best" if self.best_step == at.step else "")
         if state is not None:
             entry.state = f"{stem}-state"
             write_state(self.folder / entry.state, state)
@@ -123,7 +130,7 @@ class Saver:
         self.say(f"step {at.step}: saved {entry.model}")
         return entry
 
-    def _write(self, entry: Entry, stem: str, at: Position, same_as: str = "") -> None:
+    def _write(self, entry: Entry, stem: str, at: Position, weights: Weights, same_as: str = "") -> None:
         """Write the weights and their average.
 
         Args:
@@ -131,15 +138,15 @@ class Saver:
         """
         self._write_file(
             f"{stem}.safetensors",
-            self.carried | weights_of(self.roles),
+            self.carried | weights.trained,
             "model",
             at,
             same_as and f"{same_as}.safetensors",
         )
-        averages = averages_of(self.roles)
-        if averages:
+        if weights.averaged:
             entry.ema = f"{stem}_ema.safetensors"
-            self._write_file(entry.ema, self.carried | averages, "ema", at, same_as and f"{same_as}_ema.safetensors")
+            averages = self.carried | weights.averaged
+            self._write_file(entry.ema, averages, "ema", at, same_as and f"{same_as}_ema.safetensors")
 
     def _write_file(self, name: str, tensors: dict[str, Tensor], kind: str, at: Position, same_as: str) -> None:
         if same_as and link_file(self.folder / same_as, self.folder / name):

@@ -49,10 +49,10 @@ class Snapshot:
         """The state, on the main rank; None on the others. All ranks call this together."""
         self.window.gather()
         places = None if self.places is None else self.ranks.joined(self.places)
+        states = {prefix_of(role): role.state() for role in self.roles}
         if metrics is None:
             return None
         metrics.flush()
-        states = {prefix_of(role): role.state() for role in self.roles}
         scaler = self.roles[0].scaler
         updates = {role.name: state.average_updates for role, state in zip(self.roles, states.values())}
         plateaus = {role.name: role.plateau.state() for role in self.roles if role.plateau}

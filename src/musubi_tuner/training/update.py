@@ -60,12 +60,11 @@ def work_of(update: Update, ranks: Ranks) -> list[tuple[int | None, MicroBatch]]
     """Micro-batches that this rank runs, with their index in the update.
 
     A rank without work still takes part in the exchange of gradients: it runs the first micro-batch with weight 0; its index is
-    None.
+    None. Where the model is divided, every rank runs as many as the others.
     """
     work: list[tuple[int | None, MicroBatch]] = [(index, batch) for index, batch in update.share if batch is not None]
-    if ranks.count > 1 and not work:
-        work.append((None, update.micro_batches[0]))
-    return work
+    wanted = len(update.share) if ranks.divides else min(ranks.count - 1, 1)
+    return work + [(None, update.micro_batches[0])] * (wanted - len(work))
 
 
 def run_update(

@@ -152,6 +152,10 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
     "V93": [({"optimizer": "fused_backward = true"}, {"optimizer": "fused_backward = true", "train": "max_grad_norm = 0"}),
             *[({"optimizer": "fused_backward = true", "train": f"max_grad_norm = 0\n{line}"}, {"train": line})
               for line in ("grad_accum_steps = 2", 'on_nonfinite = "skip"', 'mixed_precision = "fp16"')]],
+    "V95": [*[({"distributed": "fsdp = true", **wrong}, {"distributed": "fsdp = true"})
+              for wrong in ({"optimizer": 'type = "Adafactor"'}, {"adapter": LORA}, {"memory": "blocks_to_swap = 2"},
+                            {"memory": "compile = true"}, {"train": 'mixed_precision = "fp16"'})],
+            (ff(distributed="fsdp = true"), ff())],
     "V33": [({"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 1.0"}, {"optimizer": 'type = "Adafactor"', "train": "max_grad_norm = 0"})],
     "V36": [({"optimizer": "lr = 0.5"}, {"optimizer": "lr = 0.09"})],
     "V43": [({"optimizer": "lr = 0"}, {"optimizer": "lr = 1e-9"}),

@@ -31,6 +31,7 @@ from musubi_tuner.planning.estimate import (
     Size,
     bucket_sizes,
     decoding_bytes,
+    divided,
     estimate,
     estimate_sizes,
     largest_sizes,
@@ -360,6 +361,26 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     found = estimate_run(config, items)
     weights, state = checkpoint_bytes(config, plan, found)
     assert found.moments == 8 * found.values and (weights, state) == (2 * found.values, (4 + 8) * found.values)
+
+
+def test_a_divided_model_leaves_its_share_and_two_blocks_on_each_device(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "tf", model={"init": "scratch"}, distributed={"fsdp": True}, ema={"enabled": True})
+    config = load_config(path)
+    plan = config.spec.family.outline_model(config)
+    whole = estimate_run(config, [an_item(128)])
+    assert divided(whole, config, plan, 1) == whole
+    half = divided(whole, config, plan, 2)
+    assert half.optimizer == whole.optimizer // 2 and half.average == whole.average // 2
+    blocks = [
+        sum(p.numel() for p in block.parameters())
+        for name in config.spec.block_lists
+        for block in getattr(plan.model, name)
+    ]
+    outside = sum(p.numel() for p in plan.model.parameters()) - sum(blocks)
+    assert half.weights == -(-whole.weights // 2) + 4 * (outside + 2 * max(blocks))
+    assert half.activations == whole.activations
+    many = replace(divided(replace(whole, decoding=1), config, plan, 1000), gradients=0)
+    assert many.weights + many.decoding == whole.weights + 1
 
 
 def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> None:

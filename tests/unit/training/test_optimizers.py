@@ -340,6 +340,30 @@ def test_stopped_and_continued_training_equals_an_unbroken_one_bit_for_bit(
         assert moved == (name != "frozen") or (name in REST and dtype == torch.bfloat16), name
 
 
+@pytest.mark.parametrize("kind", [kind for kind, record in OPTIMIZERS.items() if record.elementwise])
+def test_parts_of_a_weight_move_as_the_whole(kind: str) -> None:
+    """What dividing a model among processes relies on; one part is empty, as where there are more processes than rows."""
+    whole = nn.ParameterDict({"w": nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))})
+    parts = nn.ParameterDict(
+        {
+            str(index): nn.Parameter(part.clone())
+            for index, part in enumerate([*whole["w"].detach().split(2), torch.zeros(0, 4)])
+        }
+    )
+    optimizers = [build_optimizer(trainable(module), settings(kind)) for module in (whole, parts)]
+    for update in range(5):
+        gradient = torch.randn(5, 4, generator=torch.Generator().manual_seed(update))
+        whole["w"].grad = gradient
+        for part, cut in zip(parts.values(), [*gradient.split(2), torch.zeros(0, 4)], strict=True):
+            part.grad = cut.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not torch.equal(whole["w"], torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(torch.cat(list(parts.values())), whole["w"], rtol=1e-6, atol=1e-7)
+    tensors, _ = optimizer_state(optimizers[0])
+    assert {tensor.shape for tensor in tensors.values()} <= {whole["w"].shape, torch.Size([])}
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "Adafactor"])
 def test_saved_state_comes_back_entry_by_entry(kind: str, tmp_path: Path) -> None:
     model = Net()

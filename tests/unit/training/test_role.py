@@ -19,7 +19,7 @@ from musubi_tuner.config.schema.train import TrainSection
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.optimizers import OPTIMIZERS, having
 from musubi_tuner.training import actions
-from musubi_tuner.training.role import Role, averages_of, weights_of
+from musubi_tuner.training.role import Role, weights_of
 from musubi_tuner.training.validation import METRIC
 
 RANKS: Any = SimpleNamespace(
@@ -192,7 +192,8 @@ def test_weights_to_use_are_those_of_the_package_and_the_trained_ones_stay(kind:
     for key, value in theirs[0].state_dict().items():
         assert not torch.equal(value, trained[key]), key
         torch.testing.assert_close(shown[key], value, rtol=1e-6, atol=1e-7)
-    assert weights_of([role]).keys() == shown.keys() and averages_of([role]) == {}
+    kept = weights_of([role])
+    assert kept.trained.keys() == shown.keys() and kept.averaged == {}
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -29,7 +29,7 @@ from musubi_tuner.training import update as update_module
 from musubi_tuner.training.checkpoint import TrainingState
 from musubi_tuner.training.plateau import Plateau
 from musubi_tuner.training.ranks import Ranks
-from musubi_tuner.training.role import Role, averages_of, weights_of
+from musubi_tuner.training.role import Role, weights_of
 from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import Position
 from musubi_tuner.training.update import Outcome, run_update
@@ -43,6 +43,7 @@ IMAGES = 4
 PIXELS = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 RANKS: Any = SimpleNamespace(
     count=1,
+    divides=False,
     main=True,
     device=torch.device("cpu"),
     sum_device=torch.device("cpu"),
@@ -91,7 +92,7 @@ def run(task: Any, *sizes: int, step: int = 0) -> Outcome:
 
 def values(task: Any) -> dict[str, Tensor]:
     roles = list(task.roles.values())
-    return {key: value.clone() for key, value in weights_of(roles).items()}
+    return {key: value.clone() for key, value in weights_of(roles).trained.items()}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -132,7 +133,7 @@ def test_a_frozen_role_stays_and_a_phase_without_another_does_not_run(frozen: st
     assert task.roles[frozen].ema is None
     assert all(parameter.grad is None for _, parameter in task.roles[frozen].parameters)
     # Its weights are saved as an average of themselves.
-    assert set(averages_of(list(task.roles.values()))) == set(before)
+    assert set(weights_of(list(task.roles.values())).averaged) == set(before)
 
 
 def test_no_gradient_is_made_for_a_role_that_stands_still() -> None:
@@ -239,7 +240,7 @@ class Both:
 def test_roles_of_a_phase_move_together_or_not_at_all(spoiled: str) -> None:
     task = make_task()
     task.phases = [Both(task, spoiled)]  # type: ignore[list-item]
-    before, averages = values(task), copy.deepcopy(averages_of(list(task.roles.values())))
+    before, averages = values(task), copy.deepcopy(weights_of(list(task.roles.values())).averaged)
     outcome = run(task, 2, 2)
     if not spoiled:
         assert outcome.not_finite is None and changed(before, values(task)) == {"vae", "discriminator"}
@@ -249,7 +250,7 @@ def test_roles_of_a_phase_move_together_or_not_at_all(spoiled: str) -> None:
     for role in task.roles.values():
         assert role.ema is not None and role.ema.updates == 0 and not role.optimizer.state
         assert all(parameter.grad is None for _, parameter in role.parameters)
-    for key, value in averages_of(list(task.roles.values())).items():
+    for key, value in weights_of(list(task.roles.values())).averaged.items():
         assert torch.equal(value, averages[key])
 
 

@@ -312,6 +312,35 @@ def _half_weights(config: RunConfig) -> Iterator[Diagnostic]:
         yield error("V19", "train.full_half", text, "memory.blocks_to_swap", fix=[("memory.blocks_to_swap", 0)])
 
 
+@rule(
+    "V95",
+    "distributed.fsdp optimizer.type optimizer.fused_backward train.mixed_precision train.full_half memory.blocks_to_swap "
+    "memory.compile adapter.type",
+)
+def _divided(config: RunConfig) -> Iterator[Diagnostic]:
+    if not config.distributed.fsdp:
+        return
+    elementwise = having(lambda record: record.elementwise)
+    wanted: list[tuple[str, bool, Any, str]] = [
+        ("adapter.type", config.adapter.type != "none", "none", "trains beside a frozen model"),
+        ("optimizer.type", not _record(config).elementwise, "AdamW", "looks at whole weights or at all of them together"),
+        ("optimizer.fused_backward", config.optimizer.fused_backward, False, "steps before the parts of the gradient are exchanged"),
+        ("train.mixed_precision", config.train.mixed_precision == "fp16", "bf16", "scales losses by what it finds in one process"),
+        ("train.full_half", config.train.full_half, False, "rounds whole weights"),
+        ("memory.blocks_to_swap", bool(config.memory.blocks_to_swap), 0, "moves whole blocks"),
+        ("memory.compile", config.memory.compile, False, "compiles whole blocks"),
+    ]  # fmt: skip
+    for key, is_wrong, value, why in wanted:
+        if is_wrong:
+            able = f" (or {', '.join(elementwise[1:])})" if key == "optimizer.type" else ""
+            text = f"{why}, but distributed.fsdp divides every weight among the processes; set it to {describe(value)}{able}, or fsdp to false"
+            yield error("V95", key, text, "distributed.fsdp", fix=[(key, value)])
+    roles = config.spec.task(config).roles
+    if not config.spec.task(config).denoises:
+        text = f"is for models with one role, not for {', '.join(roles)} of {config.spec.full_name}; set it to false"
+        yield error("V95", "distributed.fsdp", text, fix=[("distributed.fsdp", False)])
+
+
 @rule("V81", "ema.enabled ema.init model.init adapter.type ema.warmup")
 def _average_of_the_checkpoint(config: RunConfig) -> Iterator[Diagnostic]:
     if not config.ema.enabled or config.ema.init != "checkpoint":

@@ -14,6 +14,11 @@ class DistributedSection(Section):
     )
     main_process_port: int | None = param(None, "Port of the main process; absent = a free one.", ge=1, le=65535,
                                           resume="free", when=is_not("distributed.num_processes", 1))  # fmt: skip
+    fsdp: bool = param(
+        False,
+        "Divide weights, gradients, optimizer and average among the processes (FSDP2), for full training.",
+        resume="free",
+    )
     timeout_minutes: int = param(
         30, "How long a process waits for the gradients of the others; there is no limit while the main process draws or saves.",
         ge=1, le=MOST, resume="free", unit="minutes"
