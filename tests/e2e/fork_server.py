@@ -8,7 +8,8 @@ anything, so a fork inherits no threads. And what such a step found is kept for 
 runs of a test differ in where they are killed only; tests/unit/memory/test_estimate.py has the steps themselves.
 
 Protocol, one JSON object per line: {"command", "arguments", "cwd", "environment", "stdout", "stderr"} comes in,
-{"pid"} and later {"code", "faults_left"} go out; ``code`` is negative for a signal, as subprocess has it.
+{"pid"} and later {"code", "passed"} go out; ``code`` is negative for a signal, as subprocess has it, and ``passed`` are the fault
+points that the command's own process came by, in order, if it was not killed.
 """
 
 import atexit
@@ -22,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-LEFT = ".faults_left"
+PASSED = ".passed"
 STEPS = "steps"
 """Folder of what the steps found that were planned so far."""
 NOT_OF_A_STEP = {
@@ -34,6 +35,21 @@ NOT_OF_A_STEP = {
     "memory": {"blocks_to_swap", "swap_policy", "swap_ring", "swap_pinned", "base_storage"},
 }  # fmt: skip
 """Settings that no single step depends on. The model behind its path is known by its outline."""
+
+
+_passed: list[str] = []
+
+
+def _note_fault_points() -> None:
+    """Read MUSUBI_FAULT as a start does, and note the points that are passed; before other modules take `fault_point` from there."""
+    files = importlib.reload(importlib.import_module("musubi_tuner.files"))
+    fault_point = files.fault_point
+
+    def noted(name: str) -> None:
+        _passed.append(name)
+        fault_point(name)
+
+    files.fault_point = noted
 
 
 def _import_everything() -> None:
@@ -106,7 +122,7 @@ def _become(request: dict[str, Any]) -> int:
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "r" if n == 0 else "w", buffering=1) for n in range(3))
     os.chdir(request["cwd"])
     os.environ.update(request["environment"])
-    files = importlib.reload(importlib.import_module("musubi_tuner.files"))  # it reads MUSUBI_FAULT when imported
+    _note_fault_points()
     sys.argv = [request["command"], *request["arguments"]]
     try:
         code = _entry(request["command"])(request["arguments"])
@@ -115,14 +131,13 @@ def _become(request: dict[str, Any]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    if "MUSUBI_FAULT" in request["environment"]:
-        Path(request["stdout"]).with_name(LEFT).write_text(str(files._fault_left), encoding="utf-8")
+    Path(request["stdout"]).with_name(PASSED).write_text(" ".join(_passed), encoding="utf-8")
     return int(code)
 
 
 def _fork(request: dict[str, Any], answers: Any) -> None:
-    left = Path(request["stdout"]).with_name(LEFT)
-    left.unlink(missing_ok=True)
+    passed = Path(request["stdout"]).with_name(PASSED)
+    passed.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -135,14 +150,15 @@ def _fork(request: dict[str, Any], answers: Any) -> None:
             os._exit(code)
     print(json.dumps({"pid": pid}), file=answers, flush=True)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    faults_left = int(left.read_text(encoding="utf-8")) if left.exists() else None
-    print(json.dumps({"code": code, "faults_left": faults_left}), file=answers, flush=True)
+    points = passed.read_text(encoding="utf-8").split() if passed.exists() else []
+    print(json.dumps({"code": code, "passed": points}), file=answers, flush=True)
 
 
 def main() -> None:
     """Serve until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints while it is imported is no answer
+    _note_fault_points()
     _import_everything()
     folder = Path(sys.argv[1], STEPS)
     folder.mkdir()

@@ -6,15 +6,18 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from project import (
     REPOSITORY,
+    SAVES,
     TRAINING_POINTS,
     CacheRehearsal,
     ForkServer,
+    Place,
     Rehearsal,
     all_lines,
     cache_files,
@@ -105,11 +108,9 @@ def test_a_signal_while_caching_ends_everything_with_its_exit_code(
 
 
 @pytest.fixture(scope="module")
-def rehearsal(
-    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, caches: Path, photographs: Path, encoders: Path
-) -> Rehearsal:
+def rehearsal(place: Place) -> Rehearsal:
     """A run that is trained undisturbed once, and then again with its plug pulled."""
-    return Rehearsal(tmp_path_factory.mktemp("rehearsal"), server, caches, photographs, encoders)
+    return Rehearsal(place.server, partial(place.write, save=SAVES))
 
 
 @pytest.mark.parametrize("point", TRAINING_POINTS)

@@ -2,14 +2,23 @@
 
 import ast
 import re
-import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import REPOSITORY, ForkServer, Result, differing, final_files, metrics, run_tables
+from project import (
+    REPOSITORY,
+    ForkServer,
+    Result,
+    altered_package,
+    copy_tree,
+    differing,
+    final_files,
+    metrics,
+    run_tables,
+)
 from safetensors.torch import load_file
 
 SOURCE = REPOSITORY / "src" / "musubi_tuner"
@@ -21,19 +30,18 @@ OWN_NAMES = ("musubi-tinyflux", "toml/tinyflux.toml", "toml/tinyflux_dataset.tom
 """The distribution's name, and run files that messages point at."""
 
 
+def with_toy(root: Path) -> Path:
+    """The package with the toy family in it, for PYTHONPATH."""
+    head = "FAMILIES: dict[str, str] = {\n"
+    line = '    "ty": "musubi_tuner.models.toy.options:SPEC",\n'
+    altered_package(root, "models/registry.py", head, head + line)
+    copy_tree(Path(__file__).with_name("toy_family"), root / "musubi_tuner" / "models" / "toy")
+    return root
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package with the toy family in it."""
-    root = tmp_path_factory.mktemp("with_toy")
-    shutil.copytree(SOURCE, root / "musubi_tuner", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(Path(__file__).with_name("toy_family"), root / "musubi_tuner" / "models" / "toy")
-    registry = root / "musubi_tuner" / "models" / "registry.py"
-    text = registry.read_text(encoding="utf-8")
-    line = '    "ty": "musubi_tuner.models.toy.options:SPEC",\n'
-    registry.write_text(
-        text.replace("FAMILIES: dict[str, str] = {\n", f"FAMILIES: dict[str, str] = {{\n{line}"), encoding="utf-8"
-    )
-    return root
+    return with_toy(tmp_path_factory.mktemp("with_toy"))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def count(run: Run, update: Update, outcome: Outcome) -> None:
         TrainingError: if they were not, and that ends the run.
     """
     position, window = run.position, run.snapshot.window
-    run.term_weights |= outcome.weights
+    window.weights |= outcome.weights
     if outcome.not_finite is None:
         position.skipped_in_a_row = 0
         if "total" in outcome.sums:  # unless no phase was due
@@ -78,6 +78,7 @@ def log(run: Run) -> None:
     """Write the line of the window."""
     if run.snapshot.window.updates == 0:
         return
+    weights = run.snapshot.window.weights
     means, by_noise = run.snapshot.window.means()
     if run.metrics is None:
         return
@@ -97,7 +98,7 @@ def log(run: Run) -> None:
         of_groups |= {f"train/lr{suffix}_x{scale:g}": lr * scale for scale in sorted(scales)}
     values = {
         **losses,
-        **{f"loss/{name}_weight": weight for name, weight in run.term_weights.items()},
+        **{f"loss/{name}_weight": weight for name, weight in weights.items()},
         **by_noise,
         **rates,
         **{tag: value for tag, value in means.items() if tag.startswith("train/grad_norm")},

@@ -73,6 +73,7 @@ class Window:
 
     Attributes:
         updates: how many count; those that were skipped do not.
+        weights: factors of the loss terms that occurred, other than ``main``; of each the last.
 
     Args:
         bins: slices of the noise level.
@@ -80,6 +81,7 @@ class Window:
 
     def __init__(self, ranks: Ranks, bins: int) -> None:
         self.updates = 0
+        self.weights: dict[str, float] = {}
         self.bins = NoiseBins(bins, ranks.sum_device)
         self._ranks = ranks
         self._sums: dict[str, Tensor] = {}
@@ -103,7 +105,7 @@ class Window:
         numbers = totals.tolist() if self._ranks.main else [0.0] * len(totals)
         means = {tag: value / self._counts[tag] for tag, value in zip(tags, numbers)}
         by_noise = self.bins.means(numbers[len(tags) :])
-        self._sums, self._counts, self.updates = {}, {}, 0
+        self._sums, self._counts, self.updates, self.weights = {}, {}, 0, {}
         self.bins.clear()
         return means, by_noise
 
@@ -134,6 +136,7 @@ class Window:
             "window": {tag: value.item() for tag, value in self._sums.items()},
             "window_counts": dict(self._counts),
             "window_updates": self.updates,
+            "window_weights": self.weights,
             "noise_bins": self.bins.state(),
         }
 
@@ -143,7 +146,7 @@ class Window:
             tag: torch.tensor(value, dtype=torch.float64, device=self._ranks.sum_device)
             for tag, value in values["window"].items()
         }
-        self.updates = values["window_updates"]
+        self.updates, self.weights = values["window_updates"], dict(values.get("window_weights", {}))
         self._counts = values.get("window_counts") or dict.fromkeys(self._sums, self.updates)
         self.bins.load_state(values.get("noise_bins"))
         self._leave_to_main()
