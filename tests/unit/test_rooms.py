@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 REGISTRY = ("models.registry", "models.spec")
 """The list of families and its records: torch-free, read by config, and so a room of their own."""
 LIGHT = {*sys.stdlib_module_names, "pydantic", "pydantic_core", "tomli_w", "tqdm"}
-SLOW_PARTS = ("torch._dynamo", "torch._subclasses")
+SLOW_PARTS = ("torch._dynamo", "torch._subclasses", "torch.distributed")
 """Parts of torch that cost as much as another package."""
 PLATFORM = ("fcntl", "msvcrt")
 

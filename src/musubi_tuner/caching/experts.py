@@ -19,7 +19,8 @@ from torch import Tensor
 
 from musubi_tuner.caching.file_format import caption_metadata, caption_name
 from musubi_tuner.caching.fingerprint import STORED
-from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, run_job, storage_dtype, store
+from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, storage_dtype, store
+from musubi_tuner.caching.shards import run_with_shards
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.buckets import filtered, place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
@@ -93,7 +94,7 @@ def cache_experts(config: RunConfig, options: JobOptions, family: dict[str, Any]
         experts.open_second if experts.apart else None,
         precision=name_of(experts.dtype) if experts.names else None,
     )
-    return run_job(config, job, options, family)
+    return run_with_shards(config, job, options, family)
 
 
 class ExpertsJob:

@@ -62,6 +62,7 @@ _WORDS = {
     "interpolation": "resize_interpolation",
     "background": "the colour under transparent pixels",
     "mask_alpha": "transparency of the mask",
+    "shard": "the shard",
 }
 _UNSTATED = {
     "sol_source": "extracted",

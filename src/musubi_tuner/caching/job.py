@@ -65,10 +65,12 @@ class JobOptions:
 
     Attributes:
         shard: (i, n), i from 1: do the i-th of n parts. dry_run: only say what is due.
+        within: sub-folder of the cache folder that the items are for, which the caller has locked; what lies beside it is none of their business.
     """
 
     shard: tuple[int, int] = (1, 1)
     dry_run: bool = False
+    within: str = ""
 
 
 @dataclass
@@ -144,7 +146,7 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
         print(f"note: {note}")
     read_only: set[Path] = set()
     with ExitStack() as stack:
-        if not options.dry_run:
+        if not options.dry_run and not options.within:
             for folder in sorted({dataset.cache_directory for dataset in config.datasets}):
                 if not stack.enter_context(lock_for_job(folder, job.kind, options.shard, must_write=False)):
                     read_only.add(folder)
@@ -154,7 +156,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
         due = [item for batch in mine for item in batch if item.key in status.due]
         outcome = Outcome(
-            skipped=sum(item.key not in status.due for batch in batches for item in batch), orphans=len(status.orphans)
+            skipped=sum(item.key not in status.due for batch in batches for item in batch),
+            orphans=0 if options.within else len(status.orphans),
         )
         if options.dry_run:
             print(f"{job.kind}: would encode {len(due)}, up to date {outcome.skipped}")
@@ -169,7 +172,7 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                 "the permissions of the folder, or give another cache_directory"
             )
         if options.shard == (1, 1):
-            roots = {dataset.cache_directory for dataset in config.datasets} - read_only
+            roots = {dataset.cache_directory / options.within for dataset in config.datasets} - read_only
             _remove_abandoned(config, job.kind, roots, mine if job.finish else [])
         if mine:
             for root in found.roots:

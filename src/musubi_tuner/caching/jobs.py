@@ -1,4 +1,4 @@
-"""The cache jobs of latents and texts, which encode items through `job.run_job`, and the list of all (`JOBS`)."""
+"""The cache jobs of latents and texts, which encode items through `shards.run_with_shards`, and the list of all (`JOBS`)."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor
 from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import STORED
-from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, run_job, storage_dtype, store
+from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, storage_dtype, store
+from musubi_tuner.caching.shards import run_with_shards
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
 from musubi_tuner.config import RunConfig
@@ -68,7 +69,7 @@ def cache_latents(config: RunConfig, options: JobOptions, family: dict[str, Any]
     job = Job(
         "latents", config.cache.latents_batch_size, True, open_encoder, read, partial(latents_metadata, config.spec)
     )
-    return run_job(config, job, options, family)
+    return run_with_shards(config, job, options, family)
 
 
 def latents_metadata(spec: ModelSpec, item: Item) -> dict[str, str]:
@@ -114,7 +115,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
         return encode
 
     job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata, report=report)
-    return run_job(config, job, options, family)
+    return run_with_shards(config, job, options, family)
 
 
 JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}

@@ -10,6 +10,7 @@ from typing import Any
 from musubi_tuner.caching.contents import Contents, Doubt
 from musubi_tuner.caching.file_format import KINDS, cache_path, kind_of
 from musubi_tuner.caching.fingerprint import AUTO, Expectation, expectation, file_state, is_imported
+from musubi_tuner.caching.shard_records import Shards
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.sources import Item
@@ -112,16 +113,28 @@ def examine(
         status.expected.update(dict.fromkeys(group, made))
     contents = contents or Contents(config)
     by_name = config.cache.skip_existing == "name"
+    shards: dict[int, Shards] = {}
+    why_due: dict[tuple[int, str], str | None] = {}
     imported: dict[str, bool] = {}
     doubts: list[Doubt] = []
     for item in items:
         expected = status.expected.get(item.dataset)
         if expected is None:
             continue
-        as_it_is = by_name or config.datasets[item.dataset].precached
-        if encodes and config.cache.run == "always" and item.content is None:
+        as_it_is = by_name or config.datasets[item.dataset].precached or item.shard is not None
+        if encodes and config.cache.run == "always" and (item.content is None or item.shard is not None):
             status.due[item.key] = "cache.run is always"
             continue
+        if item.shard is not None:
+            if item.dataset not in shards:
+                shards[item.dataset] = Shards(config.datasets[item.dataset])
+            place = (item.dataset, item.shard)
+            if place not in why_due:
+                why_due[place] = shards[item.dataset].why_due(item.shard, expected)
+            if (why := why_due[place]) is not None:
+                status.due[item.key] = why
+            if why is not None or item.is_unread:
+                continue
         reason, stored = file_state(item, expected, code, by_name=as_it_is)
         if reason is None:
             imported[item.key] = is_imported(stored)
@@ -144,6 +157,7 @@ def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> 
     """Cache files of one kind that belong to no item, below the cache directories."""
     folders: dict[Path, str] = {}  # each is resolved once, not once per item
     wanted = set()
+    unread = [str(item.cache_directory.resolve()) for item in items if item.is_unread]
     for item in items:
         path = cache_path(item, kind, code)
         if path.parent not in folders:
@@ -154,6 +168,9 @@ def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> 
         for root in {root.resolve() for root in roots}
         for folder, _, names in os.walk(root)
         for name in names
-        if kind_of(name, code) == kind and not name.startswith(".") and (folder, name) not in wanted
+        if kind_of(name, code) == kind
+        and not name.startswith(".")
+        and (folder, name) not in wanted
+        and not any(folder == own or folder.startswith(own + os.sep) for own in unread)
     }
     return sorted(found)

@@ -59,9 +59,11 @@ _OF_PICTURES = (
     "color_aug",
 )
 """Keys that act on pictures and caption files."""
-_NOT_OF_A_STREAM = ("precached", "captions_file", "cache_directory", "mask_directory", "mask_source", "alpha_mask", "recursive", "experts",
-                    "caption_columns", "caption_transform", "caption_extension", "num_repeats", "is_reg")  # fmt: skip
+_NOT_OF_A_STREAM = ("precached", "captions_file", "mask_directory", "mask_source", "alpha_mask", "recursive", "caption_columns",
+                    "caption_transform", "caption_extension")  # fmt: skip
 """Keys that act on files beside pictures."""
+_NOT_OF_LIVE_PICTURES = ("experts", "num_repeats", "is_reg")
+"""Keys that act on what is cached."""
 _VIDEO = {
     "video_directory",
     "video_jsonl_file",
@@ -80,7 +82,7 @@ class DatasetConfig:
 
     Attributes:
         name: as given, or "datasets[0]"; used in messages and steps.
-        image_directory, image_jsonl_file: one is set, or ``stream``.
+        image_directory, image_jsonl_file: one is set, or ``stream``, or ``precached``.
         captions_file: list of the captions of a folder; None = a caption file beside each image.
         cache_directory: where cache files go; the image directory if not given.
         resolution: (width, height) in pixels; the area when buckets are on.
@@ -96,7 +98,7 @@ class DatasetConfig:
             alpha channel is the loss mask, unless a colour is given.
         bucket_step: step of the sides of its buckets; None = the family's. bucket_sides: shortest and longest side; None = any.
         text: how its captions are made. views: which versions of its pictures are trained. is_reg: regularisation images.
-        stream: shards that its pictures come from, instead of a folder or list.
+        stream: shards that its pictures come from, or a data set of Hugging Face, instead of a folder or list.
         precached: its items are those of its cache files; there are no pictures.
         beside: folder of the run file, in which functions of the user may lie.
         apart: folders that may lie below the image directory but hold none of its images: output_dir, masks of other data sets.
@@ -233,7 +235,7 @@ def resolve_datasets(
             error(
                 "U07",
                 "datasets",
-                "no data set given; add [[datasets]] with image_directory, image_jsonl_file or shards",
+                "no data set given; add [[datasets]] with image_directory, image_jsonl_file, shards or dataset_name",
             )
         )
         entries = []
@@ -264,7 +266,7 @@ def _resolve_one(
     locate: Any,
     problems: list[Diagnostic],
 ) -> DatasetConfig | None:
-    sources = [key for key in ("image_directory", "image_jsonl_file", "shards") if key in own]
+    sources = [key for key in ("image_directory", "image_jsonl_file", "shards", "dataset_name") if key in own]
     before = sum(problem.level == "error" for problem in problems)
     if own.get("precached"):
         for key in [key for key in (*sources, *_OF_PICTURES) if is_on(own.get(key))]:
@@ -286,16 +288,20 @@ def _resolve_one(
             error(
                 "U07",
                 where,
-                "has no images; set image_directory, image_jsonl_file or shards",
+                "has no images; set image_directory, image_jsonl_file, shards or dataset_name",
             )
         )
     elif len(sources) > 1:
         problems.append(error("V90", where, f"has both {sources[0]} and {sources[1]}; keep one"))
-    if "shards" in own:
+    stream = _stream(own, locate) if "shards" in own or "dataset_name" in own else None
+    if stream is not None:
         for key in [key for key in _NOT_OF_A_STREAM if is_on(own.get(key))]:
             problems.append(
                 error("V90", f"{where}.{key}", "is for pictures in a folder or list, not in shards; remove the key")
             )
+        for key in [key for key in _NOT_OF_LIVE_PICTURES if is_on(own.get(key)) and not stream.cached]:
+            text = "is for pictures in a folder or list, or in shards that are cached; set cache_directory, or remove the key"
+            problems.append(error("V90", f"{where}.{key}", text))
     if "image_jsonl_file" in own and "captions_file" in own:
         text = "lists captions of a folder, but image_jsonl_file has its own; remove the key"
         problems.append(error("V90", f"{where}.captions_file", text))
@@ -349,6 +355,12 @@ def _resolve_one(
     def idle(code: str, key: str, reason: str) -> None:
         problems.append(warning(code, f"{where if key in own else 'general'}.{key}", f"has no effect because {reason}"))
 
+    for name, field_info in DatasetSection.model_fields.items():
+        when = Parameter("datasets", name, field_info, DatasetSection).when
+        if name in own and name in StreamSettings.__dataclass_fields__ and when is not None:
+            get = lambda key: own.get(key.partition(".")[2])  # noqa: E731
+            if not when.holds(get):
+                idle("NA03", name, when.reason(get))
     for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
         if values.get(key) and not values["enable_bucket"]:
             idle("V54", key, "enable_bucket is false")
@@ -391,8 +403,7 @@ def _resolve_one(
         return None
     directory: Path | None = locate(own["image_directory"]) if "image_directory" in own else None
     cache: Path | None = locate(own["cache_directory"]) if "cache_directory" in own else directory
-    stream = _stream(own, locate) if "shards" in own else None
-    if stream is not None:
+    if stream is not None and not stream.cached:
         cache = locate(".")  # nothing is cached
     assert cache is not None  # a JSONL source without cache_directory was refused above
     return DatasetConfig(
@@ -429,11 +440,14 @@ def _resolve_one(
 
 def _stream(own: Mapping[str, Any], locate: Any) -> StreamSettings:
     """Where shards are, and how they are read."""
-    given = own["shards"]
+    given = own.get("shards", [])
     texts = [given] if isinstance(given, str) else given
     shards = tuple(text if "://" in text else str(locate(text)) for text in texts)
-    keys = [name for name in StreamSettings.__dataclass_fields__ if name != "shards" and own.get(name) is not None]
-    return StreamSettings(shards, **{key: own[key] for key in keys})
+    values = {name: own[name] for name in StreamSettings.__dataclass_fields__ if own.get(name) is not None}
+    name = values.get("dataset_name")
+    if name is not None and locate(name).exists():
+        values["dataset_name"] = str(locate(name))
+    return StreamSettings(**{**values, "shards": shards, "cached": "cache_directory" in own})
 
 
 def _background(given: str | None, mask_source: MaskSource) -> str:
@@ -489,7 +503,7 @@ def _shared_caches(datasets: list[DatasetConfig]) -> list[Diagnostic]:
     problems = []
     for dataset in datasets:
         folder = dataset.cache_directory.resolve()
-        if dataset.stream is not None:
+        if dataset.stream is not None and not dataset.stream.cached:
             continue
         if folder in seen:
             problems.append(

@@ -192,9 +192,13 @@ class RunConfig(RunFile):
     def limited_to(self, numbers: Sequence[int]) -> "RunConfig":
         """The run over one of `dataset_groups`, with the [experts] of those datasets."""
         datasets = [self._datasets[number] for number in numbers]
-        limited = self.model_copy(update={"experts": self.experts_of(datasets[0])})
-        limited._datasets = datasets
-        return limited
+        return self.model_copy(update={"experts": self.experts_of(datasets[0])}).over(datasets)
+
+    def over(self, datasets: Sequence[DatasetConfig]) -> "RunConfig":
+        """The same settings over other data sets."""
+        found = self.model_copy()
+        found._datasets = list(datasets)
+        return found
 
     def set_keys(self) -> list[str]:
         """Keys that a person set, in the file or on the command line."""

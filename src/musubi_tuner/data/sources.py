@@ -25,7 +25,7 @@ from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
 from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.precached import stored_items
 from musubi_tuner.data.roots import Root, find_root
-from musubi_tuner.data.shards import list_shards
+from musubi_tuner.data.shards import list_shards, shard_names
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.data.views import View, views
 from musubi_tuner.errors import ConfigError, DataError
@@ -53,6 +53,7 @@ class Item:
         background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
         views: versions of the picture, of which each presentation takes one; empty = the picture as it is.
         content: hash of a picture that is not there, from its caches; None = it is there.
+        shard: name of the shard that it comes from; None = it comes from none. Without content it stands for a shard that is not read yet.
     """
 
     id: str
@@ -71,6 +72,12 @@ class Item:
     background: str = KEPT
     views: tuple[View, ...] = ()
     content: str | None = None
+    shard: str | None = None
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it stands for the pictures of a shard that is not read yet."""
+        return self.shard is not None and self.content is None
 
     @property
     def dataset(self) -> int:
@@ -118,10 +125,13 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     roots: list[Root] = []
     for index, dataset in enumerate(datasets):
         if dataset.stream is not None:
-            items.append(stream_item(index, dataset, architecture, notes))
+            if dataset.stream.cached:
+                items += _of_shards(index, dataset, architecture, notes)
+            else:
+                items.append(stream_item(index, dataset, architecture, notes))
             continue
         if dataset.precached:
-            items += _precached(index, dataset, architecture, problems)
+            items += _precached(index, dataset, dataset.cache_directory, architecture, problems)
             continue
         before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes, roots))
@@ -138,10 +148,12 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     return ScannedItems(items, notes, roots)
 
 
-def _precached(index: int, dataset: DatasetConfig, architecture: str, problems: list[str]) -> Iterator[Item]:
-    """Items of a data set without pictures."""
+def _precached(
+    index: int, dataset: DatasetConfig, folder: Path, architecture: str, problems: list[str]
+) -> Iterator[Item]:
+    """Items of a data set without pictures, whose caches lie in a folder or below it."""
     before, count, seen = len(problems), 0, dict[str, Path]()
-    for stored in sorted(stored_items(dataset.cache_directory, architecture, problems), key=lambda stored: stored.id):
+    for stored in sorted(stored_items(folder, architecture, problems), key=lambda stored: stored.id):
         count += 1
         other = seen.setdefault(stored.id, stored.folder / stored.stem)
         if other != stored.folder / stored.stem:
@@ -167,7 +179,43 @@ def _precached(index: int, dataset: DatasetConfig, architecture: str, problems: 
         )
     if not count and len(problems) == before:
         problems.append(
-            f"{dataset.name}.cache_directory: {dataset.cache_directory} holds no latents (files ending in _{architecture}.safetensors)"
+            f"{dataset.name}.cache_directory: {folder} holds no latents (files ending in _{architecture}.safetensors)"
+        )
+
+
+def _of_shards(index: int, dataset: DatasetConfig, architecture: str, notes: list[str]) -> Iterator[Item]:
+    """Items of the shards that were read, from their caches; one item for each of the others.
+
+    Raises:
+        DataError: if there are no shards. ConfigError: if there is no bucket.
+    """
+    assert dataset.stream is not None
+    shards = shard_names(list_shards(dataset.stream))
+    bucket = selector_of(dataset, architecture).select(dataset.resolution)
+    unread = 0
+    for name in sorted(shards):
+        folder, problems = dataset.cache_directory / name, list[str]()
+        found = list(_precached(index, dataset, folder, architecture, problems)) if folder.is_dir() else []
+        if found and not problems:
+            yield from (replace(item, shard=name) for item in found)
+            continue
+        unread += 1
+        yield Item(
+            id=name,
+            key=f"{index}:{name}",
+            path=Path(name),
+            caption="",
+            cache_directory=folder,
+            size=bucket,
+            placement=place(bucket, bucket),
+            num_repeats=dataset.stream.shard_samples * dataset.num_repeats,
+            batch_size=dataset.batch_size,
+            shard=name,
+        )
+    if unread:
+        notes.append(
+            f"{dataset.name}: {unread} of {len(shards)} shards are not read yet; each counts as {dataset.stream.shard_samples} pictures "
+            "(shard_samples) until then"
         )
 
 

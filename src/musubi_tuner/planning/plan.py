@@ -51,6 +51,11 @@ class Plan:
         return [kind for kind, status in self.status.items() if status.due]
 
     @property
+    def is_counted(self) -> bool:
+        """Whether all its pictures are known; those of shards are when these are read."""
+        return not any(item.is_unread for item in self.found.items)
+
+    @property
     def missing(self) -> dict[str, set[str]]:
         """Kind of cache -> keys of the items whose file is to be made."""
         return {kind: set(status.due) for kind, status in self.status.items()}
@@ -99,7 +104,7 @@ def _refuse_missing(config: RunConfig, items: list[Item], status: dict[str, Kind
     Raises:
         DataError: naming the first of each kind.
     """
-    absent = {item.key: item for item in items if item.content is not None}
+    absent = {item.key: item for item in items if item.content is not None and item.shard is None}
     lines = []
     for kind, own in status.items():
         due = [key for key in own.due if key in absent]
@@ -263,8 +268,10 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     more = f", and {len(buckets) - 6} more" if len(buckets) > 6 else ""
     start = f"from {config.model.path}" if config.model.init == "checkpoint" else "from random weights"
     counted = f"{len(plan.found.items)} images, {steps.images_per_epoch} per epoch with repeats; buckets {shown}{more}"
-    if any(dataset.stream for dataset in config.datasets):
+    if any(dataset.stream and not dataset.stream.cached for dataset in config.datasets):
         counted = f"a stream, {steps.images_per_epoch} images per epoch; buckets around {shown.partition(':')[0]}"
+    elif not plan.is_counted:
+        counted = f"about {steps.images_per_epoch} images per epoch, counted when all shards are read"
     lines = [f"{config.run.name}: {config.spec.title} {start}, seed {config.run.seed}", f"  data     {counted}"]
     if plan.held_out:
         count = min(len(plan.held_out), config.validation.max_images or len(plan.held_out))

@@ -38,7 +38,7 @@ from musubi_tuner.errors import (
     mask_secrets,
     run_command,
 )
-from musubi_tuner.files import folder_lock, read_text
+from musubi_tuner.files import folder_lock, read_text, remove_leftovers
 from musubi_tuner.models.registry import MODELS
 from musubi_tuner.models.spec import ModelSpec
 from musubi_tuner.parent import has_parent_pipe, join_parent
@@ -243,6 +243,7 @@ def run_recorded(folder: Path, config: RunConfig, body: Callable[[bool], int], o
     with _hold(folder) as can_write:
         if not can_write:
             return body(False)
+        remove_leftovers(folder)
         begin(folder, config.path, config.run.name, override_arguments(overrides))
         code, reason, message = EXIT_FAILED, FAILED, None
         try:
@@ -366,15 +367,17 @@ class Runner:
         show_plan(config, describe(config, plan, self.processes))
         newest = f"{config.output_dir}: its newest state was made with another config"
         if options.plan:
-            self._refuse_changes(plan, newest, plan.state)
+            if plan.is_counted:
+                self._refuse_changes(plan, newest, plan.state)
             self._plan_memory(plan)
             return EXIT_OK
         from musubi_tuner.training.checkpoint import refuse_second_branch
 
-        if self._finished(plan, can_write):
+        if plan.is_counted and self._finished(plan, can_write):
             return self._score_demo()
         refuse_second_branch(config)
-        self._refuse_changes(plan, newest, plan.state)
+        if plan.is_counted:
+            self._refuse_changes(plan, newest, plan.state)
         if plan.due and not encode and not options.skip_cache:
             self._refuse_due(plan.due)
         settled = None if options.cache_only else self._plan_memory(plan)
@@ -385,6 +388,18 @@ class Runner:
                 return code
         if options.cache_only:
             return EXIT_OK
+        if plan.due and any(dataset.stream for dataset in config.datasets):  # whose pictures are known by now
+            plan = self.plan = make_plan(config, self.processes, download=False, encodes=False)
+            show_plan(config, describe(config, plan, self.processes))
+            for kind in plan.due:
+                reason = plan.status[kind].reasons[0][0]
+                raise CacheError(
+                    f"{kind}: {len(plan.status[kind].due)} files are not right ({reason}); run the same command again"
+                )
+            if self._finished(plan, can_write):
+                return self._score_demo()
+            self._refuse_changes(plan, newest, plan.state)
+            settled = None
         if settled is None:
             settled = self._plan_memory(plan, last=True)  # the checkpoint may be fetched now
         code = self._train(settled, plan.found.items)

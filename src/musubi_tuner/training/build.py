@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ from musubi_tuner.training.role import Role
 from musubi_tuner.training.samples import PreparedPrompts, Reconstructions, Samples, prepare_prompts
 from musubi_tuner.training.saving import Saver
 from musubi_tuner.training.schedulers import rate_jump, schedule_length
-from musubi_tuner.training.shards import Shards
 from musubi_tuner.training.snapshot import Snapshot
 from musubi_tuner.training.task import FlowTask, Position, Task
 from musubi_tuner.training.trackers import open_trackers
@@ -75,7 +74,6 @@ class Run:
         metrics, saver, uploads: of the main rank; None on the others, and without uploads.
         begun: when this start began, of `time.monotonic`.
         state_step: update of the newest state that this start wrote; -1 = none.
-        term_weights: factors of the loss terms in the last update.
     """
 
     config: RunConfig
@@ -94,7 +92,6 @@ class Run:
     uploads: RunUploads | None
     begun: float
     state_step: int = -1
-    term_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def role(self) -> Role:
@@ -161,8 +158,11 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
     if trainee.prepare is not None:
         lines += trainee.prepare(source.first, found is None)
+    divided = None
     if ranks.divides:
-        module = Shards(trainee.model, config.spec.block_lists, ranks.device, ranks.rank, ranks.count)
+        from musubi_tuner.training.divided import DividedModel
+
+        module = divided = DividedModel(trainee.model, config.spec.block_lists, ranks.device, ranks.rank, ranks.count)
         lines.append(f"fsdp: each of {ranks.count} processes keeps a part of every weight")
     elif config.distributed.fsdp:
         lines.append("warning: distributed.fsdp does nothing here: this run has one process")
@@ -173,7 +173,9 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     def make_role(name: str, part: nn.Module) -> Role:
         # Data parallelism wraps the model of a denoiser; other roles average their gradients themselves.
         total, wrapped = steps.total_updates, facts.denoises
-        return Role(name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped)
+        return Role(
+            name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped, divided=divided
+        )
 
     task: Task | None = None
     validator: Validator | None = None

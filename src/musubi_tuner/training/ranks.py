@@ -44,7 +44,7 @@ class Ranks:
 
     Attributes:
         device: of this rank. rank: its number. count: of all. main: whether it is the one that writes and draws.
-        divides: whether each keeps a part of the model; see `shards`.
+        divides: whether each keeps a part of the model; see `divided`.
         stop: a signal to stop that arrived here; `requests` is what all ranks agree on.
 
     Args:

@@ -12,7 +12,7 @@ before any of them moves; see `update`.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,10 @@ from musubi_tuner.training.optimizers import (
 from musubi_tuner.training.plateau import plateau_of
 from musubi_tuner.training.ranks import Ranks
 from musubi_tuner.training.schedulers import schedule_of
-from musubi_tuner.training.shards import Shards
 from musubi_tuner.training.stepping import FusedBackward, RoundedStep
+
+if TYPE_CHECKING:
+    from musubi_tuner.training.divided import DividedModel
 
 
 @dataclass
@@ -63,10 +65,11 @@ class Role:
 
     Args:
         name: by which settings and files call it.
-        module: whose parameters with ``requires_grad`` train: a whole model, its `Shards`, or an `AdapterSet`.
+        module: whose parameters with ``requires_grad`` train: a whole model, or an `AdapterSet`.
         total: updates of the run.
         swap: of the blocks of the model, if there is one.
         scaler: of fp16, shared by the roles of a run; None for other precisions.
+        divided: ``module``, where it is a model that is divided among the ranks.
         wrapped: whether data parallelism wraps the model and averages gradients during the backward pass; otherwise `ready` does.
 
     Attributes:
@@ -90,6 +93,7 @@ class Role:
         swap: BlockSwap | None = None,
         scaler: torch.amp.GradScaler | None = None,
         wrapped: bool = True,
+        divided: "DividedModel | None" = None,
     ) -> None:
         config = config.for_role(name)
         self.name = name
@@ -130,9 +134,9 @@ class Role:
         # DDP does not see parameters in main memory; their gradients are averaged block by block.
         streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
         self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
-        self._shards = module if isinstance(module, Shards) else None
-        if self._shards is not None:
-            self._by_hand = [self._shards.replicated]
+        self._divided = divided
+        if divided is not None:
+            self._by_hand = [divided.replicated]
         if swap is not None and any(streamed):
             swap.watch(self.optimizer)
         if config.ema.enabled and not self.frozen:
@@ -182,16 +186,16 @@ class Role:
         if self._fused is not None:
             self.norm = self._fused.norm()
             return torch.isfinite(self.norm).to(self._ranks.device)
-        if self._shards is not None:
-            self._shards.collect_gradients()
+        if self._divided is not None:
+            self._divided.collect_gradients()
         for parameter in self._kept:
             parameter.grad = None
         for group in self._by_hand:
             self._ranks.average_gradients(group)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        if self._shards is not None:
-            self.norm = self._shards.clip_gradients(self.max_grad_norm, self._ranks.add_up)
+        if self._divided is not None:
+            self.norm = self._divided.clip_gradients(self.max_grad_norm, self._ranks.add_up)
         else:
             self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
@@ -220,8 +224,8 @@ class Role:
     def zero(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._shards is not None:
-            self._shards.forget_gradients()
+        if self._divided is not None:
+            self._divided.forget_gradients()
 
     @property
     def averages_itself(self) -> bool:
@@ -231,7 +235,7 @@ class Role:
     @property
     def divided(self) -> bool:
         """Whether it is divided among the ranks: then they ask for its weights, averages and state together."""
-        return self._shards is not None
+        return self._divided is not None
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies.
@@ -254,10 +258,10 @@ class Role:
         return {**weights, **averaged_parameters(self.optimizer)} if self._record.averages else weights
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors if self._shards is None else self._shards.gathered(tensors, _parameter_of)
+        return tensors if self._divided is None else self._divided.gathered(tensors, _parameter_of)
 
     def _cut(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return tensors if self._shards is None else self._shards.cut(tensors, _parameter_of)
+        return tensors if self._divided is None else self._divided.cut(tensors, _parameter_of)
 
     @contextmanager
     def averaged(self, wanted: bool = True) -> Iterator[None]:
@@ -284,7 +288,7 @@ class Role:
     def _in_use(self) -> Iterator[None]:
         """The present weights on the device inside the block, those of all ranks."""
         self.refresh()
-        with self._shards.whole() if self._shards is not None else nullcontext():
+        with self._divided.whole() if self._divided is not None else nullcontext():
             yield
 
     def refresh(self) -> None:

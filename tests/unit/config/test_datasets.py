@@ -208,7 +208,7 @@ def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warning
 
 def test_dataset_without_a_source(problems: Problems) -> None:
     assert problems(data="[[datasets]]\nresolution = 512\n") == [
-        "datasets[0]: has no images; set image_directory, image_jsonl_file or shards"
+        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name"
     ]
 
 
@@ -228,7 +228,7 @@ def test_no_dataset_at_all(data: str, problems: Problems) -> None:
     # The last case is written above all tables, where a bare key belongs to the top.
     changes = {"top": data, "data": ""} if data.startswith("datasets") else {"data": data}
     assert problems(**changes) == [
-        "datasets: no data set given; add [[datasets]] with image_directory, image_jsonl_file or shards"
+        "datasets: no data set given; add [[datasets]] with image_directory, image_jsonl_file, shards or dataset_name"
     ]
 
 

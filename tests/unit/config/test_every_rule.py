@@ -200,7 +200,9 @@ RULES: dict[str, list[tuple[Changes, Changes]]] = {
              {"memory": 'compile = true\ncompile_mode = "max-autotune-no-cudagraphs"'})],
     "V88": [({"memory": "blocks_to_swap = 2", "optimizer": f'type = "{name}"'}, {"memory": "blocks_to_swap = 2"})
             for name in ("AdamW8bit", "PagedAdamW", "Lion8bit")],
-    "V94": [({**ff(), **STREAM, "data": f'{STREAM["data"]}\n{MORE}'}, {**ff(), **STREAM}), ({**ff(**FLOW), **STREAM}, {**ff(), **STREAM})],
+    "V94": [({**ff(), **STREAM, "data": f'{STREAM["data"]}\n{MORE}'}, {**ff(), **STREAM}), ({**ff(**FLOW), **STREAM}, {**ff(), **STREAM}),
+            ({**ff(), "data": f'{STREAM["data"]}\ncache_directory = "caches"'}, {**ff(), **STREAM}),
+            (STREAM, {"data": f'{STREAM["data"]}\ncache_directory = "caches"'})],
     "V92": [(images("is_reg = true"), images("is_reg = true", MORE))],
 }  # fmt: skip
 """Code -> pairs of changes of a good file: those that break the rule, and the nearest that do not."""

@@ -20,7 +20,7 @@ from musubi_tuner.config.streams import StreamSettings
 from musubi_tuner.data import shards as shards_module
 from musubi_tuner.data.batch import load_batches
 from musubi_tuner.data.plan import MicroBatch, plan_epoch, updates_of_epoch
-from musubi_tuner.data.shards import list_shards, read_shard
+from musubi_tuner.data.shards import is_on_disk, list_shards, read_shard, shard_names
 from musubi_tuner.data.sources import scan
 from musubi_tuner.data.streams import BUFFER, StreamSource
 from musubi_tuner.errors import DataError
@@ -232,9 +232,9 @@ def test_a_cut_shard_and_too_many_readers_are_errors(tmp_path: Path) -> None:
 
 def test_settings_of_folders_are_refused() -> None:
     found: list[Diagnostic] = resolve_datasets(
-        {"datasets": [{"shards": ["a.tar"], "cache_directory": "c", "num_repeats": 3}]}, DEFAULTS, 16, Path
+        {"datasets": [{"shards": ["a.tar"], "caption_columns": ["c"], "num_repeats": 3}]}, DEFAULTS, 16, Path
     )[1]
-    assert [problem.key for problem in found] == ["datasets[0].cache_directory", "datasets[0].num_repeats"]
+    assert {problem.key for problem in found} == {"datasets[0].caption_columns", "datasets[0].num_repeats"}
 
 
 @pytest.fixture
@@ -298,6 +298,62 @@ def test_patterns_of_the_hub_are_listed_and_read_by_its_library(
     monkeypatch.setattr(FileSystem, "glob", refuse)
     with pytest.raises(DataError, match=r"cannot be listed .*401.*HF_TOKEN"):
         list_shards(settings)
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_a_data_set_of_hugging_face_is_read_part_by_part(form: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": {"bytes": picture(n), "path": None}, "text": [f"picture  {n}", "other"]} for n in range(7)]
+    rows[3]["text"] = []
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    whole = datasets.Dataset.from_list(rows, features=features)
+    if form == "arrow":
+        whole.save_to_disk(str(tmp_path / "set"), num_shards=2)
+    else:
+        for part in range(2):
+            whole.shard(2, part, contiguous=True).to_parquet(str(tmp_path / "set" / f"train-{part}.parquet"))
+    settings = StreamSettings(dataset_name=str(tmp_path / "set"))
+    parts = list_shards(settings)
+    assert [part.rpartition("/")[2] for part in parts] == ["train-0", "train-1"] and all(map(is_on_disk, parts))
+    found = [sample for part in parts for sample in read_shard(part, settings)]
+    assert [sample.caption for sample in found] == [None if n == 3 else f"picture {n}" for n in range(7)]
+    assert [sample.picture for sample in found] == [picture(n) for n in range(7)]
+    assert [sample.key for sample in read_shard(parts[0], settings, skip=2)] == [s.key for s in found[2:4]]
+    with pytest.raises(DataError, match=r"image_column: .* has no column 'photo', but image, text; name one of these"):
+        list_shards(StreamSettings(dataset_name=str(tmp_path / "set"), image_column="photo"))
+    with pytest.raises(DataError, match=r"image_column: column 'text' .* holds no pictures"):
+        list_shards(StreamSettings(dataset_name=str(tmp_path / "set"), image_column="text"))
+    with pytest.raises(DataError, match=r"split none: cannot be opened"):
+        list_shards(StreamSettings(dataset_name=str(tmp_path / "set"), dataset_split="none"))
+
+
+def test_a_data_set_of_hugging_face_is_a_live_stream(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": {"bytes": picture(n), "path": None}, "text": f"picture {n}"} for n in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "set"), num_shards=2)
+    (dataset,), problems = resolve_datasets(
+        {"datasets": [{"dataset_name": str(tmp_path / "set"), "epoch_samples": 6}]}, DEFAULTS, 16, Path
+    )
+    assert not problems
+    item = scan([dataset], "ff").items[0]
+    source = StreamSource(item, dataset, 1, numbers, architecture="ff")
+    batches = load_batches(source, plan_epoch(source.plan_items(), 1, 0), 0, 0)
+    assert sorted(int(n) for batch in batches for n in batch.tensors["number"]) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["/x/a.tar", "/y/b c.tar"], ["a", "b_c"]),
+        (["/x/a.tar", "/y/A.tar"], ["a-", "A-"]),
+        (["hf://datasets/me/set/train-000.tar", "datasets:///x/set/train-0"], ["train-000", "train-0"]),
+    ],
+)
+def test_shards_have_folders_of_their_own(given: list[str], names: list[str]) -> None:
+    found = shard_names(given)
+    assert list(found.values()) == given and len(found) == len(given)
+    assert all(own.startswith(name) for own, name in zip(found, names, strict=True))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

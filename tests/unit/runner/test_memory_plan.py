@@ -69,6 +69,7 @@ def a_plan(due: list[str] | None = None) -> Any:
     steps = calculate_steps([(1, 1)], num_processes=1, grad_accum_steps=1, max_steps=10, max_epochs=None)
     return SimpleNamespace(
         found=SimpleNamespace(items=[item], notes=[]),
+        is_counted=True,
         steps=steps,
         due=due or [],
         missing={},

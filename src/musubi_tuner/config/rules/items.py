@@ -133,19 +133,22 @@ def _captions_are_seen(config: RunConfig) -> Iterator[Diagnostic]:
 
 @rule("V94")
 def _streams(config: RunConfig) -> Iterator[Diagnostic]:
-    streams = [dataset for dataset in config.datasets if dataset.stream is not None]
-    if not streams:
-        return
-    place = f"{streams[0].name}.shards"
-    if len(config.datasets) > 1:
-        text = "is a stream, beside which a run reads nothing else; give it a run or a step of its own (use = [...])"
-        yield error("V94", place, text)
-    if not config.spec.task(config).pixels:
-        text = (
-            f"is a stream of pictures, and this run of {config.spec.title} trains from cached latents; unpack the shards into a folder "
-            "and name that in image_directory"
-        )
-        yield error("V94", place, text)
+    live = config.spec.task(config).pixels
+    for dataset in config.datasets:
+        if dataset.stream is None:
+            continue
+        place = f"{dataset.name}.{'dataset_name' if dataset.stream.dataset_name else 'shards'}"
+        if live and len(config.datasets) > 1:
+            text = (
+                "is a stream, beside which a run reads nothing else; give it a run or a step of its own (use = [...])"
+            )
+            yield error("V94", place, text)
+        if live and dataset.stream.cached:
+            text = f"is for cached latents, and this run of {config.spec.title} reads pictures as they come; remove it"
+            yield error("V94", f"{dataset.name}.cache_directory", text, place)
+        if not live and not dataset.stream.cached:
+            text = f"is read once, since this run of {config.spec.title} trains from cached latents; set cache_directory to a folder for them"
+            yield error("V94", place, text, f"{dataset.name}.cache_directory")
 
 
 @rule("V92", "train.prior_loss_weight")

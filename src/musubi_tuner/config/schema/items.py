@@ -21,7 +21,9 @@ CAPTION_TRANSFORMS = ("object_relations", "imagenet")
 
 
 _BUCKETS = on("general.enable_bucket")
-_STREAM = on("datasets.shards")
+_SHARDS = on("datasets.shards")
+_TABLE = on("datasets.dataset_name")
+_STREAM = _SHARDS | _TABLE
 
 
 class GeneralSection(Section):
@@ -230,13 +232,24 @@ class DatasetSection(GeneralSection):
     )  # fmt: skip
     shards: str | list[str] | None = param(
         None,
-        "WebDataset shards instead of a folder: tar files, http addresses or hf://datasets/owner/name/*.tar; {000..010} counts.",
+        "WebDataset shards instead of a folder: tar files, http addresses or hf://datasets/owner/name/*.tar; {000..010} counts. With "
+        "cache_directory they are cached one by one, without it their pictures are trained as they come.",
     )
     shard_image_key: str | None = param(
-        None, "Ending of the pictures in a shard; absent = the first that is a picture's.", when=_STREAM
+        None, "Ending of the pictures in a shard; absent = the first that is a picture's.", when=_SHARDS
     )
-    shard_label_key: str = param("json", "Ending of the captions in a shard.", when=_STREAM)
-    shard_caption_key: str = param("prompt", "Field with the caption, where that ending is json.", when=_STREAM)
+    shard_label_key: str = param("json", "Ending of the captions in a shard.", when=_SHARDS)
+    shard_caption_key: str = param("prompt", "Field with the caption, where that ending is json.", when=_SHARDS)
+    dataset_name: str | None = param(
+        None,
+        "Data set of Hugging Face instead of a folder: a folder (arrow, parquet or pictures) or a hub id, which is read as a stream. Needs the package datasets.",
+    )
+    dataset_config_name: str | None = param(None, "Its configuration, where it has several.", when=_TABLE)
+    dataset_split: str = param("train", "Its split.", min_length=1, when=_TABLE)
+    image_column: str = param("image", "Its column of pictures.", min_length=1, when=_TABLE)
+    caption_column: str = param(
+        "text", "Its column of captions; of a list of captions the first.", min_length=1, when=_TABLE
+    )
     shard_samples: int = param(
         1000, "Pictures that a shard is taken to hold.", ge=1, le=10**9, unit="pictures", when=_STREAM
     )

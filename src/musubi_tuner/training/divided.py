@@ -25,7 +25,7 @@ class Unmatched(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Shards(nn.Module):
+class DividedModel(nn.Module):
     """This rank's parts of a model, under the model's names; the model itself is divided by this.
 
     Args:

@@ -1,0 +1,206 @@
+"""Shards and data sets of Hugging Face are cached one part at a time, in the files that a folder would have, and then trained."""
+
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import ForkServer, content, differing, final_files, write_run
+from safetensors.torch import load_file
+
+from musubi_tuner.headers import read_header
+
+JOBS = ("latents", "text", "experts")
+ENDINGS = {"latents": "_tf.safetensors", "text": "_te.safetensors", "experts": "_experts.safetensors"}
+SPLIT = {"a": slice(0, 5), "b": slice(5, 9)}
+"""Photographs of each shard."""
+
+
+def pictures(photographs: Path) -> list[Path]:
+    return sorted(path for path in photographs.iterdir() if path.suffix != ".txt")
+
+
+def write_shards(folder: Path, photographs: Path) -> Path:
+    """Two tar files of the photographs with their captions."""
+    folder.mkdir(parents=True)
+    for name, part in SPLIT.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            for path in pictures(photographs)[part]:
+                archive.add(path, path.name)
+                archive.add(path.with_suffix(".txt"), path.with_suffix(".txt").name)
+    return folder
+
+
+def data(folder: Path, root: Path, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "shards": str(folder / "*.tar"),
+            "shard_label_key": "txt",
+            "cache_directory": str(root / "cache"),
+            "shard_samples": 5,
+            **changes,
+        }
+    ]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
+    """The tar files. Read only."""
+    return write_shards(tmp_path_factory.mktemp("shards") / "tar", photographs)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    shards: Path, tmp_path_factory: pytest.TempPathFactory, photographs: Path, encoders: Path, server: ForkServer
+) -> Path:
+    """The run file of a run that cached and trained the shards. Read only."""
+    root = tmp_path_factory.mktemp("trained")
+    config = write_run(root, photographs, encoders, datasets=data(shards, root), train={"max_steps": 4})
+    result = server.run("train", [config], root).expect(0)
+    assert "2 of 2 shards are not read yet; each counts as 5 pictures" in result.out
+    assert "latents: shard 2 of 2" in result.out
+    assert "9 up to date, 0 to make" in result.out
+    return config
+
+
+def test_their_caches_are_those_of_a_folder(trained: Path, photographs: Path, caches: Path) -> None:
+    """But for the rounding of other batches, and the shard in the id, which keys the noise that teachers see."""
+    made = trained.parent / "cache"
+    assert not list(made.glob(".reading*"))
+    for name, part in SPLIT.items():
+        for picture in pictures(photographs)[part]:
+            own = sorted((made / name).glob(f"{picture.stem}_*"))
+            others = sorted(caches.glob(f"{picture.stem}_*"))
+            assert [path.name for path in own] == [path.name for path in others] and len(own) == 3
+            for path, other in zip(own, others, strict=True):
+                found, expected = load_file(path), load_file(other)
+                assert found.keys() == expected.keys()
+                for key in found if "_experts" not in path.name else ():
+                    torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+                prints = [read_header(each).fingerprint or {} for each in (path, other)]
+                assert prints[0].pop("item") == f"{name}/{prints[1].pop('item')}"
+                images = [fingerprint.pop("image", {}) for fingerprint in prints]
+                assert prints[0] == prints[1] and images[0].get("sha256") == images[1].get("sha256")
+
+
+def test_a_shard_that_was_read_is_left_alone_and_one_that_changed_is_read_again(
+    trained: Path, shards: Path, photographs: Path, encoders: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.parent / "cache", tmp_path / "cache")
+    mine = shutil.copytree(shards, tmp_path / "tar")
+    config = write_run(tmp_path, photographs, encoders, datasets=data(mine, tmp_path), train={"max_steps": 2})
+    # The shards lie elsewhere, so they are read again, and everything is right.
+    for job in JOBS:
+        first = server.run(job, [config], tmp_path).expect(0).out
+        assert f"{job}: encoded 0, up to date 5, failed 0" in first and f"{job}: encoded 0, up to date 4" in first
+        assert f"{job}: read 0 of 2 shards" in server.run(job, [config], tmp_path).expect(0).out
+    with tarfile.open(mine / "b.tar", "a") as archive:
+        path = pictures(photographs)[0]
+        for file, name in ((path, f"more{path.suffix}"), (path.with_suffix(".txt"), "more.txt")):
+            archive.add(file, name)
+    assert "4 to make (4 x the shard was [" in server.run("train", [config, "--plan"], tmp_path).expect(0).out
+    for job in JOBS:
+        assert f"{job}: encoded 1, up to date 4, failed 0" in server.run(job, [config], tmp_path).expect(0).out
+    assert "data     10 images" in server.run("train", [config], tmp_path).expect(0).out
+
+
+@pytest.mark.parametrize(
+    ("job", "point"),
+    [("latents", "cache.latents.batch:3"), ("text", "file.written:7"), ("experts", "cache.experts.batch:4")],
+)
+def test_a_job_that_was_killed_goes_on(
+    job: str,
+    point: str,
+    trained: Path,
+    shards: Path,
+    photographs: Path,
+    encoders: Path,
+    server: ForkServer,
+    tmp_path: Path,
+) -> None:
+    config = write_run(tmp_path, photographs, encoders, datasets=data(shards, tmp_path))
+    server.run(job, [config], tmp_path, MUSUBI_FAULT=point).expect(-signal.SIGKILL)
+    again = server.run(job, [config], tmp_path).expect(0)
+    assert f"{job}: shard 1 of" in again.out
+    assert not list((tmp_path / "cache").glob(".reading*"))
+    ours, theirs = ({path.relative_to(root): content(path)[1] for path in root.rglob(f"*{ENDINGS[job]}")}
+                    for root in (tmp_path / "cache", trained.parent / "cache"))  # fmt: skip
+    assert ours == {path: theirs[path] for path in ours} and len(ours) == 9
+
+
+def test_they_train_without_the_shards_as_precached(
+    trained: Path, photographs: Path, encoders: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.parent / "cache", tmp_path / "cache")
+    only = [{"precached": True, "cache_directory": str(tmp_path / "cache")}]
+    config = write_run(tmp_path, photographs, encoders, datasets=only, train={"max_steps": 4})
+    server.run("train", [config], tmp_path).expect(0)
+    assert differing(final_files(tmp_path / "out"), final_files(trained.parent / "out")) == []
+
+
+def table(folder: Path, photographs: Path, form: str) -> Path:
+    """The photographs as a data set of Hugging Face in two parts."""
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"picture": {"bytes": path.read_bytes(), "path": path.name}, "words": path.with_suffix(".txt").read_text()}
+        for path in pictures(photographs)
+    ]
+    features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
+    whole = datasets.Dataset.from_list(rows, features=features)
+    if form == "arrow":
+        whole.save_to_disk(str(folder), num_shards=2)
+    elif form == "parquet":
+        for number, part in enumerate(SPLIT.values()):
+            whole.select(range(*part.indices(9))).to_parquet(str(folder / f"train-{number:05d}-of-00002.parquet"))
+    else:
+        folder.mkdir()
+        lines = ["file_name,words"]
+        for path in pictures(photographs):
+            shutil.copy(path, folder / path.name)
+            lines.append(f'{path.name},"{path.with_suffix(".txt").read_text().strip()}"')
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet", "pictures"])
+def test_a_data_set_of_hugging_face_is_cached_and_trained(
+    form: str, photographs: Path, encoders: Path, caches: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    source = table(tmp_path / form, photographs, form)
+    given = [{"dataset_name": str(source), "caption_column": "words", "cache_directory": str(tmp_path / "cache"),
+              "image_column": "image" if form == "pictures" else "picture"}]  # fmt: skip
+    config = write_run(tmp_path, photographs, encoders, datasets=given, train={"max_steps": 2},
+                       experts={"enable_lune": False, "enable_sol": False})  # fmt: skip
+    environment = {"HF_HOME": str(tmp_path / "hf")}
+    for job in ("latents", "text"):
+        server.run(job, [config], tmp_path, **environment).expect(0)
+    assert "data     9 images" in server.run("train", [config], tmp_path, **environment).expect(0).out
+    made = {read_header(path).metadata["caption1"] for path in (tmp_path / "cache").rglob("*_te.safetensors")}
+    assert made == {read_header(path).metadata["caption1"] for path in caches.glob("*_te.safetensors")}
+
+
+def test_what_a_stream_lacks_is_said(
+    shards: Path, photographs: Path, encoders: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    def said(**changes: Any) -> str:
+        (given,) = data(shards, tmp_path, **changes)
+        given = {key: value for key, value in given.items() if value is not None}
+        config = write_run(tmp_path, photographs, encoders, datasets=[given])
+        result = server.run("train", [config, "--plan"], tmp_path)
+        assert result.code == 2 or result.code == 1, result.out
+        return result.err
+
+    assert "is read once, since this run of TinyFlux-Deep trains from cached latents; set cache_directory" in said(
+        cache_directory=None
+    )
+    assert "matches no file" in said(shards=str(tmp_path / "none*.tar"))
+    assert "has both shards and dataset_name" in said(dataset_name="me/pictures")
+    table = {"shards": None, "shard_label_key": None}
+    pytest.importorskip("datasets")
+    assert "cannot be opened" in said(dataset_name="me/pictures", **table)
+    assert "caption_column: has no effect because datasets.dataset_name is absent" in said(
+        caption_column="words", shards=str(tmp_path / "none*.tar")
+    )
