@@ -21,7 +21,8 @@ from musubi_tuner.config.write import dataset_toml
 from musubi_tuner.errors import ConfigError, run_command
 from musubi_tuner.files import write_text
 from musubi_tuner.fluxflow_output import GRAPH, lay_out
-from musubi_tuner.models.fluxflow.trainer_settings import SECTIONS, read_settings
+from musubi_tuner.models.fluxflow.trainer_names import SECTIONS
+from musubi_tuner.models.fluxflow.trainer_settings import read_settings
 from musubi_tuner.runner import command
 
 PLAN = ("validate_pipeline", "plan", "dry_run")

@@ -141,3 +141,10 @@ def test_an_import_inside_a_function_keeps_a_heavy_package_out() -> None:
 def test_no_two_test_files_share_a_name() -> None:
     names = Counter(path.name for path in TESTS.rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []  # pytest imports them by their names
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS.values()
+    }
+    assert {name: count for name, count in lengths.items() if count > 700} == {}

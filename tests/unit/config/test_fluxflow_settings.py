@@ -22,7 +22,8 @@ from musubi_tuner.config import load_config
 from musubi_tuner.config.__main__ import main
 from musubi_tuner.config.load import load_steps
 from musubi_tuner.config.write import dataset_toml
-from musubi_tuner.models.fluxflow.trainer_settings import URL, VGG, read_settings
+from musubi_tuner.models.fluxflow.trainer_names import URL, VGG
+from musubi_tuner.models.fluxflow.trainer_settings import read_settings
 
 PIPELINE = """
 data:
