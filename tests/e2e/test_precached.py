@@ -81,6 +81,48 @@ def test_sample_prompts_need_the_encoders_and_say_so(beside_pictures: Path, tmp_
     assert "model.t5_path: is needed to encode and draw sample.prompts" in result.err
 
 
+SAMPLE = {"prompts": ["a cup --n a dog", "a cat"], "every_steps": 2, "steps": 2, "width": 64, "height": 64}
+
+
+def test_prompts_that_were_encoded_once_need_no_text_encoder(
+    photographs: Path, encoders: Path, caches: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    """The same pictures, on a machine with the caches and the autoencoder only; another prompt is named before anything is loaded."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    copy_tree(caches, there / "cache")
+    config = write_run(there, photographs, encoders, train={"max_steps": 4}, sample=SAMPLE)
+    first = server.run("train", [config], there).expect(0).out
+    assert "prompts  4 texts to encode, for which the text encoders are needed" in first
+    kept = (there / "cache" / "prompts_tf.safetensors").read_bytes()
+    moved = without_pictures(config, here, sample=SAMPLE, model={"vae_path": str(encoders / "ae.safetensors")})
+    assert "prompts  4 texts are encoded" in server.run("train", [moved], here).expect(0).out
+    drawn = {path.name: path.read_bytes() for path in (there / "out" / "sample").glob("*.png")}
+    assert len(drawn) == 6
+    assert {path.name: path.read_bytes() for path in (here / "out" / "sample").glob("*.png")} == drawn
+    assert (here / "cache" / "prompts_tf.safetensors").read_bytes() == kept
+    refused = server.run("train", [moved, "--set", 'sample.prompts=["a dog in a boat"]'], here).expect(2)
+    assert "model.t5_path: /nowhere/t5_path: no such file or folder" in refused.err and "experts" not in refused.err
+
+
+def test_the_text_job_encodes_prompts_and_other_encoders_encode_them_again(
+    photographs: Path, encoders: Path, caches: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    copy_tree(caches, tmp_path / "cache")
+    config = write_run(tmp_path, photographs, encoders, sample=SAMPLE)
+    assert "encoded 0, up to date 9" in server.run("text", [config], tmp_path).expect(0).out
+    path = tmp_path / "cache" / "prompts_tf.safetensors"
+    before = path.stat().st_mtime_ns
+    server.run("text", [config], tmp_path).expect(0)
+    assert path.stat().st_mtime_ns == before
+    assert "prompts  4 texts are encoded" in server.run("train", [config, "--plan"], tmp_path).expect(0).out
+    assert (
+        "prompts  4 texts to encode"
+        in server.run("train", [config, "--plan", "--t5_max_tokens", "20"], tmp_path).expect(0).out
+    )
+    path.write_bytes(path.read_bytes()[:100])
+    assert "prompts  4 texts to encode" in server.run("train", [config, "--plan"], tmp_path).expect(0).out
+
+
 def test_keys_of_pictures_beside_precached_are_refused(
     beside_pictures: Path, tmp_path: Path, server: ForkServer
 ) -> None:

@@ -10,6 +10,7 @@ from musubi_tuner.caching.experts import cache_experts
 from musubi_tuner.caching.file_format import caption_metadata, caption_name, latents_key, mask_key
 from musubi_tuner.caching.fingerprint import STORED
 from musubi_tuner.caching.job import Encoded, Encoder, Job, JobOptions, name_of, storage_dtype, store
+from musubi_tuner.caching.prompts import keep_prompts, prompt_encodings, texts_of_run
 from musubi_tuner.caching.shards import run_with_shards
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
@@ -96,6 +97,7 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
         stored, job.precision = storage_dtype(config, STORED["text"]), name_of(encoders.dtype)
         suffix = name_of(stored)
         print(f"text: {encoders.title} in {encoders.dtype} on {device}")
+        keep_prompts(config, encoders)
 
         def encode(items: list[Item], _: list[Any]) -> list[Encoded]:
             encoded = encoders.encode([caption for item in items for caption in item.captions])
@@ -115,7 +117,11 @@ def cache_text(config: RunConfig, options: JobOptions, family: dict[str, Any]) -
         return encode
 
     job = Job("text", config.cache.text_batch_size, False, open_encoder, metadata=caption_metadata, report=report)
-    return run_with_shards(config, job, options, family)
+    code = run_with_shards(config, job, options, family)
+    texts = [] if options.dry_run or options.shard != (1, 1) else texts_of_run(config)
+    if texts:
+        prompt_encodings(config, texts, choose_device(config.run.device))
+    return code
 
 
 JOBS = {"latents": cache_latents, "text": cache_text, "experts": cache_experts}

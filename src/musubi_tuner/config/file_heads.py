@@ -49,6 +49,17 @@ def head_problem(path: Path, arch: str | None = None) -> str | None:
     return other_model(header, arch) if arch is not None and isinstance(header, dict) else None
 
 
+def texts_in(path: Path) -> list[str]:
+    """The texts that a file of encoded prompts says it holds; none if it cannot be read. What made it is compared later."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            texts = json.loads(json.loads(file.read(min(length, _LARGEST_HEADER)))["__metadata__"]["texts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [text for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
+
+
 def other_model(names: Iterable[str], arch: str) -> str | None:
     """What is wrong if a file holds a model of another family; None otherwise."""
     tensors = list(names)

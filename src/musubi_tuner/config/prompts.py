@@ -232,6 +232,20 @@ def sample_prompts(config: RunConfig) -> list[Prompt]:
     return read_prompts(config.locate(prompts)) if isinstance(prompts, str) else as_prompts(prompts)
 
 
+def prompt_texts(prompts: Sequence[str | Prompt], negative: str | None) -> list[str]:
+    """Texts of prompts, their negative ones, the shared negative or the empty text, each once: what drawing them encodes."""
+    parsed = as_prompts(prompts)
+    own = [prompt.negative for prompt in parsed if prompt.negative is not None]
+    return list(dict.fromkeys([*(prompt.text for prompt in parsed), *own, negative or ""]))
+
+
+def prompts_file(config: RunConfig) -> Path | None:
+    """Where encodings of the sample prompts are kept; None if the run has no caches of texts."""
+    if "text" not in config.spec.task(config).caches or not config.datasets:
+        return None
+    return config.datasets[0].cache_directory / f"prompts_{config.spec.code}.safetensors"
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """How samples are drawn; sizes in pixels; ``negative`` None = the trained null condition, or an empty text."""

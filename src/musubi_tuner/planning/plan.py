@@ -8,10 +8,11 @@ from typing import Any
 from musubi_tuner.adapter_types import ADAPTERS
 from musubi_tuner.caching.black_masks import black_masks
 from musubi_tuner.caching.contents import Contents
+from musubi_tuner.caching.prompts import are_known, texts_of_run
 from musubi_tuner.caching.status import KindStatus, examine, needed_kinds
 from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_limits
 from musubi_tuner.config import RunConfig, Steps, sentence
-from musubi_tuner.config.prompts import sample_prompts
+from musubi_tuner.config.prompts import prompts_file, sample_prompts
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.masks import black_lines, mask_lines
 from musubi_tuner.data.remarks import picture_lines
@@ -132,7 +133,8 @@ def _late_kinds(config: RunConfig) -> tuple[str, ...]:
 
 def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
     """What the text encoders lose of texts that are still to be encoded."""
-    due, prompts = [item for item in items if item.key in status.due], sample_prompts(config)
+    due = [item for item in items if item.key in status.due]
+    prompts = [] if are_known(config) else sample_prompts(config)
     if not due and not prompts:
         return []
     limits = token_limits(config, download=download)
@@ -302,6 +304,11 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             for kind in needed_kinds(config)
             if kind in _late_kinds(config)
         ]
+    if (texts := texts_of_run(config)) and prompts_file(config) is not None:
+        known = are_known(config)
+        lines.append(
+            f"  prompts  {len(texts)} texts {'are encoded' if known else 'to encode, for which the text encoders are needed'}"
+        )
     lines += plan.losses
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"
     lines += [

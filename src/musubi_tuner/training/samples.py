@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.caching.prompts import prompt_encodings
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.errors import ConfigError
@@ -48,7 +49,7 @@ class PreparedPrompts:
 
 
 def prepare_prompts(config: RunConfig, ranks: Ranks) -> PreparedPrompts | None:
-    """Encode the prompts of [sample] on the main rank; None where there are none, and on the others.
+    """The encoded prompts of [sample] on the main rank; None where there are none, and on the others.
 
     Raises:
         ConfigError: if the list of prompts is empty, or an encoder is missing.
@@ -58,13 +59,11 @@ def prepare_prompts(config: RunConfig, ranks: Ranks) -> PreparedPrompts | None:
     texts = sample_prompts(config)
     if not texts:
         raise ConfigError("sample.prompts is an empty list; give prompts, or remove the key")
-    networks = config.spec.encoders
-    encoders = networks.open_text(config, ranks.device)
-    encoded = encode_prompts(encoders.encode, texts, config.sample.negative_prompt)
-    del encoders
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()  # what T5 had goes back to the device
-    return PreparedPrompts(encoded, networks.open_autoencoder(config, ranks.device, torch.device("cpu")))
+    encoded = encode_prompts(
+        lambda wanted: prompt_encodings(config, wanted, ranks.device), texts, config.sample.negative_prompt
+    )
+    vae = config.spec.encoders.open_autoencoder(config, ranks.device, torch.device("cpu"))
+    return PreparedPrompts(encoded, vae)
 
 
 @contextmanager

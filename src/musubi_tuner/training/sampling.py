@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts
+from musubi_tuner.config.prompts import Prompt, SampleSettings, as_prompts, prompt_texts
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import json_text, replace_file, write_new_file, write_text
 from musubi_tuner.flow import guide
@@ -63,10 +63,8 @@ def encode_prompts(
     encode: Callable[[list[str]], dict[str, Tensor]], prompts: Sequence[str | Prompt], negative: str | None
 ) -> EncodedPrompts:
     """Encode prompts, their negative prompts, the shared one and the empty text, each once."""
-    parsed = as_prompts(prompts)
-    texts = [prompt.text for prompt in parsed] + [prompt.negative for prompt in parsed if prompt.negative is not None]
-    unique = list(dict.fromkeys([*texts, negative or ""]))
-    return EncodedPrompts(parsed, encode(unique), {text: row for row, text in enumerate(unique)})
+    texts = prompt_texts(prompts, negative)
+    return EncodedPrompts(as_prompts(prompts), encode(texts), {text: row for row, text in enumerate(texts)})
 
 
 @torch.no_grad()

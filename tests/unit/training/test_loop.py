@@ -1014,6 +1014,8 @@ def test_a_failure_while_drawing_leaves_the_weights_that_train(start: Start, mon
 
 def test_prompts_of_a_file_are_drawn(folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     class Encoders:
+        dtype = torch.float32
+
         def __init__(self, *arguments: Any) -> None:
             pass
 
@@ -1065,7 +1067,7 @@ def test_autoencoder_of_the_samples_waits_in_main_memory(folder: Path, monkeypat
         return SimpleNamespace(set_tiling=lambda enabled: None)
 
     monkeypatch.setattr("musubi_tuner.encoders.for_run.load_autoencoder", load)
-    encoders = SimpleNamespace(encode=lambda texts: {})
+    encoders = SimpleNamespace(encode=lambda texts: {}, dtype=torch.float32)
     monkeypatch.setattr("musubi_tuner.encoders.for_run.TextEncoders", lambda *_: encoders)
     model = {"vae_path": str(folder), "clip_path": str(folder), "t5_path": str(folder), "vae_dtype": "bfloat16"}
     config = load_config(write(folder / "waits", model=model, sample={"prompts": ["a cat"], "every_steps": 1}))

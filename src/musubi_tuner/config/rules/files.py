@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from musubi_tuner.config.diagnostics import Diagnostic, error, warning
-from musubi_tuner.config.file_heads import head_problem
+from musubi_tuner.config.file_heads import head_problem, texts_in
 from musubi_tuner.config.paths import exists, is_checkpoint_name, is_hub_id, is_published, is_there
 from musubi_tuner.config.pipeline import unfinished_step
-from musubi_tuner.config.prompts import Prompt, sample_prompts
+from musubi_tuner.config.prompts import Prompt, prompt_texts, prompts_file, sample_prompts
 from musubi_tuner.config.rules.rule import Rules
 from musubi_tuner.config.run_config import RunConfig
 from musubi_tuner.config.schema import parameters
@@ -39,12 +39,25 @@ def _name_of_output(config: RunConfig) -> Iterator[Diagnostic]:
         yield error("P02", "run.output_dir", f"is {folder!r}, which is not valid UTF-8; choose another name")
 
 
+def _idle_encoders(config: RunConfig) -> list[str]:
+    """Keys of encoders that a run without pictures does not need: all but those that its sample prompts take."""
+    if not config.is_precached:
+        return []
+    idle = [key for key in INPUTS if key not in ("model.path", "adapter.init_from")]
+    if config.sample.prompts is None:
+        return idle
+    try:
+        texts, path = prompt_texts(sample_prompts(config), config.sample.negative_prompt), prompts_file(config)
+    except ConfigError:  # which another rule reports
+        return idle
+    known = path is not None and set(texts) <= set(texts_in(path))
+    return [key for key in idle if key != "model.vae_path" and (known or key.startswith("experts."))]
+
+
 @rule("P01", "model.init")
 def _inputs(config: RunConfig) -> Iterator[Diagnostic]:
     # The demo makes its own files before anything reads them.
-    inputs = [] if config.demo else INPUTS
-    if config.is_precached and config.sample.prompts is None:  # nothing is encoded
-        inputs = [key for key in inputs if key in ("model.path", "adapter.init_from")]
+    inputs = [] if config.demo else [key for key in INPUTS if key not in _idle_encoders(config)]
     texts = [(key, config.get(key)) for key in inputs] + [("adapter.merge", text) for text in config.adapter.merge]
     for dataset in config.datasets:
         own = [name for name in dataset.experts if f"experts.{name}" in inputs]
@@ -98,12 +111,10 @@ def _state(config: RunConfig) -> Iterator[Diagnostic]:
 
 @rule("P01", "model.vae_path model.clip_path model.t5_path cache.run")
 def _encoders(config: RunConfig) -> Iterator[Diagnostic]:
-    caches = config.spec.task(config).caches
-    if config.is_precached and config.sample.prompts is None:
-        return
+    caches, idle = config.spec.task(config).caches, _idle_encoders(config)
     for kind, keys in config.spec.encoders.needed(config).items():
         for key in keys:
-            if kind in caches and config.get(key) is None and config.cache.run != "never":
+            if kind in caches and key not in idle and config.get(key) is None and config.cache.run != "never":
                 what = (
                     {"latents": "images", "text": "captions"}[kind]
                     if not config.is_precached
