@@ -1,6 +1,8 @@
 """For all tests: one thread per process, since threads that wait for each other cost tiny tensors more than they give; and signals."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -8,7 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ["MUSUBI_STATE_HOME"] = tempfile.mkdtemp(prefix="musubi-tests-")  # not among the pages of a real user
+STATE_HOME = tempfile.mkdtemp(prefix="musubi-tests-")
+os.environ["MUSUBI_STATE_HOME"] = STATE_HOME  # not among the pages of a real user
+atexit.register(shutil.rmtree, STATE_HOME, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so before any test module is
 
 
