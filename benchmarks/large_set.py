@@ -9,7 +9,6 @@ them with a small model, twice: the first start learns what the files hold, the 
 import argparse
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -92,20 +91,14 @@ def main() -> None:
     write_caches(folder / "cache", options.items)
     path = run_file(folder)
     for number in range(options.starts):
-        begun = time.monotonic()
-        run = subprocess.Popen(
-            [sys.executable, REPOSITORY / "train.py", path, "--fresh"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        lines = folder / "out" / "metrics.jsonl"
-        out, err = run.communicate()
-        assert run.returncode == 0, out[-2000:] + err[-2000:]
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        begun, log = time.monotonic(), folder / "log"
+        with log.open("wb") as out:
+            run = subprocess.Popen([sys.executable, REPOSITORY / "train.py", path, "--fresh"], stdout=out, stderr=out)
+            _, status, used = os.wait4(run.pid, 0)
+        assert status == 0, log.read_text(encoding="utf-8")[-2000:]
         print(
-            f"start {number + 1}: {options.items:,} items, {time.monotonic() - begun:.1f} s with two updates, {used.ru_maxrss / 2**20:.2f} GiB, "
-            f"{used.ru_utime + used.ru_stime:.1f} s of CPU in all starts; {lines.parent}"
+            f"start {number + 1}: {options.items:,} items, {time.monotonic() - begun:.1f} s with two updates, "
+            f"{used.ru_utime + used.ru_stime:.1f} s of CPU, at most {used.ru_maxrss / 2**20:.2f} GiB resident"
         )
 
 

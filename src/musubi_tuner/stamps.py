@@ -51,14 +51,14 @@ def hashed_state(path: Path) -> State:
     state: State = {}
     for _ in range(3):
         before = quick_state(path)
-        time.sleep(_rest_of_tick(before) / 1e9)
+        time.sleep(rest_of_tick(before) / 1e9)
         state = {**before, "sha256": hash_file(path)}
         if quick_state(path) == before:
             return state
     return {"sha256": state["sha256"]}
 
 
-def _rest_of_tick(state: State) -> int:
+def rest_of_tick(state: State) -> int:
     """Nanoseconds until a change of the file must show in its times. Times far ahead are another clock's, and show it now."""
     now, rest = time.time_ns(), 0
     for stamp in (state["mtime_ns"], state["ctime_ns"]):

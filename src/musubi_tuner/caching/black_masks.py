@@ -11,8 +11,8 @@ from tqdm import tqdm
 from musubi_tuner.caching.file_format import cache_path, plain_name
 from musubi_tuner.caching.status import KindStatus
 from musubi_tuner.config import RunConfig
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.masks import read_mask, to_latent
-from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, DataError
 from musubi_tuner.headers import read_header
 

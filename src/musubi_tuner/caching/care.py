@@ -13,7 +13,8 @@ from musubi_tuner.caching.fingerprint import Expectation, differences_of, is_imp
 from musubi_tuner.caching.status import KindStatus, examine, find_orphans, needed_kinds
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.diagnostics import did_you_mean
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError
 from musubi_tuner.headers import read_header
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from musubi_tuner.caching.fingerprint import Expectation, Fingerprint
 from musubi_tuner.caching.index import CacheIndex
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.stamps import State, agrees, hashed_state, quick_state
 
 

@@ -24,7 +24,7 @@ from musubi_tuner.caching.shards import run_with_shards
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.buckets import filtered, place, squash
 from musubi_tuner.data.images import open_image, resize_crop, to_array
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.encoders.autoencoder import load_autoencoder
 from musubi_tuner.encoders.locate import encoder_sources

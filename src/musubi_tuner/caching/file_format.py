@@ -24,7 +24,7 @@ from musubi_tuner.files import fits, name_bytes
 from musubi_tuner.headers import DTYPES
 
 if TYPE_CHECKING:
-    from musubi_tuner.data.sources import Item
+    from musubi_tuner.data.item import Item
 
 FORMAT_VERSION = "1.0.1"
 TIMES = "t_buckets"

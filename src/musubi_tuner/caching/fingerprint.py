@@ -12,7 +12,7 @@ from typing import Any
 from musubi_tuner.caching.file_format import FORMAT_VERSION, cache_path, plain_name
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import KEPT
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer, identity, tokenizer_identity
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import read_header

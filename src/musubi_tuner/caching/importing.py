@@ -37,9 +37,10 @@ from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
 from musubi_tuner.data.buckets import squash
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.roots import Root
-from musubi_tuner.data.sources import Item, in_listed_order, scan
+from musubi_tuner.data.sources import in_listed_order, scan
 from musubi_tuner.errors import EXIT_FAILED, EXIT_OK, CacheError, ConfigError, DataError, UserError
 from musubi_tuner.files import remove_leftovers
 from musubi_tuner.models.foreign_caches import ForeignCaches, ForeignKind

@@ -14,12 +14,14 @@ import json
 import logging
 import os
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
-from musubi_tuner.caching.file_format import cache_path, plain_name
-from musubi_tuner.data.sources import Item
+from musubi_tuner.caching.file_format import cache_path, plain_name, split_caption
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import ItemTable
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import read_json, replace_file
 from musubi_tuner.headers import Header, TensorEntry, read_header
@@ -152,15 +154,73 @@ class CacheIndex:
         self.changed = False
 
 
-def open_items(items: list[Item], roots: list[Path], kinds: list[list[str]], code: str) -> list[dict[str, CachedFile]]:
+class TableFiles(Sequence[dict[str, CachedFile]]):
+    """Cache files of the items of a table, by kind, made when they are asked for.
+
+    Args:
+        kinds: that are opened. hidden: names of tensors that are left out.
+    """
+
+    def __init__(self, table: ItemTable, kinds: Sequence[str], code: str, hidden: Collection[str] = ()) -> None:
+        self.table, self.kinds, self.code = table, kinds, code
+        self._layouts = {
+            kind: [
+                {
+                    name: entry
+                    for key, entry in layout.items()
+                    if split_caption(name := plain_name(key))[0] not in hidden
+                }
+                for layout in table.files[kind].layouts
+            ]
+            for kind in kinds
+        }
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, CachedFile]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, CachedFile]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        item, found = self.table[index], {}
+        for kind in self.kinds:
+            files = self.table.files[kind]
+            begin = int(files.begin[index])
+            tensors = {
+                name: TensorEntry(dtype, tuple(shape), begin + start, begin + end)
+                for name, (dtype, shape, start, end) in self._layouts[kind][files.layout[index]].items()
+            }
+            stamps = tuple(files.stamps[index].tolist())
+            found[kind] = CachedFile(cache_path(item, kind, self.code), tensors, stamps, int(files.made[index]))
+        return found
+
+
+def open_items(
+    items: Sequence[Item],
+    roots: list[Path],
+    kinds: list[list[str]],
+    code: str,
+    hidden: Sequence[Collection[str]] | None = None,
+) -> Sequence[dict[str, CachedFile]]:
     """Cache files of every item, by kind.
 
     Args:
-        roots: cache directory of every dataset. kinds: what its items must have, and what is opened.
+        roots: cache directory of every dataset. kinds: what its items must have, and what is opened. hidden: plain names of a first
+            caption's tensors that are left out.
 
     Raises:
         CacheError: listing items whose files are missing or broken, and the job to run.
     """
+    if isinstance(items, ItemTable):
+        absent = [kind for kind in kinds[0] if kind not in items.files or bool((items.files[kind].layout < 0).any())]
+        if absent:
+            raise CacheError(
+                f"caches are not complete: {' and '.join(absent)} files are missing; run the cache jobs first"
+            )
+        return TableFiles(items, kinds[0], code, hidden[0] if hidden else ())
     indexes = [CacheIndex(root, code) for root in roots]
     opened: list[dict[str, CachedFile]] = []
     problems: list[str] = []
@@ -169,7 +229,11 @@ def open_items(items: list[Item], roots: list[Path], kinds: list[list[str]], cod
         files = {}
         for kind in kinds[item.dataset]:
             try:
-                files[kind] = index.lookup(cache_path(item, kind, code))
+                found = index.lookup(cache_path(item, kind, code))
+                if hidden and hidden[item.dataset]:
+                    own = {n: e for n, e in found.tensors.items() if split_caption(n)[0] not in hidden[item.dataset]}
+                    found = replace(found, tensors=own)
+                files[kind] = found
             except FileNotFoundError:
                 problems.append(f"{item.id}: no {kind} cache ({cache_path(item, kind, code).name})")
             except CacheError as error:

@@ -31,7 +31,8 @@ from musubi_tuner.caching.file_format import FORMAT_VERSION, HALF_SUFFIX, cache_
 from musubi_tuner.caching.fingerprint import AUTO, Fingerprint, state_at
 from musubi_tuner.caching.status import KindStatus, examine
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import (
     EXIT_FAILED,
     EXIT_OK,

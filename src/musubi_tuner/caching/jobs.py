@@ -15,9 +15,9 @@ from musubi_tuner.caching.shards import run_with_shards
 from musubi_tuner.caching.status import job_groups
 from musubi_tuner.caching.text_check import caption_lines, token_limits
 from musubi_tuner.config import RunConfig
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.masks import read_mask, to_latent
 from musubi_tuner.data.pixels import read_pixels
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.views import View
 from musubi_tuner.device import choose_device
 from musubi_tuner.encoders.locate import encoder_sources

@@ -1,8 +1,7 @@
 """Cache files as micro-batches. Every tensor is read into memory of its own, never mapped."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -14,9 +13,10 @@ from musubi_tuner.caching.status import wants
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import ItemTable, forget, tally
 from musubi_tuner.data.pixels import first_of_largest
-from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.plan import MicroBatch, PlanGroups, PlanItem, caption_of, number_of_view
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import TensorEntry
 
@@ -43,36 +43,32 @@ class CachedDataset:
     ) -> None:
         roots = [dataset.cache_directory for dataset in config.datasets]
         wanted = [[kind for kind in kinds if wants(config, dataset, kind)] for dataset in config.datasets]
-        self.items, self.seed = list(items), config.run.seed
+        self.items, self.seed = items, config.run.seed
         self.places: dict[str, Any] | None = None
         self.texts, self.dropping = texts or [dataset.text for dataset in config.datasets], dropping
-        self.of_epoch = sum(item.num_repeats for item in items)
-        self.files: list[dict[str, CachedFile]] = open_items(self.items, roots, wanted, config.spec.code)
+        self.of_epoch = sum(count * item.num_repeats for item, count in tally(items))
+        self.roots, self.code = roots, config.spec.code
+        self.files: Sequence[dict[str, CachedFile]] = open_items(
+            items, roots, wanted, self.code, _without_teachers(config)
+        )
         self.tables = {*config.spec.expert_keys, TIMES}
         self.substitutes: dict[str, Tensor] = {}
-        self._leave_out_teachers(config)
         self._check_times(config.spec.expert_keys)
         self._check_sizes(config.latents.factor, config.latents.channels, masked=config.train.masked_loss)
         self._check_captions()
         if config.get("objective.missing_teacher") == "zeros":
             self._fill_in_zeros()
 
-    def _leave_out_teachers(self, config: RunConfig) -> None:
-        """Forget the tensors of teachers that a dataset has not, or has no longer."""
-        keys = config.spec.expert_keys
-        off = [
-            {name for name in keys if name.partition("_")[0] not in config.experts_of(dataset).teachers}
-            for dataset in config.datasets
-        ]
-        for item, files in zip(self.items, self.files):
-            if off[item.dataset] and "experts" in files:
-                tensors = files["experts"].tensors
-                names = [name for name in tensors if split_caption(name)[0] not in off[item.dataset]]
-                files["experts"] = replace(files["experts"], tensors={name: tensors[name] for name in names})
+    def _examples(self) -> Iterator[tuple[Item, dict[str, CachedFile]]]:
+        """Items with their files; of those that are alike in all that is checked here, one."""
+        if isinstance(self.items, ItemTable):
+            yield from ((self.items[row], self.files[row]) for row, _ in self.items.examples)
+        else:
+            yield from zip(self.items, self.files, strict=True)
 
     def _fill_in_zeros(self) -> None:
         """Give items without the table of a teacher that others have one of zeros."""
-        for files in self.files:
+        for _, files in self._examples():
             for name, entry in files["experts"].tensors.items() if "experts" in files else ():
                 plain = split_caption(name)[0]
                 if plain in self.tables and plain not in self.substitutes:
@@ -81,7 +77,7 @@ class CachedDataset:
     def _check_times(self, keys: Sequence[str]) -> None:
         """Tables of teachers must have an entry for every time of their file."""
         wrong = []
-        for item, files in zip(self.items, self.files):
+        for item, files in self._examples():
             entries = files["experts"].tensors if "experts" in files else {}
             times = entries[TIMES].shape if TIMES in entries else ()
             for name, entry in entries.items():
@@ -91,7 +87,7 @@ class CachedDataset:
 
     def _check_sizes(self, factor: int, channels: int, masked: bool) -> None:
         wrong = []
-        for item, files in zip(self.items, self.files):
+        for item, files in self._examples():
             width, height = item.bucket
             expected = (channels, height // factor, width // factor)
             entry = files["latents"].tensors.get("latents")
@@ -114,7 +110,7 @@ class CachedDataset:
     def _check_captions(self) -> None:
         """Files of text and experts must hold what belongs to every caption."""
         wrong = []
-        for item, files in zip(self.items, self.files):
+        for item, files in self._examples():
             for file in files.values():
                 held = 1 + max((split_caption(name)[1] for name in file.tensors), default=0)
                 if held != len(item.captions) and file is not files.get("latents"):
@@ -126,15 +122,19 @@ class CachedDataset:
     def shapes(self) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
         """The shapes that occur, each once: number of a dataset, and shape of every tensor of a first caption by plain name."""
         found = set()
-        for item, files in zip(self.items, self.files):
+        for item, files in self._examples():
             entries = [
                 pair for file in files.values() for pair in file.tensors.items() if not split_caption(pair[0])[1]
             ]
             found.add((item.dataset, tuple((name, entry.shape) for name, entry in entries)))
         return [(number, dict(shapes)) for number, shapes in sorted(found)]
 
-    def plan_items(self) -> list[PlanItem]:
+    def plan_items(self) -> Sequence[PlanItem] | PlanGroups:
         """What `plan_epoch` needs to know."""
+        if isinstance(self.items, ItemTable):
+            kinds = self.items.kinds
+            alike = [PlanItem("", kind.bucket, kind.num_repeats, kind.batch_size) for kind in kinds]
+            return PlanGroups(alike, self.items.kind.tolist())
         return [PlanItem(item.key, item.bucket, item.num_repeats, item.batch_size) for item in self.items]
 
     def first(self, count: int) -> list[Tensor]:
@@ -206,6 +206,7 @@ class CachedDataset:
             try:
                 with cached.path.open("rb") as file:
                     if not cached.is_still(file):
+                        forget(self.roots[item.dataset], self.code)
                         raise CacheError(
                             f"{cached.path}: changed while training; start the run again to continue from its newest state"
                         )
@@ -214,6 +215,15 @@ class CachedDataset:
             except (OSError, EOFError) as error:
                 raise CacheError(f"{cached.path}: changed or removed while training ({error})") from error
         return tensors
+
+
+def _without_teachers(config: RunConfig) -> list[set[str]]:
+    """Tensors of teachers that a dataset has not, or has no longer, by dataset."""
+    keys = config.spec.expert_keys
+    return [
+        {name for name in keys if name.partition("_")[0] not in config.experts_of(dataset).teachers}
+        for dataset in config.datasets
+    ]
 
 
 def _refuse(head: str, wrong: list[str]) -> None:

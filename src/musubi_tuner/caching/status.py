@@ -13,7 +13,8 @@ from musubi_tuner.caching.fingerprint import AUTO, Expectation, expectation, fil
 from musubi_tuner.caching.shard_records import Shards
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.datasets import DatasetConfig
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import ItemTable
 
 
 def wants(config: RunConfig, dataset: DatasetConfig, kind: str) -> bool:
@@ -89,7 +90,7 @@ class KindStatus:
 
 def examine(
     config: RunConfig,
-    items: list[Item],
+    items: Sequence[Item],
     kind: str,
     options: dict[str, Any],
     *,
@@ -111,6 +112,8 @@ def examine(
         else:
             made = expectation(config.limited_to(group), kind, options, download=download)
         status.expected.update(dict.fromkeys(group, made))
+    if isinstance(items, ItemTable):
+        return _examined(status, items)
     contents = contents or Contents(config)
     by_name = config.cache.skip_existing == "name"
     shards: dict[int, Shards] = {}
@@ -153,7 +156,27 @@ def examine(
     return status
 
 
-def find_orphans(items: list[Item], kind: str, code: str, roots: list[Path]) -> list[Path]:
+def _examined(status: KindStatus, table: ItemTable) -> KindStatus:
+    """What the headers of a table's files said: they are taken as they are."""
+    if not status.expected:
+        return status
+    kind = status.kind
+    files = table.files.get(kind)
+    missing = range(len(table)) if files is None else (files.layout < 0).nonzero()[0].tolist()
+    status.due = {f"{table.prefix}{table.ids[row]}": "missing" for row in missing}
+    status.fresh = len(table) - len(status.due)
+    if files is not None:
+        status.imported = {f"{table.prefix}{table.ids[row]}" for row in files.imported.nonzero()[0].tolist()}
+        status.precisions = Counter({name: count for name, count in files.precisions.items() if name != AUTO})
+    status.orphans = [
+        table.root / name
+        for name in table.spare
+        if name.endswith("_te.safetensors") == (kind == "text") and kind != "latents"
+    ]
+    return status
+
+
+def find_orphans(items: Sequence[Item], kind: str, code: str, roots: list[Path]) -> list[Path]:
     """Cache files of one kind that belong to no item, below the cache directories."""
     folders: dict[Path, str] = {}  # each is resolved once, not once per item
     wanted = set()

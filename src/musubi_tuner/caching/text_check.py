@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import Prompt
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.encoders.locate import encoder_sources, find_tokenizer
 from musubi_tuner.encoders.tokens import TokenLimit, open_tokenizer
 

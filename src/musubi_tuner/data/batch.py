@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from musubi_tuner.data.plan import MicroBatch, PlanItem
+from musubi_tuner.data.plan import MicroBatch, PlanGroups, PlanItem
 from musubi_tuner.data.workers import to_shared_memory
 from musubi_tuner.errors import UserError
 from musubi_tuner.stopping import signals_blocked
@@ -58,7 +58,7 @@ class Source(Protocol):
         """How far a stream is read, by reader, in plain values: part of the state, and set again when a run continues. None for
         what is not a stream."""
 
-    def plan_items(self) -> list[PlanItem]:
+    def plan_items(self) -> Sequence[PlanItem] | PlanGroups:
         """What `plan_epoch` needs to know of them."""
 
     def first(self, count: int) -> list[Tensor]:

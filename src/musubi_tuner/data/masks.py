@@ -30,8 +30,6 @@ from musubi_tuner.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from musubi_tuner.config import RunConfig
-    from musubi_tuner.data.sources import Item
 
 CORNER = 100
 """Side of the corner squares whose median is a product picture's background, in pixels."""
@@ -139,37 +137,3 @@ def to_latent(mask: Image.Image, placement: Placement, factor: int) -> "np.ndarr
     pixels = np.asarray(resize_crop(mask, placement), dtype=np.float32) / 255
     height, width = pixels.shape
     return pixels.reshape(height // factor, factor, width // factor, factor).mean((1, 3))
-
-
-def mask_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
-    """What the plan says about masks: how many there are, and a warning where they and the loss do not agree."""
-    count, settings = sum(item.mask is not None for item in items), config.train
-    if settings.masked_loss and not count:
-        return [
-            f"warning: train.masked_loss is on, 0 of {len(items)} images have a mask; give mask_directory, mask_path or "
-            "alpha_mask, or turn it off"
-        ]
-    if count and not settings.masked_loss:
-        return [
-            f"warning: {count} of {len(items)} images have a mask, which is not used because train.masked_loss is false"
-        ]
-    if not count:
-        return []
-    scale = ", divided by their mean" if settings.mask_normalize else ""
-    return [
-        f"  masks    {count} of {len(items)} images, weights {settings.mask_background:g} to "
-        f"{settings.mask_foreground:g}{scale}; the others have weight 1"
-    ]
-
-
-def black_lines(config: "RunConfig", items: Sequence["Item"]) -> list[str]:
-    """A warning that names images whose mask is black in all that is trained of them."""
-    if not items:
-        return []
-    names = ", ".join(item.path.name for item in items[:3]) + (", ..." if len(items) > 3 else "")
-    weight = config.train.mask_background
-    effect = f"they have weight {weight:g} everywhere" if weight else "nothing is learned from them"
-    hint = "; transparent parts of a mask are background, and its paint must be white" * any(
-        item.mask is not None and item.mask.alpha for item in items
-    )
-    return [f"warning: the masks of {len(items)} images are black all over ({names}): {effect}{hint}"]

@@ -12,8 +12,8 @@ from musubi_tuner.config.captions import CaptionSettings
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import Placement
 from musubi_tuner.data.images import open_image, resize_crop, to_array
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import MicroBatch, PlanItem, caption_of, number_of_view
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.views import View
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]

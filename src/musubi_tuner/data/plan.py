@@ -48,7 +48,19 @@ class MicroBatch:
         return len(self.items)
 
 
-def plan_epoch(items: Sequence[PlanItem], seed: int, epoch: int, micro_batch: int = 1) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class PlanGroups:
+    """What the plan knows of very many items, which are sorted by their ids already.
+
+    Attributes:
+        alike: what items have in common; ids are not used. number: of each item.
+    """
+
+    alike: Sequence[PlanItem]
+    number: Sequence[int]
+
+
+def plan_epoch(items: Sequence[PlanItem] | PlanGroups, seed: int, epoch: int, micro_batch: int = 1) -> list[MicroBatch]:
     """Micro-batches of one epoch, in the order they are trained.
 
     Args:
@@ -57,10 +69,20 @@ def plan_epoch(items: Sequence[PlanItem], seed: int, epoch: int, micro_batch: in
         micro_batch: images per micro-batch, for items that do not say.
     """
     groups: dict[tuple[str, int], list[int]] = {}
-    for position in sorted(range(len(items)), key=lambda i: items[i].id):
-        item = items[position]
-        group = (repr(item.bucket), item.micro_batch or micro_batch)
-        groups.setdefault(group, []).extend([position] * item.num_repeats)
+    if isinstance(items, PlanGroups):
+        own = [
+            (groups.setdefault((repr(item.bucket), item.micro_batch or micro_batch), []), item.num_repeats)
+            for item in items.alike
+        ]
+        for position, number in enumerate(items.number):
+            members, repeats = own[number]
+            members.extend([position] * repeats)
+        groups = {group: members for group, members in groups.items() if members}
+    else:
+        for position in sorted(range(len(items)), key=lambda i: items[i].id):
+            item = items[position]
+            group = (repr(item.bucket), item.micro_batch or micro_batch)
+            groups.setdefault(group, []).extend([position] * item.num_repeats)
     batches: list[list[int]] = []
     for (bucket, size), members in sorted(groups.items()):
         keyed_random(seed, "bucket order", epoch, bucket, size).shuffle(members)

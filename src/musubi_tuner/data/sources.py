@@ -22,8 +22,9 @@ from musubi_tuner.data.caption_variants import unread_wildcard, variants
 from musubi_tuner.data.captions import Transform, make_transform
 from musubi_tuner.data.folders import Listing, list_pictures
 from musubi_tuner.data.images import EXTENSIONS, Header, read_picture_header
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import ItemTable, items_of_caches
 from musubi_tuner.data.masks import Mask, belonging
-from musubi_tuner.data.precached import stored_items
 from musubi_tuner.data.roots import Root, find_root
 from musubi_tuner.data.shards import list_shards, shard_names
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
@@ -36,70 +37,6 @@ _KOHYA = re.compile(r"(\d+)_.+")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image with its captions.
-
-    Attributes:
-        id: path relative to the dataset's root (`roots` for that of a list), POSIX, without extension; the key of its random
-            draws.
-        key: the same with the dataset's number in front, unique in the run.
-        cache_directory: folder of its cache files (a sub-folder mirrors the image's where needed).
-        size: (width, height) upright. placement: how it becomes its bucket.
-        mask: where its loss mask comes from; None if it has none.
-        more_captions: beside ``caption``; each presentation takes one of all.
-        squashed: whether its proportions give way to those of its bucket, for the teachers too.
-        interpolation: filter of the resize that was asked for, for the teachers too; None = the usual one.
-        background: colour (#rrggbb) that its transparent pixels are laid over; `KEPT` if they keep theirs, or if it has none.
-        views: versions of the picture, of which each presentation takes one; empty = the picture as it is.
-        content: hash of a picture that is not there, from its caches; None = it is there.
-        shard: name of the shard that it comes from; None = it comes from none. Without content it stands for a shard that is not read yet.
-    """
-
-    id: str
-    key: str
-    path: Path
-    caption: str
-    cache_directory: Path
-    size: Size
-    placement: Placement
-    num_repeats: int
-    batch_size: int
-    mask: Mask | None = None
-    more_captions: tuple[str, ...] = ()
-    squashed: bool = False
-    interpolation: str | None = None
-    background: str = KEPT
-    views: tuple[View, ...] = ()
-    content: str | None = None
-    shard: str | None = None
-
-    @property
-    def is_unread(self) -> bool:
-        """Whether it stands for the pictures of a shard that is not read yet."""
-        return self.shard is not None and self.content is None
-
-    @property
-    def dataset(self) -> int:
-        """Number of its dataset."""
-        return int(self.key.partition(":")[0])
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """All captions."""
-        return (self.caption, *self.more_captions)
-
-    @property
-    def stem(self) -> str:
-        """Beginning of its cache file names."""
-        return self.path.stem
-
-    @property
-    def bucket(self) -> Size:
-        """(width, height) it is trained at."""
-        return self.placement.bucket
-
-
 @dataclass
 class ScannedItems:
     """The usable items of all datasets, and what a user should know about the rest.
@@ -108,7 +45,7 @@ class ScannedItems:
         roots: of datasets from JSONL files; whoever fills their cache folders keeps them.
     """
 
-    items: list[Item]
+    items: Sequence[Item]
     notes: list[str]
     roots: list[Root] = field(default_factory=list)
 
@@ -131,7 +68,10 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
                 items.append(stream_item(index, dataset, architecture, notes))
             continue
         if dataset.precached:
-            items += _precached(index, dataset, dataset.cache_directory, architecture, problems)
+            table = _precached(index, dataset, dataset.cache_directory, architecture, problems)
+            if len(datasets) == 1 and not problems:
+                return ScannedItems(table, notes)
+            items += table
             continue
         before, noted = len(problems), len(notes)
         entries = list(_entries(dataset, problems, notes, roots))
@@ -148,39 +88,15 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     return ScannedItems(items, notes, roots)
 
 
-def _precached(
-    index: int, dataset: DatasetConfig, folder: Path, architecture: str, problems: list[str]
-) -> Iterator[Item]:
+def _precached(index: int, dataset: DatasetConfig, folder: Path, architecture: str, problems: list[str]) -> ItemTable:
     """Items of a data set without pictures, whose caches lie in a folder or below it."""
-    before, count, seen = len(problems), 0, dict[str, Path]()
-    for stored in sorted(stored_items(folder, architecture, problems), key=lambda stored: stored.id):
-        count += 1
-        other = seen.setdefault(stored.id, stored.folder / stored.stem)
-        if other != stored.folder / stored.stem:
-            problems.append(f"{other} and {stored.folder / stored.stem} are caches of the same item; remove one")
-            continue
-        yield Item(
-            id=stored.id,
-            key=f"{index}:{stored.id}",
-            path=stored.folder / f"{stored.stem}.picture",
-            caption=stored.captions[0],
-            cache_directory=stored.folder,
-            size=stored.size,
-            placement=stored.placement,
-            num_repeats=dataset.num_repeats,
-            batch_size=dataset.batch_size,
-            mask=stored.mask,
-            more_captions=stored.captions[1:],
-            squashed=stored.squashed,
-            interpolation=stored.interpolation,
-            background=stored.background,
-            views=stored.views,
-            content=stored.content or f"{stored.folder / stored.stem}",
-        )
-    if not count and len(problems) == before:
+    before = len(problems)
+    found = items_of_caches(folder, architecture, problems).of(index, dataset.num_repeats, dataset.batch_size)
+    if not found and len(problems) == before:
         problems.append(
             f"{dataset.name}.cache_directory: {folder} holds no latents (files ending in _{architecture}.safetensors)"
         )
+    return found
 
 
 def _of_shards(index: int, dataset: DatasetConfig, architecture: str, notes: list[str]) -> Iterator[Item]:
@@ -195,7 +111,7 @@ def _of_shards(index: int, dataset: DatasetConfig, architecture: str, notes: lis
     unread = 0
     for name in sorted(shards):
         folder, problems = dataset.cache_directory / name, list[str]()
-        found = list(_precached(index, dataset, folder, architecture, problems)) if folder.is_dir() else []
+        found = _precached(index, dataset, folder, architecture, problems) if folder.is_dir() else ()
         if found and not problems:
             yield from (replace(item, shard=name) for item in found)
             continue

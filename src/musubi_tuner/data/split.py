@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from musubi_tuner.config.schema.validation import ValidationSection
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.errors import ConfigError, DataError
 from musubi_tuner.randomness import uniform
 

@@ -19,10 +19,11 @@ from musubi_tuner.data.buckets import Placement, Size
 from musubi_tuner.data.caption_files import WAY_OUT
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.images import Memory, open_image
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.pixels import PixelSource, Tokenize, to_pixels, view_of
 from musubi_tuner.data.plan import MicroBatch, PlanItem
 from musubi_tuner.data.shards import Sample, list_shards, read_shard
-from musubi_tuner.data.sources import Item, placement_of, selector_of
+from musubi_tuner.data.sources import placement_of, selector_of
 from musubi_tuner.data.views import View, views
 from musubi_tuner.errors import DataError
 from musubi_tuner.randomness import keyed_random

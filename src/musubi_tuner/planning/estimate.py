@@ -23,7 +23,8 @@ from torch import nn
 from musubi_tuner.config import RunConfig
 from musubi_tuner.config.prompts import sample_prompts
 from musubi_tuner.config.swap import most_swapped, swapped_counts
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import tally
 from musubi_tuner.device import choose_device, encoder_dtype
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.memory.block_swap import streamed_indices
@@ -222,7 +223,7 @@ class Size(NamedTuple):
 def bucket_sizes(items: Sequence[Item]) -> dict[Size, list[tuple[int, int]]]:
     """Buckets of every size that occurs, as width and height; both are sorted."""
     found: dict[Size, set[tuple[int, int]]] = {}
-    for item in items:
+    for item, _ in tally(items):
         width, height = item.bucket
         found.setdefault(Size(item.batch_size, width * height), set()).add(item.bucket)
     return {size: sorted(found[size]) for size in sorted(found)}

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import tally
 
 
 def steps_on(config: RunConfig, items: Sequence[Item], processes: int) -> Steps:
     """The length of a run on these pictures; each bucket fills micro-batches of its own."""
     counts = Counter[tuple[Any, int]]()
-    for item in items:
-        counts[item.bucket, item.batch_size] += item.num_repeats
+    for item, count in tally(items):
+        counts[item.bucket, item.batch_size] += count * item.num_repeats
     return calculate_steps(
         [(count, size) for (_, size), count in counts.items()],
         num_processes=processes,
@@ -24,7 +25,7 @@ def steps_on(config: RunConfig, items: Sequence[Item], processes: int) -> Steps:
 
 def sources_of(items: Sequence[Item]) -> list[tuple[int, int, int]]:
     """How many pictures have which number of repeats and batch size, for `sentence`."""
-    return [
-        (count, repeats, size)
-        for (repeats, size), count in sorted(Counter((i.num_repeats, i.batch_size) for i in items).items())
-    ]
+    counts = Counter[tuple[int, int]]()
+    for item, count in tally(items):
+        counts[item.num_repeats, item.batch_size] += count
+    return [(count, repeats, size) for (repeats, size), count in sorted(counts.items())]

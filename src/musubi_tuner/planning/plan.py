@@ -1,6 +1,7 @@
 """The plan: what a run would do, printed before it does anything."""
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from musubi_tuner.caching.text_check import caption_lines, prompt_lines, token_l
 from musubi_tuner.config import RunConfig, Steps, sentence
 from musubi_tuner.config.prompts import prompts_file, sample_prompts
 from musubi_tuner.config.schema.experts import Sd15Teachers
-from musubi_tuner.data.masks import black_lines, mask_lines
-from musubi_tuner.data.remarks import picture_lines
-from musubi_tuner.data.sources import Item, ScannedItems, scan
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import tally
+from musubi_tuner.data.remarks import black_lines, mask_lines, picture_lines
+from musubi_tuner.data.sources import ScannedItems, scan
 from musubi_tuner.errors import DataError
 from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.plateau import left_of, measurements
@@ -37,7 +39,7 @@ class Plan:
     """
 
     found: ScannedItems
-    trained: list[Item]
+    trained: Sequence[Item]
     held_out: list[Item]
     status: dict[str, KindStatus]
     steps: Steps
@@ -54,7 +56,7 @@ class Plan:
     @property
     def is_counted(self) -> bool:
         """Whether all its pictures are known; those of shards are when these are read."""
-        return not any(item.is_unread for item in self.found.items)
+        return not any(item.is_unread for item, _ in tally(self.found.items))
 
     @property
     def missing(self) -> dict[str, set[str]]:
@@ -73,7 +75,8 @@ def make_plan(
             records nothing.
     """
     found = scan(config.datasets, config.spec.code)
-    trained, held_out, difference = found.items, list[Item](), None
+    trained: Sequence[Item] = found.items
+    held_out, difference = list[Item](), None
     if config.validation.split:
         from musubi_tuner.training.held_out import split_note, split_of_run
 
@@ -99,20 +102,23 @@ def make_plan(
     return Plan(found, trained, held_out, status, steps, black, difference, losses, _state_to_continue(config))
 
 
-def _refuse_missing(config: RunConfig, items: list[Item], status: dict[str, KindStatus]) -> None:
+def _refuse_missing(config: RunConfig, items: Sequence[Item], status: dict[str, KindStatus]) -> None:
     """Files of data sets without pictures cannot be made.
 
     Raises:
         DataError: naming the first of each kind.
     """
-    absent = {item.key: item for item in items if item.content is not None and item.shard is None}
     lines = []
     for kind, own in status.items():
-        due = [key for key in own.due if key in absent]
+        due = (
+            [item for item in items if item.key in own.due and item.content is not None and item.shard is None]
+            if own.due
+            else []
+        )
         if due:
-            item = absent[due[0]]
+            item = due[0]
             lines.append(
-                f"{config.datasets[item.dataset].name}: {len(due)} {kind} files are not there or damaged (such as {item.id}: {own.due[due[0]]})"
+                f"{config.datasets[item.dataset].name}: {len(due)} {kind} files are not there or damaged (such as {item.id}: {own.due[item.key]})"
             )
     if lines:
         raise DataError(
@@ -131,9 +137,9 @@ def _late_kinds(config: RunConfig) -> tuple[str, ...]:
     return ("experts", *config.spec.encoders.of_checkpoint) if config.waits_for else ()
 
 
-def _losses(config: RunConfig, items: list[Item], status: KindStatus, download: bool) -> list[str]:
+def _losses(config: RunConfig, items: Sequence[Item], status: KindStatus, download: bool) -> list[str]:
     """What the text encoders lose of texts that are still to be encoded."""
-    due = [item for item in items if item.key in status.due]
+    due = [item for item in items if item.key in status.due] if status.due else []
     prompts = [] if are_known(config) else sample_prompts(config)
     if not due and not prompts:
         return []
@@ -265,7 +271,10 @@ def _average_lines(config: RunConfig, plan: Plan) -> list[str]:
 def describe(config: RunConfig, plan: Plan, processes: int) -> str:
     """The plan as text."""
     steps, train = plan.steps, config.train
-    buckets = Counter(item.bucket for item in plan.found.items)
+    alike = tally(plan.found.items)
+    buckets = Counter[tuple[int, int]]()
+    for item, count in alike:
+        buckets[item.bucket] += count
     shown = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(buckets.items())[:6])
     more = f", and {len(buckets) - 6} more" if len(buckets) > 6 else ""
     start = f"from {config.model.path}" if config.model.init == "checkpoint" else "from random weights"
@@ -284,7 +293,7 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
         )
     if plan.split_note:
         lines.append(plan.split_note)
-    several = sum(len(item.captions) > 1 for item in plan.found.items)
+    several = sum(count for item, count in alike if len(item.captions) > 1)
     if several:
         lines.append(f"  captions {several} images have several; each presentation draws one")
     lines += picture_lines(plan.found.items, config.cache.workers)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.config import RunConfig, Steps
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import tally
 from musubi_tuner.data.workers import shared_memory_warning
 from musubi_tuner.memory.compose import ways_to_save
 from musubi_tuner.models.family import ModelOutline
@@ -198,14 +199,15 @@ def cache_bytes(
     widths = {kind: getattr(torch, dtype if chosen == "auto" else chosen).itemsize for kind, dtype in sizes.items()}
     captions: dict[str, Counter[int]] = {kind: Counter() for kind in sizes}
     found: Counter[int] = Counter()
-    for item in items:
+    if only is not None and not any(only.values()):
+        return found
+    for item, count in tally(items) if only is None else ((item, 1) for item in items):
         of = {kind for kind in sizes if only is None or item.key in only.get(kind, ())}
         for kind in of:
-            captions[kind][item.dataset] += len(item.captions)
+            captions[kind][item.dataset] += count * len(item.captions)
         if "latents" in of:
-            found[item.dataset] += (
-                math.prod(config.latents.shape(*item.bucket)) * widths["latents"] * max(1, len(item.views))
-            )
+            of_one = math.prod(config.latents.shape(*item.bucket)) * widths["latents"] * max(1, len(item.views))
+            found[item.dataset] += count * of_one
     groups = config.dataset_groups()
     for group in groups:
         own = plan if len(groups) == 1 else spec.family.outline_model(config.limited_to(group))
@@ -220,7 +222,7 @@ def cache_bytes(
 def batch_bytes(config: RunConfig, items: Sequence[Item], plan: ModelOutline) -> Bytes:
     """Of the largest micro-batch: of one caption each, in the largest bucket of a dataset."""
     largest: dict[int, Item] = {}
-    for item in items:
+    for item, _ in tally(items):
         other = largest.get(item.dataset)
         if other is None or math.prod(item.bucket) > math.prod(other.bucket):
             largest[item.dataset] = replace(item, more_captions=())

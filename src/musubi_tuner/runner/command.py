@@ -62,7 +62,7 @@ from musubi_tuner.stopping import exit_on_terminate, is_stop
 from musubi_tuner.weights.hub import local_only
 
 if TYPE_CHECKING:
-    from musubi_tuner.data.sources import Item
+    from musubi_tuner.data.item import Item
     from musubi_tuner.planning.plan import Plan
     from musubi_tuner.training.ranks import Ranks
 
@@ -522,7 +522,7 @@ class Runner:
         data = data_digest(plan.trained, config.train.masked_loss, plan.held_out, other_teachers(config))
         refuse_changes(config, head, values, self.processes, data)
 
-    def _train(self, config: "RunConfig | None", items: list[Any]) -> int:
+    def _train(self, config: "RunConfig | None", items: "Sequence[Item]") -> int:
         assert config is not None
         if self.processes > 1:
             return self._launch(config)
@@ -589,7 +589,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
     return EXIT_OK
 
 
-def _settle(items: "list[Item]", config: RunConfig, steps: Steps, ranks: "Ranks") -> RunConfig:
+def _settle(items: "Sequence[Item]", config: RunConfig, steps: Steps, ranks: "Ranks") -> RunConfig:
     """Replace ``blocks_to_swap = "auto"`` by a number, the same on all ranks, and print what the run needs of memory."""
     import torch
 

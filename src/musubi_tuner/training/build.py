@@ -16,8 +16,9 @@ from musubi_tuner.caching.status import needed_kinds
 from musubi_tuner.config import RunConfig, Steps, calculate_steps
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.batch import Source
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import tally
 from musubi_tuner.data.pixels import PixelSource
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.streams import StreamSource
 from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
 from musubi_tuner.errors import ConfigError
@@ -118,7 +119,7 @@ Settle = Callable[[RunConfig, Steps, Ranks], RunConfig]
 """Replaces what a config leaves to the machine, such as a number of swapped blocks; all ranks call it together."""
 
 
-def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle | None = None) -> Run:
+def build_run(config: RunConfig, items: Sequence[Item], ranks: Ranks, settle: Settle | None = None) -> Run:
     """Load the model and everything around it, and go on where a state left off.
 
     Args:
@@ -131,7 +132,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
     """
     begun, started = time.monotonic(), time.time()
     threads = set_threads(config.run.threads, ranks.local_count)
-    kernels = apply_backend_flags(config.run, ranks.device, len({item.bucket for item in items}))
+    kernels = apply_backend_flags(config.run, ranks.device, len({item.bucket for item, _ in tally(items)}))
     trained, held_out = split_of_run(config, items)
     refuse_second_branch(config)
     facts = config.spec.task(config)
@@ -192,7 +193,7 @@ def build_run(config: RunConfig, items: list[Item], ranks: Ranks, settle: Settle
             roles=roles,
             process=process,
             use_mask=trainee.options.get("t5_attn_mask", False),
-            batch_size=max(item.batch_size for item in trained),
+            batch_size=max(item.batch_size for item, _ in tally(trained)),
         )
     else:
         task = config.spec.task_family.make_task(config, trainee, make_role)
@@ -293,7 +294,7 @@ def _samples_of_task(
     if not config.spec.task(config).has("sample.prompts"):
         return None
     process = config.spec.family.make_process(config, trainee.options)
-    size = max(item.batch_size for item in trained)
+    size = max(item.batch_size for item, _ in tally(trained))
     model = trainee.model
     return Samples(config, ranks, prompts, model=model, roles=roles, process=process, use_mask=False, batch_size=size)
 
@@ -318,8 +319,8 @@ def _make_validator(
 def count_steps(config: RunConfig, items: Sequence[Item], processes: int) -> Steps:
     """Length of a run, from the real buckets."""
     buckets = Counter[tuple[Any, int]]()
-    for item in items:
-        buckets[item.bucket, item.batch_size] += item.num_repeats
+    for item, count in tally(items):
+        buckets[item.bucket, item.batch_size] += count * item.num_repeats
     return calculate_steps(
         [(count, size) for (_, size), count in buckets.items()],
         num_processes=processes,
@@ -345,7 +346,7 @@ def check_caches(config: RunConfig, geometry: Any, datasets: Sequence[CachedData
 
 
 def _open_source(
-    config: RunConfig, facts: TaskFacts, trained: list[Item], held_out: list[Item], steps: Steps, ranks: Ranks
+    config: RunConfig, facts: TaskFacts, trained: Sequence[Item], held_out: list[Item], steps: Steps, ranks: Ranks
 ) -> tuple[Source, CachedDataset | None]:
     """What is trained, and what is measured."""
     texts = [dataset.text.timed(steps.updates_per_epoch, steps.total_updates) for dataset in config.datasets]

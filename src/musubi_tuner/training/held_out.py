@@ -3,24 +3,24 @@
 from collections.abc import Mapping, Sequence
 
 from musubi_tuner.config import RunConfig
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.split import hold_out, hold_out_again, hold_out_by_id, pictures_of
 from musubi_tuner.training.checkpoint import peek_state
 
 _SHOWN = 3
 
 
-def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+def split_of_run(config: RunConfig, items: Sequence[Item]) -> tuple[Sequence[Item], list[Item]]:
     """The trained and the held-out items; see `hold_out`."""
     return _recorded(config, items) or new_split(config, items)
 
 
 def new_split(
     config: RunConfig, items: Sequence[Item], pictures: Mapping[str, str] | None = None
-) -> tuple[list[Item], list[Item]]:
+) -> tuple[Sequence[Item], list[Item]]:
     """The split of a new run; regularisation images are trained and not measured, except copies of what is measured."""
     if not config.validation.split:
-        return list(items), []
+        return items, []
     pictures = pictures or pictures_of(items)
     measurable = [item for item in items if not config.datasets[item.dataset].is_reg]
     _, held_out = hold_out(measurable, config.validation, {item.key: pictures[item.key] for item in measurable})
@@ -51,7 +51,7 @@ def split_note(config: RunConfig, items: Sequence[Item]) -> str | None:
     return f"{'warning' if both else 'note'}: {text}. Use --fresh to start over with the new split"
 
 
-def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[list[Item], list[Item]] | None:
+def _recorded(config: RunConfig, items: Sequence[Item]) -> tuple[Sequence[Item], list[Item]] | None:
     """The split of the state from which the run is resumed; None without a state, or if its data sets are different."""
     if not config.validation.split:
         return None

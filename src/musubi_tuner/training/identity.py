@@ -20,7 +20,8 @@ from musubi_tuner.config.fields import Parameter
 from musubi_tuner.config.run_config import ROLE_TABLES
 from musubi_tuner.config.schema import parameters
 from musubi_tuner.config.schema.resume import is_changeable
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import rows_of
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.models.spec import ModelSpec
 
@@ -124,7 +125,7 @@ def other_teachers(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def data_digest(
-    items: list[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
+    items: Sequence[Item], masked: bool, held_out: Sequence[Item] = (), teachers: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """Changes when images, captions, masks, buckets, repeats or batch sizes of a run change, or which images are held out.
 
@@ -132,10 +133,10 @@ def data_digest(
         teachers: what `other_teachers` gives.
     """
     digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr((item.key, item.caption, item.bucket, item.num_repeats, item.batch_size)).encode())
-        if item.more_captions:
-            digest.update(repr(item.more_captions).encode())
+    for key, captions, item in rows_of(items):
+        digest.update(repr((key, captions[0], item.bucket, item.num_repeats, item.batch_size)).encode())
+        if len(captions) > 1:
+            digest.update(repr(tuple(captions[1:])).encode())
         if item.views:
             digest.update(repr(item.views).encode())
         if item.squashed:

@@ -5,13 +5,14 @@ are for, so a resumed run trains exactly what an uninterrupted one would have.
 """
 
 import contextlib
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from musubi_tuner.config import RunConfig
 from musubi_tuner.data.batch import load_batches
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import plan_epoch, updates_of_epoch
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.workers import explain_workers
 from musubi_tuner.errors import Interrupted, TrainingError, advise_on_memory
 from musubi_tuner.files import fault_point
@@ -111,7 +112,7 @@ def _answer_signal() -> None:
     tqdm.write("stopping when this update is done and a state is saved; a second signal stops at once, without saving")
 
 
-def train(config: RunConfig, items: list[Item], settle: Settle | None = None) -> None:
+def train(config: RunConfig, items: Sequence[Item], settle: Settle | None = None) -> None:
     """Train a run whose caches are complete, alone or as one process of several. Whoever calls it holds the folder's lock.
 
     Args:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.config.schema.validation import ValidationSection
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import MicroBatch
-from musubi_tuner.data.sources import Item
 from musubi_tuner.models.family import Process
 from musubi_tuner.precision import autocast
 from musubi_tuner.randomness import normal

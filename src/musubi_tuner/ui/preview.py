@@ -1,11 +1,13 @@
 """What a run file comes to before it is started: its length, its buckets, its learning rate, captions as they are drawn. Torch-free."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from musubi_tuner.config import RunConfig, Steps, load_documents, sentence
 from musubi_tuner.data.caption_variants import variants
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.remarks import enlargement, kept_share
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.sources import scan
 from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.ui.answers import BucketRow, Preview, Rate
@@ -63,7 +65,7 @@ def besides(config: RunConfig, steps: Steps) -> str:
     return f"{warm_up:,} updates of warm-up; {checkpoints:,} checkpoints with the last one; samples {drawn:,} times"
 
 
-def buckets(items: list[Item]) -> list[BucketRow]:
+def buckets(items: Sequence[Item]) -> list[BucketRow]:
     """One row per bucket and batch size, with what becomes of its pictures."""
     inside: dict[tuple[Any, int], list[Item]] = {}
     for item in items:
@@ -100,7 +102,7 @@ def rates(config: RunConfig, total: int) -> list[Rate]:
     return [{**rate, "label": ", ".join(roles)} for roles, rate in curves.values()]
 
 
-def captions(config: RunConfig, items: list[Item]) -> list[str]:
+def captions(config: RunConfig, items: Sequence[Item]) -> list[str]:
     """Versions of the caption of the first picture that has one, as they are trained."""
     item = next((item for item in items if item.caption), None)
     if item is None:

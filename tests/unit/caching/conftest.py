@@ -14,7 +14,8 @@ from PIL import Image
 from musubi_tuner.caching.file_format import KINDS
 from musubi_tuner.caching.job import JobOptions
 from musubi_tuner.config import RunConfig, load_config
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.item import Item
+from musubi_tuner.data.sources import scan
 from musubi_tuner.headers import read_header
 
 WORDS = ["a", "blue", "circle", "green", "red", "square", "triangle"]

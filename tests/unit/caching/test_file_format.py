@@ -21,7 +21,7 @@ from musubi_tuner.caching.file_format import (
 )
 from musubi_tuner.caching.job import half_path
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.errors import CacheError
 from musubi_tuner.files import temporary_path
 from musubi_tuner.headers import DTYPES, read_header

@@ -27,9 +27,9 @@ from musubi_tuner.caching.file_format import KINDS, cache_path, caption_name, pl
 from musubi_tuner.caching.job import Encoded, Job, JobOptions, make_batches, parse_shard, run_job, storage_dtype, store
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.data.buckets import place
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.pixels import read_pixels
 from musubi_tuner.data.plan import MicroBatch, caption_of
-from musubi_tuner.data.sources import Item
 from musubi_tuner.errors import CacheError, ConfigError, DataError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.headers import read_header

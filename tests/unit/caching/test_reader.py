@@ -14,9 +14,10 @@ from musubi_tuner.caching.file_format import cache_path, latents_key, mask_key
 from musubi_tuner.caching.reader import CachedDataset, read_tensor
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.batch import PlannedBatches
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.plan import MicroBatch
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import CacheError
 from musubi_tuner.headers import DTYPES, read_header
 from musubi_tuner.randomness import uniform

@@ -12,8 +12,9 @@ from torch import Tensor
 from musubi_tuner.caching.file_format import cache_path, latents_key
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.config import RunConfig, load_config
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import MicroBatch, plan_epoch
-from musubi_tuner.data.sources import Item, scan
+from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import CacheError
 from musubi_tuner.flow import linear_lookup
 

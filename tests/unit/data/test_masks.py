@@ -16,13 +16,12 @@ from musubi_tuner.data.images import read_picture_header
 from musubi_tuner.data.masks import (
     Mask,
     belonging,
-    black_lines,
-    mask_lines,
     product_mask,
     read_mask,
     smpl_mask,
     to_latent,
 )
+from musubi_tuner.data.remarks import black_lines, mask_lines
 from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import DataError
 

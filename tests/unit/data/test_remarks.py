@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.data.buckets import place, squash
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.masks import Mask
 from musubi_tuner.data.remarks import picture_lines
-from musubi_tuner.data.sources import Item
 
 
 def item(size: tuple[int, int], bucket: tuple[int, int] = (256, 256), put: Any = place, **more: Any) -> Item:

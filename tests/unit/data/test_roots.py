@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from musubi_tuner.caching.file_format import cache_path
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.roots import NAME
-from musubi_tuner.data.sources import Item, ScannedItems, scan
+from musubi_tuner.data.sources import ScannedItems, scan
 from musubi_tuner.stamps import hashed_state
 
 pytestmark = pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 
 from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.split import PART_BYTES, PARTS, content_key, hold_out, hold_out_by_id
 from musubi_tuner.errors import ConfigError, DataError
 

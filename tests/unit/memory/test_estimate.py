@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from musubi_tuner.config import RunConfig, calculate_steps, load_config
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.device import has_bf16
 from musubi_tuner.encoders.linear_patch import LinearPatchAutoencoder, LinearPatchConfig
 from musubi_tuner.errors import ConfigError

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from musubi_tuner.config import RunConfig, calculate_steps, load_config
 from musubi_tuner.data import workers
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.errors import EXIT_FAILED, ConfigError
 from musubi_tuner.memory.compose import check_machine
 from musubi_tuner.models.flux_dev import FluxConfig, build

@@ -11,7 +11,7 @@ import tomli_w
 
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.buckets import place
-from musubi_tuner.data.sources import Item
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.split import hold_out, hold_out_by_id
 from musubi_tuner.training.held_out import split_note, split_of_run
 

@@ -28,8 +28,8 @@ from musubi_tuner.assemble import load_trainee
 from musubi_tuner.config import RunConfig, load_config
 from musubi_tuner.data.batch import Batch, load_batches
 from musubi_tuner.data.buckets import place
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import MicroBatch, PlanItem
-from musubi_tuner.data.sources import Item
 from musubi_tuner.data.split import hold_out_by_id
 from musubi_tuner.encoders.locate import hash_file
 from musubi_tuner.errors import CheckpointError, ConfigError, Interrupted, TrainingError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from musubi_tuner.config.schema.validation import ValidationSection
 from musubi_tuner.data.batch import Batch
 from musubi_tuner.data.buckets import place
+from musubi_tuner.data.item import Item
 from musubi_tuner.data.plan import MicroBatch
-from musubi_tuner.data.sources import Item
 from musubi_tuner.models.tinyflux import TinyFluxDeep, TinyFluxProcess
 from musubi_tuner.models.tinyflux.process import TeacherSettings
 from musubi_tuner.models.tinyflux.settings import TinyFluxObjective
