@@ -61,6 +61,7 @@ def trained(
     config = write_run(root, photographs, encoders, datasets=data(shards, root), train={"max_steps": 4})
     result = server.run("train", [config], root).expect(0)
     assert "2 of 2 shards are not read yet; each counts as 5 pictures" in result.out
+    assert "latents  0 up to date, 2 shards to read (2 x not read yet)" in result.out
     assert "latents: shard 2 of 2" in result.out
     assert "9 up to date, 0 to make" in result.out
     return config

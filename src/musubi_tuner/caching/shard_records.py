@@ -58,7 +58,7 @@ class Shards:
             stored = read_json(_record(self.dataset, name, expected.kind))["asked"]
             return next(differences(stored, _asked(self.dataset, self.shards[name], expected)), None)
         except FileNotFoundError:
-            return "their shard is not read yet"
+            return "not read yet"
         except (OSError, DataError, KeyError, TypeError):
             return f"shard_{expected.kind}.json cannot be read"
 

@@ -59,6 +59,8 @@ def _run_shards(config: RunConfig, job: Job, options: JobOptions, family_options
         return EXIT_OK
     failed = EXIT_OK
     with lock_for_job(dataset.cache_directory, job.kind, options.shard):
+        for left in dataset.cache_directory.glob(f".reading-*-{job.kind}") if options.shard == (1, 1) else ():
+            shutil.rmtree(left, ignore_errors=True)  # by a job that was killed
         for number, name in enumerate(mine, start=1):
             shard = shards.shards[name]
             print(f"{job.kind}: shard {number} of {len(mine)}, {shard}", flush=True)

@@ -43,7 +43,7 @@ class KindStatus:
     Attributes:
         expected: by number of the dataset, for those that want such files.
         due: item -> why its file must be made. fresh: how many need nothing. imported: which of these were imported.
-        orphans: complete files that belong to no item of the datasets.
+        unread: how many of what is due are shards that are not read yet. orphans: complete files that belong to no item of the datasets.
         hashed: how many pictures and masks had to be read, by what the plan says of them.
         precisions: in which fresh files were computed.
     """
@@ -53,6 +53,7 @@ class KindStatus:
     due: dict[str, str] = field(default_factory=dict)
     fresh: int = 0
     imported: set[str] = field(default_factory=set)
+    unread: int = 0
     orphans: list[Path] = field(default_factory=list)
     hashed: Counter[str] = field(default_factory=Counter)
     precisions: Counter[str] = field(default_factory=Counter)
@@ -136,6 +137,7 @@ def examine(
                 why_due[place] = shards[item.dataset].why_due(item.shard, expected)
             if (why := why_due[place]) is not None:
                 status.due[item.key] = why
+                status.unread += item.is_unread
             if why is not None or item.is_unread:
                 continue
         reason, stored = file_state(item, expected, code, by_name=as_it_is)

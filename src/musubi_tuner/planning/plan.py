@@ -163,7 +163,9 @@ def _state_to_continue(config: RunConfig) -> dict[str, Any] | None:
 def _state(status: KindStatus) -> str:
     reasons = "; ".join(f"{count} x {reason}" for reason, count in status.reasons)
     imported = f" ({len(status.imported)} of them imported)" if status.imported else ""
-    return f"{status.fresh} up to date{imported}, {len(status.due)} to make" + (f" ({reasons})" if reasons else "")
+    due = [f"{len(status.due) - status.unread} to make"] if len(status.due) > status.unread or not status.due else []
+    due += [f"{status.unread} shards to read"] if status.unread else []
+    return f"{status.fresh} up to date{imported}, {', '.join(due)}" + (f" ({reasons})" if reasons else "")
 
 
 def _dataset_lines(config: RunConfig, plan: Plan, kind: str) -> list[str]:
