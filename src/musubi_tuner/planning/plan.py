@@ -17,10 +17,10 @@ from musubi_tuner.config.prompts import prompts_file, sample_prompts
 from musubi_tuner.config.schema.experts import Sd15Teachers
 from musubi_tuner.data.item import Item
 from musubi_tuner.data.item_table import tally
+from musubi_tuner.data.length import sources_of, steps_on
 from musubi_tuner.data.remarks import black_lines, mask_lines, picture_lines
 from musubi_tuner.data.sources import ScannedItems, scan
 from musubi_tuner.errors import DataError
-from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.plateau import left_of, measurements
 from musubi_tuner.training.schedulers import rate_jump, start_left
 from musubi_tuner.weights.hub import local_only

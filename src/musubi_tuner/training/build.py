@@ -1,7 +1,6 @@
 """From a config to a run that is ready to train: source, model, roles and task, resumed from a state if there is one."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from torch import nn
 from musubi_tuner.assemble import fit_to_device, load_trainee
 from musubi_tuner.caching.reader import CachedDataset
 from musubi_tuner.caching.status import needed_kinds
-from musubi_tuner.config import RunConfig, Steps, calculate_steps
+from musubi_tuner.config import RunConfig, Steps
 from musubi_tuner.config.write import resolved_toml
 from musubi_tuner.data.batch import Source
 from musubi_tuner.data.item import Item
 from musubi_tuner.data.item_table import tally
+from musubi_tuner.data.length import steps_on
 from musubi_tuner.data.pixels import PixelSource
 from musubi_tuner.data.streams import StreamSource
 from musubi_tuner.device import apply_backend_flags, has_bf16, set_threads
@@ -136,7 +136,7 @@ def build_run(config: RunConfig, items: Sequence[Item], ranks: Ranks, settle: Se
     trained, held_out = split_of_run(config, items)
     refuse_second_branch(config)
     facts = config.spec.task(config)
-    steps = count_steps(config, trained, ranks.count)
+    steps = steps_on(config, trained, ranks.count)
     source, measured = _open_source(config, facts, trained, held_out, steps, ranks)
     found = _find_state(config)
     data = data_digest(trained, config.train.masked_loss, held_out, other_teachers(config))
@@ -313,20 +313,6 @@ def _make_validator(
         rank=ranks.rank,
         processes=ranks.count,
         hidden=config.spec.expert_keys,
-    )
-
-
-def count_steps(config: RunConfig, items: Sequence[Item], processes: int) -> Steps:
-    """Length of a run, from the real buckets."""
-    buckets = Counter[tuple[Any, int]]()
-    for item, count in tally(items):
-        buckets[item.bucket, item.batch_size] += count * item.num_repeats
-    return calculate_steps(
-        [(count, size) for (_, size), count in buckets.items()],
-        num_processes=processes,
-        grad_accum_steps=config.train.grad_accum_steps,
-        max_steps=config.train.max_steps,
-        max_epochs=config.train.max_epochs,
     )
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from musubi_tuner import __version__
 from musubi_tuner.config import RunConfig
+from musubi_tuner.data.length import steps_on
 from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import ConfigError
 from musubi_tuner.files import folder_lock
 from musubi_tuner.models.family import PublishedState
-from musubi_tuner.training.build import count_steps
 from musubi_tuner.training.checkpoint import (
     EPOCH_METRIC,
     Best,
@@ -54,7 +54,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
     config = as_begun(config, {})  # without warm-up of the average, as in such a trainer
     processes = config.distributed.num_processes
     trained, held_out = new_split(config, scan(config.datasets, config.spec.code).items)
-    steps = count_steps(config, trained, processes)
+    steps = steps_on(config, trained, processes)
     state = published.read_state(path, config, moments=moments)
     if state.step >= steps.total_updates:
         raise ConfigError(

@@ -6,9 +6,9 @@ from typing import Any
 from musubi_tuner.config import RunConfig, Steps, load_documents, sentence
 from musubi_tuner.data.caption_variants import variants
 from musubi_tuner.data.item import Item
+from musubi_tuner.data.length import sources_of, steps_on
 from musubi_tuner.data.remarks import enlargement, kept_share
 from musubi_tuner.data.sources import scan
-from musubi_tuner.planning.length import sources_of, steps_on
 from musubi_tuner.training.schedulers import schedule_length, schedule_of
 from musubi_tuner.ui.answers import BucketRow, Preview, Rate
 

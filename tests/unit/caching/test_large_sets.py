@@ -1,35 +1,15 @@
 """What the plan of a large data set opens: each file once, each folder a few times, whatever their number."""
 
-import os
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from musubi_tuner.planning.plan import make_plan
+from opened_files import opened_below
 
 COUNT = 60
-opened: Counter[str] = Counter()
-watched: list[str] = []
-
-
-def hear(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook, which cannot be removed again."""
-    if watched and event in ("open", "os.scandir", "os.listdir") and isinstance(arguments[0], str | os.PathLike):
-        path = str(Path(os.fspath(arguments[0])).absolute())
-        if path.startswith(watched[0]):
-            name = Path(path).name
-            kind = next(
-                (
-                    end
-                    for end in ("_te.safetensors", "_experts.safetensors", ".safetensors", ".png", ".txt")
-                    if name.endswith(end)
-                ),
-                "",
-            )
-            opened[kind if event == "open" else event] += 1
+KINDS = ("_te.safetensors", "_experts.safetensors", ".safetensors", ".png", ".txt")
 
 
 @pytest.mark.long
@@ -38,14 +18,12 @@ def test_the_plan_opens_each_file_once(project: Any, monkeypatch: pytest.MonkeyP
         project.picture(f"{number:03d}", (64, 64))
     for kind in ("latents", "text", "experts"):
         assert project.run(kind) == 0
-    sys.addaudithook(hear)
-    watched.append(str(project.root.resolve()))
-    try:
-        monkeypatch.chdir(project.root)
+    monkeypatch.chdir(project.root)
+    with opened_below(project.root.resolve()) as opened:
         plan = make_plan(project.config(), 1, download=False, only_look=True)
-    finally:
-        watched.clear()
     assert not plan.due and len(plan.trained) == COUNT
-    kinds = ("_te.safetensors", "_experts.safetensors", ".safetensors", ".png", ".txt")
-    assert {kind: opened[kind] for kind in kinds} == dict.fromkeys(kinds, COUNT)
+    kinds = Counter[str]()
+    for name, count in opened.items():
+        kinds[next((kind for kind in KINDS if name.endswith(kind)), "")] += count
+    assert {kind: kinds[kind] for kind in KINDS} == dict.fromkeys(KINDS, COUNT)
     assert opened["os.scandir"] + opened["os.listdir"] < 12

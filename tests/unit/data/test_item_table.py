@@ -1,10 +1,7 @@
 """Items of caches without pictures: what is kept of a folder is what its files say, as long as nothing in it changes."""
 
 import json
-import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from musubi_tuner.data.plan import PlanGroups, PlanItem, plan_epoch
 from musubi_tuner.data.sources import scan
 from musubi_tuner.errors import DataError
 from musubi_tuner.training.identity import data_digest
+from opened_files import opened_below
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
@@ -27,16 +25,6 @@ from large_set import safetensors, write_caches
 
 LATENTS = {"latents_1x2x2_float32": ("F32", [16, 2, 2], bytes(256))}
 TEXT = {"t5_vec_bfloat16": ("BF16", [4, 16], bytes(128))}
-opened: Counter[str] = Counter()
-watched: list[str] = []
-
-
-def hear(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook, which cannot be removed again."""
-    if watched and event in ("open", "os.scandir", "os.listdir") and isinstance(arguments[0], str | os.PathLike):
-        path = str(Path(os.fspath(arguments[0])).absolute())
-        if path.startswith(watched[0]):
-            opened[Path(path).suffix if event == "open" else event] += 1
 
 
 @pytest.fixture
@@ -190,27 +178,19 @@ def test_groups_are_planned_as_their_items() -> None:
         assert plan_epoch(PlanGroups(alike, numbers), 7, epoch) == plan_epoch(items, 7, epoch)
 
 
-@pytest.fixture
-def listening() -> Iterator[None]:
-    sys.addaudithook(hear)
-    opened.clear()
-    yield
-    watched.clear()
-
-
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_a_second_start_opens_no_file_of_an_item(count: int, tmp_path: Path, listening: None) -> None:
+def test_a_second_start_opens_no_file_of_an_item(count: int, tmp_path: Path) -> None:
     """Nor does it list folders. benchmarks/large_set.py measures such a start."""
     root = tmp_path / "caches"
     write_caches(root, count)
     first = load(root)
-    watched.append(str(root))
-    table = load(root)
-    open_items(table, [root] * 4, [["latents", "text"]], "tf")
-    assert sum(number for _, number in tally(table)) == len(table) == len(first) == count
-    plan_epoch(PlanGroups([PlanItem("", kind.bucket, 1, 8) for kind in table.kinds], table.kind.tolist()), 1, 0)
-    assert dict(opened) == {".npz": 1}
+    with opened_below(root) as opened:
+        table = load(root)
+        open_items(table, [root] * 4, [["latents", "text"]], "tf")
+        assert sum(number for _, number in tally(table)) == len(table) == len(first) == count
+        plan_epoch(PlanGroups([PlanItem("", kind.bucket, 1, 8) for kind in table.kinds], table.kind.tolist()), 1, 0)
+    assert dict(opened) == {"tf.npz": 1}
     assert table[count - 1].caption == f"picture number {count - 1}"
     assert json.dumps(table.places) == '["."]'
