@@ -95,7 +95,7 @@ def test_prompts_that_were_encoded_once_need_no_text_encoder(
     assert "prompts  4 texts to encode, for which the text encoders are needed" in first
     kept = (there / "cache" / "prompts_tf.safetensors").read_bytes()
     moved = without_pictures(config, here, sample=SAMPLE, model={"vae_path": str(encoders / "ae.safetensors")})
-    assert "prompts  4 texts are encoded" in server.run("train", [moved], here).expect(0).out
+    assert "prompts  4 texts are kept, no text encoder is needed" in server.run("train", [moved], here).expect(0).out
     drawn = {path.name: path.read_bytes() for path in (there / "out" / "sample").glob("*.png")}
     assert len(drawn) == 6
     assert {path.name: path.read_bytes() for path in (here / "out" / "sample").glob("*.png")} == drawn
@@ -114,7 +114,10 @@ def test_the_text_job_encodes_prompts_and_other_encoders_encode_them_again(
     before = path.stat().st_mtime_ns
     server.run("text", [config], tmp_path).expect(0)
     assert path.stat().st_mtime_ns == before
-    assert "prompts  4 texts are encoded" in server.run("train", [config, "--plan"], tmp_path).expect(0).out
+    assert (
+        "prompts  4 texts are kept, no text encoder is needed"
+        in server.run("train", [config, "--plan"], tmp_path).expect(0).out
+    )
     assert (
         "prompts  4 texts to encode"
         in server.run("train", [config, "--plan", "--t5_max_tokens", "20"], tmp_path).expect(0).out

@@ -1,13 +1,16 @@
 """Shards and data sets of Hugging Face are cached one part at a time, in the files that a folder would have, and then trained."""
 
+import io
 import shutil
 import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from project import ForkServer, content, differing, final_files, write_run
 from safetensors.torch import load_file
 
@@ -132,6 +135,137 @@ def test_a_job_that_was_killed_goes_on(
     assert ours == {path: theirs[path] for path in ours} and len(ours) == 9
 
 
+def cached(server: ForkServer, config: Path, *options: str) -> str:
+    """What the jobs of latents and texts say."""
+    return "".join(server.run(job, [config, *options], config.parent).expect(0).out for job in JOBS[:2])
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def project(photographs: Path, encoders: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run file without teachers on three shards of drawn pictures, in tar/."""
+    tar = tmp_path / "tar"
+    tar.mkdir()
+    for name in "abc":
+        write_drawn(tar / f"{name}.tar", [f"{name}{n}" for n in range(3)])
+
+    def write(**changes: Any) -> Path:
+        own = {"experts": {"enable_lune": False, "enable_sol": False}, "train": {"max_steps": 2}, **changes}
+        return write_run(tmp_path, photographs, encoders, datasets=data(tar, tmp_path), **own)
+
+    return write
+
+
+def write_drawn(path: Path, names: list[str], side: int = 96, **more: bytes) -> None:
+    """A shard of pictures with captions, and further files."""
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            picture = io.BytesIO()
+            Image.new("RGB", (side, side), (sum(name.encode()) % 256, 80, 90)).save(picture, "PNG")
+            add(archive, f"{name}.png", picture.getvalue())
+            add(archive, f"{name}.txt", f"a picture of {name}".encode())
+        for name, content in more.items():
+            add(archive, name.replace("_DOT_", "."), content)
+
+
+def trained_on(server: ForkServer, config: Path) -> str:
+    """The plan's line on the data, and on the latents."""
+    plan = server.run("train", [config, "--plan"], config.parent).expect(0).out.splitlines()
+    return " ".join(line.strip() for line in plan if line.strip().startswith(("data", "latents", "text")))
+
+
+def test_what_is_trained_is_what_the_shards_hold(
+    project: Callable[..., Path], server: ForkServer, tmp_path: Path
+) -> None:
+    """Whatever happens to shards and caches, and however the work is dealt."""
+    config, tar, cache = project(), tmp_path / "tar", tmp_path / "cache"
+    for part in ("2/2", "1/2"):
+        cached(server, config, "--shard", part)
+    assert "9 images" in trained_on(server, config) and "latents  9 up to date, 0 to make" in trained_on(server, config)
+    next((cache / "a").glob("a1_*_te.safetensors")).unlink()
+    next((cache / "b").glob("b1_*x*_tf.safetensors")).unlink()
+    (cut,) = (cache / "c").glob("c1_*x*_tf.safetensors")
+    cut.write_bytes(cut.read_bytes()[:-9])
+    said = cached(server, config)
+    assert said.count("encoded 1, up to date 2") == 3 and "9 images" in trained_on(server, config)
+    write_drawn(tar / "a.tar", ["a0", "a2"], side=128)  # one fewer, and larger
+    assert "latents: encoded 2" in cached(server, config)
+    assert "8 images" in trained_on(server, config)
+    (tar / "b.tar").rename(tmp_path / "b.tar")
+    assert "5 images" in trained_on(server, config)
+    shutil.rmtree(cache / "b")
+    (tmp_path / "b.tar").rename(tar / "b.tar")
+    assert "3 files" not in cached(server, config) and "8 images" in trained_on(server, config)
+
+
+def test_samples_that_cannot_be_trained_are_left_out_and_counted(
+    project: Callable[..., Path], server: ForkServer, tmp_path: Path
+) -> None:
+    config, tar = project(), tmp_path / "tar"
+    write_drawn(
+        tar / "a.tar",
+        ["good", "n" * 240, "recycled/x", "twice", "Twice"],
+        broken_DOT_png=b"no picture",
+        broken_DOT_txt=b"x",
+    )
+    write_drawn(tar / "b.tar", [], broken_DOT_png=b"no picture", broken_DOT_txt=b"x")
+    said = cached(server, config)
+    assert "2 samples of" in said and "its name occurs twice" in said and "1 samples of" in said
+    plan = trained_on(server, config)
+    assert "7 images" in plan and "latents  7 up to date, 0 to make" in plan
+    assert "encoded" not in cached(server, config)
+    write_drawn(tar / "c.tar", ["c0"], alone_DOT_png=(tar / "c.tar").read_bytes())
+    refused = server.run("text", [config, "--set", "cache.workers=0"], tmp_path)
+    refused.expect(2)
+    assert "has no caption (shard_label_key 'txt'" in refused.err
+
+
+def test_settings_that_make_other_files_are_noticed_and_others_are_not(
+    project: Callable[..., Path], server: ForkServer, tmp_path: Path
+) -> None:
+    config = project()
+    cached(server, config)
+    other = {"general": {"resolution": 64, "caption_dropout_rate": 0.1, "batch_size": 4}}
+    plan = trained_on(server, project(**other))
+    assert "latents  0 up to date, 9 to make (9 x datasets.resolution was [128, 128], now [64, 64])" in plan
+    assert "text     9 up to date" in plan
+    named = project(**other, cache={"skip_existing": "name"})
+    assert "latents  9 up to date, 0 to make" in trained_on(server, named) and "encoded" not in cached(server, named)
+    assert "latents  0 up to date, 9 to make" in trained_on(server, project(**other))
+    assert "latents: encoded 3" in cached(server, config)
+    split = project(validation={"split": 0.4}, general={"mask_source": "product"})
+    result = server.run("train", [split], tmp_path).expect(0)
+    assert "held out" in result.out and "general.mask_source: has no effect on datasets[0]" in result.err
+
+
+def test_a_changed_data_set_of_hugging_face_is_read_again(
+    photographs: Path, encoders: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    source = table(tmp_path / "set", photographs, "parquet")
+    given = [
+        {
+            "dataset_name": str(source),
+            "caption_column": "words",
+            "image_column": "picture",
+            "cache_directory": str(tmp_path / "cache"),
+        }
+    ]
+    config = write_run(
+        tmp_path, photographs, encoders, datasets=given, experts={"enable_lune": False, "enable_sol": False}
+    )
+    cached(server, config)
+    shutil.rmtree(source)
+    table(source, photographs, "parquet", said="another text")
+    assert "text: encoded 5" in cached(server, config)
+    made = {read_header(path).metadata["caption1"] for path in (tmp_path / "cache").rglob("*_te.safetensors")}
+    assert made == {"another text"}
+
+
 def test_they_train_without_the_shards_as_precached(
     trained: Path, photographs: Path, encoders: Path, server: ForkServer, tmp_path: Path
 ) -> None:
@@ -142,11 +276,14 @@ def test_they_train_without_the_shards_as_precached(
     assert differing(final_files(tmp_path / "out"), final_files(trained.parent / "out")) == []
 
 
-def table(folder: Path, photographs: Path, form: str) -> Path:
+def table(folder: Path, photographs: Path, form: str, said: str = "") -> Path:
     """The photographs as a data set of Hugging Face in two parts."""
     datasets = pytest.importorskip("datasets")
     rows = [
-        {"picture": {"bytes": path.read_bytes(), "path": path.name}, "words": path.with_suffix(".txt").read_text()}
+        {
+            "picture": {"bytes": path.read_bytes(), "path": path.name},
+            "words": said or path.with_suffix(".txt").read_text(),
+        }
         for path in pictures(photographs)
     ]
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})

@@ -153,7 +153,8 @@ def run_job(config: RunConfig, job: Job, options: JobOptions, family_options: di
                     read_only.add(folder)
         contents = Contents(config)
         status = examine(config, found.items, job.kind, family_options, download=True, contents=contents)
-        batches = make_batches(found.items, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
+        pictures = [item for item in found.items if item.content is None]
+        batches = make_batches(pictures, job.batch_size, job.by_bucket)[options.shard[0] - 1 :: options.shard[1]]
         mine = [batch for batch in batches if any(item.key in status.due for item in batch)]
         due = [item for batch in mine for item in batch if item.key in status.due]
         outcome = Outcome(

@@ -131,10 +131,11 @@ def examine(
             continue
         if item.shard is not None:
             if item.dataset not in shards:
-                shards[item.dataset] = Shards(config.datasets[item.dataset])
+                shards[item.dataset] = Shards(config.datasets[item.dataset], by_name)
             place = (item.dataset, item.shard)
             if place not in why_due:
-                why_due[place] = shards[item.dataset].why_due(item.shard, expected)
+                # The headers of an item's own files are read below.
+                why_due[place] = shards[item.dataset].why_due(item.shard, expected, thorough=item.is_unread)
             if (why := why_due[place]) is not None:
                 status.due[item.key] = why
                 status.unread += item.is_unread

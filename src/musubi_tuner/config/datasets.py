@@ -62,6 +62,8 @@ _OF_PICTURES = (
 _NOT_OF_A_STREAM = ("precached", "captions_file", "mask_directory", "mask_source", "alpha_mask", "recursive", "caption_columns",
                     "caption_transform", "caption_extension")  # fmt: skip
 """Keys that act on files beside pictures."""
+_ACTS_ON_SHARDS = ("mask_source", "alpha_mask", "caption_columns", "caption_transform")
+"""Those of them that [general] may have, and that would act on the pictures of a shard."""
 _NOT_OF_LIVE_PICTURES = ("experts", "num_repeats", "is_reg")
 """Keys that act on what is cached."""
 _VIDEO = {
@@ -299,6 +301,16 @@ def _resolve_one(
             problems.append(
                 error("V90", f"{where}.{key}", "is for pictures in a folder or list, not in shards; remove the key")
             )
+        general = [
+            key for key in _NOT_OF_A_STREAM if key not in own and is_on(values.get(key)) and key in _ACTS_ON_SHARDS
+        ]
+        for key in general:
+            text = f"has no effect on {where}, because its pictures come in shards"
+            problems.append(warning("NA03", f"general.{key}", text))
+        values = {key: value for key, value in values.items() if key not in general}
+        if stream.cached and "epoch_samples" in own:
+            text = "has no effect because pictures that are cached are counted"
+            problems.append(warning("NA03", f"{where}.epoch_samples", text))
         for key in [key for key in _NOT_OF_LIVE_PICTURES if is_on(own.get(key)) and not stream.cached]:
             text = "is for pictures in a folder or list, or in shards that are cached; set cache_directory, or remove the key"
             problems.append(error("V90", f"{where}.{key}", text))

@@ -109,7 +109,7 @@ class _Walk:
                 if entry.is_dir(follow_symlinks=False) or os.path.isdir(path):  # noqa: PTH112
                     if not self.recursive:
                         continue
-                    if _is_hidden(entry.name):
+                    if is_hidden(entry.name):
                         self.hidden.append(path)
                     elif entry.name in written or self._is_apart(path):
                         self.apart_folders.append(path)
@@ -121,9 +121,9 @@ class _Walk:
     def _take(self, path: Path, entry: "os.DirEntry[str]") -> None:
         ending = path.suffix.lower()
         if not can_read(ending):
-            if ending in _UNREAD and not _is_hidden(entry.name):
+            if ending in _UNREAD and not is_hidden(entry.name):
                 self.unread[ending] += 1
-        elif _is_hidden(entry.name):
+        elif is_hidden(entry.name):
             self.hidden.append(path)
         elif any("\udc80" <= character <= "\udcff" for character in str(path)):
             self.problems.append(f"{os.fsencode(path)!r}: its name is not UTF-8, which caches need; rename it")
@@ -170,7 +170,8 @@ class _Walk:
         return found
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or the system's."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 

@@ -13,7 +13,7 @@ import time
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -34,15 +34,17 @@ from musubi_tuner.headers import Header, read_header
 from musubi_tuner.stamps import rest_of_tick, stamps_of
 
 VERSION = 1
-FOLDER = ".table"
+FOLDER, READING = ".table", ".reading-"
+"""Folder of what is kept, and beginning of those of shards that are being read; neither holds caches."""
 LEAST_KEPT = 5000
 """Items of a folder whose headers take long enough to be kept."""
 ENDINGS = {"text": "_te.safetensors", "experts": "_experts.safetensors"}
 """Of the files beside the latents, behind the code of the family."""
+TEXTS = ("ids", "captions", "stems", "contents")
 COLUMNS = {"layout": np.int32, "begin": np.int64, "made": np.int64, "stamps": np.int64, "imported": np.bool_}
 """Of `Files`, with their types."""
-_CAPTIONS, _TEXTS = "\0", "\0\x01\0"
-"""Between the captions of an item, and between texts of a column."""
+_CAPTIONS = "\0"
+"""Between the captions of an item."""
 
 
 def _numbers() -> "array[int]":
@@ -187,17 +189,22 @@ def rows_of(items: Sequence[Item]) -> Iterator[tuple[str, Sequence[str], Item]]:
     return ((item.key, item.captions, item) for item in items)
 
 
-def items_of_caches(root: Path, code: str, problems: list[str]) -> ItemTable:
-    """The items of a cache folder, from what is kept of it or else from its files.
+def items_of_caches(
+    root: Path, code: str, problems: list[str], *, only: Collection[str] | None = None, keeps: bool = False
+) -> ItemTable:
+    """The items of a cache folder.
 
     Args:
-        code: of the family, which is part of the names. problems: gets what is wrong with files.
+        code: of the family, which is part of the names. problems: gets what is wrong with files. only: latents files below the root that
+            count; None = all. keeps: what was kept of the files is believed, and kept; for readers that compare files with it.
     """
+    if not keeps:
+        return _read(root, code, problems, only)
     kept = _load(root, code)
     if kept is not None:
         return kept
     before, wrong = _state_before(root), len(problems)
-    table = _read(root, code, problems)
+    table = _read(root, code, problems, only)
     if before is not None and len(problems) == wrong and len(table):
         _save(table, code, before)
     return table
@@ -208,36 +215,38 @@ def forget(root: Path, code: str) -> None:
     (root / FOLDER / f"{code}.npz").unlink(missing_ok=True)
 
 
-def _read(root: Path, code: str, problems: list[str]) -> ItemTable:
+def _read(root: Path, code: str, problems: list[str], only: Collection[str] | None) -> ItemTable:
     pattern = re.compile(rf"(.+)_(\d{{4,}})x(\d{{4,}})_{re.escape(code)}\.safetensors")
     files = {kind: Files() for kind in ("latents", *ENDINGS)}
     numbers: dict[str, dict[str, int]] = {kind: {} for kind in files}
-    columns: dict[str, list[str]] = {name: [] for name in ("ids", "captions", "stems", "contents")}
+    columns: dict[str, list[str]] = {name: [] for name in TEXTS}
     places, folders, kinds, kind = list[str](), _numbers(), dict[Any, int](), _numbers()
     spare: list[str] = []
     for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        present, place_of = set(names), os.path.relpath(folder, root)
+        below[:] = sorted(_with_caches(below))
+        every, present, place_of, stems = set(names), set(names), os.path.relpath(folder, root), dict[str, str]()
         for name in sorted(names):
             match = None if name.startswith(".") else pattern.fullmatch(name)
-            if match is None:
+            if match is None or (only is not None and os.path.normpath(Path(place_of, name)) not in only):
                 continue
             stem, path = match[1], Path(folder, name)
             beside = {other: f"{stem}_{code}{ending}" for other, ending in ENDINGS.items()}
             try:
+                if stem in stems:
+                    raise DataError(f"{path} and {stems[stem]} are caches of the same picture; remove one")
                 size = (int(match[2]), int(match[3]))
                 stored = _stored(
-                    path, stem, size, beside["text"] in present, files, numbers, path.with_name(beside["text"])
+                    path, stem, size, beside["text"] in every, files, numbers, path.with_name(beside["text"])
                 )
             except (CacheError, DataError, OSError) as problem:
                 problems.append(str(problem) if str(path.parent) in str(problem) else f"{path}: {problem}")
                 _trim(files, len(columns["ids"]))
                 continue
-            if beside["experts"] in present:
+            stems[stem] = name
+            if beside["experts"] in every:
                 try:
                     experts = path.with_name(beside["experts"])
-                    stamps = stamps_of(experts.stat())
-                    files["experts"].add(read_header(experts), stamps, numbers["experts"])
+                    files["experts"].add(*_looked_at(experts), numbers["experts"])
                 except (CacheError, OSError):  # said where the run wants them
                     files["experts"].add_none()
             else:
@@ -252,7 +261,7 @@ def _read(root: Path, code: str, problems: list[str]) -> ItemTable:
             columns["contents"].append(content or "")
             folders.append(len(places) - 1)
             kind.append(kinds.setdefault(common, len(kinds)))
-        own = f"_{code}.safetensors", *(f"_{code}{ending}" for ending in ENDINGS.values())
+        own = tuple(f"_{code}{ending}" for ending in ENDINGS.values())
         spare += [os.path.join(place_of, name) for name in present if name.endswith(own) and not name.startswith(".")]  # noqa: PTH118
     order = sorted(range(len(columns["ids"])), key=columns["ids"].__getitem__)
     ids = columns["ids"]
@@ -273,6 +282,12 @@ def _read(root: Path, code: str, problems: list[str]) -> ItemTable:
         files={name: own.in_order(order) for name, own in files.items() if any(number >= 0 for number in own.layout)},
         spare=sorted(spare),
     )
+
+
+def _looked_at(path: Path) -> tuple[Header, tuple[int, ...]]:
+    """Header of a file, and its state before it was read."""
+    stamps = stamps_of(path.stat())
+    return read_header(path), stamps
 
 
 def _trim(files: dict[str, Files], count: int) -> None:
@@ -302,8 +317,7 @@ def _stored(
     if not has_text:
         raise DataError(f"{text}: no such file; the caches are not complete")
     made, words = (
-        files[kind].add(read_header(file), stamps_of(file.stat()), numbers[kind])
-        for kind, file in (("latents", path), ("text", text))
+        files[kind].add(*_looked_at(file), numbers[kind]) for kind, file in (("latents", path), ("text", text))
     )
     for file, found in ((path, made), (text, words)):
         if not found:
@@ -356,11 +370,15 @@ def _common(kind: Item) -> Common:
     )  # fmt: skip
 
 
+def _with_caches(folders: Sequence[str]) -> list[str]:
+    return [name for name in folders if name != FOLDER and not name.startswith(READING)]
+
+
 def _folders(root: Path) -> dict[str, list[int]]:
     """State of every folder below a root that may hold caches."""
     found = {}
     for folder, below, _ in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = _with_caches(below)
         status = Path(folder).stat()
         found[os.path.relpath(folder, root)] = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return found
@@ -372,7 +390,10 @@ def _state_before(root: Path) -> dict[str, list[int]] | None:
         return None
     try:
         (root / FOLDER).mkdir(exist_ok=True)
-        return _folders(root)
+        found = _folders(root)
+        newest = max(max(state[:2]) for state in found.values())
+        time.sleep(rest_of_tick({"mtime_ns": newest, "ctime_ns": newest}) / 1e9)  # a later change then shows
+        return found
     except OSError:
         return None
 
@@ -381,15 +402,13 @@ def _save(table: ItemTable, code: str, before: dict[str, list[int]]) -> None:
     """Keep a table, unless a folder changed meanwhile; where nothing can be written, headers are read at each start."""
     path = table.root / FOLDER / f"{code}.npz"
     try:
-        newest = max(max(state[:2]) for state in before.values())
-        time.sleep(rest_of_tick({"mtime_ns": newest, "ctime_ns": newest}) / 1e9)
         if _folders(table.root) != before:
             return
-        columns: dict[str, Any] = {
-            name: np.frombuffer(_TEXTS.join(getattr(table, name)).encode("utf-8", "surrogateescape"), np.uint8)
-            for name in ("ids", "captions", "stems", "contents")
-        }
-        columns |= {"folders": table.folders, "kind": table.kind}
+        columns: dict[str, Any] = {"folders": table.folders, "kind": table.kind}
+        for name in TEXTS:
+            texts = getattr(table, name)
+            columns[name] = np.frombuffer("".join(texts).encode("utf-8", "surrogatepass"), np.uint8)
+            columns[f"{name}.lengths"] = np.array([len(text) for text in texts], np.int64)
         about: dict[str, Any] = {
             "version": VERSION, "state": before, "places": table.places, "kinds": [_common(kind) for kind in table.kinds],
             "spare": table.spare, "count": len(table), "layouts": {}, "precisions": {},
@@ -418,6 +437,14 @@ def _is_still(root: Path, folders: dict[str, list[int]]) -> bool:
     return True
 
 
+def _texts(letters: Any, lengths: Any) -> list[str]:
+    """The texts of a column."""
+    whole, ends = letters.tobytes().decode("utf-8", "surrogatepass"), [0, *np.cumsum(lengths).tolist()]
+    if ends[-1] != len(whole):
+        raise ValueError("texts are cut short")
+    return [whole[begin:end] for begin, end in pairwise(ends)]
+
+
 def _load(root: Path, code: str) -> ItemTable | None:
     """What is kept of a folder; None if nothing is, or the folder has changed."""
     try:
@@ -425,10 +452,7 @@ def _load(root: Path, code: str) -> ItemTable | None:
             about = json.loads(stored["about"].tobytes())
             if about["version"] != VERSION or not _is_still(root, about["state"]):
                 return None
-            texts = {
-                name: stored[name].tobytes().decode("utf-8", "surrogateescape").split(_TEXTS)
-                for name in ("ids", "captions", "stems", "contents")
-            }
+            texts = {name: _texts(stored[name], stored[f"{name}.lengths"]) for name in TEXTS}
             files = {
                 kind: Files(
                     layouts,
@@ -441,5 +465,5 @@ def _load(root: Path, code: str) -> ItemTable | None:
                 root, **texts, folders=stored["folders"], places=about["places"], kinds=[_kind(each) for each in about["kinds"]],
                 kind=stored["kind"], files=files, spare=about["spare"],
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, BadZipFile):
         return None

@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from musubi_tuner.config.streams import StreamSettings
+from musubi_tuner.data.folders import is_hidden
 from musubi_tuner.data.images import EXTENSIONS
 from musubi_tuner.errors import DataError
+from musubi_tuner.files import read_json
 
 HUB = "hf://"
 TABLE = "datasets://"
 """Begins the name of a part of a data set of Hugging Face."""
+_LONGEST = 100
+"""Letters of the name of a shard's folder, without its hash."""
 TIMEOUT = 30
 """Seconds without an answer of a server."""
 
@@ -161,16 +165,36 @@ def _on_the_hub(pattern: str) -> list[str]:
 
 
 def shard_names(shards: Sequence[str]) -> dict[str, str]:
-    """Name of the folder of its caches -> shard: its file's name, with a hash of its place where several have that name."""
-    stems = [
-        re.sub(r"[^\w.-]", "_", shard.rstrip("/").rpartition("/")[2].removesuffix(".tar")).lstrip(".")
-        for shard in shards
-    ]
+    """Name of the folder of its caches -> shard: its file's name, with a hash of its address where that alone is no name for it."""
+    stems = [_stem(shard) for shard in shards]
     counts = Counter(stem.lower() for stem in stems)
     return {
-        stem if counts[stem.lower()] == 1 else f"{stem}-{sha256(shard.encode()).hexdigest()[:8]}": shard
+        f"{stem[:_LONGEST]}-{sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+        if counts[stem.lower()] > 1 or len(stem) > _LONGEST or not stem or is_hidden(stem)
+        else stem: shard
         for stem, shard in zip(stems, shards, strict=True)
     }
+
+
+def _stem(shard: str) -> str:
+    """The name of a shard's file, without what comes behind it in an address."""
+    address = shard.partition("?")[0].partition("#")[0] if "://" in shard else shard
+    name = address.rstrip("/").rpartition("/")[2].removesuffix(".tar")
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII).lstrip(".")
+
+
+def record_path(folder: Path, kind: str) -> Path:
+    """Where it is recorded what the cache files of one kind of a shard were made from, in their folder."""
+    return folder / f"shard_{kind}.json"
+
+
+def recorded_files(folder: Path, kind: str) -> list[str] | None:
+    """Names of the cache files of one kind that a shard has, below their folder; None if it is not read yet."""
+    try:
+        files = read_json(record_path(folder, kind))["files"]
+    except (OSError, DataError, KeyError, TypeError):
+        return None
+    return [str(name) for name in files] if isinstance(files, list) else None
 
 
 def _open(shard: str) -> IO[bytes]:
@@ -209,6 +233,7 @@ def read_shard(shard: str, settings: StreamSettings, skip: int = 0) -> Iterator[
         tarfile.TarError,
         EOFError,
         HTTPException,
+        ValueError,  # of the libraries: a name that occurs twice, or a broken table
         *_errors_of_the_hub(shard),
     )
     while True:
@@ -219,9 +244,11 @@ def read_shard(shard: str, settings: StreamSettings, skip: int = 0) -> Iterator[
             if not skip:
                 raise DataError(f"{shard}: holds no samples")
             return
+        except DataError:
+            raise
         except broken as problem:
             tries += 1
-            is_wrong = isinstance(problem, InvalidURL)
+            is_wrong = isinstance(problem, InvalidURL | ValueError)
             if is_wrong or is_local or tries > settings.shard_retries:
                 again = "" if is_wrong or is_local else f"; tried {tries} times (shard_retries)"
                 raise DataError(f"{shard}: cannot be read ({type(problem).__name__}: {problem}){again}") from problem

@@ -26,7 +26,7 @@ from musubi_tuner.data.item import Item
 from musubi_tuner.data.item_table import ItemTable, items_of_caches
 from musubi_tuner.data.masks import Mask, belonging
 from musubi_tuner.data.roots import Root, find_root
-from musubi_tuner.data.shards import list_shards, shard_names
+from musubi_tuner.data.shards import list_shards, recorded_files, shard_names
 from musubi_tuner.data.texts import Names, first_names, is_blank, read_text
 from musubi_tuner.data.views import View, views
 from musubi_tuner.errors import ConfigError, DataError
@@ -50,8 +50,11 @@ class ScannedItems:
     roots: list[Root] = field(default_factory=list)
 
 
-def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
+def scan(datasets: Sequence[DatasetConfig], architecture: str, *, listed: bool = False) -> ScannedItems:
     """List the items of all datasets, sorted by dataset and id.
+
+    Args:
+        listed: they will be listed one by one, as for a validation split; nothing that is kept of caches is believed then.
 
     Raises:
         DataError: listing unreadable images, missing captions, equal stems and broken JSONL lines together.
@@ -68,7 +71,7 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
                 items.append(stream_item(index, dataset, architecture, notes))
             continue
         if dataset.precached:
-            table = _precached(index, dataset, dataset.cache_directory, architecture, problems)
+            table = _precached(index, dataset, architecture, problems, keeps=len(datasets) == 1 and not listed)
             if len(datasets) == 1 and not problems:
                 return ScannedItems(table, notes)
             items += table
@@ -88,15 +91,15 @@ def scan(datasets: Sequence[DatasetConfig], architecture: str) -> ScannedItems:
     return ScannedItems(items, notes, roots)
 
 
-def _precached(index: int, dataset: DatasetConfig, folder: Path, architecture: str, problems: list[str]) -> ItemTable:
-    """Items of a data set without pictures, whose caches lie in a folder or below it."""
-    before = len(problems)
-    found = items_of_caches(folder, architecture, problems).of(index, dataset.num_repeats, dataset.batch_size)
+def _precached(index: int, dataset: DatasetConfig, architecture: str, problems: list[str], *, keeps: bool) -> ItemTable:
+    """Items of a data set without pictures."""
+    folder, before = dataset.cache_directory, len(problems)
+    found = items_of_caches(folder, architecture, problems, keeps=keeps)
     if not found and len(problems) == before:
         problems.append(
             f"{dataset.name}.cache_directory: {folder} holds no latents (files ending in _{architecture}.safetensors)"
         )
-    return found
+    return found.of(index, dataset.num_repeats, dataset.batch_size)
 
 
 def _of_shards(index: int, dataset: DatasetConfig, architecture: str, notes: list[str]) -> Iterator[Item]:
@@ -111,10 +114,13 @@ def _of_shards(index: int, dataset: DatasetConfig, architecture: str, notes: lis
     unread = 0
     for name in sorted(shards):
         folder, problems = dataset.cache_directory / name, list[str]()
-        found = _precached(index, dataset, folder, architecture, problems) if folder.is_dir() else ()
-        if found and not problems:
-            yield from (replace(item, shard=name) for item in found)
-            continue
+        files = recorded_files(folder, "latents")
+        if files is not None:
+            found = items_of_caches(folder, architecture, problems, only=set(files))
+            if len(found) == len(files) and not problems:
+                found = found.of(index, dataset.num_repeats, dataset.batch_size)
+                yield from (replace(item, shard=name) for item in found)
+                continue
         unread += 1
         yield Item(
             id=name,

@@ -49,6 +49,26 @@ class _Picture:
     data: bytes
 
 
+def caption_of_sample(sample: Sample, dataset: DatasetConfig) -> str | None:
+    """The caption of a sample, as the data set wants it; None if it is to be left out.
+
+    Raises:
+        DataError: if it has none, and that is an error.
+    """
+    settings, missing = dataset.stream, dataset.missing_caption
+    caption = sample.caption or dataset.text.class_tokens or None
+    if caption is not None or settings is None or missing == "skip":
+        return caption
+    if missing == "empty":
+        return ""
+    if missing == "stem":
+        return sample.key.rpartition("/")[2].replace("_", " ").replace("-", " ")
+    keys = f"shard_label_key {settings.shard_label_key!r}, shard_caption_key {settings.shard_caption_key!r}"
+    if settings.dataset_name is not None:
+        keys = f"caption_column {settings.caption_column!r}"
+    raise DataError(f"{sample.name}: has no caption ({keys}); name where captions are, or {WAY_OUT}")
+
+
 class StreamSource(PixelSource):
     """Micro-batches from shards; see the module.
 
@@ -173,18 +193,9 @@ class StreamSource(PixelSource):
 
     def _picture(self, sample: Sample) -> _Picture | str:
         """A sample as it is trained, or why it cannot be."""
-        caption, missing = sample.caption or self.dataset.text.class_tokens or None, self.dataset.missing_caption
-        if caption is None and missing == "empty":
-            caption = ""
-        elif caption is None and missing == "stem":
-            caption = sample.key.rpartition("/")[2].replace("_", " ").replace("-", " ")
+        caption = caption_of_sample(sample, self.dataset) if self.tokenize is not None else sample.caption
         if caption is None and self.tokenize is not None:
-            reason = (
-                f"{sample.name}: has no caption ({self.settings.shard_label_key}, {self.settings.shard_caption_key})"
-            )
-            if missing == "error":
-                raise DataError(f"{reason}; set shard_label_key and shard_caption_key, or {WAY_OUT}")
-            return reason
+            return f"{sample.name}: has no caption"
         try:
             image = open_image(Memory(sample.picture, sample.name), self.dataset.alpha_background)
             placement = placement_of(image.size, self.dataset, self.selector)

@@ -50,7 +50,7 @@ class Estimate:
     the optimizer remembers of them wherever it lies; ``pinned`` is what torch pins for the weights in ``host``, 0 = they are not
     pinned; ``staging`` is what it pins for copies only; ``pins`` says whether the device's copies need that; ``averaged`` is an
     average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
-    gradients and activations. All of it is of one process.
+    gradients and activations, and what a divided model takes to be put together (``put_together``). All of it is of one process.
     """
 
     weights: Bytes
@@ -73,6 +73,7 @@ class Estimate:
     pins: bool = False
     averaged: Bytes = 0
     decoding: Bytes = 0
+    put_together: bool = False
 
     @property
     def total(self) -> Bytes:
@@ -112,7 +113,8 @@ class Estimate:
                 lines.append(f"           {format_bytes(size)} of main memory{each} for {of} ({how})")
         if self.decoding:
             lines.append(
-                f"           {format_bytes(self.decoding)} on it while a sample is decoded, in place of gradients and activations"
+                f"           {format_bytes(self.decoding)} on it while a sample is decoded{' or the whole model is put together' if self.put_together else ''}, in "
+                "place of gradients and activations"
             )
         return lines
 
@@ -268,7 +270,7 @@ def divided(found: Estimate, config: RunConfig, plan: ModelOutline, processes: i
     """What is on each device where the processes divide the model.
 
     Beside its parts that is what lies outside of blocks and two blocks, one that computes and one that is fetched, with as much for
-    their gradients; while a sample is drawn it is the whole model.
+    their gradients; while the model is loaded, validated or drawn from, it is the whole model, which is never less than is shown here.
     """
     if not config.distributed.fsdp or processes == 1:
         return found
@@ -287,7 +289,8 @@ def divided(found: Estimate, config: RunConfig, plan: ModelOutline, processes: i
         optimizer=-(-found.optimizer // processes),
         average=-(-found.average // processes),
         averaged=-(-found.averaged // processes),
-        decoding=found.decoding and found.decoding + max(0, found.weights - weights),
+        decoding=found.decoding + max(0, found.weights - weights),
+        put_together=True,
     )
 
 

@@ -74,10 +74,10 @@ def make_plan(
         only_look: nothing follows, so nothing is written, and the checkpoint is not downloaded either; one that is not here
             records nothing.
     """
-    found = scan(config.datasets, config.spec.code)
+    found = scan(config.datasets, config.spec.code, listed=config.validation.split > 0)
     trained: Sequence[Item] = found.items
     held_out, difference = list[Item](), None
-    if config.validation.split:
+    if config.validation.split and not any(item.is_unread for item, _ in tally(found.items)):
         from musubi_tuner.training.held_out import split_note, split_of_run
 
         trained, held_out = split_of_run(config, found.items)
@@ -315,10 +315,10 @@ def describe(config: RunConfig, plan: Plan, processes: int) -> str:
             for kind in needed_kinds(config)
             if kind in _late_kinds(config)
         ]
-    if (texts := texts_of_run(config)) and prompts_file(config) is not None:
+    if (texts := texts_of_run(config)) and prompts_file(config) is not None and "text" not in _late_kinds(config):
         known = are_known(config)
         lines.append(
-            f"  prompts  {len(texts)} texts {'are encoded' if known else 'to encode, for which the text encoders are needed'}"
+            f"  prompts  {len(texts)} texts {'are kept, no text encoder is needed' if known else 'to encode, for which the text encoders are needed'}"
         )
     lines += plan.losses
     correction = "" if steps.micro_batches % (processes * train.grad_accum_steps) == 0 else ", the last one shorter"

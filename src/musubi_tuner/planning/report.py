@@ -65,7 +65,8 @@ def estimate_lines(
     try:
         plan = config.spec.family.outline_model(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
-        found = divided(peak(config, measured), config, plan, processes)
+        whole = peak(config, measured)
+        found = divided(whole, config, plan, processes)
         found = replace(found, operations=max(each.operations for each in measured.values()))
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
@@ -73,7 +74,7 @@ def estimate_lines(
     finally:
         fake.disabled = before
     unknown = []
-    if config.sample.prompts is not None and not found.decoding:
+    if config.sample.prompts is not None and not whole.decoding:
         unknown = ["           and the autoencoder while a sample is decoded, which is counted once it is downloaded"]
     lines = [
         *found.lines(processes),

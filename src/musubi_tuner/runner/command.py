@@ -388,7 +388,9 @@ class Runner:
                 return code
         if options.cache_only:
             return EXIT_OK
-        if plan.due and any(dataset.stream for dataset in config.datasets):  # whose pictures are known by now
+        if (
+            plan.due and not options.skip_cache and any(dataset.stream for dataset in config.datasets)
+        ):  # whose pictures are known by now
             plan = self.plan = make_plan(config, self.processes, download=False, encodes=False)
             show_plan(config, describe(config, plan, self.processes))
             for kind in plan.due:
@@ -572,7 +574,7 @@ def train_launched(config: RunConfig, processes: int, *, skip_cache: bool) -> in
     from musubi_tuner.data.sources import scan
 
     if skip_cache:
-        items = scan(config.datasets, config.spec.code).items
+        items = scan(config.datasets, config.spec.code, listed=config.validation.split > 0).items
     else:
         from musubi_tuner.planning.plan import describe, make_plan
 

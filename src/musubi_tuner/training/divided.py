@@ -7,6 +7,7 @@ they need not know; a state and a checkpoint hold whole tensors, as those of one
 Scalars cannot be cut (fully_shard takes none): every rank has them, and their gradients are averaged as those of one role among several are.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class DividedModel(nn.Module):
         blocks = [block for name in block_lists for block in getattr(model, name)]
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh, ignored_params=whole)
+        # Of blocks whose outputs are views; nothing here writes into them.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
         self._held = (model,)  # not a submodule
         self._sharded: dict[str, DTensor] = {}
         self._parts: dict[str, nn.Parameter] = {}

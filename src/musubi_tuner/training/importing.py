@@ -53,7 +53,7 @@ def import_checkpoint(config: RunConfig, path: Path, *, moments: bool = True) ->
         )
     config = as_begun(config, {})  # without warm-up of the average, as in such a trainer
     processes = config.distributed.num_processes
-    trained, held_out = new_split(config, scan(config.datasets, config.spec.code).items)
+    trained, held_out = new_split(config, scan(config.datasets, config.spec.code, listed=True).items)
     steps = steps_on(config, trained, processes)
     state = published.read_state(path, config, moments=moments)
     if state.step >= steps.total_updates:

@@ -40,7 +40,8 @@ def preview(document: dict[str, Any], number: int = 0, step: int = 0) -> Preview
         "total": steps.total_updates,
         "per_epoch": steps.updates_per_epoch,
         "epochs": steps.epochs,
-        "about": config.validation.split > 0,  # held-out images are found when it starts
+        # Held-out images, and pictures of shards, are found when it starts.
+        "about": config.validation.split > 0 or any(item.is_unread for item in found.items),
         "sentence": sentence(steps, sources_of(found.items)),
         "besides": besides(config, steps),
         "buckets": buckets(found.items),

@@ -271,7 +271,7 @@ def test_a_file_that_vanishes_or_shrinks_while_training_is_named(config: RunConf
     with pytest.raises(CacheError, match=rf"{first.name}: changed or removed while training \(.*No such file"):
         dataset[batch(0)]
     os.truncate(second, 200)
-    with pytest.raises(CacheError, match=rf"{second.name}: changed while training; start the run again"):
+    with pytest.raises(CacheError, match=rf"{second.name}: is not the file that the run was planned with"):
         dataset[batch(1)]
 
 

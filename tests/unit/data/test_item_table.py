@@ -64,7 +64,7 @@ def kept(root: Path) -> Path:
 
 def load(root: Path) -> ItemTable:
     problems: list[str] = []
-    table = items_of_caches(root, "tf", problems).of(3, 2, 4)
+    table = items_of_caches(root, "tf", problems, keeps=True).of(3, 2, 4)
     assert problems == []
     return table
 
@@ -148,6 +148,34 @@ def test_nothing_is_kept_of_a_small_folder_or_one_that_cannot_be_written(
     monkeypatch.setattr(item_table, "LEAST_KEPT", 1)
     (caches / ".table").write_text("a file in its place")
     assert len(load(caches)) == 4
+
+
+@pytest.mark.parametrize("caption", ["\x01", "smile \ud83d", "a\nb", ""])
+def test_captions_of_all_kinds_stay_with_their_items(caption: str, tmp_path: Path, keeps_all: None) -> None:
+    root = tmp_path / "caches"
+    write(root, "a", captions=["one", caption])
+    write(root, "b", captions=[caption, "two"])
+    write(root / ".hidden", "c", item=".hidden/c")
+    for _ in range(2):
+        assert {item.id: item.captions for item in load(root)} == {
+            "a": ("one", caption), "b": (caption, "two"), ".hidden/c": ("c",)
+        }  # fmt: skip
+    assert kept(root).is_file()
+
+
+def test_what_is_kept_is_not_believed_where_items_are_listed(caches: Path, keeps_all: None) -> None:
+    load(caches)
+    (caches / "b_tf_te.safetensors").write_bytes(safetensors(TEXT, {"item": "b", "caption": "another"}))
+    assert load(caches)[1].caption == "one"  # until it is read
+    assert items_of_caches(caches, "tf", [])[1].caption == "another"
+
+
+def test_two_latents_of_one_picture_are_named(caches: Path) -> None:
+    (caches / "a_0032x0016_tf.safetensors").write_bytes(safetensors(LATENTS, {"item": "a", "bucket": [16, 16]}))
+    problems: list[str] = []
+    items_of_caches(caches, "tf", problems)
+    assert len(problems) == 1
+    assert "a_0032x0016_tf.safetensors and a_0016x0016_tf.safetensors are caches of the same picture" in problems[0]
 
 
 def test_what_is_wrong_is_said_and_not_kept(caches: Path, keeps_all: None) -> None:

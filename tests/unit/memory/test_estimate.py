@@ -379,8 +379,10 @@ def test_a_divided_model_leaves_its_share_and_two_blocks_on_each_device(tmp_path
     outside = sum(p.numel() for p in plan.model.parameters()) - sum(blocks)
     assert half.weights == -(-whole.weights // 2) + 4 * (outside + 2 * max(blocks))
     assert half.activations == whole.activations
-    many = replace(divided(replace(whole, decoding=1), config, plan, 1000), gradients=0)
-    assert many.weights + many.decoding == whole.weights + 1
+    for decoding in (0, 1):
+        many = divided(replace(whole, decoding=decoding), config, plan, 1000)
+        assert many.weights + many.decoding == whole.weights + decoding and many.total >= whole.weights
+        assert "the whole model is put together" in "".join(many.lines(1000))
 
 
 def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> None:
