@@ -48,6 +48,18 @@ def test_the_same_bits_as_with_pictures(beside_pictures: Path, tmp_path: Path, s
     assert metrics(ours) == metrics(theirs)
 
 
+def test_pictures_beside_them_are_cached_by_themselves(
+    beside_pictures: Path, photographs: Path, encoders: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    copy_tree(beside_pictures.parent / "cache", tmp_path / "cache")
+    sets = [{"precached": True, "cache_directory": str(tmp_path / "cache")},
+            {"image_directory": str(photographs), "cache_directory": str(tmp_path / "more")}]  # fmt: skip
+    config = write_run(tmp_path, photographs, encoders, datasets=sets, train={"max_steps": 2})
+    for job in ("latents", "text", "experts"):
+        assert f"{job}: encoded 9, up to date 0, failed 0" in server.run(job, [config], tmp_path).expect(0).out
+    assert "data     18 images" in server.run("train", [config], tmp_path).expect(0).out
+
+
 def test_some_are_held_out(beside_pictures: Path, tmp_path: Path, server: ForkServer) -> None:
     """Which ones follows the hashes that the caches have; beside pictures it follows another hash of them."""
     config = without_pictures(beside_pictures, tmp_path, validation={"split": 0.3, "every_steps": 3})

@@ -29,6 +29,7 @@ from musubi_tuner.data.buckets import BucketSelector
 from musubi_tuner.data.folders import is_hidden
 from musubi_tuner.data.images import Memory, open_image
 from musubi_tuner.data.item import Item
+from musubi_tuner.data.item_table import READING
 from musubi_tuner.data.shards import read_shard
 from musubi_tuner.data.sources import placement_of, scan, selector_of
 from musubi_tuner.data.streams import MOST_BAD, caption_of_sample
@@ -67,7 +68,7 @@ def _run_shards(config: RunConfig, job: Job, options: JobOptions, family_options
         return EXIT_OK
     failed = EXIT_OK
     with lock_for_job(dataset.cache_directory, job.kind, options.shard):
-        for left in dataset.cache_directory.glob(f".reading-*-{job.kind}") if options.shard == (1, 1) else ():
+        for left in dataset.cache_directory.glob(f"{READING}*-{job.kind}") if options.shard == (1, 1) else ():
             shutil.rmtree(left, ignore_errors=True)  # by a job that was killed
         for number, name in enumerate(mine, start=1):
             shard, asked = shards.shards[name], shards.asked(name, expected)  # as it is before it is read
@@ -107,7 +108,7 @@ def _unpacked(
     Raises:
         DataError: if the shard cannot be read. CacheError: if there is no room for it.
     """
-    root = dataset.cache_directory / f".reading-{name}-{kind}"
+    root = dataset.cache_directory / f"{READING}{name}-{kind}"
     shutil.rmtree(root, ignore_errors=True)
     try:
         try:
