@@ -288,7 +288,7 @@ def test_another_file_in_place_of_a_cache_file_is_not_read_while_training(config
     assert dataset[batch(0)].tensors["latents"].shape == (1, 16, 8, 8)
     copy.replace(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(CacheError, match="changed while training"):
+    with pytest.raises(CacheError, match="is not the file that the run was planned with"):
         dataset[batch(0)]
 
 
