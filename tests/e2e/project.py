@@ -511,6 +511,7 @@ class Rehearsal:
         self.reference = self.new("undisturbed")
         self.passed = self.start(self.reference).expect(0).passed
         self.files = everything(self.reference.parent / "out")
+        assert not [name for name in self.files if ".tmp-" in name]
 
     def start(self, config: Path, **environment: str) -> Result:
         """The training command."""

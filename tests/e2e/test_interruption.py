@@ -22,6 +22,7 @@ from project import (
     all_lines,
     cache_files,
     cache_paths,
+    content,
     copy_tree,
     differing,
     final_files,
@@ -111,6 +112,15 @@ def test_a_signal_while_caching_ends_everything_with_its_exit_code(
 def rehearsal(place: Place) -> Rehearsal:
     """A run that is trained undisturbed once, and then again with its plug pulled."""
     return Rehearsal(place.server, partial(place.write, save=SAVES))
+
+
+def test_the_undisturbed_run_releases_its_weights(rehearsal: Rehearsal) -> None:
+    """With which the interrupted ones are compared."""
+    out = rehearsal.reference.parent / "out"
+    names = ["README.md", "config.json", "ema.safetensors", "model.safetensors", "options.json"]
+    assert sorted(path.name for path in (out / "release").iterdir()) == names
+    for released, trained in (("model", "photos"), ("ema", "photos_ema")):
+        assert content(out / "release" / f"{released}.safetensors") == content(out / f"{trained}.safetensors")
 
 
 @pytest.mark.parametrize("point", TRAINING_POINTS)

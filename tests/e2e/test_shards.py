@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -238,6 +239,10 @@ def test_settings_that_make_other_files_are_noticed_and_others_are_not(
     assert "latents  9 up to date, 0 to make" in trained_on(server, named) and "encoded" not in cached(server, named)
     assert "latents  0 up to date, 9 to make" in trained_on(server, project(**other))
     assert "latents: encoded 3" in cached(server, config)
+    (tmp_path / "tar" / "a.tar").touch()
+    assert "3 to make" in trained_on(server, config)
+    server.run("train", [config, "--skip_cache"], tmp_path).expect(0)
+    shutil.rmtree(tmp_path / "out")
     split = project(validation={"split": 0.4}, general={"mask_source": "product"})
     result = server.run("train", [split], tmp_path).expect(0)
     assert "held out" in result.out and "general.mask_source: has no effect on datasets[0]" in result.err
@@ -278,7 +283,6 @@ def test_they_train_without_the_shards_as_precached(
 
 def table(folder: Path, photographs: Path, form: str, said: str = "") -> Path:
     """The photographs as a data set of Hugging Face in two parts."""
-    datasets = pytest.importorskip("datasets")
     rows = [
         {
             "picture": {"bytes": path.read_bytes(), "path": path.name},
@@ -337,7 +341,6 @@ def test_what_a_stream_lacks_is_said(
     assert "matches no file" in said(shards=str(tmp_path / "none*.tar"))
     assert "has both shards and dataset_name" in said(dataset_name="me/pictures")
     table = {"shards": None, "shard_label_key": None}
-    pytest.importorskip("datasets")
     assert "cannot be opened" in said(dataset_name="me/pictures", **table)
     assert "caption_column: has no effect because datasets.dataset_name is absent" in said(
         caption_column="words", shards=str(tmp_path / "none*.tar")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from musubi_tuner.caching.fingerprint import AUTO, Fingerprint, difference, expectation
 from musubi_tuner.config import RunConfig
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from musubi_tuner.models.family import TextNetworks
-
-_NOT_OF_PROMPTS = ("storage",)
-"""Parts of a text cache's fingerprint that prompts do not have: they are stored as they are."""
 
 
 def texts_of_run(config: RunConfig) -> list[str]:
@@ -79,10 +76,14 @@ def _rows(config: RunConfig, path: Path, texts: Sequence[str]) -> list[int] | No
         return None
     if config.is_precached:
         return rows
-    expected = expectation(config, "text", {}, download=False)
-    made: Fingerprint = header.fingerprint or {}
-    wanted = {key: value for key, value in expected.shared.items() if key not in _NOT_OF_PROMPTS}
-    return rows if not expected.complete or difference(made, wanted) is None else None
+    wanted, complete = _expected(config, download=False)
+    return rows if not complete or difference(header.fingerprint or {}, wanted) is None else None
+
+
+def _expected(config: RunConfig, *, download: bool) -> tuple[Fingerprint, bool]:
+    """What makes encodings, which are stored as they come; and whether all encoders are at hand."""
+    expected = expectation(config, "text", {}, download=download)
+    return {key: value for key, value in expected.shared.items() if key != "storage"}, expected.complete
 
 
 def _read(config: RunConfig, texts: Sequence[str]) -> "dict[str, Tensor] | None":
@@ -103,8 +104,7 @@ def _keep(config: RunConfig, encoders: "TextNetworks", texts: Sequence[str]) -> 
     path = prompts_file(config)
     if path is None:
         return encoded
-    made: dict[str, Any] = expectation(config, "text", {}, download=True).shared
-    made = {key: value for key, value in made.items() if key not in _NOT_OF_PROMPTS}
+    made, _ = _expected(config, download=True)
     if made.get("precision") == AUTO:
         made["precision"] = str(encoders.dtype).removeprefix("torch.")
     header = {"fingerprint": json_text(made), "texts": json_text(list(texts))}

@@ -208,8 +208,8 @@ class CachedDataset:
                     if not cached.is_still(file):
                         forget(self.roots[item.dataset], self.code)
                         raise CacheError(
-                            f"{cached.path}: is not the file that the run was planned with: it was written over since, or before. Start the run "
-                            "again; if its data is another now, that needs --fresh"
+                            f"{cached.path}: was overwritten after its header was read; start the run again (with --fresh if its contents "
+                            "changed)"
                         )
                     for name, entry in chosen.items():
                         tensors[name] = read_tensor(file, entry)

@@ -290,7 +290,7 @@ def _resolve_one(
             error(
                 "U07",
                 where,
-                "has no images; set image_directory, image_jsonl_file, shards or dataset_name",
+                "has no images; set image_directory, image_jsonl_file, shards or dataset_name (or precached, for caches without them)",
             )
         )
     elif len(sources) > 1:

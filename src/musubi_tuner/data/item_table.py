@@ -235,9 +235,10 @@ def _read(root: Path, code: str, problems: list[str], only: Collection[str] | No
                 if stem in stems:
                     raise DataError(f"{path} and {stems[stem]} are caches of the same picture; remove one")
                 size = (int(match[2]), int(match[3]))
-                stored = _stored(
-                    path, stem, size, beside["text"] in every, files, numbers, path.with_name(beside["text"])
-                )
+                text = path.with_name(beside["text"])
+                if text.name not in every:
+                    raise DataError(f"{text}: no such file; the caches are not complete")
+                stored = _stored(path, text, size, files, numbers)
             except (CacheError, DataError, OSError) as problem:
                 problems.append(str(problem) if str(path.parent) in str(problem) else f"{path}: {problem}")
                 _trim(files, len(columns["ids"]))
@@ -301,21 +302,13 @@ Common = tuple[Any, ...]
 
 
 def _stored(
-    path: Path,
-    stem: str,
-    size: Size,
-    has_text: bool,
-    files: dict[str, Files],
-    numbers: dict[str, dict[str, int]],
-    text: Path,
+    path: Path, text: Path, size: Size, files: dict[str, Files], numbers: dict[str, dict[str, int]]
 ) -> tuple[str, list[str], str | None, Common]:
     """Id, captions, hash of the picture and what it has in common with others, of one item.
 
     Raises:
         CacheError, OSError: for files that cannot be read. DataError: for files that do not say what they hold.
     """
-    if not has_text:
-        raise DataError(f"{text}: no such file; the caches are not complete")
     made, words = (
         files[kind].add(*_looked_at(file), numbers[kind]) for kind, file in (("latents", path), ("text", text))
     )
@@ -411,7 +404,7 @@ def _save(table: ItemTable, code: str, before: dict[str, list[int]]) -> None:
             columns[f"{name}.lengths"] = np.array([len(text) for text in texts], np.int64)
         about: dict[str, Any] = {
             "version": VERSION, "state": before, "places": table.places, "kinds": [_common(kind) for kind in table.kinds],
-            "spare": table.spare, "count": len(table), "layouts": {}, "precisions": {},
+            "spare": table.spare, "layouts": {}, "precisions": {},
         }  # fmt: skip
         for kind, files in table.files.items():
             about["layouts"][kind], about["precisions"][kind] = files.layouts, dict(files.precisions)

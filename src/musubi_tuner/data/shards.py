@@ -106,6 +106,8 @@ def _table(settings: StreamSettings) -> Any:
     name, split = str(settings.dataset_name), settings.dataset_split
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            if settings.dataset_config_name is not None:
+                raise ValueError("a folder of save_to_disk has no configurations; remove dataset_config_name")
             saved = datasets.load_from_disk(name)
             if isinstance(saved, dict):
                 saved = saved[split]

@@ -156,7 +156,9 @@ def stream_item(index: int, dataset: DatasetConfig, architecture: str, notes: li
         f"{dataset.name}: a stream of {len(shards)} shards, read in an order of its own and not kept; {length:,} pictures count as an epoch ({counted})"
     )
     bucket = selector_of(dataset, architecture).select(dataset.resolution)
-    name = " ".join(settings.shards)
+    name = " ".join(
+        settings.shards or filter(None, (settings.dataset_name, settings.dataset_config_name, settings.dataset_split))
+    )
     return Item(
         id=name,
         key=f"{index}:{name}",

@@ -393,7 +393,8 @@ class Runner:
         ):  # whose pictures are known by now
             plan = self.plan = make_plan(config, self.processes, download=False, encodes=False)
             show_plan(config, describe(config, plan, self.processes))
-            for kind in plan.due:
+            if plan.due:
+                kind = plan.due[0]
                 reason = plan.status[kind].reasons[0][0]
                 raise CacheError(
                     f"{kind}: {len(plan.status[kind].due)} files are not right ({reason}); run the same command again"

@@ -208,7 +208,7 @@ def test_key_of_another_architecture_is_ignored_with_a_warning(key: str, warning
 
 def test_dataset_without_a_source(problems: Problems) -> None:
     assert problems(data="[[datasets]]\nresolution = 512\n") == [
-        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name"
+        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name (or precached, for caches without them)"
     ]
 
 

@@ -501,7 +501,7 @@ def test_all_problems_are_reported_together_with_those_of_the_datasets(problems:
     )
     assert sorted(found) == [
         "datasets[0].image_directry: unknown key. Did you mean 'image_directory'?",
-        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name",
+        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name (or precached, for caches without them)",
         "general.batch_size: is True, expected a whole number at least 1 and at most 4096",
         "qqq: unknown key.",
         "run.seed: is 'a', expected a whole number at least 0 and below 4294967296",
@@ -512,7 +512,7 @@ def test_all_problems_are_reported_together_with_those_of_the_datasets(problems:
 def test_problems_between_settings_are_reported_with_those_of_the_datasets(problems: Problems) -> None:
     found = problems(without=("model.path",), data="[[datasets]]\n")
     assert found == [
-        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name",
+        "datasets[0]: has no images; set image_directory, image_jsonl_file, shards or dataset_name (or precached, for caches without them)",
         'model.path: is required; or set init = "scratch" to train a new model',
     ]
 

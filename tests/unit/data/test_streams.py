@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -302,7 +303,6 @@ def test_patterns_of_the_hub_are_listed_and_read_by_its_library(
 
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
 def test_a_data_set_of_hugging_face_is_read_part_by_part(form: str, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = [{"image": {"bytes": picture(n), "path": None}, "text": [f"picture  {n}", "other"]} for n in range(7)]
     rows[3]["text"] = []
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
@@ -328,7 +328,6 @@ def test_a_data_set_of_hugging_face_is_read_part_by_part(form: str, tmp_path: Pa
 
 
 def test_a_data_set_of_hugging_face_is_a_live_stream(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = [{"image": {"bytes": picture(n), "path": None}, "text": f"picture {n}"} for n in range(6)]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "set"), num_shards=2)
@@ -337,6 +336,7 @@ def test_a_data_set_of_hugging_face_is_a_live_stream(tmp_path: Path) -> None:
     )
     assert not problems
     item = scan([dataset], "ff").items[0]
+    assert item.id == f"{tmp_path / 'set'} train"  # by which a state knows it
     source = StreamSource(item, dataset, 1, numbers, architecture="ff")
     batches = load_batches(source, plan_epoch(source.plan_items(), 1, 0), 0, 0)
     assert sorted(int(n) for batch in batches for n in batch.tensors["number"]) == list(range(6))
@@ -354,6 +354,21 @@ def test_shards_have_folders_of_their_own(given: list[str], names: list[str]) ->
     found = shard_names(given)
     assert list(found.values()) == given and len(found) == len(given)
     assert all(own.startswith(name) for own, name in zip(found, names, strict=True))
+
+
+def test_a_name_that_occurs_twice_in_a_shard_is_no_traceback(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", {"x": {"png": picture(1)}})
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("x.png")
+        archive.addfile(info, io.BytesIO())
+    with pytest.raises(DataError, match=r"a\.tar: cannot be read \(ValueError: .*duplicate"):
+        list(read_shard(str(path), StreamSettings((str(path),))))
+
+
+def test_configurations_of_a_saved_folder_are_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(DataError, match="remove dataset_config_name"):
+        list_shards(StreamSettings(dataset_name=str(tmp_path / "set"), dataset_config_name="other"))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,3 +85,15 @@ def test_a_term_that_is_not_in_every_update_has_the_mean_of_its_own_updates() ->
     assert window.means()[0] == again.means()[0] == {"loss/critic": 7.0, "loss/main": 1.5}
     again.load_state(older)  # of a version in which every term was in every update
     assert again.means()[0]["loss/main"] == 1.5
+
+
+def test_weights_of_terms_that_are_rare_survive_a_restart_and_end_with_their_line() -> None:
+    """As that of R1, which is not computed in every update."""
+    ranks: Any = SimpleNamespace(count=1, main=True, sum_device=CPU, add_up=lambda values: None)
+    window, again = Window(ranks, 0), Window(ranks, 0)
+    window.add("loss/r1", torch.tensor(1.0))
+    window.weights |= {"r1": 5.0}
+    again.load_state(window.state())
+    assert again.weights == {"r1": 5.0}
+    window.means()
+    assert window.weights == {} and again.weights == {"r1": 5.0}

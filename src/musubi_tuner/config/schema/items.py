@@ -244,11 +244,14 @@ class DatasetSection(GeneralSection):
         None,
         "Data set of Hugging Face instead of a folder: a folder (arrow, parquet or pictures) or a hub id, which is read as a stream. Needs the package datasets.",
     )
-    dataset_config_name: str | None = param(None, "Its configuration, where it has several.", when=_TABLE)
-    dataset_split: str = param("train", "Its split.", min_length=1, when=_TABLE)
-    image_column: str = param("image", "Its column of pictures.", min_length=1, when=_TABLE)
+    dataset_config_name: str | None = param(None, "Configuration of dataset_name, if it has several.", when=_TABLE)
+    dataset_split: str = param("train", "Split of dataset_name.", min_length=1, when=_TABLE)
+    image_column: str = param("image", "Column of dataset_name with the pictures.", min_length=1, when=_TABLE)
     caption_column: str = param(
-        "text", "Its column of captions; of a list of captions the first.", min_length=1, when=_TABLE
+        "text",
+        "Column of dataset_name with the captions; the first one is used where it holds a list.",
+        min_length=1,
+        when=_TABLE,
     )
     shard_samples: int = param(
         1000, "Pictures that a shard is taken to hold.", ge=1, le=10**9, unit="pictures", when=_STREAM
