@@ -96,7 +96,15 @@ def test_steps_are_not_put_before_one_that_has_begun(undisturbed: Path, place: P
 
 @pytest.mark.parametrize(
     "point",
-    ["train.update:2", "step.finished:1", "train.update:5", "state.model:5", "step.finished:2", "train.update:7"],
+    [
+        "file.written:1",
+        "train.update:2",
+        "step.finished:1",
+        "train.update:5",
+        "state.model:5",
+        "step.finished:2",
+        "train.update:7",
+    ],
 )
 def test_a_file_killed_in_a_step_or_between_two_ends_in_the_same_bits(
     point: str, undisturbed: Path, place: Place
@@ -105,6 +113,7 @@ def test_a_file_killed_in_a_step_or_between_two_ends_in_the_same_bits(
     place.server.run("train", [config], config.parent, MUSUBI_FAULT=point).expect(-9)
     place.server.run("train", [config], config.parent).expect(0)
     assert differing(tensors_only(ends(config)), tensors_only(ends(undisturbed))) == []
+    assert not list((config.parent / "out").rglob(".tmp-*"))
 
 
 def test_an_edited_finished_step_is_refused_with_its_key(undisturbed: Path, place: Place) -> None:
