@@ -142,13 +142,13 @@ def test_two_processes_of_accelerate_launch_train_the_model_of_one_with_accumula
     assert_same_model(config.parent / "out", alone)
 
 
-def test_a_model_divided_between_two_processes_trains_as_one_with_accumulation(
+def test_a_model_sharded_across_two_processes_trains_as_one_with_accumulation(
     setting: Setting, alone: Path, server: ForkServer, tmp_path: Path
 ) -> None:
-    """Its files are those of one process, which goes on from them; so does the divided run from the state of one."""
-    config = setting.new("divided", distributed={"num_processes": 2, "fsdp": True}, save={"every_steps": 7})
+    """Its files are those of one process, which goes on from them; so does the sharded run from the state of one."""
+    config = setting.new("sharded", distributed={"num_processes": 2, "fsdp": True}, save={"every_steps": 7})
     result = server.run("train", [config], config.parent).expect(0)
-    assert "fsdp: each of 2 processes keeps a part of every weight" in result.out
+    assert "fsdp: weights are sharded across 2 processes" in result.out
     ours = config.parent / "out"
     assert_same_model(ours, alone)
     for name in ("model", "ema", "optimizer"):
@@ -170,7 +170,7 @@ def test_a_model_divided_between_two_processes_trains_as_one_with_accumulation(
             assert differing(final_files(out), final_files(ours)) == []
 
 
-def test_a_divided_model_is_measured_and_drawn_whole(setting: Setting, server: ForkServer) -> None:
+def test_a_sharded_model_is_measured_and_drawn_whole(setting: Setting, server: ForkServer) -> None:
     """With recomputed blocks, accumulation, an optimizer that averages, pictures held out, and a sample from the first update on."""
     outputs = []
     for fsdp in (False, True):
@@ -192,13 +192,13 @@ def test_a_divided_model_is_measured_and_drawn_whole(setting: Setting, server: F
         )
         server.run("train", [config], config.parent).expect(0)
         outputs.append(config.parent / "out")
-    copied, divided = outputs
-    for row, expected in zip(metrics(divided), metrics(copied), strict=True):
+    copied, sharded = outputs
+    for row, expected in zip(metrics(sharded), metrics(copied), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     drawn = sorted(path.name for path in (copied / "sample").glob("*.png"))
     assert len(drawn) == 6
     for name in drawn:
-        found, expected = (np.asarray(Image.open(out / "sample" / name), np.int16) for out in (divided, copied))
+        found, expected = (np.asarray(Image.open(out / "sample" / name), np.int16) for out in (sharded, copied))
         assert np.abs(found - expected).max() <= 1, name
 
 

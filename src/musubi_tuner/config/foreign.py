@@ -197,7 +197,7 @@ _TRACKERS: dict[str, tuple[str, Any]] = {
 """TensorBoard is on by itself."""
 _OTHER_ADAPTERS = "is an option of LyCORIS that is not supported"
 _WHOLE_MODEL = (
-    "is not supported: distributed.fsdp divides the model among processes for full training, memory.base_storage and "
+    "is not supported: distributed.fsdp shards the model across processes for full training, memory.base_storage and "
     "memory.blocks_to_swap save memory in each"
 )
 _ENCODERS = "trains a text encoder; here only the denoiser is trained, on cached encodings"

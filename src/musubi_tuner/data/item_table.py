@@ -1,9 +1,9 @@
 """Items of a folder of complete caches, as columns: a million of them are no million objects. Torch-free.
 
 A latents file names its item and says how the picture became its bucket; the text file beside it has the captions. So caches are trained without
-pictures, caption files and encoders. Their headers are read once: what they say is kept in ``.table/<code>.npz`` in the cache folder, and counts as long as
-no folder there has changed (its times and inode, which every file that comes, goes or is renamed moves). A file that is written over in place
-is found when it is read for training.
+pictures, caption files and encoders. Their headers are read once: what they say is kept in ``.table/<code>.npz`` in the cache folder, and used as long as
+no folder there has changed (its times and inode; adding, removing or renaming a file changes them). A file that was overwritten in place is
+noticed when it is read for training.
 """
 
 import json

@@ -50,7 +50,7 @@ class Estimate:
     the optimizer remembers of them wherever it lies; ``pinned`` is what torch pins for the weights in ``host``, 0 = they are not
     pinned; ``staging`` is what it pins for copies only; ``pins`` says whether the device's copies need that; ``averaged`` is an
     average in main memory; ``decoding`` is the autoencoder with the peak of decoding a sample, when there are no
-    gradients and activations, and what a divided model takes to be put together (``put_together``). All of it is of one process.
+    gradients and activations, and what the rest of a sharded model takes while it is gathered (``gathers``). All of it is of one process.
     """
 
     weights: Bytes
@@ -73,7 +73,7 @@ class Estimate:
     pins: bool = False
     averaged: Bytes = 0
     decoding: Bytes = 0
-    put_together: bool = False
+    gathers: bool = False
 
     @property
     def total(self) -> Bytes:
@@ -113,7 +113,7 @@ class Estimate:
                 lines.append(f"           {format_bytes(size)} of main memory{each} for {of} ({how})")
         if self.decoding:
             lines.append(
-                f"           {format_bytes(self.decoding)} on it while a sample is decoded{' or the whole model is put together' if self.put_together else ''}, in "
+                f"           {format_bytes(self.decoding)} on it while a sample is decoded{' or the whole model is gathered' if self.gathers else ''}, in "
                 "place of gradients and activations"
             )
         return lines
@@ -266,11 +266,11 @@ def peak(config: RunConfig, found: Mapping[Size, Estimate]) -> Estimate:
     return replace(max(found.values(), key=lambda each: each.total), decoding=decoding_bytes(config))
 
 
-def divided(found: Estimate, config: RunConfig, plan: ModelOutline, processes: int) -> Estimate:
-    """What is on each device where the processes divide the model.
+def sharded(found: Estimate, config: RunConfig, plan: ModelOutline, processes: int) -> Estimate:
+    """What is on each device where the model is sharded across the processes.
 
-    Beside its parts that is what lies outside of blocks and two blocks, one that computes and one that is fetched, with as much for
-    their gradients; while the model is loaded, validated or drawn from, it is the whole model, which is never less than is shown here.
+    Beside the shards that is everything outside of blocks and two blocks, one that computes and one that is prefetched, with as much for
+    their gradients; and the whole model while it is loaded, validated or drawn from.
     """
     if not config.distributed.fsdp or processes == 1:
         return found
@@ -290,7 +290,7 @@ def divided(found: Estimate, config: RunConfig, plan: ModelOutline, processes: i
         average=-(-found.average // processes),
         averaged=-(-found.averaged // processes),
         decoding=found.decoding + max(0, found.weights - weights),
-        put_together=True,
+        gathers=True,
     )
 
 

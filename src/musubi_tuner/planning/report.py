@@ -22,10 +22,10 @@ from musubi_tuner.planning.estimate import (
     Estimate,
     Size,
     bucket_sizes,
-    divided,
     estimate_sizes,
     largest_sizes,
     peak,
+    sharded,
 )
 from musubi_tuner.planning.task_estimate import estimate_task
 from musubi_tuner.precision import COMPUTE_DTYPES
@@ -66,7 +66,7 @@ def estimate_lines(
         plan = config.spec.family.outline_model(config)
         measured = estimate_sizes(config, items, plan, _ends, count=True)
         whole = peak(config, measured)
-        found = divided(whole, config, plan, processes)
+        found = sharded(whole, config, plan, processes)
         found = replace(found, operations=max(each.operations for each in measured.values()))
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]

@@ -159,12 +159,12 @@ def build_run(config: RunConfig, items: Sequence[Item], ranks: Ranks, settle: Se
     module, swap, lines = fit_to_device(trainee, config, ranks.device, ranks.count)
     if trainee.prepare is not None:
         lines += trainee.prepare(source.first, found is None)
-    divided = None
-    if ranks.divides:
-        from musubi_tuner.training.divided import DividedModel
+    sharded = None
+    if ranks.sharded:
+        from musubi_tuner.training.sharded import ShardedModel
 
-        module = divided = DividedModel(trainee.model, config.spec.block_lists, ranks.device, ranks.rank, ranks.count)
-        lines.append(f"fsdp: each of {ranks.count} processes keeps a part of every weight")
+        module = sharded = ShardedModel(trainee.model, config.spec.block_lists, ranks.device, ranks.rank, ranks.count)
+        lines.append(f"fsdp: weights are sharded across {ranks.count} processes")
     elif config.distributed.fsdp:
         lines.append("warning: distributed.fsdp does nothing here: this run has one process")
     if ranks.main and lines:
@@ -175,7 +175,7 @@ def build_run(config: RunConfig, items: Sequence[Item], ranks: Ranks, settle: Se
         # Data parallelism wraps the model of a denoiser; other roles average their gradients themselves.
         total, wrapped = steps.total_updates, facts.denoises
         return Role(
-            name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped, divided=divided
+            name, part, config, total=total, ranks=ranks, swap=swap, scaler=scaler, wrapped=wrapped, sharded=sharded
         )
 
     task: Task | None = None

@@ -44,7 +44,7 @@ class Ranks:
 
     Attributes:
         device: of this rank. rank: its number. count: of all. main: whether it is the one that writes and draws.
-        divides: whether each keeps a part of the model; see `divided`.
+        sharded: whether the model is sharded across them; see `sharded`.
         stop: a signal to stop that arrived here; `requests` is what all ranks agree on.
 
     Args:
@@ -60,7 +60,7 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
-        self.divides = config.distributed.fsdp and self.count > 1
+        self.sharded = config.distributed.fsdp and self.count > 1
         self.stop = StopRequest(lambda: answer() if self.main else None)
         self._patient = _patient_group() if self.count > 1 else None
 
@@ -146,12 +146,12 @@ class Ranks:
         return [int(value) for value in shared.tolist()]
 
     def parallel(self, model: nn.Module, by_hand: Sequence[nn.Parameter] = ()) -> nn.Module:
-        """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank, or it is divided.
+        """A model whose gradients are averaged over the ranks while they are made; itself if there is one rank, or the model is sharded.
 
         Args:
             by_hand: trained parameters that `average_gradients` takes care of instead. Frozen ones need no average.
         """
-        if self.count == 1 or self.divides:
+        if self.count == 1 or self.sharded:
             return model
         aside = {id(parameter) for parameter in by_hand}
         left_out = [name for name, p in model.named_parameters() if not p.requires_grad or id(p) in aside]
@@ -170,8 +170,10 @@ class Ranks:
         Args:
             model: what `parallel` gave; None where gradients are not exchanged while they are made.
         """
-        if model is None or is_last or self.count == 1 or self.divides:
-            return contextlib.nullcontext()  # a divided model keeps gradients divided too, so it exchanges each of them
+        if model is None or is_last or self.count == 1 or self.sharded:
+            return (
+                contextlib.nullcontext()
+            )  # gradients of a sharded model are reduced in every micro-batch, since only shards are kept
         return self.accelerator.no_sync(model)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -204,7 +206,7 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{wrapper}", "false").lower() == "true":
             raise ConfigError(
                 f"ACCELERATE_USE_{wrapper}=true: accelerate would wrap the model in a way that states and samples do not know; launch "
-                "without it, and set distributed.fsdp = true to divide the model among the processes"
+                "without it, and set distributed.fsdp = true to shard the model across the processes"
             )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(

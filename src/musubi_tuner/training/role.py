@@ -40,7 +40,7 @@ from musubi_tuner.training.schedulers import schedule_of
 from musubi_tuner.training.stepping import FusedBackward, RoundedStep
 
 if TYPE_CHECKING:
-    from musubi_tuner.training.divided import DividedModel
+    from musubi_tuner.training.sharded import ShardedModel
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Role:
         total: updates of the run.
         swap: of the blocks of the model, if there is one.
         scaler: of fp16, shared by the roles of a run; None for other precisions.
-        divided: ``module``, where it is a model that is divided among the ranks.
+        sharded: ``module``, where it is a model that is sharded across the ranks.
         wrapped: whether data parallelism wraps the model and averages gradients during the backward pass; otherwise `ready` does.
 
     Attributes:
@@ -93,7 +93,7 @@ class Role:
         swap: BlockSwap | None = None,
         scaler: torch.amp.GradScaler | None = None,
         wrapped: bool = True,
-        divided: "DividedModel | None" = None,
+        sharded: "ShardedModel | None" = None,
     ) -> None:
         config = config.for_role(name)
         self.name = name
@@ -134,9 +134,9 @@ class Role:
         # DDP does not see parameters in main memory; their gradients are averaged block by block.
         streamed = [[p for p in block.trained if p.requires_grad] for block in swap.streamed] if swap else []
         self._by_hand = streamed if wrapped else [[parameter for _, parameter in self.parameters]]
-        self._divided = divided
-        if divided is not None:
-            self._by_hand = [divided.replicated]
+        self._sharded = sharded
+        if sharded is not None:
+            self._by_hand = [sharded.replicated]
         if swap is not None and any(streamed):
             swap.watch(self.optimizer)
         if config.ema.enabled and not self.frozen:
@@ -186,16 +186,16 @@ class Role:
         if self._fused is not None:
             self.norm = self._fused.norm()
             return torch.isfinite(self.norm).to(self._ranks.device)
-        if self._divided is not None:
-            self._divided.collect_gradients()
+        if self._sharded is not None:
+            self._sharded.collect_gradients()
         for parameter in self._kept:
             parameter.grad = None
         for group in self._by_hand:
             self._ranks.average_gradients(group)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        if self._divided is not None:
-            self.norm = self._divided.clip_gradients(self.max_grad_norm, self._ranks.add_up)
+        if self._sharded is not None:
+            self.norm = self._sharded.clip_gradients(self.max_grad_norm, self._ranks.add_up)
         else:
             self.norm = clip_gradients([parameter for _, parameter in self.parameters], self.max_grad_norm)
         return torch.isfinite(self.norm).to(self._ranks.device)
@@ -224,8 +224,8 @@ class Role:
     def zero(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._divided is not None:
-            self._divided.forget_gradients()
+        if self._sharded is not None:
+            self._sharded.forget_gradients()
 
     @property
     def averages_itself(self) -> bool:
@@ -233,14 +233,14 @@ class Role:
         return self._record.averages
 
     @property
-    def divided(self) -> bool:
-        """Whether it is divided among the ranks: then they ask for its weights, averages and state together."""
-        return self._divided is not None
+    def sharded(self) -> bool:
+        """Whether it is sharded across the ranks: then they ask for its weights, averages and state together."""
+        return self._sharded is not None
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to use, by name: those that train, or of a schedule-free optimizer what it averages; only these are copies.
 
-        Of a divided role whole, on the main rank; empty on the others.
+        Of a sharded role whole, on the main rank; empty on the others.
         """
         return self._gathered(self._own_weights())
 
@@ -258,10 +258,10 @@ class Role:
         return {**weights, **averaged_parameters(self.optimizer)} if self._record.averages else weights
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors if self._divided is None else self._divided.gathered(tensors, _parameter_of)
+        return tensors if self._sharded is None else self._sharded.gathered(tensors, _parameter_of)
 
     def _cut(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return tensors if self._divided is None else self._divided.cut(tensors, _parameter_of)
+        return tensors if self._sharded is None else self._sharded.cut(tensors, _parameter_of)
 
     @contextmanager
     def averaged(self, wanted: bool = True) -> Iterator[None]:
@@ -288,7 +288,7 @@ class Role:
     def _in_use(self) -> Iterator[None]:
         """The present weights on the device inside the block, those of all ranks."""
         self.refresh()
-        with self._divided.whole() if self._divided is not None else nullcontext():
+        with self._sharded.whole() if self._sharded is not None else nullcontext():
             yield
 
     def refresh(self) -> None:
@@ -297,7 +297,7 @@ class Role:
             self._swap.refresh()
 
     def state(self) -> RoleState:
-        """What a state holds of it; tensors are not copied. Of a divided role whole tensors, on the main rank."""
+        """What a state holds of it; tensors are not copied. Of a sharded role whole tensors, on the main rank."""
         tensors, scalars = optimizer_state(self.optimizer, self._record.remembers)
         return RoleState(
             self._gathered(self.module.state_dict()),
@@ -363,7 +363,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(roles: Sequence[Role]) -> Weights:
-    """The weights and averages of roles, on the main rank. All ranks call it together where a role is divided."""
+    """The weights and averages of roles, on the main rank. All ranks call it together where a role is sharded."""
     trained = {f"{prefix_of(role)}{key}": tensor for role in roles for key, tensor in role.weights().items()}
     if not any(role.ema for role in roles):
         return Weights(trained, {})

@@ -111,9 +111,9 @@ class Samples:
             DrawingLeft: if the run is asked to stop meanwhile.
         """
         if self.prompts is None or metrics is None:
-            if any(role.divided for role in self.roles):
+            if any(role.sharded for role in self.roles):
                 with averages_in_place(self.config, self.roles):
-                    pass  # the main rank gets the parts of the others
+                    pass  # the main rank gathers the weights
             return 0
         config, spec, device = self.config, self.config.spec, self.ranks.device
         settings = sample_settings(config)

@@ -60,10 +60,10 @@ def work_of(update: Update, ranks: Ranks) -> list[tuple[int | None, MicroBatch]]
     """Micro-batches that this rank runs, with their index in the update.
 
     A rank without work still takes part in the exchange of gradients: it runs the first micro-batch with weight 0; its index is
-    None. Where the model is divided, every rank runs as many as the others.
+    None. Where the model is sharded, all ranks run the same number.
     """
     work: list[tuple[int | None, MicroBatch]] = [(index, batch) for index, batch in update.share if batch is not None]
-    wanted = len(update.share) if ranks.divides else min(ranks.count - 1, 1)
+    wanted = len(update.share) if ranks.sharded else min(ranks.count - 1, 1)
     return work + [(None, update.micro_batches[0])] * (wanted - len(work))
 
 

@@ -233,7 +233,7 @@ def test_values(changes: dict[str, Any], key: str, value: Any, project: Path) ->
             {"optimizer_args": ["relative_step=False"]},
             "optimizer_args: relative_step is not supported; known: betas, weight_decay, eps",
         ),
-        ({"deepspeed": True}, "deepspeed: is true, which is not supported: distributed.fsdp divides the model"),
+        ({"deepspeed": True}, "deepspeed: is true, which is not supported: distributed.fsdp shards the model"),
         (
             {"fused_optimizer_groups": 4},
             "fused_optimizer_groups: is 4, which is written as optimizer.fused_backward",

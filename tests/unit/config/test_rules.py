@@ -395,7 +395,7 @@ def test_more_swapped_blocks_than_a_new_model_has(
 
 @pytest.mark.parametrize(
     ("section", "setting", "reason"),
-    [("distributed", "deepspeed = true", "distributed.fsdp divides the model among processes for full training"),
+    [("distributed", "deepspeed = true", "distributed.fsdp shards the model across processes for full training"),
      ("train", "full_fp16 = true", "float16 weights lose small steps; train.full_half holds them in bfloat16")],
 )  # fmt: skip
 def test_settings_of_other_trainers_are_refused_by_name(

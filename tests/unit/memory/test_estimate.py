@@ -31,12 +31,12 @@ from musubi_tuner.planning.estimate import (
     Size,
     bucket_sizes,
     decoding_bytes,
-    divided,
     estimate,
     estimate_sizes,
     largest_sizes,
     peak,
     resolve_swap,
+    sharded,
 )
 from musubi_tuner.planning.report import (
     Rates,
@@ -363,13 +363,13 @@ def test_lines_of_the_plan(tmp_path: Path) -> None:
     assert found.moments == 8 * found.values and (weights, state) == (2 * found.values, (4 + 8) * found.values)
 
 
-def test_a_divided_model_leaves_its_share_and_two_blocks_on_each_device(tmp_path: Path) -> None:
+def test_a_sharded_model_leaves_its_share_and_two_blocks_on_each_device(tmp_path: Path) -> None:
     path = run_file(tmp_path, "tf", model={"init": "scratch"}, distributed={"fsdp": True}, ema={"enabled": True})
     config = load_config(path)
     plan = config.spec.family.outline_model(config)
     whole = estimate_run(config, [an_item(128)])
-    assert divided(whole, config, plan, 1) == whole
-    half = divided(whole, config, plan, 2)
+    assert sharded(whole, config, plan, 1) == whole
+    half = sharded(whole, config, plan, 2)
     assert half.optimizer == whole.optimizer // 2 and half.average == whole.average // 2
     blocks = [
         sum(p.numel() for p in block.parameters())
@@ -380,9 +380,9 @@ def test_a_divided_model_leaves_its_share_and_two_blocks_on_each_device(tmp_path
     assert half.weights == -(-whole.weights // 2) + 4 * (outside + 2 * max(blocks))
     assert half.activations == whole.activations
     for decoding in (0, 1):
-        many = divided(replace(whole, decoding=decoding), config, plan, 1000)
+        many = sharded(replace(whole, decoding=decoding), config, plan, 1000)
         assert many.weights + many.decoding == whole.weights + decoding and many.total >= whole.weights
-        assert "the whole model is put together" in "".join(many.lines(1000))
+        assert "the whole model is gathered" in "".join(many.lines(1000))
 
 
 def test_activations_of_every_bucket_are_those_of_the_model(tmp_path: Path) -> None:

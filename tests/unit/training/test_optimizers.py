@@ -341,8 +341,8 @@ def test_stopped_and_continued_training_equals_an_unbroken_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", [kind for kind, record in OPTIMIZERS.items() if record.elementwise])
-def test_parts_of_a_weight_move_as_the_whole(kind: str) -> None:
-    """What dividing a model among processes relies on; one part is empty, as where there are more processes than rows."""
+def test_shards_of_a_weight_move_as_the_whole(kind: str) -> None:
+    """What sharding relies on; one shard is empty, as where there are more processes than rows."""
     whole = nn.ParameterDict({"w": nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))})
     parts = nn.ParameterDict(
         {

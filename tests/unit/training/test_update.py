@@ -43,7 +43,7 @@ IMAGES = 4
 PIXELS = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 RANKS: Any = SimpleNamespace(
     count=1,
-    divides=False,
+    sharded=False,
     main=True,
     device=torch.device("cpu"),
     sum_device=torch.device("cpu"),

@@ -317,14 +317,14 @@ def _half_weights(config: RunConfig) -> Iterator[Diagnostic]:
     "distributed.fsdp optimizer.type optimizer.fused_backward train.mixed_precision train.full_half memory.blocks_to_swap "
     "memory.compile adapter.type",
 )
-def _divided(config: RunConfig) -> Iterator[Diagnostic]:
+def _sharded(config: RunConfig) -> Iterator[Diagnostic]:
     if not config.distributed.fsdp:
         return
     elementwise = having(lambda record: record.elementwise)
     wanted: list[tuple[str, bool, Any, str]] = [
         ("adapter.type", config.adapter.type != "none", "none", "trains beside a frozen model"),
         ("optimizer.type", not _record(config).elementwise, "AdamW", "looks at whole weights or at all of them together"),
-        ("optimizer.fused_backward", config.optimizer.fused_backward, False, "steps before the parts of the gradient are exchanged"),
+        ("optimizer.fused_backward", config.optimizer.fused_backward, False, "steps before gradients are reduced"),
         ("train.mixed_precision", config.train.mixed_precision == "fp16", "bf16", "scales losses by what it finds in one process"),
         ("train.full_half", config.train.full_half, False, "rounds whole weights"),
         ("memory.blocks_to_swap", bool(config.memory.blocks_to_swap), 0, "moves whole blocks"),
@@ -333,7 +333,7 @@ def _divided(config: RunConfig) -> Iterator[Diagnostic]:
     for key, is_wrong, value, why in wanted:
         if is_wrong:
             able = f" (or {', '.join(elementwise[1:])})" if key == "optimizer.type" else ""
-            text = f"{why}, but distributed.fsdp divides every weight among the processes; set it to {describe(value)}{able}, or fsdp to false"
+            text = f"{why}, but distributed.fsdp shards every weight across the processes; set it to {describe(value)}{able}, or fsdp to false"
             yield error("V95", key, text, "distributed.fsdp", fix=[(key, value)])
     roles = config.spec.task(config).roles
     if not config.spec.task(config).denoises:

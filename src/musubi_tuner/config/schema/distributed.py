@@ -16,7 +16,7 @@ class DistributedSection(Section):
                                           resume="free", when=is_not("distributed.num_processes", 1))  # fmt: skip
     fsdp: bool = param(
         False,
-        "Divide weights, gradients, optimizer and average among the processes (FSDP2), for full training.",
+        "Shard weights, gradients, optimizer state and EMA across the processes (FSDP2); for full training.",
         resume="free",
     )
     timeout_minutes: int = param(

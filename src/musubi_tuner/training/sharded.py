@@ -1,10 +1,10 @@
-"""Full training with the model divided among the ranks: torch's FSDP2.
+"""Full training with the model sharded across the ranks: torch's FSDP2.
 
-Every rank keeps a part of each weight, cut along its first axis, with the gradient, optimizer state and average of that part. A
-block is put together when it computes, and taken apart again. Optimizers, averages and files see the parts as plain tensors, so
-they need not know; a state and a checkpoint hold whole tensors, as those of one process do.
+Every rank keeps a shard of each weight, cut along its first axis, with its gradient, optimizer state and average. A block is gathered
+while it computes. Optimizers and averages see the shards as plain tensors; states and checkpoints hold full tensors, as those of one
+process do.
 
-Scalars cannot be cut (fully_shard takes none): every rank has them, and their gradients are averaged as those of one role among several are.
+Scalars cannot be sharded (fully_shard refuses them): every rank has them, and `Role.ready` reduces their gradients.
 """
 
 import warnings
@@ -20,17 +20,17 @@ from torch.distributed.tensor import DTensor
 
 
 class Unmatched(NamedTuple):
-    """Names of a state that a model lacks, and of the model that the state lacks."""
+    """Names that a model has and a state lacks, and the other way round."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
-class DividedModel(nn.Module):
-    """This rank's parts of a model, under the model's names; the model itself is divided by this.
+class ShardedModel(nn.Module):
+    """This rank's shards of a model, under the model's names; creating this shards the model.
 
     Args:
-        model: on its device. block_lists: names of its lists of blocks, each block of which is put together by itself.
+        model: on its device. block_lists: names of its lists of blocks; each block is gathered by itself.
         count: ranks.
     """
 
@@ -58,12 +58,12 @@ class DividedModel(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The divided model, which computes."""
+        """The sharded model, which computes."""
         return self._held[0]
 
     @property
     def replicated(self) -> list[nn.Parameter]:
-        """Trained parameters that every rank has whole, and whose gradients nobody averages by himself."""
+        """Trained parameters that every rank has in full, whose gradients FSDP does not reduce."""
         return [part for name, part in self._parts.items() if part.requires_grad and name not in self._sharded]
 
     def named_parameters(
@@ -133,15 +133,15 @@ class DividedModel(nn.Module):
         return norm
 
     def cut(self, tensors: Mapping[str, Tensor], name_of: Callable[[str], str] = str) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors; what is not of the shape of a divided parameter stays whole.
+        """This rank's parts of whole tensors; what is not of the shape of a sharded parameter stays whole.
 
         Args:
             name_of: key -> name of the parameter that it belongs to.
         """
         found = {}
         for key, tensor in tensors.items():
-            divided = self._sharded.get(name_of(key))
-            if divided is not None and tensor.shape == divided.shape:
+            sharded = self._sharded.get(name_of(key))
+            if sharded is not None and tensor.shape == sharded.shape:
                 chunks = tensor.chunk(self.count)
                 tensor = (chunks[self.rank] if self.rank < len(chunks) else tensor[:0]).clone()
             found[key] = tensor
@@ -155,11 +155,11 @@ class DividedModel(nn.Module):
         """
         found = {}
         for key, tensor in tensors.items():
-            divided = self._sharded.get(name_of(key))
-            if divided is not None and tensor.shape == self._parts[name_of(key)].shape:
+            sharded = self._sharded.get(name_of(key))
+            if sharded is not None and tensor.shape == self._parts[name_of(key)].shape:
                 tensor = DTensor.from_local(
-                    tensor.to(divided.device).contiguous(), divided.device_mesh, divided.placements,
-                    run_check=False, shape=divided.shape, stride=divided.stride(),
+                    tensor.to(sharded.device).contiguous(), sharded.device_mesh, sharded.placements,
+                    run_check=False, shape=sharded.shape, stride=sharded.stride(),
                 ).full_tensor()  # fmt: skip
             if self.rank == 0:
                 found[key] = tensor.cpu()

@@ -1,4 +1,4 @@
-"""A divided model: what one process sees of it. Several processes are in `tests/e2e/test_processes.py`."""
+"""A sharded model: what one process sees of it. Several processes are in `tests/e2e/test_processes.py`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.training.divided import DividedModel
 from musubi_tuner.training.optimizers import clip_gradients
+from musubi_tuner.training.sharded import ShardedModel
 
 
 class Net(nn.Module):
@@ -29,63 +29,63 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def divided(tmp_path: Path) -> Iterator[DividedModel]:
+def sharded(tmp_path: Path) -> Iterator[ShardedModel]:
     """Of the model, in a group of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield DividedModel(Net(), ["blocks"], torch.device("cpu"), rank=0, count=1)
+    yield ShardedModel(Net(), ["blocks"], torch.device("cpu"), rank=0, count=1)
     torch.distributed.destroy_process_group()
 
 
-def test_parts_have_the_names_of_the_model_and_act_on_it(divided: DividedModel) -> None:
+def test_parts_have_the_names_of_the_model_and_act_on_it(sharded: ShardedModel) -> None:
     plain = Net()
-    assert {name: part.shape for name, part in divided.named_parameters()} == {
+    assert {name: part.shape for name, part in sharded.named_parameters()} == {
         name: parameter.shape for name, parameter in plain.named_parameters()
     }
-    assert list(divided.state_dict()) == list(plain.state_dict())
-    assert [part.ndim for part in divided.replicated] == [0]
+    assert list(sharded.state_dict()) == list(plain.state_dict())
+    assert [part.ndim for part in sharded.replicated] == [0]
     with torch.no_grad():
-        for part in divided.parameters():
+        for part in sharded.parameters():
             part.mul_(2)
         for parameter in plain.parameters():
             parameter.mul_(2)
     x = torch.ones(2, 3)
-    assert torch.equal(divided.model(x), plain(x))
-    with divided.whole():
-        assert torch.equal(divided.model(x), plain(x))
+    assert torch.equal(sharded.model(x), plain(x))
+    with sharded.whole():
+        assert torch.equal(sharded.model(x), plain(x))
 
 
-def test_gradients_are_clipped_as_those_of_a_whole_model(divided: DividedModel) -> None:
+def test_gradients_are_clipped_as_those_of_a_whole_model(sharded: ShardedModel) -> None:
     plain, x = Net(), torch.ones(2, 3)
-    for model in (plain, divided.model):
+    for model in (plain, sharded.model):
         model(x).sum().backward()
-    divided.collect_gradients()
+    sharded.collect_gradients()
     expected = clip_gradients(list(plain.parameters()), 0.1)
-    norm = divided.clip_gradients(0.1, lambda values: None)
+    norm = sharded.clip_gradients(0.1, lambda values: None)
     assert norm > 0.1
     torch.testing.assert_close(norm, expected)
-    for (name, part), parameter in zip(divided.named_parameters(), plain.parameters(), strict=True):
+    for (name, part), parameter in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         assert part.grad is not None, name
         torch.testing.assert_close(part.grad, parameter.grad)
-    divided.forget_gradients()
-    divided.collect_gradients()
-    assert all(part.grad is None for name, part in divided.named_parameters() if name != "gate")
+    sharded.forget_gradients()
+    sharded.collect_gradients()
+    assert all(part.grad is None for name, part in sharded.named_parameters() if name != "gate")
 
 
 def test_whole_tensors_are_cut_by_rows_and_what_is_no_weight_stays() -> None:
     """The third of three processes has nothing of two rows."""
-    divided = DividedModel.__new__(DividedModel)
-    nn.Module.__init__(divided)
-    divided._sharded = {"w": torch.zeros(2, 3)}  # type: ignore[dict-item]
+    sharded = ShardedModel.__new__(ShardedModel)
+    nn.Module.__init__(sharded)
+    sharded._sharded = {"w": torch.zeros(2, 3)}  # type: ignore[dict-item]
     tensors = {"w/moment": torch.arange(6.0).view(2, 3), "w/step": torch.tensor(7.0), "other": torch.ones(2, 3)}
-    divided.count, found = 3, []
-    for divided.rank in range(3):
-        found.append(divided.cut(tensors, lambda key: key.partition("/")[0]))
+    sharded.count, found = 3, []
+    for sharded.rank in range(3):
+        found.append(sharded.cut(tensors, lambda key: key.partition("/")[0]))
     assert [part["w/moment"].tolist() for part in found] == [[[0, 1, 2]], [[3, 4, 5]], []]
     assert all(part["w/step"] == 7 and torch.equal(part["other"], torch.ones(2, 3)) for part in found)
 
 
-def test_weights_of_another_model_are_refused(divided: DividedModel) -> None:
+def test_weights_of_another_model_are_refused(sharded: ShardedModel) -> None:
     with pytest.raises(RuntimeError, match="another model"):
-        divided.load_state_dict({"other": torch.ones(1)})
-    missing, unexpected = divided.load_state_dict({"other": torch.ones(1)}, strict=False)
+        sharded.load_state_dict({"other": torch.ones(1)})
+    missing, unexpected = sharded.load_state_dict({"other": torch.ones(1)}, strict=False)
     assert len(missing) == 8 and unexpected == ["other"]
